@@ -43,6 +43,11 @@ class DataArguments:
         default="flip_crop", metadata={"help": "What happens to a training picture each time it is seen."}
     )
 
+    @property
+    def short_name(self) -> str:
+        """What the data is called: of a folder the last part, for the rest tells of a machine and not of data."""
+        return Path(self.data_dir).resolve().name if self.data_dir else Path(self.dataset_name).name
+
 
 @dataclass
 class ModelArguments:
@@ -105,30 +110,22 @@ def parse_arguments(argv: list[str]) -> tuple[DataArguments, ModelArguments, Tra
     options = vars(parser.parse_args(as_tokens(settings) + line))
     data_args = DataArguments(**{option.name: options[option.name] for option in fields(DataArguments)})
     model_args = ModelArguments(**{option.name: options[option.name] for option in fields(ModelArguments)})
-    del options["label_names"]  # the Trainer's own finds the labels by itself
-    names = {option.name for option in fields(TrainingArguments) if option.init}
-    training_args = TrainingArguments(**{name: value for name, value in options.items() if name in names})
     if data_args.data_dir and data_args.dataset_name:
         raise ValueError("--data_dir and --dataset_name both name the data: give one of them")
     if not data_args.data_dir and not data_args.dataset_name:
         data_args.dataset_name = "openmoji"
-    if training_args.hub_token is not None:
+    if options["hub_token"] is not None:
         raise ValueError(
             "--hub_token would be kept in the shell's history and in the run's files: log in once with "
             "`hf auth login`, or set the environment variable HF_TOKEN"
         )
-    if training_args.push_to_hub:
+    if options["push_to_hub"]:
         raise ValueError("--push_to_hub is not supported yet: train first, then see 'The Hub' in README.md")
-    name = Path(config).stem if config else f"{Path(model_args.model_name).name}_{data_label(data_args)}"
-    training_args.output_dir = str(
-        free_output_dir(training_args.output_dir, name, training_args.resume_from_checkpoint)
-    )
-    return data_args, model_args, training_args
-
-
-def data_label(data_args: DataArguments) -> str:
-    """Return the data's name as part of a folder's name."""
-    return Path(data_args.data_dir).resolve().name if data_args.data_dir else Path(data_args.dataset_name).name
+    name = Path(config).stem if config else f"{Path(model_args.model_name).name}_{data_args.short_name}"
+    options["output_dir"] = str(free_output_dir(options["output_dir"], name, options["resume_from_checkpoint"]))
+    options["label_names"] = None  # DataArguments has it; what the Trainer means by the word it finds by itself
+    training_options = {option.name: options[option.name] for option in fields(TrainingArguments) if option.init}
+    return data_args, model_args, TrainingArguments(**training_options)
 
 
 class Parser(HfArgumentParser):

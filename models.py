@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -210,7 +211,7 @@ def _load_checkpoint(model_name: str, labels: dict) -> tuple[PreTrainedModel, Ba
         model, loading = AutoModelForImageClassification.from_pretrained(
             model_name, config=config, ignore_mismatched_sizes=True, output_loading_info=True, dtype=torch.float32
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(_why_not_loaded(model_name, error)) from error
     finally:
         logging.set_verbosity(verbosity)

@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
             splits = prepare(load_data(data_args))
         data = describe(splits)
         labels = data["labels"]
-        say(training_args, "data", f"{data_name(data_args)}: {len(labels)} classes, {in_words(data['splits'])}")
+        say(training_args, "data", f"{data_args.short_name}: {len(labels)} classes, {in_words(data['splits'])}")
         seconds.stop("data")
 
         set_seed(training_args.seed)  # decides the new head's first weights
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
             **scores,
             "baselines": {"majority": majority_baseline(data["splits"])},
             "seconds": seconds.total,
-            "data": {"name": data_name(data_args), **data},
+            "data": {"name": data_args.short_name, **data},
             "recipe": recipe,
             "history": trainer.state.log_history,
             "versions": versions(),
@@ -212,11 +212,6 @@ def command(argv: list[str]) -> str:
     """Return the command line of this run."""
     launcher = ["accelerate", "launch"] if "ACCELERATE_MIXED_PRECISION" in os.environ else ["python"]
     return shlex.join([*launcher, "train.py", *argv])
-
-
-def data_name(data_args: DataArguments) -> str:
-    """Return the data's name: of a folder the last part alone, for the rest tells of a machine, not of data."""
-    return Path(data_args.data_dir).resolve().name if data_args.data_dir else data_args.dataset_name
 
 
 def in_words(counts: dict) -> str:

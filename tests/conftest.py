@@ -1,0 +1,99 @@
+"""Drawn pictures and tiny models; nothing here or in any test reaches the network or the user's caches."""
+
+import json
+import os
+import tempfile
+
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="luthier-tests-")  # before the libraries read it
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import (
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
+
+PROJECT = Path(__file__).parent.parent
+COLOURS = {"blue": (40, 60, 200), "green": (30, 180, 60), "red": (210, 50, 40)}
+
+
+def draw(colour: str, seed: int, width: int = 48, height: int = 40) -> Image.Image:
+    """Draw a picture of a colour, different for each seed."""
+    noise = np.random.default_rng(seed).normal(0, 25, (height, width, 3))
+    return Image.fromarray((noise + COLOURS[colour]).clip(0, 255).astype(np.uint8))
+
+
+def draw_folder(root: Path, per_class: int = 8, classes: tuple[str, ...] = tuple(COLOURS), first: int = 0) -> Path:
+    """Draw a folder of class folders; `first` is the first picture's seed."""
+    for number, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for seed in range(first, first + per_class):
+            draw(name, 1000 * number + seed).save(root / name / f"{seed:03}.png")
+    return root
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder of three class folders with eight pictures each."""
+    return draw_folder(tmp_path / "pictures")
+
+
+@pytest.fixture(scope="session")
+def timm_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny timm model with BatchNorm and 5 classes, laid out as timm's repositories on the Hub are."""
+    folder = tmp_path_factory.mktemp("hub") / "test_resnet.tiny"
+    cfg = {"input_size": [3, 32, 32], "interpolation": "bilinear", "crop_pct": 0.875, "crop_mode": "center"}
+    cfg |= {
+        "mean": [0.485, 0.456, 0.406],
+        "std": [0.229, 0.224, 0.225],
+        "num_classes": 5,
+        "architecture": "test_resnet",
+    }
+    model = TimmWrapperForImageClassification(
+        TimmWrapperConfig(architecture="test_resnet", num_labels=5, pretrained_cfg=dict(cfg))
+    )
+    folder.mkdir()
+    save_file(model.timm_model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(
+        json.dumps({"architecture": "test_resnet", "num_classes": 5, "pretrained_cfg": cfg})
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vit_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny ViT of the classes red, green and blue, as transformers saves it."""
+    folder = tmp_path_factory.mktemp("hub") / "tiny-vit"
+    names = {0: "red", 1: "green", 2: "blue"}
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8,
+        id2label=names, label2id={name: index for index, name in names.items()},
+    )  # fmt: skip
+    ViTForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def launch() -> Callable[..., subprocess.CompletedProcess]:
+    """Run a command of the project as a user would, from the folder `cwd`; return its output and exit code."""
+
+    def run(*arguments: str | Path, cwd: Path, launcher: tuple[str, ...] = ("python",)) -> subprocess.CompletedProcess:
+        script, *rest = arguments
+        first = [sys.executable] if launcher == ("python",) else [str(Path(sys.executable).parent / launcher[0])]
+        command = [*first, *launcher[1:], str(PROJECT / script), *map(str, rest)]
+        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
+
+    return run

@@ -1,0 +1,136 @@
+"""Configs and command lines: what goes over what, and one clear message for every slip."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from transformers import TrainingArguments
+
+from arguments import DataArguments, ModelArguments, build_parser, parse_arguments
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    """Every test runs where nothing is."""
+    monkeypatch.chdir(tmp_path)
+
+
+def config(text: str, name: str = "some.yaml") -> str:
+    Path(name).write_text(text)
+    return name
+
+
+def test_defaults_are_the_built_in_pictures_and_model():
+    data_args, model_args, training_args = parse_arguments([])
+    assert data_args.dataset_name == "openmoji" and data_args.data_dir is None and data_args.split_seed == 1
+    assert model_args.model_name == "efficientnet_lite0"
+    assert training_args.output_dir == str(Path("outputs", "efficientnet_lite0_openmoji"))
+    assert training_args.report_to == []
+
+
+def test_line_goes_over_config_and_config_over_default():
+    path = config("learning_rate: 1e-4\nnum_train_epochs: 7\nfreeze_backbone: true\naugmentation: augmix\n")
+    data_args, model_args, training_args = parse_arguments([path, "--num_train_epochs", "3"])
+    assert training_args.learning_rate == 1e-4  # YAML alone would read this as a string
+    assert training_args.num_train_epochs == 3
+    assert model_args.freeze_backbone is True and data_args.augmentation == "augmix"
+    assert training_args.output_dir == str(Path("outputs", "some"))
+
+
+def test_values_that_yaml_and_the_line_write_differently():
+    path = config('label_names: [a b, c, 3]\nfp16: false\nlr_scheduler_kwargs: {"num_cycles": 2}\nseed: null\n')
+    data_args, _, training_args = parse_arguments([path])
+    assert data_args.label_names == ["a b", "c", "3"]
+    assert training_args.fp16 is False and training_args.lr_scheduler_kwargs == {"num_cycles": 2}
+    assert training_args.seed == 42 and training_args.label_names is None
+
+
+def test_other_data_on_the_line_replaces_all_that_the_config_says_of_data():
+    path = config("dataset_name: someone/set\nlabel_names: [a, b]\nimage_column: photo\nmodel_name: simple_cnn\n")
+    data_args, model_args, _ = parse_arguments([path, "--data_dir", "pictures"])
+    assert (data_args.data_dir, data_args.dataset_name) == ("pictures", None)
+    assert data_args.label_names is None and data_args.image_column is None
+    assert model_args.model_name == "simple_cnn"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rat: 1", r"some.yaml: unknown key 'learning_rat'; did you mean 'learning_rate'"),
+        ("learning_rate: fast", r"some.yaml: argument --learning_rate.*'fast'"),
+        ("augmentation: flip", r"some.yaml: argument --augmentation.*'flip'"),
+        ("- just\n- a list", "must hold settings"),
+        ("a: [", "not valid YAML"),
+        ("", "must hold settings"),
+        ("hub_token: hf_secret", "hf auth login"),
+    ],
+)
+def test_slip_in_a_config(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_arguments([config(text)])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["--learning-rat", "1"], "unknown option --learning-rat; did you mean 'learning_rate'"),
+        (["--learning_rate", "fast"], "argument --learning_rate.*'fast'"),
+        (["--learning_rate"], "expected one argument"),
+        (["my_photos"], "--data_dir my_photos"),
+        (["--seed", "1", "some.yaml"], "some.yaml must be the first argument"),
+        (["missing.yaml"], "cannot read the config missing.yaml"),
+        (["--data_dir", "a", "--dataset_name", "b"], "give one of them"),
+        (["--hub_token", "hf_secret"], "hf auth login"),
+        (["--push_to_hub"], "not supported yet"),
+        (["--eval_strategy", "sometimes"], "sometimes"),
+    ],
+)
+def test_slip_on_the_line(line, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        parse_arguments(line)
+    assert "hf_secret" not in str(caught.value)
+
+
+def test_abbreviations_are_not_guessed():
+    with pytest.raises(ValueError, match="unknown option --learning"):
+        parse_arguments(["--learning", "1"])
+
+
+# --- output_dir
+
+
+def test_next_free_name():
+    for expected in ("x_y", "x_y-2", "x_y-3"):
+        output_dir = parse_arguments(["--model_name", "who/x", "--dataset_name", "who/y"])[2].output_dir
+        assert Path(output_dir) == Path("outputs", expected)
+        Path(output_dir).mkdir(parents=True)
+
+
+def test_directory_with_something_in_it_is_refused():
+    Path("mine").mkdir()
+    assert parse_arguments(["--output_dir", "mine"])[2].output_dir == "mine"
+    Path("mine/thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="mine already holds something"):
+        parse_arguments(["--output_dir", "mine"])
+    with pytest.raises(ValueError, match="already holds something"):
+        parse_arguments(["--output_dir", "mine/thesis.txt"])
+    continued = parse_arguments(["--output_dir", "mine", "--resume_from_checkpoint", "mine/checkpoint-5"])
+    assert continued[2].output_dir == "mine"
+
+
+# --- help
+
+
+def test_help_has_groups_and_tells_every_default():
+    text = build_parser().format_help()
+    flowing = " ".join(text.split())
+    for group in ("\ndata:", "\nmodel:", "\ntraining (transformers.TrainingArguments"):
+        assert group in text
+    for option in (*fields(DataArguments), *fields(ModelArguments)):
+        assert f"--{option.name}" in text and option.metadata["help"].split()[0] in text
+    assert "(default: flip_crop)" in flowing and "(default: 0.002)" in flowing
+
+
+def test_only_label_names_is_taken_from_the_trainers_options():
+    own = {option.name for option in (*fields(DataArguments), *fields(ModelArguments))}
+    assert own & {option.name for option in fields(TrainingArguments)} == {"label_names"}

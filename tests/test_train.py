@@ -1,0 +1,211 @@
+"""The run as a whole: through `accelerate launch` in a process of its own, its outputs, and how it refuses."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PROJECT, draw_folder
+from safetensors.torch import load_file
+from transformers import AutoModelForImageClassification, pipeline
+
+import train
+from data import collate, evaluation_transform, load_splits, prepare
+from models import build_model
+
+ACCELERATE = ("accelerate", "launch", "--config_file", str(PROJECT / "accelerate_config.yaml"))
+FILES = {
+    "README.md", "config.json", "confusion_matrix.png", "curves.png", "metrics.json", "model.safetensors",
+    "models.py", "preprocessor_config.json",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, launch):
+    """One run of three epochs on drawn pictures; the folder it ran in and what it printed."""
+    folder = tmp_path_factory.mktemp("run")
+    draw_folder(folder / "my pictures", per_class=20)
+    settings = (
+        "model_name: simple_cnn",
+        "num_train_epochs: 9",
+        "per_device_train_batch_size: 4",
+        "learning_rate: 5e-3",
+    )
+    (folder / "tiny.yaml").write_text("\n".join(settings))
+    arguments = ["tiny.yaml", "--data_dir", "my pictures", "--num_train_epochs", "3"]
+    ran = launch("train.py", *arguments, cwd=folder, launcher=ACCELERATE)
+    assert ran.returncode == 0, ran.stderr
+    return folder, ran
+
+
+def test_outputs(run):
+    folder, _ = run
+    output = folder / "outputs/tiny"
+    assert {path.name for path in output.iterdir() if not path.name.startswith("checkpoint-")} == FILES
+    metrics = json.loads((output / "metrics.json").read_text())
+    for split, n in (("validation", 6), ("test", 12)):
+        scored = metrics[split]
+        assert scored["n"] == n and 0 <= scored["accuracy_ci95"][0] <= scored["accuracy"] <= scored["accuracy_ci95"][1]
+        assert set(scored["per_class"]) == {"blue", "green", "red"} and 0 <= scored["macro_f1"] <= 1
+    assert metrics["test"]["accuracy"] > 0.6  # three colours are easy
+    assert metrics["baselines"]["majority"]["accuracy"] == pytest.approx(1 / 3)
+    assert {"data", "model", "train", "evaluate", "save", "total"} <= set(metrics["seconds"])
+    assert metrics["data"]["splits"]["train"] == {"n": 42, "per_class": {"blue": 14, "green": 14, "red": 14}}
+    assert re.fullmatch(r"[0-9a-f]{64}", metrics["data"]["fingerprint"])
+    assert metrics["seeds"] == {"seed": 42, "split_seed": 1} and "torch" in metrics["versions"]
+    assert metrics["command"] == "accelerate launch train.py tiny.yaml --data_dir 'my pictures' --num_train_epochs 3"
+    epochs = [entry for entry in metrics["history"] if "eval_accuracy" in entry]
+    assert len(epochs) == 3 and any("train_accuracy" in entry for entry in metrics["history"])
+    best = max(entry["eval_accuracy"] for entry in epochs)
+    assert metrics["validation"]["accuracy"] == pytest.approx(best)  # the best epoch was saved, not the last
+
+
+def test_terminal(run):
+    _, ran = run
+    lines = ran.stdout.splitlines()
+    assert [line.split()[0] for line in lines if line[:1].strip() and line[0].isalpha()] == [
+        "data", "model", "device", "recipe", "epoch", "test", "saved", "next",
+    ]  # fmt: skip
+    assert len(lines) <= 16 and max(map(len, lines)) <= 120
+    assert "interval" in ran.stdout and "trained" in ran.stdout
+    assert "Warning" not in ran.stderr and "[transformers]" not in ran.stderr, ran.stderr
+
+
+def test_saved_model_gives_the_scores_of_the_run(run):
+    folder, _ = run
+    output = folder / "outputs/tiny"
+    metrics = json.loads((output / "metrics.json").read_text())
+    classify = pipeline("image-classification", model=str(output), trust_remote_code=True)
+    hits = 0
+    dataset = load_splits(data_dir=str(folder / "my pictures"))["test"]
+    for row in dataset:
+        answer = classify(row["image"]["path"], top_k=1)[0]["label"]
+        hits += answer == dataset.features["label"].int2str(row["label"])
+    assert hits / metrics["test"]["n"] == metrics["test"]["accuracy"]
+
+
+def test_second_run_takes_the_next_name_and_touches_nothing(run, launch):
+    folder, _ = run
+    before = {path: path.stat().st_mtime_ns for path in (folder / "outputs/tiny").rglob("*")}
+    line = ["tiny.yaml", "--data_dir", "my pictures", "--num_train_epochs", "1"]
+    assert launch("train.py", *line, cwd=folder).returncode == 0
+    assert {path.name for path in (folder / "outputs/tiny-2").iterdir()} >= FILES
+    refused = launch("train.py", *line, "--output_dir", "outputs/tiny", cwd=folder)
+    assert refused.returncode == 2 and "already holds something" in refused.stderr
+    assert {path: path.stat().st_mtime_ns for path in (folder / "outputs/tiny").rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["--data_dir", "nowhere"], "nowhere is not a folder"),
+        (["--data_dir", "empty"], "no pictures in class folders"),
+        (["--data_dir", "single"], "the one class 'red'"),
+        (["--data_dir", "few"], "too few"),
+        (["--data_dir", "broken"], "cannot be read"),
+        (["--learning_rat", "1"], "did you mean 'learning_rate'"),
+        (["typo.yaml"], "unknown key 'model_nam'; did you mean 'model_name'"),
+        (["--data_dir", "good", "--model_name", "efficientnet"], "unknown model 'efficientnet'"),
+        (["--data_dir", "good", "--model_name", "nobody/nothing"], "cannot reach the Hub for the model"),
+        (["--dataset_name", "nobody/nothing"], "cannot reach the Hub for the dataset"),
+        (["--data_dir", "good", "--model_name", "simple_cnn", "--image_size", "64"], "does not take images of 64 px"),
+    ],
+)
+def test_bad_input_ends_in_one_message(tmp_path, monkeypatch, capsys, line, message):
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    draw_folder(Path("single"), classes=("red",))
+    draw_folder(Path("few"), per_class=2)
+    draw_folder(Path("good"), per_class=4)
+    draw_folder(Path("broken"), per_class=4)
+    Path("broken/red/broken.jpg").write_bytes(b"\xff\xd8\xff")
+    Path("typo.yaml").write_text("model_nam: simple_cnn\n")
+    with pytest.raises(SystemExit) as ended:
+        train.main(line)
+    told = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert message in told and "Traceback" not in told
+    assert sum(text.startswith("error: ") for text in told.splitlines()) == 1
+    assert not Path("outputs").exists()
+
+
+def test_best_epoch_of_a_vit_is_restored_whole(vit_checkpoint, tmp_path, monkeypatch):
+    """The Trainer's own way leaves two thirds of a ViT's weights as the last epoch had them."""
+    monkeypatch.chdir(tmp_path)
+    draw_folder(Path("pictures"), per_class=10)
+    best = {}
+    load_best = train.load_best
+
+    def remember(trainer):
+        load_best(trainer)
+        checkpoint = trainer.state.best_model_checkpoint
+        best.update(AutoModelForImageClassification.from_pretrained(checkpoint).state_dict())
+        # Any epoch but the last would do; a learning rate this high makes the last one the worst.
+        assert best and not checkpoint.endswith(f"-{trainer.state.max_steps}")
+
+    monkeypatch.setattr(train, "load_best", remember)
+    line = [
+        "--data_dir",
+        "pictures",
+        "--model_name",
+        str(vit_checkpoint),
+        "--output_dir",
+        "out",
+        "--learning_rate",
+        "3",
+    ]
+    line += ["--lr_scheduler_type", "constant", "--warmup_steps", "0", "--num_train_epochs", "4", "--optim", "sgd"]
+    train.main([*line, "--metric_for_best_model", "eval_loss"])
+    saved = load_file("out/model.safetensors")
+    model = AutoModelForImageClassification.from_pretrained("out")
+    assert saved and all(torch.equal(tensor, best[name]) for name, tensor in model.state_dict().items())
+
+
+def test_frozen_backbone_is_saved_as_it_was(timm_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    draw_folder(Path("pictures"), per_class=5)
+    line = ["--data_dir", "pictures", "--model_name", str(timm_checkpoint), "--num_train_epochs", "1"]
+    train.main([*line, "--output_dir", "frozen", "--freeze_backbone"])
+    weights = load_file("frozen/model.safetensors")
+    original = load_file(timm_checkpoint / "model.safetensors")
+    assert all(torch.equal(weights[n], t) for n, t in original.items() if not n.startswith("fc."))
+
+
+def test_same_seed_same_weights(timm_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    draw_folder(Path("pictures"), per_class=5)
+    line = ["--data_dir", "pictures", "--model_name", str(timm_checkpoint), "--num_train_epochs", "1"]
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train.main([*line, "--output_dir", name, "--seed", str(seed)])
+    a, b, c = (load_file(f"{name}/model.safetensors") for name in "abc")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert any(not torch.equal(a[name], c[name]) for name in a)
+
+
+def test_threads_are_given_back(monkeypatch, tmp_path):
+    """`accelerate launch` sets OMP_NUM_THREADS=1 on a machine it does not know to be without a GPU."""
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    _, _, training_args = train.parse_arguments([])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    try:
+        torch.set_num_threads(1)
+        train.fit_machine(training_args)
+        assert torch.get_num_threads() == os.cpu_count()
+        assert training_args.dataloader_pin_memory is False
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_evaluation_of_the_trainer_is_the_models_own(timm_checkpoint, pictures):
+    """What the Trainer evaluates is what the model says of the evaluation view, picture by picture."""
+    model, image_processor = build_model(str(timm_checkpoint), {0: "blue", 1: "green", 2: "red"})
+    dataset = prepare(load_splits(data_dir=str(pictures)))["test"].with_transform(
+        evaluation_transform(image_processor)
+    )
+    together = model.eval()(collate([dataset[row] for row in range(len(dataset))])["pixel_values"]).logits
+    alone = torch.cat([model(dataset[row]["pixel_values"][None]).logits for row in range(len(dataset))])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
