@@ -103,7 +103,7 @@ def plot_curves(log_history: list[dict], path: Path) -> None:
         loss, accuracy = figure.subplots(1, 2)
         _plot_pair(loss, train, "loss", validation, "eval_loss")
         _plot_pair(accuracy, train, "train_accuracy", validation, "eval_accuracy")
-        loss.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
+        loss.set(xlabel="epoch", ylabel="loss")
         accuracy.set(xlabel="epoch", ylabel="accuracy", ylim=(0, 1))
         accuracy.yaxis.set_major_formatter(PercentFormatter(1))
         accuracy.legend(loc="lower right")
@@ -119,6 +119,8 @@ def _plot_pair(axes: Axes, train: list[dict], train_key: str, validation: list[d
         points = [(entry["epoch"], entry[key]) for entry in entries if key in entry]
         axes.plot([epoch for epoch, _ in points], [y for _, y in points], color=colour, marker=marker, label=name)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
 
 
 def _style():
@@ -196,7 +198,10 @@ SHA-256 over the files, their classes and splits: `{data["fingerprint"]}`.
 |---|---|
 {settings}
 | versions | {_escape(", ".join(f"{name} {version}" for name, version in metrics["versions"].items()))} |
-| command | {_escape(metrics["command"])} |
+
+The command, indented so that nothing in it is markup:
+
+    {" ".join(metrics["command"].split())}
 """,
         encoding="utf-8",
     )

@@ -155,11 +155,12 @@ def describe_recipe(
     threads = f", {torch.get_num_threads()} threads" if args.device.type == "cpu" else ""
     processes = f", {args.world_size} processes" if args.world_size > 1 else ""
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    share = "all trained" if trained == parameters else f"{trained:,} trained"
     return {
-        "model": f"{model_args.model_name} at {height} x {width} px, {trained:,} of {parameters:,} parameters trained",
+        "model": f"{Path(model_args.model_name).name} at {height} x {width} px, {parameters:,} parameters, {share}",
         "device": f"{device}{threads}{processes}, {precision}",
-        "recipe": f"{args.num_train_epochs:g} epochs in batches of {batch}, {data_args.augmentation}, "
-        f"{args.optim.value} at {args.learning_rate:g}, {args.lr_scheduler_type.value}",
+        "recipe": f"{args.num_train_epochs:g} epochs, batch {batch}, {data_args.augmentation}, "
+        f"{args.optim.value} {args.learning_rate:g}, {args.lr_scheduler_type.value}",
     }
 
 
@@ -189,17 +190,10 @@ def save(
     majority = metrics["baselines"]["majority"]
     trust = ", trust_remote_code=True" if (output_dir / "models.py").exists() else ""
     say(trainer.args, "test", f"accuracy {percent_with_interval(metrics['test'])}")
-    say(
-        trainer.args,
-        "",
-        f"macro F1 {metrics['test']['macro_f1']:.3f}; always {majority['label']!r}: {majority['accuracy']:.1%}",
-    )
-    say(
-        trainer.args,
-        "saved",
-        f"{output_dir} after {metrics['seconds']['total']:.0f} s: model, metrics.json, README.md, figures",
-    )
-    say(trainer.args, "next", f"pipeline('image-classification', '{output_dir}'{trust})('picture.jpg')")
+    always = f"always {majority['label']!r}: {majority['accuracy']:.1%}"
+    say(trainer.args, "", f"macro F1 {metrics['test']['macro_f1']:.3f}; {always}")
+    say(trainer.args, "saved", f"{output_dir} after {metrics['seconds']['total']:.0f} s; its README.md tells more")
+    say(trainer.args, "next", f'pipeline("image-classification", "{output_dir}"{trust})')
 
 
 def versions() -> dict[str, str]:
@@ -256,6 +250,7 @@ def quiet_libraries() -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     transformers.utils.logging.disable_progress_bar()  # of loading and writing single files
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each retry of a connection; the last one is told
+    logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)  # checkpoints less than a second apart
 
 
 def fit_machine(training_args: TrainingArguments) -> None:

@@ -1,0 +1,57 @@
+"""The README's result table: every experiment through `accelerate launch train.py`, over several training seeds.
+
+    python benchmarks/results.py openmoji
+    python benchmarks/results.py path/to/instruments
+
+The split is the same in all runs. A run that is finished is not run again; delete its folder to have it run anew.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+from pathlib import Path
+
+PROJECT = Path(__file__).parent.parent
+EXPERIMENTS = {
+    "`simple_cnn`, 32 px, from scratch": ["configs/simple_cnn_openmoji.yaml"],
+    "`efficientnet_lite0`, head only": ["configs/efficientnet_lite0_openmoji_head.yaml"],
+    "`efficientnet_lite0`, fine-tuned (the default)": [],
+}
+
+
+def main() -> None:
+    """Run what is missing and print the table as Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", help="openmoji, or a folder of class folders")
+    parser.add_argument("--seeds", type=int, default=3, help="how many training seeds (default: 3)")
+    parser.add_argument("--out", type=Path, default=Path("outputs/results"), help="where the runs are kept")
+    args = parser.parse_args()
+    data = (
+        ["--dataset_name", "openmoji"] if args.data == "openmoji" else ["--data_dir", str(Path(args.data).resolve())]
+    )
+
+    print("| model | test accuracy, mean of seeds | lowest to highest | 95% interval of one run | n | minutes |")
+    print("|---|---|---|---|---|---|")
+    for number, (name, config) in enumerate(EXPERIMENTS.items()):
+        runs = []
+        for seed in range(1, args.seeds + 1):
+            output_dir = (args.out / f"{Path(args.data).name}-{number}-{seed}").resolve()
+            if not (output_dir / "metrics.json").exists():
+                command = ["accelerate", "launch", "train.py", *config, *data, "--seed", str(seed)]
+                subprocess.run(
+                    [*command, "--output_dir", str(output_dir)], cwd=PROJECT, check=True, capture_output=True
+                )
+            runs.append(json.loads((output_dir / "metrics.json").read_text()))
+        accuracies = [run["test"]["accuracy"] for run in runs]
+        low, high = runs[0]["test"]["accuracy_ci95"]
+        minutes = statistics.mean(run["seconds"]["total"] for run in runs) / 60
+        print(
+            f"| {name} | {statistics.mean(accuracies):.1%} | {min(accuracies):.1%} to {max(accuracies):.1%} "
+            f"| {low:.1%} to {high:.1%} | {runs[0]['test']['n']} | {minutes:.1f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
