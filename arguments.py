@@ -44,9 +44,10 @@ class DataArguments:
     )
 
     @property
-    def short_name(self) -> str:
-        """What the data is called: of a folder the last part, for the rest tells of a machine and not of data."""
-        return Path(self.data_dir).resolve().name if self.data_dir else Path(self.dataset_name).name
+    def name(self) -> str:
+        """What the data is called: as on the Hub; of a folder the last part, for the rest tells of a machine."""
+        folder = self.data_dir or (self.dataset_name if Path(self.dataset_name).is_dir() else None)
+        return Path(folder).resolve().name if folder else self.dataset_name
 
 
 @dataclass
@@ -121,8 +122,13 @@ def parse_arguments(argv: list[str]) -> tuple[DataArguments, ModelArguments, Tra
         )
     if options["push_to_hub"]:
         raise ValueError("--push_to_hub is not supported yet: train first, then see 'The Hub' in README.md")
-    name = Path(config).stem if config else f"{Path(model_args.model_name).name}_{data_args.short_name}"
-    options["output_dir"] = str(free_output_dir(options["output_dir"], name, options["resume_from_checkpoint"]))
+    resume = options["resume_from_checkpoint"]
+    if resume and not Path(resume, "trainer_state.json").is_file():
+        raise ValueError(
+            f"--resume_from_checkpoint {resume} is no checkpoint: give a folder such as outputs/x/checkpoint-50"
+        )
+    name = Path(config).stem if config else f"{Path(model_args.model_name).name}_{Path(data_args.name).name}"
+    options["output_dir"] = str(free_output_dir(options["output_dir"], name, resume))
     options["label_names"] = None  # DataArguments has it; what the Trainer means by the word it finds by itself
     training_options = {option.name: options[option.name] for option in fields(TrainingArguments) if option.init}
     return data_args, model_args, TrainingArguments(**training_options)

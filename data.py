@@ -4,46 +4,33 @@ import hashlib
 import io
 import logging
 import os
-import unicodedata
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import (
     ClassLabel,
-    Dataset,
     DatasetDict,
     Features,
     Image,
-    Split,
     Value,
     load_dataset,
 )
 from datasets.exceptions import DatasetNotFoundError
 from PIL import Image as PILImage
-from PIL import ImageCms, ImageOps
 from torchvision.transforms import v2
 from transformers import BaseImageProcessor
 
+from folders import SPLIT_OF_FOLDER, load_folder
+from images import decode_rgb
 from openmoji import load_openmoji
 
 logger = logging.getLogger(__name__)
 
 AUGMENTATIONS = ("none", "flip_crop", "trivial", "augmix")
-# Raster formats that Pillow decodes itself; EPS, for one, would be handed to Ghostscript.
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")
-EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif"}
-SPLIT_OF_FOLDER = {
-    "train": "train",
-    "validation": "validation",
-    "val": "validation",
-    "valid": "validation",
-    "dev": "validation",
-    "test": "test",
-}
+ENCODED_IMAGE = {"bytes": Value("binary"), "path": Value("string")}  # an image column that lost its type
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "fine_label")
 
 
@@ -77,109 +64,13 @@ def load_splits(
         ValueError: nothing usable is there; the message says what, where and what to do.
     """
     if data_dir:
-        splits = _load_folder(Path(data_dir))
+        splits = load_folder(Path(data_dir).expanduser())
     elif dataset_name == "openmoji":
         splits = DatasetDict(train=load_openmoji())
     else:
         splits = _load_named(dataset_name, dataset_config_name)
     splits = _label_and_image(splits, image_column, label_column, label_names)
     return _cut_missing_splits(splits, split_seed, validation_fraction, test_fraction)
-
-
-# --- folders ---------------------------------------------------------------------------------------------------------
-# `datasets`' own imagefolder is not used: it skips files in silence, loses every label to one nested file, and takes
-# a class folder called "freight train" for a split.
-
-
-def _load_folder(root: Path) -> DatasetDict:
-    if not root.is_dir():
-        raise ValueError(f"--data_dir {root} is not a folder: give one with a folder of pictures for each class")
-    folders = _subfolders(root)
-    split_folders = {folder: SPLIT_OF_FOLDER.get(folder.name.lower()) for folder in folders}
-    is_split = folders and all(split_folders.values()) and "train" in split_folders.values()
-    skipped = Counter()
-    if is_split and len(set(split_folders.values())) < len(folders):
-        raise ValueError(f"{root} holds two folders for one split: {', '.join(folder.name for folder in folders)}")
-    if is_split and not any(_subfolders(folder) for folder in folders):
-        raise ValueError(
-            f"{root} has the splits {', '.join(folder.name for folder in folders)}, but no class folders in them: "
-            f"put the pictures in folders such as {root}/train/CLASS"
-        )
-    roots = {split: folder for folder, split in split_folders.items()} if is_split else {"train": root}
-    found = {split: _list_class_folders(folder, root, skipped) for split, folder in roots.items()}
-    if not any(found.values()):
-        raise ValueError(
-            f"{root} has no pictures in class folders. Expected {root}/CLASS/picture.jpg, in the formats "
-            f"{', '.join(sorted(EXTENSIONS))}"
-        )
-    if skipped:
-        few = ", ".join(list(skipped)[:3])
-        logger.warning(
-            f"Not used, because they are no pictures in a class folder: {len(skipped)} files, such as {few}"
-        )
-    # Names come from all splits together, so that a class keeps its number wherever it appears.
-    names = sorted({label for files in found.values() for _, label in files})
-    features = Features(
-        {
-            "image": Image(decode=False),
-            "label": ClassLabel(names=names),
-            "size": Value("int64"),
-            "mtime": Value("int64"),
-        }
-    )
-    return DatasetDict(
-        {
-            # The generator's arguments are its key in the cache, so a changed file is read again.
-            split: Dataset.from_generator(
-                _file_rows, features=features, gen_kwargs={"files": _with_stat(files)}, split=Split(split)
-            )
-            for split, files in found.items()
-        }
-    )
-
-
-def _subfolders(folder: Path) -> list[Path]:
-    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not _hidden(entry.name))
-
-
-def _hidden(name: str) -> bool:
-    return name.startswith(".") or name in ("__MACOSX", "Thumbs.db", "desktop.ini")
-
-
-def _list_class_folders(split_root: Path, root: Path, skipped: Counter) -> list[tuple[str, str]]:
-    """Return (path, class) of every picture, at any depth below a class folder; count other files in `skipped`."""
-    found = []
-    skipped.update(
-        str(entry.relative_to(root)) for entry in split_root.iterdir() if entry.is_file() and not _hidden(entry.name)
-    )
-    for folder in _subfolders(split_root):
-        # macOS and Linux write an accented letter differently; a model must not see two classes in that.
-        label = unicodedata.normalize("NFC", folder.name)
-        files = []
-        for directory, subdirectories, names in os.walk(folder):
-            subdirectories[:] = sorted(name for name in subdirectories if not _hidden(name))
-            for path in (Path(directory, name) for name in sorted(names) if not _hidden(name)):
-                if path.suffix.lower() in EXTENSIONS:
-                    files.append((str(path), label))
-                else:
-                    skipped[str(path.relative_to(root))] += 1
-        if not files and split_root.name.lower() not in ("validation", "val", "valid", "dev", "test"):
-            raise ValueError(f"the class folder {folder} has no pictures: fill it or remove it")
-        found += files
-    return found
-
-
-def _with_stat(files: list[tuple[str, str]]) -> tuple[tuple[str, str, int, int], ...]:
-    rows = []
-    for path, label in files:
-        status = Path(path).stat()
-        rows.append((path, label, status.st_size, status.st_mtime_ns))
-    return tuple(rows)
-
-
-def _file_rows(files: tuple[tuple[str, str, int, int], ...]) -> Iterator[dict]:
-    for path, label, size, mtime in files:
-        yield {"image": {"bytes": None, "path": path}, "label": label, "size": size, "mtime": mtime}
 
 
 # --- datasets --------------------------------------------------------------------------------------------------------
@@ -222,7 +113,8 @@ def _label_and_image(
     image_column = _find_column(
         "image", image_column, features, [name for name, feature in features.items() if isinstance(feature, Image)]
     )
-    if not isinstance(features[image_column], Image):
+    encoded = features[image_column] == Value("binary") or features[image_column] == ENCODED_IMAGE
+    if not encoded and not isinstance(features[image_column], Image):
         raise ValueError(f"the column {image_column!r} holds no images but {features[image_column]}")
     typed = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
     label_column = _find_column(
@@ -231,7 +123,7 @@ def _label_and_image(
     feature = features[label_column]
     values = {split: dataset[label_column][:] for split, dataset in splits.items()}
     for split in list(values):
-        unlabelled = sum(value is None or value == -1 for value in values[split])
+        unlabelled = sum(value in (None, -1, "") for value in values[split])
         if unlabelled == len(values[split]) and split != "train":
             logger.warning(f"Not used: the {split} split, which has no labels")
             del values[split], splits[split]
@@ -402,71 +294,40 @@ def prepare_row(row: dict, index: int, version: int) -> dict:
     return {"image": {"bytes": stored, "path": None}, "digest": hashlib.sha256(data).hexdigest(), "error": None}
 
 
-def decode_rgb(data: bytes) -> tuple[PILImage.Image, bool]:
-    """Decode a picture file to upright 8-bit RGB.
-
-    Transparency is laid on white; 16-bit and floating-point grey is brought to the range of 8 bits; of an animation
-    the first frame is taken; the EXIF orientation is applied.
-
-    Returns the image, and whether it differs from what a plain decoder would give.
-
-    Raises:
-        OSError: the data is damaged or of no allowed format.
-    """
-    if not data:
-        raise OSError("the file is empty")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of odd metadata and of more than 89 megapixels; above 179 Pillow raises
-        PILImage.init()  # without it Pillow knows half of the formats
-        try:
-            image = PILImage.open(io.BytesIO(data), formats=FORMATS)
-        except PILImage.UnidentifiedImageError:
-            raise OSError(f"not a picture in an allowed format ({', '.join(FORMATS)})") from None
-        image.load()
-        upright = ImageOps.exif_transpose(image)
-        changed = image.mode != "RGB" or image.has_transparency_data or image.getexif().get(0x0112, 1) != 1
-        return _to_rgb(upright), changed
-
-
-def _to_rgb(image: PILImage.Image) -> PILImage.Image:
-    if image.mode.startswith("I;16"):
-        grey = np.asarray(image, dtype=np.float64) / 257
-    elif image.mode in ("I", "F"):  # the range is not written anywhere, so it is taken from the values
-        grey = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        highest = grey.max()
-        scale = 255 if image.mode == "F" and highest <= 1 else 1 if highest <= 255 else 1 / 257
-        grey = grey * scale
-    elif image.mode == "LAB":
-        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
-    elif image.has_transparency_data or image.mode in ("La", "RGBa"):
-        if image.mode == "La":
-            image = image.convert("LA")
-        image = image.convert("RGBA")
-        white = PILImage.new("RGBA", image.size, "white")
-        return PILImage.alpha_composite(white, image).convert("RGB")
-    else:
-        return image.convert("RGB")
-    return PILImage.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")
-
-
 def describe(splits: DatasetDict) -> dict:
     """Return what `metrics.json` says of prepared splits: images per split and class, and one hash of all of it.
 
-    The hash covers every file's bytes, class and split; neither names nor order of the files change it.
+    `also_in_train` counts the pictures of validation and of test that stand in train too, byte for byte. The hash
+    covers every file's bytes, class and split; neither names nor order of the files change it.
     """
     names = splits["train"].features["label"].names
-    counts, lines = {}, []
+    counts, lines, seen = {}, [], {}
     for split, dataset in splits.items():
         labels, digests = dataset["label"][:], dataset["digest"][:]
+        seen[split] = set(digests)
         count = Counter(labels)
         counts[split] = {"n": len(labels), "per_class": {name: count[index] for index, name in enumerate(names)}}
         lines += [f"{split}\t{names[label]}\t{digest}" for label, digest in zip(labels, digests, strict=True)]
     digest = hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
-    return {"splits": counts, "labels": names, "fingerprint": digest}
+    leaked = {split: len(seen[split] & seen["train"]) for split in ("validation", "test")}
+    return {"splits": counts, "labels": names, "fingerprint": digest, "also_in_train": leaked}
 
 
 # --- views -----------------------------------------------------------------------------------------------------------
+
+
+def with_views(splits: DatasetDict, image_processor: BaseImageProcessor, augmentation: str) -> DatasetDict:
+    """Return prepared splits whose rows are `pixel_values` and `labels`, made when they are asked for.
+
+    Train is seen through `augmentation`, validation and test as the image processor has it.
+    """
+    evaluation = evaluation_transform(image_processor)
+    transforms = {
+        "train": training_transform(image_processor, augmentation),
+        "validation": evaluation,
+        "test": evaluation,
+    }
+    return DatasetDict({split: splits[split].with_transform(transform) for split, transform in transforms.items()})
 
 
 def evaluation_transform(image_processor: BaseImageProcessor) -> Callable[[dict], dict]:

@@ -123,10 +123,11 @@ def build_model(
         SimpleCNNConfig.register_for_auto_class()
         SimpleCNNForImageClassification.register_for_auto_class("AutoModelForImageClassification")
     if image_size is not None:
+        if image_size < 1:
+            raise ValueError(f"--image_size {image_size} is no size: give the side of a square in pixels")
         image_processor = _resized(model, image_processor, image_size)
         _check_image_size(model, model_name, image_size)
-    if model_name != "simple_cnn":
-        _freeze(model, freeze_backbone)
+    _freeze(model, freeze_backbone)
     # Convolutions run up to twice as fast in this layout on CPUs and on GPUs with tensor cores.
     return model.to(memory_format=torch.channels_last), image_processor
 
@@ -206,7 +207,9 @@ def _load_checkpoint(model_name: str, labels: dict) -> tuple[PreTrainedModel, Ba
     logging.set_verbosity_error()  # its table of newly initialised head weights is what was asked for
     try:
         own = AutoConfig.from_pretrained(model_name)
-        config = AutoConfig.from_pretrained(model_name, **labels, num_labels=len(labels["id2label"]))
+        config = AutoConfig.from_pretrained(
+            model_name, **labels, num_labels=len(labels["id2label"]), problem_type="single_label_classification"
+        )
         image_processor = AutoImageProcessor.from_pretrained(model_name)
         model, loading = AutoModelForImageClassification.from_pretrained(
             model_name, config=config, ignore_mismatched_sizes=True, output_loading_info=True, dtype=torch.float32
@@ -222,9 +225,8 @@ def _load_checkpoint(model_name: str, labels: dict) -> tuple[PreTrainedModel, Ba
             f"{model_name} lacks {len(fresh - head)} of the weights its architecture needs (such as "
             f"{min(fresh - head)}): it is no usable pretrained model. Take a checkpoint made for image classification"
         )
-    if (
-        not fresh and dict(own.id2label) != labels["id2label"]
-    ):  # as many classes, but others: the old head means nothing
+    if not fresh and dict(own.id2label) != labels["id2label"]:
+        # As many classes as before, but others: the old head would be a wrong start.
         for name, module in model.named_modules():
             if any(f"{name}.{parameter}" in head for parameter, _ in module.named_parameters(recurse=False)):
                 module.reset_parameters()
@@ -252,15 +254,15 @@ def _resized(model: PreTrainedModel, image_processor: BaseImageProcessor, image_
         pretrained_cfg = {**model.config.pretrained_cfg, "input_size": [3, image_size, image_size]}
         model.config.pretrained_cfg = pretrained_cfg  # it is saved with the model's config, not with the processor
         return TimmWrapperImageProcessor(pretrained_cfg, architecture=model.config.architecture)
+    settings = image_processor.to_dict()
     square = {"height": image_size, "width": image_size}
-    size = dict(image_processor.size)
-    if "shortest_edge" in size:
-        crop_size = getattr(image_processor, "crop_size", None) or {"height": size["shortest_edge"]}
-        size = {"shortest_edge": round(size["shortest_edge"] * image_size / crop_size["height"])}
-    else:
-        size = square
-    changes = {"size": size, "crop_size": square} if getattr(image_processor, "crop_size", None) else {"size": size}
-    return type(image_processor).from_dict({**image_processor.to_dict(), **changes})
+    edge, crop = image_processor.size.get("shortest_edge"), getattr(image_processor, "crop_size", None)
+    settings["size"] = (
+        {"shortest_edge": round(image_size * edge / (crop["height"] if crop else edge))} if edge else square
+    )
+    if crop:
+        settings["crop_size"] = square
+    return type(image_processor).from_dict(settings)
 
 
 def _check_image_size(model: PreTrainedModel, model_name: str, image_size: int) -> None:

@@ -127,12 +127,11 @@ def _style():
     return matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
 
 
-def write_model_card(path: Path, metrics: dict, attribution: str, custom_code: bool) -> None:
+def write_model_card(path: Path, metrics: dict, custom_code: bool) -> None:
     """Write the model card `README.md`: what the model is, what it scored, on which data, by which recipe.
 
     Args:
         metrics: what `metrics.json` holds.
-        attribution: the licence line of the pictures, in Markdown; may be empty.
         custom_code: the model needs the `models.py` beside it.
     """
     test, data = metrics["test"], metrics["data"]
@@ -190,7 +189,7 @@ Always answering {_escape(majority["label"])}, the commonest class, would score 
 {_escape(data["name"])}: {", ".join(f"{split} {count['n']:,}" for split, count in data["splits"].items())} pictures.
 SHA-256 over the files, their classes and splits: `{data["fingerprint"]}`.
 
-{attribution}
+{data["attribution"]}
 
 ## Recipe
 

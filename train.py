@@ -17,7 +17,7 @@ from datasets import DatasetDict
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainingArguments, set_seed
 
 from arguments import DataArguments, ModelArguments, parse_arguments
-from data import collate, describe, evaluation_transform, load_splits, prepare, training_transform
+from data import collate, describe, load_splits, prepare, with_views
 from metrics import build_compute_metrics, predicted_classes, score, wilson_interval
 from models import build_model, parameter_groups
 from openmoji import ATTRIBUTION
@@ -45,18 +45,17 @@ def main(argv: list[str] | None = None) -> None:
             splits = prepare(load_data(data_args))
         data = describe(splits)
         labels = data["labels"]
-        say(training_args, "data", f"{data_args.short_name}: {len(labels)} classes, {in_words(data['splits'])}")
+        say(training_args, "data", f"{data_args.name}: {len(labels)} classes, {in_words(data['splits'])}")
+        for split, leaked in data["also_in_train"].items():
+            if leaked:
+                say(training_args, "careful", f"{leaked} pictures of {split} are in train too, byte for byte")
         seconds.stop("data")
 
         set_seed(training_args.seed)  # decides the new head's first weights
         model, image_processor = build_model(
             model_args.model_name, dict(enumerate(labels)), model_args.image_size, model_args.freeze_backbone
         )
-        splits = DatasetDict(
-            train=splits["train"].with_transform(training_transform(image_processor, data_args.augmentation)),
-            validation=splits["validation"].with_transform(evaluation_transform(image_processor)),
-            test=splits["test"].with_transform(evaluation_transform(image_processor)),
-        )
+        splits = with_views(splits, image_processor, data_args.augmentation)
         Path(training_args.output_dir).mkdir(parents=True, exist_ok=True)
         trainer = build_trainer(model, model_args, training_args, splits, labels)
     recipe = describe_recipe(data_args, model_args, trainer, splits)
@@ -64,8 +63,11 @@ def main(argv: list[str] | None = None) -> None:
         say(training_args, line, recipe[line])
     seconds.stop("model")
 
+    if training_args.resume_from_checkpoint:
+        load_weights(model, training_args.resume_from_checkpoint)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    load_best(trainer)
+    if trainer.state.best_model_checkpoint:  # chosen on validation
+        load_weights(model, trainer.state.best_model_checkpoint)
     seconds.stop("train")
 
     scores = {}
@@ -75,11 +77,12 @@ def main(argv: list[str] | None = None) -> None:
     seconds.stop("evaluate")
 
     if trainer.is_world_process_zero():
+        attribution = ATTRIBUTION if data_args.dataset_name == "openmoji" else ""
         metrics = {
             **scores,
             "baselines": {"majority": majority_baseline(data["splits"])},
             "seconds": seconds.total,
-            "data": {"name": data_args.short_name, **data},
+            "data": {"name": data_args.name, "attribution": attribution, **data},
             "recipe": recipe,
             "history": trainer.state.log_history,
             "versions": versions(),
@@ -130,16 +133,14 @@ def build_trainer(
     return trainer
 
 
-def load_best(trainer: Trainer) -> None:
-    """Put the weights of the best epoch, chosen on validation, into the trainer's model.
+def load_weights(model: PreTrainedModel, checkpoint: str) -> None:
+    """Put the weights of a checkpoint into the model, all of them.
 
-    The Trainer's own `load_best_model_at_end` loads without checking the names, which for ViT and others leaves most
-    of the weights as they were; `from_pretrained` renames what has to be renamed.
+    The Trainer's own loading, at a resume as for the best epoch, does not check the names, which for ViT and others
+    leaves most of the weights as they were; `from_pretrained` renames what has to be renamed.
     """
-    checkpoint = trainer.state.best_model_checkpoint
-    if checkpoint:
-        best = type(trainer.model).from_pretrained(checkpoint)
-        trainer.model.load_state_dict(best.state_dict(), strict=True)
+    saved = type(model).from_pretrained(checkpoint)
+    model.load_state_dict(saved.state_dict(), strict=True)
 
 
 def describe_recipe(
@@ -151,7 +152,7 @@ def describe_recipe(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type
-    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "float32"
+    precision = {"no": "float32"}.get(trainer.accelerator.mixed_precision, trainer.accelerator.mixed_precision)
     threads = f", {torch.get_num_threads()} threads" if args.device.type == "cpu" else ""
     processes = f", {args.world_size} processes" if args.world_size > 1 else ""
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -181,14 +182,14 @@ def save(
     image_processor.to_json_file(output_dir / "preprocessor_config.json")
     plot_confusion_matrix(metrics["test"], metrics["data"]["labels"], output_dir / "confusion_matrix.png")
     plot_curves(metrics["history"], output_dir / "curves.png")
-    attribution = ATTRIBUTION if metrics["data"]["name"] == "openmoji" else ""
-    write_model_card(output_dir / "README.md", metrics, attribution, custom_code=(output_dir / "models.py").exists())
+    custom_code = (output_dir / "models.py").exists()
+    write_model_card(output_dir / "README.md", metrics, custom_code)
     seconds.stop("save")
     metrics["seconds"]["total"] = sum(metrics["seconds"].values())
     write_metrics(output_dir / "metrics.json", metrics)
 
     majority = metrics["baselines"]["majority"]
-    trust = ", trust_remote_code=True" if (output_dir / "models.py").exists() else ""
+    trust = ", trust_remote_code=True" if custom_code else ""
     say(trainer.args, "test", f"accuracy {percent_with_interval(metrics['test'])}")
     always = f"always {majority['label']!r}: {majority['accuracy']:.1%}"
     say(trainer.args, "", f"macro F1 {metrics['test']['macro_f1']:.3f}; {always}")
@@ -229,11 +230,11 @@ class Stopwatch:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """End with one message and exit code 2 where the user can mend it; `--log_level debug` shows the traceback too."""
+    """End with one message and exit code 2 where the user can mend it; `python -X dev` shows the traceback."""
     try:
         yield
     except (ValueError, OSError) as error:
-        if "debug" in sys.argv:
+        if sys.flags.dev_mode:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

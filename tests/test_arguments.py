@@ -114,6 +114,10 @@ def test_directory_with_something_in_it_is_refused():
         parse_arguments(["--output_dir", "mine"])
     with pytest.raises(ValueError, match="already holds something"):
         parse_arguments(["--output_dir", "mine/thesis.txt"])
+    Path("mine/checkpoint-5").mkdir()
+    with pytest.raises(ValueError, match="checkpoint-5 is no checkpoint"):
+        parse_arguments(["--output_dir", "mine", "--resume_from_checkpoint", "mine/checkpoint-5"])
+    Path("mine/checkpoint-5/trainer_state.json").write_text("{}")
     continued = parse_arguments(["--output_dir", "mine", "--resume_from_checkpoint", "mine/checkpoint-5"])
     assert continued[2].output_dir == "mine"
 

@@ -145,6 +145,20 @@ def splits_without_classes(root: Path) -> None:
         draw("red", 1).save(root / split / "1.png")
 
 
+def test_classes_that_are_called_like_splits(tmp_path):
+    for number, name in enumerate(("bus", "test", "train")):
+        (tmp_path / name).mkdir()
+        for seed in range(4):
+            draw("red", 10 * number + seed).save(tmp_path / name / f"{seed}.png")
+    assert labels_of(load_splits(data_dir=str(tmp_path))) == ["bus", "test", "train"]
+
+
+def splits_and_more(root: Path) -> None:
+    draw_folder(root / "train")
+    draw_folder(root / "test")
+    draw_folder(root / "scratch")
+
+
 def test_class_missing_from_train(tmp_path):
     draw_folder(tmp_path / "p/train", 4, classes=("red", "blue"))
     draw_folder(tmp_path / "p/test", 2)
@@ -160,6 +174,7 @@ def test_class_missing_from_train(tmp_path):
         (splits_without_classes, "no class folders in them"),
         (lambda root: draw_folder(root, classes=("red",)), "the one class 'red'"),
         (lambda root: draw_folder(root, 2), "'blue' has 2 pictures, too few"),
+        (splits_and_more, "holds the splits test, train and beside them scratch"),
         (lambda root: [draw_folder(root / s) for s in ("train", "val", "dev")], "two folders for one split"),
     ],
 )
@@ -232,6 +247,15 @@ def test_named_columns(tmp_path):
         load_splits(dataset_name=path, image_column="nothing")
     with pytest.raises(ValueError, match="holds no images"):
         load_splits(dataset_name=path, image_column="kind")
+
+
+def test_image_column_without_its_type(tmp_path, pictures):
+    raw = [path.read_bytes() for path in sorted(pictures.rglob("*.png"))]
+    names = [path.parent.name for path in sorted(pictures.rglob("*.png"))]
+    (tmp_path / "set").mkdir()
+    Dataset.from_dict({"picture": raw, "label": names}).to_parquet(tmp_path / "set/train.parquet")
+    splits = prepare(load_splits(dataset_name=str(tmp_path / "set"), image_column="picture"))
+    assert describe(splits)["fingerprint"] == describe(prepare(load_splits(data_dir=str(pictures))))["fingerprint"]
 
 
 def test_single_split_is_the_training_split_whatever_its_name(tmp_path):
@@ -429,6 +453,14 @@ def test_augmented_dataset_is_lazy_and_collates(pictures, processor):
     batch = collate([train[0], train[14]])
     assert batch["pixel_values"].shape == (2, 3, 32, 32) and batch["pixel_values"].dtype == torch.float32
     assert batch["labels"].tolist() == [0, 2] and batch["labels"].dtype == torch.int64
+
+
+def test_pictures_that_two_splits_share_are_counted(tmp_path):
+    draw_folder(tmp_path / "p/train", 5)
+    draw_folder(tmp_path / "p/val", 3, first=50)
+    draw_folder(tmp_path / "p/test", 4, first=3)
+    splits = prepare(load_splits(data_dir=str(tmp_path / "p")))
+    assert describe(splits)["also_in_train"] == {"validation": 0, "test": 6}
 
 
 def test_fingerprint_ignores_names_and_sees_labels(pictures, tmp_path):

@@ -161,6 +161,11 @@ def test_image_size_that_the_model_cannot_take(name, request):
         build_model(name, TWO, image_size=64)
 
 
+def test_image_size_must_be_positive():
+    with pytest.raises(ValueError, match="--image_size 0 is no size"):
+        build_model("efficientnet_lite0", TWO, image_size=0)
+
+
 # --- freezing
 
 

@@ -22,6 +22,7 @@ def metrics():
         "baselines": {"majority": {"label": HOSTILE[0], "accuracy": 1 / 3}},
         "data": {
             "name": "[my](javascript:photos)",
+            "attribution": "Drawn by [someone](https://example.org).",
             "labels": HOSTILE,
             "splits": {split: {"n": 6} for split in ("train", "validation", "test")},
             "fingerprint": "0" * 64,
@@ -74,7 +75,7 @@ def test_curves(tmp_path):
 
 def test_model_card(metrics, tmp_path):
     path = tmp_path / "README.md"
-    write_model_card(path, metrics, attribution="Drawn by [someone](https://example.org).", custom_code=True)
+    write_model_card(path, metrics, custom_code=True)
     card = ModelCard.load(path)
     assert card.data.library_name == "transformers" and card.data.pipeline_tag == "image-classification"
     results = {result.metric_type: result.metric_value for result in card.data.eval_results}

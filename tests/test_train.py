@@ -131,36 +131,43 @@ def test_bad_input_ends_in_one_message(tmp_path, monkeypatch, capsys, line, mess
     assert not Path("outputs").exists()
 
 
-def test_best_epoch_of_a_vit_is_restored_whole(vit_checkpoint, tmp_path, monkeypatch):
-    """The Trainer's own way leaves two thirds of a ViT's weights as the last epoch had them."""
+@pytest.fixture
+def vit_run(vit_checkpoint, tmp_path, monkeypatch):
+    """A run of four epochs in which the last is the worst, all checkpoints kept; the command line that made it."""
     monkeypatch.chdir(tmp_path)
     draw_folder(Path("pictures"), per_class=10)
-    best = {}
-    load_best = train.load_best
+    line = ["--data_dir", "pictures", "--model_name", str(vit_checkpoint), "--optim", "sgd", "--learning_rate", "3"]
+    line += ["--lr_scheduler_type", "constant", "--warmup_steps", "0", "--num_train_epochs", "4"]
+    line += ["--metric_for_best_model", "eval_loss", "--save_total_limit", "9", "--augmentation", "none"]
+    train.main([*line, "--output_dir", "out"])
+    return line
 
-    def remember(trainer):
-        load_best(trainer)
-        checkpoint = trainer.state.best_model_checkpoint
-        best.update(AutoModelForImageClassification.from_pretrained(checkpoint).state_dict())
-        # Any epoch but the last would do; a learning rate this high makes the last one the worst.
-        assert best and not checkpoint.endswith(f"-{trainer.state.max_steps}")
 
-    monkeypatch.setattr(train, "load_best", remember)
-    line = [
-        "--data_dir",
-        "pictures",
-        "--model_name",
-        str(vit_checkpoint),
-        "--output_dir",
-        "out",
-        "--learning_rate",
-        "3",
-    ]
-    line += ["--lr_scheduler_type", "constant", "--warmup_steps", "0", "--num_train_epochs", "4", "--optim", "sgd"]
-    train.main([*line, "--metric_for_best_model", "eval_loss"])
-    saved = load_file("out/model.safetensors")
-    model = AutoModelForImageClassification.from_pretrained("out")
-    assert saved and all(torch.equal(tensor, best[name]) for name, tensor in model.state_dict().items())
+def weights(folder: str) -> dict[str, torch.Tensor]:
+    return AutoModelForImageClassification.from_pretrained(folder).state_dict()
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_best_epoch_of_a_vit_is_restored_whole(vit_run):
+    """The Trainer's own way leaves two thirds of a ViT's weights as the last epoch had them."""
+    losses = {
+        e["step"]: e["eval_loss"]
+        for e in json.loads(Path("out/metrics.json").read_text())["history"]
+        if "eval_loss" in e
+    }
+    best, last = min(losses, key=losses.get), max(losses)
+    assert best != last
+    assert same(weights("out"), weights(f"out/checkpoint-{best}"))
+    assert not same(weights("out"), weights(f"out/checkpoint-{last}"))
+
+
+def test_vit_resumed_after_an_epoch_ends_as_if_never_stopped(vit_run):
+    steps = sorted(int(path.name.split("-")[1]) for path in Path("out").glob("checkpoint-*"))
+    train.main([*vit_run, "--output_dir", "again", "--resume_from_checkpoint", f"out/checkpoint-{steps[1]}"])
+    assert same(weights(f"again/checkpoint-{steps[-1]}"), weights(f"out/checkpoint-{steps[-1]}"))
 
 
 def test_frozen_backbone_is_saved_as_it_was(timm_checkpoint, tmp_path, monkeypatch):

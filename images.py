@@ -1,0 +1,59 @@
+"""One picture file to upright RGB pixels; apart from data.py, because a prediction decodes as training does."""
+
+import io
+import warnings
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+
+# Raster formats that Pillow decodes itself; EPS, for one, would be handed to Ghostscript.
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")
+EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif"}
+
+
+def decode_rgb(data: bytes) -> tuple[Image.Image, bool]:
+    """Decode a picture file to upright 8-bit RGB.
+
+    Transparency is laid on white; 16-bit and floating-point grey is brought to the range of 8 bits; of an animation
+    the first frame is taken; the EXIF orientation is applied.
+
+    Returns the image, and whether it differs from what a plain decoder would give.
+
+    Raises:
+        OSError: the data is damaged or of no allowed format.
+    """
+    if not data:
+        raise OSError("the file is empty")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of odd metadata and of more than 89 megapixels; above 179 Pillow raises
+        Image.init()  # without it Pillow knows half of the formats
+        try:
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        except UnidentifiedImageError:
+            raise OSError(f"not a picture in an allowed format ({', '.join(FORMATS)})") from None
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+        changed = image.mode != "RGB" or image.has_transparency_data or image.getexif().get(0x0112, 1) != 1
+        return _to_rgb(upright), changed
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        grey = np.asarray(image, dtype=np.float64) / 257
+    elif image.mode in ("I", "F"):  # the range is not written anywhere, so it is taken from the values
+        grey = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        highest = grey.max()
+        scale = 255 if image.mode == "F" and highest <= 1 else 1 if highest <= 255 else 1 / 257
+        grey = grey * scale
+    elif image.mode == "LAB":
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+    elif image.has_transparency_data or image.mode in ("La", "RGBa"):
+        if image.mode == "La":
+            image = image.convert("LA")
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    else:
+        return image.convert("RGB")
+    return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")

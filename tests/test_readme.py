@@ -1,0 +1,52 @@
+"""The README and the docs: every file, option and config they name exists, and they say what must be said."""
+
+import re
+
+import pytest
+from conftest import PROJECT
+
+from arguments import build_parser, option_names
+from data import AUGMENTATIONS, EXTENSIONS
+
+PAGES = [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted((PROJECT / "docs").glob("*.md"))]
+
+
+@pytest.fixture(params=PAGES, ids=lambda path: path.name)
+def page(request):
+    return request.param
+
+
+def test_links_lead_to_files(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_commands_name_real_options_and_files(page):
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL))
+    launched = [line for line in blocks.splitlines() if "train.py" in line]
+    known = {*option_names(build_parser()), "config_file", "help"}
+    for line in launched:
+        assert set(re.findall(r"--(\w+)", line.split("#")[0])) <= known, line
+    for name in re.findall(r"(?:configs|benchmarks)/[\w.]+|requirements[\w.-]*\.txt", blocks):
+        assert (PROJECT / name).exists(), name
+
+
+def test_readme_begins_with_a_sentence_a_picture_and_a_table():
+    text = (PROJECT / "README.md").read_text()
+    assert [text.index(part) for part in ("Fine-tune an image", "![", "| model |", "## Start")] == sorted(
+        text.index(part) for part in ("Fine-tune an image", "![", "| model |", "## Start")
+    )
+    assert "pip install -r requirements.txt\naccelerate launch train.py\n" in text
+    assert "CC BY-SA 4.0" in text and "OpenMoji" in text
+
+
+def test_test_command_is_the_one_ci_runs():
+    assert "pip install -r requirements-dev.txt && pytest\n" in (PROJECT / "README.md").read_text()
+    script = (PROJECT / ".ci/run").read_text()
+    assert "-r requirements-dev.txt" in script and script.rstrip().endswith("\npytest")
+
+
+def test_usage_lists_every_augmentation_and_extension():
+    text = (PROJECT / "docs/usage.md").read_text()
+    assert all(f"| `{name}` |" in text for name in AUGMENTATIONS)
+    assert all(f"{extension}" in text for extension in EXTENSIONS)
