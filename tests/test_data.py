@@ -18,7 +18,6 @@ import data
 from data import (
     AUGMENTATIONS,
     collate,
-    decode_rgb,
     describe,
     evaluation_transform,
     load_splits,
@@ -26,6 +25,7 @@ from data import (
     prepare,
     training_transform,
 )
+from images import decode_rgb
 from models import build_model
 
 
