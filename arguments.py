@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -40,7 +41,12 @@ class DataArguments:
     )
     split_seed: int = field(default=1, metadata={"help": "Decides those cuts; --seed never moves them."})
     augmentation: Literal["none", "flip_crop", "trivial", "augmix"] = field(
-        default="flip_crop", metadata={"help": "What happens to a training picture each time it is seen."}
+        default="flip_crop",
+        metadata={
+            "help": "What happens to a training picture each time it is seen. none: the evaluation view; flip_crop: a "
+            "random crop, mirrored half of the time; trivial: that and one random operation of TrivialAugmentWide; "
+            "augmix: AugMix on the evaluation view."
+        },
     )
 
     @property
@@ -90,6 +96,15 @@ TRAINING_DEFAULTS = {
 # What a config says of its data, and what goes with it when the command line names other data.
 DATA_KEYS = ("data_dir", "dataset_name", "dataset_config_name", "image_column", "label_column", "label_names")
 
+# What the Trainer would take as it comes, and fail of, or train nothing, after the data has been prepared.
+POSITIVE = (
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+)
+
 
 def parse_arguments(argv: list[str]) -> tuple[DataArguments, ModelArguments, TrainingArguments]:
     """Read `[CONFIG.yaml] [--key value ...]`; what the line says goes over what the file says.
@@ -122,6 +137,9 @@ def parse_arguments(argv: list[str]) -> tuple[DataArguments, ModelArguments, Tra
         )
     if options["push_to_hub"]:
         raise ValueError("--push_to_hub is not supported yet: train first, then see 'The Hub' in README.md")
+    for key in POSITIVE:
+        if not 0 < options[key] < math.inf:
+            raise ValueError(f"--{key} is {options[key]}, but must be a number above 0")
     resume = options["resume_from_checkpoint"]
     if resume and not Path(resume, "trainer_state.json").is_file():
         raise ValueError(

@@ -349,6 +349,8 @@ def training_transform(image_processor: BaseImageProcessor, augmentation: str) -
             and one random TrivialAugmentWide operation (Müller and Hutter 2021); `augmix`, AugMix (Hendrycks et al.
             2020) on the evaluation view, as the seed experiment had it.
     """
+    if augmentation not in AUGMENTATIONS:
+        raise ValueError(f"unknown augmentation {augmentation!r}: choose from {', '.join(AUGMENTATIONS)}")
     evaluate = evaluation_transform(image_processor)
     if augmentation == "none":
         return evaluate

@@ -116,13 +116,20 @@ def _list_class_folders(split_root: Path, root: Path, skipped: Counter) -> list[
             subdirectories[:] = sorted(name for name in subdirectories if not _hidden(name))
             for path in (Path(directory, name) for name in sorted(names) if not _hidden(name)):
                 if path.suffix.lower() in EXTENSIONS:
-                    files.append((str(path), label))
+                    files.append((_readable(path), label))
                 else:
                     skipped[str(path.relative_to(root))] += 1
         if not files and split_root.name.lower() not in ("validation", "val", "valid", "dev", "test"):
             raise ValueError(f"the class folder {folder} has no pictures: fill it or remove it")
         found += files
     return found
+
+
+def _readable(path: Path) -> str:
+    try:
+        return str(path).encode().decode()
+    except UnicodeEncodeError:
+        raise ValueError(f"the file name {os.fsencode(path)!r} is not valid UTF-8: rename the file") from None
 
 
 def _with_stat(files: list[tuple[str, str]]) -> tuple[tuple[str, str, int, int], ...]:

@@ -83,6 +83,9 @@ def test_slip_in_a_config(text, message):
         (["--hub_token", "hf_secret"], "hf auth login"),
         (["--push_to_hub"], "not supported yet"),
         (["--eval_strategy", "sometimes"], "sometimes"),
+        (["--num_train_epochs", "-1"], "--num_train_epochs is -1.0, but must be a number above 0"),
+        (["--learning_rate", "nan"], "--learning_rate is nan"),
+        (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size is 0"),
     ],
 )
 def test_slip_on_the_line(line, message):

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 import shutil
 from pathlib import Path
 
@@ -121,6 +122,16 @@ def test_other_files_are_named_and_hidden_ones_are_not(pictures, caplog):
     assert "2 files" in caplog.text and "notes.txt" in caplog.text and ".DS_Store" not in caplog.text
 
 
+def test_many_pictures_are_prepared_by_several_processes_alike(tmp_path, monkeypatch):
+    draw_folder(tmp_path / "p", 520, classes=("red", "blue"))
+    whole = load_splits(data_dir=str(tmp_path / "p"), test_fraction=0.001, validation_fraction=0.001)
+    monkeypatch.setattr(data.os, "cpu_count", lambda: 2)
+    several = describe(prepare(whole))
+    assert list((Path(whole["train"].cache_files[0]["filename"]).parent).glob("*_of_00002.arrow"))
+    monkeypatch.setattr(data.os, "cpu_count", lambda: 1)
+    assert describe(prepare(whole))["fingerprint"] == several["fingerprint"]
+
+
 def test_changed_file_is_prepared_again(pictures):
     before = describe(prepare(load_splits(data_dir=str(pictures))))["fingerprint"]
     assert describe(prepare(load_splits(data_dir=str(pictures))))["fingerprint"] == before
@@ -182,6 +193,12 @@ def test_unusable_folder(tmp_path, build, message):
     build(tmp_path)
     with pytest.raises(ValueError, match=message):
         load_splits(data_dir=str(tmp_path))
+
+
+def test_file_name_that_is_no_text(pictures):
+    Path(os.fsdecode(os.fsencode(pictures / "red") + b"/\xff.png")).touch()
+    with pytest.raises(ValueError, match=r"xff.png' is not valid UTF-8: rename the file"):
+        load_splits(data_dir=str(pictures))
 
 
 def test_missing_folder(tmp_path):

@@ -3,6 +3,9 @@
 import json
 import os
 import re
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -84,6 +87,27 @@ def test_saved_model_gives_the_scores_of_the_run(run):
         answer = classify(row["image"]["path"], top_k=1)[0]["label"]
         hits += answer == dataset.features["label"].int2str(row["label"])
     assert hits / metrics["test"]["n"] == metrics["test"]["accuracy"]
+
+
+def test_plain_command_makes_no_network_call(tmp_path):
+    code = f"""
+        import runpy, socket, sys
+
+        def refuse(*arguments, **options):
+            print("NETWORK", arguments, file=sys.stderr)
+            raise OSError("no network here")
+
+        socket.getaddrinfo = socket.create_connection = socket.socket.connect = refuse
+        sys.argv = ["train.py", "--max_steps", "1", "--image_size", "32"]
+        sys.path.insert(0, {str(PROJECT)!r})
+        runpy.run_path({str(PROJECT / "train.py")!r}, run_name="__main__")
+    """
+    environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
+    ran = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert ran.returncode == 0 and "NETWORK" not in ran.stderr, ran.stderr
+    assert "OpenMoji" in Path(tmp_path, "outputs/efficientnet_lite0_openmoji/README.md").read_text()
 
 
 def test_second_run_takes_the_next_name_and_touches_nothing(run, launch):
