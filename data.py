@@ -264,7 +264,12 @@ def prepare(splits: DatasetDict) -> DatasetDict:
             fn_kwargs={"version": 1},  # part of the cache's key: raise it when the preparation changes
             desc=f"Preparing {split}",
         )
-        broken += [f"{split}: {error}" for error in result["error"][:] if error]
+        errors = [f"{split}: {error}" for error in result["error"][:] if error]
+        if errors:
+            broken += errors
+            # What failed may have been the disk or the rights, and work the next time.
+            for file in result.cache_files:
+                Path(file["filename"]).unlink()
         prepared[split] = result.remove_columns("error").cast_column("image", Image())
     if broken:
         more = f"\n  ... and {len(broken) - 10} more" if len(broken) > 10 else ""

@@ -394,6 +394,17 @@ def test_unreadable_pictures_are_all_named(pictures):
         assert name in str(caught.value)
 
 
+def test_failure_is_not_cached(pictures, monkeypatch):
+    def fail(raw):
+        raise OSError("the disk is away")
+
+    monkeypatch.setattr(data, "decode_rgb", fail)
+    with pytest.raises(ValueError, match="the disk is away"):
+        prepare(load_splits(data_dir=str(pictures)))
+    monkeypatch.undo()
+    assert len(prepare(load_splits(data_dir=str(pictures)))["train"]) == 15
+
+
 def test_bomb_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(PILImage, "MAX_IMAGE_PIXELS", 30)
     with pytest.raises(PILImage.DecompressionBombError):
