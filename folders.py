@@ -46,6 +46,9 @@ def load_folder(root: Path) -> DatasetDict:
             f"{root} has no pictures in class folders. Expected {root}/CLASS/picture.jpg, in the formats "
             f"{', '.join(sorted(EXTENSIONS))}"
         )
+    for split, files in found.items():
+        if not files:
+            raise ValueError(f"the split folder {roots[split]} has no pictures: fill it, or remove it to have one cut")
     if skipped:
         few = ", ".join(list(skipped)[:3])
         logger.warning(

@@ -11,11 +11,19 @@ from huggingface_hub import EvalResult, ModelCardData
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
-from transformers import ProgressCallback
+from tqdm.auto import tqdm
+from transformers import ProgressCallback, TrainerCallback
 
 
-class EpochTable(ProgressCallback):
-    """Prints a row for each evaluation under the Trainer's progress bar, where the Trainer prints its log as a dict.
+class ProgressBar(ProgressCallback):
+    """The Trainer's progress bars without its log, which `EpochTable` prints."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        pass
+
+
+class EpochTable(TrainerCallback):
+    """Prints a row for each evaluation, where the Trainer prints its log as a dict.
 
     It also measures the training accuracy, on the augmented views and while the weights change, and adds it to the
     Trainer's log history as `train_accuracy`.
@@ -27,13 +35,12 @@ class EpochTable(ProgressCallback):
     )
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        super().on_train_begin(args, state, control, **kwargs)
         self.hits, self.seen = 0, 0
         self.train = {}
         self.epoch_start = time.perf_counter()
         self.hook = model.register_forward_hook(self._count, with_kwargs=True)
         if state.is_world_process_zero:
-            self.training_bar.write(self.HEADER)
+            tqdm.write(self.HEADER)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
@@ -41,9 +48,9 @@ class EpochTable(ProgressCallback):
             if self.seen:
                 self.train["accuracy"] = state.log_history[-1]["train_accuracy"] = float(self.hits) / self.seen
             self.hits, self.seen = 0, 0
-        if "eval_loss" in logs and state.is_world_process_zero and self.training_bar is not None:
+        if "eval_loss" in logs and state.is_world_process_zero:
             now = time.perf_counter()
-            self.training_bar.write(
+            tqdm.write(
                 f"{state.epoch:5.4g}  {self.train.get('loss', float('nan')):10.3f}"
                 f"  {self.train.get('accuracy', float('nan')):9.1%}  {logs['eval_loss']:10.3f}"
                 f"  {logs['eval_accuracy']:9.1%}  {logs['eval_macro_f1']:9.3f}  {now - self.epoch_start:8.1f}"
@@ -51,7 +58,6 @@ class EpochTable(ProgressCallback):
             self.epoch_start = now
 
     def on_train_end(self, args, state, control, **kwargs):
-        super().on_train_end(args, state, control, **kwargs)
         self.hook.remove()
 
     def _count(self, module, args, kwargs, output):

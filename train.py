@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import transformers
 from datasets import DatasetDict
-from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainingArguments, set_seed
 
 from arguments import DataArguments, ModelArguments, parse_arguments
 from data import collate, describe, load_splits, prepare, with_views
@@ -23,6 +23,7 @@ from models import build_model, parameter_groups
 from openmoji import ATTRIBUTION
 from report import (
     EpochTable,
+    ProgressBar,
     percent_with_interval,
     plot_confusion_matrix,
     plot_curves,
@@ -119,17 +120,23 @@ def build_trainer(
     rate = training_args.learning_rate
     groups = parameter_groups(model, rate, rate * factor, training_args.weight_decay)
     optimizer_class, optimizer_kwargs = Trainer.get_optimizer_cls_and_kwargs(training_args, model)
-    trainer = Trainer(
-        model=model,
-        args=training_args,
-        data_collator=collate,
-        train_dataset=splits["train"],
-        eval_dataset=splits["validation"],
-        compute_metrics=build_compute_metrics(labels),
-        optimizer_cls_and_kwargs=(optimizer_class, {**optimizer_kwargs, "params": groups}),
-    )
-    trainer.remove_callback(ProgressCallback)
+    try:
+        trainer = Trainer(
+            model=model,
+            args=training_args,
+            data_collator=collate,
+            train_dataset=splits["train"],
+            eval_dataset=splits["validation"],
+            compute_metrics=build_compute_metrics(labels),
+            optimizer_cls_and_kwargs=(optimizer_class, {**optimizer_kwargs, "params": groups}),
+        )
+    except (ImportError, RuntimeError) as error:  # a tracker or an optimizer that is not installed
+        raise ValueError(str(error)) from error
+    for theirs in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(theirs)
     trainer.add_callback(EpochTable)
+    if not training_args.disable_tqdm:
+        trainer.add_callback(ProgressBar)
     return trainer
 
 

@@ -170,6 +170,11 @@ def splits_and_more(root: Path) -> None:
     draw_folder(root / "scratch")
 
 
+def empty_split(root: Path) -> None:
+    draw_folder(root / "train")
+    (root / "test/red").mkdir(parents=True)
+
+
 def test_class_missing_from_train(tmp_path):
     draw_folder(tmp_path / "p/train", 4, classes=("red", "blue"))
     draw_folder(tmp_path / "p/test", 2)
@@ -185,6 +190,7 @@ def test_class_missing_from_train(tmp_path):
         (splits_without_classes, "no class folders in them"),
         (lambda root: draw_folder(root, classes=("red",)), "the one class 'red'"),
         (lambda root: draw_folder(root, 2), "'blue' has 2 pictures, too few"),
+        (empty_split, "test has no pictures: fill it, or remove it"),
         (splits_and_more, "holds the splits test, train and beside them scratch"),
         (lambda root: [draw_folder(root / s) for s in ("train", "val", "dev")], "two folders for one split"),
     ],

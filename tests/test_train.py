@@ -204,6 +204,16 @@ def test_frozen_backbone_is_saved_as_it_was(timm_checkpoint, tmp_path, monkeypat
     assert all(torch.equal(weights[n], t) for n, t in original.items() if not n.startswith("fc."))
 
 
+def test_bars_can_be_left_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    draw_folder(Path("pictures"), per_class=5)
+    train.main(
+        ["--data_dir", "pictures", "--model_name", "simple_cnn", "--num_train_epochs", "1", "--disable_tqdm", "1"]
+    )
+    told = capsys.readouterr()
+    assert "macro F1" in told.out and "train_runtime" not in told.out and "it/s" not in told.err
+
+
 def test_same_seed_same_weights(timm_checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     draw_folder(Path("pictures"), per_class=5)
