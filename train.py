@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
         say(training_args, "data", f"{data_args.name}: {len(labels)} classes, {in_words(data['splits'])}")
         for split, leaked in data["also_in_train"].items():
             if leaked:
-                say(training_args, "careful", f"{leaked} pictures of {split} are in train too, byte for byte")
+                say(training_args, "careful", f"{split} pictures that are in train too, byte for byte: {leaked}")
         seconds.stop("data")
 
         set_seed(training_args.seed)  # decides the new head's first weights
@@ -200,7 +200,7 @@ def save(
     say(trainer.args, "test", f"accuracy {percent_with_interval(metrics['test'])}")
     always = f"always {majority['label']!r}: {majority['accuracy']:.1%}"
     say(trainer.args, "", f"macro F1 {metrics['test']['macro_f1']:.3f}; {always}")
-    say(trainer.args, "saved", f"{output_dir} after {metrics['seconds']['total']:.0f} s; its README.md tells more")
+    say(trainer.args, "saved", f"{output_dir} after {metrics['seconds']['total']:.0f} s, with a README.md")
     say(trainer.args, "next", f'pipeline("image-classification", "{output_dir}"{trust})')
 
 
