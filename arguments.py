@@ -198,13 +198,15 @@ def read_config(path: str, parser: HfArgumentParser) -> dict:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold settings, one `key: value` on a line")
-    for key in settings:
+    for key, value in settings.items():
         if key not in option_names(parser):
             raise ValueError(f"{path}: unknown key {key!r}{nearest(str(key), option_names(parser))}")
-    try:
-        parser.parse_known_args(as_tokens(settings))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        try:
+            _, unknown = parser.parse_known_args(as_tokens({key: value}))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        if unknown:
+            raise ValueError(f"{path}: {key} takes one value, not {len(value)}")
     return settings
 
 

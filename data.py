@@ -176,7 +176,8 @@ def _find_column(kind: str, given: str | None, features: Features, candidates: l
     if given is None and len(candidates) != 1:
         which = f"{' or '.join(candidates)} could be" if candidates else "none of the columns is clearly"
         raise ValueError(
-            f"{which} the {kind} column: name it with --{kind}_column. The columns are {', '.join(features)}"
+            f"{which} the {kind} column: name it with --{kind}_column (a folder of class folders goes to --data_dir). "
+            f"The columns are {', '.join(features)}"
         )
     return given or candidates[0]
 
@@ -274,7 +275,7 @@ def prepare(splits: DatasetDict) -> DatasetDict:
     if broken:
         more = f"\n  ... and {len(broken) - 10} more" if len(broken) > 10 else ""
         listing = "\n  ".join(broken[:10])
-        raise ValueError(f"{len(broken)} pictures cannot be read. Replace or remove them:\n  {listing}{more}")
+        raise ValueError(f"pictures that cannot be read: {len(broken)}. Replace or remove them:\n  {listing}{more}")
     return prepared
 
 

@@ -138,7 +138,10 @@ def _readable(path: Path) -> str:
 def _with_stat(files: list[tuple[str, str]]) -> tuple[tuple[str, str, int, int], ...]:
     rows = []
     for path, label in files:
-        status = Path(path).stat()
+        try:
+            status = Path(path).stat()
+        except OSError as error:  # a link that leads nowhere
+            raise ValueError(f"{path} cannot be read: {error.strerror}. Replace or remove it") from error
         rows.append((path, label, status.st_size, status.st_mtime_ns))
     return tuple(rows)
 

@@ -239,8 +239,8 @@ def _why_not_loaded(model_name: str, error: Exception) -> str:
         return f"cannot load a model from the folder {model_name}: {first_line}"
     if "connect" in str(error):
         return (
-            f"cannot reach the Hub for the model {model_name}, and it is not in the local cache. Connect this "
-            "machine, give a folder with a saved model, or take --model_name efficientnet_lite0, which needs no net"
+            f"cannot reach the Hub for the model {model_name}, and there is no such folder or cached model. Connect "
+            "this machine, give a folder with a saved model, or use --model_name efficientnet_lite0 without a network"
         )
     return (
         f"cannot load {model_name} from the Hub as an image classifier: {first_line} "

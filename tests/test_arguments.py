@@ -59,6 +59,7 @@ def test_other_data_on_the_line_replaces_all_that_the_config_says_of_data():
         ("learning_rat: 1", r"some.yaml: unknown key 'learning_rat'; did you mean 'learning_rate'"),
         ("learning_rate: fast", r"some.yaml: argument --learning_rate.*'fast'"),
         ("augmentation: flip", r"some.yaml: argument --augmentation.*'flip'"),
+        ("num_train_epochs: [1, 2]", "some.yaml: num_train_epochs takes one value, not 2"),
         ("- just\n- a list", "must hold settings"),
         ("a: [", "not valid YAML"),
         ("", "must hold settings"),

@@ -207,6 +207,12 @@ def test_file_name_that_is_no_text(pictures):
         load_splits(data_dir=str(pictures))
 
 
+def test_link_that_leads_nowhere(pictures):
+    (pictures / "red/gone.png").symlink_to("nowhere.png")
+    with pytest.raises(ValueError, match=r"gone.png cannot be read: .*Replace or remove it"):
+        load_splits(data_dir=str(pictures))
+
+
 def test_missing_folder(tmp_path):
     with pytest.raises(ValueError, match=r"nowhere is not a folder"):
         load_splits(data_dir=str(tmp_path / "nowhere"))
@@ -260,7 +266,7 @@ def test_named_columns(tmp_path):
     (tmp_path / "set").mkdir()
     Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "set/train.parquet")
     path = str(tmp_path / "set")
-    with pytest.raises(ValueError, match=r"photo or thumbnail could be the image column.*--image_column"):
+    with pytest.raises(ValueError, match=r"photo or thumbnail could be the image column: name it with --image_column"):
         load_splits(dataset_name=path)
     assert labels_of(load_splits(dataset_name=path, image_column="photo")) == ["c", "d"]
     splits = prepare(load_splits(dataset_name=path, image_column="photo", label_column="kind"))
@@ -394,7 +400,7 @@ def test_unreadable_pictures_are_all_named(pictures):
     (pictures / "red/empty.jpg").write_bytes(b"")
     (pictures / "blue/page.jpg").write_text("<html>not found</html>")
     (pictures / "blue/script.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
-    with pytest.raises(ValueError, match="4 pictures cannot be read") as caught:
+    with pytest.raises(ValueError, match="pictures that cannot be read: 4") as caught:
         prepare(load_splits(data_dir=str(pictures)))
     for name in ("cut.png", "empty.jpg: the file is empty", "page.jpg: not a picture", "script.png: not a picture"):
         assert name in str(caught.value)

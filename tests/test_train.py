@@ -128,7 +128,7 @@ def test_second_run_takes_the_next_name_and_touches_nothing(run, launch):
         (["--data_dir", "empty"], "no pictures in class folders"),
         (["--data_dir", "single"], "the one class 'red'"),
         (["--data_dir", "few"], "too few"),
-        (["--data_dir", "broken"], "cannot be read"),
+        (["--data_dir", "broken"], "that cannot be read: 1"),
         (["--learning_rat", "1"], "did you mean 'learning_rate'"),
         (["typo.yaml"], "unknown key 'model_nam'; did you mean 'model_name'"),
         (["--data_dir", "good", "--model_name", "efficientnet"], "unknown model 'efficientnet'"),
