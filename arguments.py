@@ -3,10 +3,15 @@
 import difflib
 import json
 import math
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar, Literal
 
+import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -72,15 +77,22 @@ class ModelArguments:
         default=None,
         metadata={"help": "Side of the square the model sees, in pixels; the model's own where not given."},
     )
-    freeze_backbone: bool = field(default=False, metadata={"help": "Train the classification head alone."})
+    recipe: Literal["probe", "head", "lp_ft", "full"] | None = field(
+        default=None,
+        metadata={
+            "help": "How a pretrained model learns. probe: a logistic regression on its frozen features; head: a new "
+            "head on the frozen backbone, with augmentation; lp_ft: the upper layers, from the probe on; full: all "
+            "layers, with a new head. Chosen by the data's and the model's size where not given (docs/usage.md)."
+        },
+    )
 
 
 # Where Luthier differs from transformers.TrainingArguments; docs/experiments.md has the figures behind the recipe.
 TRAINING_DEFAULTS = {
-    "num_train_epochs": 5,
+    "num_train_epochs": None,  # by recipe, as learning_rate
     "per_device_train_batch_size": 32,
     "per_device_eval_batch_size": 64,
-    "learning_rate": 2e-3,
+    "learning_rate": None,
     "weight_decay": 0.01,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.1,
@@ -90,6 +102,9 @@ TRAINING_DEFAULTS = {
     "save_total_limit": 1,
     "metric_for_best_model": "loss",  # on a hundred pictures accuracy moves by whole points, the loss does not
     "remove_unused_columns": False,  # the transforms read columns that the model does not take
+    "dataloader_num_workers": None,  # by machine
+    "bf16": None,  # by machine
+    "logging_nan_inf_filter": False,  # it would make a GPU wait at every step, and log a loss that is NaN as 0
     "report_to": "none",
     "output_dir": None,
 }
@@ -130,6 +145,8 @@ def parse_arguments(argv: list[str]) -> tuple[DataArguments, ModelArguments, Tra
         raise ValueError("--data_dir and --dataset_name both name the data: give one of them")
     if not data_args.data_dir and not data_args.dataset_name:
         data_args.dataset_name = "openmoji"
+    if data_args.dataset_name == "openmoji" and model_args.model_name == "efficientnet_lite0":
+        model_args.image_size = model_args.image_size or 160  # as large as the drawings are rendered
     if options["hub_token"] is not None:
         raise ValueError(
             "--hub_token would be kept in the shell's history and in the run's files: log in once with "
@@ -138,7 +155,7 @@ def parse_arguments(argv: list[str]) -> tuple[DataArguments, ModelArguments, Tra
     if options["push_to_hub"]:
         raise ValueError("--push_to_hub is not supported yet: train first, then see 'The Hub' in README.md")
     for key in POSITIVE:
-        if not 0 < options[key] < math.inf:
+        if options[key] is not None and not 0 < options[key] < math.inf:
             raise ValueError(f"--{key} is {options[key]}, but must be a number above 0")
     resume = options["resume_from_checkpoint"]
     if resume and not Path(resume, "trainer_state.json").is_file():
@@ -147,9 +164,27 @@ def parse_arguments(argv: list[str]) -> tuple[DataArguments, ModelArguments, Tra
         )
     name = Path(config).stem if config else f"{Path(model_args.model_name).name}_{Path(data_args.name).name}"
     options["output_dir"] = str(free_output_dir(options["output_dir"], name, resume))
+    suit_machine(options)
     options["label_names"] = None  # DataArguments has it; what the Trainer means by the word it finds by itself
     training_options = {option.name: options[option.name] for option in fields(TrainingArguments) if option.init}
     return data_args, model_args, TrainingArguments(**training_options)
+
+
+def suit_machine(options: dict) -> None:
+    """Fill in what depends on the machine, where the user has not: data workers, and bfloat16."""
+    gpu = torch.cuda.is_available() and not options["use_cpu"]
+    if options["dataloader_num_workers"] is None:
+        # A GPU starves where the process that feeds it decodes too; on a CPU the cores are the model's.
+        options["dataloader_num_workers"] = min(cores_of_process(), 8) if gpu else 0
+        options["dataloader_persistent_workers"] = gpu
+    if options["bf16"] is None:  # NVIDIA's from Ampere on
+        options["bf16"] = gpu and not options["fp16"] and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def cores_of_process() -> int:
+    """Return how many of the cores that this job may use are this process's share."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 class Parser(HfArgumentParser):
@@ -259,3 +294,15 @@ def free_output_dir(given: str | None, name: str, resume_from_checkpoint: str | 
             f"by --resume_from_checkpoint {given}/checkpoint-N"
         )
     return path
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """End with one message and exit code 2 where the user can mend it; `python -X dev` shows the traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if sys.flags.dev_mode:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

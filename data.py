@@ -1,35 +1,33 @@
 """Where images come from, how they are split, prepared once, augmented lazily, and how they form a batch."""
 
+import functools
 import hashlib
+import importlib.metadata
 import io
+import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import (
-    ClassLabel,
-    DatasetDict,
-    Features,
-    Image,
-    Value,
-    load_dataset,
-)
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 from PIL import Image as PILImage
-from torchvision.transforms import v2
-from transformers import BaseImageProcessor
+from torch.utils.data import default_collate
 
 from folders import SPLIT_OF_FOLDER, load_folder
 from images import decode_rgb
 from openmoji import load_openmoji
+from views import EvaluationView, training_view
 
 logger = logging.getLogger(__name__)
 
-AUGMENTATIONS = ("none", "flip_crop", "trivial", "augmix")
+PREPARATION = 2  # part of the cache's key: raise it when what is stored changes
+TRAINING_PICTURE = 2  # shorter side of a stored training picture, in sides of the view
 ENCODED_IMAGE = {"bytes": Value("binary"), "path": Value("string")}  # an image column that lost its type
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "fine_label")
 
@@ -239,30 +237,40 @@ def stratified_cut(
 # --- preparation -----------------------------------------------------------------------------------------------------
 
 
-def prepare(splits: DatasetDict) -> DatasetDict:
-    """Decode every picture once, make it an upright RGB image and digest its bytes; `datasets` caches the result.
+def prepare(splits: DatasetDict, view: EvaluationView) -> DatasetDict:
+    """Decode every picture once, on all cores, and store what the run needs of it; `datasets` caches the result.
 
-    A file that already is plain RGB keeps its bytes; what had to be changed is stored as PNG. Nothing is lost either
-    way.
+    A training picture is stored upright, in RGB, with its shorter side at most twice the view's: of such a picture a
+    random crop still has a pixel for each that the model sees. One that was small enough and plain RGB already keeps
+    its bytes; one that had to be changed but not shrunk is a PNG, a shrunken one a JPEG of quality 95 without chroma
+    subsampling. Of validation and test pictures the evaluation view itself is stored, which is exact.
 
-    Returns the splits with the columns `image`, `label` and `digest` (SHA-256 of the original bytes).
+    Returns the splits with the columns `image` (train) or `view` (bytes, see `EvaluationView.pack`), `label` and
+    `digest` (SHA-256 of the original bytes).
 
     Raises:
         ValueError: pictures cannot be read; the message names them.
     """
-    prepared = DatasetDict()
-    broken = []
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("pillow", "torchvision", "transformers")]
+    key = json.dumps([PREPARATION, view.image_processor.to_dict(), *versions], sort_keys=True, default=str)
+    shortest = TRAINING_PICTURE * max(view.size)
+    prepared, broken = DatasetDict(), []
     for split, dataset in splits.items():
-        features = Features({**dataset.features, "digest": Value("string"), "error": Value("string")})
-        processes = min(os.cpu_count() or 1, len(dataset) // 500)
+        column, feature = ("image", Image(decode=False)) if split == "train" else ("view", Value("binary"))
+        store = functools.partial(store_training_picture, shortest=shortest) if split == "train" else view_store(view)
         result = dataset.map(
-            prepare_row,
+            functools.partial(prepare_batch, store=store, column=column),
+            batched=True,
             with_indices=True,
-            features=features,
             # A few photographs at a time in memory, however many there are.
-            writer_batch_size=16,
-            num_proc=processes if processes > 1 else None,
-            fn_kwargs={"version": 1},  # part of the cache's key: raise it when the preparation changes
+            batch_size=32,
+            writer_batch_size=32,
+            remove_columns="image",
+            features=Features(
+                {column: feature, "label": dataset.features["label"]}
+                | {"digest": Value("string"), "error": Value("string")}
+            ),
+            new_fingerprint=hashlib.sha256(f"{dataset._fingerprint} {split} {key}".encode()).hexdigest()[:40],
             desc=f"Preparing {split}",
         )
         errors = [f"{split}: {error}" for error in result["error"][:] if error]
@@ -271,7 +279,8 @@ def prepare(splits: DatasetDict) -> DatasetDict:
             # What failed may have been the disk or the rights, and work the next time.
             for file in result.cache_files:
                 Path(file["filename"]).unlink()
-        prepared[split] = result.remove_columns("error").cast_column("image", Image())
+        prepared[split] = result.remove_columns("error")
+    prepared["train"] = prepared["train"].cast_column("image", Image())
     if broken:
         more = f"\n  ... and {len(broken) - 10} more" if len(broken) > 10 else ""
         listing = "\n  ".join(broken[:10])
@@ -279,25 +288,41 @@ def prepare(splits: DatasetDict) -> DatasetDict:
     return prepared
 
 
-def prepare_row(row: dict, index: int, version: int) -> dict:
-    """Prepare one row for `Dataset.map`; see `prepare`. A picture that cannot be read leaves its reason in `error`."""
-    source = row["image"] or {"bytes": None, "path": None}
-    name = source["path"] or f"row {index}"
-    data = source["bytes"]
-    try:
-        if data is None:
-            data = Path(source["path"]).read_bytes()
-        image, changed = decode_rgb(data)
-    except Exception as error:  # Pillow's plugins raise whatever they like on damaged data
-        reason = "; ".join(str(error).splitlines()) or type(error).__name__
-        return {"image": None, "digest": None, "error": f"{name}: {reason}"}
-    if changed:
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG", compress_level=1)
-        stored = buffer.getvalue()
-    else:
-        stored = data
-    return {"image": {"bytes": stored, "path": None}, "digest": hashlib.sha256(data).hexdigest(), "error": None}
+def prepare_batch(batch: dict, indices: list[int], store: Callable, column: str) -> dict:
+    """Prepare a batch for `Dataset.map`; see `prepare`. A picture that cannot be read leaves its reason in `error`."""
+
+    def prepare_one(source: dict | None, index: int) -> tuple:
+        source = source or {"bytes": None, "path": None}
+        name = source["path"] or f"row {index}"
+        try:
+            data = Path(source["path"]).read_bytes() if source["bytes"] is None else source["bytes"]
+            return store(data), hashlib.sha256(data).hexdigest(), None
+        except Exception as error:  # Pillow's plugins raise whatever they like on damaged data
+            reason = "; ".join(str(error).splitlines()) or type(error).__name__
+            return None, None, f"{name}: {reason}"
+
+    # Threads suffice, because Pillow lets go of the interpreter while it decodes, resizes and encodes.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        stored, digests, errors = zip(*pool.map(prepare_one, batch["image"], indices), strict=True)
+    return {column: list(stored), "label": batch["label"], "digest": list(digests), "error": list(errors)}
+
+
+def store_training_picture(data: bytes, shortest: int) -> dict:
+    """Return what is stored of a training picture, as `datasets.Image` has it; see `prepare`."""
+    image, changed = decode_rgb(data, shortest)
+    stored = io.BytesIO()
+    if min(image.size) > shortest:
+        scale = shortest / min(image.size)
+        size = [max(1, round(side * scale)) for side in image.size]
+        image.resize(size, PILImage.Resampling.BICUBIC, reducing_gap=3).save(stored, "JPEG", quality=95, subsampling=0)
+    elif changed:
+        image.save(stored, "PNG", compress_level=1)
+    return {"bytes": stored.getvalue() or data, "path": None}
+
+
+def view_store(view: EvaluationView) -> Callable[[bytes], bytes]:
+    """Return the function that makes of a picture file its packed evaluation view."""
+    return lambda data: view.pack(view(decode_rgb(data)[0]))
 
 
 def describe(splits: DatasetDict) -> dict:
@@ -322,87 +347,32 @@ def describe(splits: DatasetDict) -> dict:
 # --- views -----------------------------------------------------------------------------------------------------------
 
 
-def with_views(splits: DatasetDict, image_processor: BaseImageProcessor, augmentation: str) -> DatasetDict:
+def with_views(splits: DatasetDict, view: EvaluationView, augmentation: str) -> DatasetDict:
     """Return prepared splits whose rows are `pixel_values` and `labels`, made when they are asked for.
 
     Train is seen through `augmentation`, validation and test as the image processor has it.
     """
-    evaluation = evaluation_transform(image_processor)
-    transforms = {
-        "train": training_transform(image_processor, augmentation),
-        "validation": evaluation,
-        "test": evaluation,
-    }
-    return DatasetDict({split: splits[split].with_transform(transform) for split, transform in transforms.items()})
+    train = splits["train"].with_transform(lazily("image", training_view(view, augmentation)))
+    held_out = {split: evaluation_rows(splits[split], view, ["label"]) for split in ("validation", "test")}
+    return DatasetDict(train=train, **held_out)
 
 
-def evaluation_transform(image_processor: BaseImageProcessor) -> Callable[[dict], dict]:
-    """Return the `with_transform` function of evaluation: the image processor's own view, nothing else."""
+def evaluation_rows(dataset: Dataset, view: EvaluationView, columns: Sequence[str] = ()) -> Dataset:
+    """Return a prepared split, train too, whose rows are the `pixel_values` of evaluation, and `labels` if asked."""
+    column, see = ("view", view.unpack) if "view" in dataset.column_names else ("image", view)
+    return dataset.select_columns([column, *columns]).with_transform(lazily(column, see))
+
+
+def lazily(column: str, see: Callable[..., torch.Tensor]) -> Callable[[dict], dict]:
+    """Return the `with_transform` function that makes `pixel_values` of a column, row by row, and keeps the label."""
 
     def transform(batch: dict) -> dict:
-        views = image_processor(batch["image"], return_tensors="pt")
-        return {"pixel_values": list(views["pixel_values"]), "labels": batch["label"]}
+        seen = {"pixel_values": [see(entry) for entry in batch[column]]}
+        return seen | ({"labels": batch["label"]} if "label" in batch else {})
 
     return transform
 
 
-def training_transform(image_processor: BaseImageProcessor, augmentation: str) -> Callable[[dict], dict]:
-    """Return the `with_transform` function of training.
-
-    Args:
-        image_processor: gives the size, the scale of the pixel values, and the view that is augmented.
-        augmentation: `none`, the evaluation view; `flip_crop`, a random crop, half of them mirrored; `trivial`, that
-            and one random TrivialAugmentWide operation (Müller and Hutter 2021); `augmix`, AugMix (Hendrycks et al.
-            2020) on the evaluation view, as the seed experiment had it.
-    """
-    if augmentation not in AUGMENTATIONS:
-        raise ValueError(f"unknown augmentation {augmentation!r}: choose from {', '.join(AUGMENTATIONS)}")
-    evaluate = evaluation_transform(image_processor)
-    if augmentation == "none":
-        return evaluate
-    size, black, contrast = pixel_scale(image_processor)
-    to_pixel_values = v2.Compose(
-        [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean=-black / contrast, std=1 / contrast)]
-    )
-    if augmentation == "augmix":
-        augmix = v2.AugMix()
-
-        def view(pixel_values: torch.Tensor) -> torch.Tensor:
-            unit = (pixel_values - black[:, None, None]) / contrast[:, None, None]
-            return to_pixel_values(augmix((unit * 255).round().clamp(0, 255).to(torch.uint8)))
-
-        def transform(batch: dict) -> dict:
-            batch = evaluate(batch)
-            return {**batch, "pixel_values": [view(pixel_values) for pixel_values in batch["pixel_values"]]}
-
-        return transform
-
-    crop = v2.Compose(
-        [
-            # At least 35% of the picture, where torchvision's default is 8%: small crops lose what is to be named.
-            v2.RandomResizedCrop(size, scale=(0.35, 1.0), interpolation=v2.InterpolationMode.BICUBIC),
-            v2.RandomHorizontalFlip(),
-            *([v2.TrivialAugmentWide()] if augmentation == "trivial" else []),
-            to_pixel_values,
-        ]
-    )
-    return lambda batch: {"pixel_values": [crop(image) for image in batch["image"]], "labels": batch["label"]}
-
-
-def pixel_scale(image_processor: BaseImageProcessor) -> tuple[tuple[int, int], torch.Tensor, torch.Tensor]:
-    """Return the view's (height, width), and per channel the value of black and the way from black to white.
-
-    Asked of the processor by showing it a black and a white picture, because every family names its settings
-    differently.
-    """
-    pictures = [PILImage.new("RGB", (64, 64), colour) for colour in ("black", "white")]
-    black, white = image_processor(pictures, return_tensors="pt")["pixel_values"]
-    return tuple(black.shape[-2:]), black[:, 0, 0], (white - black)[:, 0, 0]
-
-
 def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
-    """Stack rows of a transformed split: `pixel_values` float32 [N, 3, H, W], `labels` int64 [N]."""
-    return {
-        "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
-        "labels": torch.tensor([row["labels"] for row in rows]),
-    }
+    """Stack rows of a transformed split: `pixel_values` float32 [N, 3, H, W], and `labels` int64 [N] if they have."""
+    return default_collate(rows)

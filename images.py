@@ -1,6 +1,7 @@
 """One picture file to upright RGB pixels; apart from data.py, because a prediction decodes as training does."""
 
 import io
+import math
 import warnings
 
 import numpy as np
@@ -11,11 +12,16 @@ FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")
 EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif"}
 
 
-def decode_rgb(data: bytes) -> tuple[Image.Image, bool]:
+def decode_rgb(data: bytes, shortest: int | None = None) -> tuple[Image.Image, bool]:
     """Decode a picture file to upright 8-bit RGB.
 
     Transparency is laid on white; 16-bit and floating-point grey is brought to the range of 8 bits; of an animation
     the first frame is taken; the EXIF orientation is applied.
+
+    Args:
+        data: the file.
+        shortest: the shorter side that will be used, in pixels. A JPEG is then decoded at an eighth, a quarter or a
+            half of its size where that leaves at least so much: several times faster for large photographs.
 
     Returns the image, and whether it differs from what a plain decoder would give.
 
@@ -31,6 +37,9 @@ def decode_rgb(data: bytes) -> tuple[Image.Image, bool]:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         except UnidentifiedImageError:
             raise OSError(f"not a picture in an allowed format ({', '.join(FORMATS)})") from None
+        if shortest and min(image.size) > shortest and image.format in ("JPEG", "MPO"):
+            scale = shortest / min(image.size)
+            image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
         image.load()
         upright = ImageOps.exif_transpose(image)
         changed = image.mode != "RGB" or image.has_transparency_data or image.getexif().get(0x0112, 1) != 1

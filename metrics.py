@@ -53,20 +53,22 @@ def wilson_interval(hits: int, n: int, z: float = 1.959964) -> list[float]:
     return [max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)]
 
 
-def score(predictions: np.ndarray, references: np.ndarray, labels: list[str]) -> dict:
-    """Score predicted class indices [N] against the true ones [N].
+def score(logits: np.ndarray, references: np.ndarray, labels: list[str]) -> dict:
+    """Score logits [N, C] against the true class indices [N].
 
-    Returns `accuracy`, `accuracy_ci95` (Wilson), `macro_f1` (over the classes that occur), `n`, `per_class` by class
-    name, and `confusion_matrix` (rows are true classes).
+    Returns `accuracy`, `accuracy_ci95` (Wilson), `macro_f1` (over the classes that occur), `log_loss` (mean
+    cross-entropy in nats), `n`, `per_class` by class name, and `confusion_matrix` (rows are true classes).
     """
     result = Classification(keep_in_memory=True).compute(
-        predictions=predictions, references=references, num_labels=len(labels)
+        predictions=logits.argmax(axis=-1), references=references, num_labels=len(labels)
     )
     n = len(references)
+    given = logits[np.arange(n), references]
     return {
         "accuracy": result["accuracy"],
         "accuracy_ci95": wilson_interval(round(result["accuracy"] * n), n),
         "macro_f1": result["macro_f1"],
+        "log_loss": float((np.logaddexp.reduce(logits.astype(np.float64), axis=-1) - given).mean()),
         "n": n,
         "per_class": {
             name: {key: result[key][index] for key in ("precision", "recall", "f1", "support")}
@@ -76,17 +78,17 @@ def score(predictions: np.ndarray, references: np.ndarray, labels: list[str]) ->
     }
 
 
-def predicted_classes(predictions: np.ndarray | tuple) -> np.ndarray:
-    """Return the class indices [N] of what `Trainer.predict` gave: logits [N, C], first in a tuple for some models."""
-    logits = predictions[0] if isinstance(predictions, tuple) else predictions
-    return logits.argmax(axis=-1)
+def logits_of(prediction: EvalPrediction) -> np.ndarray:
+    """Return the logits [N, C] of what `Trainer.predict` gave; some models give more, in a tuple that they open."""
+    predictions = prediction.predictions
+    return predictions[0] if isinstance(predictions, tuple) else predictions
 
 
 def build_compute_metrics(labels: list[str]) -> Callable[[EvalPrediction], dict[str, float]]:
     """Return the Trainer's `compute_metrics`: accuracy and macro F1 of one evaluation."""
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-        result = score(predicted_classes(prediction.predictions), prediction.label_ids, labels)
+        result = score(logits_of(prediction), prediction.label_ids, labels)
         return {"accuracy": result["accuracy"], "macro_f1": result["macro_f1"]}
 
     return compute_metrics

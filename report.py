@@ -159,7 +159,9 @@ def write_model_card(path: Path, metrics: dict, custom_code: bool) -> None:
         for label, row in test["per_class"].items()
     )
     settings = "\n".join(f"| {key} | {_escape(value)} |" for key, value in metrics["recipe"].items())
-    majority = metrics["baselines"]["majority"]
+    majority, probe = metrics["baselines"]["majority"], metrics["baselines"].get("linear_probe")
+    beside = f"A logistic regression on the frozen features scores {probe['test']['accuracy']:.1%}.\n" if probe else ""
+    curves = "\n![Loss and accuracy by epoch](curves.png)\n" if (path.parent / "curves.png").exists() else ""
     path.write_text(
         f"""---
 {metadata.to_yaml()}
@@ -180,15 +182,14 @@ classify("picture.jpg")
 
 Test accuracy **{percent_with_interval(test)}**, macro F1 {test["macro_f1"]:.3f}. The epoch was chosen on validation
 (accuracy {percent_with_interval(metrics["validation"])}); test was looked at once, at the end.
-Always answering {_escape(majority["label"])}, the commonest class, would score {majority["accuracy"]:.1%}.
+{beside}Always answering {_escape(majority["label"])}, the commonest class, would score {majority["accuracy"]:.1%}.
 
 | class | precision | recall | F1 | test pictures |
 |---|---|---|---|---|
 {per_class}
 
 ![Confusion matrix](confusion_matrix.png)
-
-![Loss and accuracy by epoch](curves.png)
+{curves}
 
 ## Data
 

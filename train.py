@@ -1,26 +1,42 @@
-"""Fine-tune an image classifier: arguments -> data -> model -> Trainer -> evaluate -> report."""
+"""Fine-tune an image classifier: arguments -> data -> model -> probe -> Trainer -> evaluate -> report."""
+
+import sys
+import time
+
+from arguments import DataArguments, ModelArguments, cores_of_process, parse_arguments, user_errors
+
+START = time.perf_counter()
+if __name__ == "__main__":
+    with user_errors():
+        parse_arguments(sys.argv[1:])  # --help and mistakes are answered before the imports below, which take seconds
 
 import importlib.metadata
 import logging
 import os
 import platform
 import shlex
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 from datasets import DatasetDict
-from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainingArguments, set_seed
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 
-from arguments import DataArguments, ModelArguments, parse_arguments
 from data import collate, describe, load_splits, prepare, with_views
-from metrics import build_compute_metrics, predicted_classes, score, wilson_interval
-from models import build_model, parameter_groups
+from metrics import build_compute_metrics, logits_of, score, wilson_interval
+from models import build_model, freeze, linear_head, parameter_groups
 from openmoji import ATTRIBUTION
+from probe import build_probe
+from recipe import FROM_SCRATCH, RECIPES, Recipe, blend, choose_recipe
 from report import (
     EpochTable,
     ProgressBar,
@@ -30,67 +46,82 @@ from report import (
     write_metrics,
     write_model_card,
 )
-
-BACKBONE_LR_FACTOR = 0.1  # a pretrained backbone learns at a tenth of the rate of its new head
+from views import EvaluationView
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run one experiment; see `python train.py --help`."""
     argv = sys.argv[1:] if argv is None else argv
-    seconds = Stopwatch()
+    clock = Stopwatch()
     quiet_libraries()
     with user_errors():
         data_args, model_args, training_args = parse_arguments(argv)
         fit_machine(training_args)
-        with training_args.main_process_first(desc="preparing the pictures"):
-            splits = prepare(load_data(data_args))
-        data = describe(splits)
-        labels = data["labels"]
-        say(training_args, "data", f"{data_args.name}: {len(labels)} classes, {in_words(data['splits'])}")
-        for split, leaked in data["also_in_train"].items():
-            if leaked:
-                say(training_args, "careful", f"{split} pictures that are in train too, byte for byte: {leaked}")
-        seconds.stop("data")
-
+        splits = load_data(data_args)
+        labels = splits["train"].features["label"].names
         set_seed(training_args.seed)  # decides the new head's first weights
-        model, image_processor = build_model(
-            model_args.model_name, dict(enumerate(labels)), model_args.image_size, model_args.freeze_backbone
-        )
-        splits = with_views(splits, image_processor, data_args.augmentation)
+        model, image_processor = build_model(model_args.model_name, dict(enumerate(labels)), model_args.image_size)
+        head, parameters = linear_head(model), sum(parameter.numel() for parameter in model.parameters())
+        name = choose_recipe(model_args.recipe, model_args.model_name, bool(head), parameters, len(splits["train"]))
+        recipe = RECIPES[name] if name else FROM_SCRATCH
+        freeze(model, recipe.frozen)
+        if training_args.learning_rate is None:
+            training_args.learning_rate = recipe.learning_rate
+        if training_args.num_train_epochs is None:
+            training_args.num_train_epochs = recipe.num_train_epochs
+        view = EvaluationView(image_processor)
+        clock.stop("load")
+
+        with training_args.main_process_first(desc="preparing the pictures"):
+            splits = prepare(splits, view)
+        data = describe(splits)
+        clock.stop("prepare")
         Path(training_args.output_dir).mkdir(parents=True, exist_ok=True)
-        trainer = build_trainer(model, model_args, training_args, splits, labels)
-    recipe = describe_recipe(data_args, model_args, trainer, splits)
-    for line in ("model", "device", "recipe"):
-        say(training_args, line, recipe[line])
-    seconds.stop("model")
+        views = with_views(splits, view, data_args.augmentation)
+        trainer = build_trainer(model, recipe, training_args, views, labels)
+    trainer.add_callback(clock)
+    summary = summarise(data_args, model_args, trainer, name or "from scratch", view)
+    say_data(training_args, data_args.name, data)
+    for line in ("model", "device"):
+        say(training_args, line, summary[line])
 
-    if training_args.resume_from_checkpoint:
-        load_weights(model, training_args.resume_from_checkpoint)
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    if trainer.state.best_model_checkpoint:  # chosen on validation
-        load_weights(model, trainer.state.best_model_checkpoint)
-    seconds.stop("train")
-
-    scores = {}
-    for split in ("validation", "test"):
-        prediction = trainer.predict(splits[split], metric_key_prefix=split)
-        scores[split] = score(predicted_classes(prediction.predictions), prediction.label_ids, labels)
-    seconds.stop("evaluate")
+    baselines, probe = {"majority": majority_baseline(data["splits"])}, None
+    if name and head:
+        probe, logits = build_probe(trainer, head, splits, view)
+        baselines["linear_probe"] = {
+            split: score(logits[split].numpy(), np.array(splits[split]["label"][:]), labels) for split in logits
+        } | {"strength": probe.strength}
+        found = baselines["linear_probe"]["validation"]
+        line = f"validation {found['accuracy']:.1%}, loss {found['log_loss']:.3f}"
+        say(training_args, "probe", f"{line}: a logistic regression on frozen features")
+        clock.stop("features")
+    start = model.state_dict()
+    if probe:
+        start = {name: tensor.clone() for name, tensor in start.items()} | probe.as_head(head)
+    if name in ("probe", "lp_ft"):
+        model.load_state_dict(start)
+    say(training_args, "recipe", summary["recipe"])
+    if name != "probe":
+        train(trainer)
+    kept, validation = keep_best(trainer, start, recipe.kept if probe else (1.0,), labels)
+    prediction = trainer.predict(views["test"])
+    scores = {"validation": validation, "test": score(logits_of(prediction), prediction.label_ids, labels)}
+    clock.stop("evaluate")
 
     if trainer.is_world_process_zero():
         attribution = ATTRIBUTION if data_args.dataset_name == "openmoji" else ""
         metrics = {
             **scores,
-            "baselines": {"majority": majority_baseline(data["splits"])},
-            "seconds": seconds.total,
+            "baselines": baselines,
+            "seconds": clock.seconds,
             "data": {"name": data_args.name, "attribution": attribution, **data},
-            "recipe": recipe,
+            "recipe": {**summary, "kept": kept},
             "history": trainer.state.log_history,
             "versions": versions(),
             "seeds": {"seed": training_args.seed, "split_seed": data_args.split_seed},
             "command": command(argv),
         }
-        save(trainer, image_processor, metrics, seconds)
+        save(trainer, image_processor, metrics, clock)
 
 
 def load_data(data_args: DataArguments) -> DatasetDict:
@@ -109,16 +140,11 @@ def load_data(data_args: DataArguments) -> DatasetDict:
 
 
 def build_trainer(
-    model: PreTrainedModel,
-    model_args: ModelArguments,
-    training_args: TrainingArguments,
-    splits: DatasetDict,
-    labels: list[str],
+    model: PreTrainedModel, recipe: Recipe, training_args: TrainingArguments, splits: DatasetDict, labels: list[str]
 ) -> Trainer:
-    """Return the plain Trainer; Luthier's are only the learning rates of head and backbone, and the printed table."""
-    factor = 1 if model_args.model_name == "simple_cnn" else BACKBONE_LR_FACTOR
+    """Return the plain Trainer; Luthier's are only the learning rates of the layers, and the printed table."""
     rate = training_args.learning_rate
-    groups = parameter_groups(model, rate, rate * factor, training_args.weight_decay)
+    groups = parameter_groups(model, rate, rate * recipe.backbone, recipe.layer_decay, training_args.weight_decay)
     optimizer_class, optimizer_kwargs = Trainer.get_optimizer_cls_and_kwargs(training_args, model)
     try:
         trainer = Trainer(
@@ -140,6 +166,16 @@ def build_trainer(
     return trainer
 
 
+def train(trainer: Trainer) -> None:
+    """Train, from a checkpoint on if one is given, and leave the model as it was after its best epoch."""
+    checkpoint = trainer.args.resume_from_checkpoint
+    if checkpoint:
+        load_weights(trainer.model, checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.state.best_model_checkpoint:  # chosen on validation
+        load_weights(trainer.model, trainer.state.best_model_checkpoint)
+
+
 def load_weights(model: PreTrainedModel, checkpoint: str) -> None:
     """Put the weights of a checkpoint into the model, all of them.
 
@@ -150,25 +186,54 @@ def load_weights(model: PreTrainedModel, checkpoint: str) -> None:
     model.load_state_dict(saved.state_dict(), strict=True)
 
 
-def describe_recipe(
-    data_args: DataArguments, model_args: ModelArguments, trainer: Trainer, splits: DatasetDict
+def keep_best(
+    trainer: Trainer, start: dict[str, torch.Tensor], shares: tuple[float, ...], labels: list[str]
+) -> tuple[str, dict]:
+    """Leave the model with the weights, from the probe's to the trained ones, that lose least on validation.
+
+    Args:
+        trainer: holds the trained model, and the validation split.
+        start: the state with the probe's weights.
+        shares: the candidates; see `recipe.Recipe`.
+
+    Returns what was kept, in words, and its score on validation.
+    """
+    end = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    found = {}
+    for share in shares:
+        trainer.model.load_state_dict(blend(start, end, share))
+        prediction = trainer.predict(trainer.eval_dataset)
+        found[share] = score(logits_of(prediction), prediction.label_ids, labels)
+    share = min(shares, key=lambda share: found[share]["log_loss"])
+    trainer.model.load_state_dict(blend(start, end, share))
+    losses = ", ".join(f"{KEPT[share]} {found[share]['log_loss']:.3f}" for share in shares)
+    if len(shares) > 1:
+        say(trainer.args, "kept", f"{KEPT[share]}; validation loss of {losses}")
+    return KEPT[share], found[share]
+
+
+def summarise(
+    data_args: DataArguments, model_args: ModelArguments, trainer: Trainer, name: str, view: EvaluationView
 ) -> dict[str, str]:
     """Return what is trained, where and how, each in a line."""
     args, model = trainer.args, trainer.model
-    height, width = splits["validation"][0]["pixel_values"].shape[-2:]
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type
     precision = {"no": "float32"}.get(trainer.accelerator.mixed_precision, trainer.accelerator.mixed_precision)
     threads = f", {torch.get_num_threads()} threads" if args.device.type == "cpu" else ""
+    workers = f", {args.dataloader_num_workers} data workers" if args.dataloader_num_workers else ""
     processes = f", {args.world_size} processes" if args.world_size > 1 else ""
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     share = "all trained" if trained == parameters else f"{trained:,} trained"
+    height, width = view.size
+    steps = f"{args.num_train_epochs:g} epochs, batch {batch}, {data_args.augmentation}, {args.optim.value}"
     return {
         "model": f"{Path(model_args.model_name).name} at {height} x {width} px, {parameters:,} parameters, {share}",
-        "device": f"{device}{threads}{processes}, {precision}",
-        "recipe": f"{args.num_train_epochs:g} epochs, batch {batch}, {data_args.augmentation}, "
-        f"{args.optim.value} {args.learning_rate:g}, {args.lr_scheduler_type.value}",
+        "device": f"{device}{threads}{processes}{workers}, {precision}",
+        "recipe": f"{name}: {steps} {args.learning_rate:g}, {args.lr_scheduler_type.value}"
+        if name != "probe"
+        else "probe: the logistic regression is the head",
     }
 
 
@@ -180,7 +245,7 @@ def majority_baseline(counts: dict) -> dict:
 
 
 def save(
-    trainer: Trainer, image_processor: transformers.BaseImageProcessor, metrics: dict, seconds: "Stopwatch"
+    trainer: Trainer, image_processor: transformers.BaseImageProcessor, metrics: dict, clock: "Stopwatch"
 ) -> None:
     """Write the model and everything about it into the output directory, and say so."""
     output_dir = Path(trainer.args.output_dir)
@@ -188,19 +253,24 @@ def save(
     # Not save_pretrained, which does nothing for a timm model and would leave the folder without this file.
     image_processor.to_json_file(output_dir / "preprocessor_config.json")
     plot_confusion_matrix(metrics["test"], metrics["data"]["labels"], output_dir / "confusion_matrix.png")
-    plot_curves(metrics["history"], output_dir / "curves.png")
+    if any("eval_loss" in entry for entry in metrics["history"]):
+        plot_curves(metrics["history"], output_dir / "curves.png")
     custom_code = (output_dir / "models.py").exists()
     write_model_card(output_dir / "README.md", metrics, custom_code)
-    seconds.stop("save")
-    metrics["seconds"]["total"] = sum(metrics["seconds"].values())
+    clock.stop("save")
+    metrics["seconds"]["total"] = round(sum(metrics["seconds"].values()), 3)
     write_metrics(output_dir / "metrics.json", metrics)
 
-    majority = metrics["baselines"]["majority"]
     trust = ", trust_remote_code=True" if custom_code else ""
+    majority, probe = metrics["baselines"]["majority"], metrics["baselines"].get("linear_probe")
+    beside = f"; its probe {probe['test']['accuracy']:.1%}" if probe else ""
     say(trainer.args, "test", f"accuracy {percent_with_interval(metrics['test'])}")
-    always = f"always {majority['label']!r}: {majority['accuracy']:.1%}"
-    say(trainer.args, "", f"macro F1 {metrics['test']['macro_f1']:.3f}; {always}")
-    say(trainer.args, "saved", f"{output_dir} after {metrics['seconds']['total']:.0f} s, with a README.md")
+    always = f"always {majority['label']!r} {majority['accuracy']:.1%}"
+    say(trainer.args, "", f"macro F1 {metrics['test']['macro_f1']:.3f}{beside}; {always}")
+    total = metrics["seconds"].pop("total")
+    parts = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in metrics["seconds"].items())
+    say(trainer.args, "time", f"{parts}: {total:.0f} s")
+    say(trainer.args, "saved", f"{output_dir}, with a README.md")
     say(trainer.args, "next", f'pipeline("image-classification", "{output_dir}"{trust})')
 
 
@@ -216,35 +286,50 @@ def command(argv: list[str]) -> str:
     return shlex.join([*launcher, "train.py", *argv])
 
 
-def in_words(counts: dict) -> str:
-    """Return the pictures of each split: `train 732, validation 104, test 209 pictures`."""
-    return ", ".join(f"{split} {count['n']:,}" for split, count in counts.items()) + " pictures"
+def say_data(training_args: TrainingArguments, name: str, data: dict) -> None:
+    """Print what is learned from, and what would spoil the score."""
+    counts = ", ".join(f"{split} {count['n']:,}" for split, count in data["splits"].items())
+    say(training_args, "data", f"{name}: {len(data['labels'])} classes, {counts} pictures")
+    for split, leaked in data["also_in_train"].items():
+        if leaked:
+            say(training_args, "careful", f"{split} pictures that are in train too, byte for byte: {leaked}")
 
 
-class Stopwatch:
-    """Seconds by stage, each from the end of the one before."""
+KEPT = {0.0: "the probe", 0.5: "halfway", 1.0: "the trained weights"}
+
+
+class Stopwatch(TrainerCallback):
+    """Seconds by stage, each counted from the end of the one before; as a callback it splits the training loop.
+
+    On a GPU the host runs ahead of the device: "data" is what the device waited for at most, and "train" holds the
+    rest of the loop.
+    """
 
     def __init__(self):
-        self.total = {}
-        self.last = time.perf_counter()
+        self.seconds = {}
+        self.last = START
+        self.stop("start")
 
     def stop(self, stage: str) -> None:
-        """End a stage."""
+        """End a stage, or one more part of it."""
         now = time.perf_counter()
-        self.total[stage] = round(now - self.last, 2)
+        self.seconds[stage] = round(self.seconds.get(stage, 0) + now - self.last, 3)
         self.last = now
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.stop("train")
 
-@contextmanager
-def user_errors() -> Iterator[None]:
-    """End with one message and exit code 2 where the user can mend it; `python -X dev` shows the traceback."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        if sys.flags.dev_mode:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.stop("data")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.stop("train")
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.stop("evaluate")
+
+    def on_save(self, args, state, control, **kwargs):
+        self.stop("save")
 
 
 def say(training_args: TrainingArguments, what: str, line: str) -> None:
@@ -262,12 +347,12 @@ def quiet_libraries() -> None:
 
 
 def fit_machine(training_args: TrainingArguments) -> None:
-    """Use what this machine has, where the libraries' defaults do not."""
+    """Use all cores of a machine without a GPU."""
     if training_args.device.type == "cpu":
         training_args.dataloader_pin_memory = False  # serves copies to a GPU
         # `accelerate launch` sets OMP_NUM_THREADS=1 where nobody told it that this is a CPU machine.
         if "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // training_args.world_size))
+            torch.set_num_threads(cores_of_process())
 
 
 if __name__ == "__main__":

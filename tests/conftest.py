@@ -18,12 +18,17 @@ import pytest
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import (
+    ResNetConfig,
+    ResNetForImageClassification,
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessor,
 )
+
+from models import build_model
+from views import EvaluationView
 
 PROJECT = Path(__file__).parent.parent
 COLOURS = {"blue": (40, 60, 200), "green": (30, 180, 60), "red": (210, 50, 40)}
@@ -42,6 +47,12 @@ def draw_folder(root: Path, per_class: int = 8, classes: tuple[str, ...] = tuple
         for seed in range(first, first + per_class):
             draw(name, 1000 * number + seed).save(root / name / f"{seed:03}.png")
     return root
+
+
+@pytest.fixture(scope="session")
+def view() -> EvaluationView:
+    """The evaluation view of simple_cnn: 32 x 32 pixels."""
+    return EvaluationView(build_model("simple_cnn", {0: "a", 1: "b"})[1])
 
 
 @pytest.fixture
@@ -83,6 +94,20 @@ def vit_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     ViTForImageClassification(config).save_pretrained(folder)
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def resnet_checkpoint(tmp_path_factory):
+    """A tiny transformers ResNet, whose head is a Sequential, with five classes."""
+    folder = tmp_path_factory.mktemp("hub") / "tiny-resnet"
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", num_labels=5)
+    ResNetForImageClassification(config).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps(
+            {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 32}, "crop_pct": 0.875}
+        )
+    )
     return folder
 
 

@@ -29,11 +29,11 @@ def test_defaults_are_the_built_in_pictures_and_model():
 
 
 def test_line_goes_over_config_and_config_over_default():
-    path = config("learning_rate: 1e-4\nnum_train_epochs: 7\nfreeze_backbone: true\naugmentation: augmix\n")
+    path = config("learning_rate: 1e-4\nnum_train_epochs: 7\nrecipe: head\naugmentation: augmix\n")
     data_args, model_args, training_args = parse_arguments([path, "--num_train_epochs", "3"])
     assert training_args.learning_rate == 1e-4  # YAML alone would read this as a string
     assert training_args.num_train_epochs == 3
-    assert model_args.freeze_backbone is True and data_args.augmentation == "augmix"
+    assert model_args.recipe == "head" and data_args.augmentation == "augmix"
     assert training_args.output_dir == str(Path("outputs", "some"))
 
 
@@ -136,7 +136,7 @@ def test_help_has_groups_and_tells_every_default():
         assert group in text
     for option in (*fields(DataArguments), *fields(ModelArguments)):
         assert f"--{option.name}" in text and option.metadata["help"].split()[0] in text
-    assert "(default: flip_crop)" in flowing and "(default: 0.002)" in flowing
+    assert "(default: flip_crop)" in flowing and "(default: cosine)" in flowing
 
 
 def test_only_label_names_is_taken_from_the_trainers_options():

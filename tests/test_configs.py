@@ -8,7 +8,7 @@ from conftest import PROJECT
 from transformers import Trainer
 
 from arguments import parse_arguments
-from data import AUGMENTATIONS
+from views import AUGMENTATIONS
 
 CONFIGS = sorted((PROJECT / "configs").glob("*.yaml"))
 
@@ -36,7 +36,7 @@ def test_the_seeds_experiments_are_there():
         assert data_args.dataset_name == "YakupAkdin/instrument-images" and data_args.split_seed == 1
         assert data_args.label_names[0] == "harp" and data_args.label_names[-1] == "yayli tambur"
         assert len(data_args.label_names) == 10
-        assert model_args.freeze_backbone == (name != "simple_cnn_instruments")
+        assert model_args.recipe == (None if name == "simple_cnn_instruments" else "head")
 
 
 def test_simple_cnn_trains_as_the_seed_did():

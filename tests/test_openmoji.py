@@ -23,10 +23,10 @@ def test_pictures_are_drawn_on_white():
     assert pixels[0, 0].tolist() == [255, 255, 255] and pixels.std() > 10
 
 
-def test_rendered_once(monkeypatch):
+def test_rendered_once(monkeypatch, view):
     load_openmoji()
     monkeypatch.setattr(resvg_py, "svg_to_bytes", lambda **options: pytest.fail("rendered again"))
-    splits = prepare(load_splits(dataset_name="openmoji"))
+    splits = prepare(load_splits(dataset_name="openmoji"), view)
     assert {split: len(dataset) for split, dataset in splits.items()} == {"train": 732, "validation": 104, "test": 209}
 
 

@@ -6,8 +6,8 @@ import pytest
 from conftest import PROJECT
 
 from arguments import build_parser, option_names
-from data import AUGMENTATIONS
 from images import EXTENSIONS
+from views import AUGMENTATIONS
 
 PAGES = [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted((PROJECT / "docs").glob("*.md"))]
 

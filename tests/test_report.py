@@ -15,11 +15,11 @@ HOSTILE = ["<script>alert(1)</script>", "a|b `c` $x^2$ \\frac", "çok uzun " * 8
 @pytest.fixture
 def metrics():
     references = np.array([0, 0, 1, 1, 2, 2])
-    scored = score(np.array([0, 0, 1, 0, 2, 2]), references, HOSTILE)
+    scored = score(np.eye(3)[[0, 0, 1, 0, 2, 2]], references, HOSTILE)
     return {
         "test": scored,
         "validation": scored,
-        "baselines": {"majority": {"label": HOSTILE[0], "accuracy": 1 / 3}},
+        "baselines": {"majority": {"label": HOSTILE[0], "accuracy": 1 / 3}, "linear_probe": {"test": scored}},
         "data": {
             "name": "[my](javascript:photos)",
             "attribution": "Drawn by [someone](https://example.org).",
@@ -45,7 +45,7 @@ def test_accuracy_in_words(metrics):
 
 def test_confusion_matrix_shows_the_numbers(metrics, tmp_path):
     plot_confusion_matrix(metrics["test"], HOSTILE, tmp_path / "a.png")
-    other = score(np.array([1, 0, 1, 0, 2, 2]), np.array([0, 0, 1, 1, 2, 2]), HOSTILE)
+    other = score(np.eye(3)[[1, 0, 1, 0, 2, 2]], np.array([0, 0, 1, 1, 2, 2]), HOSTILE)
     plot_confusion_matrix(other, HOSTILE, tmp_path / "b.png")
     first, second = drawn(tmp_path / "a.png"), drawn(tmp_path / "b.png")
     assert first.shape[0] > 300 and first.std() > 10
@@ -55,7 +55,7 @@ def test_confusion_matrix_shows_the_numbers(metrics, tmp_path):
 def test_confusion_matrix_of_a_hundred_classes(tmp_path):
     labels = [f"class {index}" for index in range(100)]
     references = np.arange(100).repeat(2)
-    plot_confusion_matrix(score(references, references, labels), labels, tmp_path / "a.png")
+    plot_confusion_matrix(score(np.eye(100)[references], references, labels), labels, tmp_path / "a.png")
     assert 1000 < max(drawn(tmp_path / "a.png").shape) < 4000
 
 

@@ -1,5 +1,7 @@
 """The run as a whole: through `accelerate launch` in a process of its own, its outputs, and how it refuses."""
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -10,13 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROJECT, draw_folder
+from conftest import PROJECT, draw, draw_folder
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, pipeline
 
 import train
-from data import collate, evaluation_transform, load_splits, prepare
+from data import collate, evaluation_rows, load_splits, prepare
 from models import build_model
+from views import EvaluationView
 
 ACCELERATE = ("accelerate", "launch", "--config_file", str(PROJECT / "accelerate_config.yaml"))
 FILES = {
@@ -54,7 +57,7 @@ def test_outputs(run):
         assert set(scored["per_class"]) == {"blue", "green", "red"} and 0 <= scored["macro_f1"] <= 1
     assert metrics["test"]["accuracy"] > 0.6  # three colours are easy
     assert metrics["baselines"]["majority"]["accuracy"] == pytest.approx(1 / 3)
-    assert {"data", "model", "train", "evaluate", "save", "total"} <= set(metrics["seconds"])
+    assert set(metrics["seconds"]) == {"start", "load", "prepare", "data", "train", "evaluate", "save", "total"}
     assert metrics["data"]["splits"]["train"] == {"n": 42, "per_class": {"blue": 14, "green": 14, "red": 14}}
     assert re.fullmatch(r"[0-9a-f]{64}", metrics["data"]["fingerprint"])
     assert metrics["seeds"] == {"seed": 42, "split_seed": 1} and "torch" in metrics["versions"]
@@ -69,7 +72,7 @@ def test_terminal(run):
     _, ran = run
     lines = ran.stdout.splitlines()
     assert [line.split()[0] for line in lines if line[:1].strip() and line[0].isalpha()] == [
-        "data", "model", "device", "recipe", "epoch", "test", "saved", "next",
+        "data", "model", "device", "recipe", "epoch", "test", "time", "saved", "next",
     ]  # fmt: skip
     assert len(lines) <= 16 and max(map(len, lines)) <= 120
     assert "interval" in ran.stdout and "trained" in ran.stdout
@@ -198,7 +201,7 @@ def test_frozen_backbone_is_saved_as_it_was(timm_checkpoint, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     draw_folder(Path("pictures"), per_class=5)
     line = ["--data_dir", "pictures", "--model_name", str(timm_checkpoint), "--num_train_epochs", "1"]
-    train.main([*line, "--output_dir", "frozen", "--freeze_backbone"])
+    train.main([*line, "--output_dir", "frozen", "--recipe", "head"])
     weights = load_file("frozen/model.safetensors")
     original = load_file(timm_checkpoint / "model.safetensors")
     assert all(torch.equal(weights[n], t) for n, t in original.items() if not n.startswith("fc."))
@@ -218,11 +221,72 @@ def test_same_seed_same_weights(timm_checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     draw_folder(Path("pictures"), per_class=5)
     line = ["--data_dir", "pictures", "--model_name", str(timm_checkpoint), "--num_train_epochs", "1"]
+    line += ["--recipe", "full"]
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         train.main([*line, "--output_dir", name, "--seed", str(seed)])
-    a, b, c = (load_file(f"{name}/model.safetensors") for name in "abc")
+    a, b, c = (load_file(next(Path(name).glob("checkpoint-*/model.safetensors"))) for name in "abc")
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert any(not torch.equal(a[name], c[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def recipes(timm_checkpoint, tmp_path_factory):
+    """A run of each recipe on the same pictures: what each wrote, and what it printed."""
+    folder = tmp_path_factory.mktemp("recipes")
+    draw_folder(folder / "pictures", per_class=12)
+    for seed in range(4):  # a few wrong labels: where all is clear the probe leaves nothing to learn
+        draw("red", 5000 + seed).save(folder / f"pictures/blue/{seed}-red.png")
+    printed = {}
+    for recipe in ("probe", "head", "lp_ft", "full"):
+        with contextlib.redirect_stdout(io.StringIO()) as stdout:
+            line = ["--data_dir", str(folder / "pictures"), "--model_name", str(timm_checkpoint)]
+            train.main([*line, "--recipe", recipe, "--output_dir", str(folder / recipe), "--disable_tqdm", "1"])
+        printed[recipe] = stdout.getvalue()
+    return folder, printed
+
+
+def test_every_recipe_stands_beside_its_probe(recipes):
+    folder, printed = recipes
+    found = {name: json.loads((folder / name / "metrics.json").read_text()) for name in printed}
+    probes = [metrics["baselines"]["linear_probe"] for metrics in found.values()]
+    assert all(probe == probes[0] for probe in probes)
+    assert probes[0]["strength"] > 0 and {"validation", "test"} <= set(probes[0])
+    for name, metrics in found.items():
+        assert metrics["validation"]["log_loss"] <= probes[0]["validation"]["log_loss"] + 1e-4, name
+        assert "probe    validation" in printed[name] and "time     start" in printed[name]
+        assert ("kept     " in printed[name]) == (name != "probe")
+    assert found["probe"]["test"]["log_loss"] == pytest.approx(probes[0]["test"]["log_loss"], rel=1e-3)
+    assert "features" in found["lp_ft"]["seconds"] and "train" not in found["probe"]["seconds"]
+
+
+def test_recipes_train_what_they_say(recipes, timm_checkpoint):
+    folder, _ = recipes
+    original = load_file(timm_checkpoint / "model.safetensors")
+    for recipe in ("head", "lp_ft", "full"):
+        trained = load_file(next((folder / recipe).glob("checkpoint-*/model.safetensors")))
+        moved = [name for name, tensor in original.items() if not torch.equal(tensor, trained[name])]
+        moved = [name for name in moved if not name.startswith("fc.")]
+        assert bool(moved) == (recipe != "head")
+        assert ("conv1.weight" in moved or "stem.0.weight" in moved) == (recipe == "full"), moved[:3]
+
+
+def test_worse_than_its_probe_is_replaced_by_it(timm_checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    draw_folder(Path("pictures"), per_class=8)
+    line = ["--data_dir", "pictures", "--model_name", str(timm_checkpoint), "--num_train_epochs", "1"]
+    train.main([*line, "--output_dir", "out", "--recipe", "full", "--learning_rate", "100", "--optim", "sgd"])
+    assert "kept     the probe" in capsys.readouterr().out
+    metrics = json.loads(Path("out/metrics.json").read_text())
+    probe = metrics["baselines"]["linear_probe"]
+    assert metrics["recipe"]["kept"].startswith("the probe")
+    for split in ("validation", "test"):
+        assert metrics[split]["log_loss"] == pytest.approx(probe[split]["log_loss"], rel=1e-3)
+    assert same(load_original(timm_checkpoint), load_file("out/model.safetensors"))
+
+
+def load_original(checkpoint: Path) -> dict[str, torch.Tensor]:
+    weights = load_file(checkpoint / "model.safetensors")
+    return {name: tensor for name, tensor in weights.items() if not name.startswith("fc.")}
 
 
 def test_threads_are_given_back(monkeypatch, tmp_path):
@@ -244,9 +308,8 @@ def test_threads_are_given_back(monkeypatch, tmp_path):
 def test_evaluation_of_the_trainer_is_the_models_own(timm_checkpoint, pictures):
     """What the Trainer evaluates is what the model says of the evaluation view, picture by picture."""
     model, image_processor = build_model(str(timm_checkpoint), {0: "blue", 1: "green", 2: "red"})
-    dataset = prepare(load_splits(data_dir=str(pictures)))["test"].with_transform(
-        evaluation_transform(image_processor)
-    )
+    view = EvaluationView(image_processor)
+    dataset = evaluation_rows(prepare(load_splits(data_dir=str(pictures)), view)["test"], view)
     together = model.eval()(collate([dataset[row] for row in range(len(dataset))])["pixel_values"]).logits
     alone = torch.cat([model(dataset[row]["pixel_values"][None]).logits for row in range(len(dataset))])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)

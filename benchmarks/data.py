@@ -1,0 +1,117 @@
+"""What large photographs cost: prepared once and seen small, against decoded and transformed anew on every access.
+
+    python benchmarks/data.py
+
+Draws 300 JPEGs of 12 megapixels (1 GB, in a temporary folder) and measures images per second through `data.prepare`,
+the first time and from the cache, and through the training view; beside them the way of the transformers example
+(run_image_classification.py: `with_transform` on the files as they are). Each in a process of its own, whose peak
+memory is measured too, for 75 and for 300 pictures.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+PROJECT = Path(__file__).parent.parent
+SIDE, COUNTS = (4000, 3000), (75, 300)
+
+
+def main() -> None:
+    """Draw, measure each way in a process of its own, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--image_size", type=int, default=224, help="side of the view in pixels (default: 224)")
+    parser.add_argument("--rounds", type=int, default=3, help="repetitions (default: 3)")
+    parser.add_argument("--measure", nargs=2, metavar=("WAY", "FOLDER"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        print(json.dumps(measure(*args.measure, args.image_size)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for count in COUNTS:
+            draw(Path(folder, str(count)), count)
+        print("| round | pictures | way | images/s | peak memory, MB |")
+        print("|---|---|---|---|---|")
+        for number in range(1, args.rounds + 1):
+            for count in COUNTS:
+                cache = Path(folder, f"cache-{number}-{count}")
+                for way in ("prepare", "prepare again", "training view", "as the transformers example"):
+                    command = [sys.executable, __file__, "--measure", way, str(Path(folder, str(count)))]
+                    environment = os.environ | {"HF_HOME": str(cache), "HF_HUB_OFFLINE": "1"}
+                    command += ["--image_size", str(args.image_size)]
+                    answer = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+                    result = json.loads(answer.stdout.splitlines()[-1])
+                    print(
+                        f"| {number} | {count} | {way} | {result['speed']:.1f} | {result['memory']:.0f} |", flush=True
+                    )
+
+
+def draw(folder: Path, count: int) -> None:
+    """Draw photographs: parts of one large canvas of blurred colours with some grain."""
+    generator = np.random.default_rng(0)
+    coarse = Image.fromarray(generator.integers(0, 255, (40, 54, 3), dtype=np.uint8))
+    canvas = np.asarray(coarse.resize((SIDE[0] + 400, SIDE[1] + 300), Image.Resampling.BICUBIC), dtype=np.int16)
+    canvas = Image.fromarray((canvas + generator.normal(0, 5, canvas.shape)).clip(0, 255).astype(np.uint8))
+
+    def draw_one(number: int) -> None:
+        left, top = number % 20 * 20, number // 20 * 20
+        path = folder / ("even", "odd")[number % 2] / f"{number:03}.jpg"
+        canvas.crop((left, top, left + SIDE[0], top + SIDE[1])).save(path, quality=90)
+
+    for name in ("even", "odd"):
+        (folder / name).mkdir(parents=True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(draw_one, range(count)))
+
+
+def measure(way: str, folder: str, image_size: int) -> dict:
+    """Return images per second and this process's peak memory in MB."""
+    sys.path.insert(0, str(PROJECT))
+    from data import load_splits, prepare, with_views
+    from models import build_model
+    from views import EvaluationView
+
+    if way == "as the transformers example":
+        seen = reference(folder, image_size)
+    else:
+        view = EvaluationView(build_model("efficientnet_lite0", {0: "even", 1: "odd"}, image_size)[1])
+        splits = load_splits(data_dir=folder)
+        if way == "training view":
+            seen = with_views(prepare(splits, view), view, "flip_crop")["train"]
+    start = time.perf_counter()
+    if way.startswith("prepare"):
+        n = sum(len(split) for split in prepare(splits, view).values())
+    else:
+        n = min(len(seen), 48)
+        for row in range(n):
+            seen[row]["pixel_values"]
+    speed = n / (time.perf_counter() - start)
+    return {"speed": speed, "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+
+
+def reference(folder: str, image_size: int):
+    """Return a data set that is decoded and transformed on access, as the example does with its defaults."""
+    from datasets import load_dataset
+    from torchvision.transforms import Compose, Normalize, RandomHorizontalFlip, RandomResizedCrop, ToTensor
+
+    transform = Compose(
+        [RandomResizedCrop(image_size), RandomHorizontalFlip(), ToTensor(), Normalize([0.5] * 3, [0.5] * 3)]
+    )
+
+    def see(batch: dict) -> dict:
+        return {"pixel_values": [transform(image.convert("RGB")) for image in batch["image"]]}
+
+    return load_dataset("imagefolder", data_dir=folder, split="train").with_transform(see)
+
+
+if __name__ == "__main__":
+    main()

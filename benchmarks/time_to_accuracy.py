@@ -1,0 +1,271 @@
+"""Accuracy against wall time: Luthier's default beside fastai, the transformers example's recipe and a plain Trainer.
+
+    pip install -r requirements-bench.txt
+    python benchmarks/time_to_accuracy.py path/to/instruments [--seeds 3]
+
+All start from the same ImageNet weights of EfficientNet-Lite0 and see the same split. Each run is a process of its own
+with empty caches, timed from its start; after each epoch it reports its validation accuracy, at its end the test
+accuracy. Beside its defaults each of the others has the settings in `TUNED`; the one that is best on validation, with
+the first seed, is run with the other seeds too. Finished runs are kept in --out and not run again. The figures are
+written to time_to_accuracy.csv and the chart beside it.
+"""
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+PROJECT = Path(__file__).parent.parent
+DEFAULTS = {
+    "luthier": {},
+    "fastai": {"size": 160, "epochs": 3, "lr": 2e-3},  # fine_tune(3): its own rate, one frozen epoch before
+    "transformers example": {"size": 224, "epochs": 3, "lr": 5e-5, "batch": 8},  # run_image_classification.py's
+    "plain Trainer": {"size": 160, "epochs": 5, "lr": 3e-4, "batch": 32},
+}
+TUNED = {
+    "fastai": [{"size": 160, "epochs": 5, "lr": 5e-3}, {"size": 224, "epochs": 3, "lr": 5e-3}],
+    "transformers example": [
+        {"size": 224, "epochs": 3, "lr": 5e-4, "batch": 32},
+        {"size": 224, "epochs": 5, "lr": 2e-4, "batch": 8},
+    ],
+    "plain Trainer": [
+        {"size": 160, "epochs": 8, "lr": 1e-3, "batch": 32},
+        {"size": 224, "epochs": 5, "lr": 5e-4, "batch": 32},
+    ],
+}
+
+
+def main() -> None:
+    """Run what is missing; write the CSV and the chart, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="a folder of class folders")
+    parser.add_argument("--seeds", type=int, default=3, help="training seeds (default: 3)")
+    parser.add_argument("--out", type=Path, default=Path("outputs/time_to_accuracy"), help="where the runs are kept")
+    parser.add_argument("--only", nargs="*", default=list(DEFAULTS), help="which of them")
+    parser.add_argument("--defaults_only", action="store_true", help="without the tuned settings")
+    parser.add_argument("--child", nargs=3, metavar=("NAME", "SETTING", "SEED"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        name, setting, seed = args.child
+        (fastai if name == "fastai" else trainer)(args.data, seed=int(seed), name=name, **json.loads(setting))
+        return
+    split = link_split(args.data, args.out.resolve() / "split")
+    runs = []
+    for name in args.only:
+        chosen = [DEFAULTS[name]]
+        if name in TUNED and not args.defaults_only:
+            first = {json.dumps(s): timed(name, s, split, 1, args.out) for s in TUNED[name]}
+            chosen.append(json.loads(max(first, key=lambda s: first[s]["epochs"][-1][1])))
+        for setting, seed in ((setting, seed) for setting in chosen for seed in range(1, args.seeds + 1)):
+            runs.append(timed(name, setting, split, seed, args.out))
+    write(runs, args.out)
+
+
+def link_split(data: Path, folder: Path) -> Path:
+    """Lay Luthier's split of a folder out as train / validation / test, so that all read the same files."""
+    sys.path.insert(0, str(PROJECT))
+    from data import load_splits
+
+    if not folder.exists():
+        splits = load_splits(data_dir=str(data))
+        for split, dataset in splits.items():
+            for row in dataset:
+                path = Path(row["image"]["path"]).resolve()
+                link = folder / split / dataset.features["label"].int2str(row["label"]) / path.name
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(path)
+    return folder
+
+
+def timed(name: str, setting: dict, split: Path, seed: int, out: Path) -> dict:
+    """Run once, or return what an earlier run left: seconds and validation accuracy of each epoch, and the end."""
+    label = "-".join([name.replace(" ", "_"), *(f"{key}{value}" for key, value in setting.items()), f"seed{seed}"])
+    kept = out / f"{label}.json"
+    if kept.exists():
+        return json.loads(kept.read_text())
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, str(split), "--child", name, json.dumps(setting), str(seed)]
+        if name == "luthier":
+            command = [str(Path(sys.executable).parent / "accelerate"), "launch", str(PROJECT / "train.py")]
+            command += ["--data_dir", str(split), "--seed", str(seed), "--output_dir", f"{folder}/out"]
+            command += ["--disable_tqdm", "1"]
+        environment = os.environ | {"HF_HOME": f"{folder}/cache", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+        start = time.perf_counter()
+        process = subprocess.Popen(
+            command, env=environment, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        epochs, test = [], None
+        for line in process.stdout:
+            words = line.split()
+            if name == "luthier" and line.startswith("probe"):
+                epochs.append((time.perf_counter() - start, float(words[2].rstrip("%,")) / 100))
+            elif name == "luthier" and len(words) == 7 and words[0].replace(".", "").isdigit():
+                epochs.append((time.perf_counter() - start, float(words[4].rstrip("%")) / 100))
+            elif words[:1] == ["EPOCH"]:
+                epochs.append((time.perf_counter() - start, float(words[1])))
+            elif words[:1] == ["TEST"]:
+                test = float(words[1])
+        if process.wait():
+            raise SystemExit(f"{label} failed: {' '.join(command)}")
+        seconds = time.perf_counter() - start
+        if name == "luthier":
+            metrics = json.loads(Path(folder, "out/metrics.json").read_text())
+            test = metrics["test"]["accuracy"]
+            epochs.append((seconds, metrics["validation"]["accuracy"]))
+    result = {"name": name, "setting": setting, "seed": seed, "epochs": epochs, "seconds": seconds, "test": test}
+    out.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps(result))
+    print(f"{label}: {seconds:.0f} s, validation {epochs[-1][1]:.1%}, test {test:.1%}", flush=True)
+    return result
+
+
+def weights() -> dict:
+    """Return the ImageNet weights under timm's names."""
+    sys.path.insert(0, str(PROJECT))
+    from models import build_model
+
+    model, _ = build_model("efficientnet_lite0", {0: "a", 1: "b"})
+    return {key: value for key, value in model.timm_model.state_dict().items() if not key.startswith("classifier.")}
+
+
+def fastai(data: Path, seed: int, name: str, size: int, epochs: int, lr: float) -> None:
+    """Fine-tune as fastai's documentation does: `vision_learner`, its usual augmentation, `fine_tune`."""
+    from fastai.vision.all import (
+        Callback,
+        ImageDataLoaders,
+        Normalize,
+        Resize,
+        accuracy,
+        aug_transforms,
+        set_seed,
+        vision_learner,
+    )
+
+    class Report(Callback):
+        def after_epoch(self):
+            print("EPOCH", float(self.learn.recorder.values[-1][-1]), flush=True)
+
+    set_seed(seed)
+    normalize = Normalize.from_stats([0.5] * 3, [0.5] * 3)
+    loaders = ImageDataLoaders.from_folder(
+        data, train="train", valid="validation", item_tfms=Resize(size), batch_tfms=[*aug_transforms(), normalize]
+    )
+    learner = vision_learner(loaders, "tf_efficientnet_lite0", pretrained=False, normalize=False, metrics=accuracy)
+    learner.model[0].model.load_state_dict(weights())
+    learner.freeze()  # as vision_learner does with weights that it downloads
+    with learner.no_bar():
+        learner.fine_tune(epochs, lr, cbs=Report())
+        files = sorted((data / "test").rglob("*.*"))
+        test = loaders.test_dl(files, with_labels=True)
+        print("TEST", float(learner.validate(dl=test)[1]))
+
+
+def trainer(data: Path, seed: int, name: str, size: int, epochs: int, lr: float, batch: int) -> None:
+    """Fine-tune with the Trainer and timm's own training and evaluation transforms, BatchNorm and all.
+
+    As the transformers example does; the plain one has another batch, rate and number of epochs, mild crops, and
+    the optimizer's cosine.
+    """
+    import numpy as np
+    from datasets import load_dataset
+    from timm.data import create_transform
+    from transformers import (
+        TimmWrapperConfig,
+        TimmWrapperForImageClassification,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+        set_seed,
+    )
+
+    class Report(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            print("EPOCH", metrics["eval_accuracy"], flush=True)
+
+    set_seed(seed)
+    sys.path.insert(0, str(PROJECT))
+    from data import collate
+
+    plain = name == "plain Trainer"
+    view = {"input_size": (3, size, size), "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic"}
+    scale = {"scale": (0.35, 1.0)} if plain else {}
+    evaluation = create_transform(**view, crop_pct=0.875)
+    see = {"train": create_transform(**view, is_training=True, **scale), "validation": evaluation, "test": evaluation}
+
+    def lazily(split):
+        return lambda batch: {
+            "pixel_values": [see[split](image.convert("RGB")) for image in batch["image"]],
+            "labels": batch["label"],
+        }
+
+    sets = load_dataset("imagefolder", data_dir=str(data))
+    sets = {split: sets[split].with_transform(lazily(split)) for split in see}
+    labels = sets["train"].features["label"].names
+    model = TimmWrapperForImageClassification(
+        TimmWrapperConfig(architecture="tf_efficientnet_lite0", num_labels=len(labels), pretrained_cfg={})
+    )
+    model.timm_model.load_state_dict(weights(), strict=False)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder, seed=seed, num_train_epochs=epochs, learning_rate=lr, per_device_train_batch_size=batch,
+            lr_scheduler_type="cosine" if plain else "linear", warmup_steps=0.1 if plain else 0, eval_strategy="epoch",
+            save_strategy="no", report_to="none", remove_unused_columns=False, disable_tqdm=True,
+        )  # fmt: skip
+        run = Trainer(
+            model=model, args=arguments, data_collator=collate, train_dataset=sets["train"],
+            eval_dataset=sets["validation"], callbacks=[Report()],
+            compute_metrics=lambda answer: {"accuracy": float(np.mean(answer[0].argmax(-1) == answer[1]))},
+        )  # fmt: skip
+        run.train()
+        print("TEST", run.predict(sets["test"]).metrics["test_accuracy"])
+
+
+def write(runs: list[dict], out: Path) -> None:
+    """Write the CSV and the chart; print a row for each of them."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    with (out / "time_to_accuracy.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["name", "setting", "seed", "seconds", "validation accuracy", "test accuracy at the end"])
+        for run in runs:
+            for seconds, accuracy in run["epochs"]:
+                row = [run["name"], json.dumps(run["setting"]), run["seed"], f"{seconds:.1f}", f"{accuracy:.4f}"]
+                table.writerow([*row, f"{run['test']:.4f}"])
+    print("| what | setting | runs | seconds | test accuracy | validation after each epoch (first run) |")
+    print("|---|---|---|---|---|---|")
+    groups = {}
+    for run in runs:
+        groups.setdefault((run["name"], json.dumps(run["setting"])), []).append(run)
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    colours = dict(zip(DEFAULTS, ("#D55E00", "#0072B2", "#009E73", "#CC79A7"), strict=True))
+    for (name, setting), group in groups.items():
+        mean = [sum(run[key] for run in group) / len(group) for key in ("seconds", "test")]
+        spread = [(min(run[key] for run in group), max(run[key] for run in group)) for key in ("seconds", "test")]
+        curve = ", ".join(f"{accuracy:.1%}" for _, accuracy in group[0]["epochs"])
+        said = ", ".join(f"{key} {value:g}" for key, value in json.loads(setting).items()) or "default"
+        print(
+            f"| {name} | {said} | {len(group)} | {mean[0]:.0f} ({spread[0][0]:.0f} to {spread[0][1]:.0f}) "
+            f"| {mean[1]:.1%} ({spread[1][0]:.1%} to {spread[1][1]:.1%}) | {curve} |"
+        )
+        tuned = json.loads(setting) != DEFAULTS[name]
+        for number, run in enumerate(group):
+            axes.plot(
+                *zip(*run["epochs"], strict=True), color=colours[name], linestyle="--" if tuned else "-", marker=".",
+                label=f"{name}{', tuned' * tuned}" if number == 0 else None,
+            )  # fmt: skip
+    axes.set(xlabel="seconds from the start of the process", ylabel="validation accuracy", ylim=(None, 1))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.savefig(out / "time_to_accuracy.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""The linear probe: a logistic regression on frozen features, the baseline of every fine-tune and where it starts."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import torch
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset, DatasetDict
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import Trainer
+
+from data import evaluation_rows
+from metrics import logits_of
+from views import EvaluationView
+
+# Penalties tried, from strong to weak; on 100 to 100,000 pictures the best was never at an end (docs/experiments.md).
+STRENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
+
+
+class LinearProbe(NamedTuple):
+    """A fitted probe: logits = features @ weight.T + bias.
+
+    Attributes:
+        weight: float32 [C, D], for features as the backbone gives them.
+        bias: float32 [C].
+        strength: the L2 penalty that was best on validation.
+        loss: mean cross-entropy on validation.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    strength: float
+    loss: float
+
+    def as_head(self, head: str) -> dict[str, torch.Tensor]:
+        """Return the state of the head of this name with which a network's logits are the probe's."""
+        return {f"{head}.weight": self.weight, f"{head}.bias": self.bias}
+
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
+        """Return the logits [N, C] of features [N, D]."""
+        return nn.functional.linear(features, self.weight, self.bias)
+
+
+def fit_probe(
+    features: torch.Tensor, labels: torch.Tensor, validation: torch.Tensor, validation_labels: torch.Tensor
+) -> LinearProbe:
+    """Fit multinomial logistic regressions and return the one with the lowest validation loss.
+
+    The features are standardised, the penalty is strength / 2 times the squared weights beside the *mean*
+    cross-entropy, so that a strength means the same for any number of images (scikit-learn's C is 1 / (N strength)).
+    Each fit starts from the one before, with a stronger penalty; the first that is worse on validation is the last.
+    The standardisation is folded into the returned weights.
+
+    Args:
+        features, validation: float32 [N, D], on the device where the fit shall run.
+        labels, validation_labels: int64 [N], every class among `labels`.
+    """
+    mean, scale = features.mean(dim=0), features.std(dim=0).clamp_min(1e-6)
+    standardised = (features - mean) / scale
+    weight = torch.zeros(int(labels.max()) + 1, features.shape[1], device=features.device, requires_grad=True)
+    bias = torch.zeros(len(weight), device=features.device, requires_grad=True)
+    best = None
+    for strength in STRENGTHS:
+        _minimise(standardised, labels, weight, bias, strength)
+        folded = weight.detach() / scale
+        probe = LinearProbe(folded, bias.detach() - folded @ mean, strength, 0.0)
+        loss = nn.functional.cross_entropy(probe.logits(validation), validation_labels).item()
+        if best is not None and loss > best.loss:
+            break
+        best = probe._replace(loss=loss)
+    return best
+
+
+def _minimise(
+    features: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, strength: float
+) -> None:
+    """Fit one logistic regression in place, by full-batch L-BFGS."""
+    optimizer = torch.optim.LBFGS(
+        [weight, bias], max_iter=200, history_size=10, tolerance_grad=1e-5, line_search_fn="strong_wolfe"
+    )
+
+    def objective() -> torch.Tensor:
+        optimizer.zero_grad()
+        logits = nn.functional.linear(features, weight, bias)
+        loss = nn.functional.cross_entropy(logits, labels) + strength / 2 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(objective)
+
+
+def build_probe(
+    trainer: Trainer, head: str, splits: DatasetDict, view: EvaluationView
+) -> tuple[LinearProbe, dict[str, torch.Tensor]]:
+    """Fit the probe of a model on a prepared data set; its strength is chosen on validation.
+
+    Args:
+        trainer: runs the model, on its device and in its precision, over all of its processes.
+        head: the name of the model's head, see `models.linear_head`.
+        splits: train, validation and test, as `data.prepare` returns them.
+        view: the evaluation view in which all of them are seen.
+
+    Returns the probe, and its logits [N, C] of validation and test.
+    """
+    features = {split: load_features(trainer, head, dataset, view) for split, dataset in splits.items()}
+    answer = [None]
+    if trainer.is_world_process_zero():
+        device = trainer.args.device
+        labels = {split: torch.tensor(dataset["label"][:], device=device) for split, dataset in splits.items()}
+        train, validation = features["train"].to(device), features["validation"].to(device)
+        probe = fit_probe(train, labels["train"], validation, labels["validation"])
+        probe = probe._replace(weight=probe.weight.cpu(), bias=probe.bias.cpu())
+        answer = [(probe, {split: probe.logits(features[split]) for split in ("validation", "test")})]
+    return broadcast_object_list(answer)[0]
+
+
+def load_features(trainer: Trainer, head: str, dataset: Dataset, view: EvaluationView) -> torch.Tensor | None:
+    """Return what enters the head, float32 [N, D], for every picture; None on all but the main process.
+
+    The features are computed once and kept in the cache directory of `datasets`, under a name made of what they depend
+    on: the pictures and their order, the backbone's weights, the view, the precision.
+    """
+    model = trainer.model
+    key = hashlib.sha256(json.dumps(view.image_processor.to_dict(), sort_keys=True, default=str).encode())
+    key.update(f"{trainer.accelerator.mixed_precision} {torch.__version__} {dataset['digest'][:]}".encode())
+    for name, tensor in model.state_dict().items():
+        if not name.startswith(f"{head}."):
+            key.update(name.encode())
+            key.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    path = Path(datasets.config.HF_DATASETS_CACHE, "luthier_features", f"{key.hexdigest()[:40]}.safetensors")
+
+    main = trainer.is_world_process_zero()
+    (cached,) = broadcast_object_list([main and path.exists()])  # all processes compute, or none
+    if cached:
+        return load_file(path)["features"] if main else None
+    linear = model.get_submodule(head)
+    model.set_submodule(head, nn.Identity())
+    try:
+        prediction = trainer.predict(evaluation_rows(dataset, view), metric_key_prefix="features")
+    finally:
+        model.set_submodule(head, linear)
+    if not main:
+        return None
+    features = torch.from_numpy(logits_of(prediction)).float().contiguous()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"features": features}, path.with_suffix(".part"))
+    path.with_suffix(".part").replace(path)
+    return features

@@ -1,0 +1,105 @@
+"""The linear probe: the right optimum, the same logits in the network, features computed once and never mixed up."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import draw, draw_folder
+from sklearn.linear_model import LogisticRegression
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+import probe as module
+from data import collate, load_splits, prepare
+from models import build_model, linear_head
+from probe import _minimise, build_probe, fit_probe
+from views import EvaluationView
+
+NAMES = {0: "blue", 1: "green", 2: "red"}
+
+
+def clusters(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Overlapping clusters of three classes in eight dimensions, of very different scales."""
+    generator = np.random.default_rng(seed)
+    labels = np.arange(n) % 3
+    points = np.eye(3, 8)[labels] * 2 + generator.normal(0, 1, (n, 8))
+    return torch.tensor(points * np.logspace(-2, 2, 8) + 5, dtype=torch.float32), torch.tensor(labels)
+
+
+def test_optimum_is_scikit_learns():
+    features, labels = clusters(300, 0)
+    features = (features - features.mean(dim=0)) / features.std(dim=0)
+    weight, bias = torch.zeros(3, 8, requires_grad=True), torch.zeros(3, requires_grad=True)
+    for strength in (1.0, 0.03):  # the second from the first on
+        _minimise(features, labels, weight, bias, strength)
+        theirs = LogisticRegression(C=1 / (len(labels) * strength), tol=1e-8, max_iter=1000).fit(features, labels)
+        ours = torch.softmax(features @ weight.T + bias, dim=1).detach().numpy()
+        np.testing.assert_allclose(ours, theirs.predict_proba(features.numpy()), atol=2e-3)
+
+
+def test_strength_is_chosen_on_validation_and_the_scale_is_folded_in():
+    features, labels = clusters(60, 1)
+    validation, validation_labels = clusters(300, 2)
+    probe = fit_probe(features, labels, validation, validation_labels)
+    logits = probe.logits(validation)
+    assert probe.loss == pytest.approx(torch.nn.functional.cross_entropy(logits, validation_labels).item())
+    assert (logits.argmax(dim=1) == validation_labels).float().mean() > 0.8
+    assert module.STRENGTHS[0] > probe.strength > module.STRENGTHS[-1]
+
+
+def test_constant_feature_does_no_harm():
+    features, labels = clusters(60, 1)
+    features[:, 3] = 7.0
+    assert torch.isfinite(fit_probe(features, labels, features, labels).logits(features)).all()
+
+
+def trainer_of(model: PreTrainedModel, folder: Path) -> Trainer:
+    arguments = TrainingArguments(output_dir=str(folder), report_to="none", remove_unused_columns=False, use_cpu=True)
+    return Trainer(model=model, args=arguments, data_collator=collate)
+
+
+@pytest.fixture(params=["timm_checkpoint", "vit_checkpoint", "resnet_checkpoint"])
+def setting(request, pictures, tmp_path):
+    model, image_processor = build_model(str(request.getfixturevalue(request.param)), NAMES)
+    view, trainer = EvaluationView(image_processor), trainer_of(model, tmp_path)
+    return trainer, prepare(load_splits(data_dir=str(pictures)), view), view
+
+
+def test_networks_logits_are_the_probes(setting):
+    trainer, splits, view = setting
+    model = trainer.model
+    head = linear_head(model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    probe, logits = build_probe(trainer, head, splits, view)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())  # left as it was
+    model.load_state_dict(probe.as_head(head), strict=False)
+    for split in ("validation", "test"):
+        pixel_values = torch.stack([view.unpack(row["view"]) for row in splits[split]])
+        with torch.no_grad():
+            answer = model.eval()(pixel_values).logits
+        torch.testing.assert_close(answer, logits[split], atol=1e-4, rtol=1e-4)
+
+
+def test_features_are_computed_once_and_belong_to_pictures_weights_and_view(timm_checkpoint, tmp_path, monkeypatch):
+    def counted(model_name: str, folder: str, image_size: int | None = None) -> tuple[int, torch.Tensor]:
+        model, image_processor = build_model(model_name, NAMES, image_size)
+        view, trainer = EvaluationView(image_processor), trainer_of(model, tmp_path)
+        calls, predict = [], trainer.predict
+        monkeypatch.setattr(trainer, "predict", lambda *a, **k: calls.append(1) or predict(*a, **k))
+        probe, _ = build_probe(trainer, linear_head(model), prepare(load_splits(data_dir=folder), view), view)
+        return len(calls), probe.weight
+
+    folder, name = str(draw_folder(tmp_path / "p", 9)), str(timm_checkpoint)
+    first, weight = counted(name, folder)
+    assert first == 3
+    again, same = counted(name, folder)  # with another new head
+    assert again == 0 and torch.equal(weight, same)
+    assert counted(name, folder, 64)[0] == 3
+    model, image_processor = build_model(name, NAMES)
+    with torch.no_grad():
+        next(model.parameters()).mul_(1.01)
+    model.save_pretrained(tmp_path / "moved")
+    image_processor.to_json_file(tmp_path / "moved/preprocessor_config.json")
+    assert counted(str(tmp_path / "moved"), folder)[0] == 3
+    draw("red", 999).save(tmp_path / "p/red/000.png")
+    assert counted(name, folder)[0] >= 1

@@ -1,0 +1,100 @@
+"""How a model sees a picture, at evaluation and in training; apart from data.py, because a prediction sees alike."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+from transformers import BaseImageProcessor
+
+AUGMENTATIONS = ("none", "flip_crop", "trivial", "augmix")
+
+
+class EvaluationView:
+    """The one view of evaluation: the image processor's own, and a compact form of it that loses nothing.
+
+    A processor resizes 8-bit pictures to 8-bit pictures and then scales the values, so that a view holds at most 256
+    different values in each channel. `pack` writes the levels, a quarter of the size; `unpack` looks them up.
+
+    Attributes:
+        size: (height, width) of the view, in pixels.
+        values: float32 [3, 256], the pixel value of each level in each channel, asked of the processor by showing it
+            256 grey pictures, because every family of processors names its settings differently.
+    """
+
+    def __init__(self, image_processor: BaseImageProcessor):
+        self.image_processor = image_processor
+        greys = [self(Image.new("RGB", (16, 16), (level,) * 3)) for level in range(256)]
+        self.size = tuple(greys[0].shape[-2:])
+        self.values = torch.stack([grey[:, 0, 0] for grey in greys], dim=1)
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        """Return the pixel values [3, H, W] of an RGB picture."""
+        return self.image_processor(image, return_tensors="pt")["pixel_values"][0]
+
+    @property
+    def black(self) -> torch.Tensor:
+        """The pixel value of black [3]."""
+        return self.values[:, 0]
+
+    @property
+    def contrast(self) -> torch.Tensor:
+        """The way from black to white [3]."""
+        return self.values[:, -1] - self.values[:, 0]
+
+    def levels(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return the nearest 8-bit levels, uint8 [3, H, W]."""
+        unit = (pixel_values - self.black[:, None, None]) / self.contrast[:, None, None]
+        return (unit * 255).round().clamp(0, 255).to(torch.uint8)
+
+    def pack(self, pixel_values: torch.Tensor) -> bytes:
+        """Return the view [3, H, W] as bytes: its levels, or the values themselves where levels would be inexact."""
+        levels = self.levels(pixel_values).numpy()
+        exact = np.array_equal(self._look_up(levels), pixel_values.numpy())
+        return levels.tobytes() if exact else pixel_values.float().numpy().tobytes()
+
+    def unpack(self, packed: bytes) -> torch.Tensor:
+        """Return the view [3, H, W] that was packed, bit for bit."""
+        shape = (3, *self.size)
+        if len(packed) == np.prod(shape):
+            return torch.from_numpy(self._look_up(np.frombuffer(packed, np.uint8).reshape(shape)))
+        return torch.from_numpy(np.frombuffer(packed, np.float32).reshape(shape).copy())
+
+    def _look_up(self, levels: np.ndarray) -> np.ndarray:
+        values = self.values.numpy()
+        return np.stack([np.take(values[channel], levels[channel]) for channel in range(3)])
+
+
+def training_view(view: EvaluationView, augmentation: str) -> Callable[[Image.Image], torch.Tensor]:
+    """Return the function from an RGB picture to the pixel values [3, H, W] that training sees.
+
+    Args:
+        view: gives the size, the scale of the pixel values, and the view that is augmented.
+        augmentation: `none`, the evaluation view; `flip_crop`, a random crop, half of them mirrored; `trivial`, that
+            and one random TrivialAugmentWide operation (Müller and Hutter 2021); `augmix`, AugMix (Hendrycks et al.
+            2020) on the evaluation view, as the seed experiment had it.
+    """
+    if augmentation not in AUGMENTATIONS:
+        raise ValueError(f"unknown augmentation {augmentation!r}: choose from {', '.join(AUGMENTATIONS)}")
+    if augmentation == "none":
+        return view
+    to_pixel_values = v2.Compose(
+        [
+            v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(mean=-view.black / view.contrast, std=1 / view.contrast),
+        ]
+    )
+    if augmentation == "augmix":
+        augmix = v2.AugMix()
+        return lambda image: to_pixel_values(augmix(view.levels(view(image))))
+    return v2.Compose(
+        [
+            # At least 35% of the picture, where torchvision's default is 8%: small crops lose what is to be named.
+            v2.RandomResizedCrop(view.size, scale=(0.35, 1.0), interpolation=v2.InterpolationMode.BICUBIC),
+            v2.RandomHorizontalFlip(),
+            *([v2.TrivialAugmentWide()] if augmentation == "trivial" else []),
+            to_pixel_values,
+        ]
+    )
