@@ -91,7 +91,7 @@ class ModelArguments:
 TRAINING_DEFAULTS = {
     "num_train_epochs": None,  # by recipe, as learning_rate
     "per_device_train_batch_size": 32,
-    "per_device_eval_batch_size": 64,
+    "per_device_eval_batch_size": None,  # by machine
     "learning_rate": None,
     "weight_decay": 0.01,
     "lr_scheduler_type": "cosine",
@@ -171,12 +171,14 @@ def parse_arguments(argv: list[str]) -> tuple[DataArguments, ModelArguments, Tra
 
 
 def suit_machine(options: dict) -> None:
-    """Fill in what depends on the machine, where the user has not: data workers, and bfloat16."""
+    """Fill in what depends on the machine, where the user has not: data workers, evaluation batch, bfloat16."""
     gpu = torch.cuda.is_available() and not options["use_cpu"]
     if options["dataloader_num_workers"] is None:
         # A GPU starves where the process that feeds it decodes too; on a CPU the cores are the model's.
         options["dataloader_num_workers"] = min(cores_of_process(), 8) if gpu else 0
         options["dataloader_persistent_workers"] = gpu
+    if options["per_device_eval_batch_size"] is None:
+        options["per_device_eval_batch_size"] = 64 if gpu else 16  # on a CPU larger ones leave the caches
     if options["bf16"] is None:  # NVIDIA's from Ampere on
         options["bf16"] = gpu and not options["fp16"] and torch.cuda.is_bf16_supported(including_emulation=False)
 

@@ -10,6 +10,7 @@ if __name__ == "__main__":
     with user_errors():
         parse_arguments(sys.argv[1:])  # --help and mistakes are answered before the imports below, which take seconds
 
+import ctypes
 import importlib.metadata
 import logging
 import os
@@ -347,12 +348,19 @@ def quiet_libraries() -> None:
 
 
 def fit_machine(training_args: TrainingArguments) -> None:
-    """Use all cores of a machine without a GPU."""
+    """Use all cores of a machine without a GPU, and let it keep its memory."""
     if training_args.device.type == "cpu":
         training_args.dataloader_pin_memory = False  # serves copies to a GPU
         # `accelerate launch` sets OMP_NUM_THREADS=1 where nobody told it that this is a CPU machine.
         if "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
             torch.set_num_threads(cores_of_process())
+        if platform.libc_ver()[0] == "glibc":
+            # glibc gives every large tensor back to the system when it is freed, and gets the next one page by page:
+            # with these two settings (as mallopt(3) numbers them) it keeps them, and inference is up to twice as fast.
+            m_trim_threshold, m_mmap_threshold = -1, -3
+            libc = ctypes.CDLL(None)
+            libc.mallopt(m_mmap_threshold, 2**30)
+            libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
 if __name__ == "__main__":

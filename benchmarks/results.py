@@ -15,8 +15,9 @@ from pathlib import Path
 PROJECT = Path(__file__).parent.parent
 EXPERIMENTS = {
     "`simple_cnn`, 32 px, from scratch": ["configs/simple_cnn_openmoji.yaml"],
-    "`efficientnet_lite0`, head only": ["configs/efficientnet_lite0_openmoji_head.yaml"],
-    "`efficientnet_lite0`, fine-tuned (the default)": [],
+    "`efficientnet_lite0`, probe": ["--recipe", "probe"],
+    "`efficientnet_lite0`, lp_ft (the default)": [],
+    "`efficientnet_lite0`, full": ["--recipe", "full"],
 }
 
 
@@ -25,6 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="openmoji, or a folder of class folders")
     parser.add_argument("--seeds", type=int, default=3, help="how many training seeds (default: 3)")
+    parser.add_argument("--rows", type=int, nargs="*", help="which rows, from 0 (default: all)")
     parser.add_argument("--out", type=Path, default=Path("outputs/results"), help="where the runs are kept")
     args = parser.parse_args()
     data = (
@@ -34,6 +36,8 @@ def main() -> None:
     print("| model | test accuracy, mean of seeds | lowest to highest | 95% interval of one run | n | minutes |")
     print("|---|---|---|---|---|---|")
     for number, (name, config) in enumerate(EXPERIMENTS.items()):
+        if args.rows and number not in args.rows:
+            continue
         runs = []
         for seed in range(1, args.seeds + 1):
             output_dir = (args.out / f"{Path(args.data).name}-{number}-{seed}").resolve()
