@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import logging
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,6 +11,7 @@ import datasets
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, DatasetDict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer
@@ -16,6 +19,8 @@ from transformers import Trainer
 from data import evaluation_rows
 from metrics import logits_of
 from views import EvaluationView
+
+logger = logging.getLogger(__name__)
 
 # Penalties tried, from strong to weak; on 100 to 100,000 pictures the best was never at an end (docs/experiments.md).
 STRENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
@@ -105,6 +110,9 @@ def build_probe(
         view: the evaluation view in which all of them are seen.
 
     Returns the probe, and its logits [N, C] of validation and test.
+
+    Raises:
+        ValueError: the features are not finite.
     """
     features = {split: load_features(trainer, head, dataset, view) for split, dataset in splits.items()}
     answer = [None]
@@ -134,9 +142,10 @@ def load_features(trainer: Trainer, head: str, dataset: Dataset, view: Evaluatio
     path = Path(datasets.config.HF_DATASETS_CACHE, "luthier_features", f"{key.hexdigest()[:40]}.safetensors")
 
     main = trainer.is_world_process_zero()
-    (cached,) = broadcast_object_list([main and path.exists()])  # all processes compute, or none
+    features = _read(path) if main else None
+    (cached,) = broadcast_object_list([features is not None])  # all processes compute, or none
     if cached:
-        return load_file(path)["features"] if main else None
+        return features
     linear = model.get_submodule(head)
     model.set_submodule(head, nn.Identity())
     try:
@@ -146,7 +155,29 @@ def load_features(trainer: Trainer, head: str, dataset: Dataset, view: Evaluatio
     if not main:
         return None
     features = torch.from_numpy(logits_of(prediction)).float().contiguous()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"features": features}, path.with_suffix(".part"))
-    path.with_suffix(".part").replace(path)
+    if not torch.isfinite(features).all():
+        raise ValueError(
+            "the model's features of these pictures are not finite numbers: its weights are damaged, or do not fit "
+            "its architecture. Take another checkpoint"
+        )
+    _write(path, features)
     return features
+
+
+def _read(path: Path) -> torch.Tensor | None:
+    """Return cached features, None where there are none or the file is damaged."""
+    try:
+        return load_file(path)["features"]
+    except (OSError, SafetensorError, KeyError):
+        return None
+
+
+def _write(path: Path, features: torch.Tensor) -> None:
+    """Cache features, whole or not at all; without space or rights they are computed anew the next time."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            save_file({"features": features}, Path(folder, path.name))
+            Path(folder, path.name).replace(path)
+    except (OSError, SafetensorError) as error:
+        logger.warning(f"The features are not kept for the next run: {error}")

@@ -88,7 +88,8 @@ def main(argv: list[str] | None = None) -> None:
 
     baselines, probe = {"majority": majority_baseline(data["splits"])}, None
     if name and head:
-        probe, logits = build_probe(trainer, head, splits, view)
+        with user_errors():
+            probe, logits = build_probe(trainer, head, splits, view)
         baselines["linear_probe"] = {
             split: score(logits[split].numpy(), np.array(splits[split]["label"][:]), labels) for split in logits
         } | {"strength": probe.strength}

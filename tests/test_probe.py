@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -103,3 +104,17 @@ def test_features_are_computed_once_and_belong_to_pictures_weights_and_view(timm
     assert counted(str(tmp_path / "moved"), folder)[0] == 3
     draw("red", 999).save(tmp_path / "p/red/000.png")
     assert counted(name, folder)[0] >= 1
+
+
+def test_damaged_cache_is_computed_anew_and_weights_that_are_not_numbers_are_named(setting):
+    trainer, splits, view = setting
+    head = linear_head(trainer.model)
+    probe, _ = build_probe(trainer, head, splits, view)
+    for path in Path(datasets.config.HF_DATASETS_CACHE, "luthier_features").glob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-7])
+    again, _ = build_probe(trainer, head, splits, view)
+    assert torch.equal(probe.weight, again.weight)
+    with torch.no_grad():
+        next(trainer.model.parameters()).fill_(float("nan"))
+    with pytest.raises(ValueError, match="not finite numbers"):
+        build_probe(trainer, head, splits, view)

@@ -132,6 +132,8 @@ def test_second_run_takes_the_next_name_and_touches_nothing(run, launch):
         (["--data_dir", "single"], "the one class 'red'"),
         (["--data_dir", "few"], "too few"),
         (["--data_dir", "broken"], "that cannot be read: 1"),
+        (["--data_dir", "good", "--model_name", "simple_cnn", "--recipe", "lp_ft"], "needs a pretrained backbone"),
+        (["--recipe", "lpft"], "'lpft'"),
         (["--learning_rat", "1"], "did you mean 'learning_rate'"),
         (["typo.yaml"], "unknown key 'model_nam'; did you mean 'model_name'"),
         (["--data_dir", "good", "--model_name", "efficientnet"], "unknown model 'efficientnet'"),
@@ -156,6 +158,16 @@ def test_bad_input_ends_in_one_message(tmp_path, monkeypatch, capsys, line, mess
     assert message in told and "Traceback" not in told
     assert sum(text.startswith("error: ") for text in told.splitlines()) == 1
     assert not Path("outputs").exists()
+
+
+@pytest.mark.parametrize("line", ["--help", "--learning_rat=1", "typo.yaml"])
+def test_arguments_are_answered_before_anything_heavy_is_imported(tmp_path, line):
+    (tmp_path / "typo.yaml").write_text("model_nam: simple_cnn\n")
+    command = [sys.executable, "-X", "importtime", str(PROJECT / "train.py"), line]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    imported = {told.split("|")[2].strip() for told in ran.stderr.splitlines() if told.startswith("import time:")}
+    assert ran.returncode == (0 if line == "--help" else 2) and "arguments" in imported
+    assert not {"data", "datasets", "timm", "torchvision", "evaluate", "matplotlib", "sklearn"} & imported
 
 
 @pytest.fixture
