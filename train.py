@@ -49,6 +49,8 @@ from report import (
 )
 from views import EvaluationView
 
+KEPT = {0.0: "the probe", 0.5: "the mean of both", 1.0: "the trained weights"}  # by recipe.Recipe.kept
+
 
 def main(argv: list[str] | None = None) -> None:
     """Run one experiment; see `python train.py --help`."""
@@ -62,14 +64,7 @@ def main(argv: list[str] | None = None) -> None:
         labels = splits["train"].features["label"].names
         set_seed(training_args.seed)  # decides the new head's first weights
         model, image_processor = build_model(model_args.model_name, dict(enumerate(labels)), model_args.image_size)
-        head, parameters = linear_head(model), sum(parameter.numel() for parameter in model.parameters())
-        name = choose_recipe(model_args.recipe, model_args.model_name, bool(head), parameters, len(splits["train"]))
-        recipe = RECIPES[name] if name else FROM_SCRATCH
-        freeze(model, recipe.frozen)
-        if training_args.learning_rate is None:
-            training_args.learning_rate = recipe.learning_rate
-        if training_args.num_train_epochs is None:
-            training_args.num_train_epochs = recipe.num_train_epochs
+        name, recipe = settle_recipe(model_args, training_args, model, len(splits["train"]))
         view = EvaluationView(image_processor)
         clock.stop("load")
 
@@ -86,26 +81,17 @@ def main(argv: list[str] | None = None) -> None:
     for line in ("model", "device"):
         say(training_args, line, summary[line])
 
-    baselines, probe = {"majority": majority_baseline(data["splits"])}, None
-    if name and head:
-        with user_errors():
-            probe, logits = build_probe(trainer, head, splits, view)
-        baselines["linear_probe"] = {
-            split: score(logits[split].numpy(), np.array(splits[split]["label"][:]), labels) for split in logits
-        } | {"strength": probe.strength}
-        found = baselines["linear_probe"]["validation"]
-        line = f"validation {found['accuracy']:.1%}, loss {found['log_loss']:.3f}"
-        say(training_args, "probe", f"{line}: a logistic regression on frozen features")
+    baselines = {"majority": majority_baseline(data["splits"])}
+    start = None
+    if name and linear_head(model):
+        start, baselines["linear_probe"] = start_from_probe(trainer, splits, view, labels)
         clock.stop("features")
-    start = model.state_dict()
-    if probe:
-        start = {name: tensor.clone() for name, tensor in start.items()} | probe.as_head(head)
     if name in ("probe", "lp_ft"):
         model.load_state_dict(start)
     say(training_args, "recipe", summary["recipe"])
     if name != "probe":
         train(trainer)
-    kept, validation = keep_best(trainer, start, recipe.kept if probe else (1.0,), labels)
+    kept, validation = keep_best(trainer, start, recipe.kept, labels)
     prediction = trainer.predict(views["test"])
     scores = {"validation": validation, "test": score(logits_of(prediction), prediction.label_ids, labels)}
     clock.stop("evaluate")
@@ -141,6 +127,22 @@ def load_data(data_args: DataArguments) -> DatasetDict:
     )
 
 
+def settle_recipe(
+    model_args: ModelArguments, training_args: TrainingArguments, model: PreTrainedModel, images: int
+) -> tuple[str | None, Recipe]:
+    """Return the recipe's name, None from scratch, and what it fixes; freeze, and fill in what the user left open."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    probed = linear_head(model) is not None
+    name = choose_recipe(model_args.recipe, model_args.model_name, probed, parameters, images)
+    recipe = RECIPES[name] if name else FROM_SCRATCH
+    freeze(model, recipe.frozen)
+    if training_args.learning_rate is None:
+        training_args.learning_rate = recipe.learning_rate
+    if training_args.num_train_epochs is None:
+        training_args.num_train_epochs = recipe.num_train_epochs
+    return name, recipe
+
+
 def build_trainer(
     model: PreTrainedModel, recipe: Recipe, training_args: TrainingArguments, splits: DatasetDict, labels: list[str]
 ) -> Trainer:
@@ -168,6 +170,22 @@ def build_trainer(
     return trainer
 
 
+def start_from_probe(
+    trainer: Trainer, splits: DatasetDict, view: EvaluationView, labels: list[str]
+) -> tuple[dict[str, torch.Tensor], dict]:
+    """Fit the linear probe; return the model's state with the probe as its head, and the probe's scores."""
+    model, head = trainer.model, linear_head(trainer.model)
+    with user_errors():
+        probe, logits = build_probe(trainer, head, splits, view)
+    scores = {split: score(logits[split].numpy(), np.array(splits[split]["label"][:]), labels) for split in logits}
+    found = scores["validation"]
+    line = f"validation {found['accuracy']:.1%}, loss {found['log_loss']:.3f}"
+    say(trainer.args, "probe", f"{line}: a logistic regression on frozen features")
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    start |= {name: tensor.to(model.device) for name, tensor in probe.as_head(head).items()}
+    return start, {**scores, "strength": probe.strength}
+
+
 def train(trainer: Trainer) -> None:
     """Train, from a checkpoint on if one is given, and leave the model as it was after its best epoch."""
     checkpoint = trainer.args.resume_from_checkpoint
@@ -189,29 +207,31 @@ def load_weights(model: PreTrainedModel, checkpoint: str) -> None:
 
 
 def keep_best(
-    trainer: Trainer, start: dict[str, torch.Tensor], shares: tuple[float, ...], labels: list[str]
+    trainer: Trainer, start: dict[str, torch.Tensor] | None, shares: tuple[float, ...], labels: list[str]
 ) -> tuple[str, dict]:
     """Leave the model with the weights, from the probe's to the trained ones, that lose least on validation.
 
     Args:
         trainer: holds the trained model, and the validation split.
-        start: the state with the probe's weights.
+        start: the state with the probe's weights; None where there is no probe to compare with.
         shares: the candidates; see `recipe.Recipe`.
+        labels: the classes' names.
 
     Returns what was kept, in words, and its score on validation.
     """
-    end = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    model = trainer.model
+    end = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     found = {}
-    for share in shares:
-        trainer.model.load_state_dict(blend(start, end, share))
+    for share in shares if start else (1.0,):
+        model.load_state_dict(blend(start or end, end, share))
         prediction = trainer.predict(trainer.eval_dataset)
         found[share] = score(logits_of(prediction), prediction.label_ids, labels)
-    share = min(shares, key=lambda share: found[share]["log_loss"])
-    trainer.model.load_state_dict(blend(start, end, share))
-    losses = ", ".join(f"{KEPT[share]} {found[share]['log_loss']:.3f}" for share in shares)
-    if len(shares) > 1:
-        say(trainer.args, "kept", f"{KEPT[share]}; validation loss of {losses}")
-    return KEPT[share], found[share]
+    best = min(found, key=lambda share: found[share]["log_loss"])
+    model.load_state_dict(blend(start or end, end, best))
+    if len(found) > 1:
+        losses = ", ".join(f"{KEPT[share]} {found[share]['log_loss']:.3f}" for share in found)
+        say(trainer.args, "kept", f"{KEPT[best]}; validation loss: {losses}")
+    return KEPT[best], found[best]
 
 
 def summarise(
@@ -295,9 +315,6 @@ def say_data(training_args: TrainingArguments, name: str, data: dict) -> None:
     for split, leaked in data["also_in_train"].items():
         if leaked:
             say(training_args, "careful", f"{split} pictures that are in train too, byte for byte: {leaked}")
-
-
-KEPT = {0.0: "the probe", 0.5: "halfway", 1.0: "the trained weights"}
 
 
 class Stopwatch(TrainerCallback):

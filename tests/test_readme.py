@@ -7,6 +7,7 @@ from conftest import PROJECT
 
 from arguments import build_parser, option_names
 from images import EXTENSIONS
+from recipe import PARAMETERS_PER_IMAGE, RECIPES
 from views import AUGMENTATIONS
 
 PAGES = [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted((PROJECT / "docs").glob("*.md"))]
@@ -47,7 +48,8 @@ def test_test_command_is_the_one_ci_runs():
     assert "-r requirements-dev.txt" in script and script.rstrip().endswith("\npytest")
 
 
-def test_usage_lists_every_augmentation_and_extension():
+def test_usage_lists_every_recipe_augmentation_and_extension():
     text = (PROJECT / "docs/usage.md").read_text()
-    assert all(f"| `{name}` |" in text for name in AUGMENTATIONS)
+    assert all(f"| `{name}` |" in text for name in (*AUGMENTATIONS, *RECIPES))
+    assert f"more than {PARAMETERS_PER_IMAGE} parameters for each" in " ".join(text.split())
     assert all(f"{extension}" in text for extension in EXTENSIONS)
