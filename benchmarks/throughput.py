@@ -76,7 +76,7 @@ def compare(name: str, size: int, rounds: int, steps: int, batch: int) -> tuple[
     with tempfile.TemporaryDirectory() as folder:
         line = ["--output_dir", folder, "--max_steps", str(steps + 1), "--per_device_train_batch_size", str(batch)]
         line += ["--eval_strategy", "no", "--save_strategy", "no", "--disable_tqdm", "1", "--logging_strategy", "no"]
-        _, _, training_args = parse_arguments([*line, "--learning_rate", "1e-4"])
+        _, _, training_args = parse_arguments([*line, "--learning_rate", "1e-4", "--num_train_epochs", "1"])
         fit_machine(training_args)
         model, times = build(name, size), Times()
         data = {"train": rows, "validation": rows[:1]}
