@@ -111,6 +111,13 @@ TRAINING_DEFAULTS = {
 # What a config says of its data, and what goes with it when the command line names other data.
 DATA_KEYS = ("data_dir", "dataset_name", "dataset_config_name", "image_column", "label_column", "label_names")
 
+# What would spoil the score without a word.
+REFUSED = {
+    "dataloader_drop_last": "would leave pictures out of every score",
+    "bf16_full_eval": "would round the weights before they are trained",
+    "fp16_full_eval": "would round the weights before they are trained",
+}
+
 # What the Trainer would take as it comes, and fail of, or train nothing, after the data has been prepared.
 POSITIVE = (
     "num_train_epochs",
@@ -154,10 +161,15 @@ def parse_arguments(argv: list[str]) -> tuple[DataArguments, ModelArguments, Tra
         )
     if options["push_to_hub"]:
         raise ValueError("--push_to_hub is not supported yet: train first, then see 'The Hub' in README.md")
+    resume = options["resume_from_checkpoint"]
+    for key, why in REFUSED.items():
+        if options[key]:
+            raise ValueError(f"--{key} {why}: leave it out")
+    if model_args.recipe == "probe" and resume:
+        raise ValueError("--recipe probe trains nothing that could be resumed: leave --resume_from_checkpoint out")
     for key in POSITIVE:
         if options[key] is not None and not 0 < options[key] < math.inf:
             raise ValueError(f"--{key} is {options[key]}, but must be a number above 0")
-    resume = options["resume_from_checkpoint"]
     if resume and not Path(resume, "trainer_state.json").is_file():
         raise ValueError(
             f"--resume_from_checkpoint {resume} is no checkpoint: give a folder such as outputs/x/checkpoint-50"

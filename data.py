@@ -251,8 +251,7 @@ def prepare(splits: DatasetDict, view: EvaluationView) -> DatasetDict:
     Raises:
         ValueError: pictures cannot be read; the message names them.
     """
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("pillow", "torchvision", "transformers")]
-    key = json.dumps([PREPARATION, view.image_processor.to_dict(), *versions], sort_keys=True, default=str)
+    key = preparation_key(view)
     shortest = TRAINING_PICTURE * max(view.size)
     prepared, broken = DatasetDict(), []
     for split, dataset in splits.items():
@@ -286,6 +285,12 @@ def prepare(splits: DatasetDict, view: EvaluationView) -> DatasetDict:
         listing = "\n  ".join(broken[:10])
         raise ValueError(f"pictures that cannot be read: {len(broken)}. Replace or remove them:\n  {listing}{more}")
     return prepared
+
+
+def preparation_key(view: EvaluationView) -> str:
+    """Return what stored pictures depend on, but for the pictures themselves."""
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("pillow", "torchvision", "transformers")]
+    return json.dumps([PREPARATION, view.image_processor.to_dict(), *versions], sort_keys=True, default=str)
 
 
 def prepare_batch(batch: dict, indices: list[int], store: Callable, column: str) -> dict:

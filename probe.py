@@ -1,13 +1,13 @@
 """The linear probe: a logistic regression on frozen features, the baseline of every fine-tune and where it starts."""
 
 import hashlib
-import json
 import logging
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 import datasets
+import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, DatasetDict
@@ -16,8 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer
 
-from data import evaluation_rows
-from metrics import logits_of
+from data import evaluation_rows, preparation_key
 from views import EvaluationView
 
 logger = logging.getLogger(__name__)
@@ -133,8 +132,9 @@ def load_features(trainer: Trainer, head: str, dataset: Dataset, view: Evaluatio
     on: the pictures and their order, the backbone's weights, the view, the precision.
     """
     model = trainer.model
-    key = hashlib.sha256(json.dumps(view.image_processor.to_dict(), sort_keys=True, default=str).encode())
-    key.update(f"{trainer.accelerator.mixed_precision} {torch.__version__} {dataset['digest'][:]}".encode())
+    key = hashlib.sha256(preparation_key(view).encode())
+    stored = "exactly" if "view" in dataset.column_names else "small"
+    key.update(f"{stored} {trainer.accelerator.mixed_precision} {torch.__version__} {dataset['digest'][:]}".encode())
     for name, tensor in model.state_dict().items():
         if not name.startswith(f"{head}."):
             key.update(name.encode())
@@ -143,18 +143,27 @@ def load_features(trainer: Trainer, head: str, dataset: Dataset, view: Evaluatio
 
     main = trainer.is_world_process_zero()
     features = _read(path) if main else None
+    if features is not None and len(features) != len(dataset):
+        features = None
     (cached,) = broadcast_object_list([features is not None])  # all processes compute, or none
     if cached:
         return features
     linear = model.get_submodule(head)
     model.set_submodule(head, nn.Identity())
+    trainer.args.eval_do_concat_batches = False  # it would copy all that came before with every batch
     try:
-        prediction = trainer.predict(evaluation_rows(dataset, view), metric_key_prefix="features")
+        batches = trainer.predict(evaluation_rows(dataset, view), metric_key_prefix="features").predictions
     finally:
+        trainer.args.eval_do_concat_batches = True
         model.set_submodule(head, linear)
+        # To accelerate the model is prepared now, for evaluation; training would then go without its DDP wrapper.
+        vars(model).pop("_is_accelerate_prepared", None)
+        trainer.model_wrapped = model
+        trainer.accelerator.free_memory()
     if not main:
         return None
-    features = torch.from_numpy(logits_of(prediction)).float().contiguous()
+    batches = [batch[0] if isinstance(batch, tuple) else batch for batch in batches]
+    features = torch.from_numpy(np.concatenate(batches)).float().contiguous()
     if not torch.isfinite(features).all():
         raise ValueError(
             "the model's features of these pictures are not finite numbers: its weights are damaged, or do not fit "

@@ -180,7 +180,7 @@ classify("picture.jpg")
 
 ## Score
 
-Test accuracy **{percent_with_interval(test)}**, macro F1 {test["macro_f1"]:.3f}. The epoch was chosen on validation
+Test accuracy **{percent_with_interval(test)}**, macro F1 {test["macro_f1"]:.3f}. Chosen on validation
 (accuracy {percent_with_interval(metrics["validation"])}); test was looked at once, at the end.
 {beside}Always answering {_escape(majority["label"])}, the commonest class, would score {majority["accuracy"]:.1%}.
 

@@ -90,6 +90,7 @@ def main(argv: list[str] | None = None) -> None:
         model.load_state_dict(start)
     say(training_args, "recipe", summary["recipe"])
     if name != "probe":
+        set_seed(training_args.seed)  # whether the features came from the cache or not
         train(trainer)
     kept, validation = keep_best(trainer, start, recipe.kept, labels)
     prediction = trainer.predict(views["test"])
@@ -192,6 +193,7 @@ def train(trainer: Trainer) -> None:
     if checkpoint:
         load_weights(trainer.model, checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.accelerator.free_memory()  # its data workers too
     if trainer.state.best_model_checkpoint:  # chosen on validation
         load_weights(trainer.model, trainer.state.best_model_checkpoint)
 
@@ -377,8 +379,8 @@ def fit_machine(training_args: TrainingArguments) -> None:
             # with these two settings (as mallopt(3) numbers them) it keeps them, and inference is up to twice as fast.
             m_trim_threshold, m_mmap_threshold = -1, -3
             libc = ctypes.CDLL(None)
-            libc.mallopt(m_mmap_threshold, 2**30)
-            libc.mallopt(m_trim_threshold, 2**31 - 1)
+            if libc.mallopt(m_mmap_threshold, 2**30) or libc.mallopt(m_mmap_threshold, 2**25):  # before 2.35 no more
+                libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ class EvaluationView:
         size: (height, width) of the view, in pixels.
         values: float32 [3, 256], the pixel value of each level in each channel, asked of the processor by showing it
             256 grey pictures, because every family of processors names its settings differently.
+        reversed: the channels are blue, green, red, as MobileViT has them.
     """
 
     def __init__(self, image_processor: BaseImageProcessor):
@@ -28,6 +29,8 @@ class EvaluationView:
         greys = [self(Image.new("RGB", (16, 16), (level,) * 3)) for level in range(256)]
         self.size = tuple(greys[0].shape[-2:])
         self.values = torch.stack([grey[:, 0, 0] for grey in greys], dim=1)
+        red = self(Image.new("RGB", (16, 16), "red"))[:, 0, 0]
+        self.reversed = bool((red[2] - self.black[2]) * self.contrast[2] > (red[0] - self.black[0]) * self.contrast[0])
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """Return the pixel values [3, H, W] of an RGB picture."""
@@ -95,6 +98,8 @@ def training_view(view: EvaluationView, augmentation: str) -> Callable[[Image.Im
             v2.RandomResizedCrop(view.size, scale=(0.35, 1.0), interpolation=v2.InterpolationMode.BICUBIC),
             v2.RandomHorizontalFlip(),
             *([v2.TrivialAugmentWide()] if augmentation == "trivial" else []),
+            v2.ToImage(),
+            *([v2.Lambda(lambda image: image.flip(0))] if view.reversed else []),
             to_pixel_values,
         ]
     )

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from arguments import parse_arguments
 from models import build_model, parameter_groups
 from recipe import RECIPES
+from report import EpochTable
 from train import build_trainer, fit_machine, quiet_libraries
 
 LABELS = {index: f"class {index}" for index in range(10)}
@@ -81,6 +82,7 @@ def compare(name: str, size: int, rounds: int, steps: int, batch: int) -> tuple[
         model, times = build(name, size), Times()
         data = {"train": rows, "validation": rows[:1]}
         trainer = build_trainer(model, RECIPES["full"], training_args, data, list(LABELS.values()))
+        trainer.remove_callback(EpochTable)  # it would print into ours
         trainer.add_callback(times)
         bare = BareLoop(build(name, size), rows, batch, training_args.device)
         speeds = ([], [])

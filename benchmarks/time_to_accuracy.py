@@ -147,6 +147,8 @@ def fastai(data: Path, seed: int, name: str, size: int, epochs: int, lr: float) 
     )
 
     class Report(Callback):
+        order = 60  # after fastai's Recorder
+
         def after_epoch(self):
             print("EPOCH", float(self.learn.recorder.values[-1][-1]), flush=True)
 

@@ -85,6 +85,8 @@ def test_slip_in_a_config(text, message):
         (["--push_to_hub"], "not supported yet"),
         (["--eval_strategy", "sometimes"], "sometimes"),
         (["--num_train_epochs", "-1"], "--num_train_epochs is -1.0, but must be a number above 0"),
+        (["--dataloader_drop_last", "1"], "leave pictures out of every score"),
+        (["--bf16_full_eval", "1"], "--bf16_full_eval would round"),
         (["--learning_rate", "nan"], "--learning_rate is nan"),
         (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size is 0"),
     ],

@@ -14,7 +14,7 @@ from conftest import COLOURS, draw, draw_folder
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 from PIL import ImageCms
-from transformers import AutoImageProcessor, pipeline
+from transformers import AutoImageProcessor, MobileViTImageProcessor, pipeline
 
 import data
 from data import collate, describe, evaluation_rows, load_splits, prepare, store_training_picture, with_views
@@ -496,6 +496,16 @@ def test_augmentation_varies_and_keeps_size_and_scale(timm_view, augmentation):
     assert unit.min() >= -1e-5 and unit.max() <= 1 + 1e-5
     # Red stays the strongest channel of most views: the scale is the evaluation's, channel by channel.
     assert (unit.mean(dim=(2, 3)).argmax(dim=1) == 0).float().mean() > 0.6
+
+
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS)
+def test_channels_that_the_processor_turns_round_are_turned_round_in_training(augmentation):
+    size = {"shortest_edge": 32}
+    view = EvaluationView(MobileViTImageProcessor(size=size, crop_size={"height": 32, "width": 32}))
+    see, red = training_view(view, augmentation), PILImage.new("RGB", (64, 48), (250, 10, 10))
+    assert view.reversed and view(red)[2].mean() > 0.9
+    seen = torch.stack([see(red) for _ in range(16)]).mean(dim=(0, 2, 3))
+    assert seen.argmax() == 2
 
 
 def test_augmented_dataset_is_lazy_and_collates(pictures, view):

@@ -30,4 +30,6 @@ def test_blend():
     end = {"weight": torch.ones(3), "steps": torch.tensor(5)}
     assert torch.equal(blend(start, end, 0.0)["weight"], start["weight"])
     assert torch.equal(blend(start, end, 1.0)["weight"], end["weight"])
+    diverged = {**end, "weight": torch.full((3,), torch.nan)}
+    assert torch.equal(blend(start, diverged, 0.0)["weight"], start["weight"])
     assert blend(start, end, 0.5)["weight"].tolist() == [0.5] * 3 and blend(start, end, 0.5)["steps"] == 5

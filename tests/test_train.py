@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import PROJECT, draw, draw_folder
 from safetensors.torch import load_file
-from transformers import AutoModelForImageClassification, pipeline
+from transformers import AutoModelForImageClassification, Trainer, pipeline
 
 import train
 from data import collate, evaluation_rows, load_splits, prepare
@@ -230,9 +230,9 @@ def test_bars_can_be_left_out(tmp_path, monkeypatch, capsys):
     assert "macro F1" in told.out and "train_runtime" not in told.out and "it/s" not in told.err
 
 
-def test_same_seed_same_weights(timm_checkpoint, tmp_path, monkeypatch):
+def test_same_seed_same_weights_with_features_from_the_cache_or_not(timm_checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    draw_folder(Path("pictures"), per_class=5)
+    draw_folder(Path("pictures"), per_class=5, first=300)
     line = ["--data_dir", "pictures", "--model_name", str(timm_checkpoint), "--num_train_epochs", "1"]
     line += ["--recipe", "full"]
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
@@ -319,11 +319,14 @@ def test_threads_are_given_back(monkeypatch, tmp_path):
         torch.set_num_threads(threads)
 
 
-def test_evaluation_of_the_trainer_is_the_models_own(timm_checkpoint, pictures):
+def test_evaluation_of_the_trainer_is_the_models_own(timm_checkpoint, pictures, tmp_path):
     """What the Trainer evaluates is what the model says of the evaluation view, picture by picture."""
     model, image_processor = build_model(str(timm_checkpoint), {0: "blue", 1: "green", 2: "red"})
     view = EvaluationView(image_processor)
     dataset = evaluation_rows(prepare(load_splits(data_dir=str(pictures)), view)["test"], view)
-    together = model.eval()(collate([dataset[row] for row in range(len(dataset))])["pixel_values"]).logits
-    alone = torch.cat([model(dataset[row]["pixel_values"][None]).logits for row in range(len(dataset))])
+    _, _, training_args = train.parse_arguments(["--output_dir", str(tmp_path / "out"), "--num_train_epochs", "1"])
+    trainer = Trainer(model=model, args=training_args, data_collator=collate, eval_dataset=dataset)
+    together = torch.from_numpy(trainer.predict(dataset).predictions)
+    with torch.no_grad():
+        alone = torch.cat([model.eval()(row["pixel_values"][None]).logits for row in dataset])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
