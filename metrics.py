@@ -63,12 +63,13 @@ def score(logits: np.ndarray, references: np.ndarray, labels: list[str]) -> dict
         predictions=logits.argmax(axis=-1), references=references, num_labels=len(labels)
     )
     n = len(references)
-    given = logits[np.arange(n), references]
+    with np.errstate(invalid="ignore"):  # a diverged model's loss is NaN, which needs no warning beside
+        log_loss = np.logaddexp.reduce(logits.astype(np.float64), axis=-1) - logits[np.arange(n), references]
     return {
         "accuracy": result["accuracy"],
         "accuracy_ci95": wilson_interval(round(result["accuracy"] * n), n),
         "macro_f1": result["macro_f1"],
-        "log_loss": float((np.logaddexp.reduce(logits.astype(np.float64), axis=-1) - given).mean()),
+        "log_loss": float(log_loss.mean()),
         "n": n,
         "per_class": {
             name: {key: result[key][index] for key in ("precision", "recall", "f1", "support")}
