@@ -99,29 +99,28 @@ def _minimise(
 
 def build_probe(
     trainer: Trainer, head: str, splits: DatasetDict, view: EvaluationView
-) -> tuple[LinearProbe, dict[str, torch.Tensor]]:
+) -> tuple[LinearProbe, torch.Tensor]:
     """Fit the probe of a model on a prepared data set; its strength is chosen on validation.
 
     Args:
         trainer: runs the model, on its device and in its precision, over all of its processes.
         head: the name of the model's head, see `models.linear_head`.
-        splits: train, validation and test, as `data.prepare` returns them.
-        view: the evaluation view in which all of them are seen.
+        splits: train and validation, as `data.prepare` returns them; test is not looked at.
+        view: the evaluation view in which both are seen.
 
-    Returns the probe, and its logits [N, C] of validation and test.
+    Returns the probe, and its logits [N, C] of validation.
 
     Raises:
         ValueError: the features are not finite.
     """
-    features = {split: load_features(trainer, head, dataset, view) for split, dataset in splits.items()}
+    device = trainer.args.device
+    features = [load_features(trainer, head, splits[split], view) for split in ("train", "validation")]
     answer = [None]
     if trainer.is_world_process_zero():
-        device = trainer.args.device
-        labels = {split: torch.tensor(dataset["label"][:], device=device) for split, dataset in splits.items()}
-        train, validation = features["train"].to(device), features["validation"].to(device)
-        probe = fit_probe(train, labels["train"], validation, labels["validation"])
+        labels = [torch.tensor(splits[split]["label"][:], device=device) for split in ("train", "validation")]
+        probe = fit_probe(features[0].to(device), labels[0], features[1].to(device), labels[1])
         probe = probe._replace(weight=probe.weight.cpu(), bias=probe.bias.cpu())
-        answer = [(probe, {split: probe.logits(features[split]) for split in ("validation", "test")})]
+        answer = [(probe, probe.logits(features[1]))]
     return broadcast_object_list(answer)[0]
 
 

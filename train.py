@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -92,15 +92,19 @@ def main(argv: list[str] | None = None) -> None:
     if name != "probe":
         set_seed(training_args.seed)  # whether the features came from the cache or not
         train(trainer)
-    kept, validation = keep_best(trainer, start, recipe.kept, labels)
-    prediction = trainer.predict(views["test"])
-    scores = {"validation": validation, "test": score(logits_of(prediction), prediction.label_ids, labels)}
+    best, kept, validation = keep_best(trainer, start, recipe.kept, labels)
+    if start and best is not start:
+        baselines["linear_probe"]["test"] = evaluate(trainer, start, views["test"], labels)
+    test = evaluate(trainer, best, views["test"], labels)
+    if best is start:
+        baselines["linear_probe"]["test"] = test
     clock.stop("evaluate")
 
     if trainer.is_world_process_zero():
         attribution = ATTRIBUTION if data_args.dataset_name == "openmoji" else ""
         metrics = {
-            **scores,
+            "validation": validation,
+            "test": test,
             "baselines": baselines,
             "seconds": clock.seconds,
             "data": {"name": data_args.name, "attribution": attribution, **data},
@@ -174,17 +178,16 @@ def build_trainer(
 def start_from_probe(
     trainer: Trainer, splits: DatasetDict, view: EvaluationView, labels: list[str]
 ) -> tuple[dict[str, torch.Tensor], dict]:
-    """Fit the linear probe; return the model's state with the probe as its head, and the probe's scores."""
+    """Fit the linear probe; return the model's state with the probe as its head, and its score on validation."""
     model, head = trainer.model, linear_head(trainer.model)
     with user_errors():
         probe, logits = build_probe(trainer, head, splits, view)
-    scores = {split: score(logits[split].numpy(), np.array(splits[split]["label"][:]), labels) for split in logits}
-    found = scores["validation"]
+    found = score(logits.numpy(), np.array(splits["validation"]["label"][:]), labels)
     line = f"validation {found['accuracy']:.1%}, loss {found['log_loss']:.3f}"
     say(trainer.args, "probe", f"{line}: a logistic regression on frozen features")
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     start |= {name: tensor.to(model.device) for name, tensor in probe.as_head(head).items()}
-    return start, {**scores, "strength": probe.strength}
+    return start, {"validation": found, "strength": probe.strength}
 
 
 def train(trainer: Trainer) -> None:
@@ -210,8 +213,8 @@ def load_weights(model: PreTrainedModel, checkpoint: str) -> None:
 
 def keep_best(
     trainer: Trainer, start: dict[str, torch.Tensor] | None, shares: tuple[float, ...], labels: list[str]
-) -> tuple[str, dict]:
-    """Leave the model with the weights, from the probe's to the trained ones, that lose least on validation.
+) -> tuple[dict[str, torch.Tensor], str, dict]:
+    """Return the weights, from the probe's to the trained ones, that lose least on validation.
 
     Args:
         trainer: holds the trained model, and the validation split.
@@ -219,21 +222,23 @@ def keep_best(
         shares: the candidates; see `recipe.Recipe`.
         labels: the classes' names.
 
-    Returns what was kept, in words, and its score on validation.
+    Returns their state (`start` itself where it is the best), what they are in words, and their score on validation.
     """
-    model = trainer.model
-    end = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    found = {}
-    for share in shares if start else (1.0,):
-        model.load_state_dict(blend(start or end, end, share))
-        prediction = trainer.predict(trainer.eval_dataset)
-        found[share] = score(logits_of(prediction), prediction.label_ids, labels)
+    end = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    states = {share: blend(start or end, end, share) for share in (shares if start else (1.0,))}
+    found = {share: evaluate(trainer, state, trainer.eval_dataset, labels) for share, state in states.items()}
     best = min(found, key=lambda share: found[share]["log_loss"])
-    model.load_state_dict(blend(start or end, end, best))
     if len(found) > 1:
         losses = ", ".join(f"{KEPT[share]} {found[share]['log_loss']:.3f}" for share in found)
         say(trainer.args, "kept", f"{KEPT[best]}; validation loss: {losses}")
-    return KEPT[best], found[best]
+    return states[best], KEPT[best], found[best]
+
+
+def evaluate(trainer: Trainer, state: dict[str, torch.Tensor], dataset: Dataset, labels: list[str]) -> dict:
+    """Put these weights into the model and score them on a split."""
+    trainer.model.load_state_dict(state)
+    prediction = trainer.predict(dataset)
+    return score(logits_of(prediction), prediction.label_ids, labels)
 
 
 def summarise(
