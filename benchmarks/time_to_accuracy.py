@@ -57,12 +57,10 @@ def main() -> None:
     split = link_split(args.data, args.out.resolve() / "split")
     runs = []
     for name in args.only:
-        chosen = [DEFAULTS[name]]
-        if name in TUNED and not args.defaults_only:
-            first = {json.dumps(s): timed(name, s, split, 1, args.out) for s in TUNED[name]}
-            chosen.append(json.loads(max(first, key=lambda s: first[s]["epochs"][-1][1])))
-        for setting, seed in ((setting, seed) for setting in chosen for seed in range(1, args.seeds + 1)):
-            runs.append(timed(name, setting, split, seed, args.out))
+        runs += [timed(name, DEFAULTS[name], split, seed, args.out) for seed in range(1, args.seeds + 1)]
+    for name in TUNED if not args.defaults_only else ():
+        if name in args.only:
+            runs += [timed(name, setting, split, 1, args.out) for setting in TUNED[name]]
     write(runs, args.out)
 
 

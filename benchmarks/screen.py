@@ -1,0 +1,256 @@
+"""What was tried on top of the default recipe, each against one fixed validation cut: tables of docs/experiments.md.
+
+    python benchmarks/screen.py path/to/instruments
+    python benchmarks/screen.py path/to/instruments --seeds 3 --only default mixup "label smoothing"
+
+Luthier's test pictures are left alone. Its training and validation pictures are put together and cut anew, 60 to 40,
+because the tenth that a run has for validation decides little. A loop of its own, shorter than the Trainer's, so that
+what lost need not be an option of train.py; data, views, probe, layers and rates are the project's.
+"""
+
+import argparse
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from datasets import DatasetDict, concatenate_datasets
+from PIL import Image
+from torch import nn
+from transformers import PreTrainedModel
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from arguments import parse_arguments
+from data import load_splits, prepare, stratified_cut
+from models import build_model, freeze, linear_head, parameter_groups
+from probe import fit_probe
+from recipe import RECIPES, blend
+from train import fit_machine, quiet_libraries
+from views import EvaluationView, training_view
+
+DEFAULT = RECIPES["lp_ft"]
+BATCH = 32
+
+
+class Variant(NamedTuple):
+    """One recipe; the defaults are Luthier's."""
+
+    augmentation: str = "flip_crop"
+    crop: float = 0.35  # smallest share of the picture that a random crop holds
+    mixup: float = 0.0  # alpha of Zhang et al. (2018); 0 is none
+    smoothing: float = 0.0
+    ema: float = 0.0  # decay of the averaged weights, which then take the trained ones' place
+    epochs: int = DEFAULT.num_train_epochs
+    learning_rate: float = DEFAULT.learning_rate
+    frozen: float = DEFAULT.frozen
+    sizes: tuple[int, ...] = ()  # pixels of the training view, one for each epoch; none is the evaluation view's
+
+
+VARIANTS = {
+    "default": Variant(),
+    "no augmentation": Variant(augmentation="none"),
+    "crops of at least 8%": Variant(crop=0.08),
+    "crops of at least 70%": Variant(crop=0.7),
+    "trivial": Variant(augmentation="trivial"),
+    "augmix": Variant(augmentation="augmix"),
+    "mixup": Variant(mixup=0.2),
+    "label smoothing": Variant(smoothing=0.1),
+    "EMA": Variant(ema=0.97),
+    "lr 1e-4": Variant(learning_rate=1e-4),
+    "lr 1e-3": Variant(learning_rate=1e-3),
+    "1 epoch": Variant(epochs=1),
+    "6 epochs": Variant(epochs=6),
+    "nothing frozen": Variant(frozen=0.0),
+    "trained at 192 px": Variant(sizes=(192, 192, 192)),
+    "rising 160, 208, 256 px": Variant(sizes=(160, 208, 256)),
+}
+
+
+class Start(NamedTuple):
+    """What every variant starts from."""
+
+    build: Callable[[], PreTrainedModel]
+    state: dict[str, torch.Tensor]  # with the probe as the head
+    view: EvaluationView
+    images: list[Image.Image]
+    labels: torch.Tensor
+    validation: torch.Tensor  # float32 [N, 3, H, W]
+    validation_labels: torch.Tensor
+
+
+def main() -> None:
+    """Print a row for each variant: loss and accuracy on validation, in the order of `VARIANTS`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", help="a folder of class folders")
+    parser.add_argument("--seeds", type=int, default=1, help="training seeds (default: 1)")
+    parser.add_argument("--only", nargs="*", choices=VARIANTS, default=list(VARIANTS), help="which of them")
+    parser.add_argument("--probes", action="store_true", help="the probes alone: resolutions, flips, augmented views")
+    args = parser.parse_args()
+    quiet_libraries()
+    fit_machine(parse_arguments([])[2])
+    splits = cut(args.data)
+    if args.probes:
+        screen_probes(splits)
+        return
+    start, found = prepare_start(splits, 256)
+    print(
+        f"| what | trained | halfway | trained, flips averaged | seconds |\n|---|---|---|---|---|\n{found}", flush=True
+    )
+    for name in args.only:
+        runs = [fine_tune(start, VARIANTS[name], seed) for seed in range(1, args.seeds + 1)]
+        scored = zip(*(run[:-1] for run in runs), strict=True)
+        cells = [spread(column) for column in scored]
+        seconds = statistics.mean(run[-1] for run in runs)
+        print(f"| {name} | {' | '.join(cells)} | {seconds:.0f} |", flush=True)
+
+
+def cut(data: str) -> DatasetDict:
+    """Return the pictures that are not test, cut 60 to 40."""
+    splits = load_splits(data_dir=data)
+    pool = concatenate_datasets([splits["train"], splits["validation"]])
+    labels = pool.features["label"]
+    rows = stratified_cut(np.array(pool["label"][:]), labels.names, {"validation": 0.4}, seed=1)
+    return DatasetDict({split: pool.select(rows[split]) for split in ("train", "validation")})
+
+
+def prepare_start(splits: DatasetDict, size: int) -> tuple[Start, str]:
+    """Fit the probe at a resolution; return what starts from it, and its row of the table."""
+    names = dict(enumerate(splits["train"].features["label"].names))
+    model, image_processor = build_model("efficientnet_lite0", names, size)
+    view = EvaluationView(image_processor)
+    prepared = prepare(splits, view)
+    images = list(prepared["train"]["image"])
+    labels, validation_labels = (torch.tensor(prepared[split]["label"][:]) for split in ("train", "validation"))
+    validation = torch.stack([view.unpack(packed) for packed in prepared["validation"]["view"]])
+    begin = time.perf_counter()
+    head = linear_head(model)
+    features = [features_of(model, head, seen) for seen in (torch.stack([view(i) for i in images]), validation)]
+    probe = fit_probe(features[0], labels, features[1], validation_labels)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()} | probe.as_head(head)
+    row = spread([score(probe.logits(features[1]), validation_labels)])
+
+    def build() -> PreTrainedModel:
+        model = build_model("efficientnet_lite0", names, size)[0]
+        model.load_state_dict(state)
+        return model
+
+    start = Start(build, state, view, images, labels, validation, validation_labels)
+    return start, f"| the probe at {size} px | {row} | | | {time.perf_counter() - begin:.0f} |"
+
+
+def screen_probes(splits: DatasetDict) -> None:
+    """Print a row for each kind of probe."""
+    print("| probe | loss, accuracy | flips averaged | |  seconds |\n|---|---|---|---|---|")
+    for size in (160, 192, 224, 256, 288):
+        start, row = prepare_start(splits, size)
+        print(row, flush=True)
+        if size == 256:
+            both = (predict(start.build(), seen) for seen in (start.validation, start.validation.flip(3)))
+            print(f"| the same | | {spread([score(sum(both) / 2, start.validation_labels)])} | | |")
+            model, head = start.build(), linear_head(start.build())
+            validation = features_of(model, head, start.validation)
+            see, views, begin = training_view(start.view, "flip_crop"), 3, time.perf_counter()
+            torch.manual_seed(1)
+            seen = [torch.stack([start.view(image) for image in start.images])]
+            seen += [torch.stack([see(image) for image in start.images]) for _ in range(views)]
+            features = torch.cat([features_of(model, head, batch) for batch in seen])
+            probe = fit_probe(features, start.labels.repeat(views + 1), validation, start.validation_labels)
+            row = spread([score(probe.logits(validation), start.validation_labels)])
+            print(
+                f"| and {views} augmented views of each | {row} | | | {time.perf_counter() - begin:.0f} |", flush=True
+            )
+
+
+def fine_tune(start: Start, variant: Variant, seed: int) -> tuple[tuple[float, float], ...]:
+    """Train from the probe on; return the scores trained, halfway and trained with flips averaged, and the seconds."""
+    torch.manual_seed(seed)
+    model = start.build()
+    freeze(model, variant.frozen)
+    rate = variant.learning_rate
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, rate, rate * DEFAULT.backbone, DEFAULT.layer_decay, 0.01), fused=True
+    )
+    steps = math.ceil(len(start.images) / BATCH) * variant.epochs
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / (0.1 * steps), (1 + math.cos(math.pi * step / steps)) / 2)
+    )
+    see = training_view(start.view, variant.augmentation)
+    if variant.augmentation in ("flip_crop", "trivial"):
+        see.transforms[0].scale = (variant.crop, 1.0)
+    average, generator = None, np.random.default_rng(seed)
+    begin = time.perf_counter()
+    for epoch in range(variant.epochs):
+        if variant.sizes:
+            see.transforms[0].size = (variant.sizes[epoch],) * 2
+        for rows in torch.randperm(len(start.images)).split(BATCH):
+            pixel_values = torch.stack([see(start.images[row]) for row in rows])
+            targets = nn.functional.one_hot(start.labels[rows], len(start.labels.unique())).float()
+            if variant.mixup:
+                share, order = (
+                    np.random.default_rng(seed).beta(variant.mixup, variant.mixup),
+                    torch.randperm(len(rows)),
+                )
+                pixel_values = pixel_values.lerp(pixel_values[order], share)
+                targets = targets.lerp(targets[order], share)
+            logits = model.train()(pixel_values=pixel_values).logits
+            nn.functional.cross_entropy(logits, targets, label_smoothing=variant.smoothing).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            if variant.ema:
+                now = model.state_dict()
+                average = blend(average or start.state, now, 1 - variant.ema)
+    seconds = time.perf_counter() - begin
+    trained = average or {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    logits = []
+    for state, validation in (
+        (trained, start.validation),
+        (blend(start.state, trained, 0.5), start.validation),
+        (trained, start.validation.flip(3)),
+    ):
+        model.load_state_dict(state)
+        logits.append(predict(model, validation))
+    logits[2] = (logits[0] + logits[2]) / 2
+    return (*(score(answer, start.validation_labels) for answer in logits), seconds)
+
+
+def features_of(model: PreTrainedModel, head: str, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Return what enters the head, float32 [N, D]."""
+    linear = model.get_submodule(head)
+    model.set_submodule(head, nn.Identity())
+    features = predict(model, pixel_values)
+    model.set_submodule(head, linear)
+    return features
+
+
+def predict(model: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Return the logits [N, C]."""
+    with torch.no_grad():
+        return torch.cat([model.eval()(pixel_values=batch).logits for batch in pixel_values.split(16)])
+
+
+def score(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
+    """Return loss and accuracy."""
+    loss = nn.functional.cross_entropy(logits, labels).item()
+    return loss, (logits.argmax(dim=1) == labels).float().mean().item()
+
+
+def spread(scores: list[tuple[float, float]]) -> str:
+    """Return mean loss and accuracy in %, and the lowest and highest of several."""
+    losses, accuracies = zip(*scores, strict=True)
+    if len(losses) == 1:
+        return f"{losses[0]:.3f}, {accuracies[0]:.1%}"
+    return (
+        f"{statistics.mean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f}), {statistics.mean(accuracies):.1%} "
+        f"({min(accuracies):.1%} to {max(accuracies):.1%})"
+    )
+
+
+if __name__ == "__main__":
+    main()
