@@ -191,10 +191,8 @@ def fine_tune(start: Start, variant: Variant, seed: int) -> tuple[tuple[float, f
             pixel_values = torch.stack([see(start.images[row]) for row in rows])
             targets = nn.functional.one_hot(start.labels[rows], len(start.labels.unique())).float()
             if variant.mixup:
-                share, order = (
-                    np.random.default_rng(seed).beta(variant.mixup, variant.mixup),
-                    torch.randperm(len(rows)),
-                )
+                share = generator.beta(variant.mixup, variant.mixup)
+                order = torch.randperm(len(rows))
                 pixel_values = pixel_values.lerp(pixel_values[order], share)
                 targets = targets.lerp(targets[order], share)
             logits = model.train()(pixel_values=pixel_values).logits
