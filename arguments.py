@@ -3,7 +3,7 @@
 import difflib
 import json
 import math
-import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,9 +11,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar, Literal
 
-import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+
+from machine import suit_machine
 
 
 @dataclass
@@ -45,6 +46,14 @@ class DataArguments:
         default=0.2, metadata={"help": "Share of each class cut for test, where the data has no such split."}
     )
     split_seed: int = field(default=1, metadata={"help": "Decides those cuts; --seed never moves them."})
+    fold: str | None = field(
+        default=None,
+        metadata={"help": "Such as 2/5: test is the second of five parts, in the place of --test_fraction."},
+    )
+    on_bad_image: Literal["drop", "error"] = field(
+        default="drop",
+        metadata={"help": "What to do with a picture that cannot be read: leave it out and say so, or stop."},
+    )
     augmentation: Literal["none", "flip_crop", "trivial", "augmix"] = field(
         default="flip_crop",
         metadata={
@@ -53,6 +62,20 @@ class DataArguments:
             "augmix: AugMix on the evaluation view."
         },
     )
+    test_view: Literal["evaluation", "random_crop"] = field(
+        default="evaluation",
+        metadata={"help": "How test pictures are seen. random_crop shows what the mistake of testing so does."},
+    )
+    learning_curve: bool = field(
+        default=False,
+        metadata={"help": "Estimate, in seconds, what accuracy twice the pictures would buy."},
+    )
+
+    def for_loading(self) -> dict:
+        """Return what `data.load_splits` takes."""
+        keys = (*DATA_KEYS, "split_seed", "validation_fraction", "test_fraction", "on_bad_image")
+        fold = tuple(map(int, self.fold.split("/"))) if self.fold else None
+        return {key: getattr(self, key) for key in keys} | {"fold": fold}
 
     @property
     def name(self) -> str:
@@ -83,6 +106,13 @@ class ModelArguments:
             "help": "How a pretrained model learns. probe: a logistic regression on its frozen features; head: a new "
             "head on the frozen backbone, with augmentation; lp_ft: the upper layers, from the probe on; full: all "
             "layers, with a new head. Chosen by the data's and the model's size where not given (docs/usage.md)."
+        },
+    )
+    keep: Literal["best", "trained"] = field(
+        default="best",
+        metadata={
+            "help": "Which weights to end with. best: of the trained ones, the probe's and for lp_ft their mean those "
+            "that are best on validation; trained: the trained ones, to compare ways of training."
         },
     )
 
@@ -161,6 +191,10 @@ def parse_arguments(argv: list[str]) -> tuple[DataArguments, ModelArguments, Tra
         )
     if options["push_to_hub"]:
         raise ValueError("--push_to_hub is not supported yet: train first, then see 'The Hub' in README.md")
+    if data_args.fold and not re.fullmatch(r"[1-9]\d*/[1-9]\d*", data_args.fold):
+        raise ValueError(f"--fold {data_args.fold} is no fold: give one such as 2/5, the second of five")
+    if data_args.fold and not 2 <= (k := int(data_args.fold.split("/")[1])) >= int(data_args.fold.split("/")[0]):
+        raise ValueError(f"--fold {data_args.fold} is none of {k}: give 1/{k} to {k}/{k}, of at least two folds")
     resume = options["resume_from_checkpoint"]
     for key, why in REFUSED.items():
         if options[key]:
@@ -180,25 +214,6 @@ def parse_arguments(argv: list[str]) -> tuple[DataArguments, ModelArguments, Tra
     options["label_names"] = None  # DataArguments has it; what the Trainer means by the word it finds by itself
     training_options = {option.name: options[option.name] for option in fields(TrainingArguments) if option.init}
     return data_args, model_args, TrainingArguments(**training_options)
-
-
-def suit_machine(options: dict) -> None:
-    """Fill in what depends on the machine, where the user has not: data workers, evaluation batch, bfloat16."""
-    gpu = torch.cuda.is_available() and not options["use_cpu"]
-    if options["dataloader_num_workers"] is None:
-        # A GPU starves where the process that feeds it decodes too; on a CPU the cores are the model's.
-        options["dataloader_num_workers"] = min(cores_of_process(), 8) if gpu else 0
-        options["dataloader_persistent_workers"] = gpu
-    if options["per_device_eval_batch_size"] is None:
-        options["per_device_eval_batch_size"] = 64 if gpu else 16  # on a CPU larger ones leave the caches
-    if options["bf16"] is None:  # NVIDIA's from Ampere on
-        options["bf16"] = gpu and not options["fp16"] and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-def cores_of_process() -> int:
-    """Return how many of the cores that this job may use are this process's share."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 class Parser(HfArgumentParser):

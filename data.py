@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import importlib.metadata
 import io
 import json
 import logging
@@ -12,7 +11,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset
 from datasets.exceptions import DatasetNotFoundError
@@ -20,13 +18,15 @@ from PIL import Image as PILImage
 from torch.utils.data import default_collate
 
 from folders import SPLIT_OF_FOLDER, load_folder
-from images import decode_rgb
+from images import decode_rgb, read
+from inspection import BadImage, forget, group, inspect, leave_out, versions
 from openmoji import load_openmoji
-from views import EvaluationView, training_view
+from splits import cut_missing_splits
+from views import EvaluationView, random_crop, training_view
 
 logger = logging.getLogger(__name__)
 
-PREPARATION = 2  # part of the cache's key: raise it when what is stored changes
+PREPARATION = 3  # part of the cache's key: raise it when what is stored changes
 TRAINING_PICTURE = 2  # shorter side of a stored training picture, in sides of the view
 ENCODED_IMAGE = {"bytes": Value("binary"), "path": Value("string")}  # an image column that lost its type
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "fine_label")
@@ -42,7 +42,9 @@ def load_splits(
     split_seed: int = 1,
     validation_fraction: float = 0.1,
     test_fraction: float = 0.2,
-) -> DatasetDict:
+    fold: tuple[int, int] | None = None,
+    on_bad_image: str = "drop",
+) -> tuple[DatasetDict, list[BadImage]]:
     """Load a labelled image set as train, validation and test.
 
     Args:
@@ -53,22 +55,29 @@ def load_splits(
         label_names: new class names, in the order of the old ones when sorted.
         split_seed: decides the cut of splits that the data lacks; the training seed does not move it.
         validation_fraction, test_fraction: how much of the images to cut for a split that is missing, class by class.
+        fold: (i, k): test is the i-th of k parts, in the place of `test_fraction`.
+        on_bad_image: `drop` leaves pictures out that cannot be read, `error` does not.
 
-    Returns:
-        Splits with the columns `image` (bytes or path, not decoded) and `label` (a `ClassLabel` whose names are sorted
-        and the same in all three).
+    Returns the splits, and the pictures that were left out. The splits' columns are `image` (bytes or path, not
+    decoded), `label` (a `ClassLabel` whose names are sorted and the same in all three), what `inspect` adds, and
+    `group` (int64, the same for pictures that are equal or nearly so, which a cut never parts).
 
     Raises:
         ValueError: nothing usable is there; the message says what, where and what to do.
     """
-    if data_dir:
-        splits = load_folder(Path(data_dir).expanduser())
+    root = Path(data_dir).expanduser() if data_dir else None
+    if root:
+        splits = load_folder(root)
     elif dataset_name == "openmoji":
         splits = DatasetDict(train=load_openmoji())
     else:
         splits = _load_named(dataset_name, dataset_config_name)
     splits = _label_and_image(splits, image_column, label_column, label_names)
-    return _cut_missing_splits(splits, split_seed, validation_fraction, test_fraction)
+    splits = DatasetDict({split: inspect(dataset, split, root) for split, dataset in splits.items()})
+    splits, bad = leave_out(splits, on_bad_image)
+    groups = group(splits)
+    splits = DatasetDict({split: dataset.add_column("group", groups[split]) for split, dataset in splits.items()})
+    return cut_missing_splits(splits, groups["train"], split_seed, validation_fraction, test_fraction, fold), bad
 
 
 # --- datasets --------------------------------------------------------------------------------------------------------
@@ -180,60 +189,6 @@ def _find_column(kind: str, given: str | None, features: Features, candidates: l
     return given or candidates[0]
 
 
-# --- splits ----------------------------------------------------------------------------------------------------------
-
-
-def _cut_missing_splits(
-    splits: DatasetDict, split_seed: int, validation_fraction: float, test_fraction: float
-) -> DatasetDict:
-    fractions = {"validation": validation_fraction, "test": test_fraction}
-    fractions = {split: fraction for split, fraction in fractions.items() if split not in splits}
-    for split, fraction in fractions.items():
-        if not 0 < fraction < 1:
-            raise ValueError(f"--{split}_fraction is {fraction}, but must lie between 0 and 1")
-    if sum(fractions.values()) >= 1:
-        raise ValueError(f"--validation_fraction and --test_fraction leave nothing to train on: {fractions}")
-    labels = splits["train"].features["label"]
-    cut = stratified_cut(np.array(splits["train"]["label"][:]), labels.names, fractions, split_seed)
-    kept = splits["train"].select(cut.pop("train"))
-    rest = {split: splits["train"].select(rows) for split, rows in cut.items()}
-    given = {split: dataset for split, dataset in splits.items() if split != "train"}
-    both = {"train": kept, **given, **rest}
-    for split in ("validation", "test"):
-        if not len(both[split]):
-            raise ValueError(f"the {split} split is empty: fill it, or remove it to have one cut from train")
-    return DatasetDict({split: both[split] for split in ("train", "validation", "test")})
-
-
-def stratified_cut(
-    labels: np.ndarray, names: list[str], fractions: dict[str, float], seed: int
-) -> dict[str, np.ndarray]:
-    """Divide row numbers into "train" and the splits of `fractions`, each class by itself.
-
-    Args:
-        labels: int [N], the class of each row.
-        names: the classes' names, for the error.
-        fractions: share of each class to cut, by split; at least one image of each class is cut.
-        seed: of the shuffle.
-
-    Returns the sorted row numbers of each split. Raises ValueError where a class is too small to be in every split.
-    """
-    generator = np.random.default_rng(seed)
-    parts = {split: [] for split in (*fractions, "train")}
-    for index, name in enumerate(names):
-        rows = generator.permutation(np.flatnonzero(labels == index))
-        sizes = {split: max(1, round(fraction * len(rows))) for split, fraction in fractions.items()}
-        if sum(sizes.values()) >= len(rows):
-            raise ValueError(
-                f"the class {name!r} has {len(rows)} pictures, too few for train, {' and '.join(fractions)} to have "
-                f"one each: it needs at least {len(fractions) + 1}, and more to be learned. Add some or remove it"
-            )
-        bounds = np.cumsum(list(sizes.values()))
-        for split, part in zip(parts, np.split(rows, bounds), strict=True):
-            parts[split].append(part)
-    return {split: np.sort(np.concatenate(part)) for split, part in parts.items()}
-
-
 # --- preparation -----------------------------------------------------------------------------------------------------
 
 
@@ -246,10 +201,10 @@ def prepare(splits: DatasetDict, view: EvaluationView) -> DatasetDict:
     subsampling. Of validation and test pictures the evaluation view itself is stored, which is exact.
 
     Returns the splits with the columns `image` (train) or `view` (bytes, see `EvaluationView.pack`), `label` and
-    `digest` (SHA-256 of the original bytes).
+    `digest`.
 
     Raises:
-        ValueError: pictures cannot be read; the message names them.
+        ValueError: pictures cannot be read any more.
     """
     key = preparation_key(view)
     shortest = TRAINING_PICTURE * max(view.size)
@@ -257,14 +212,14 @@ def prepare(splits: DatasetDict, view: EvaluationView) -> DatasetDict:
     for split, dataset in splits.items():
         column, feature = ("image", Image(decode=False)) if split == "train" else ("view", Value("binary"))
         store = functools.partial(store_training_picture, shortest=shortest) if split == "train" else view_store(view)
+        dataset = dataset.select_columns(["image", "label", "digest", "name"])
         result = dataset.map(
             functools.partial(prepare_batch, store=store, column=column),
             batched=True,
-            with_indices=True,
             # A few photographs at a time in memory, however many there are.
             batch_size=32,
             writer_batch_size=32,
-            remove_columns="image",
+            remove_columns=["image", "name"],
             features=Features(
                 {column: feature, "label": dataset.features["label"]}
                 | {"digest": Value("string"), "error": Value("string")}
@@ -275,46 +230,40 @@ def prepare(splits: DatasetDict, view: EvaluationView) -> DatasetDict:
         errors = [f"{split}: {error}" for error in result["error"][:] if error]
         if errors:
             broken += errors
-            # What failed may have been the disk or the rights, and work the next time.
-            for file in result.cache_files:
-                Path(file["filename"]).unlink()
+            forget(result)
         prepared[split] = result.remove_columns("error")
     prepared["train"] = prepared["train"].cast_column("image", Image())
     if broken:
         more = f"\n  ... and {len(broken) - 10} more" if len(broken) > 10 else ""
         listing = "\n  ".join(broken[:10])
-        raise ValueError(f"pictures that cannot be read: {len(broken)}. Replace or remove them:\n  {listing}{more}")
+        raise ValueError(f"pictures that could be read before cannot be read now: {len(broken)}\n  {listing}{more}")
     return prepared
 
 
 def preparation_key(view: EvaluationView) -> str:
     """Return what stored pictures depend on, but for the pictures themselves."""
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("pillow", "torchvision", "transformers")]
-    return json.dumps([PREPARATION, view.image_processor.to_dict(), *versions], sort_keys=True, default=str)
+    libraries = versions("pillow", "torchvision", "transformers")
+    return json.dumps([PREPARATION, view.image_processor.to_dict(), libraries], sort_keys=True, default=str)
 
 
-def prepare_batch(batch: dict, indices: list[int], store: Callable, column: str) -> dict:
+def prepare_batch(batch: dict, store: Callable, column: str) -> dict:
     """Prepare a batch for `Dataset.map`; see `prepare`. A picture that cannot be read leaves its reason in `error`."""
 
-    def prepare_one(source: dict | None, index: int) -> tuple:
-        source = source or {"bytes": None, "path": None}
-        name = source["path"] or f"row {index}"
-        try:
-            data = Path(source["path"]).read_bytes() if source["bytes"] is None else source["bytes"]
-            return store(data), hashlib.sha256(data).hexdigest(), None
-        except Exception as error:  # Pillow's plugins raise whatever they like on damaged data
-            reason = "; ".join(str(error).splitlines()) or type(error).__name__
-            return None, None, f"{name}: {reason}"
-
     # Threads suffice, because Pillow lets go of the interpreter while it decodes, resizes and encodes.
+    def prepare_one(source: dict, name: str) -> tuple:
+        try:
+            return store(read(source)), None
+        except Exception as error:  # Pillow's plugins raise whatever they like on damaged data
+            return None, f"{name}: {'; '.join(str(error).splitlines()) or type(error).__name__}"
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        stored, digests, errors = zip(*pool.map(prepare_one, batch["image"], indices), strict=True)
-    return {column: list(stored), "label": batch["label"], "digest": list(digests), "error": list(errors)}
+        stored, errors = zip(*pool.map(prepare_one, batch["image"], batch["name"]), strict=True)
+    return {column: list(stored), "label": batch["label"], "digest": batch["digest"], "error": list(errors)}
 
 
 def store_training_picture(data: bytes, shortest: int) -> dict:
     """Return what is stored of a training picture, as `datasets.Image` has it; see `prepare`."""
-    image, changed = decode_rgb(data, shortest)
+    image, changed, *_ = decode_rgb(data, shortest)
     stored = io.BytesIO()
     if min(image.size) > shortest:
         scale = shortest / min(image.size)
@@ -327,38 +276,41 @@ def store_training_picture(data: bytes, shortest: int) -> dict:
 
 def view_store(view: EvaluationView) -> Callable[[bytes], bytes]:
     """Return the function that makes of a picture file its packed evaluation view."""
-    return lambda data: view.pack(view(decode_rgb(data)[0]))
+    return lambda data: view.pack(view(decode_rgb(data).image))
 
 
 def describe(splits: DatasetDict) -> dict:
     """Return what `metrics.json` says of prepared splits: images per split and class, and one hash of all of it.
 
-    `also_in_train` counts the pictures of validation and of test that stand in train too, byte for byte. The hash
-    covers every file's bytes, class and split; neither names nor order of the files change it.
+    The hash covers every file's bytes, class and split; neither names nor order of the files change it.
     """
     names = splits["train"].features["label"].names
-    counts, lines, seen = {}, [], {}
+    counts, lines = {}, []
     for split, dataset in splits.items():
-        labels, digests = dataset["label"][:], dataset["digest"][:]
-        seen[split] = set(digests)
+        labels = dataset["label"][:]
         count = Counter(labels)
         counts[split] = {"n": len(labels), "per_class": {name: count[index] for index, name in enumerate(names)}}
-        lines += [f"{split}\t{names[label]}\t{digest}" for label, digest in zip(labels, digests, strict=True)]
+        lines += [
+            f"{split}\t{names[label]}\t{digest}" for label, digest in zip(labels, dataset["digest"][:], strict=True)
+        ]
     digest = hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
-    leaked = {split: len(seen[split] & seen["train"]) for split in ("validation", "test")}
-    return {"splits": counts, "labels": names, "fingerprint": digest, "also_in_train": leaked}
+    return {"splits": counts, "labels": names, "fingerprint": digest}
 
 
 # --- views -----------------------------------------------------------------------------------------------------------
 
 
-def with_views(splits: DatasetDict, view: EvaluationView, augmentation: str) -> DatasetDict:
+def with_views(splits: DatasetDict, view: EvaluationView, augmentation: str, test_view: str) -> DatasetDict:
     """Return prepared splits whose rows are `pixel_values` and `labels`, made when they are asked for.
 
-    Train is seen through `augmentation`, validation and test as the image processor has it.
+    Train is seen through `augmentation`, validation and test as the image processor has it, test on demand in random
+    crops of that (`random_crop`).
     """
     train = splits["train"].with_transform(lazily("image", training_view(view, augmentation)))
     held_out = {split: evaluation_rows(splits[split], view, ["label"]) for split in ("validation", "test")}
+    if test_view == "random_crop":
+        see = random_crop(view)
+        held_out["test"] = held_out["test"].with_transform(lazily("view", lambda packed: see(view.unpack(packed))))
     return DatasetDict(train=train, **held_out)
 
 

@@ -3,6 +3,8 @@
 import io
 import math
 import warnings
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
@@ -12,7 +14,23 @@ FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")
 EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif"}
 
 
-def decode_rgb(data: bytes, shortest: int | None = None) -> tuple[Image.Image, bool]:
+class Decoded(NamedTuple):
+    """A decoded picture file.
+
+    Attributes:
+        image: upright, 8-bit RGB.
+        changed: it differs from what a plain decoder would give.
+        format: of the file, as Pillow names it.
+        size: (width, height) of the file's picture, which is larger where it was decoded at a part of its size.
+    """
+
+    image: Image.Image
+    changed: bool
+    format: str
+    size: tuple[int, int]
+
+
+def decode_rgb(data: bytes, shortest: int | None = None) -> Decoded:
     """Decode a picture file to upright 8-bit RGB.
 
     Transparency is laid on white; 16-bit and floating-point grey is brought to the range of 8 bits; of an animation
@@ -22,8 +40,6 @@ def decode_rgb(data: bytes, shortest: int | None = None) -> tuple[Image.Image, b
         data: the file.
         shortest: the shorter side that will be used, in pixels. A JPEG is then decoded at an eighth, a quarter or a
             half of its size where that leaves at least so much: several times faster for large photographs.
-
-    Returns the image, and whether it differs from what a plain decoder would give.
 
     Raises:
         OSError: the data is damaged or of no allowed format.
@@ -37,13 +53,25 @@ def decode_rgb(data: bytes, shortest: int | None = None) -> tuple[Image.Image, b
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         except UnidentifiedImageError:
             raise OSError(f"not a picture in an allowed format ({', '.join(FORMATS)})") from None
+        size = image.size
         if shortest and min(image.size) > shortest and image.format in ("JPEG", "MPO"):
             scale = shortest / min(image.size)
             image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
         image.load()
         upright = ImageOps.exif_transpose(image)
         changed = image.mode != "RGB" or image.has_transparency_data or image.getexif().get(0x0112, 1) != 1
-        return _to_rgb(upright), changed
+        return Decoded(_to_rgb(upright), changed, image.format, size)
+
+
+def read(source: dict | None) -> bytes:
+    """Return the file of a row's `image` (bytes or path), as `datasets` has it.
+
+    Raises:
+        OSError: it is not there.
+    """
+    if not source or (source["bytes"] is None and source["path"] is None):
+        raise OSError("there is no picture")
+    return Path(source["path"]).read_bytes() if source["bytes"] is None else source["bytes"]
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

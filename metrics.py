@@ -6,7 +6,12 @@ from collections.abc import Callable
 import evaluate
 import numpy as np
 from datasets import Features, Value
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax
 from transformers import EvalPrediction
+
+BINS = 15  # of confidence, for the calibration error (Guo et al. 2017)
+TOP = 5  # classes among which the true one may stand, for the top-5 accuracy
 
 
 class Classification(evaluate.Metric):
@@ -56,20 +61,23 @@ def wilson_interval(hits: int, n: int, z: float = 1.959964) -> list[float]:
 def score(logits: np.ndarray, references: np.ndarray, labels: list[str]) -> dict:
     """Score logits [N, C] against the true class indices [N].
 
-    Returns `accuracy`, `accuracy_ci95` (Wilson), `macro_f1` (over the classes that occur), `log_loss` (mean
-    cross-entropy in nats), `n`, `per_class` by class name, and `confusion_matrix` (rows are true classes).
+    Returns `accuracy` and `accuracy_ci95` (Wilson), the same of `top_5_accuracy` where there are more than 5 classes,
+    `macro_f1` (over the classes that occur), `log_loss` (mean cross-entropy in nats), `ece` (expected calibration
+    error, see `reliability`), `n`, `per_class` by class name, and `confusion_matrix` (rows are true classes).
     """
     result = Classification(keep_in_memory=True).compute(
         predictions=logits.argmax(axis=-1), references=references, num_labels=len(labels)
     )
     n = len(references)
-    with np.errstate(invalid="ignore"):  # a diverged model's loss is NaN, which needs no warning beside
-        log_loss = np.logaddexp.reduce(logits.astype(np.float64), axis=-1) - logits[np.arange(n), references]
-    return {
-        "accuracy": result["accuracy"],
-        "accuracy_ci95": wilson_interval(round(result["accuracy"] * n), n),
+    scored = {"accuracy": result["accuracy"], "accuracy_ci95": wilson_interval(round(result["accuracy"] * n), n)}
+    if len(labels) > TOP:
+        hits = int((np.argsort(logits, axis=-1)[:, -TOP:] == references[:, None]).sum())
+        scored |= {"top_5_accuracy": hits / n, "top_5_accuracy_ci95": wilson_interval(hits, n)}
+    bins = reliability(logits, references)
+    return scored | {
         "macro_f1": result["macro_f1"],
-        "log_loss": float(log_loss.mean()),
+        "log_loss": log_loss(logits, references),
+        "ece": sum(b["n"] * abs(b["accuracy"] - b["confidence"]) for b in bins) / n,
         "n": n,
         "per_class": {
             name: {key: result[key][index] for key in ("precision", "recall", "f1", "support")}
@@ -77,6 +85,43 @@ def score(logits: np.ndarray, references: np.ndarray, labels: list[str]) -> dict
         },
         "confusion_matrix": result["confusion_matrix"],
     }
+
+
+def log_loss(logits: np.ndarray, references: np.ndarray) -> float:
+    """Return the mean cross-entropy of logits [N, C], in nats."""
+    with np.errstate(invalid="ignore"):  # a diverged model's loss is NaN, which needs no warning beside
+        return float(-log_softmax(logits.astype(np.float64), axis=-1)[np.arange(len(logits)), references].mean())
+
+
+def reliability(logits: np.ndarray, references: np.ndarray) -> list[dict]:
+    """Return, for each of `BINS` equal ranges of confidence that occurs, its mean `confidence`, `accuracy` and `n`."""
+    with np.errstate(invalid="ignore"):
+        confidence = np.exp(log_softmax(logits.astype(np.float64), axis=-1)).max(axis=-1)
+    right = logits.argmax(axis=-1) == references
+    number = np.minimum(np.nan_to_num(confidence) * BINS, BINS - 1).astype(int)
+    return [
+        {"confidence": float(confidence[rows].mean()), "accuracy": float(right[rows].mean()), "n": int(rows.sum())}
+        for rows in (number == index for index in range(BINS))
+        if rows.any()
+    ]
+
+
+def fit_temperature(logits: np.ndarray, references: np.ndarray) -> float:
+    """Return the temperature by which logits [N, C] must be divided for the lowest log loss (Guo et al. 2017).
+
+    One more picture, of every class in equal parts, is counted with those that were seen, as Platt (1999) does: where
+    all answers are right the lowest loss would otherwise lie at temperature 0 and call every answer certain.
+    """
+    n, classes = logits.shape
+    targets = (np.eye(classes)[references] * n + 1 / classes) / (n + 1)
+    logits = logits.astype(np.float64)
+    if not np.isfinite(logits).all():
+        return 1.0
+
+    def loss(log_temperature: float) -> float:
+        return -(targets * log_softmax(logits / np.exp(log_temperature), axis=-1)).sum(axis=-1).mean()
+
+    return float(np.exp(minimize_scalar(loss, bounds=(np.log(0.05), np.log(20)), method="bounded").x))
 
 
 def logits_of(prediction: EvalPrediction) -> np.ndarray:

@@ -134,15 +134,16 @@ def build_model(
 def head_parameters(model: PreTrainedModel) -> list[str]:
     """Return the names of the parameters whose shape depends on the number of labels: the classification head.
 
-    Found by building the architecture twice without storage, because every family names its head differently.
+    Found by building the architecture with one label more, without storage, because every family names its head
+    differently. Kept with the model, since it is asked for often.
     """
-    config = copy.deepcopy(model.config)
-    shapes = []
-    for num_labels in (2, 3):
-        config.num_labels = num_labels
+    if not hasattr(model, "_head_parameters"):
+        config = copy.deepcopy(model.config)
+        config.num_labels = model.config.num_labels + 1
         with torch.device("meta"):
-            shapes.append({name: p.shape for name, p in type(model)(config).named_parameters()})
-    return [name for name, shape in shapes[0].items() if shape != shapes[1][name]]
+            shapes = {name: parameter.shape for name, parameter in type(model)(config).named_parameters()}
+        model._head_parameters = [name for name, p in model.named_parameters() if p.shape != shapes[name]]
+    return model._head_parameters
 
 
 def linear_head(model: PreTrainedModel) -> str | None:
@@ -152,6 +153,15 @@ def linear_head(model: PreTrainedModel) -> str | None:
     if len(modules) != 1 or not isinstance(model.get_submodule(*modules), nn.Linear) or len(names) != 2:
         return None
     return modules.pop()
+
+
+def divide_logits(model: PreTrainedModel, temperature: float) -> None:
+    """Divide all logits of a model with a linear head by a temperature, once and for all."""
+    if temperature != 1:
+        head = model.get_submodule(linear_head(model))
+        with torch.no_grad():
+            head.weight.div_(temperature)
+            head.bias.div_(temperature)
 
 
 def layer_numbers(model: PreTrainedModel) -> dict[str, int]:

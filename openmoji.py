@@ -57,4 +57,4 @@ def _render(chosen: tuple[tuple[str, str], ...], size: int) -> Iterator[dict]:
     for category, name in chosen:
         with resources.as_file(drawings.joinpath(f"{name}.svg")) as path:
             png = svg_to_bytes(svg_path=str(path), width=size, height=size, background="#ffffff")
-        yield {"image": {"bytes": bytes(png), "path": f"{name}.svg"}, "label": category}
+        yield {"image": {"bytes": bytes(png), "path": f"{name}.png"}, "label": category}

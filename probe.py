@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,29 +55,38 @@ def fit_probe(
 ) -> LinearProbe:
     """Fit multinomial logistic regressions and return the one with the lowest validation loss.
 
-    The features are standardised, the penalty is strength / 2 times the squared weights beside the *mean*
-    cross-entropy, so that a strength means the same for any number of images (scikit-learn's C is 1 / (N strength)).
     Each fit starts from the one before, with a stronger penalty; the first that is worse on validation is the last.
-    The standardisation is folded into the returned weights.
 
     Args:
         features, validation: float32 [N, D], on the device where the fit shall run.
         labels, validation_labels: int64 [N], every class among `labels`.
     """
-    mean, scale = features.mean(dim=0), features.std(dim=0).clamp_min(1e-6)
-    standardised = (features - mean) / scale
-    weight = torch.zeros(int(labels.max()) + 1, features.shape[1], device=features.device, requires_grad=True)
-    bias = torch.zeros(len(weight), device=features.device, requires_grad=True)
     best = None
-    for strength in STRENGTHS:
-        _minimise(standardised, labels, weight, bias, strength)
-        folded = weight.detach() / scale
-        probe = LinearProbe(folded, bias.detach() - folded @ mean, strength, 0.0)
+    for probe in fit_path(features, labels, int(labels.max()) + 1, STRENGTHS):
         loss = nn.functional.cross_entropy(probe.logits(validation), validation_labels).item()
         if best is not None and loss > best.loss:
             break
         best = probe._replace(loss=loss)
     return best
+
+
+def fit_path(
+    features: torch.Tensor, labels: torch.Tensor, classes: int, strengths: tuple[float, ...]
+) -> Iterator[LinearProbe]:
+    """Yield the probe of each strength, one after the other; `loss` is left open.
+
+    The features are standardised, the penalty is strength / 2 times the squared weights beside the *mean*
+    cross-entropy, so that a strength means the same for any number of images (scikit-learn's C is 1 / (N strength)).
+    The standardisation is folded into the weights.
+    """
+    mean, scale = features.mean(dim=0), features.std(dim=0).clamp_min(1e-6)
+    standardised = (features - mean) / scale
+    weight = torch.zeros(classes, features.shape[1], device=features.device, requires_grad=True)
+    bias = torch.zeros(classes, device=features.device, requires_grad=True)
+    for strength in strengths:
+        _minimise(standardised, labels, weight, bias, strength)
+        folded = weight.detach() / scale
+        yield LinearProbe(folded, bias.detach() - folded @ mean, strength, float("nan"))
 
 
 def _minimise(
@@ -99,7 +109,7 @@ def _minimise(
 
 def build_probe(
     trainer: Trainer, head: str, splits: DatasetDict, view: EvaluationView
-) -> tuple[LinearProbe, torch.Tensor]:
+) -> tuple[LinearProbe, dict[str, torch.Tensor | None]]:
     """Fit the probe of a model on a prepared data set; its strength is chosen on validation.
 
     Args:
@@ -108,20 +118,23 @@ def build_probe(
         splits: train and validation, as `data.prepare` returns them; test is not looked at.
         view: the evaluation view in which both are seen.
 
-    Returns the probe, and its logits [N, C] of validation.
+    Returns the probe, and the features of both splits as `load_features` returns them.
 
     Raises:
         ValueError: the features are not finite.
     """
     device = trainer.args.device
-    features = [load_features(trainer, head, splits[split], view) for split in ("train", "validation")]
+    features = {split: load_features(trainer, head, splits[split], view) for split in ("train", "validation")}
     answer = [None]
     if trainer.is_world_process_zero():
-        labels = [torch.tensor(splits[split]["label"][:], device=device) for split in ("train", "validation")]
-        probe = fit_probe(features[0].to(device), labels[0], features[1].to(device), labels[1])
-        probe = probe._replace(weight=probe.weight.cpu(), bias=probe.bias.cpu())
-        answer = [(probe, probe.logits(features[1]))]
-    return broadcast_object_list(answer)[0]
+        data = [
+            part.to(device)
+            for split in features
+            for part in (features[split], torch.tensor(splits[split]["label"][:]))
+        ]
+        probe = fit_probe(*data)
+        answer = [probe._replace(weight=probe.weight.cpu(), bias=probe.bias.cpu())]
+    return broadcast_object_list(answer)[0], features
 
 
 def load_features(trainer: Trainer, head: str, dataset: Dataset, view: EvaluationView) -> torch.Tensor | None:

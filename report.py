@@ -1,136 +1,137 @@
-"""What a person looks at: the epoch table in the terminal, the figures, the model card."""
+"""What a person looks at after a run: the report page, the model card; and the files that programs read."""
 
+import base64
+import csv
+import functools
 import html
+import io
 import json
-import time
+import re
+from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from datasets import DatasetDict
 from huggingface_hub import EvalResult, ModelCardData
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
-from tqdm.auto import tqdm
-from transformers import ProgressCallback, TrainerCallback
+from jinja2 import Environment, FileSystemLoader
+from scipy.special import log_softmax
+
+import audit
+import learning_curve
+from figures import plot_confusion_matrix, plot_curves, plot_learning_curve, plot_reliability
+from images import decode_rgb, read
+from terminal import percent_with_interval
+
+PICTURE = 160  # pixels: longer side of the pictures in a page
+SHOWN = 12  # errors, and hits
 
 
-class ProgressBar(ProgressCallback):
-    """The Trainer's progress bars without its log, which `EpochTable` prints."""
+def write_report(
+    output_dir: Path, metrics: dict, found: dict, pictures: DatasetDict, logits: np.ndarray, references: np.ndarray
+) -> None:
+    """Write the figures as PNG and `report.html`, one page that needs no other file and no network.
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        pass
-
-
-class EpochTable(TrainerCallback):
-    """Prints a row for each evaluation, where the Trainer prints its log as a dict.
-
-    It also measures the training accuracy, on the augmented views and while the weights change, and adds it to the
-    Trainer's log history as `train_accuracy`.
+    Args:
+        output_dir: where to; its name is the page's title.
+        metrics: what `metrics.json` holds.
+        found: what `audit.audit` found.
+        pictures: as `data.load_splits` returns them.
+        logits, references: of test, [N, C] and [N].
     """
+    labels = metrics["data"]["labels"]
+    plot_confusion_matrix(metrics["test"], labels, output_dir / "confusion_matrix.png")
+    plot_confusion_matrix(metrics["test"], labels, output_dir / "confusion_matrix_rows.png", shares=True)
+    plot_reliability(metrics["calibration"]["reliability"], output_dir / "reliability.png")
+    if any("eval_loss" in entry for entry in metrics["history"]):
+        plot_curves(metrics["history"], output_dir / "curves.png")
+    if metrics["learning_curve"]:
+        plot_learning_curve(metrics["learning_curve"], output_dir / "learning_curve.png")
+    probabilities = np.exp(log_softmax(logits.astype(np.float64), axis=-1))
+    predicted, confidence = probabilities.argmax(axis=-1), probabilities.max(axis=-1)
 
-    HEADER = (
-        "         ------ train ------   --------- validation ---------\n"
-        "epoch        loss   accuracy        loss   accuracy   macro F1   seconds"
+    def entries(rows: np.ndarray) -> list[dict]:
+        return [
+            {
+                "split": "test",
+                "row": int(row),
+                "name": pictures["test"][int(row)]["name"],
+                "label": labels[references[row]],
+                "why": f"taken for {labels[predicted[row]]}, {confidence[row]:.0%} sure"
+                if predicted[row] != references[row]
+                else f"{confidence[row]:.0%} sure",
+            }
+            for row in rows[:SHOWN]
+        ]
+
+    by_confidence = np.argsort(confidence, kind="stable")
+    wrong = predicted[by_confidence] != references[by_confidence]
+    _render(
+        "report.html",
+        output_dir / "report.html",
+        pictures,
+        name=output_dir.resolve().name,
+        metrics=metrics,
+        found=found,
+        figures={path.name: _data_uri(path.read_bytes(), "png") for path in output_dir.glob("*.png")},
+        errors=entries(by_confidence[wrong][::-1]),
+        hits=entries(by_confidence[~wrong]),
+        in_words=learning_curve.in_words,
+        attribution=re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", metrics["data"]["attribution"]),
     )
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.hits, self.seen = 0, 0
-        self.train = {}
-        self.epoch_start = time.perf_counter()
-        self.hook = model.register_forward_hook(self._count, with_kwargs=True)
-        if state.is_world_process_zero:
-            tqdm.write(self.HEADER)
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" in logs:
-            self.train = {"loss": logs["loss"]}
-            if self.seen:
-                self.train["accuracy"] = state.log_history[-1]["train_accuracy"] = float(self.hits) / self.seen
-            self.hits, self.seen = 0, 0
-        if "eval_loss" in logs and state.is_world_process_zero:
-            now = time.perf_counter()
-            tqdm.write(
-                f"{state.epoch:5.4g}  {self.train.get('loss', float('nan')):10.3f}"
-                f"  {self.train.get('accuracy', float('nan')):9.1%}  {logs['eval_loss']:10.3f}"
-                f"  {logs['eval_accuracy']:9.1%}  {logs['eval_macro_f1']:9.3f}  {now - self.epoch_start:8.1f}"
+def write_audit_page(path: Path, name: str, found: dict, pictures: DatasetDict) -> None:
+    """Write the page of an audit that stands alone."""
+    _render("audit.html", path, pictures, name=name, found=found)
+
+
+def _render(template: str, path: Path, pictures: DatasetDict, **values) -> None:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template(template).render(kinds=audit.KINDS, shown=_shower(pictures), **values)
+    path.write_text(page, encoding="utf-8")
+
+
+def _shower(pictures: DatasetDict) -> Callable[[dict], str | None]:
+    """Return the function from an audit's or a test's picture to itself, small, as a data URI."""
+
+    @functools.cache
+    def show(split: str, row: int) -> str | None:
+        try:
+            image = decode_rgb(read(pictures[split][row]["image"]), PICTURE).image
+        except OSError:  # it was there when the run began
+            return None
+        image.thumbnail((PICTURE, PICTURE))
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=80)
+        return _data_uri(file.getvalue(), "jpeg")
+
+    return lambda entry: show(entry["split"], entry["row"]) if entry["row"] is not None else None
+
+
+def _data_uri(data: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def write_predictions(
+    path: Path, labels: list[str], pictures: DatasetDict, logits: np.ndarray, references: np.ndarray
+) -> None:
+    """Write a row for each test picture: what it is, what the model says, how sure it is."""
+    probabilities = np.exp(log_softmax(logits.astype(np.float64), axis=-1))
+    test = pictures["test"]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["name", "digest", "label", "predicted", "confidence", "probability_of_label"])
+        for name, digest, row, label in zip(
+            test["name"][:], test["digest"][:], probabilities, references, strict=True
+        ):
+            table.writerow(
+                [name, digest, labels[label], labels[row.argmax()], f"{row.max():.6f}", f"{row[label]:.6f}"]
             )
-            self.epoch_start = now
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.hook.remove()
-
-    def _count(self, module, args, kwargs, output):
-        labels = kwargs.get("labels")
-        if module.training and labels is not None:
-            # Summed on the device and read once an epoch: reading it here would make a GPU wait at every step.
-            self.hits = self.hits + (output.logits.detach().argmax(dim=-1) == labels).sum()
-            self.seen += labels.numel()
-
-
-def percent_with_interval(scored: dict) -> str:
-    """Say an accuracy, its interval and n in words: `71.8% (95% interval 65.3% to 77.4%, n = 209)`."""
-    low, high = scored["accuracy_ci95"]
-    return f"{scored['accuracy']:.1%} (95% interval {low:.1%} to {high:.1%}, n = {scored['n']})"
-
-
-def plot_confusion_matrix(scored: dict, labels: list[str], path: Path) -> None:
-    """Draw the confusion matrix [C, C] of `metrics.score` as a PNG: colour by the share of the true class, counts."""
-    matrix = np.array(scored["confusion_matrix"])
-    share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    side = min(max(5.0, 0.45 * len(labels)), 24.0)
-    with _style():
-        figure = Figure(figsize=(side + 1.5, side + 0.5), layout="constrained")
-        axes = figure.subplots()
-        image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-        figure.colorbar(image, format=PercentFormatter(1), shrink=0.8, label="share of the true class")
-        size = float(np.clip(72 * side / len(labels) / 4, 3, 10))
-        short = [name if len(name) <= 24 else f"{name[:23]}…" for name in labels]
-        # Names are data: a dollar sign in one must not start a formula.
-        axes.set_xticks(
-            range(len(labels)), short, rotation=45, ha="right", rotation_mode="anchor", fontsize=size, parse_math=False
-        )
-        axes.set_yticks(range(len(labels)), short, fontsize=size, parse_math=False)
-        axes.set(xlabel="predicted class", ylabel="true class")
-        axes.set_title(f"Test accuracy {percent_with_interval(scored)}", fontsize=10, loc="left")
-        if len(labels) <= 40:
-            for row, column in zip(*matrix.nonzero(), strict=True):
-                colour = "white" if share[row, column] > 0.5 else "black"
-                axes.text(column, row, matrix[row, column], ha="center", va="center", color=colour, fontsize=size)
-        figure.savefig(path, dpi=120)
-
-
-def plot_curves(log_history: list[dict], path: Path) -> None:
-    """Draw loss and accuracy by epoch, of training and validation, from the Trainer's log history."""
-    train = [entry for entry in log_history if "loss" in entry]
-    validation = [entry for entry in log_history if "eval_loss" in entry]
-    with _style():
-        figure = Figure(figsize=(9, 3.6), layout="constrained")
-        loss, accuracy = figure.subplots(1, 2)
-        _plot_pair(loss, train, "loss", validation, "eval_loss")
-        _plot_pair(accuracy, train, "train_accuracy", validation, "eval_accuracy")
-        loss.set(xlabel="epoch", ylabel="loss")
-        accuracy.set(xlabel="epoch", ylabel="accuracy", ylim=(0, 1))
-        accuracy.yaxis.set_major_formatter(PercentFormatter(1))
-        accuracy.legend(loc="lower right")
-        figure.savefig(path, dpi=120)
-
-
-def _plot_pair(axes: Axes, train: list[dict], train_key: str, validation: list[dict], validation_key: str) -> None:
-    # Blue and orange of the Okabe-Ito palette, and two markers: told apart without colour as well.
-    for entries, key, name, colour, marker in (
-        (train, train_key, "train (augmented)", "#0072B2", "o"),
-        (validation, validation_key, "validation", "#D55E00", "s"),
-    ):
-        points = [(entry["epoch"], entry[key]) for entry in entries if key in entry]
-        axes.plot([epoch for epoch, _ in points], [y for _, y in points], color=colour, marker=marker, label=name)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0)
-
-
-def _style():
-    return matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
 
 
 def write_model_card(path: Path, metrics: dict, custom_code: bool) -> None:
@@ -161,7 +162,20 @@ def write_model_card(path: Path, metrics: dict, custom_code: bool) -> None:
     settings = "\n".join(f"| {key} | {_escape(value)} |" for key, value in metrics["recipe"].items())
     majority, probe = metrics["baselines"]["majority"], metrics["baselines"].get("linear_probe")
     beside = f"A logistic regression on the frozen features scores {probe['test']['accuracy']:.1%}.\n" if probe else ""
-    curves = "\n![Loss and accuracy by epoch](curves.png)\n" if (path.parent / "curves.png").exists() else ""
+    always = f"Always answering {_escape(majority['label'])}, the commonest class, scores {majority['accuracy']:.1%}."
+    figures = "\n".join(
+        f"![{alt}]({file})\n"
+        for file, alt in (
+            ("confusion_matrix.png", "Confusion matrix"),
+            ("reliability.png", "Accuracy by confidence"),
+            ("learning_curve.png", "Accuracy by number of training pictures"),
+            ("curves.png", "Loss and accuracy by epoch"),
+        )
+        if (path.parent / file).exists()
+    )
+    curve = f"{learning_curve.in_words(metrics['learning_curve'])}.\n\n" if metrics["learning_curve"] else ""
+    calibration = f"Expected calibration error on test {test['ece']:.1%}, before calibration "
+    calibration += f"{metrics['calibration']['before']['test']['ece']:.1%}.\n"
     path.write_text(
         f"""---
 {metadata.to_yaml()}
@@ -180,17 +194,15 @@ classify("picture.jpg")
 
 ## Score
 
-Test accuracy **{percent_with_interval(test)}**, macro F1 {test["macro_f1"]:.3f}. Chosen on validation
-(accuracy {percent_with_interval(metrics["validation"])}); test was looked at once, at the end.
-{beside}Always answering {_escape(majority["label"])}, the commonest class, would score {majority["accuracy"]:.1%}.
+Test accuracy **{percent_with_interval(test)}**, macro F1 {test["macro_f1"]:.3f}. Chosen on
+validation (accuracy {percent_with_interval(metrics["validation"])}); test was looked at once, at the end.
+{beside}{calibration}{always}
 
 | class | precision | recall | F1 | test pictures |
 |---|---|---|---|---|
 {per_class}
 
-![Confusion matrix](confusion_matrix.png)
-{curves}
-
+{curve}{figures}
 ## Data
 
 {_escape(data["name"])}: {", ".join(f"{split} {count['n']:,}" for split, count in data["splits"].items())} pictures.

@@ -3,50 +3,37 @@
 import sys
 import time
 
-from arguments import DataArguments, ModelArguments, cores_of_process, parse_arguments, user_errors
+from arguments import DataArguments, ModelArguments, parse_arguments, user_errors
 
 START = time.perf_counter()
 if __name__ == "__main__":
     with user_errors():
         parse_arguments(sys.argv[1:])  # --help and mistakes are answered before the imports below, which take seconds
 
-import ctypes
 import importlib.metadata
-import logging
 import os
 import platform
 import shlex
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import transformers
 from datasets import Dataset, DatasetDict
-from transformers import (
-    PreTrainedModel,
-    PrinterCallback,
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainingArguments, set_seed
 
+import audit
 from data import collate, describe, load_splits, prepare, with_views
-from metrics import build_compute_metrics, logits_of, score, wilson_interval
-from models import build_model, freeze, linear_head, parameter_groups
+from learning_curve import in_words, learning_curve
+from machine import fit_machine, quiet_libraries
+from metrics import build_compute_metrics, fit_temperature, logits_of, reliability, score, wilson_interval
+from models import build_model, divide_logits, freeze, linear_head, parameter_groups
 from openmoji import ATTRIBUTION
-from probe import build_probe
+from probe import LinearProbe, build_probe, load_features
 from recipe import FROM_SCRATCH, RECIPES, Recipe, blend, choose_recipe
-from report import (
-    EpochTable,
-    ProgressBar,
-    percent_with_interval,
-    plot_confusion_matrix,
-    plot_curves,
-    write_metrics,
-    write_model_card,
-)
+from report import write_metrics, write_model_card, write_predictions, write_report
+from terminal import EpochTable, ProgressBar, Stopwatch, percent_with_interval, say
 from views import EvaluationView
 
 KEPT = {0.0: "the probe", 0.5: "the mean of both", 1.0: "the trained weights"}  # by recipe.Recipe.kept
@@ -55,25 +42,26 @@ KEPT = {0.0: "the probe", 0.5: "the mean of both", 1.0: "the trained weights"}  
 def main(argv: list[str] | None = None) -> None:
     """Run one experiment; see `python train.py --help`."""
     argv = sys.argv[1:] if argv is None else argv
-    clock = Stopwatch()
+    clock = Stopwatch(START)
     quiet_libraries()
     with user_errors():
         data_args, model_args, training_args = parse_arguments(argv)
         fit_machine(training_args)
-        splits = load_data(data_args)
-        labels = splits["train"].features["label"].names
+        with training_args.main_process_first(desc="looking through the pictures"):
+            pictures, bad = load_splits(**data_args.for_loading())
+        labels = pictures["train"].features["label"].names
         set_seed(training_args.seed)  # decides the new head's first weights
         model, image_processor = build_model(model_args.model_name, dict(enumerate(labels)), model_args.image_size)
-        name, recipe = settle_recipe(model_args, training_args, model, len(splits["train"]))
+        name, recipe = settle_recipe(model_args, training_args, model, len(pictures["train"]))
         view = EvaluationView(image_processor)
         clock.stop("load")
 
         with training_args.main_process_first(desc="preparing the pictures"):
-            splits = prepare(splits, view)
+            splits = prepare(pictures, view)
         data = describe(splits)
         clock.stop("prepare")
         Path(training_args.output_dir).mkdir(parents=True, exist_ok=True)
-        views = with_views(splits, view, data_args.augmentation)
+        views = with_views(splits, view, data_args.augmentation, data_args.test_view)
         trainer = build_trainer(model, recipe, training_args, views, labels)
     trainer.add_callback(clock)
     summary = summarise(data_args, model_args, trainer, name or "from scratch", view)
@@ -81,55 +69,54 @@ def main(argv: list[str] | None = None) -> None:
     for line in ("model", "device"):
         say(training_args, line, summary[line])
 
+    found = audit.audit(pictures, bad)
     baselines = {"majority": majority_baseline(data["splits"])}
-    start = None
+    start = curve = None
     if name and linear_head(model):
-        start, baselines["linear_probe"] = start_from_probe(trainer, splits, view, labels)
+        start, probe, features = start_from_probe(trainer, splits, view, labels)
+        if trainer.is_world_process_zero():
+            scored = {s: score_probe(probe, features, splits, s, labels) for s in ("validation", "test")}
+            baselines["linear_probe"] = scored | {"strength": probe.strength}
+            found["suspect_labels"] = audit.suspect_labels(
+                pictures, torch.cat(list(features.values())), probe.strength
+            )
+            if data_args.learning_curve:
+                curve = measure_learning_curve(pictures, features, probe, labels)
+                say(training_args, "curve", in_words(curve))
         clock.stop("features")
+    say_audit(training_args, found)
     if name in ("probe", "lp_ft"):
         model.load_state_dict(start)
     say(training_args, "recipe", summary["recipe"])
     if name != "probe":
         set_seed(training_args.seed)  # whether the features came from the cache or not
         train(trainer)
-    best, kept, validation = keep_best(trainer, start, recipe.kept, labels)
-    if start and best is not start:
-        baselines["linear_probe"]["test"] = evaluate(trainer, start, views["test"], labels)
-    test = evaluate(trainer, best, views["test"], labels)
-    if best is start:
-        baselines["linear_probe"]["test"] = test
+    kept = keep_best(trainer, start, recipe.kept if model_args.keep == "best" else recipe.kept[-1:], labels)
+    logits, references = predict(trainer, views["test"])
     clock.stop("evaluate")
 
     if trainer.is_world_process_zero():
-        attribution = ATTRIBUTION if data_args.dataset_name == "openmoji" else ""
+        before = {"validation": kept.uncalibrated, "test": score(logits * kept.temperature, references, labels)}
         metrics = {
-            "validation": validation,
-            "test": test,
+            "validation": kept.validation,
+            "test": score(logits, references, labels),
+            "calibration": {
+                "temperature": kept.temperature,
+                "before": {s: {key: scored[key] for key in ("log_loss", "ece")} for s, scored in before.items()},
+                "reliability": reliability(logits, references),
+            },
             "baselines": baselines,
+            "learning_curve": curve,
+            "audit": {kind: len(found[kind]) for kind in audit.KINDS},
             "seconds": clock.seconds,
-            "data": {"name": data_args.name, "attribution": attribution, **data},
-            "recipe": {**summary, "kept": kept},
+            "data": {"name": data_args.name, "attribution": attribution(data_args), **data},
+            "recipe": {**summary, "kept": kept.words},
             "history": trainer.state.log_history,
             "versions": versions(),
-            "seeds": {"seed": training_args.seed, "split_seed": data_args.split_seed},
+            "seeds": {"seed": training_args.seed, "split_seed": data_args.split_seed, "fold": data_args.fold},
             "command": command(argv),
         }
-        save(trainer, image_processor, metrics, clock)
-
-
-def load_data(data_args: DataArguments) -> DatasetDict:
-    """Return the splits that the arguments ask for."""
-    return load_splits(
-        data_args.data_dir,
-        data_args.dataset_name,
-        data_args.dataset_config_name,
-        data_args.image_column,
-        data_args.label_column,
-        data_args.label_names,
-        data_args.split_seed,
-        data_args.validation_fraction,
-        data_args.test_fraction,
-    )
+        save(trainer, image_processor, metrics, Test(pictures, logits, references), found, clock)
 
 
 def settle_recipe(
@@ -177,17 +164,36 @@ def build_trainer(
 
 def start_from_probe(
     trainer: Trainer, splits: DatasetDict, view: EvaluationView, labels: list[str]
-) -> tuple[dict[str, torch.Tensor], dict]:
-    """Fit the linear probe; return the model's state with the probe as its head, and its score on validation."""
+) -> tuple[dict[str, torch.Tensor], LinearProbe, dict[str, torch.Tensor | None]]:
+    """Fit the linear probe; return the model's state with the probe as its head, the probe, and all features."""
     model, head = trainer.model, linear_head(trainer.model)
     with user_errors():
-        probe, logits = build_probe(trainer, head, splits, view)
-    found = score(logits.numpy(), np.array(splits["validation"]["label"][:]), labels)
-    line = f"validation {found['accuracy']:.1%}, loss {found['log_loss']:.3f}"
-    say(trainer.args, "probe", f"{line}: a logistic regression on frozen features")
+        probe, features = build_probe(trainer, head, splits, view)
+        if trainer.is_world_process_zero():
+            found = score_probe(probe, features, splits, "validation", labels)
+            line = f"validation {found['accuracy']:.1%}, loss {found['log_loss']:.3f}"
+            say(trainer.args, "probe", f"{line}: a logistic regression on frozen features")
+        features["test"] = load_features(trainer, head, splits["test"], view)  # for the audit, and the baseline
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     start |= {name: tensor.to(model.device) for name, tensor in probe.as_head(head).items()}
-    return start, {"validation": found, "strength": probe.strength}
+    return start, probe, features
+
+
+def score_probe(
+    probe: LinearProbe, features: dict[str, torch.Tensor], splits: DatasetDict, split: str, labels: list[str]
+) -> dict:
+    """Return the probe's score on a split."""
+    return score(probe.logits(features[split]).numpy(), np.array(splits[split]["label"][:]), labels)
+
+
+def measure_learning_curve(
+    pictures: DatasetDict, features: dict[str, torch.Tensor], probe: LinearProbe, labels: list[str]
+) -> dict:
+    """Return the learning curve of the probe on train and validation; test is not looked at."""
+    both = ("train", "validation")
+    truth, groups = (np.concatenate([pictures[split][key][:] for split in both]) for key in ("label", "group"))
+    pool = torch.cat([features[split] for split in both])
+    return learning_curve(pool, truth, labels, groups, probe.strength, len(pictures["train"]))
 
 
 def train(trainer: Trainer) -> None:
@@ -211,34 +217,52 @@ def load_weights(model: PreTrainedModel, checkpoint: str) -> None:
     model.load_state_dict(saved.state_dict(), strict=True)
 
 
+class Kept(NamedTuple):
+    """The weights that a run ends with: what they are in words, their temperature, and their score on validation."""
+
+    words: str
+    temperature: float
+    validation: dict
+    uncalibrated: dict
+
+
 def keep_best(
     trainer: Trainer, start: dict[str, torch.Tensor] | None, shares: tuple[float, ...], labels: list[str]
-) -> tuple[dict[str, torch.Tensor], str, dict]:
-    """Return the weights, from the probe's to the trained ones, that lose least on validation.
+) -> Kept:
+    """Leave the model with the weights, from the probe's to the trained ones, that are best on validation.
+
+    Each is calibrated first, so that what is compared is what it tells and not how sure of it it is; the temperature
+    is then folded into the head, and whoever loads the model gets calibrated probabilities.
 
     Args:
         trainer: holds the trained model, and the validation split.
         start: the state with the probe's weights; None where there is no probe to compare with.
         shares: the candidates; see `recipe.Recipe`.
         labels: the classes' names.
-
-    Returns their state (`start` itself where it is the best), what they are in words, and their score on validation.
     """
-    end = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
-    states = {share: blend(start or end, end, share) for share in (shares if start else (1.0,))}
-    found = {share: evaluate(trainer, state, trainer.eval_dataset, labels) for share, state in states.items()}
-    best = min(found, key=lambda share: found[share]["log_loss"])
+    model = trainer.model
+    end = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = {}
+    for share in shares if start else (1.0,):
+        model.load_state_dict(blend(start or end, end, share))
+        logits, references = predict(trainer, trainer.eval_dataset)
+        # Of another head than a linear one the probabilities stay as they are.
+        temperature = fit_temperature(logits, references) if linear_head(model) else 1.0
+        scores = (score(logits / divisor, references, labels) for divisor in (temperature, 1.0))
+        found[share] = Kept(KEPT[share], temperature, *scores)
+    best = min(found, key=lambda share: found[share].validation["log_loss"])
+    model.load_state_dict(blend(start or end, end, best))
+    divide_logits(model, found[best].temperature)
     if len(found) > 1:
-        losses = ", ".join(f"{KEPT[share]} {found[share]['log_loss']:.3f}" for share in found)
-        say(trainer.args, "kept", f"{KEPT[best]}; validation loss: {losses}")
-    return states[best], KEPT[best], found[best]
+        losses = ", ".join(f"{kept.words} {kept.validation['log_loss']:.3f}" for kept in found.values())
+        say(trainer.args, "kept", f"{found[best].words}; validation loss: {losses}")
+    return found[best]
 
 
-def evaluate(trainer: Trainer, state: dict[str, torch.Tensor], dataset: Dataset, labels: list[str]) -> dict:
-    """Put these weights into the model and score them on a split."""
-    trainer.model.load_state_dict(state)
+def predict(trainer: Trainer, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Return the model's logits [N, C] on a split, and the true classes [N]."""
     prediction = trainer.predict(dataset)
-    return score(logits_of(prediction), prediction.label_ids, labels)
+    return logits_of(prediction), prediction.label_ids
 
 
 def summarise(
@@ -266,6 +290,11 @@ def summarise(
     }
 
 
+def attribution(data_args: DataArguments) -> str:
+    """Return whom the pictures are by, where that must be said."""
+    return ATTRIBUTION if data_args.dataset_name == "openmoji" else ""
+
+
 def majority_baseline(counts: dict) -> dict:
     """Return what always answering the commonest training class scores on test."""
     label = max(counts["train"]["per_class"], key=counts["train"]["per_class"].get)
@@ -273,18 +302,31 @@ def majority_baseline(counts: dict) -> dict:
     return {"label": label, "accuracy": hits / n, "accuracy_ci95": wilson_interval(hits, n), "n": n}
 
 
+class Test(NamedTuple):
+    """What the test was: all pictures, and the logits [N, C] and true classes [N] of the split "test"."""
+
+    pictures: DatasetDict
+    logits: np.ndarray
+    references: np.ndarray
+
+
 def save(
-    trainer: Trainer, image_processor: transformers.BaseImageProcessor, metrics: dict, clock: "Stopwatch"
+    trainer: Trainer,
+    image_processor: transformers.BaseImageProcessor,
+    metrics: dict,
+    test: Test,
+    found: dict,
+    clock: Stopwatch,
 ) -> None:
     """Write the model and everything about it into the output directory, and say so."""
     output_dir = Path(trainer.args.output_dir)
     trainer.model.save_pretrained(output_dir)
     # Not save_pretrained, which does nothing for a timm model and would leave the folder without this file.
     image_processor.to_json_file(output_dir / "preprocessor_config.json")
-    plot_confusion_matrix(metrics["test"], metrics["data"]["labels"], output_dir / "confusion_matrix.png")
-    if any("eval_loss" in entry for entry in metrics["history"]):
-        plot_curves(metrics["history"], output_dir / "curves.png")
     custom_code = (output_dir / "models.py").exists()
+    write_predictions(output_dir / "predictions.csv", metrics["data"]["labels"], *test)
+    audit.write_audit(output_dir / "audit.json", found)
+    write_report(output_dir, metrics, found, *test)
     write_model_card(output_dir / "README.md", metrics, custom_code)
     clock.stop("save")
     metrics["seconds"]["total"] = round(sum(metrics["seconds"].values()), 3)
@@ -296,10 +338,12 @@ def save(
     say(trainer.args, "test", f"accuracy {percent_with_interval(metrics['test'])}")
     always = f"always {majority['label']!r} {majority['accuracy']:.1%}"
     say(trainer.args, "", f"macro F1 {metrics['test']['macro_f1']:.3f}{beside}; {always}")
+    before = metrics["calibration"]["before"]["test"]["ece"]
+    say(trainer.args, "", f"calibration error {metrics['test']['ece']:.1%}, uncalibrated {before:.1%}")
     total = metrics["seconds"].pop("total")
     parts = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in metrics["seconds"].items())
     say(trainer.args, "time", f"{parts}: {total:.0f} s")
-    say(trainer.args, "saved", f"{output_dir}, with a README.md")
+    say(trainer.args, "saved", f"{output_dir}, with report.html to look at")
     say(trainer.args, "next", f'pipeline("image-classification", "{output_dir}"{trust})')
 
 
@@ -319,73 +363,16 @@ def say_data(training_args: TrainingArguments, name: str, data: dict) -> None:
     """Print what is learned from, and what would spoil the score."""
     counts = ", ".join(f"{split} {count['n']:,}" for split, count in data["splits"].items())
     say(training_args, "data", f"{name}: {len(data['labels'])} classes, {counts} pictures")
-    for split, leaked in data["also_in_train"].items():
-        if leaked:
-            say(training_args, "careful", f"{split} pictures that are in train too, byte for byte: {leaked}")
 
 
-class Stopwatch(TrainerCallback):
-    """Seconds by stage, each counted from the end of the one before; as a callback it splits the training loop.
-
-    On a GPU the host runs ahead of the device: "data" is what the device waited for at most, and "train" holds the
-    rest of the loop.
-    """
-
-    def __init__(self):
-        self.seconds = {}
-        self.last = START
-        self.stop("start")
-
-    def stop(self, stage: str) -> None:
-        """End a stage, or one more part of it."""
-        now = time.perf_counter()
-        self.seconds[stage] = round(self.seconds.get(stage, 0) + now - self.last, 3)
-        self.last = now
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.stop("train")
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.stop("data")
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.stop("train")
-
-    def on_evaluate(self, args, state, control, **kwargs):
-        self.stop("evaluate")
-
-    def on_save(self, args, state, control, **kwargs):
-        self.stop("save")
-
-
-def say(training_args: TrainingArguments, what: str, line: str) -> None:
-    """Print one of the run's few lines, once, whatever the number of processes."""
-    if training_args.process_index == 0:
-        print(f"{what:<9}{line}", flush=True)
-
-
-def quiet_libraries() -> None:
-    """Let the libraries report what a user can act on, and nothing of their own housekeeping."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    transformers.utils.logging.disable_progress_bar()  # of loading and writing single files
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each retry of a connection; the last one is told
-    logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)  # checkpoints less than a second apart
-
-
-def fit_machine(training_args: TrainingArguments) -> None:
-    """Use all cores of a machine without a GPU, and let it keep its memory."""
-    if training_args.device.type == "cpu":
-        training_args.dataloader_pin_memory = False  # serves copies to a GPU
-        # `accelerate launch` sets OMP_NUM_THREADS=1 where nobody told it that this is a CPU machine.
-        if "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
-            torch.set_num_threads(cores_of_process())
-        if platform.libc_ver()[0] == "glibc":
-            # glibc gives every large tensor back to the system when it is freed, and gets the next one page by page:
-            # with these two settings (as mallopt(3) numbers them) it keeps them, and inference is up to twice as fast.
-            m_trim_threshold, m_mmap_threshold = -1, -3
-            libc = ctypes.CDLL(None)
-            if libc.mallopt(m_mmap_threshold, 2**30) or libc.mallopt(m_mmap_threshold, 2**25):  # before 2.35 no more
-                libc.mallopt(m_trim_threshold, 2**31 - 1)
+def say_audit(training_args: TrainingArguments, found: dict) -> None:
+    """Print what the audit found, and by name what costs pictures or spoils the score."""
+    say(training_args, "audit", audit.in_words(found))
+    for kind, word in (("unreadable", "left out"), ("between_splits", "careful")):
+        for entry in found[kind][:3]:
+            say(training_args, word, audit.as_line(entry))
+        if len(found[kind]) > 3:
+            say(training_args, "", f"and {len(found[kind]) - 3} more: see report.html")
 
 
 if __name__ == "__main__":

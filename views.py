@@ -82,13 +82,7 @@ def training_view(view: EvaluationView, augmentation: str) -> Callable[[Image.Im
         raise ValueError(f"unknown augmentation {augmentation!r}: choose from {', '.join(AUGMENTATIONS)}")
     if augmentation == "none":
         return view
-    to_pixel_values = v2.Compose(
-        [
-            v2.ToImage(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(mean=-view.black / view.contrast, std=1 / view.contrast),
-        ]
-    )
+    to_pixel_values = _to_pixel_values(view)
     if augmentation == "augmix":
         augmix = v2.AugMix()
         return lambda image: to_pixel_values(augmix(view.levels(view(image))))
@@ -101,5 +95,25 @@ def training_view(view: EvaluationView, augmentation: str) -> Callable[[Image.Im
             v2.ToImage(),
             *([v2.Lambda(lambda image: image.flip(0))] if view.reversed else []),
             to_pixel_values,
+        ]
+    )
+
+
+def random_crop(view: EvaluationView) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return the function from an evaluation view [3, H, W] to a random crop of it, of at least 8%, in its size.
+
+    Not a way to evaluate: it shows what an evaluation on random crops, as the seed experiment had it, does to a score.
+    """
+    crop, to_pixel_values = v2.RandomResizedCrop(view.size, antialias=True), _to_pixel_values(view)
+    return lambda pixel_values: to_pixel_values(crop(view.levels(pixel_values)))
+
+
+def _to_pixel_values(view: EvaluationView) -> v2.Compose:
+    """Return the transform from 8-bit levels to the scale of the evaluation view."""
+    return v2.Compose(
+        [
+            v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(mean=-view.black / view.contrast, std=1 / view.contrast),
         ]
     )

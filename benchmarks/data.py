@@ -92,7 +92,7 @@ def measure(way: str, folder: str, image_size: int) -> dict:
         seen = reference(folder, image_size)
     else:
         view = EvaluationView(build_model("efficientnet_lite0", {0: "even", 1: "odd"}, image_size)[1])
-        splits = load_splits(data_dir=folder)
+        splits, _ = load_splits(data_dir=folder)
         if way == "training view":
             seen = with_views(prepare(splits, view), view, "flip_crop")["train"]
     start = time.perf_counter()
@@ -118,7 +118,7 @@ def compare_probes(folder: str, image_size: int) -> None:
     from probe import fit_probe
     from views import EvaluationView
 
-    files = load_splits(data_dir=folder)
+    files, _ = load_splits(data_dir=folder)
     labels = dict(enumerate(files["train"].features["label"].names))
     model, image_processor = build_model("efficientnet_lite0", labels, image_size)
     model.set_submodule(linear_head(model), nn.Identity())

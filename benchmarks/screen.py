@@ -26,10 +26,11 @@ from transformers import PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from arguments import parse_arguments
-from data import load_splits, prepare, stratified_cut
+from data import load_splits, prepare
 from models import build_model, freeze, linear_head, parameter_groups
 from probe import fit_probe
 from recipe import RECIPES, blend
+from splits import stratified_cut
 from train import fit_machine, quiet_libraries
 from views import EvaluationView, training_view
 
@@ -111,7 +112,7 @@ def main() -> None:
 
 def cut(data: str) -> DatasetDict:
     """Return the pictures that are not test, cut 60 to 40."""
-    splits = load_splits(data_dir=data)
+    splits, _ = load_splits(data_dir=data)
     pool = concatenate_datasets([splits["train"], splits["validation"]])
     labels = pool.features["label"]
     rows = stratified_cut(np.array(pool["label"][:]), labels.names, {"validation": 0.4}, seed=1)

@@ -70,7 +70,7 @@ def link_split(data: Path, folder: Path) -> Path:
     from data import load_splits
 
     if not folder.exists():
-        splits = load_splits(data_dir=str(data))
+        splits, _ = load_splits(data_dir=str(data))
         for split, dataset in splits.items():
             for row in dataset:
                 path = Path(row["image"]["path"]).resolve()
@@ -242,23 +242,30 @@ def write(runs: list[dict], out: Path) -> None:
     groups = {}
     for run in runs:
         groups.setdefault((run["name"], json.dumps(run["setting"])), []).append(run)
+    tuned = {key: group[0] for key, group in groups.items() if json.loads(key[1]) != DEFAULTS[key[0]]}
+    best = {}
+    for key, run in tuned.items():
+        if key[0] not in best or run["epochs"][-1][1] > tuned[best[key[0]]]["epochs"][-1][1]:
+            best[key[0]] = key
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     colours = dict(zip(DEFAULTS, ("#D55E00", "#0072B2", "#009E73", "#CC79A7"), strict=True))
     for (name, setting), group in groups.items():
         mean = [sum(run[key] for run in group) / len(group) for key in ("seconds", "test")]
         spread = [(min(run[key] for run in group), max(run[key] for run in group)) for key in ("seconds", "test")]
-        curve = ", ".join(f"{accuracy:.1%}" for _, accuracy in group[0]["epochs"])
+        curve = ", ".join(f"{accuracy:.1%} {seconds:.0f}" for seconds, accuracy in group[0]["epochs"])
         said = ", ".join(f"{key} {value:g}" for key, value in json.loads(setting).items()) or "default"
+        marked = " (best tuned)" if (name, setting) == best.get(name) else ""
         print(
-            f"| {name} | {said} | {len(group)} | {mean[0]:.0f} ({spread[0][0]:.0f} to {spread[0][1]:.0f}) "
+            f"| {name} | {said}{marked} | {len(group)} | {mean[0]:.0f} ({spread[0][0]:.0f} to {spread[0][1]:.0f}) "
             f"| {mean[1]:.1%} ({spread[1][0]:.1%} to {spread[1][1]:.1%}) | {curve} |"
         )
-        tuned = json.loads(setting) != DEFAULTS[name]
+        if (name, setting) in tuned and not marked:
+            continue
         for number, run in enumerate(group):
             axes.plot(
-                *zip(*run["epochs"], strict=True), color=colours[name], linestyle="--" if tuned else "-", marker=".",
-                label=f"{name}{', tuned' * tuned}" if number == 0 else None,
+                *zip(*run["epochs"], strict=True), color=colours[name], linestyle="--" if marked else "-", marker=".",
+                label=f"{name}{', tuned' if marked else ''}" if number == 0 else None,
             )  # fmt: skip
     axes.set(xlabel="seconds from the start of the process", ylabel="validation accuracy", ylim=(None, 1))
     axes.yaxis.set_major_formatter(PercentFormatter(1))

@@ -88,6 +88,9 @@ def test_slip_in_a_config(text, message):
         (["--dataloader_drop_last", "1"], "leave pictures out of every score"),
         (["--bf16_full_eval", "1"], "--bf16_full_eval would round"),
         (["--learning_rate", "nan"], "--learning_rate is nan"),
+        (["--fold", "0/5"], "--fold 0/5 is no fold"),
+        (["--fold", "6/5"], "--fold 6/5 is none of 5"),
+        (["--fold", "1/1"], "--fold 1/1 is none of 1"),
         (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size is 0"),
     ],
 )

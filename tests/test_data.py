@@ -17,10 +17,15 @@ from PIL import ImageCms
 from transformers import AutoImageProcessor, MobileViTImageProcessor, pipeline
 
 import data
+import inspection
 from data import collate, describe, evaluation_rows, load_splits, prepare, store_training_picture, with_views
 from images import decode_rgb
 from models import build_model
 from views import AUGMENTATIONS, EvaluationView, training_view
+
+
+def load(**options) -> DatasetDict:
+    return load_splits(**options)[0]
 
 
 def labels_of(splits: DatasetDict) -> list[str]:
@@ -35,7 +40,7 @@ def digests(splits: DatasetDict) -> dict[str, list[str]]:
 
 
 def test_folder_is_cut_stratified_and_disjoint(pictures, view):
-    splits = prepare(load_splits(data_dir=str(pictures)), view)
+    splits = prepare(load(data_dir=str(pictures)), view)
     counts = describe(splits)["splits"]
     assert labels_of(splits) == ["blue", "green", "red"]
     assert {split: set(count["per_class"].values()) for split, count in counts.items()} == {
@@ -46,7 +51,7 @@ def test_folder_is_cut_stratified_and_disjoint(pictures, view):
 
 
 def test_labels_follow_the_folders(pictures, view):
-    splits = with_views(prepare(load_splits(data_dir=str(pictures)), view), view, "none")
+    splits = with_views(prepare(load(data_dir=str(pictures)), view), view, "none", "evaluation")
     for dataset in splits.values():
         for row in dataset:
             mean = (row["pixel_values"].mean(dim=(1, 2)) + 1).numpy() * 127.5
@@ -58,14 +63,14 @@ def test_split_seed_decides_the_cut_alone(pictures, view):
     def cut(**options):
         torch.manual_seed(options.pop("training_seed", 0))
         np.random.seed(0)
-        return digests(prepare(load_splits(data_dir=str(pictures), **options), view))
+        return digests(prepare(load(data_dir=str(pictures), **options), view))
 
     assert cut() == cut(split_seed=1) == cut(training_seed=5)
     assert cut(split_seed=2) != cut()
 
 
 def test_fractions(tmp_path):
-    splits = load_splits(data_dir=str(draw_folder(tmp_path / "p", 20)), validation_fraction=0.25, test_fraction=0.5)
+    splits = load(data_dir=str(draw_folder(tmp_path / "p", 20)), validation_fraction=0.25, test_fraction=0.5)
     assert {split: len(dataset) for split, dataset in splits.items()} == {"train": 15, "validation": 15, "test": 30}
 
 
@@ -73,14 +78,14 @@ def test_fractions(tmp_path):
 def test_given_splits_are_kept(tmp_path, name):
     for number, split in enumerate(("train", name, "test")):
         draw_folder(tmp_path / "p" / split, 3 + number, first=100 * number)
-    splits = load_splits(data_dir=str(tmp_path / "p"))
+    splits = load(data_dir=str(tmp_path / "p"))
     assert {split: len(dataset) for split, dataset in splits.items()} == {"train": 9, "validation": 12, "test": 15}
 
 
 def test_missing_test_split_is_cut_from_train(tmp_path):
     draw_folder(tmp_path / "p/train", 10)
     draw_folder(tmp_path / "p/val", 2, first=50)
-    splits = load_splits(data_dir=str(tmp_path / "p"))
+    splits = load(data_dir=str(tmp_path / "p"))
     assert {split: len(dataset) for split, dataset in splits.items()} == {"train": 24, "validation": 6, "test": 6}
 
 
@@ -89,7 +94,7 @@ def test_class_keeps_its_number_where_a_split_lacks_another(tmp_path):
     draw_folder(tmp_path / "p/val", 2, first=20)
     draw_folder(tmp_path / "p/test", 2, classes=("red",), first=40)
     (tmp_path / "p/test/blue").mkdir()
-    splits = load_splits(data_dir=str(tmp_path / "p"))
+    splits = load(data_dir=str(tmp_path / "p"))
     assert splits["test"].features["label"].names == ["blue", "green", "red"]
     assert set(splits["test"]["label"][:]) == {2}
 
@@ -99,7 +104,7 @@ def test_folder_names_that_imagefolder_trips_over(tmp_path):
         (tmp_path / name / "deep/er").mkdir(parents=True)
         for seed in range(4):
             draw("red", 10 * number + seed).save(tmp_path / name / ("deep/er" if seed else "") / f"{seed}.png")
-    splits = load_splits(data_dir=str(tmp_path))
+    splits = load(data_dir=str(tmp_path))
     assert labels_of(splits) == ["freight train", "test tubes", "Çalgı"]
     assert sum(len(dataset) for dataset in splits.values()) == 12
 
@@ -110,22 +115,23 @@ def test_other_files_are_named_and_hidden_ones_are_not(pictures, caplog):
     (pictures / "red/.DS_Store").write_text("")
     (pictures / ".git").mkdir()
     with caplog.at_level(logging.WARNING):
-        splits = load_splits(data_dir=str(pictures))
+        splits = load(data_dir=str(pictures))
     assert sum(len(dataset) for dataset in splits.values()) == 24
     assert "2 files" in caplog.text and "notes.txt" in caplog.text and ".DS_Store" not in caplog.text
 
 
 def test_changed_file_is_prepared_again(pictures, view):
-    before = describe(prepare(load_splits(data_dir=str(pictures)), view))["fingerprint"]
-    assert describe(prepare(load_splits(data_dir=str(pictures)), view))["fingerprint"] == before
+    before = describe(prepare(load(data_dir=str(pictures)), view))["fingerprint"]
+    assert describe(prepare(load(data_dir=str(pictures)), view))["fingerprint"] == before
     draw("red", 999).save(pictures / "red/000.png")
-    assert describe(prepare(load_splits(data_dir=str(pictures)), view))["fingerprint"] != before
+    assert describe(prepare(load(data_dir=str(pictures)), view))["fingerprint"] != before
 
 
 def test_second_run_decodes_nothing(pictures, monkeypatch, view):
-    prepare(load_splits(data_dir=str(pictures)), view)
-    monkeypatch.setattr(data, "decode_rgb", lambda *arguments: pytest.fail("decoded again"))
-    assert len(prepare(load_splits(data_dir=str(pictures)), view)["train"]) == 15
+    prepare(load(data_dir=str(pictures)), view)
+    for module in (data, inspection):
+        monkeypatch.setattr(module, "decode_rgb", lambda *arguments: pytest.fail("decoded again"))
+    assert len(prepare(load(data_dir=str(pictures)), view)["train"]) == 15
 
 
 def empty_class(root: Path) -> None:
@@ -144,7 +150,7 @@ def test_classes_that_are_called_like_splits(tmp_path):
         (tmp_path / name).mkdir()
         for seed in range(4):
             draw("red", 10 * number + seed).save(tmp_path / name / f"{seed}.png")
-    assert labels_of(load_splits(data_dir=str(tmp_path))) == ["bus", "test", "train"]
+    assert labels_of(load(data_dir=str(tmp_path))) == ["bus", "test", "train"]
 
 
 def splits_and_more(root: Path) -> None:
@@ -162,7 +168,7 @@ def test_class_missing_from_train(tmp_path):
     draw_folder(tmp_path / "p/train", 4, classes=("red", "blue"))
     draw_folder(tmp_path / "p/test", 2)
     with pytest.raises(ValueError, match="no training picture has the class 'green'"):
-        load_splits(data_dir=str(tmp_path / "p"))
+        load(data_dir=str(tmp_path / "p"))
 
 
 @pytest.mark.parametrize(
@@ -181,35 +187,35 @@ def test_class_missing_from_train(tmp_path):
 def test_unusable_folder(tmp_path, build, message):
     build(tmp_path)
     with pytest.raises(ValueError, match=message):
-        load_splits(data_dir=str(tmp_path))
+        load(data_dir=str(tmp_path))
 
 
 def test_file_name_that_is_no_text(pictures):
     Path(os.fsdecode(os.fsencode(pictures / "red") + b"/\xff.png")).touch()
     with pytest.raises(ValueError, match=r"xff.png' is not valid UTF-8: rename the file"):
-        load_splits(data_dir=str(pictures))
+        load(data_dir=str(pictures))
 
 
 def test_link_that_leads_nowhere(pictures):
     (pictures / "red/gone.png").symlink_to("nowhere.png")
     with pytest.raises(ValueError, match=r"gone.png cannot be read: .*Replace or remove it"):
-        load_splits(data_dir=str(pictures))
+        load(data_dir=str(pictures))
 
 
 def test_missing_folder(tmp_path):
     with pytest.raises(ValueError, match=r"nowhere is not a folder"):
-        load_splits(data_dir=str(tmp_path / "nowhere"))
+        load(data_dir=str(tmp_path / "nowhere"))
 
 
 @pytest.mark.parametrize("fractions", [{"test_fraction": 0}, {"validation_fraction": 1.5}])
 def test_impossible_fraction(pictures, fractions):
     with pytest.raises(ValueError, match="must lie between 0 and 1"):
-        load_splits(data_dir=str(pictures), **fractions)
+        load(data_dir=str(pictures), **fractions)
 
 
 def test_fractions_that_leave_nothing(pictures):
     with pytest.raises(ValueError, match="leave nothing to train on"):
-        load_splits(data_dir=str(pictures), validation_fraction=0.5, test_fraction=0.5)
+        load(data_dir=str(pictures), validation_fraction=0.5, test_fraction=0.5)
 
 
 # --- datasets
@@ -236,7 +242,7 @@ def save_dataset(folder: Path, label_feature, values: dict[str, list], columns=(
 )
 def test_dataset_with_labels_of_any_kind(tmp_path, feature, values, names):
     path = save_dataset(tmp_path / "set", feature, {"train": values * 10, "test": values * 2}, ("picture", "class"))
-    splits = load_splits(dataset_name=path)
+    splits = load(dataset_name=path)
     assert labels_of(splits) == names
     assert {split: len(dataset) for split, dataset in splits.items()} == {"train": 18, "validation": 2, "test": 4}
     assert splits["test"]["label"][:] == [1, 0, 1, 0]  # zither and 10 sort after the other
@@ -250,15 +256,15 @@ def test_named_columns(tmp_path, view):
     Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "set/train.parquet")
     path = str(tmp_path / "set")
     with pytest.raises(ValueError, match=r"photo or thumbnail could be the image column: name it with --image_column"):
-        load_splits(dataset_name=path)
-    assert labels_of(load_splits(dataset_name=path, image_column="photo")) == ["c", "d"]
-    splits = prepare(load_splits(dataset_name=path, image_column="photo", label_column="kind"), view)
+        load(dataset_name=path)
+    assert labels_of(load(dataset_name=path, image_column="photo")) == ["c", "d"]
+    splits = prepare(load(dataset_name=path, image_column="photo", label_column="kind"), view)
     assert labels_of(splits) == ["a", "b"]
     assert np.asarray(splits["train"][0]["image"])[..., 0].mean() > 150
     with pytest.raises(ValueError, match="no column 'nothing'"):
-        load_splits(dataset_name=path, image_column="nothing")
+        load(dataset_name=path, image_column="nothing")
     with pytest.raises(ValueError, match="holds no images"):
-        load_splits(dataset_name=path, image_column="kind")
+        load(dataset_name=path, image_column="kind")
 
 
 def test_image_column_without_its_type(tmp_path, pictures, view):
@@ -266,41 +272,41 @@ def test_image_column_without_its_type(tmp_path, pictures, view):
     names = [path.parent.name for path in sorted(pictures.rglob("*.png"))]
     (tmp_path / "set").mkdir()
     Dataset.from_dict({"picture": raw, "label": names}).to_parquet(tmp_path / "set/train.parquet")
-    splits = prepare(load_splits(dataset_name=str(tmp_path / "set"), image_column="picture"), view)
-    folder = prepare(load_splits(data_dir=str(pictures)), view)
+    splits = prepare(load(dataset_name=str(tmp_path / "set"), image_column="picture"), view)
+    folder = prepare(load(data_dir=str(pictures)), view)
     assert describe(splits)["fingerprint"] == describe(folder)["fingerprint"]
 
 
 def test_single_split_is_the_training_split_whatever_its_name(tmp_path):
     path = save_dataset(tmp_path / "set", Value("string"), {"test": ["a", "b"] * 10})
-    assert len(load_splits(dataset_name=path)["train"]) == 14
+    assert len(load(dataset_name=path)["train"]) == 14
 
 
 def test_test_split_without_labels_is_replaced(tmp_path):
     names = ClassLabel(names=["a", "b"])
     path = save_dataset(tmp_path / "set", names, {"train": [0, 1] * 10, "test": [-1, -1]})
-    assert len(load_splits(dataset_name=path)["test"]) == 4
+    assert len(load(dataset_name=path)["test"]) == 4
 
 
 def test_some_rows_without_label(tmp_path):
     path = save_dataset(tmp_path / "set", Value("string"), {"train": ["a", "b", None] * 10})
     with pytest.raises(ValueError, match="10 rows of the train split have no label"):
-        load_splits(dataset_name=path)
+        load(dataset_name=path)
 
 
 def test_label_names_rename_in_order(pictures):
-    assert labels_of(load_splits(data_dir=str(pictures), label_names=["mavi", "yeşil", "kırmızı"])) == [
+    assert labels_of(load(data_dir=str(pictures), label_names=["mavi", "yeşil", "kırmızı"])) == [
         "mavi", "yeşil", "kırmızı",
     ]  # fmt: skip
     with pytest.raises(ValueError, match="label_names has 2 names, but the data has 3 classes: blue, green, red"):
-        load_splits(data_dir=str(pictures), label_names=["a", "b"])
+        load(data_dir=str(pictures), label_names=["a", "b"])
     with pytest.raises(ValueError, match="'a' twice"):
-        load_splits(data_dir=str(pictures), label_names=["a", "b", "a"])
+        load(data_dir=str(pictures), label_names=["a", "b", "a"])
 
 
 def test_unreachable_dataset():
     with pytest.raises(ValueError, match=r"someone/their-set.*--data_dir"):
-        load_splits(dataset_name="someone/their-set")
+        load(dataset_name="someone/their-set")
 
 
 # --- preparation
@@ -340,7 +346,7 @@ def lab_red() -> PILImage.Image:
     ids=lambda value: value.mode if isinstance(value, PILImage.Image) else None,
 )
 def test_every_mode_becomes_the_right_rgb(tmp_path, image, suffix, expected):
-    decoded, _ = decode_rgb(encoded(image, tmp_path, suffix))
+    decoded = decode_rgb(encoded(image, tmp_path, suffix)).image
     assert decoded.mode == "RGB"
     assert np.abs(np.asarray(decoded).astype(int) - expected).max() <= 2
 
@@ -348,7 +354,7 @@ def test_every_mode_becomes_the_right_rgb(tmp_path, image, suffix, expected):
 def test_palette_with_transparency(tmp_path):
     image = PILImage.new("P", (8, 8), 1)
     image.putpalette([0, 0, 0, 200, 40, 40])
-    decoded, changed = decode_rgb(encoded(image, tmp_path, transparency=1))
+    decoded, changed, *_ = decode_rgb(encoded(image, tmp_path, transparency=1))
     assert decoded.getpixel((0, 0)) == (255, 255, 255) and changed
 
 
@@ -356,20 +362,20 @@ def test_exif_orientation_is_applied(tmp_path):
     image = PILImage.new("RGB", (20, 10), "white")
     exif = image.getexif()
     exif[0x0112] = 6  # turned a quarter
-    decoded, changed = decode_rgb(encoded(image, tmp_path, "jpg", exif=exif))
+    decoded, changed, *_ = decode_rgb(encoded(image, tmp_path, "jpg", exif=exif))
     assert decoded.size == (10, 20) and changed
 
 
 def test_animation_gives_its_first_frame(tmp_path):
     frames = [PILImage.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
-    decoded, _ = decode_rgb(encoded(frames[0], tmp_path, "gif", save_all=True, append_images=frames[1:]))
+    decoded = decode_rgb(encoded(frames[0], tmp_path, "gif", save_all=True, append_images=frames[1:])).image
     assert decoded.getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_plain_rgb_keeps_its_bytes_and_the_rest_its_pixels(pictures, view):
     draw("red", 5).save(pictures / "red/photo.jpg")
     draw("red", 6).convert("L").save(pictures / "red/grey.png")
-    train = prepare(load_splits(data_dir=str(pictures)), view)["train"].cast_column("image", Image(decode=False))
+    train = prepare(load(data_dir=str(pictures)), view)["train"].cast_column("image", Image(decode=False))
     by_digest = {hashlib.sha256(path.read_bytes()).hexdigest(): path for path in pictures.rglob("*.*")}
     for row in train:
         path = by_digest[row["digest"]]
@@ -380,27 +386,47 @@ def test_plain_rgb_keeps_its_bytes_and_the_rest_its_pixels(pictures, view):
             assert row["image"]["bytes"] == path.read_bytes()
 
 
-def test_unreadable_pictures_are_all_named(pictures, view):
+def spoil(pictures: Path) -> list[str]:
+    """Add four files that cannot be read; return what is said of them."""
     whole = (pictures / "red/000.png").read_bytes()
     (pictures / "red/cut.png").write_bytes(whole[: len(whole) // 2])
     (pictures / "red/empty.jpg").write_bytes(b"")
     (pictures / "blue/page.jpg").write_text("<html>not found</html>")
     (pictures / "blue/script.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
-    with pytest.raises(ValueError, match="pictures that cannot be read: 4") as caught:
-        prepare(load_splits(data_dir=str(pictures)), view)
-    for name in ("cut.png", "empty.jpg: the file is empty", "page.jpg: not a picture", "script.png: not a picture"):
-        assert name in str(caught.value)
+    return ["cut.png", "empty.jpg: the file is empty", "page.jpg: not a picture", "script.png: not a picture"]
+
+
+@pytest.mark.parametrize("options", [{}, {"on_bad_image": "error"}])
+def test_unreadable_pictures_are_all_named(pictures, options):
+    said = spoil(pictures)
+    with pytest.raises(ValueError, match="pictures that cannot be read: 4 of 28") as caught:
+        load(data_dir=str(pictures), **options)
+    assert all(name in str(caught.value) for name in said)
+    assert ("more than 5%" in str(caught.value)) == (not options)
+
+
+def test_few_unreadable_pictures_are_left_out_and_returned(tmp_path, view):
+    pictures = draw_folder(tmp_path / "p", 40)
+    spoil(pictures)
+    splits, bad = load_splits(data_dir=str(pictures))
+    assert sum(map(len, splits.values())) == 120 == sum(map(len, prepare(splits, view).values()))
+    assert {(b.name, b.label) for b in bad} == {
+        ("red/cut.png", "red"), ("red/empty.jpg", "red"), ("blue/page.jpg", "blue"), ("blue/script.png", "blue"),
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"cannot be read: 4 of 124\. Replace"):
+        load(data_dir=str(pictures), on_bad_image="error")
 
 
 def test_failure_is_not_cached(pictures, monkeypatch, view):
     def fail(*arguments):
         raise OSError("the disk is away")
 
-    monkeypatch.setattr(data, "decode_rgb", fail)
-    with pytest.raises(ValueError, match="the disk is away"):
-        prepare(load_splits(data_dir=str(pictures)), view)
-    monkeypatch.undo()
-    assert len(prepare(load_splits(data_dir=str(pictures)), view)["train"]) == 15
+    for module, message in ((inspection, "the disk is away"), (data, "cannot be read now")):
+        monkeypatch.setattr(module, "decode_rgb", fail)
+        with pytest.raises(ValueError, match=message):
+            prepare(load(data_dir=str(pictures)), view)
+        monkeypatch.undo()
+    assert len(prepare(load(data_dir=str(pictures)), view)["train"]) == 15
 
 
 def test_bomb_is_refused(tmp_path, monkeypatch):
@@ -434,7 +460,7 @@ def test_evaluation_sees_what_pipeline_and_a_reloaded_processor_see(saved_model,
     picture.save(tmp_path / "p/red/sideways.jpg", exif=exif)
     draw("blue", 78, width=700, height=900).save(tmp_path / "p/blue/large.jpg")
     view = EvaluationView(image_processor)
-    splits = prepare(load_splits(data_dir=str(tmp_path / "p"), validation_fraction=0.3, test_fraction=0.3), view)
+    splits = prepare(load(data_dir=str(tmp_path / "p"), validation_fraction=0.3, test_fraction=0.3), view)
     classify = pipeline("image-classification", model=str(folder), trust_remote_code=True)
     reloaded = EvaluationView(AutoImageProcessor.from_pretrained(folder))
     by_digest = {hashlib.sha256(path.read_bytes()).hexdigest(): path for path in (tmp_path / "p").rglob("*.*")}
@@ -446,7 +472,7 @@ def test_evaluation_sees_what_pipeline_and_a_reloaded_processor_see(saved_model,
             assert seen.dtype == torch.float32 and list(rows[row]) == ["pixel_values"]
             if split == "train" and path.name == "large.jpg":  # stored small
                 continue
-            assert torch.equal(seen, reloaded(decode_rgb(path.read_bytes())[0]))
+            assert torch.equal(seen, reloaded(decode_rgb(path.read_bytes()).image))
             assert torch.equal(seen, classify.preprocess(str(path))["pixel_values"][0])
 
 
@@ -465,7 +491,7 @@ def test_large_photograph_is_stored_small_and_looks_the_same(tmp_path, view):
     data = encoded(smooth, tmp_path, "jpg", quality=95)
     stored = PILImage.open(io.BytesIO(store_training_picture(data, 64)["bytes"]))
     assert stored.format == "JPEG" and min(stored.size) == 64 and stored.mode == "RGB"
-    difference = view(stored).sub(view(decode_rgb(data)[0])).abs() * 127.5  # in levels of 255
+    difference = view(stored).sub(view(decode_rgb(data).image)).abs() * 127.5  # in levels of 255
     assert difference.mean() < 1.5 and difference.max() < 12
 
 
@@ -509,24 +535,26 @@ def test_channels_that_the_processor_turns_round_are_turned_round_in_training(au
 
 
 def test_augmented_dataset_is_lazy_and_collates(pictures, view):
-    train = with_views(prepare(load_splits(data_dir=str(pictures)), view), view, "flip_crop")["train"]
+    train = with_views(prepare(load(data_dir=str(pictures)), view), view, "flip_crop", "evaluation")["train"]
     assert not torch.equal(train[0]["pixel_values"], train[0]["pixel_values"])
     batch = collate([train[0], train[14]])
     assert batch["pixel_values"].shape == (2, 3, 32, 32) and batch["pixel_values"].dtype == torch.float32
     assert batch["labels"].tolist() == [0, 2] and batch["labels"].dtype == torch.int64
 
 
-def test_pictures_that_two_splits_share_are_counted(tmp_path, view):
-    draw_folder(tmp_path / "p/train", 5)
-    draw_folder(tmp_path / "p/val", 3, first=50)
-    draw_folder(tmp_path / "p/test", 4, first=3)
-    splits = prepare(load_splits(data_dir=str(tmp_path / "p")), view)
-    assert describe(splits)["also_in_train"] == {"validation": 0, "test": 6}
+def test_random_crops_of_test_are_asked_for_and_leave_validation_alone(pictures, view):
+    splits = prepare(load(data_dir=str(pictures)), view)
+    views = with_views(splits, view, "none", "random_crop")
+    assert len({views["test"][0]["pixel_values"].numpy().tobytes() for _ in range(12)}) > 6
+    assert torch.equal(views["validation"][0]["pixel_values"], view.unpack(splits["validation"][0]["view"]))
+    assert views["test"][0]["pixel_values"].shape == (3, 32, 32)
+    mean = (views["test"][0]["pixel_values"].mean(dim=(1, 2)) + 1).numpy() * 127.5
+    assert np.abs(mean - COLOURS["blue"]).max() < 12
 
 
 def test_fingerprint_ignores_names_and_sees_labels(pictures, tmp_path, view):
     def fingerprint(folder: Path) -> str:
-        return describe(prepare(load_splits(data_dir=str(folder)), view))["fingerprint"]
+        return describe(prepare(load(data_dir=str(folder)), view))["fingerprint"]
 
     before = fingerprint(pictures)
     shutil.copytree(pictures, tmp_path / "copy")

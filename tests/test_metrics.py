@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from transformers import EvalPrediction
 
-from metrics import build_compute_metrics, logits_of, score, wilson_interval
+from metrics import build_compute_metrics, fit_temperature, log_loss, logits_of, reliability, score, wilson_interval
 
 LABELS = ["a", "b", "c"]
 REFERENCES = np.array([0, 0, 0, 0, 1, 1])
@@ -43,3 +43,39 @@ def test_compute_metrics_takes_logits_or_a_tuple_of_outputs():
     expected = {"accuracy": pytest.approx(4 / 6), "macro_f1": pytest.approx(0.625)}
     assert build_compute_metrics(LABELS)(EvalPrediction(LOGITS, REFERENCES)) == expected
     assert logits_of(EvalPrediction((LOGITS, np.zeros(1)), REFERENCES)) is LOGITS
+
+
+def test_top_5_where_there_are_more_classes():
+    labels = [str(index) for index in range(7)]
+    logits = np.tile(np.arange(7.0), (4, 1))  # class 6 first, 2 fifth
+    scored = score(logits, np.array([6, 2, 1, 0]), labels)
+    assert scored["top_5_accuracy"] == 0.5 and scored["accuracy"] == 0.25
+    assert scored["top_5_accuracy_ci95"] == pytest.approx(wilson_interval(2, 4))
+    assert "top_5_accuracy" not in score(LOGITS, REFERENCES, LABELS)
+
+
+def test_calibration_error_by_hand():
+    logits = np.log([[0.9, 0.1], [0.9, 0.1], [0.6, 0.4], [0.4, 0.6]])
+    references = np.array([0, 1, 0, 1])
+    bins = reliability(logits, references)
+    assert [(round(b["confidence"], 6), b["accuracy"], b["n"]) for b in bins] == [(0.6, 1.0, 2), (0.9, 0.5, 2)]
+    assert score(logits, references, ["a", "b"])["ece"] == pytest.approx(0.5 * 0.4 + 0.5 * 0.4)
+
+
+def test_temperature_brings_overconfident_logits_back():
+    generator = np.random.default_rng(0)
+    true_logits = generator.normal(0, 2, (4000, 5))
+    uniform = generator.gumbel(size=true_logits.shape)
+    references = (true_logits + uniform).argmax(axis=1)  # drawn by these probabilities
+    for factor in (3.0, 0.5):
+        assert fit_temperature(true_logits * factor, references) == pytest.approx(factor, rel=0.08)
+    before, after = (score(true_logits * f, references, list("abcde")) for f in (3, 1))
+    assert after["ece"] < 0.03 < before["ece"] and after["log_loss"] < before["log_loss"]
+
+
+def test_temperature_stays_sober_where_all_is_right():
+    logits, references = np.eye(3)[[0, 1, 2] * 10] * 5, np.array([0, 1, 2] * 10)
+    temperature = fit_temperature(logits, references)
+    assert 0.3 < temperature < 3
+    assert log_loss(logits / temperature, references) < 0.2
+    assert fit_temperature(np.full((3, 3), np.nan), np.arange(3)) == 1

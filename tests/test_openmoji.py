@@ -26,7 +26,7 @@ def test_pictures_are_drawn_on_white():
 def test_rendered_once(monkeypatch, view):
     load_openmoji()
     monkeypatch.setattr(resvg_py, "svg_to_bytes", lambda **options: pytest.fail("rendered again"))
-    splits = prepare(load_splits(dataset_name="openmoji"), view)
+    splits = prepare(load_splits(dataset_name="openmoji")[0], view)
     assert {split: len(dataset) for split, dataset in splits.items()} == {"train": 732, "validation": 104, "test": 209}
 
 

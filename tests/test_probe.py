@@ -66,7 +66,7 @@ def trainer_of(model: PreTrainedModel, folder: Path) -> Trainer:
 def setting(request, pictures, tmp_path):
     model, image_processor = build_model(str(request.getfixturevalue(request.param)), NAMES)
     view, trainer = EvaluationView(image_processor), trainer_of(model, tmp_path)
-    return trainer, prepare(load_splits(data_dir=str(pictures)), view), view
+    return trainer, prepare(load_splits(data_dir=str(pictures))[0], view), view
 
 
 def test_networks_logits_are_the_probes(setting):
@@ -74,13 +74,13 @@ def test_networks_logits_are_the_probes(setting):
     model = trainer.model
     head = linear_head(model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    probe, logits = build_probe(trainer, head, splits, view)
+    probe, features = build_probe(trainer, head, splits, view)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())  # left as it was
     model.load_state_dict(probe.as_head(head), strict=False)
     pixel_values = torch.stack([view.unpack(row["view"]) for row in splits["validation"]])
     with torch.no_grad():
         answer = model.eval()(pixel_values).logits
-    torch.testing.assert_close(answer, logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(answer, probe.logits(features["validation"]), atol=1e-4, rtol=1e-4)
 
 
 def test_features_are_computed_once_and_belong_to_pictures_weights_and_view(timm_checkpoint, tmp_path, monkeypatch):
@@ -89,7 +89,7 @@ def test_features_are_computed_once_and_belong_to_pictures_weights_and_view(timm
         view, trainer = EvaluationView(image_processor), trainer_of(model, tmp_path)
         calls, predict = [], trainer.predict
         monkeypatch.setattr(trainer, "predict", lambda *a, **k: calls.append(1) or predict(*a, **k))
-        probe, _ = build_probe(trainer, linear_head(model), prepare(load_splits(data_dir=folder), view), view)
+        probe, _ = build_probe(trainer, linear_head(model), prepare(load_splits(data_dir=folder)[0], view), view)
         return len(calls), probe.weight
 
     folder, name = str(draw_folder(tmp_path / "p", 9)), str(timm_checkpoint)

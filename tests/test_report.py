@@ -1,25 +1,50 @@
-"""What a person looks at: the figures are drawn, the card says the score, and names are shown as they are."""
+"""What a person looks at: figures, card and page say the score, show names as they are, and need no network."""
+
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from conftest import draw_folder
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from metrics import score
-from report import percent_with_interval, plot_confusion_matrix, plot_curves, write_model_card
+import audit
+from data import load_splits
+from figures import plot_confusion_matrix, plot_curves, plot_learning_curve, plot_reliability
+from metrics import reliability, score
+from report import write_audit_page, write_model_card, write_predictions, write_report
+from terminal import percent_with_interval
 
-HOSTILE = ["<script>alert(1)</script>", "a|b `c` $x^2$ \\frac", "çok uzun " * 8]
+HOSTILE = ["<script>alert(1)</script>", "a|b `c` $x^2$ \\frac", "çok uzun 乐器 " * 8]
+REFERENCES = np.array([0, 0, 1, 1, 2, 2])
+LOGITS = np.eye(3)[[0, 0, 1, 0, 2, 2]] * np.linspace(1, 4, 6)[:, None]
+CURVE = {
+    "points": [{"n": n, "accuracy": 1 - 1 / n, "lowest": 0.5, "highest": 1.0} for n in (10, 20, 40)],
+    "now": {"n": 40, "accuracy": 0.97, "ci95": [0.9, 0.99]},
+    "twice": {"n": 80, "accuracy": 0.98, "ci95": [0.92, 0.995]},
+    "gain": 0.01, "gain_ci95": [-0.001, 0.02],
+    "curve": {"n": [10, 80], "accuracy": [0.9, 0.98], "low": [0.8, 0.92], "high": [0.95, 0.995]},
+}  # fmt: skip
 
 
 @pytest.fixture
 def metrics():
-    references = np.array([0, 0, 1, 1, 2, 2])
-    scored = score(np.eye(3)[[0, 0, 1, 0, 2, 2]], references, HOSTILE)
+    scored = score(LOGITS, REFERENCES, HOSTILE)
     return {
         "test": scored,
         "validation": scored,
-        "baselines": {"majority": {"label": HOSTILE[0], "accuracy": 1 / 3}, "linear_probe": {"test": scored}},
+        "calibration": {
+            "temperature": 1.5,
+            "before": {"test": {"ece": 0.2, "log_loss": 0.7}},
+            "reliability": reliability(LOGITS, REFERENCES),
+        },
+        "baselines": {
+            "majority": {"label": HOSTILE[0], "accuracy": 1 / 3, "accuracy_ci95": [0.1, 0.7]},
+            "linear_probe": {"test": scored},
+        },
+        "learning_curve": CURVE,
         "data": {
             "name": "[my](javascript:photos)",
             "attribution": "Drawn by [someone](https://example.org).",
@@ -28,8 +53,11 @@ def metrics():
             "fingerprint": "0" * 64,
         },
         "recipe": {"model": "some_model", "recipe": "5 epochs"},
+        "seconds": {"load": 1.2, "total": 3.4},
+        "seeds": {"seed": 42, "split_seed": 1, "fold": None},
+        "history": [{"epoch": 1.0, "loss": 1.0}, {"epoch": 1.0, "eval_loss": 0.8, "eval_accuracy": 0.6}],
         "versions": {"torch": "2"},
-        "command": "accelerate launch train.py --data_dir 'a|b'",
+        "command": "accelerate launch train.py --data_dir 'a|b' '<b>'",
     }
 
 
@@ -45,11 +73,13 @@ def test_accuracy_in_words(metrics):
 
 def test_confusion_matrix_shows_the_numbers(metrics, tmp_path):
     plot_confusion_matrix(metrics["test"], HOSTILE, tmp_path / "a.png")
-    other = score(np.eye(3)[[1, 0, 1, 0, 2, 2]], np.array([0, 0, 1, 1, 2, 2]), HOSTILE)
+    other = score(np.eye(3)[[1, 0, 1, 0, 2, 2]], REFERENCES, HOSTILE)
     plot_confusion_matrix(other, HOSTILE, tmp_path / "b.png")
-    first, second = drawn(tmp_path / "a.png"), drawn(tmp_path / "b.png")
+    plot_confusion_matrix(other, HOSTILE, tmp_path / "c.png", shares=True)
+    first, second, third = (drawn(tmp_path / f"{name}.png") for name in "abc")
     assert first.shape[0] > 300 and first.std() > 10
-    assert first.shape != second.shape or (first != second).any()
+    for one, two in ((first, second), (second, third)):
+        assert one.shape != two.shape or (one != two).any()
 
 
 def test_confusion_matrix_of_a_hundred_classes(tmp_path):
@@ -83,4 +113,71 @@ def test_model_card(metrics, tmp_path):
     assert yaml.safe_load(path.read_text().split("---")[1])["model-index"][0]["results"]
     for expected in ("83.3% (95% interval", "trust_remote_code=True", "[someone](https://example.org)", "5 epochs"):
         assert expected in card.text
+    assert "before calibration 20.0%" in card.text and "twice the training pictures" in card.text
     assert "<script>" not in card.text and "[my](" not in card.text and "a|b `c`" not in card.text
+
+
+def test_reliability_and_learning_curve(metrics, tmp_path):
+    plot_reliability(metrics["calibration"]["reliability"], tmp_path / "reliability.png")
+    plot_learning_curve(CURVE, tmp_path / "learning_curve.png")
+    for name in ("reliability", "learning_curve"):
+        pixels = drawn(tmp_path / f"{name}.png").reshape(-1, 3).astype(int)
+        assert (np.abs(pixels - (0, 0x72, 0xB2)).max(axis=1) < 3).sum() > 50
+
+
+@pytest.fixture
+def page(metrics, tmp_path) -> Path:
+    """A report on drawn pictures with hostile class names, one of them broken, one doubled, in a folder of its own."""
+    folder = draw_folder(tmp_path / "pictures", 40)
+    shutil.copy(folder / "red/000.png", folder / "red/<img src=x onerror=alert(2)>.png")
+    (folder / "red/broken.png").write_bytes(b"no picture")
+    pictures, bad = load_splits(data_dir=str(folder), label_names=HOSTILE)
+    found = audit.audit(pictures, bad)
+    pictures["test"] = pictures["test"].select(np.argsort(pictures["test"]["label"][:])[[0, 1, 8, 9, 16, 17]])
+    (tmp_path / "run").mkdir()
+    write_report(tmp_path / "run", metrics, found, pictures, LOGITS, REFERENCES)
+    write_predictions(tmp_path / "run/predictions.csv", HOSTILE, pictures, LOGITS, REFERENCES)
+    write_audit_page(tmp_path / "run/audit.html", HOSTILE[0], found, pictures)
+    return tmp_path / "run/report.html"
+
+
+def test_page_says_the_score_and_escapes_names(page):
+    text = page.read_text(encoding="utf-8")
+    assert "<strong>83.3%</strong>" in text and "lies between 43.6% and 97.0%" in text
+    assert "from 20.0% to" in text and "two classes" not in text and "Exact duplicates: 1" in text
+    assert "<script>" not in text and "<img src=x" not in text and "&lt;script&gt;" in text
+    assert "taken for &lt;script&gt;" in text and "no picture" not in text.split("unreadable")[0]
+    for name in ("confusion_matrix", "confusion_matrix_rows", "reliability", "curves", "learning_curve"):
+        assert (page.parent / f"{name}.png").exists()
+    rows = (page.parent / "predictions.csv").read_text(encoding="utf-8").splitlines()
+    assert len(rows) == 7 and rows[0] == "name,digest,label,predicted,confidence,probability_of_label"
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs the browser chromium")
+@pytest.mark.parametrize("name", ["report.html", "audit.html"])
+@pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (390, "dark")])
+def test_page_in_a_browser(page, name, width, scheme):
+    from playwright.sync_api import sync_playwright
+
+    requests, complaints = [], []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        tab = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        tab.on("request", lambda request: requests.append(request.url))
+        tab.on("console", lambda message: complaints.append(message.text))
+        tab.on("pageerror", lambda error: complaints.append(str(error)))
+        tab.on("dialog", lambda dialog: complaints.append(dialog.message))
+        tab.goto(page.with_name(name).as_uri())
+        widths = tab.evaluate("[...document.images].map(image => image.complete ? image.naturalWidth : 0)")
+        overflow = tab.evaluate("document.documentElement.scrollWidth - window.innerWidth")
+        background = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+        heading = tab.inner_text("h1")
+        tab.screenshot(path=page.with_suffix(".png"))
+        browser.close()
+    assert not complaints
+    assert all(url.startswith(("file://", "data:")) for url in requests)
+    assert len(widths) >= (12 if name == "report.html" else 2) and all(widths)
+    assert overflow <= 0
+    assert (background == "rgb(255, 255, 255)") == (scheme == "light")
+    assert heading == ("run" if name == "report.html" else f"Audit of {HOSTILE[0]}")
+    assert drawn(page.with_suffix(".png")).std() > 10

@@ -1,8 +1,10 @@
 """The run as a whole: through `accelerate launch` in a process of its own, its outputs, and how it refuses."""
 
 import contextlib
+import csv
 import io
 import json
+import math
 import os
 import re
 import subprocess
@@ -23,8 +25,9 @@ from views import EvaluationView
 
 ACCELERATE = ("accelerate", "launch", "--config_file", str(PROJECT / "accelerate_config.yaml"))
 FILES = {
-    "README.md", "config.json", "confusion_matrix.png", "curves.png", "metrics.json", "model.safetensors",
-    "models.py", "preprocessor_config.json",
+    "README.md", "audit.json", "config.json", "confusion_matrix.png", "confusion_matrix_rows.png", "curves.png",
+    "metrics.json", "model.safetensors", "models.py", "predictions.csv", "preprocessor_config.json", "reliability.png",
+    "report.html",
 }  # fmt: skip
 
 
@@ -60,21 +63,78 @@ def test_outputs(run):
     assert set(metrics["seconds"]) == {"start", "load", "prepare", "data", "train", "evaluate", "save", "total"}
     assert metrics["data"]["splits"]["train"] == {"n": 42, "per_class": {"blue": 14, "green": 14, "red": 14}}
     assert re.fullmatch(r"[0-9a-f]{64}", metrics["data"]["fingerprint"])
-    assert metrics["seeds"] == {"seed": 42, "split_seed": 1} and "torch" in metrics["versions"]
+    assert metrics["seeds"] == {"seed": 42, "split_seed": 1, "fold": None} and "torch" in metrics["versions"]
     assert metrics["command"] == "accelerate launch train.py tiny.yaml --data_dir 'my pictures' --num_train_epochs 3"
     epochs = [entry for entry in metrics["history"] if "eval_accuracy" in entry]
     assert len(epochs) == 3 and any("train_accuracy" in entry for entry in metrics["history"])
     best = min(epochs, key=lambda entry: entry["eval_loss"])
     assert metrics["validation"]["accuracy"] == pytest.approx(best["eval_accuracy"])
+    assert metrics["audit"] == dict.fromkeys(metrics["audit"], 0)
+
+
+def test_saved_model_is_calibrated(run):
+    """The temperature is in the weights: what `pipeline` says is what the run has scored."""
+    folder, _ = run
+    output = folder / "outputs/tiny"
+    metrics = json.loads((output / "metrics.json").read_text())
+    temperature = metrics["calibration"]["temperature"]
+    assert temperature != 1
+    classify = pipeline("image-classification", model=str(output), trust_remote_code=True, top_k=3)
+    with (output / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    answers = [{a["label"]: a["score"] for a in classify(str(folder / "my pictures" / row["name"]))} for row in rows]
+    for row, answer in zip(rows, answers, strict=True):
+        assert answer[row["label"]] == pytest.approx(float(row["probability_of_label"]), abs=1e-5)
+    log_loss = -sum(math.log(answer[row["label"]]) for row, answer in zip(rows, answers, strict=True)) / len(rows)
+    assert log_loss == pytest.approx(metrics["test"]["log_loss"], abs=1e-4)
+    assert metrics["calibration"]["before"]["test"]["log_loss"] != pytest.approx(log_loss, abs=1e-3)
+    before = metrics["calibration"]["before"]["validation"]["log_loss"]
+    assert metrics["validation"]["log_loss"] <= before + 1e-3
+
+
+def test_tensorboard_fold_learning_curve_and_trained_weights(timm_checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    draw_folder(Path("pictures"), per_class=20)
+    line = [
+        "--data_dir",
+        "pictures",
+        "--model_name",
+        str(timm_checkpoint),
+        "--num_train_epochs",
+        "1",
+        "--keep",
+        "trained",
+    ]
+    line += [
+        "--recipe",
+        "full",
+        "--learning_rate",
+        "1",
+        "--fold",
+        "2/5",
+        "--learning_curve",
+        "--report_to",
+        "tensorboard",
+    ]
+    train.main([*line, "--output_dir", "out"])
+    printed = capsys.readouterr().out
+    assert "curve    With twice the training pictures" in printed and "kept " not in printed
+    metrics = json.loads(Path("out/metrics.json").read_text())
+    assert metrics["recipe"]["kept"] == "the trained weights" and metrics["seeds"]["fold"] == "2/5"
+    assert (
+        metrics["test"]["n"] == 12 and metrics["learning_curve"]["now"]["n"] == metrics["data"]["splits"]["train"]["n"]
+    )
+    assert list(Path().rglob("events.out.tfevents.*"))
+    assert "learning_curve.png" in Path("out/README.md").read_text()
 
 
 def test_terminal(run):
     _, ran = run
     lines = ran.stdout.splitlines()
     assert [line.split()[0] for line in lines if line[:1].strip() and line[0].isalpha()] == [
-        "data", "model", "device", "recipe", "epoch", "test", "time", "saved", "next",
+        "data", "model", "device", "audit", "recipe", "epoch", "test", "time", "saved", "next",
     ]  # fmt: skip
-    assert len(lines) <= 16 and max(map(len, lines)) <= 120
+    assert len(lines) <= 18 and max(map(len, lines)) <= 120
     assert "interval" in ran.stdout and "trained" in ran.stdout
     assert "Warning" not in ran.stderr and "[transformers]" not in ran.stderr, ran.stderr
 
@@ -85,7 +145,7 @@ def test_saved_model_gives_the_scores_of_the_run(run):
     metrics = json.loads((output / "metrics.json").read_text())
     classify = pipeline("image-classification", model=str(output), trust_remote_code=True)
     hits = 0
-    dataset = load_splits(data_dir=str(folder / "my pictures"))["test"]
+    dataset = load_splits(data_dir=str(folder / "my pictures"))[0]["test"]
     for row in dataset:
         answer = classify(row["image"]["path"], top_k=1)[0]["label"]
         hits += answer == dataset.features["label"].int2str(row["label"])
@@ -266,10 +326,11 @@ def test_every_recipe_stands_beside_its_probe(recipes):
     assert all(probe == probes[0] for probe in probes)
     assert probes[0]["strength"] > 0 and {"validation", "test"} <= set(probes[0])
     for name, metrics in found.items():
-        assert metrics["validation"]["log_loss"] <= probes[0]["validation"]["log_loss"] + 1e-4, name
+        assert metrics["validation"]["log_loss"] <= found["probe"]["validation"]["log_loss"] + 1e-4, name
         assert "probe    validation" in printed[name] and "time     start" in printed[name]
         assert ("kept     " in printed[name]) == (name != "probe")
-    assert found["probe"]["test"]["log_loss"] == pytest.approx(probes[0]["test"]["log_loss"], rel=1e-3)
+    before = found["probe"]["calibration"]["before"]["test"]["log_loss"]
+    assert before == pytest.approx(probes[0]["test"]["log_loss"], rel=1e-3)
     assert "features" in found["lp_ft"]["seconds"] and "train" not in found["probe"]["seconds"]
 
 
@@ -294,7 +355,8 @@ def test_worse_than_its_probe_is_replaced_by_it(timm_checkpoint, tmp_path, monke
     probe = metrics["baselines"]["linear_probe"]
     assert metrics["recipe"]["kept"].startswith("the probe")
     for split in ("validation", "test"):
-        assert metrics[split]["log_loss"] == pytest.approx(probe[split]["log_loss"], rel=1e-3)
+        assert metrics["calibration"]["before"][split]["log_loss"] == pytest.approx(probe[split]["log_loss"], rel=1e-3)
+        assert metrics[split]["accuracy"] == probe[split]["accuracy"]
     assert same(load_original(timm_checkpoint), load_file("out/model.safetensors"))
 
 
@@ -323,7 +385,7 @@ def test_evaluation_of_the_trainer_is_the_models_own(timm_checkpoint, pictures, 
     """What the Trainer evaluates is what the model says of the evaluation view, picture by picture."""
     model, image_processor = build_model(str(timm_checkpoint), {0: "blue", 1: "green", 2: "red"})
     view = EvaluationView(image_processor)
-    dataset = evaluation_rows(prepare(load_splits(data_dir=str(pictures)), view)["test"], view)
+    dataset = evaluation_rows(prepare(load_splits(data_dir=str(pictures))[0], view)["test"], view)
     _, _, training_args = train.parse_arguments(["--output_dir", str(tmp_path / "out"), "--num_train_epochs", "1"])
     trainer = Trainer(model=model, args=training_args, data_collator=collate, eval_dataset=dataset)
     together = torch.from_numpy(trainer.predict(dataset).predictions)

@@ -1,0 +1,34 @@
+"""The README's picture of a report, as the browser chromium shows it.
+
+accelerate launch train.py --output_dir outputs/report --learning_curve
+python benchmarks/screenshot.py outputs/report/report.html docs/report.png
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+from playwright.sync_api import sync_playwright
+
+
+def main() -> None:
+    """Take the picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("report", type=Path, help="a report.html")
+    parser.add_argument("png", type=Path, help="where to")
+    args = parser.parse_args()
+    take(args.report, args.png)
+
+
+def take(report: Path, png: Path, height: int = 1100) -> None:
+    """Write the top of a page as a PNG of 1,000 pixels in width."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1000, "height": height})
+        page.goto(report.resolve().as_uri())
+        page.screenshot(path=png)
+        browser.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""What every picture is, before any is used: readable or not, and which others it is like.
+
+Apart from data.py, because nothing in it depends on a model.
+"""
+
+import functools
+import hashlib
+import importlib.metadata
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets
+
+from duplicates import Fingerprint, fingerprint, group_pictures, near_duplicates
+from images import decode_rgb, read
+
+INSPECTION = 1  # part of the cache's key: raise it when what is found changes
+SHORTEST = 256  # pixels: shorter side at which large JPEGs are looked through for damage and duplicates
+MOST_BAD = 0.05  # share of pictures that may be left out because they cannot be read
+
+
+class BadImage(NamedTuple):
+    """A picture that was left out because it cannot be read."""
+
+    split: str
+    name: str
+    label: str
+    reason: str
+
+
+def inspect(dataset: Dataset, split: str, root: Path | None = None) -> Dataset:
+    """Look every picture through once, on all cores; `datasets` caches what was found.
+
+    Large JPEGs are decoded at a part of their size, which is enough to tell damage and duplicates.
+
+    Args:
+        dataset: has the columns `image` (not decoded) and `label`.
+        split: for the names of pictures that have none.
+        root: a folder below which the pictures lie; it is left out of their names.
+
+    Returns the dataset with the columns `name`, `digest` (SHA-256 of the file), `pixels` (SHA-256 of the decoded
+    picture), `hashes` and `thumbnail` (see `duplicates.Fingerprint`), `format`, `width`, `height` and `error`
+    (None, or why the picture cannot be read).
+    """
+    text = ("name", "digest", "pixels", "format", "error")
+    features = dict.fromkeys(text, Value("string")) | {"width": Value("int64"), "height": Value("int64")}
+    features |= {"hashes": Value("binary"), "thumbnail": Value("binary")}
+    key = f"{dataset._fingerprint} {split} {root} {INSPECTION} {versions('pillow', 'imagehash')}"
+    found = dataset.map(
+        functools.partial(_inspect_batch, split=split, root=root),
+        batched=True,
+        with_indices=True,
+        batch_size=32,
+        writer_batch_size=32,
+        remove_columns=dataset.column_names,
+        features=Features(features),
+        new_fingerprint=hashlib.sha256(key.encode()).hexdigest()[:40],
+        desc=f"Looking through {split}",
+    )
+    if any(found["error"][:]):
+        forget(found)
+    return concatenate_datasets([dataset, found], axis=1)
+
+
+def _inspect_batch(batch: dict, indices: list[int], split: str, root: Path | None) -> dict:
+    def inspect_one(source: dict | None, index: int) -> dict:
+        path = (source or {}).get("path")
+        name = f"{split} row {index}" if path is None else os.path.relpath(path, root) if root else Path(path).name
+        row = dict.fromkeys(("digest", "pixels", "format", "error", "hashes", "thumbnail", "width", "height"))
+        row["name"] = name
+        try:
+            data = read(source)
+            image, _, file_format, (width, height) = decode_rgb(data, SHORTEST)
+            hashes, thumbnail = fingerprint(image)
+        except Exception as error:  # Pillow's plugins raise whatever they like on damaged data
+            return row | {"error": "; ".join(str(error).splitlines()) or type(error).__name__}
+        pixels = hashlib.sha256(f"{width} {height}".encode() + image.tobytes()).hexdigest()
+        row |= {"digest": hashlib.sha256(data).hexdigest(), "pixels": pixels, "format": file_format}
+        return row | {"width": width, "height": height, "hashes": hashes, "thumbnail": thumbnail}
+
+    # Threads suffice, because Pillow lets go of the interpreter while it decodes, resizes and encodes.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        rows = list(pool.map(inspect_one, batch["image"], indices))
+    return {column: [row[column] for row in rows] for column in rows[0]}
+
+
+def forget(dataset: Dataset) -> None:
+    """Take a result out of the cache: what failed may have been the disk or the rights, and work the next time."""
+    for file in dataset.cache_files:
+        Path(file["filename"]).unlink(missing_ok=True)
+
+
+def leave_out(splits: DatasetDict, on_bad_image: str) -> tuple[DatasetDict, list[BadImage]]:
+    """Return inspected splits without the pictures that cannot be read, and those.
+
+    Raises:
+        ValueError: `on_bad_image` is `error`, or more than `MOST_BAD` of the pictures or all of a class are bad.
+    """
+    names = splits["train"].features["label"].names
+    bad, kept = [], DatasetDict()
+    for split, dataset in splits.items():
+        errors = dataset["error"][:]
+        rows = [row for row, error in enumerate(errors) if error]
+        bad += [
+            BadImage(split, entry["name"], names[entry["label"]], entry["error"])
+            for entry in dataset.select_columns(["name", "label", "error"]).select(rows)
+        ]
+        dataset = dataset.remove_columns("error")
+        kept[split] = dataset.select([row for row, error in enumerate(errors) if not error]) if rows else dataset
+    total = sum(map(len, splits.values()))
+    if bad and (on_bad_image == "error" or len(bad) > MOST_BAD * total):
+        listing = "".join(f"\n  {split}: {name}: {reason}" for split, name, _, reason in bad[:10])
+        more = f"\n  ... and {len(bad) - 10} more" if len(bad) > 10 else ""
+        why = "" if on_bad_image == "error" else f", which is more than {MOST_BAD:.0%}"
+        raise ValueError(
+            f"pictures that cannot be read: {len(bad)} of {total}{why}. Replace or remove them:{listing}{more}"
+        )
+    present = set(kept["train"]["label"][:])
+    missing = [name for index, name in enumerate(names) if index not in present]
+    if missing:
+        raise ValueError(f"no picture of the class {', '.join(map(repr, missing))} can be read: replace them")
+    return kept, bad
+
+
+def group(splits: DatasetDict) -> dict[str, np.ndarray]:
+    """Return the group of each picture of each split: equal pixels, or nearly."""
+    columns = {
+        key: [value for dataset in splits.values() for value in dataset[key][:]]
+        for key in ("pixels", "hashes", "thumbnail")
+    }
+    first = {pixels: row for row, pixels in reversed(list(enumerate(columns["pixels"])))}
+    pairs = [(first[pixels], row) for row, pixels in enumerate(columns["pixels"])]
+    rows = sorted(first.values())
+    fingerprints = [Fingerprint(columns["hashes"][row], columns["thumbnail"][row]) for row in rows]
+    pairs += [(rows[i], rows[j]) for i, j in near_duplicates(fingerprints)]
+    groups = group_pictures(len(columns["pixels"]), pairs).astype(np.int64)
+    ends = np.cumsum([len(dataset) for dataset in splits.values()])
+    return dict(zip(splits, np.split(groups, ends[:-1]), strict=True))
+
+
+def versions(*packages: str) -> str:
+    """Return the installed versions of packages, for a cache's key."""
+    return " ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)

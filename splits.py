@@ -1,0 +1,112 @@
+"""How a data set is divided into train, validation and test; apart from data.py, because a score stands on it."""
+
+from collections import defaultdict
+
+import numpy as np
+from datasets import DatasetDict
+
+
+def cut_missing_splits(
+    splits: DatasetDict,
+    groups: np.ndarray,
+    split_seed: int,
+    validation_fraction: float,
+    test_fraction: float,
+    fold: tuple[int, int] | None = None,
+) -> DatasetDict:
+    """Return train, validation and test, those that are missing cut from train.
+
+    Args:
+        splits: have the column `label`.
+        groups: int [N], for the rows of train: pictures of one group stay on one side.
+        split_seed: of the cut.
+        validation_fraction, test_fraction: share of each class to cut.
+        fold: (i, k): test is the i-th of k parts, from 1 on, in the place of `test_fraction`.
+
+    Raises:
+        ValueError: the fractions leave nothing, a class is too small, or a split is empty.
+    """
+    if fold and "test" in splits:
+        raise ValueError("--fold cuts the test split, but the data has one of its own: leave the option out")
+    fractions = {"validation": validation_fraction, "test": 1 / fold[1] if fold else test_fraction}
+    fractions = {split: fraction for split, fraction in fractions.items() if split not in splits}
+    for split, fraction in fractions.items():
+        if not 0 < fraction < 1:
+            raise ValueError(f"--{split}_fraction is {fraction}, but must lie between 0 and 1")
+    if sum(fractions.values()) >= 1:
+        raise ValueError(f"--validation_fraction and --test_fraction leave nothing to train on: {fractions}")
+    labels, names = np.array(splits["train"]["label"][:]), splits["train"].features["label"].names
+    rows = np.arange(len(labels))
+    cut = {}
+    if fold:
+        parts = {str(number): fractions["test"] for number in range(1, fold[1])}
+        parts = stratified_cut(labels, names, parts, split_seed, groups)
+        cut["test"] = parts[str(fold[0])] if fold[0] < fold[1] else parts["train"]
+        rows = np.setdiff1d(rows, cut["test"])
+        del fractions["test"]
+    rest = stratified_cut(labels[rows], names, fractions, split_seed, groups[rows])
+    cut |= {split: rows[part] for split, part in rest.items()}
+    found = {**splits, **{split: splits["train"].select(part) for split, part in cut.items()}}
+    for split in ("validation", "test"):
+        if not len(found[split]):
+            raise ValueError(f"the {split} split is empty: fill it, or remove it to have one cut from train")
+    return DatasetDict({split: found[split] for split in ("train", "validation", "test")})
+
+
+def stratified_cut(
+    labels: np.ndarray, names: list[str], fractions: dict[str, float], seed: int, groups: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """Divide row numbers into "train" and the splits of `fractions`, each class by itself, each group as a whole.
+
+    Args:
+        labels: int [N], the class of each row.
+        names: the classes' names, for the error.
+        fractions: share of each class to cut, by split; at least one image of each class is cut.
+        seed: of the shuffle.
+        groups: int [N]; rows of the same number go to the same split. A group that is larger than what a split still
+            lacks goes to the next one, at last to train. Without it every row is a group of its own.
+
+    Returns the sorted row numbers of each split. Raises ValueError where a class is too small to be in every split.
+    """
+    generator = np.random.default_rng(seed)
+    groups = np.arange(len(labels)) if groups is None else groups
+    members = defaultdict(list)
+    for row, group in enumerate(groups):
+        members[group].append(row)
+    split_of = {}  # by group
+    for index, name in enumerate(names):
+        rows = generator.permutation(np.flatnonzero(labels == index))
+        lacking = {split: max(1, round(fraction * len(rows))) for split, fraction in fractions.items()}
+        if sum(lacking.values()) >= len(rows):
+            raise ValueError(
+                f"the class {name!r} has {len(rows)} pictures, too few for train, {' and '.join(fractions)} to have "
+                f"one each: it needs at least {len(fractions) + 1}, and more to be learned. Add some or remove it"
+            )
+        size = {group: sum(labels[row] == index for row in members[group]) for group in dict.fromkeys(groups[rows])}
+        for group, split in split_of.items():  # a group that has pictures of an earlier class too
+            if group in size and split in lacking:
+                lacking[split] -= size[group]
+        for group in (group for group in size if group not in split_of):
+            split = next((split for split in lacking if lacking[split] >= size[group]), "train")
+            split_of[group] = split
+            if split in lacking:
+                lacking[split] -= size[group]
+        _fill_empty(name, size, split_of, list(fractions))
+    parts = {split: [] for split in (*fractions, "train")}
+    for group, split in split_of.items():
+        parts[split] += members[group]
+    return {split: np.sort(np.array(part, dtype=int)) for split, part in parts.items()}
+
+
+def _fill_empty(name: str, size: dict[int, int], split_of: dict[int, str], splits: list[str]) -> None:
+    """Give each split that got no picture of a class the smallest of the class's groups in train."""
+    for split in splits:
+        if any(split_of[group] == split for group in size):
+            continue
+        spare = sorted((group for group in size if split_of[group] == "train"), key=size.get)
+        if len(spare) < 2:
+            raise ValueError(
+                f"the pictures of the class {name!r} are so nearly the same that they cannot be divided into train, "
+                f"{' and '.join(splits)} without one standing on two sides: add others or remove the class"
+            )
+        split_of[spare[0]] = split

@@ -1,0 +1,87 @@
+"""The audit: what was planted is found, leaks between splits are named, the command answers."""
+
+import json
+
+import pytest
+from conftest import draw, draw_folder
+from PIL import Image
+
+import audit
+from benchmarks.plant import draw_scene, draw_set, find, plant
+from data import load_splits
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    root = draw_set(tmp_path_factory.mktemp("planted") / "pictures", per_class=100)
+    faults = plant(root)
+    return faults, find(root), root
+
+
+@pytest.mark.parametrize(
+    ("kind", "recall", "precision"),
+    [("exact duplicates", 1, 1), ("near-duplicates", 0.9, 1), ("wrong labels", 0.8, 0.5), ("broken files", 1, 1)],
+)
+def test_planted_faults_are_found(planted, kind, recall, precision):
+    faults, found, _ = planted
+    hits = faults[kind] & found[kind]
+    assert len(hits) >= recall * len(faults[kind])
+    assert len(hits) >= precision * len(found[kind])
+
+
+def test_command_writes_a_page(planted):
+    _, _, root = planted
+    page = (root.parent / "audit/audit.html").read_text()
+    assert "data:image/jpeg;base64," in page and "near-" in page and "http" not in page.replace("http-equiv", "")
+
+
+def test_copies_never_stand_on_two_sides(planted):
+    faults, _, root = planted
+    splits, _ = load_splits(data_dir=str(root))
+    side = {name: split for split, dataset in splits.items() for name in dataset["name"][:]}
+    for first, second in faults["exact duplicates"]:
+        assert side[first] == side[second]
+
+
+def test_leaks_between_given_splits_and_classes_are_named(tmp_path):
+    draw_folder(tmp_path / "p/train", 5)
+    draw_folder(tmp_path / "p/val", 3, first=50)
+    draw_folder(tmp_path / "p/test", 4, first=4)  # its first picture of each class is train's last
+    draw("red", 2050).save(tmp_path / "p/train/blue/red-too.png")  # val's first red one
+    found = audit.audit(*load_splits(data_dir=str(tmp_path / "p")))
+    assert len(found["between_splits"]) == 4 and len(found["between_classes"]) == 1
+    assert {picture["split"] for picture in found["between_classes"][0]} == {"train", "validation"}
+    assert "the same picture in two splits 4" in audit.in_words(found)
+
+
+def test_names_formats_and_sizes(tmp_path):
+    pictures = draw_folder(tmp_path / "p", 20)
+    draw("red", 777).save(pictures / "red/photo.jpg", "PNG")
+    draw("red", 778, width=40, height=20).save(pictures / "red/small.png")
+    found = audit.audit(*load_splits(data_dir=str(pictures)))
+    assert [(entry["name"], entry["why"]) for entry in found["wrong_extension"]] == [("red/photo.jpg", "it is PNG")]
+    assert [(entry["name"], entry["why"]) for entry in found["tiny"]] == [("red/small.png", "40 x 20 px")]
+    assert found["classes"] == {"blue": 20, "green": 20, "red": 22} and found["pictures"] == 62
+    assert "from 20 (blue) to 22 (red)" in audit.listing(found)
+
+
+def test_nothing_found_is_said(tmp_path):
+    found = audit.audit(*load_splits(data_dir=str(draw_folder(tmp_path / "p", 20))))
+    assert audit.in_words(found) == "nothing found"
+
+
+def test_command_line(tmp_path, launch):
+    root = draw_set(tmp_path / "pictures", per_class=8)
+    Image.open(root / "disc/000.png").save(root / "disc/again.png", compress_level=0)
+    draw_scene("ring", 1).save(root / "ring/wrong.jpg", "PNG")
+    ran = launch("audit.py", "pictures", "--output_dir", "found", "--image_size", "64", cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert "exact duplicates: 1" in ran.stdout and "ring/wrong.jpg (ring): it is PNG" in ran.stdout
+    assert len(json.loads((tmp_path / "found/audit.json").read_text())["exact_duplicates"]) == 1
+    for line, message in (
+        ([], "name the data"),
+        (["nowhere/at-all"], "nowhere/at-all"),
+        (["pictures", "--image_siz", "64"], "did you mean 'image_size'?"),
+    ):
+        ran = launch("audit.py", *line, cwd=tmp_path)
+        assert ran.returncode == 2 and message in ran.stderr and "Traceback" not in ran.stderr

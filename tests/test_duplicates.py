@@ -1,0 +1,60 @@
+"""Duplicates: copies of a picture are found, other pictures of the same kind are not."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks.plant import draw_scene
+from duplicates import fingerprint, group_pictures, near_duplicates
+
+
+def saved(image: Image.Image, quality: int) -> Image.Image:
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=quality)
+    return Image.open(file).convert("RGB")
+
+
+def resized(image: Image.Image, scale: float) -> Image.Image:
+    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+
+
+def cropped(image: Image.Image, left: float, top: float, right: float, bottom: float) -> Image.Image:
+    width, height = image.size
+    return image.crop((left * width, top * height, (1 - right) * width, (1 - bottom) * height))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda image: saved(image, 60),
+        lambda image: resized(image, 0.5),
+        lambda image: resized(image, 2),
+        lambda image: cropped(image, 0.03, 0.03, 0.03, 0.03),
+        lambda image: cropped(image, 0.05, 0, 0, 0),
+        lambda image: saved(resized(cropped(image, 0, 0.05, 0.02, 0), 0.7), 75),
+    ],
+)
+def test_changed_copies_are_found(change):
+    pictures = [draw_scene("disc", seed) for seed in range(20)]
+    copies = [change(picture) for picture in pictures]
+    found = near_duplicates([fingerprint(image) for image in pictures + copies])
+    assert set(found) <= {(row, row + 20) for row in range(20)}
+    assert len(found) >= 18
+
+
+def test_pictures_of_one_colour_are_no_near_duplicates():
+    pictures = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue", "white")]
+    assert near_duplicates([fingerprint(image) for image in pictures]) == []
+
+
+def test_groups_are_what_pairs_connect():
+    groups = group_pictures(6, [(0, 2), (2, 4), (3, 5)])
+    assert groups[0] == groups[2] == groups[4] and groups[3] == groups[5]
+    assert len(set(groups)) == 3 and len(set(group_pictures(3, []))) == 3
+
+
+def test_nothing_to_compare():
+    assert near_duplicates([]) == [] and near_duplicates([fingerprint(draw_scene("bar", 1))]) == []
+    assert np.array_equal(group_pictures(0, []), [])

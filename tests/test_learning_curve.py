@@ -1,0 +1,59 @@
+"""The learning curve: on features of known difficulty it grows, and half of the data foretells all of it."""
+
+import numpy as np
+import torch
+
+from learning_curve import FRACTIONS, extrapolate, in_words, learning_curve
+
+NAMES = ["a", "b", "c", "d"]
+
+
+def clusters(n: int, seed: int) -> tuple[torch.Tensor, np.ndarray]:
+    """Overlapping clusters of four classes in 200 dimensions."""
+    generator = np.random.default_rng(seed)
+    labels = np.arange(n) % 4
+    centres = np.random.default_rng(0).normal(0, 0.22, (4, 200))
+    return torch.tensor(centres[labels] + generator.normal(0, 1, (n, 200)), dtype=torch.float32), labels
+
+
+def test_half_of_the_pictures_foretells_all_of_them():
+    inside = 0
+    for seed in range(5):
+        features, labels = clusters(1600, seed)
+        half = np.random.default_rng(seed).permutation(1600)[:800]
+        groups = np.arange(1600)
+        foretold = learning_curve(features[half], labels[half], NAMES, groups[half], 0.1, 600)
+        measured = learning_curve(features, labels, NAMES, groups, 0.1, 1200)["points"][-1]
+        assert measured["n"] == foretold["twice"]["n"] == 1200
+        low, high = foretold["twice"]["ci95"]
+        inside += low <= measured["accuracy"] <= high
+    assert inside >= 4
+
+
+def test_points_grow_and_the_sentence_says_it():
+    features, labels = clusters(800, 1)
+    curve = learning_curve(features, labels, NAMES, np.arange(800), 0.1, 600)
+    accuracies = [point["accuracy"] for point in curve["points"]]
+    assert len(accuracies) == len(FRACTIONS) and accuracies[-1] > accuracies[0] + 0.1
+    assert all(point["lowest"] <= point["accuracy"] <= point["highest"] for point in curve["points"])
+    assert curve["now"]["accuracy"] < curve["twice"]["accuracy"] and curve["gain"] > 0
+    assert "(1,200 instead of 600)" in in_words(curve) and "points" in in_words(curve)
+
+
+def test_smallest_part_has_every_class():
+    features, labels = clusters(40, 1)
+    labels = np.where(np.arange(40) < 5, 3, labels % 3)
+    assert learning_curve(features, labels, NAMES, np.arange(40), 0.1, 30)["points"][0]["n"] >= 4
+
+
+def test_power_law_is_found_again():
+    sizes = np.array([100.0, 200, 400, 800])
+    errors = 0.05 + 0.3 * (sizes / 100) ** -0.6
+    hits = np.zeros((4, 20_000))
+    for row, error in enumerate(errors):
+        hits[row, : round(20_000 * (1 - error))] = 1
+    generator = np.random.default_rng(0)
+    found = extrapolate(sizes, hits[:, generator.permutation(20_000)], np.arange(20_000), 800)
+    expected = 1 - (0.05 + 0.3 * 16**-0.6)
+    assert abs(found["twice"]["accuracy"] - expected) < 0.005
+    assert found["twice"]["ci95"][0] < expected < found["twice"]["ci95"][1]

@@ -1,0 +1,75 @@
+"""The cut: stratified, the same for the same seed, groups on one side, folds that cover everything once."""
+
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features
+
+from splits import cut_missing_splits, stratified_cut
+
+NAMES = ["a", "b", "c"]
+FRACTIONS = {"validation": 0.1, "test": 0.2}
+
+
+def random_groups(n: int, seed: int = 0) -> np.ndarray:
+    """Groups of one to five rows, across classes too."""
+    return np.random.default_rng(seed).integers(0, n // 2, n)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_groups_stay_together_and_fractions_are_kept(seed):
+    labels, groups = np.arange(600) % 3, random_groups(600, seed)
+    cut = stratified_cut(labels, NAMES, FRACTIONS, seed, groups)
+    assert np.array_equal(np.sort(np.concatenate(list(cut.values()))), np.arange(600))
+    sides = {split: set(groups[rows]) for split, rows in cut.items()}
+    assert not sides["train"] & sides["test"] and not sides["validation"] & (sides["train"] | sides["test"])
+    for split, expected in (("validation", 20), ("test", 40)):
+        assert all(abs((labels[cut[split]] == index).sum() - expected) <= 4 for index in range(3))
+
+
+def test_without_groups_every_class_is_cut_exactly():
+    cut = stratified_cut(np.arange(300) % 3, NAMES, FRACTIONS, seed=1)
+    assert {split: len(rows) for split, rows in cut.items()} == {"validation": 30, "test": 60, "train": 210}
+    again = stratified_cut(np.arange(300) % 3, NAMES, FRACTIONS, seed=1)
+    assert all(np.array_equal(cut[split], again[split]) for split in cut)
+
+
+def test_large_group_goes_to_train():
+    labels, groups = np.zeros(20, dtype=int), np.array([0] * 8 + list(range(1, 13)))
+    for seed in range(10):
+        assert 0 in stratified_cut(labels, ["a"], FRACTIONS, seed, groups)["train"]
+
+
+def test_class_of_pairs_is_in_every_split():
+    labels, groups = np.zeros(8, dtype=int), np.repeat(np.arange(4), 2)
+    cut = stratified_cut(labels, ["a"], {"validation": 0.1, "test": 0.1}, 1, groups)
+    assert {split: len(rows) for split, rows in cut.items()} == {"validation": 2, "test": 2, "train": 4}
+
+
+def test_class_that_is_one_picture_many_times():
+    labels, groups = np.array([0] * 9 + [1] * 9), np.array([0] * 9 + list(range(1, 10)))
+    with pytest.raises(ValueError, match="'a' are so nearly the same"):
+        stratified_cut(labels, NAMES, FRACTIONS, 1, groups)
+
+
+def dataset(n: int) -> DatasetDict:
+    features = Features({"label": ClassLabel(names=NAMES)})
+    return DatasetDict(train=Dataset.from_dict({"label": [row % 3 for row in range(n)]}, features=features))
+
+
+def test_folds_are_disjoint_and_cover_everything():
+    splits = dataset(150).map(lambda row, index: {"row": index}, with_indices=True)
+    groups = random_groups(150)
+    tested = []
+    for fold in range(1, 6):
+        cut = cut_missing_splits(splits, groups, 1, 0.1, 0.2, (fold, 5))
+        rows = {split: set(part["row"]) for split, part in cut.items()}
+        assert not rows["test"] & (rows["train"] | rows["validation"]) and sum(map(len, rows.values())) == 150
+        assert not {*groups[list(rows["test"])]} & {*groups[list(rows["train"] | rows["validation"])]}
+        tested += rows["test"]
+    assert sorted(tested) == list(range(150))
+
+
+def test_fold_of_data_with_a_test_split():
+    splits = DatasetDict(train=dataset(30)["train"], test=dataset(6)["train"])
+    with pytest.raises(ValueError, match="--fold cuts the test split, but the data has one"):
+        cut_missing_splits(splits, np.arange(30), 1, 0.1, 0.2, (1, 5))
