@@ -54,8 +54,8 @@ FOLDS = 5
 MOST = 20_000_000  # pictures times classes up to which labels are checked: about a minute on two cores
 KINDS = {  # of findings, as a person reads them
     "unreadable": "unreadable, left out",
-    "between_splits": "the same picture in two splits",
-    "between_classes": "the same picture in two classes",
+    "between_splits": "the same picture, or nearly, in two splits",
+    "between_classes": "the same picture, or nearly, in two classes",
     "exact_duplicates": "exact duplicates",
     "near_duplicates": "near-duplicates",
     "suspect_labels": "labels to check",

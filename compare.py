@@ -217,6 +217,19 @@ def as_markdown(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def votes(a: dict, b: dict) -> list[int]:
+    """Return for each test picture in how many more of its runs experiment a told it right than b did.
+
+    Runs of several seeds have one test set, runs of several folds one each.
+    """
+    counted = {}
+    for part, (metrics, right) in a.items():
+        for row, (first, second) in enumerate(zip(right, b[part][1], strict=True)):
+            key = metrics["data"]["fingerprint"], row
+            counted[key] = counted.get(key, 0) + first - second
+    return list(counted.values())
+
+
 def verdicts(results: dict[str, dict]) -> list[str]:
     """Return a sentence for each pair of experiments: better, worse, or too close to call.
 
@@ -226,23 +239,19 @@ def verdicts(results: dict[str, dict]) -> list[str]:
     """
     from scipy.stats import binomtest
 
-    pairs = []
+    found = {}
     for a, b in itertools.combinations(results, 2):
-        votes = {}
-        for part in results[a]:
-            # Seeds have one test set, folds one each.
-            split = results[a][part][0]["data"]["fingerprint"]
-            for row, (first, second) in enumerate(zip(results[a][part][1], results[b][part][1], strict=True)):
-                votes[split, row] = votes.get((split, row), 0) + first - second
-        more, less = (sum(vote > 0 for vote in votes.values()), sum(vote < 0 for vote in votes.values()))
-        pairs.append((a, b, more, less, len(votes), binomtest(more, more + less).pvalue if more + less else 1.0))
+        counted = votes(results[a], results[b])
+        more, less = sum(vote > 0 for vote in counted), sum(vote < 0 for vote in counted)
+        p = binomtest(more, more + less).pvalue if more + less else 1.0
+        found[a, b] = (p, more, less, len(counted))
     adjusted, highest = {}, 0.0
-    for rank, (a, b, *_, p) in enumerate(sorted(pairs, key=lambda pair: pair[-1])):
-        highest = adjusted[a, b] = max(highest, min(1.0, p * (len(pairs) - rank)))
+    for rank, pair in enumerate(sorted(found, key=found.get)):
+        highest = adjusted[pair] = max(highest, min(1.0, found[pair][0] * (len(found) - rank)))
     sentences = []
-    for a, b, more, less, n, _ in pairs:
+    for (a, b), (_, more, less, n) in found.items():
         p = adjusted[a, b]
-        counts = f"{more} of {n} pictures only {a} tells, {less} only {b}; p = {p:.2g}"
+        counts = f"of {n} test pictures {more} speak for {a}, {less} for {b}; p = {p:.2g}"
         if p >= LEVEL:
             sentences.append(f"- {a} and {b}: too close to call at n = {n} ({counts}).")
         else:

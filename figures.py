@@ -6,7 +6,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter, StrMethodFormatter
 
 from terminal import percent_with_interval
 
@@ -113,7 +113,9 @@ def plot_learning_curve(curve: dict, path: Path) -> None:
         axes.axvline(curve["now"]["n"], color="#999999", linestyle=":", label="these pictures")
         axes.set(xlabel="training pictures", ylabel="accuracy of a linear probe", xscale="log")
         axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.set_xticks([*(point["n"] for point in points), curve["twice"]["n"]])
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.legend(loc="lower right")
         figure.savefig(path, dpi=120)
 

@@ -6,18 +6,23 @@ Apart from data.py, because nothing in it depends on a model.
 import functools
 import hashlib
 import importlib.metadata
+import json
+import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import datasets
 import numpy as np
 from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets
 
-from duplicates import Fingerprint, fingerprint, group_pictures, near_duplicates
+from duplicates import MOST, Fingerprint, fingerprint, group_pictures, near_duplicates
 from images import decode_rgb, read
 
-INSPECTION = 1  # part of the cache's key: raise it when what is found changes
+logger = logging.getLogger(__name__)
+
+INSPECTION = 2  # part of the cache's key: raise it when what is found changes
 SHORTEST = 256  # pixels: shorter side at which large JPEGs are looked through for damage and duplicates
 MOST_BAD = 0.05  # share of pictures that may be left out because they cannot be read
 
@@ -126,7 +131,11 @@ def leave_out(splits: DatasetDict, on_bad_image: str) -> tuple[DatasetDict, list
 
 
 def group(splits: DatasetDict) -> dict[str, np.ndarray]:
-    """Return the group of each picture of each split: equal pixels, or nearly."""
+    """Return the group of each picture of each split, int64: equal pixels, or nearly.
+
+    The pairs of near-duplicates are kept in the cache directory of `datasets`. Among more than `duplicates.MOST`
+    pictures only equal ones are looked for.
+    """
     columns = {
         key: [value for dataset in splits.values() for value in dataset[key][:]]
         for key in ("pixels", "hashes", "thumbnail")
@@ -134,11 +143,29 @@ def group(splits: DatasetDict) -> dict[str, np.ndarray]:
     first = {pixels: row for row, pixels in reversed(list(enumerate(columns["pixels"])))}
     pairs = [(first[pixels], row) for row, pixels in enumerate(columns["pixels"])]
     rows = sorted(first.values())
-    fingerprints = [Fingerprint(columns["hashes"][row], columns["thumbnail"][row]) for row in rows]
-    pairs += [(rows[i], rows[j]) for i, j in near_duplicates(fingerprints)]
+    if len(rows) > MOST:
+        logger.warning(f"Near-duplicates are not looked for among more than {MOST:,} pictures; equal ones are")
+    else:
+        fingerprints = [Fingerprint(columns["hashes"][row], columns["thumbnail"][row]) for row in rows]
+        pairs += [(rows[i], rows[j]) for i, j in _cached_near_duplicates(fingerprints)]
     groups = group_pictures(len(columns["pixels"]), pairs).astype(np.int64)
     ends = np.cumsum([len(dataset) for dataset in splits.values()])
     return dict(zip(splits, np.split(groups, ends[:-1]), strict=True))
+
+
+def _cached_near_duplicates(fingerprints: list[Fingerprint]) -> list[tuple[int, int]]:
+    key = hashlib.sha256(f"{INSPECTION}".encode() + b"".join(part for f in fingerprints for part in f))
+    path = Path(datasets.config.HF_DATASETS_CACHE, "luthier_duplicates", f"{key.hexdigest()[:40]}.json")
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        pairs = near_duplicates(fingerprints)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(pairs))
+    except OSError as error:
+        logger.warning(f"The near-duplicates are not kept for the next run: {error}")
+    return pairs
 
 
 def versions(*packages: str) -> str:

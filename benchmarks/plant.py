@@ -107,7 +107,10 @@ def plant(root: Path, copies: int = 20, broken: int = 10) -> dict[str, set]:
         planted["near-duplicates"].add(frozenset({name(path), name(copy)}))
     folders = sorted({path.parent for path in files})
     for path in moved:
-        target = choose.choice([folder for folder in folders if folder != path.parent]) / f"moved-{path.name}"
+        target = (
+            choose.choice([folder for folder in folders if folder != path.parent])
+            / f"moved-{path.parent.name}-{path.name}"
+        )
         path.rename(target)
         planted["wrong labels"].add(name(target))
     for number, path in enumerate(spoiled):

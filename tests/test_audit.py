@@ -51,7 +51,7 @@ def test_leaks_between_given_splits_and_classes_are_named(tmp_path):
     found = audit.audit(*load_splits(data_dir=str(tmp_path / "p")))
     assert len(found["between_splits"]) == 4 and len(found["between_classes"]) == 1
     assert {picture["split"] for picture in found["between_classes"][0]} == {"train", "validation"}
-    assert "the same picture in two splits 4" in audit.in_words(found)
+    assert "the same picture, or nearly, in two splits 4" in audit.in_words(found)
 
 
 def test_names_formats_and_sizes(tmp_path):
@@ -62,7 +62,7 @@ def test_names_formats_and_sizes(tmp_path):
     assert [(entry["name"], entry["why"]) for entry in found["wrong_extension"]] == [("red/photo.jpg", "it is PNG")]
     assert [(entry["name"], entry["why"]) for entry in found["tiny"]] == [("red/small.png", "40 x 20 px")]
     assert found["classes"] == {"blue": 20, "green": 20, "red": 22} and found["pictures"] == 62
-    assert "from 20 (blue) to 22 (red)" in audit.listing(found)
+    assert "from 20 (green) to 22 (red)" in audit.listing(found)
 
 
 def test_nothing_found_is_said(tmp_path):
@@ -78,10 +78,17 @@ def test_command_line(tmp_path, launch):
     assert ran.returncode == 0, ran.stderr
     assert "exact duplicates: 1" in ran.stdout and "ring/wrong.jpg (ring): it is PNG" in ran.stdout
     assert len(json.loads((tmp_path / "found/audit.json").read_text())["exact_duplicates"]) == 1
-    for line, message in (
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
         ([], "name the data"),
         (["nowhere/at-all"], "nowhere/at-all"),
-        (["pictures", "--image_siz", "64"], "did you mean 'image_size'?"),
-    ):
-        ran = launch("audit.py", *line, cwd=tmp_path)
-        assert ran.returncode == 2 and message in ran.stderr and "Traceback" not in ran.stderr
+        (["pictures", "--image_siz", "64"], "did you mean 'image_size'"),
+    ],
+)
+def test_slips(line, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        audit.main(line)
+    assert ended.value.code == 2 and message in capsys.readouterr().err
