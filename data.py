@@ -317,14 +317,19 @@ def with_views(splits: DatasetDict, view: EvaluationView, augmentation: str, tes
 def evaluation_rows(dataset: Dataset, view: EvaluationView, columns: Sequence[str] = ()) -> Dataset:
     """Return a prepared split, train too, whose rows are the `pixel_values` of evaluation, and `labels` if asked."""
     column, see = ("view", view.unpack) if "view" in dataset.column_names else ("image", view)
-    return dataset.select_columns([column, *columns]).with_transform(lazily(column, see))
+    # Nothing in it is random, so that threads may share it.
+    return dataset.select_columns([column, *columns]).with_transform(lazily(column, see, os.cpu_count()))
 
 
-def lazily(column: str, see: Callable[..., torch.Tensor]) -> Callable[[dict], dict]:
+def lazily(column: str, see: Callable[..., torch.Tensor], threads: int = 1) -> Callable[[dict], dict]:
     """Return the `with_transform` function that makes `pixel_values` of a column, row by row, and keeps the label."""
 
     def transform(batch: dict) -> dict:
-        seen = {"pixel_values": [see(entry) for entry in batch[column]]}
+        if threads > 1 and len(batch[column]) > 1:
+            with ThreadPoolExecutor(threads) as pool:
+                seen = {"pixel_values": list(pool.map(see, batch[column]))}
+        else:
+            seen = {"pixel_values": [see(entry) for entry in batch[column]]}
         return seen | ({"labels": batch["label"]} if "label" in batch else {})
 
     return transform

@@ -1,6 +1,7 @@
 """The linear probe: the right optimum, the same logits in the network, features computed once and never mixed up."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 import probe as module
 from data import collate, load_splits, prepare
 from models import build_model, linear_head
-from probe import _minimise, build_probe, fit_probe
+from probe import _minimise, build_backbone, build_probe, fit_probe
 from views import EvaluationView
 
 NAMES = {0: "blue", 1: "green", 2: "red"}
@@ -111,9 +112,48 @@ def test_features_are_computed_once_and_belong_to_pictures_weights_and_view(timm
 def test_training_after_the_probe_is_prepared_anew(setting):
     """Accelerate would otherwise take the model, prepared for evaluation, for one that is ready to train."""
     trainer, splits, view = setting
-    build_probe(trainer, linear_head(trainer.model), splits, view)
-    assert not getattr(trainer.model, "_is_accelerate_prepared", False)
-    assert trainer.model_wrapped is trainer.model and trainer.args.eval_do_concat_batches
+    model = trainer.model
+    build_probe(trainer, linear_head(model), splits, view)
+    assert not getattr(model, "_is_accelerate_prepared", False)
+    assert trainer.model_wrapped is trainer.model is model and trainer.args.eval_do_concat_batches
+
+
+class UsedTwice(torch.nn.Module):
+    """A network whose convolution feeds a BatchNorm layer and a shortcut round it, where nothing may be folded."""
+
+    device = torch.device("cpu")
+
+    def __init__(self):
+        super().__init__()
+        self.convolution, self.norm = torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)
+        self.head = torch.nn.Linear(8, 3)
+
+    def forward(self, pixel_values):
+        seen = self.convolution(pixel_values)
+        return SimpleNamespace(logits=self.head((seen + self.norm(seen)).mean(dim=(2, 3))))
+
+
+@pytest.mark.parametrize("kind", ["timm_checkpoint", "resnet_checkpoint", "efficientnet_lite0", "used twice"])
+def test_folded_backbone_answers_as_before(kind, request):
+    if kind == "used twice":
+        model, head = UsedTwice(), "head"
+    else:
+        name = kind if kind == "efficientnet_lite0" else str(request.getfixturevalue(kind))
+        model = build_model(name, NAMES)[0]
+        head = linear_head(model)
+    for layer in model.modules():  # as if trained
+        if isinstance(layer, torch.nn.BatchNorm2d) and kind != "efficientnet_lite0":
+            layer.running_mean.normal_(0, 0.3)
+            layer.running_var.uniform_(0.5, 2)
+    pixel_values = torch.randn(3, 3, 64, 64)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    backbone = build_backbone(model, head, (64, 64))
+    with torch.no_grad():
+        logits = model.get_submodule(head)(backbone(pixel_values).logits)
+        torch.testing.assert_close(logits, model.eval()(pixel_values).logits, rtol=1e-3, atol=1e-4)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    norms = sum(isinstance(module, torch.nn.BatchNorm2d) for module in backbone.modules())
+    assert norms == (1 if kind == "used twice" else 0)
 
 
 def test_damaged_cache_is_computed_anew_and_weights_that_are_not_numbers_are_named(setting):
