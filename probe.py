@@ -93,11 +93,16 @@ def fit_path(
 
 
 def _minimise(
-    features: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, strength: float
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    strength: float,
+    iterations: int = 200,
 ) -> None:
     """Fit one logistic regression in place, by full-batch L-BFGS."""
     optimizer = torch.optim.LBFGS(
-        [weight, bias], max_iter=200, history_size=10, tolerance_grad=1e-5, line_search_fn="strong_wolfe"
+        [weight, bias], max_iter=iterations, history_size=10, tolerance_grad=1e-5, line_search_fn="strong_wolfe"
     )
 
     def objective() -> torch.Tensor:

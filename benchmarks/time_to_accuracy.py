@@ -28,15 +28,9 @@ DEFAULTS = {
     "plain Trainer": {"size": 160, "epochs": 5, "lr": 3e-4, "batch": 32},
 }
 TUNED = {
-    "fastai": [{"size": 160, "epochs": 5, "lr": 5e-3}, {"size": 224, "epochs": 3, "lr": 5e-3}],
-    "transformers example": [
-        {"size": 224, "epochs": 3, "lr": 5e-4, "batch": 32},
-        {"size": 224, "epochs": 5, "lr": 2e-4, "batch": 8},
-    ],
-    "plain Trainer": [
-        {"size": 160, "epochs": 8, "lr": 1e-3, "batch": 32},
-        {"size": 224, "epochs": 5, "lr": 5e-4, "batch": 32},
-    ],
+    "fastai": [{"size": 224, "epochs": 3, "lr": 5e-3}],
+    "transformers example": [{"size": 224, "epochs": 3, "lr": 5e-4, "batch": 32}],
+    "plain Trainer": [{"size": 224, "epochs": 5, "lr": 5e-4, "batch": 32}],
 }
 
 

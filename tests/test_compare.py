@@ -105,6 +105,7 @@ def test_slips_are_said_before_anything_runs(tmp_path, monkeypatch, capsys, line
     assert not (tmp_path / "outputs").exists()
 
 
+@pytest.mark.slow
 def test_failed_run_is_named_with_its_log(tmp_path, launch):
     ran = launch("compare.py", "--set", "augmentation=none,augmix", "--data_dir", "nowhere", cwd=tmp_path)
     assert ran.returncode == 1 and "augmentation-none, seed 1 failed" in ran.stderr

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import draw_folder
+from conftest import PROJECT, draw_folder
 from huggingface_hub import ModelCard
 from PIL import Image
 
@@ -154,8 +154,10 @@ def test_page_says_the_score_and_escapes_names(page):
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs the browser chromium")
-@pytest.mark.parametrize("name", ["report.html", "audit.html"])
-@pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (390, "dark")])
+@pytest.mark.parametrize(
+    ("name", "width", "scheme"),
+    [("report.html", 1200, "light"), ("report.html", 390, "dark"), ("audit.html", 390, "dark")],
+)
 def test_page_in_a_browser(page, name, width, scheme):
     from playwright.sync_api import sync_playwright
 
@@ -181,3 +183,16 @@ def test_page_in_a_browser(page, name, width, scheme):
     assert (background == "rgb(255, 255, 255)") == (scheme == "light")
     assert heading == ("run" if name == "report.html" else f"Audit of {HOSTILE[0]}")
     assert drawn(page.with_suffix(".png")).std() > 10
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs the browser chromium")
+def test_readme_picture_is_of_the_default_run(tmp_path, launch):
+    from benchmarks.screenshot import take
+
+    ran = launch("train.py", "--output_dir", "efficientnet_lite0_openmoji", "--learning_curve", cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    report = tmp_path / "efficientnet_lite0_openmoji/report.html"
+    assert "All emojis designed by OpenMoji" in report.read_text(encoding="utf-8")
+    take(report, tmp_path / "report.png")
+    assert drawn(tmp_path / "report.png").shape == drawn(PROJECT / "docs/report.png").shape
