@@ -36,7 +36,16 @@ def learning_curve(
 
     Returns `points` (`n`, `accuracy`, and `lowest` and `highest` of the draws), `now` and `twice` (`n`, `accuracy`,
     `ci95`), `gain` and `gain_ci95`, and the `curve` that was fitted (`n`, `accuracy`, `low`, `high`).
+
+    Raises:
+        ValueError: a class has fewer pictures than there are folds.
     """
+    fewest = min(range(len(names)), key=lambda index: (labels == index).sum())
+    if (labels == fewest).sum() < FOLDS:
+        raise ValueError(
+            f"--learning_curve needs {FOLDS} pictures of each class in train and validation, but {names[fewest]!r} "
+            f"has {(labels == fewest).sum()}: add some, or leave the option out"
+        )
     truth = torch.as_tensor(labels, device=features.device)
     hits = np.zeros((len(FRACTIONS), len(labels)))
     sizes, draws = np.zeros(len(FRACTIONS)), [[] for _ in FRACTIONS]
@@ -115,7 +124,10 @@ def _power_law(sizes: np.ndarray, errors: np.ndarray, asked: np.ndarray) -> np.n
     start = (errors.min() / 2, max(errors[0] - errors.min() / 2, 1e-3), 0.5)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", OptimizeWarning)  # of the parameters' own covariance, which is not used
-        found = curve_fit(error, sizes, errors, start, bounds=([0, 0, 0.05], [1, 1, 2]), ftol=1e-6, max_nfev=2000)[0]
+        try:
+            found = curve_fit(error, sizes, errors, start, bounds=([0, 0, 0.05], [1, 1, 2]), max_nfev=2000)[0]
+        except RuntimeError:  # no law fits: the last part's accuracy is all that is known
+            found = (errors[-1], 0.0, 1.0)
     return 1 - error(asked, *found)
 
 

@@ -81,7 +81,8 @@ def main(argv: list[str] | None = None) -> None:
                 pictures, torch.cat(list(features.values())), probe.strength
             )
             if data_args.learning_curve:
-                curve = measure_learning_curve(pictures, features, probe, labels)
+                with user_errors():
+                    curve = measure_learning_curve(pictures, features, probe, labels)
                 say(training_args, "curve", in_words(curve))
         clock.stop("features")
     say_audit(training_args, found)

@@ -1,6 +1,7 @@
 """The learning curve: on features of known difficulty it grows, and half of the data foretells all of it."""
 
 import numpy as np
+import pytest
 import torch
 
 from learning_curve import FRACTIONS, extrapolate, in_words, learning_curve
@@ -44,6 +45,13 @@ def test_smallest_part_has_every_class():
     features, labels = clusters(40, 1)
     labels = np.where(np.arange(40) < 5, 3, labels % 3)
     assert learning_curve(features, labels, NAMES, np.arange(40), 0.1, 30)["points"][0]["n"] >= 4
+
+
+def test_class_with_too_few_pictures():
+    features, labels = clusters(40, 1)
+    labels = np.where(np.arange(40) < 3, 3, labels % 3)
+    with pytest.raises(ValueError, match=r"needs 4 pictures of each class .* 'd' has 3"):
+        learning_curve(features, labels, NAMES, np.arange(40), 0.1, 30)
 
 
 def test_power_law_is_found_again():
