@@ -3,10 +3,10 @@
     python benchmarks/data.py
     python benchmarks/data.py --accuracy path/to/instruments --image_size 64
 
-Draws 300 JPEGs of 12 megapixels (1 GB, in a temporary folder) and measures images per second through `data.prepare`,
-the first time and from the cache, and through the training view; beside them the way of the transformers example
-(run_image_classification.py: `with_transform` on the files as they are). Each in a process of its own, whose peak
-memory is measured too, for 75 and for 300 pictures.
+Draws 300 JPEGs of 12 megapixels (1 GB, in a temporary folder) and measures images per second through
+`data.load_splits` and `data.prepare`, the first time and from the cache, and through the training view; beside them
+the way of the transformers example (run_image_classification.py: `with_transform` on the files as they are). Each in a
+process of its own, whose peak memory is measured too, for 75 and for 300 pictures.
 
 The second command tells what storing training pictures small costs in accuracy: two probes, fitted on the pictures as
 stored and on the files, both scored on the files of validation. The view must be small enough for something to shrink.
@@ -64,16 +64,14 @@ def main() -> None:
 
 
 def draw(folder: Path, count: int) -> None:
-    """Draw photographs: parts of one large canvas of blurred colours with some grain."""
-    generator = np.random.default_rng(0)
-    coarse = Image.fromarray(generator.integers(0, 255, (40, 54, 3), dtype=np.uint8))
-    canvas = np.asarray(coarse.resize((SIDE[0] + 400, SIDE[1] + 300), Image.Resampling.BICUBIC), dtype=np.int16)
-    canvas = Image.fromarray((canvas + generator.normal(0, 5, canvas.shape)).clip(0, 255).astype(np.uint8))
+    """Draw photographs: blurred colours, others in each, with the same grain."""
+    grain = np.random.default_rng(0).normal(0, 5, (SIDE[1], SIDE[0], 3)).astype(np.int8)
 
     def draw_one(number: int) -> None:
-        left, top = number % 20 * 20, number // 20 * 20
+        coarse = np.random.default_rng(number).integers(0, 255, (40, 54, 3), dtype=np.uint8)
+        image = np.asarray(Image.fromarray(coarse).resize(SIDE, Image.Resampling.BICUBIC), dtype=np.int16)
         path = folder / ("even", "odd")[number % 2] / f"{number:03}.jpg"
-        canvas.crop((left, top, left + SIDE[0], top + SIDE[1])).save(path, quality=90)
+        Image.fromarray((image + grain).clip(0, 255).astype(np.uint8)).save(path, quality=90)
 
     for name in ("even", "odd"):
         (folder / name).mkdir(parents=True)
@@ -92,11 +90,12 @@ def measure(way: str, folder: str, image_size: int) -> dict:
         seen = reference(folder, image_size)
     else:
         view = EvaluationView(build_model("efficientnet_lite0", {0: "even", 1: "odd"}, image_size)[1])
-        splits, _ = load_splits(data_dir=folder)
         if way == "training view":
-            seen = with_views(prepare(splits, view), view, "flip_crop")["train"]
+            splits, _ = load_splits(data_dir=folder)
+            seen = with_views(prepare(splits, view), view, "flip_crop", "evaluation")["train"]
     start = time.perf_counter()
     if way.startswith("prepare"):
+        splits, _ = load_splits(data_dir=folder)  # which looks every picture through
         n = sum(len(split) for split in prepare(splits, view).values())
     else:
         n = min(len(seen), 48)
