@@ -27,11 +27,11 @@ from transformers import PreTrainedModel
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from arguments import parse_arguments
 from data import load_splits, prepare
+from machine import fit_machine, quiet_libraries
 from models import build_model, freeze, linear_head, parameter_groups
 from probe import fit_probe
 from recipe import RECIPES, blend
 from splits import stratified_cut
-from train import fit_machine, quiet_libraries
 from views import EvaluationView, training_view
 
 DEFAULT = RECIPES["lp_ft"]

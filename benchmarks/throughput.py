@@ -18,10 +18,11 @@ from transformers import PreTrainedModel, TimmWrapperConfig, TimmWrapperForImage
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from arguments import parse_arguments
+from machine import fit_machine, quiet_libraries
 from models import build_model, parameter_groups
 from recipe import RECIPES
-from report import EpochTable
-from train import build_trainer, fit_machine, quiet_libraries
+from terminal import EpochTable
+from train import build_trainer
 
 LABELS = {index: f"class {index}" for index in range(10)}
 MODELS = ("efficientnet_lite0", "resnet18")
