@@ -115,7 +115,8 @@ def cut(data: str) -> DatasetDict:
     splits, _ = load_splits(data_dir=data)
     pool = concatenate_datasets([splits["train"], splits["validation"]])
     labels = pool.features["label"]
-    rows = stratified_cut(np.array(pool["label"][:]), labels.names, {"validation": 0.4}, seed=1)
+    numbers, groups = (np.array(pool[column][:]) for column in ("label", "group"))
+    rows = stratified_cut(numbers, labels.names, {"validation": 0.4}, seed=1, groups=groups)
     return DatasetDict({split: pool.select(rows[split]) for split in ("train", "validation")})
 
 
