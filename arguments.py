@@ -1,6 +1,7 @@
 """What a run can be told, by a config and by the command line; apart from train.py, which is read for what it does."""
 
 import difflib
+import hashlib
 import json
 import math
 import re
@@ -68,12 +69,12 @@ class DataArguments:
     )
     learning_curve: bool = field(
         default=False,
-        metadata={"help": "Estimate, in seconds, what accuracy twice the pictures would buy."},
+        metadata={"help": "Estimate what accuracy twice the pictures would buy."},
     )
 
     def for_loading(self) -> dict:
         """Return what `data.load_splits` takes."""
-        keys = (*DATA_KEYS, "split_seed", "validation_fraction", "test_fraction", "on_bad_image")
+        keys = (*DATA_KEYS, "on_bad_image", "split_seed", "validation_fraction", "test_fraction")
         fold = tuple(map(int, self.fold.split("/"))) if self.fold else None
         return {key: getattr(self, key) for key in keys} | {"fold": fold}
 
@@ -146,6 +147,8 @@ REFUSED = {
     "dataloader_drop_last": "would leave pictures out of every score",
     "bf16_full_eval": "would round the weights before they are trained",
     "fp16_full_eval": "would round the weights before they are trained",
+    "prediction_loss_only": "leaves no answers to score",
+    "batch_eval_metrics": "scores batches, where the report needs the whole",
 }
 
 # What the Trainer would take as it comes, and fail of, or train nothing, after the data has been prepared.
@@ -166,16 +169,7 @@ def parse_arguments(argv: list[str]) -> tuple[DataArguments, ModelArguments, Tra
     Raises:
         ValueError: an option, a key or a value is wrong, or the output directory is taken.
     """
-    parser = build_parser()
-    config, line = (argv[0], argv[1:]) if argv and argv[0].endswith((".yaml", ".yml")) else (None, argv)
-    settings = read_config(config, parser) if config else {}
-    _, unknown = parser.parse_known_args(line)
-    if unknown:
-        raise ValueError(explain_unknown(unknown[0], parser))
-    given = {token.split("=")[0].lstrip("-").replace("-", "_") for token in line if token.startswith("--")}
-    if {"data_dir", "dataset_name"} & given:
-        settings = {key: value for key, value in settings.items() if key not in DATA_KEYS}
-    options = vars(parser.parse_args(as_tokens(settings) + line))
+    config, options = read_options(argv)
     data_args = DataArguments(**{option.name: options[option.name] for option in fields(DataArguments)})
     model_args = ModelArguments(**{option.name: options[option.name] for option in fields(ModelArguments)})
     if data_args.data_dir and data_args.dataset_name:
@@ -199,6 +193,8 @@ def parse_arguments(argv: list[str]) -> tuple[DataArguments, ModelArguments, Tra
     for key, why in REFUSED.items():
         if options[key]:
             raise ValueError(f"--{key} {why}: leave it out")
+    if not options["eval_do_concat_batches"]:
+        raise ValueError("--eval_do_concat_batches False leaves no whole to score: leave it out")
     if model_args.recipe == "probe" and resume:
         raise ValueError("--recipe probe trains nothing that could be resumed: leave --resume_from_checkpoint out")
     for key in POSITIVE:
@@ -222,6 +218,32 @@ class Parser(HfArgumentParser):
     def error(self, message: str) -> None:
         """Raise `message`."""
         raise ValueError(message)
+
+
+def read_options(argv: list[str]) -> tuple[str | None, dict]:
+    """Return the config's path and every option's value, of the config and of the line over it.
+
+    Raises:
+        ValueError: an option, a key or a value is wrong.
+    """
+    parser = build_parser()
+    config, line = (argv[0], argv[1:]) if argv and argv[0].endswith((".yaml", ".yml")) else (None, argv)
+    settings = read_config(config, parser) if config else {}
+    _, unknown = parser.parse_known_args(line)
+    if unknown:
+        raise ValueError(explain_unknown(unknown[0], parser))
+    given = {token.split("=")[0].lstrip("-").replace("-", "_") for token in line if token.startswith("--")}
+    if {"data_dir", "dataset_name"} & given:
+        settings = {key: value for key, value in settings.items() if key not in DATA_KEYS}
+    options = vars(parser.parse_args(as_tokens(settings) + line))
+    return config, options
+
+
+def settings_digest(argv: list[str]) -> str:
+    """Return a hash of all that a line and its config say, but for where the run is written and how it is shown."""
+    options = read_options(argv)[1]
+    told = {key: value for key, value in options.items() if key not in ("output_dir", "disable_tqdm")}
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def build_parser() -> Parser:

@@ -5,7 +5,8 @@
 
 prints what it finds; with --output_dir it writes audit.json and a page with the pictures, audit.html. The options of
 train.py that say what the data is, and --model_name, whose features tell likely wrong labels, are understood here too.
-Every run of train.py does the same.
+Every run
+of train.py with a linear probe does the same.
 """
 
 import sys
@@ -36,11 +37,12 @@ import torch
 from datasets import DatasetDict
 from transformers import Trainer
 
-from data import collate, load_splits, prepare
+from data import CUT, collate, load_pictures, prepare
 from inspection import BadImage
 from machine import fit_machine, quiet_libraries
 from models import build_model, linear_head
 from probe import build_probe, fit_path, load_features
+from splits import cut_missing_splits, stratified_folds
 from views import EvaluationView
 
 # What Pillow calls a format, and the extensions that files of it may have.
@@ -69,11 +71,12 @@ def audit(splits: DatasetDict, bad: list[BadImage]) -> dict:
 
     Each kind of `KINDS` is a list; of duplicates a list of lists of the pictures that belong together. A picture is a
     dict of `split`, `row` (None if it was left out), `name`, `label`, and what the kind is about. `between_splits` and
-    `between_classes` repeat those duplicates that spoil a score. `classes` has the number of pictures of each.
+    `between_classes` repeat those duplicates that spoil a score. `suspect_labels` is None until `suspect_labels` has
+    filled it in. `classes` has the number of pictures of each.
     """
     names = splits["train"].features["label"].names
     pictures, groups = [], defaultdict(list)
-    found = {kind: [] for kind in KINDS}
+    found = {kind: [] for kind in KINDS} | {"suspect_labels": None}  # which needs features
     found["unreadable"] = [
         {"split": b.split, "row": None, "name": b.name, "label": b.label, "why": b.reason} for b in bad
     ]
@@ -106,8 +109,8 @@ def audit(splits: DatasetDict, bad: list[BadImage]) -> dict:
     return found | {"pictures": len(pictures), "classes": {name: counts[name] for name in names}}
 
 
-def suspect_labels(splits: DatasetDict, features: torch.Tensor, strength: float) -> list[dict]:
-    """Return the pictures whose label is likely wrong, the likeliest first.
+def suspect_labels(splits: DatasetDict, features: torch.Tensor, strength: float) -> list[dict] | None:
+    """Return the pictures whose label is likely wrong, the likeliest first; None where there are too many to check.
 
     Out-of-fold probabilities of linear probes tell, groups of duplicates in one fold: another class is likelier than
     the given one, and at least as likely as that class's own pictures are on average (confident learning, Northcutt
@@ -120,22 +123,22 @@ def suspect_labels(splits: DatasetDict, features: torch.Tensor, strength: float)
     """
     names = splits["train"].features["label"].names
     where = [(split, row) for split, dataset in splits.items() for row in range(len(dataset))]
-    labels = np.concatenate([dataset["label"][:] for dataset in splits.values()])
-    groups = np.concatenate([dataset["group"][:] for dataset in splits.values()])
+    labels, groups = (np.concatenate([d[column][:] for d in splits.values()]) for column in ("label", "group"))
     if len(labels) * len(names) > MOST:
-        return []
-    _, group = np.unique(groups, return_inverse=True)
-    folds = np.random.default_rng(0).permutation(group.max() + 1)[group] % FOLDS
+        return None
+    folds = stratified_folds(labels, groups, FOLDS, seed=0)
     truth = torch.as_tensor(labels, device=features.device)
     probabilities = np.zeros((len(labels), len(names)))
+    known = np.zeros(len(labels), dtype=bool)
     for fold in range(FOLDS):
         rows, held_out = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
         (probe,) = fit_path(features[rows], truth[rows], len(names), (strength,))
         probabilities[held_out] = probe.logits(features[held_out]).softmax(dim=1).cpu().numpy()
+        known[held_out] = np.isin(labels[held_out], labels[rows])  # of its class there are others to judge it by
     given = probabilities[np.arange(len(labels)), labels]
-    usual = np.array([given[labels == index].mean() for index in range(len(names))])
+    usual = np.array([given[labels == index].mean() if (labels == index).any() else 1 for index in range(len(names))])
     likelier = probabilities.argmax(axis=1)
-    suspect = (likelier != labels) & (probabilities.max(axis=1) >= usual[likelier])
+    suspect = known & (likelier != labels) & (probabilities.max(axis=1) >= usual[likelier])
     return [
         {
             "split": where[row][0],
@@ -153,7 +156,8 @@ def suspect_labels(splits: DatasetDict, features: torch.Tensor, strength: float)
 def in_words(found: dict) -> str:
     """Say in a line how much was found of each kind."""
     counted = [f"{name} {len(found[kind])}" for kind, name in KINDS.items() if found[kind]]
-    return ", ".join(counted) if counted else "nothing found"
+    unchecked = ["labels not checked"] if found["suspect_labels"] is None else []
+    return ", ".join(counted + unchecked) or "nothing found"
 
 
 def listing(found: dict, most: int = 20) -> str:
@@ -163,8 +167,11 @@ def listing(found: dict, most: int = 20) -> str:
     sizes = f"from {fewest:,} ({smallest}) to {most_of:,} ({largest})"
     lines = [f"{found['pictures']:,} pictures of {len(classes)} classes, {sizes}"]
     for kind, name in KINDS.items():
-        if found[kind]:
-            lines.append(f"\n{name}: {len(found[kind])}")
+        if found[kind] is None:
+            lines.append(f"\n{name}: not checked")
+        if not found[kind]:
+            continue
+        lines.append(f"\n{name}: {len(found[kind])}")
         lines += [f"  {as_line(entry)}" for entry in found[kind][:most]]
         if len(found[kind]) > most:
             lines.append(f"  ... and {len(found[kind]) - most} more")
@@ -193,20 +200,30 @@ def main(argv: list[str] | None = None) -> None:
     with user_errors():
         data_args, model_args, training_args = parse_arguments(as_training_line(argv))
         fit_machine(training_args)
-        pictures, bad = load_splits(**data_args.for_loading())
+        options = data_args.for_loading()
+        cut = {key: options.pop(key) for key in CUT}
+        pictures, bad = load_pictures(**options | {"most_bad": 1.0})
+        try:
+            pictures = cut_missing_splits(pictures, np.array(pictures["train"]["group"][:]), **cut)
+        except (
+            ValueError
+        ) as error:  # as it is, it cannot be trained on; what is wrong with it can be said all the same
+            print(f"careful: {error}\n")
         found = audit(pictures, bad)
         labels = dict(enumerate(pictures["train"].features["label"].names))
         model, image_processor = build_model(model_args.model_name, labels, model_args.image_size)
-        if model_args.model_name != "simple_cnn" and linear_head(model):
+        head = linear_head(model)
+        if model_args.model_name != "simple_cnn" and head and "validation" in pictures:
             view = EvaluationView(image_processor)
             splits = prepare(pictures, view)
             # It predicts alone; but train.py's arguments ask for a split to evaluate.
             trainer = Trainer(model, training_args, collate, eval_dataset=splits["validation"])
-            probe, features = build_probe(trainer, linear_head(model), splits, view)
-            features["test"] = load_features(trainer, linear_head(model), splits["test"], view)
-            found["suspect_labels"] = suspect_labels(pictures, torch.cat(list(features.values())), probe.strength)
+            probe, _ = build_probe(trainer, head, splits, view)
+            features = {split: load_features(trainer, head, dataset, view) for split, dataset in splits.items()}
+            pool = torch.cat(list(features.values())).to(training_args.device)
+            found["suspect_labels"] = suspect_labels(pictures, pool, probe.strength)
         print(listing(found))
-        if any(word.split("=")[0] == "--output_dir" for word in argv):
+        if any(word.split("=")[0] in ("--output_dir", "--output-dir") for word in argv):
             folder = Path(training_args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
             write_audit(folder / "audit.json", found)

@@ -11,7 +11,6 @@ import argparse
 import csv
 import itertools
 import json
-import shlex
 import shutil
 import statistics
 import subprocess
@@ -19,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from arguments import parse_arguments, user_errors
+from arguments import parse_arguments, settings_digest, user_errors
 
 PROJECT = Path(__file__).parent
 LEVEL = 0.05  # of the tests, over all pairs together
@@ -64,8 +63,8 @@ def main(argv: list[str] | None = None) -> None:
             f"(n = {scored['n']}), {seconds:.0f} s{again}",
             flush=True,
         )
-    with user_errors():
-        check_same_pictures(results)
+        with user_errors():
+            check_same_pictures(results, run.part)
     rows = [summarise(name, parts) for name, parts in results.items()]
     report = f"{as_markdown(rows)}\n\n" + "\n".join(verdicts(results)) + "\n"
     print(f"\n{report}", end="")
@@ -87,12 +86,15 @@ def parse_line(argv: list[str]) -> tuple[argparse.Namespace, list[str], list[str
     several.add_argument("--seeds", type=int, default=3, help="training seeds, on one split (default: 3)")
     several.add_argument("--folds", type=int, help="folds, each picture in one test, instead of seeds")
     parser.add_argument("--set", action="append", default=[], metavar="key=v1,v2", help="an option and its values")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/compare"), help="(default: outputs/compare)")
+    parser.add_argument(
+        "--output_dir", "--output-dir", type=Path, default=Path("outputs/compare"), help="(default: outputs/compare)"
+    )
     args, rest = parser.parse_known_args(argv[len(configs) :])
     if args.seeds < 1 or (args.folds is not None and args.folds < 2):
         raise ValueError("--seeds must be at least 1, --folds at least 2")
-    for option, why in (("--seed", "--seeds"), ("--fold", "--folds")):
-        if any(word.split("=")[0] == option for word in rest):
+    told = [word.split("=")[0].lstrip("-") for word in rest] + [setting.partition("=")[0] for setting in args.set]
+    for option, why in (("seed", "--seeds"), ("fold", "--folds"), ("output_dir", "--output_dir")):
+        if option in told:
             raise ValueError(f"{option} is this command's to set: say {why}")
     return args, configs, rest
 
@@ -139,17 +141,18 @@ def finished(run: Run) -> bool:
     """Return whether a run has ended before; what an interrupted one left is removed.
 
     Raises:
-        ValueError: its folder holds a run of another command.
+        ValueError: its folder holds a run with other settings.
     """
     path = run.folder / "metrics.json"
-    if not path.exists():
+    # predictions.csv is written after it.
+    if not path.exists() or not path.with_name("predictions.csv").exists():
         shutil.rmtree(run.folder, ignore_errors=True)
         return False
-    command = json.loads(path.read_text(encoding="utf-8"))["command"]
-    expected = shlex.join(["accelerate", "launch", "train.py", *run.line])
-    if command != expected:
+    metrics = json.loads(path.read_text(encoding="utf-8"))
+    if metrics["settings"] != settings_digest(run.line):
         raise ValueError(
-            f"{run.folder} holds a run of another command ({command}): give another --output_dir, or remove the folder"
+            f"{run.folder} holds a run with other settings ({metrics['command']}, or its config has changed): give "
+            "another --output_dir, or remove the folder"
         )
     return True
 
@@ -166,21 +169,20 @@ def execute(run: Run) -> None:
         sys.exit(1)
 
 
-def right_answers(folder: Path) -> list[bool]:
-    """Return whether each test picture was told right, in the order of the split."""
+def right_answers(folder: Path) -> list[tuple[str, bool]]:
+    """Return the digest of each test picture and whether it was told right, in the order of the digests."""
     with (folder / "predictions.csv").open(newline="", encoding="utf-8") as file:
-        return [row["label"] == row["predicted"] for row in csv.DictReader(file)]
+        return sorted((row["digest"], row["label"] == row["predicted"]) for row in csv.DictReader(file))
 
 
-def check_same_pictures(results: dict[str, dict]) -> None:
-    """Raise ValueError where experiments were not trained and tested on the same pictures."""
-    for part in next(iter(results.values())):
-        prints = {name: parts[part][0]["data"]["fingerprint"] for name, parts in results.items()}
-        if len(set(prints.values())) > 1:
-            raise ValueError(
-                f"{', '.join(prints)} do not have the same splits in {part}: name the data and the split once, "
-                "for all of them, on the line of compare.py"
-            )
+def check_same_pictures(results: dict[str, dict], part: str) -> None:
+    """Raise ValueError where experiments were not trained and tested on the same pictures in a seed or fold."""
+    prints = {name: parts[part][0]["data"]["fingerprint"] for name, parts in results.items() if part in parts}
+    if len(set(prints.values())) > 1:
+        raise ValueError(
+            f"{', '.join(prints)} do not have the same splits in {part}: name the data and the split once, for all of "
+            "them, on the line of compare.py"
+        )
 
 
 def summarise(name: str, parts: dict) -> dict[str, str | int | float]:
@@ -223,9 +225,9 @@ def votes(a: dict, b: dict) -> list[int]:
     Runs of several seeds have one test set, runs of several folds one each.
     """
     counted = {}
-    for part, (metrics, right) in a.items():
-        for row, (first, second) in enumerate(zip(right, b[part][1], strict=True)):
-            key = metrics["data"]["fingerprint"], row
+    for part, (metrics, answers) in a.items():
+        for row, ((digest, first), (_, second)) in enumerate(zip(answers, b[part][1], strict=True)):
+            key = metrics["data"]["fingerprint"], digest, row
             counted[key] = counted.get(key, 0) + first - second
     return list(counted.values())
 
@@ -235,7 +237,8 @@ def verdicts(results: dict[str, dict]) -> list[str]:
 
     The exact McNemar test on the same pictures; of several seeds a picture counts for the experiment that told it
     right in more of them. With several pairs the p-values are those of Holm (1979), so that the chance of any wrong
-    verdict stays below `LEVEL`.
+    verdict stays below `LEVEL`. A verdict is about the trained models: how much another seed would change them is not
+    in it, which is why several seeds or folds are the rule.
     """
     from scipy.stats import binomtest
 

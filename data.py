@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset
 from datasets.exceptions import DatasetNotFoundError
@@ -19,7 +20,7 @@ from torch.utils.data import default_collate
 
 from folders import SPLIT_OF_FOLDER, load_folder
 from images import decode_rgb, read
-from inspection import BadImage, forget, group, inspect, leave_out, versions
+from inspection import MOST_BAD, BadImage, forget, group, inspect, leave_out, reason, versions
 from openmoji import load_openmoji
 from splits import cut_missing_splits
 from views import EvaluationView, random_crop, training_view
@@ -29,23 +30,42 @@ logger = logging.getLogger(__name__)
 PREPARATION = 3  # part of the cache's key: raise it when what is stored changes
 TRAINING_PICTURE = 2  # shorter side of a stored training picture, in sides of the view
 ENCODED_IMAGE = {"bytes": Value("binary"), "path": Value("string")}  # an image column that lost its type
+CUT = ("split_seed", "validation_fraction", "test_fraction", "fold")  # what `load_splits` adds to `load_pictures`
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "fine_label")
 
 
 def load_splits(
+    *,
+    split_seed: int = 1,
+    validation_fraction: float = 0.1,
+    test_fraction: float = 0.2,
+    fold: tuple[int, int] | None = None,
+    **options,
+) -> tuple[DatasetDict, list[BadImage]]:
+    """Load a labelled image set as train, validation and test.
+
+    Args:
+        split_seed: decides the cut of splits that the data lacks; the training seed does not move it.
+        validation_fraction, test_fraction: how much of the images to cut for a split that is missing, class by class.
+        fold: (i, k): test is the i-th of k parts, in the place of `test_fraction`.
+        options: of `load_pictures`, which returns the same but for the cut, and raises the same errors.
+    """
+    splits, bad = load_pictures(**options)
+    groups = np.array(splits["train"]["group"][:])
+    return cut_missing_splits(splits, groups, split_seed, validation_fraction, test_fraction, fold), bad
+
+
+def load_pictures(
     data_dir: str | None = None,
     dataset_name: str | None = None,
     dataset_config_name: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
     label_names: list[str] | None = None,
-    split_seed: int = 1,
-    validation_fraction: float = 0.1,
-    test_fraction: float = 0.2,
-    fold: tuple[int, int] | None = None,
     on_bad_image: str = "drop",
+    most_bad: float = MOST_BAD,
 ) -> tuple[DatasetDict, list[BadImage]]:
-    """Load a labelled image set as train, validation and test.
+    """Load a labelled image set in the splits that it has, at least train.
 
     Args:
         data_dir: a folder of class folders, or one that holds train / validation|val|valid|dev / test.
@@ -53,14 +73,12 @@ def load_splits(
         dataset_config_name: the configuration of a Hub dataset that has several.
         image_column, label_column: columns of a dataset, where their types or names do not tell them.
         label_names: new class names, in the order of the old ones when sorted.
-        split_seed: decides the cut of splits that the data lacks; the training seed does not move it.
-        validation_fraction, test_fraction: how much of the images to cut for a split that is missing, class by class.
-        fold: (i, k): test is the i-th of k parts, in the place of `test_fraction`.
         on_bad_image: `drop` leaves pictures out that cannot be read, `error` does not.
+        most_bad: share of the pictures that may be left out.
 
     Returns the splits, and the pictures that were left out. The splits' columns are `image` (bytes or path, not
-    decoded), `label` (a `ClassLabel` whose names are sorted and the same in all three), what `inspect` adds, and
-    `group` (int64, the same for pictures that are equal or nearly so, which a cut never parts).
+    decoded), `label` (a `ClassLabel` whose names are sorted and the same in all of them), what `inspection.inspect`
+    adds, and `group` (int64, the same for pictures that are equal or nearly so, which a cut never parts).
 
     Raises:
         ValueError: nothing usable is there; the message says what, where and what to do.
@@ -74,10 +92,9 @@ def load_splits(
         splits = _load_named(dataset_name, dataset_config_name)
     splits = _label_and_image(splits, image_column, label_column, label_names)
     splits = DatasetDict({split: inspect(dataset, split, root) for split, dataset in splits.items()})
-    splits, bad = leave_out(splits, on_bad_image)
+    splits, bad = leave_out(splits, 0.0 if on_bad_image == "error" else most_bad)
     groups = group(splits)
-    splits = DatasetDict({split: dataset.add_column("group", groups[split]) for split, dataset in splits.items()})
-    return cut_missing_splits(splits, groups["train"], split_seed, validation_fraction, test_fraction, fold), bad
+    return DatasetDict({split: dataset.add_column("group", groups[split]) for split, dataset in splits.items()}), bad
 
 
 # --- datasets --------------------------------------------------------------------------------------------------------
@@ -254,7 +271,7 @@ def prepare_batch(batch: dict, store: Callable, column: str) -> dict:
         try:
             return store(read(source)), None
         except Exception as error:  # Pillow's plugins raise whatever they like on damaged data
-            return None, f"{name}: {'; '.join(str(error).splitlines()) or type(error).__name__}"
+            return None, f"{name}: {reason(error)}"
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         stored, errors = zip(*pool.map(prepare_one, batch["image"], batch["name"]), strict=True)

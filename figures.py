@@ -98,8 +98,8 @@ def plot_learning_curve(curve: dict, path: Path) -> None:
         axes.plot(fitted["n"], fitted["accuracy"], color=BLUE, label="fitted")
         accuracy = [point["accuracy"] for point in points]
         spread = [
-            [point["accuracy"] - point["lowest"] for point in points],
-            [point["highest"] - point["accuracy"] for point in points],
+            [max(0.0, point["accuracy"] - point["lowest"]) for point in points],
+            [max(0.0, point["highest"] - point["accuracy"]) for point in points],
         ]
         axes.errorbar(
             [point["n"] for point in points],

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 INSPECTION = 2  # part of the cache's key: raise it when what is found changes
 SHORTEST = 256  # pixels: shorter side at which large JPEGs are looked through for damage and duplicates
+UNOPENED = "cannot be opened: "  # begins the reasons that may be gone the next time
 MOST_BAD = 0.05  # share of pictures that may be left out because they cannot be read
 
 
@@ -65,7 +66,7 @@ def inspect(dataset: Dataset, split: str, root: Path | None = None) -> Dataset:
         new_fingerprint=hashlib.sha256(key.encode()).hexdigest()[:40],
         desc=f"Looking through {split}",
     )
-    if any(found["error"][:]):
+    if any(error and error.startswith(UNOPENED) for error in found["error"][:]):
         forget(found)
     return concatenate_datasets([dataset, found], axis=1)
 
@@ -81,7 +82,7 @@ def _inspect_batch(batch: dict, indices: list[int], split: str, root: Path | Non
             image, _, file_format, (width, height) = decode_rgb(data, SHORTEST)
             hashes, thumbnail = fingerprint(image)
         except Exception as error:  # Pillow's plugins raise whatever they like on damaged data
-            return row | {"error": "; ".join(str(error).splitlines()) or type(error).__name__}
+            return row | {"error": reason(error)}
         pixels = hashlib.sha256(f"{width} {height}".encode() + image.tobytes()).hexdigest()
         row |= {"digest": hashlib.sha256(data).hexdigest(), "pixels": pixels, "format": file_format}
         return row | {"width": width, "height": height, "hashes": hashes, "thumbnail": thumbnail}
@@ -92,17 +93,24 @@ def _inspect_batch(batch: dict, indices: list[int], split: str, root: Path | Non
     return {column: [row[column] for row in rows] for column in rows[0]}
 
 
+def reason(error: Exception) -> str:
+    """Say in a line why a picture could not be read, without the path, which is told beside it."""
+    if isinstance(error, OSError) and error.errno:
+        return f"{UNOPENED}{error.strerror}"
+    return "; ".join(str(error).splitlines()) or type(error).__name__
+
+
 def forget(dataset: Dataset) -> None:
     """Take a result out of the cache: what failed may have been the disk or the rights, and work the next time."""
     for file in dataset.cache_files:
         Path(file["filename"]).unlink(missing_ok=True)
 
 
-def leave_out(splits: DatasetDict, on_bad_image: str) -> tuple[DatasetDict, list[BadImage]]:
+def leave_out(splits: DatasetDict, most_bad: float) -> tuple[DatasetDict, list[BadImage]]:
     """Return inspected splits without the pictures that cannot be read, and those.
 
     Raises:
-        ValueError: `on_bad_image` is `error`, or more than `MOST_BAD` of the pictures or all of a class are bad.
+        ValueError: more than this share of the pictures is bad, or all of a split, or of a class in train.
     """
     names = splits["train"].features["label"].names
     bad, kept = [], DatasetDict()
@@ -116,17 +124,16 @@ def leave_out(splits: DatasetDict, on_bad_image: str) -> tuple[DatasetDict, list
         dataset = dataset.remove_columns("error")
         kept[split] = dataset.select([row for row, error in enumerate(errors) if not error]) if rows else dataset
     total = sum(map(len, splits.values()))
-    if bad and (on_bad_image == "error" or len(bad) > MOST_BAD * total):
-        listing = "".join(f"\n  {split}: {name}: {reason}" for split, name, _, reason in bad[:10])
-        more = f"\n  ... and {len(bad) - 10} more" if len(bad) > 10 else ""
-        why = "" if on_bad_image == "error" else f", which is more than {MOST_BAD:.0%}"
-        raise ValueError(
-            f"pictures that cannot be read: {len(bad)} of {total}{why}. Replace or remove them:{listing}{more}"
-        )
     present = set(kept["train"]["label"][:])
-    missing = [name for index, name in enumerate(names) if index not in present]
-    if missing:
-        raise ValueError(f"no picture of the class {', '.join(map(repr, missing))} can be read: replace them")
+    lost = [f"all of the {split} split" for split, dataset in kept.items() if not len(dataset)]
+    lost += [f"all of the class {name!r} in train" for index, name in enumerate(names) if index not in present]
+    if bad and (lost or len(bad) > most_bad * total):
+        listing = "".join(f"\n  {split}: {name}: {why}" for split, name, _, why in bad[:10])
+        more = f"\n  ... and {len(bad) - 10} more" if len(bad) > 10 else ""
+        which = f", {lost[0]}" if lost else f", which is more than {most_bad:.0%}" if most_bad else ""
+        raise ValueError(
+            f"pictures that cannot be read: {len(bad)} of {total}{which}. Replace or remove them:{listing}{more}"
+        )
     return kept, bad
 
 
@@ -136,19 +143,20 @@ def group(splits: DatasetDict) -> dict[str, np.ndarray]:
     The pairs of near-duplicates are kept in the cache directory of `datasets`. Among more than `duplicates.MOST`
     pictures only equal ones are looked for.
     """
-    columns = {
-        key: [value for dataset in splits.values() for value in dataset[key][:]]
-        for key in ("pixels", "hashes", "thumbnail")
-    }
-    first = {pixels: row for row, pixels in reversed(list(enumerate(columns["pixels"])))}
-    pairs = [(first[pixels], row) for row, pixels in enumerate(columns["pixels"])]
+
+    def column(name: str) -> list:
+        return [value for dataset in splits.values() for value in dataset[name][:]]
+
+    all_pixels = column("pixels")
+    first = {pixels: row for row, pixels in reversed(list(enumerate(all_pixels)))}
+    pairs = [(first[pixels], row) for row, pixels in enumerate(all_pixels)]
     rows = sorted(first.values())
     if len(rows) > MOST:
         logger.warning(f"Near-duplicates are not looked for among more than {MOST:,} pictures; equal ones are")
     else:
-        fingerprints = [Fingerprint(columns["hashes"][row], columns["thumbnail"][row]) for row in rows]
-        pairs += [(rows[i], rows[j]) for i, j in _cached_near_duplicates(fingerprints)]
-    groups = group_pictures(len(columns["pixels"]), pairs).astype(np.int64)
+        everyone = [Fingerprint(*parts) for parts in zip(column("hashes"), column("thumbnail"), strict=True)]
+        pairs += [(rows[i], rows[j]) for i, j in _cached_near_duplicates([everyone[row] for row in rows])]
+    groups = group_pictures(len(all_pixels), pairs).astype(np.int64)
     ends = np.cumsum([len(dataset) for dataset in splits.values()])
     return dict(zip(splits, np.split(groups, ends[:-1]), strict=True))
 

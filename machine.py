@@ -24,7 +24,10 @@ def suit_machine(options: dict) -> None:
 
 
 def fit_machine(training_args: TrainingArguments) -> None:
-    """Use all cores of a machine without a GPU, and let it keep its memory."""
+    """Use one GPU for each process; without one use all cores, and let the process keep its memory."""
+    # The Trainer would put nn.DataParallel over all GPUs of a lone process, whose copies know nothing of layers that
+    # are frozen or keep their statistics. `accelerate launch` starts a process for each.
+    training_args._n_gpu = min(1, training_args.n_gpu)
     if training_args.device.type == "cpu":
         training_args.dataloader_pin_memory = False  # serves copies to a GPU
         # `accelerate launch` sets OMP_NUM_THREADS=1 where nobody told it that this is a CPU machine.

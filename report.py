@@ -103,7 +103,7 @@ def _shower(pictures: DatasetDict) -> Callable[[dict], str | None]:
     def show(split: str, row: int) -> str | None:
         try:
             image = decode_rgb(read(pictures[split][row]["image"]), PICTURE).image
-        except OSError:  # it was there when the run began
+        except Exception:  # it could be read when the run began; a page lacks a picture rather than a run its report
             return None
         image.thumbnail((PICTURE, PICTURE))
         file = io.BytesIO()
@@ -129,9 +129,13 @@ def write_predictions(
         for name, digest, row, label in zip(
             test["name"][:], test["digest"][:], probabilities, references, strict=True
         ):
-            table.writerow(
-                [name, digest, labels[label], labels[row.argmax()], f"{row.max():.6f}", f"{row[label]:.6f}"]
-            )
+            words = [_cell(word) for word in (name, digest, labels[label], labels[row.argmax()])]
+            table.writerow([*words, f"{row.max():.6f}", f"{row[label]:.6f}"])
+
+
+def _cell(text: str) -> str:
+    """Return text that a spreadsheet does not take for a formula."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def write_model_card(path: Path, metrics: dict, custom_code: bool) -> None:
@@ -174,8 +178,10 @@ def write_model_card(path: Path, metrics: dict, custom_code: bool) -> None:
         if (path.parent / file).exists()
     )
     curve = f"{learning_curve.in_words(metrics['learning_curve'])}.\n\n" if metrics["learning_curve"] else ""
-    calibration = f"Expected calibration error on test {test['ece']:.1%}, before calibration "
-    calibration += f"{metrics['calibration']['before']['test']['ece']:.1%}.\n"
+    calibration = f"Expected calibration error on test {test['ece']:.1%}"
+    if metrics["calibration"]["temperature"] != 1:
+        calibration += f", before calibration {metrics['calibration']['before']['test']['ece']:.1%}"
+    calibration += ".\n"
     path.write_text(
         f"""---
 {metadata.to_yaml()}
@@ -232,5 +238,6 @@ def _escape(text: object) -> str:
 
 
 def write_metrics(path: Path, metrics: dict) -> None:
-    """Write `metrics.json`."""
-    path.write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write `metrics.json`; what is not a number, after a run that diverged, is null."""
+    plain = json.loads(json.dumps(metrics), parse_constant=lambda _: None)
+    path.write_text(json.dumps(plain, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -39,10 +39,8 @@ def cut_missing_splits(
     rows = np.arange(len(labels))
     cut = {}
     if fold:
-        parts = {str(number): fractions["test"] for number in range(1, fold[1])}
-        parts = stratified_cut(labels, names, parts, split_seed, groups)
-        cut["test"] = parts[str(fold[0])] if fold[0] < fold[1] else parts["train"]
-        rows = np.setdiff1d(rows, cut["test"])
+        folds = stratified_folds(labels, groups, fold[1], split_seed)
+        cut["test"], rows = np.flatnonzero(folds == fold[0] - 1), np.flatnonzero(folds != fold[0] - 1)
         del fractions["test"]
     rest = stratified_cut(labels[rows], names, fractions, split_seed, groups[rows])
     cut |= {split: rows[part] for split, part in rest.items()}
@@ -51,6 +49,32 @@ def cut_missing_splits(
         if not len(found[split]):
             raise ValueError(f"the {split} split is empty: fill it, or remove it to have one cut from train")
     return DatasetDict({split: found[split] for split in ("train", "validation", "test")})
+
+
+def stratified_folds(labels: np.ndarray, groups: np.ndarray, k: int, seed: int) -> np.ndarray:
+    """Return the fold, from 0 to k - 1, of each row: each class dealt out evenly, each group as a whole.
+
+    Args:
+        labels, groups: int [N].
+        k: number of folds; a class with fewer groups is missing from some of them.
+        seed: of the order in which groups are dealt.
+    """
+    members = _members(groups)
+    fold_of = {}
+    for index in np.unique(labels):
+        taken = np.zeros(k)
+        own = dict.fromkeys(groups[np.random.default_rng(seed).permutation(np.flatnonzero(labels == index))])
+        for group in sorted(own, key=lambda group: group not in fold_of):  # those that an earlier class dealt
+            fold = fold_of.setdefault(group, int(taken.argmin()))
+            taken[fold] += (labels[members[group]] == index).sum()
+    return np.array([fold_of[group] for group in groups], dtype=int)
+
+
+def _members(groups: np.ndarray) -> dict[int, list[int]]:
+    members = defaultdict(list)
+    for row, group in enumerate(groups):
+        members[group].append(row)
+    return members
 
 
 def stratified_cut(
@@ -70,9 +94,7 @@ def stratified_cut(
     """
     generator = np.random.default_rng(seed)
     groups = np.arange(len(labels)) if groups is None else groups
-    members = defaultdict(list)
-    for row, group in enumerate(groups):
-        members[group].append(row)
+    members = _members(groups)
     split_of = {}  # by group
     for index, name in enumerate(names):
         rows = generator.permutation(np.flatnonzero(labels == index))
@@ -95,6 +117,13 @@ def stratified_cut(
     parts = {split: [] for split in (*fractions, "train")}
     for group, split in split_of.items():
         parts[split] += members[group]
+    present = set(labels[parts["train"]])
+    for index, name in enumerate(names):
+        if index not in present:
+            raise ValueError(
+                f"the pictures of the class {name!r} are copies of other classes', or too few, so that none is left "
+                "to train on: add some or remove the class"
+            )
     return {split: np.sort(np.array(part, dtype=int)) for split, part in parts.items()}
 
 

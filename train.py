@@ -3,7 +3,7 @@
 import sys
 import time
 
-from arguments import DataArguments, ModelArguments, parse_arguments, user_errors
+from arguments import DataArguments, ModelArguments, parse_arguments, settings_digest, user_errors
 
 START = time.perf_counter()
 if __name__ == "__main__":
@@ -82,9 +82,11 @@ def main(argv: list[str] | None = None) -> None:
             )
             if data_args.learning_curve:
                 with user_errors():
-                    curve = measure_learning_curve(pictures, features, probe, labels)
+                    curve = measure_learning_curve(pictures, features, probe, labels, training_args.device)
                 say(training_args, "curve", in_words(curve))
         clock.stop("features")
+    elif data_args.learning_curve:
+        say(training_args, "curve", "not estimated: this model has no linear probe")
     say_audit(training_args, found)
     if name in ("probe", "lp_ft"):
         model.load_state_dict(start)
@@ -108,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
             },
             "baselines": baselines,
             "learning_curve": curve,
-            "audit": {kind: len(found[kind]) for kind in audit.KINDS},
+            "audit": {kind: None if found[kind] is None else len(found[kind]) for kind in audit.KINDS},
             "seconds": clock.seconds,
             "data": {"name": data_args.name, "attribution": attribution(data_args), **data},
             "recipe": {**summary, "kept": kept.words},
@@ -116,6 +118,7 @@ def main(argv: list[str] | None = None) -> None:
             "versions": versions(),
             "seeds": {"seed": training_args.seed, "split_seed": data_args.split_seed, "fold": data_args.fold},
             "command": command(argv),
+            "settings": settings_digest(argv),
         }
         save(trainer, image_processor, metrics, Test(pictures, logits, references), found, clock)
 
@@ -183,17 +186,23 @@ def start_from_probe(
 def score_probe(
     probe: LinearProbe, features: dict[str, torch.Tensor], splits: DatasetDict, split: str, labels: list[str]
 ) -> dict:
-    """Return the probe's score on a split."""
-    return score(probe.logits(features[split]).numpy(), np.array(splits[split]["label"][:]), labels)
+    """Return the probe's score on a split, calibrated on validation as every model is."""
+    truth = {name: np.array(splits[name]["label"][:]) for name in ("validation", split)}
+    temperature = fit_temperature(probe.logits(features["validation"]).numpy(), truth["validation"])
+    return score(probe.logits(features[split]).numpy() / temperature, truth[split], labels)
 
 
 def measure_learning_curve(
-    pictures: DatasetDict, features: dict[str, torch.Tensor], probe: LinearProbe, labels: list[str]
+    pictures: DatasetDict,
+    features: dict[str, torch.Tensor],
+    probe: LinearProbe,
+    labels: list[str],
+    device: torch.device,
 ) -> dict:
     """Return the learning curve of the probe on train and validation; test is not looked at."""
     both = ("train", "validation")
     truth, groups = (np.concatenate([pictures[split][key][:] for split in both]) for key in ("label", "group"))
-    pool = torch.cat([features[split] for split in both])
+    pool = torch.cat([features[split] for split in both]).to(device)
     return learning_curve(pool, truth, labels, groups, probe.strength, len(pictures["train"]))
 
 
@@ -325,6 +334,7 @@ def save(
     # Not save_pretrained, which does nothing for a timm model and would leave the folder without this file.
     image_processor.to_json_file(output_dir / "preprocessor_config.json")
     custom_code = (output_dir / "models.py").exists()
+    write_metrics(output_dir / "metrics.json", metrics)  # first of all that is about it: the rest can be made again
     write_predictions(output_dir / "predictions.csv", metrics["data"]["labels"], *test)
     audit.write_audit(output_dir / "audit.json", found)
     write_report(output_dir, metrics, found, *test)
@@ -355,13 +365,17 @@ def versions() -> dict[str, str]:
 
 
 def command(argv: list[str]) -> str:
-    """Return the command line of this run."""
+    """Return the command line of this run; of paths that tell of a machine or a person the last part."""
     launcher = ["accelerate", "launch"] if "ACCELERATE_MIXED_PRECISION" in os.environ else ["python"]
-    return shlex.join([*launcher, "train.py", *argv])
+    words = (word.partition("=") if word.startswith("--") else ("", "", word) for word in argv)
+    shown = [
+        f"{key}{sign}{Path(value).name if value.startswith(('/', '~', '..')) else value}" for key, sign, value in words
+    ]
+    return shlex.join([*launcher, "train.py", *shown])
 
 
 def say_data(training_args: TrainingArguments, name: str, data: dict) -> None:
-    """Print what is learned from, and what would spoil the score."""
+    """Print what is learned from."""
     counts = ", ".join(f"{split} {count['n']:,}" for split, count in data["splits"].items())
     say(training_args, "data", f"{name}: {len(data['labels'])} classes, {counts} pictures")
 

@@ -120,14 +120,14 @@ def plant(root: Path, copies: int = 20, broken: int = 10) -> dict[str, set]:
     return planted
 
 
-def find(root: Path) -> dict[str, set]:
-    """Audit a folder by the command's own means; return what was found, in the form of `plant`."""
+def find(root: Path, *options: str) -> dict[str, set]:
+    """Audit a folder by the command's own means and options; return what was found, in the form of `plant`."""
     import json
 
     from audit import main as audit
 
     output_dir = root.parent / "audit"
-    audit([str(root), "--output_dir", str(output_dir), "--disable_tqdm", "True"])
+    audit([str(root), "--output_dir", str(output_dir), "--disable_tqdm", "True", *options])
     found = json.loads((output_dir / "audit.json").read_text(encoding="utf-8"))
     exact = pairs(found["exact_duplicates"])
     return {

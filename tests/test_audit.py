@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from conftest import draw, draw_folder
 from PIL import Image
 
@@ -15,7 +16,7 @@ from data import load_splits
 def planted(tmp_path_factory):
     root = draw_set(tmp_path_factory.mktemp("planted") / "pictures", per_class=100)
     faults = plant(root)
-    return faults, find(root), root
+    return faults, find(root, "--image_size", "128"), root
 
 
 @pytest.mark.parametrize(
@@ -67,7 +68,32 @@ def test_names_formats_and_sizes(tmp_path):
 
 def test_nothing_found_is_said(tmp_path):
     found = audit.audit(*load_splits(data_dir=str(draw_folder(tmp_path / "p", 20))))
-    assert audit.in_words(found) == "nothing found"
+    assert audit.in_words(found) == "labels not checked"
+    assert audit.in_words(found | {"suspect_labels": []}) == "nothing found"
+
+
+def test_labels_of_a_class_that_stands_alone_are_not_judged(tmp_path):
+    pictures = draw_folder(tmp_path / "p/train", 6)
+    for split in ("val", "test"):
+        draw_folder(tmp_path / "p" / split, 3, classes=("blue", "red"), first=50)
+    for path in list((pictures / "green").iterdir())[1:]:
+        path.unlink()
+    splits, _ = load_splits(data_dir=str(tmp_path / "p"))
+    labels = torch.tensor([label for dataset in splits.values() for label in dataset["label"][:]])
+    features = torch.nn.functional.one_hot(labels, 3) + 0.1 * torch.randn(len(labels), 3)
+    features[0] = features[-1]  # a blue one that looks red
+    (suspect,) = audit.suspect_labels(splits, features, 0.01)
+    assert (suspect["label"], suspect["likelier"]) == ("blue", "red")
+
+
+def test_data_that_cannot_be_trained_on_is_audited_all_the_same(tmp_path, capsys):
+    pictures = draw_folder(tmp_path / "p", 2)
+    for name in ("a", "b", "c"):
+        (pictures / f"red/{name}.png").write_bytes(b"no picture")
+    audit.main([str(pictures), "--disable_tqdm", "True"])
+    printed = capsys.readouterr().out
+    assert "careful: the class 'blue' has 2 pictures, too few" in printed and "unreadable, left out: 3" in printed
+    assert "labels to check: not checked" in printed
 
 
 def test_command_line(tmp_path, launch):

@@ -3,14 +3,17 @@
 import pytest
 from conftest import draw_folder
 
-from compare import build_experiments, main, parse_line, verdicts
+from compare import build_experiments, check_same_pictures, main, parse_line, verdicts
 
 
 def results(*answers: tuple[str, list[list[bool]]], folds: bool = False) -> dict:
     """Fake results: for each experiment the right answers of each seed (or fold)."""
     return {
         name: {
-            str(number): ({"data": {"fingerprint": str(number) if folds else "x"}}, right)
+            str(number): (
+                {"data": {"fingerprint": str(number) if folds else "x"}},
+                [(f"{row:03}", answer) for row, answer in enumerate(right)],
+            )
             for number, right in enumerate(parts)
         }
         for name, parts in answers
@@ -82,7 +85,7 @@ def test_finished_runs_are_not_run_again(compared, launch):
     assert again.stdout.count("from before") == 1
     assert second.stat().st_mtime_ns == before and first.exists()
     other = launch("compare.py", *line, "--weight_decay", "0.5", cwd=folder)
-    assert other.returncode == 2 and "holds a run of another command" in other.stderr
+    assert other.returncode == 2 and "holds a run with other settings" in other.stderr
 
 
 @pytest.mark.parametrize(
@@ -91,7 +94,8 @@ def test_finished_runs_are_not_run_again(compared, launch):
         (["--set", "augmentation=none"], "that is one experiment"),
         (["--set", "augmentation"], "write it as key=value1,value2"),
         (["--set", "augmentation=none,fancy"], "fancy"),
-        (["--set", "augmentation=none,augmix", "--seed", "3"], "--seed is this command's to set"),
+        (["--set", "augmentation=none,augmix", "--seed", "3"], "seed is this command's to set"),
+        (["--set", "seed=1,2"], "seed is this command's to set"),
         (["nowhere.yaml", "else.yaml"], "nowhere.yaml"),
         (["a/x.yaml", "b/x.yaml"], "the same name"),
         (["--set", "augmentation=none,augmix", "--folds", "1"], "--folds at least 2"),
@@ -103,6 +107,13 @@ def test_slips_are_said_before_anything_runs(tmp_path, monkeypatch, capsys, line
         main(line)
     assert ended.value.code == 2 and message in capsys.readouterr().err
     assert not (tmp_path / "outputs").exists()
+
+
+def test_other_pictures_are_said():
+    found = results(("a", [[True]]), ("b", [[True]]))
+    found["b"]["0"][0]["data"]["fingerprint"] = "y"
+    with pytest.raises(ValueError, match="a, b do not have the same splits in 0"):
+        check_same_pictures(found, "0")
 
 
 @pytest.mark.slow

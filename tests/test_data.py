@@ -417,11 +417,21 @@ def test_few_unreadable_pictures_are_left_out_and_returned(tmp_path, view):
         load(data_dir=str(pictures), on_bad_image="error")
 
 
+def test_split_of_bad_pictures_alone_is_said_so(tmp_path):
+    draw_folder(tmp_path / "p/train", 40)
+    (tmp_path / "p/test/red").mkdir(parents=True)
+    (tmp_path / "p/test/red/a.png").write_bytes(b"no picture")
+    with pytest.raises(
+        ValueError, match=r"1 of 121, all of the test split\. Replace or remove them:\n  test: test/red/a"
+    ):
+        load(data_dir=str(tmp_path / "p"))
+
+
 def test_failure_is_not_cached(pictures, monkeypatch, view):
     def fail(*arguments):
-        raise OSError("the disk is away")
+        raise OSError(5, "the disk is away")
 
-    for module, message in ((inspection, "the disk is away"), (data, "cannot be read now")):
+    for module, message in ((inspection, "cannot be opened: the disk is away"), (data, "cannot be read now")):
         monkeypatch.setattr(module, "decode_rgb", fail)
         with pytest.raises(ValueError, match=message):
             prepare(load(data_dir=str(pictures)), view)

@@ -150,7 +150,11 @@ def test_page_says_the_score_and_escapes_names(page):
     for name in ("confusion_matrix", "confusion_matrix_rows", "reliability", "curves", "learning_curve"):
         assert (page.parent / f"{name}.png").exists()
     rows = (page.parent / "predictions.csv").read_text(encoding="utf-8").splitlines()
-    assert len(rows) == 7 and rows[0] == "name,digest,label,predicted,confidence,probability_of_label"
+    assert (
+        not any(row.startswith(("=", "@")) for row in rows)
+        and len(rows) == 7
+        and rows[0] == "name,digest,label,predicted,confidence,probability_of_label"
+    )
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs the browser chromium")

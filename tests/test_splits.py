@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features
 
-from splits import cut_missing_splits, stratified_cut
+from splits import cut_missing_splits, stratified_cut, stratified_folds
 
 NAMES = ["a", "b", "c"]
 FRACTIONS = {"validation": 0.1, "test": 0.2}
@@ -49,6 +49,28 @@ def test_class_that_is_one_picture_many_times():
     labels, groups = np.array([0] * 9 + [1] * 9), np.array([0] * 9 + list(range(1, 10)))
     with pytest.raises(ValueError, match="'a' are so nearly the same"):
         stratified_cut(labels, NAMES, FRACTIONS, 1, groups)
+
+
+def test_class_of_which_nothing_is_left_to_train_on():
+    # b's two first pictures are copies of a's, and stand where those do.
+    labels, groups = np.array([0] * 3 + [1] * 3), np.array([0, 1, 2, 0, 1, 3])
+    ends = []
+    for seed in range(20):
+        try:
+            cut = stratified_cut(labels, ["a", "b"], {"validation": 0.3, "test": 0.3}, seed, groups)
+            ends.append({*labels[cut["train"]]} == {0, 1})
+        except ValueError as error:
+            assert "class" in str(error)
+    assert all(ends)
+
+
+@pytest.mark.parametrize(("n", "k"), [(8, 5), (14, 10), (6, 4), (3, 5), (100, 7)])
+def test_folds_are_even_whatever_the_class_has(n, k):
+    labels = np.repeat(np.arange(3), n)
+    folds = stratified_folds(labels, np.arange(3 * n), k, seed=1)
+    for index in range(3):
+        counts = np.bincount(folds[labels == index], minlength=k)
+        assert counts.sum() == n and counts.max() - counts.min() <= 1
 
 
 def dataset(n: int) -> DatasetDict:
