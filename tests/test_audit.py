@@ -96,6 +96,7 @@ def test_data_that_cannot_be_trained_on_is_audited_all_the_same(tmp_path, capsys
     assert "labels to check: not checked" in printed
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path, launch):
     root = draw_set(tmp_path / "pictures", per_class=8)
     Image.open(root / "disc/000.png").save(root / "disc/again.png", compress_level=0)

@@ -75,6 +75,7 @@ def test_table_and_verdict(compared):
     assert "| learning_rate-1e-9 | 1 |" in (folder / "outputs/compare/compare.md").read_text()
 
 
+@pytest.mark.slow
 def test_finished_runs_are_not_run_again(compared, launch):
     folder, line, _ = compared
     first, second = sorted((folder / "outputs/compare").glob("*/metrics.json"))
