@@ -72,11 +72,15 @@ class DataArguments:
         metadata={"help": "Estimate what accuracy twice the pictures would buy."},
     )
 
+    def for_pictures(self) -> dict:
+        """Return what `data.load_pictures` takes."""
+        return {key: getattr(self, key) for key in (*DATA_KEYS, "on_bad_image")}
+
     def for_loading(self) -> dict:
         """Return what `data.load_splits` takes."""
-        keys = (*DATA_KEYS, "on_bad_image", "split_seed", "validation_fraction", "test_fraction")
+        cut = {key: getattr(self, key) for key in ("split_seed", "validation_fraction", "test_fraction")}
         fold = tuple(map(int, self.fold.split("/"))) if self.fold else None
-        return {key: getattr(self, key) for key in keys} | {"fold": fold}
+        return self.for_pictures() | cut | {"fold": fold}
 
     @property
     def name(self) -> str:
@@ -96,6 +100,10 @@ class ModelArguments:
         metadata={
             "help": "efficientnet_lite0, simple_cnn, a Hub model such as timm/resnet18.tv_in1k, or a folder with one."
         },
+    )
+    eval_only: bool = field(
+        default=False,
+        metadata={"help": "Score the finished model --model_name on the pictures, by name of class; train nothing."},
     )
     image_size: int | None = field(
         default=None,
@@ -149,7 +157,12 @@ REFUSED = {
     "fp16_full_eval": "would round the weights before they are trained",
     "prediction_loss_only": "leaves no answers to score",
     "batch_eval_metrics": "scores batches, where the report needs the whole",
+    "hub_always_push": "pushes while training, where Luthier pushes the finished model",
+    "hub_revision": "is not used: Luthier pushes to the main branch",
 }
+
+# What has no meaning where nothing is trained.
+TRAINS = ("recipe", "image_size", "resume_from_checkpoint", "push_to_hub", "fold", "learning_curve")
 
 # What the Trainer would take as it comes, and fail of, or train nothing, after the data has been prepared.
 POSITIVE = (
@@ -183,8 +196,6 @@ def parse_arguments(argv: list[str]) -> tuple[DataArguments, ModelArguments, Tra
             "--hub_token would be kept in the shell's history and in the run's files: log in once with "
             "`hf auth login`, or set the environment variable HF_TOKEN"
         )
-    if options["push_to_hub"]:
-        raise ValueError("--push_to_hub is not supported yet: train first, then see 'The Hub' in README.md")
     if data_args.fold and not re.fullmatch(r"[1-9]\d*/[1-9]\d*", data_args.fold):
         raise ValueError(f"--fold {data_args.fold} is no fold: give one such as 2/5, the second of five")
     if data_args.fold and not 2 <= (k := int(data_args.fold.split("/")[1])) >= int(data_args.fold.split("/")[0]):
@@ -195,6 +206,10 @@ def parse_arguments(argv: list[str]) -> tuple[DataArguments, ModelArguments, Tra
             raise ValueError(f"--{key} {why}: leave it out")
     if not options["eval_do_concat_batches"]:
         raise ValueError("--eval_do_concat_batches False leaves no whole to score: leave it out")
+    if model_args.eval_only and (told := [key for key in TRAINS if options[key]]):
+        raise ValueError(f"--eval_only trains nothing, and --{told[0]} is about training: leave one of them out")
+    if model_args.eval_only and "/" not in model_args.model_name and not Path(model_args.model_name).is_dir():
+        raise ValueError("--eval_only scores a finished model: give its folder or its name on the Hub as --model_name")
     if model_args.recipe == "probe" and resume:
         raise ValueError("--recipe probe trains nothing that could be resumed: leave --resume_from_checkpoint out")
     for key in POSITIVE:

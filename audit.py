@@ -74,7 +74,7 @@ def audit(splits: DatasetDict, bad: list[BadImage]) -> dict:
     `between_classes` repeat those duplicates that spoil a score. `suspect_labels` is None until `suspect_labels` has
     filled it in. `classes` has the number of pictures of each.
     """
-    names = splits["train"].features["label"].names
+    names = next(iter(splits.values())).features["label"].names
     pictures, groups = [], defaultdict(list)
     found = {kind: [] for kind in KINDS} | {"suspect_labels": None}  # which needs features
     found["unreadable"] = [

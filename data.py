@@ -13,14 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 from PIL import Image as PILImage
 from torch.utils.data import default_collate
 
 from folders import SPLIT_OF_FOLDER, load_folder
-from images import decode_rgb, read
-from inspection import MOST_BAD, BadImage, forget, group, inspect, leave_out, reason, versions
+from images import decode_rgb, read, reason
+from inspection import MOST_BAD, BadImage, forget, group, inspect, leave_out, versions
 from openmoji import load_openmoji
 from splits import cut_missing_splits
 from views import EvaluationView, random_crop, training_view
@@ -64,6 +64,7 @@ def load_pictures(
     label_names: list[str] | None = None,
     on_bad_image: str = "drop",
     most_bad: float = MOST_BAD,
+    fewest_classes: int = 2,
 ) -> tuple[DatasetDict, list[BadImage]]:
     """Load a labelled image set in the splits that it has, at least train.
 
@@ -75,6 +76,7 @@ def load_pictures(
         label_names: new class names, in the order of the old ones when sorted.
         on_bad_image: `drop` leaves pictures out that cannot be read, `error` does not.
         most_bad: share of the pictures that may be left out.
+        fewest_classes: how many classes the pictures must have.
 
     Returns the splits, and the pictures that were left out. The splits' columns are `image` (bytes or path, not
     decoded), `label` (a `ClassLabel` whose names are sorted and the same in all of them), what `inspection.inspect`
@@ -91,10 +93,39 @@ def load_pictures(
     else:
         splits = _load_named(dataset_name, dataset_config_name)
     splits = _label_and_image(splits, image_column, label_column, label_names)
+    names = splits["train"].features["label"].names
+    if len(names) < fewest_classes:
+        raise ValueError(f"all pictures have the one class {names[0]!r}: a classifier needs at least two")
     splits = DatasetDict({split: inspect(dataset, split, root) for split, dataset in splits.items()})
     splits, bad = leave_out(splits, 0.0 if on_bad_image == "error" else most_bad)
     groups = group(splits)
     return DatasetDict({split: dataset.add_column("group", groups[split]) for split, dataset in splits.items()}), bad
+
+
+def load_labelled(names: list[str], **options) -> tuple[DatasetDict, list[BadImage]]:
+    """Load pictures to score a finished model on: the split `test` where the data has one, or else all of them.
+
+    Args:
+        names: the model's classes, in its order; of the pictures' classes all must be among them.
+        options: of `load_pictures`, which returns the same but for the splits, and raises the same errors.
+
+    Raises:
+        ValueError: the model does not know all classes.
+    """
+    splits, bad = load_pictures(**options, fewest_classes=1)
+    used = ["test"] if "test" in splits else list(splits)
+    dataset = concatenate_datasets([splits[split] for split in used])
+    own = dataset.features["label"].names
+    labels = [own[label] for label in dataset["label"][:]]
+    strangers = sorted(set(labels) - set(names))
+    if strangers:
+        raise ValueError(
+            f"the model does not know {len(strangers)} of the pictures' classes, such as {strangers[0]!r}. "
+            f"The model's: {', '.join(names)}. The pictures': {', '.join(own)}. Take pictures of its classes alone"
+        )
+    label = ClassLabel(names=names)
+    dataset = dataset.remove_columns("label").add_column("label", label.str2int(labels), feature=label)
+    return DatasetDict(test=dataset), [b._replace(split="test") for b in bad if b.split in used]
 
 
 # --- datasets --------------------------------------------------------------------------------------------------------
@@ -179,8 +210,6 @@ def _label_and_image(
 
 
 def _rename_labels(names: list[str], label_names: list[str] | None) -> list[str]:
-    if len(names) < 2:
-        raise ValueError(f"all pictures have the one class {names[0]!r}: a classifier needs at least two")
     if label_names is None:
         return names
     if len(label_names) != len(names):
@@ -249,7 +278,8 @@ def prepare(splits: DatasetDict, view: EvaluationView) -> DatasetDict:
             broken += errors
             forget(result)
         prepared[split] = result.remove_columns("error")
-    prepared["train"] = prepared["train"].cast_column("image", Image())
+    if "train" in prepared:
+        prepared["train"] = prepared["train"].cast_column("image", Image())
     if broken:
         more = f"\n  ... and {len(broken) - 10} more" if len(broken) > 10 else ""
         listing = "\n  ".join(broken[:10])
@@ -301,7 +331,7 @@ def describe(splits: DatasetDict) -> dict:
 
     The hash covers every file's bytes, class and split; neither names nor order of the files change it.
     """
-    names = splits["train"].features["label"].names
+    names = next(iter(splits.values())).features["label"].names
     counts, lines = {}, []
     for split, dataset in splits.items():
         labels = dataset["label"][:]

@@ -88,6 +88,25 @@ def plot_reliability(bins: list[dict], path: Path) -> None:
         figure.savefig(path, dpi=120)
 
 
+def plot_coverage(found: dict, path: Path) -> None:
+    """Draw from `metrics.selective` how accurate a model is on the share of pictures that it answers."""
+    curve = found["curve"]
+    with _style():
+        figure = Figure(figsize=(5, 3.4), layout="constrained")
+        axes = figure.subplots()
+        axes.plot([point["coverage"] for point in curve], [point["accuracy"] for point in curve], color=BLUE)
+        if found["accuracy"] is not None:
+            mark = f"unsure below {found['threshold']:.0%}"
+            axes.plot(found["answered"], found["accuracy"], color=ORANGE, marker="s", linestyle="", label=mark)
+            axes.legend(loc="lower left")
+        lowest = min(point["accuracy"] for point in curve)
+        axes.set(xlabel="test pictures answered", ylabel="accuracy of the answers", xlim=(0, 1.02))
+        axes.set_ylim(max(0, lowest - 0.05), 1.005)
+        axes.xaxis.set_major_formatter(PercentFormatter(1))
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        figure.savefig(path, dpi=120)
+
+
 def plot_learning_curve(curve: dict, path: Path) -> None:
     """Draw what `learning_curve.learning_curve` measured and what it expects of twice the pictures."""
     fitted, points = curve["curve"], curve["points"]

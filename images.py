@@ -11,6 +11,7 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 # Raster formats that Pillow decodes itself; EPS, for one, would be handed to Ghostscript.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")
+UNOPENED = "cannot be opened: "  # begins the reasons that may be gone the next time
 EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif"}
 
 
@@ -30,7 +31,7 @@ class Decoded(NamedTuple):
     size: tuple[int, int]
 
 
-def decode_rgb(data: bytes, shortest: int | None = None) -> Decoded:
+def decode_rgb(data: bytes, shortest: int | None = None, most_pixels: int | None = None) -> Decoded:
     """Decode a picture file to upright 8-bit RGB.
 
     Transparency is laid on white; 16-bit and floating-point grey is brought to the range of 8 bits; of an animation
@@ -40,9 +41,10 @@ def decode_rgb(data: bytes, shortest: int | None = None) -> Decoded:
         data: the file.
         shortest: the shorter side that will be used, in pixels. A JPEG is then decoded at an eighth, a quarter or a
             half of its size where that leaves at least so much: several times faster for large photographs.
+        most_pixels: refuses larger pictures before they take memory; Pillow itself does so above 179 million.
 
     Raises:
-        OSError: the data is damaged or of no allowed format.
+        OSError: the data is damaged, of no allowed format, or too large.
     """
     if not data:
         raise OSError("the file is empty")
@@ -54,6 +56,8 @@ def decode_rgb(data: bytes, shortest: int | None = None) -> Decoded:
         except UnidentifiedImageError:
             raise OSError(f"not a picture in an allowed format ({', '.join(FORMATS)})") from None
         size = image.size
+        if most_pixels and size[0] * size[1] > most_pixels:
+            raise OSError(f"{size[0]} x {size[1]} px are more than the {most_pixels:,} that are allowed")
         if shortest and min(image.size) > shortest and image.format in ("JPEG", "MPO"):
             scale = shortest / min(image.size)
             image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
@@ -72,6 +76,13 @@ def read(source: dict | None) -> bytes:
     if not source or (source["bytes"] is None and source["path"] is None):
         raise OSError("there is no picture")
     return Path(source["path"]).read_bytes() if source["bytes"] is None else source["bytes"]
+
+
+def reason(error: Exception) -> str:
+    """Say in a line why a picture could not be read, without the path, which is told beside it."""
+    if isinstance(error, OSError) and error.errno:
+        return f"{UNOPENED}{error.strerror}"
+    return "; ".join(str(error).splitlines()) or type(error).__name__
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

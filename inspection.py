@@ -18,13 +18,12 @@ import numpy as np
 from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets
 
 from duplicates import MOST, Fingerprint, fingerprint, group_pictures, near_duplicates
-from images import decode_rgb, read
+from images import UNOPENED, decode_rgb, read, reason
 
 logger = logging.getLogger(__name__)
 
 INSPECTION = 2  # part of the cache's key: raise it when what is found changes
 SHORTEST = 256  # pixels: shorter side at which large JPEGs are looked through for damage and duplicates
-UNOPENED = "cannot be opened: "  # begins the reasons that may be gone the next time
 MOST_BAD = 0.05  # share of pictures that may be left out because they cannot be read
 
 
@@ -91,13 +90,6 @@ def _inspect_batch(batch: dict, indices: list[int], split: str, root: Path | Non
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         rows = list(pool.map(inspect_one, batch["image"], indices))
     return {column: [row[column] for row in rows] for column in rows[0]}
-
-
-def reason(error: Exception) -> str:
-    """Say in a line why a picture could not be read, without the path, which is told beside it."""
-    if isinstance(error, OSError) and error.errno:
-        return f"{UNOPENED}{error.strerror}"
-    return "; ".join(str(error).splitlines()) or type(error).__name__
 
 
 def forget(dataset: Dataset) -> None:

@@ -12,6 +12,7 @@ from transformers import EvalPrediction
 
 BINS = 15  # of confidence, for the calibration error (Guo et al. 2017)
 TOP = 5  # classes among which the true one may stand, for the top-5 accuracy
+GIVEN_UP = 0.05  # share of the right answers that "unsure" may cost
 
 
 class Classification(evaluate.Metric):
@@ -95,15 +96,51 @@ def log_loss(logits: np.ndarray, references: np.ndarray) -> float:
 
 def reliability(logits: np.ndarray, references: np.ndarray) -> list[dict]:
     """Return, for each of `BINS` equal ranges of confidence that occurs, its mean `confidence`, `accuracy` and `n`."""
-    with np.errstate(invalid="ignore"):
-        confidence = np.exp(log_softmax(logits.astype(np.float64), axis=-1)).max(axis=-1)
-    right = logits.argmax(axis=-1) == references
-    number = np.minimum(np.nan_to_num(confidence) * BINS, BINS - 1).astype(int)
+    confidence, right = _answers(logits, references)
+    number = np.minimum(confidence * BINS, BINS - 1).astype(int)
     return [
         {"confidence": float(confidence[rows].mean()), "accuracy": float(right[rows].mean()), "n": int(rows.sum())}
         for rows in (number == index for index in range(BINS))
         if rows.any()
     ]
+
+
+def choose_threshold(logits: np.ndarray, references: np.ndarray) -> float:
+    """Return the confidence below which a model had better say "unsure", from logits [N, C] that chose the model.
+
+    The highest one at which no more than `GIVEN_UP` of the right answers are lost, as detectors of unfamiliar inputs
+    are compared (at 95% true positives, Hendrycks and Gimpel 2017): what is unfamiliar is not there to choose it by.
+    """
+    confidence, right = _answers(logits, references)
+    return float(np.quantile(confidence[right], GIVEN_UP, method="lower")) if right.any() else 0.0
+
+
+def selective(logits: np.ndarray, references: np.ndarray, threshold: float) -> dict:
+    """Return what a model that may be unsure does on logits [N, C].
+
+    `threshold` itself; `answered`, the share of pictures at or above it; `accuracy` of those, None if there are none;
+    `errors_withheld`, the share of the wrong answers that are not given; and `curve`, coverage and accuracy at a
+    hundred thresholds at most (El-Yaniv and Wiener 2010).
+    """
+    confidence, right = _answers(logits, references)
+    answered = confidence >= threshold
+    order = np.argsort(-confidence, kind="stable")
+    accuracy = right[order].cumsum() / np.arange(1, len(right) + 1)
+    shown = np.unique(np.linspace(1, len(right), 100).round().astype(int)) - 1
+    return {
+        "threshold": threshold,
+        "answered": float(answered.mean()),
+        "accuracy": float(right[answered].mean()) if answered.any() else None,
+        "errors_withheld": float((~answered[~right]).mean()) if (~right).any() else None,
+        "curve": [{"coverage": (k + 1) / len(right), "accuracy": float(accuracy[k])} for k in shown],
+    }
+
+
+def _answers(logits: np.ndarray, references: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return how sure each answer is [N], and whether it is right [N]; a diverged model is not sure at all."""
+    with np.errstate(invalid="ignore"):
+        confidence = np.exp(log_softmax(logits.astype(np.float64), axis=-1)).max(axis=-1)
+    return np.nan_to_num(confidence), logits.argmax(axis=-1) == references
 
 
 def fit_temperature(logits: np.ndarray, references: np.ndarray) -> float:

@@ -108,9 +108,6 @@ def build_model(
         ValueError: the model is unknown or unreachable, is no image classifier, or does not take `image_size`.
     """
     labels = {"id2label": id2label, "label2id": {name: index for index, name in id2label.items()}}
-    # Known to this process only: a saved simple_cnn then loads here without `trust_remote_code`.
-    AutoConfig.register(SimpleCNNConfig.model_type, SimpleCNNConfig, exist_ok=True)
-    AutoModelForImageClassification.register(SimpleCNNConfig, SimpleCNNForImageClassification, exist_ok=True)
     if model_name == "simple_cnn":
         model, image_processor = _build_simple_cnn(labels)
     elif model_name == "efficientnet_lite0":
@@ -129,6 +126,28 @@ def build_model(
     _rest(model, [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)])
     # Convolutions run up to twice as fast in this layout on CPUs and on GPUs with tensor cores.
     return model.to(memory_format=torch.channels_last), image_processor
+
+
+def load_trained(model_name: str) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """Load a finished classifier as it is, for evaluation, and the image processor that feeds it.
+
+    Args:
+        model_name: a folder with a saved model, or a name on the Hub.
+
+    Raises:
+        ValueError: it cannot be loaded, or lacks some of its weights.
+    """
+    if not Path(model_name).is_dir() and "/" not in model_name:
+        raise ValueError(
+            f"there is no folder {model_name!r}: give one that train.py wrote, or a Hub name with its owner"
+        )
+    model, image_processor, fresh, _ = _from_pretrained(model_name)
+    if fresh:
+        raise ValueError(
+            f"{model_name} lacks {len(fresh)} of its weights (such as {min(fresh)}): it is no finished classifier. "
+            "Give a folder that train.py wrote, or a model for image classification"
+        )
+    return model.eval().to(memory_format=torch.channels_last), image_processor
 
 
 def head_parameters(model: PreTrainedModel) -> list[str]:
@@ -258,13 +277,41 @@ def _load_checkpoint(model_name: str, labels: dict) -> tuple[PreTrainedModel, Ba
             f"unknown model {model_name!r}: {hint}Give {', '.join(BUILT_IN)}, a folder with a saved model, "
             "or a Hub name with its owner, such as timm/resnet18.tv_in1k"
         )
+    model, image_processor, fresh, own = _from_pretrained(
+        model_name, **labels, num_labels=len(labels["id2label"]), problem_type="single_label_classification"
+    )
+    head = set(head_parameters(model))
+    if fresh - head:
+        raise ValueError(
+            f"{model_name} lacks {len(fresh - head)} of the weights its architecture needs (such as "
+            f"{min(fresh - head)}): it is no usable pretrained model. Take a checkpoint made for image classification"
+        )
+    if not fresh and own != labels["id2label"]:
+        # As many classes as before, but others: the old head would be a wrong start.
+        for name, module in model.named_modules():
+            if any(f"{name}.{parameter}" in head for parameter, _ in module.named_parameters(recurse=False)):
+                module.reset_parameters()
+    return model, image_processor
+
+
+def _from_pretrained(
+    model_name: str, **changes
+) -> tuple[PreTrainedModel, BaseImageProcessor, set[str], dict[int, str]]:
+    """Load a checkpoint, with changes of its config.
+
+    Returns model, image processor, the names of the weights that it lacks, and its own classes before the changes.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its table of newly initialised head weights is what was asked for
     try:
-        own = AutoConfig.from_pretrained(model_name)
-        config = AutoConfig.from_pretrained(
-            model_name, **labels, num_labels=len(labels["id2label"]), problem_type="single_label_classification"
-        )
+        # Known to this process only: a saved simple_cnn then loads here without `trust_remote_code`.
+        AutoConfig.register(SimpleCNNConfig.model_type, SimpleCNNConfig, exist_ok=True)
+        AutoModelForImageClassification.register(SimpleCNNConfig, SimpleCNNForImageClassification, exist_ok=True)
+        own = dict(AutoConfig.from_pretrained(model_name).id2label)
+        config = AutoConfig.from_pretrained(model_name, **changes)
         image_processor = AutoImageProcessor.from_pretrained(model_name)
         model, loading = AutoModelForImageClassification.from_pretrained(
             model_name, config=config, ignore_mismatched_sizes=True, output_loading_info=True, dtype=torch.float32
@@ -273,19 +320,8 @@ def _load_checkpoint(model_name: str, labels: dict) -> tuple[PreTrainedModel, Ba
         raise ValueError(_why_not_loaded(model_name, error)) from error
     finally:
         logging.set_verbosity(verbosity)
-    head = set(head_parameters(model))
     fresh = set(loading["missing_keys"]) | {entry[0] for entry in loading["mismatched_keys"]}
-    if fresh - head:
-        raise ValueError(
-            f"{model_name} lacks {len(fresh - head)} of the weights its architecture needs (such as "
-            f"{min(fresh - head)}): it is no usable pretrained model. Take a checkpoint made for image classification"
-        )
-    if not fresh and dict(own.id2label) != labels["id2label"]:
-        # As many classes as before, but others: the old head would be a wrong start.
-        for name, module in model.named_modules():
-            if any(f"{name}.{parameter}" in head for parameter, _ in module.named_parameters(recurse=False)):
-                module.reset_parameters()
-    return model, image_processor
+    return model, image_processor, fresh, own
 
 
 def _why_not_loaded(model_name: str, error: Exception) -> str:
@@ -295,7 +331,7 @@ def _why_not_loaded(model_name: str, error: Exception) -> str:
     if "connect" in str(error):
         return (
             f"cannot reach the Hub for the model {model_name}, and there is no such folder or cached model. Connect "
-            "this machine, give a folder with a saved model, or use --model_name efficientnet_lite0 without a network"
+            "this machine, or give a folder with a saved model; to train, efficientnet_lite0 needs no network"
         )
     return (
         f"cannot load {model_name} from the Hub as an image classifier: {first_line} "

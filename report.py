@@ -18,12 +18,20 @@ from scipy.special import log_softmax
 
 import audit
 import learning_curve
-from figures import plot_confusion_matrix, plot_curves, plot_learning_curve, plot_reliability
+from figures import plot_confusion_matrix, plot_coverage, plot_curves, plot_learning_curve, plot_reliability
 from images import decode_rgb, read
+from predict import as_cell
 from terminal import percent_with_interval
 
 PICTURE = 160  # pixels: longer side of the pictures in a page
 SHOWN = 12  # errors, and hits
+FIGURES = {  # that a model card shows
+    "confusion_matrix.png": "Confusion matrix",
+    "reliability.png": "Accuracy by confidence",
+    "coverage.png": "Accuracy by the share of pictures that are answered",
+    "learning_curve.png": "Accuracy by number of training pictures",
+    "curves.png": "Loss and accuracy by epoch",
+}
 
 
 def write_report(
@@ -42,6 +50,7 @@ def write_report(
     plot_confusion_matrix(metrics["test"], labels, output_dir / "confusion_matrix.png")
     plot_confusion_matrix(metrics["test"], labels, output_dir / "confusion_matrix_rows.png", shares=True)
     plot_reliability(metrics["calibration"]["reliability"], output_dir / "reliability.png")
+    plot_coverage(metrics["unsure"], output_dir / "coverage.png")
     if any("eval_loss" in entry for entry in metrics["history"]):
         plot_curves(metrics["history"], output_dir / "curves.png")
     if metrics["learning_curve"]:
@@ -129,24 +138,20 @@ def write_predictions(
         for name, digest, row, label in zip(
             test["name"][:], test["digest"][:], probabilities, references, strict=True
         ):
-            words = [_cell(word) for word in (name, digest, labels[label], labels[row.argmax()])]
+            words = [as_cell(word) for word in (name, digest, labels[label], labels[row.argmax()])]
             table.writerow([*words, f"{row.max():.6f}", f"{row[label]:.6f}"])
 
 
-def _cell(text: str) -> str:
-    """Return text that a spreadsheet does not take for a formula."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
-
-
-def write_model_card(path: Path, metrics: dict, custom_code: bool) -> None:
+def write_model_card(path: Path, metrics: dict, custom_code: bool, repo_id: str | None = None) -> None:
     """Write the model card `README.md`: what the model is, what it scored, on which data, by which recipe.
 
     Args:
         metrics: what `metrics.json` holds.
         custom_code: the model needs the `models.py` beside it.
+        repo_id: where it goes on the Hub; the card of a folder is called as the folder.
     """
     test, data = metrics["test"], metrics["data"]
-    name = path.parent.resolve().name
+    name = repo_id.split("/")[-1] if repo_id else path.parent.resolve().name
     results = [
         EvalResult("image-classification", data["name"], data["name"], kind, value, dataset_split="test")
         for kind, value in (("accuracy", test["accuracy"]), ("f1", test["macro_f1"]))
@@ -167,21 +172,20 @@ def write_model_card(path: Path, metrics: dict, custom_code: bool) -> None:
     majority, probe = metrics["baselines"]["majority"], metrics["baselines"].get("linear_probe")
     beside = f"A logistic regression on the frozen features scores {probe['test']['accuracy']:.1%}.\n" if probe else ""
     always = f"Always answering {_escape(majority['label'])}, the commonest class, scores {majority['accuracy']:.1%}."
-    figures = "\n".join(
-        f"![{alt}]({file})\n"
-        for file, alt in (
-            ("confusion_matrix.png", "Confusion matrix"),
-            ("reliability.png", "Accuracy by confidence"),
-            ("learning_curve.png", "Accuracy by number of training pictures"),
-            ("curves.png", "Loss and accuracy by epoch"),
-        )
-        if (path.parent / file).exists()
-    )
+    figures = "\n".join(f"![{alt}]({file})\n" for file, alt in FIGURES.items() if (path.parent / file).exists())
     curve = f"{learning_curve.in_words(metrics['learning_curve'])}.\n\n" if metrics["learning_curve"] else ""
+    trust = ", trust_remote_code=True" if custom_code else ""
     calibration = f"Expected calibration error on test {test['ece']:.1%}"
     if metrics["calibration"]["temperature"] != 1:
         calibration += f", before calibration {metrics['calibration']['before']['test']['ece']:.1%}"
     calibration += ".\n"
+    unsure = metrics["unsure"]
+    if unsure["answered"] < 1 and unsure["accuracy"] is not None:
+        calibration += (
+            f"Below a confidence of {unsure['threshold']:.0%} (`unsure_below` in `config.json`) it had better say "
+            f"that it is unsure: it then answers {unsure['answered']:.1%} of the test pictures, "
+            f"{unsure['accuracy']:.1%} of them right.\n"
+        )
     path.write_text(
         f"""---
 {metadata.to_yaml()}
@@ -194,7 +198,7 @@ An image classifier of {len(data["labels"])} classes, fine-tuned on {_escape(dat
 ```python
 from transformers import pipeline
 
-classify = pipeline("image-classification", "THIS_FOLDER_OR_REPOSITORY"{", trust_remote_code=True" * custom_code})
+classify = pipeline("image-classification", {json.dumps(repo_id or "THIS_FOLDER")}{trust})
 classify("picture.jpg")
 ```
 

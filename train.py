@@ -1,19 +1,16 @@
-"""Fine-tune an image classifier: arguments -> data -> model -> probe -> Trainer -> evaluate -> report."""
+"""Fine-tune an image classifier: arguments -> data -> model -> probe -> Trainer -> evaluate -> report -> push."""
 
+import shlex
 import sys
 import time
 
-from arguments import DataArguments, ModelArguments, parse_arguments, settings_digest, user_errors
+from arguments import DataArguments, ModelArguments, parse_arguments, user_errors
 
 START = time.perf_counter()
 if __name__ == "__main__":
     with user_errors():
         parse_arguments(sys.argv[1:])  # --help and mistakes are answered before the imports below, which take seconds
 
-import importlib.metadata
-import os
-import platform
-import shlex
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,29 +21,52 @@ from datasets import Dataset, DatasetDict
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainingArguments, set_seed
 
 import audit
-from data import collate, describe, load_splits, prepare, with_views
+import hub
+from data import collate, describe, evaluation_rows, load_labelled, load_splits, prepare, with_views
 from learning_curve import in_words, learning_curve
 from machine import fit_machine, quiet_libraries
-from metrics import build_compute_metrics, fit_temperature, logits_of, reliability, score, wilson_interval
-from models import build_model, divide_logits, freeze, linear_head, parameter_groups
-from openmoji import ATTRIBUTION
+from metrics import (
+    build_compute_metrics,
+    choose_threshold,
+    fit_temperature,
+    logits_of,
+    reliability,
+    score,
+    selective,
+)
+from models import build_model, divide_logits, freeze, linear_head, load_trained, parameter_groups
 from probe import LinearProbe, build_probe, load_features
 from recipe import FROM_SCRATCH, RECIPES, Recipe, blend, choose_recipe
-from report import write_metrics, write_model_card, write_predictions, write_report
-from terminal import EpochTable, ProgressBar, Stopwatch, percent_with_interval, say
+from report import write_model_card
+from results import Test, write_results
+from summary import attribution, majority_baseline, say_audit, say_data, summarise
+from terminal import EpochTable, ProgressBar, Stopwatch, say
 from views import EvaluationView
 
 KEPT = {0.0: "the probe", 0.5: "the mean of both", 1.0: "the trained weights"}  # by recipe.Recipe.kept
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run one experiment; see `python train.py --help`."""
+    """Run one experiment, or score a finished model; see `python train.py --help`."""
     argv = sys.argv[1:] if argv is None else argv
     clock = Stopwatch(START)
     quiet_libraries()
     with user_errors():
         data_args, model_args, training_args = parse_arguments(argv)
         fit_machine(training_args)
+    (evaluate_only if model_args.eval_only else fine_tune)(argv, data_args, model_args, training_args, clock)
+
+
+def fine_tune(
+    argv: list[str],
+    data_args: DataArguments,
+    model_args: ModelArguments,
+    training_args: TrainingArguments,
+    clock: Stopwatch,
+) -> None:
+    """Train a model, score it, write and publish it."""
+    with user_errors():
+        repo_id = open_repository(training_args)
         with training_args.main_process_first(desc="looking through the pictures"):
             pictures, bad = load_splits(**data_args.for_loading())
         labels = pictures["train"].features["label"].names
@@ -70,7 +90,8 @@ def main(argv: list[str] | None = None) -> None:
         say(training_args, line, summary[line])
 
     found = audit.audit(pictures, bad)
-    baselines = {"majority": majority_baseline(data["splits"])}
+    counts = data["splits"]
+    baselines = {"majority": majority_baseline(counts["train"], counts["test"])}
     start = curve = None
     if name and linear_head(model):
         start, probe, features = start_from_probe(trainer, splits, view, labels)
@@ -103,6 +124,7 @@ def main(argv: list[str] | None = None) -> None:
         metrics = {
             "validation": kept.validation,
             "test": score(logits, references, labels),
+            "unsure": selective(logits, references, kept.threshold),
             "calibration": {
                 "temperature": kept.temperature,
                 "before": {s: {key: scored[key] for key in ("log_loss", "ece")} for s, scored in before.items()},
@@ -110,17 +132,91 @@ def main(argv: list[str] | None = None) -> None:
             },
             "baselines": baselines,
             "learning_curve": curve,
-            "audit": {kind: None if found[kind] is None else len(found[kind]) for kind in audit.KINDS},
             "seconds": clock.seconds,
             "data": {"name": data_args.name, "attribution": attribution(data_args), **data},
             "recipe": {**summary, "kept": kept.words},
             "history": trainer.state.log_history,
-            "versions": versions(),
             "seeds": {"seed": training_args.seed, "split_seed": data_args.split_seed, "fold": data_args.fold},
-            "command": command(argv),
-            "settings": settings_digest(argv),
         }
-        save(trainer, image_processor, metrics, Test(pictures, logits, references), found, clock)
+        custom_code = save_model(trainer, image_processor)
+        metrics = write_results(trainer, argv, metrics, Test(pictures, logits, references), found, clock)
+        write_model_card(Path(training_args.output_dir, "README.md"), metrics, custom_code)
+        trust = ", trust_remote_code=True" if custom_code else ""
+        say(training_args, "next", f'pipeline("image-classification", "{training_args.output_dir}"{trust})')
+        if repo_id:
+            publish(training_args, repo_id)
+
+
+def evaluate_only(
+    argv: list[str],
+    data_args: DataArguments,
+    model_args: ModelArguments,
+    training_args: TrainingArguments,
+    clock: Stopwatch,
+) -> None:
+    """Score a finished model on labelled pictures, and report it as a run does."""
+    with user_errors():
+        model, image_processor = load_trained(model_args.model_name)
+        labels = [model.config.id2label[index] for index in range(model.config.num_labels)]
+        with training_args.main_process_first(desc="looking through the pictures"):
+            pictures, bad = load_labelled(labels, **data_args.for_pictures())
+        view = EvaluationView(image_processor)
+        clock.stop("load")
+        with training_args.main_process_first(desc="preparing the pictures"):
+            splits = prepare(pictures, view)
+        data = describe(splits)
+        clock.stop("prepare")
+        Path(training_args.output_dir).mkdir(parents=True, exist_ok=True)
+        test = evaluation_rows(splits["test"], view, ["label"])
+        training_args.eval_strategy = "no"
+        trainer = Trainer(model, training_args, collate)
+    say(training_args, "data", f"{data_args.name}: {len(pictures['test']):,} pictures")
+    summary = summarise(data_args, model_args, trainer, None, view)
+    for line in ("model", "device"):
+        say(training_args, line, summary[line])
+    found = audit.audit(pictures, bad)
+    say_audit(training_args, found)
+    logits, references = predict(trainer, test)
+    clock.stop("evaluate")
+    if trainer.is_world_process_zero():
+        counts = data["splits"]
+        metrics = {
+            "test": score(logits, references, labels),
+            "unsure": selective(logits, references, getattr(model.config, "unsure_below", 0.0)),
+            "calibration": {"reliability": reliability(logits, references)},
+            "baselines": {"majority": majority_baseline(counts["test"], counts["test"])},
+            "learning_curve": None,
+            "seconds": clock.seconds,
+            "data": {"name": data_args.name, "attribution": attribution(data_args), **data},
+            "recipe": summary,
+            "history": [],
+        }
+        write_results(trainer, argv, metrics, Test(pictures, logits, references), found, clock)
+
+
+def open_repository(training_args: TrainingArguments) -> str | None:
+    """Return the name of the Hub repository to push to, which is there and may be written to; None for no push.
+
+    Raises:
+        ValueError: it cannot be pushed to.
+    """
+    if not training_args.push_to_hub:
+        return None
+    training_args.push_to_hub = False  # of the Trainer's own, which uploads the whole folder while it trains
+    if training_args.process_index != 0:
+        return None
+    name = Path(training_args.output_dir).name
+    return hub.check_access(training_args.hub_model_id, name, training_args.hub_private_repo)
+
+
+def publish(training_args: TrainingArguments, repo_id: str) -> None:
+    """Push the finished run; where that fails, say how to repeat only that, and exit with 1."""
+    output_dir, private = training_args.output_dir, training_args.hub_private_repo
+    try:
+        say(training_args, "pushed", hub.push(Path(output_dir), repo_id, private))
+    except ValueError as error:
+        again = shlex.join(["python", "hub.py", output_dir, repo_id, *(["--private"] if private else [])])
+        sys.exit(f"error: not pushed: {error}\nThe run is complete, in {output_dir}. To push it again:\n  {again}")
 
 
 def settle_recipe(
@@ -228,10 +324,11 @@ def load_weights(model: PreTrainedModel, checkpoint: str) -> None:
 
 
 class Kept(NamedTuple):
-    """The weights that a run ends with: what they are in words, their temperature, and their score on validation."""
+    """The weights that a run ends with: what they are in words, and how they do on validation."""
 
     words: str
     temperature: float
+    threshold: float
     validation: dict
     uncalibrated: dict
 
@@ -242,7 +339,8 @@ def keep_best(
     """Leave the model with the weights, from the probe's to the trained ones, that are best on validation.
 
     Each is calibrated first, so that what is compared is what it tells and not how sure of it it is; the temperature
-    is then folded into the head, and whoever loads the model gets calibrated probabilities.
+    is then folded into the head, and whoever loads the model gets calibrated probabilities. The confidence below which
+    it is unsure goes into its config.
 
     Args:
         trainer: holds the trained model, and the validation split.
@@ -259,10 +357,12 @@ def keep_best(
         # Of another head than a linear one the probabilities stay as they are.
         temperature = fit_temperature(logits, references) if linear_head(model) else 1.0
         scores = (score(logits / divisor, references, labels) for divisor in (temperature, 1.0))
-        found[share] = Kept(KEPT[share], temperature, *scores)
+        threshold = round(choose_threshold(logits / temperature, references), 4)
+        found[share] = Kept(KEPT[share], temperature, threshold, *scores)
     best = min(found, key=lambda share: found[share].validation["log_loss"])
     model.load_state_dict(blend(start or end, end, best))
     divide_logits(model, found[best].temperature)
+    model.config.unsure_below = found[best].threshold
     if len(found) > 1:
         losses = ", ".join(f"{kept.words} {kept.validation['log_loss']:.3f}" for kept in found.values())
         say(trainer.args, "kept", f"{found[best].words}; validation loss: {losses}")
@@ -275,119 +375,13 @@ def predict(trainer: Trainer, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]
     return logits_of(prediction), prediction.label_ids
 
 
-def summarise(
-    data_args: DataArguments, model_args: ModelArguments, trainer: Trainer, name: str, view: EvaluationView
-) -> dict[str, str]:
-    """Return what is trained, where and how, each in a line."""
-    args, model = trainer.args, trainer.model
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type
-    precision = {"no": "float32"}.get(trainer.accelerator.mixed_precision, trainer.accelerator.mixed_precision)
-    threads = f", {torch.get_num_threads()} threads" if args.device.type == "cpu" else ""
-    workers = f", {args.dataloader_num_workers} data workers" if args.dataloader_num_workers else ""
-    processes = f", {args.world_size} processes" if args.world_size > 1 else ""
-    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    share = "all trained" if trained == parameters else f"{trained:,} trained"
-    height, width = view.size
-    steps = f"{args.num_train_epochs:g} epochs, batch {batch}, {data_args.augmentation}, {args.optim.value}"
-    return {
-        "model": f"{Path(model_args.model_name).name} at {height} x {width} px, {parameters:,} parameters, {share}",
-        "device": f"{device}{threads}{processes}{workers}, {precision}",
-        "recipe": f"{name}: {steps} {args.learning_rate:g}, {args.lr_scheduler_type.value}"
-        if name != "probe"
-        else "probe: the logistic regression is the head",
-    }
-
-
-def attribution(data_args: DataArguments) -> str:
-    """Return whom the pictures are by, where that must be said."""
-    return ATTRIBUTION if data_args.dataset_name == "openmoji" else ""
-
-
-def majority_baseline(counts: dict) -> dict:
-    """Return what always answering the commonest training class scores on test."""
-    label = max(counts["train"]["per_class"], key=counts["train"]["per_class"].get)
-    hits, n = counts["test"]["per_class"][label], counts["test"]["n"]
-    return {"label": label, "accuracy": hits / n, "accuracy_ci95": wilson_interval(hits, n), "n": n}
-
-
-class Test(NamedTuple):
-    """What the test was: all pictures, and the logits [N, C] and true classes [N] of the split "test"."""
-
-    pictures: DatasetDict
-    logits: np.ndarray
-    references: np.ndarray
-
-
-def save(
-    trainer: Trainer,
-    image_processor: transformers.BaseImageProcessor,
-    metrics: dict,
-    test: Test,
-    found: dict,
-    clock: Stopwatch,
-) -> None:
-    """Write the model and everything about it into the output directory, and say so."""
+def save_model(trainer: Trainer, image_processor: transformers.BaseImageProcessor) -> bool:
+    """Write the model and its image processor into the output directory; return whether it brings code of its own."""
     output_dir = Path(trainer.args.output_dir)
     trainer.model.save_pretrained(output_dir)
     # Not save_pretrained, which does nothing for a timm model and would leave the folder without this file.
     image_processor.to_json_file(output_dir / "preprocessor_config.json")
-    custom_code = (output_dir / "models.py").exists()
-    write_metrics(output_dir / "metrics.json", metrics)  # first of all that is about it: the rest can be made again
-    write_predictions(output_dir / "predictions.csv", metrics["data"]["labels"], *test)
-    audit.write_audit(output_dir / "audit.json", found)
-    write_report(output_dir, metrics, found, *test)
-    write_model_card(output_dir / "README.md", metrics, custom_code)
-    clock.stop("save")
-    metrics["seconds"]["total"] = round(sum(metrics["seconds"].values()), 3)
-    write_metrics(output_dir / "metrics.json", metrics)
-
-    trust = ", trust_remote_code=True" if custom_code else ""
-    majority, probe = metrics["baselines"]["majority"], metrics["baselines"].get("linear_probe")
-    beside = f"; its probe {probe['test']['accuracy']:.1%}" if probe else ""
-    say(trainer.args, "test", f"accuracy {percent_with_interval(metrics['test'])}")
-    always = f"always {majority['label']!r} {majority['accuracy']:.1%}"
-    say(trainer.args, "", f"macro F1 {metrics['test']['macro_f1']:.3f}{beside}; {always}")
-    before = metrics["calibration"]["before"]["test"]["ece"]
-    say(trainer.args, "", f"calibration error {metrics['test']['ece']:.1%}, uncalibrated {before:.1%}")
-    total = metrics["seconds"].pop("total")
-    parts = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in metrics["seconds"].items())
-    say(trainer.args, "time", f"{parts}: {total:.0f} s")
-    say(trainer.args, "saved", f"{output_dir}, with report.html to look at")
-    say(trainer.args, "next", f'pipeline("image-classification", "{output_dir}"{trust})')
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that a result depends on."""
-    packages = ("torch", "torchvision", "transformers", "timm", "datasets", "evaluate", "accelerate")
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
-
-
-def command(argv: list[str]) -> str:
-    """Return the command line of this run; of paths that tell of a machine or a person the last part."""
-    launcher = ["accelerate", "launch"] if "ACCELERATE_MIXED_PRECISION" in os.environ else ["python"]
-    words = (word.partition("=") if word.startswith("--") else ("", "", word) for word in argv)
-    shown = [
-        f"{key}{sign}{Path(value).name if value.startswith(('/', '~', '..')) else value}" for key, sign, value in words
-    ]
-    return shlex.join([*launcher, "train.py", *shown])
-
-
-def say_data(training_args: TrainingArguments, name: str, data: dict) -> None:
-    """Print what is learned from."""
-    counts = ", ".join(f"{split} {count['n']:,}" for split, count in data["splits"].items())
-    say(training_args, "data", f"{name}: {len(data['labels'])} classes, {counts} pictures")
-
-
-def say_audit(training_args: TrainingArguments, found: dict) -> None:
-    """Print what the audit found, and by name what costs pictures or spoils the score."""
-    say(training_args, "audit", audit.in_words(found))
-    for kind, word in (("unreadable", "left out"), ("between_splits", "careful")):
-        for entry in found[kind][:3]:
-            say(training_args, word, audit.as_line(entry))
-        if len(found[kind]) > 3:
-            say(training_args, "", f"and {len(found[kind]) - 3} more: see report.html")
+    return (output_dir / "models.py").exists()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from PIL import Image
 import audit
 from data import load_splits
 from figures import plot_confusion_matrix, plot_curves, plot_learning_curve, plot_reliability
-from metrics import reliability, score
+from metrics import reliability, score, selective
 from report import write_audit_page, write_model_card, write_predictions, write_report
 from terminal import percent_with_interval
 
@@ -40,6 +40,7 @@ def metrics():
             "before": {"test": {"ece": 0.2, "log_loss": 0.7}},
             "reliability": reliability(LOGITS, REFERENCES),
         },
+        "unsure": selective(LOGITS, REFERENCES, 0.7),
         "baselines": {
             "majority": {"label": HOSTILE[0], "accuracy": 1 / 3, "accuracy_ci95": [0.1, 0.7]},
             "linear_probe": {"test": scored},

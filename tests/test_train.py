@@ -21,13 +21,14 @@ from transformers import AutoModelForImageClassification, Trainer, pipeline
 import train
 from data import collate, evaluation_rows, load_splits, prepare
 from models import build_model
+from summary import command
 from views import EvaluationView
 
 ACCELERATE = ("accelerate", "launch", "--config_file", str(PROJECT / "accelerate_config.yaml"))
 FILES = {
-    "README.md", "audit.json", "config.json", "confusion_matrix.png", "confusion_matrix_rows.png", "curves.png",
-    "metrics.json", "model.safetensors", "models.py", "predictions.csv", "preprocessor_config.json", "reliability.png",
-    "report.html",
+    "README.md", "audit.json", "config.json", "confusion_matrix.png", "confusion_matrix_rows.png", "coverage.png",
+    "curves.png", "metrics.json", "model.safetensors", "models.py", "predictions.csv", "preprocessor_config.json",
+    "reliability.png", "report.html",
 }  # fmt: skip
 
 
@@ -79,7 +80,7 @@ def test_nothing_tells_where_it_ran(run, monkeypatch):
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     line = ["--data_dir", "/home/me/my pictures", "--output_dir=/mnt/x/run", "--model_name", "timm/resnet18.tv_in1k"]
     expected = "python train.py --data_dir 'my pictures' --output_dir=run --model_name timm/resnet18.tv_in1k"
-    assert train.command(line) == expected
+    assert command(line) == expected
 
 
 def test_saved_model_is_calibrated(run):

@@ -1,0 +1,187 @@
+"""Fetching a picture from a loopback server that misbehaves in every way, and from addresses that are refused."""
+
+import io
+import socket
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
+
+import pytest
+from conftest import draw
+
+import fetch
+from images import decode_rgb
+
+
+def picture() -> bytes:
+    file = io.BytesIO()
+    draw("red", 1).save(file, "PNG")
+    return file.getvalue()
+
+
+class Misbehaving(BaseHTTPRequestHandler):
+    """Answers each path in its own wrong way."""
+
+    busy = 0
+    agents: ClassVar[list[str]] = []
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        Misbehaving.agents.append(self.headers["User-Agent"])
+        getattr(self, self.path.split("?")[0].strip("/").replace("-", "_").replace(".", "_"), self.missing)()
+
+    def say(self, status, data=b"", **headers):
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def missing(self):
+        self.say(404)
+
+    def good_png(self):
+        self.say(200, picture(), Content_Type="image/png")
+
+    def html_png(self):
+        self.say(200, b"<html>log in</html>", Content_Type="text/html")
+
+    def html_as_png(self):
+        self.say(200, b"<html>log in</html>", Content_Type="image/png")
+
+    def cut_png(self):
+        self.say(200, picture()[:100], Content_Length="5000")
+
+    def loop(self):
+        self.say(302, Location="/loop")
+
+    def inside(self):
+        self.say(302, Location="http://169.254.169.254/latest/meta-data/")
+
+    def to_file(self):
+        self.say(302, Location="file:///etc/passwd")
+
+    def round_about(self):
+        self.say(301, Location="good.png")
+
+    def busy_png(self):
+        Misbehaving.busy += 1
+        if Misbehaving.busy < 3:
+            self.say(429, Retry_After="0.1")
+        else:
+            self.good_png()
+
+    def always_busy(self):
+        self.say(429, Retry_After="3600")
+
+    def endless(self):
+        self.say(200, Content_Type="image/png")
+        for _ in range(1000):
+            self.wfile.write(bytes(2**20))
+
+    def drip(self):
+        self.say(200, Content_Type="image/png")
+        for _ in range(100):
+            self.wfile.write(b"x")
+            self.wfile.flush()
+            time.sleep(0.1)
+
+    def drip_headers(self):
+        for letter in b"HTTP/1.1 200 OK\r\n" + b"X-Header: a\r\n" * 50:
+            self.wfile.write(bytes([letter]))
+            self.wfile.flush()
+            time.sleep(0.1)
+
+    def garbage(self):
+        self.wfile.write(b"\x00\x01 this is no HTTP\r\n\r\n")
+
+
+@pytest.fixture(scope="module")
+def server():
+    class Quiet(ThreadingHTTPServer):
+        daemon_threads = True
+
+        def handle_error(self, request, client_address):
+            pass  # of clients that leave
+
+    running = Quiet(("127.0.0.1", 0), Misbehaving)
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{running.server_port}"
+    running.shutdown()
+
+
+@pytest.mark.parametrize("path", ["good.png", "round-about", "busy.png", "good.png?a=ü b"])
+def test_good_picture(server, path):
+    assert decode_rgb(fetch.fetch(f"{server}/{path}", allow_private=True)).image.size == (48, 40)
+    assert Misbehaving.agents[-1].startswith("Luthier/")
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("nothing", "answers 404 Not Found"),
+        ("html.png", "text/html, not a picture"),
+        ("cut.png", "cut before the picture was complete"),
+        ("loop", "after 6 requests"),
+        ("to-file", "only http and https"),
+        ("always-busy", "answers 429"),
+        ("endless", "larger than 32 MB"),
+        ("garbage", "does not speak HTTP"),
+    ],
+)
+def test_bad_answer_is_one_message(server, path, message):
+    with pytest.raises(OSError, match=message):
+        fetch.fetch(f"{server}/{path}", allow_private=True)
+
+
+@pytest.mark.parametrize("path", ["drip", "drip-headers"])
+def test_slow_answer_ends_at_the_deadline(server, path):
+    start = time.monotonic()
+    with pytest.raises(OSError, match="took too long"):
+        fetch.fetch(f"{server}/{path}", allow_private=True, seconds=1)
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize(
+    "url", ["ftp://example.org/a.png", "file:///etc/passwd", "http://", "http://[::1", "https://a b/"]
+)
+def test_other_addresses_are_refused(url):
+    with pytest.raises(OSError, match=r"only http|no host"):
+        fetch.fetch(url)
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "127.0.0.1", "localhost", "10.0.0.1", "192.168.1.1", "169.254.169.254", "0.0.0.0", "[::1]", "[fe80::1]",
+        "2130706433", "[fc00::1]", "[::ffff:127.0.0.1]", "[64:ff9b::a9fe:a9fe]", "[2002:7f00:1::]", "100.64.0.1",
+        "224.0.0.1",
+    ],
+)  # fmt: skip
+def test_inside_of_a_network_is_refused(host):
+    with pytest.raises(OSError, match="is not public"):
+        fetch.fetch(f"http://{host}/a.png")
+
+
+def test_redirect_to_the_inside_is_refused(server, monkeypatch):
+    """The first step is allowed, as a public address would be; the second is checked like it."""
+    port = int(server.rsplit(":", 1)[1])
+    resolve = socket.getaddrinfo
+
+    def as_public(host, *rest, **options):
+        return resolve("127.0.0.1" if host == "picture.example" else host, *rest, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", as_public)
+    monkeypatch.setattr(fetch, "_is_public", lambda address: address == "127.0.0.1")
+    with pytest.raises(OSError, match=r"169.254.169.254 is not public"):
+        fetch.fetch(f"http://picture.example:{port}/inside")
+
+
+def test_one_private_address_among_public_ones_is_enough(monkeypatch):
+    entries = [(2, 1, 6, "", ("93.184.216.34", 80)), (2, 1, 6, "", ("127.0.0.1", 80))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: entries)
+    with pytest.raises(OSError, match=r"is not public \(127.0.0.1\)"):
+        fetch.fetch("http://picture.example/")

@@ -1,0 +1,237 @@
+"""predict.py: the same answer as evaluation and `pipeline`, every kind of input and output, bad inputs one by one."""
+
+import csv
+import io
+import json
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import draw, draw_folder
+from PIL import Image
+from transformers import pipeline
+
+import predict
+import train
+from classifier import Classifier
+from data import load_splits
+from images import EXTENSIONS
+
+
+def trained(model_name: str, folder: Path) -> Path:
+    """A run of one epoch on drawn pictures in `folder`; returns where it was written."""
+    if not (folder / "pictures").exists():
+        draw_folder(folder / "pictures", per_class=8)
+    line = ["--data_dir", str(folder / "pictures"), "--model_name", model_name, "--num_train_epochs", "1"]
+    train.main([*line, "--output_dir", str(folder / "out"), "--disable_tqdm", "1"])
+    return folder / "out"
+
+
+@pytest.fixture(scope="module", params=["timm", "vit", "simple_cnn"])
+def run(request, tmp_path_factory, timm_checkpoint, vit_checkpoint):
+    """A run of each kind of model."""
+    name = {"timm": str(timm_checkpoint), "vit": str(vit_checkpoint)}.get(request.param, request.param)
+    return trained(name, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A run of simple_cnn."""
+    return trained("simple_cnn", tmp_path_factory.mktemp("model"))
+
+
+def told(capsys, *line: str | Path) -> tuple[int, str, str]:
+    """Run the command; return exit code, output, errors."""
+    try:
+        predict.main([str(word) for word in line])
+        code = 0
+    except SystemExit as ended:
+        code = ended.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def as_json(output: str) -> list[dict]:
+    return [json.loads(line) for line in output.splitlines()]
+
+
+def test_answers_are_those_of_evaluation_and_of_pipeline(run, capsys):
+    pictures = run.parent / "pictures"
+    test = load_splits(data_dir=str(pictures))[0]["test"]
+    paths = [row["image"]["path"] for row in test]
+    code, out, _ = told(capsys, run, *paths, "--format", "jsonl", "--top_k", 9)
+    answers = as_json(out)
+    assert code == 0 and [answer["input"] for answer in answers] == paths
+    with (run / "predictions.csv").open(newline="") as file:
+        evaluated = {row["name"]: row for row in csv.DictReader(file)}
+    classify = pipeline("image-classification", model=str(run), trust_remote_code=True, top_k=3)
+    for path, answer in zip(paths, answers, strict=True):
+        shares = {entry["label"]: entry["score"] for entry in answer["top"]}
+        row = evaluated[str(Path(path).relative_to(pictures))]
+        assert shares[row["label"]] == pytest.approx(float(row["probability_of_label"]), abs=1e-5)
+        assert shares == pytest.approx({entry["label"]: entry["score"] for entry in classify(path)}, abs=1e-5)
+
+
+def test_same_picture_same_answer_whatever_stands_beside_it(model, capsys):
+    pictures = sorted((model.parent / "pictures").rglob("*.png"))
+    _, alone, _ = told(capsys, model, pictures[0], "--format", "jsonl")
+    _, among, _ = told(capsys, model, pictures[0], *pictures, "--format", "jsonl")
+    first, again = as_json(among)[:2]
+    assert first["top"] == again["top"]
+    assert [entry["label"] for entry in first["top"]] == [entry["label"] for entry in as_json(alone)[0]["top"]]
+    for here, there in zip(first["top"], as_json(alone)[0]["top"], strict=True):
+        assert here["score"] == pytest.approx(there["score"], abs=2e-6)
+
+
+def test_every_kind_of_input_in_order(model, capsys, monkeypatch, tmp_path):
+    folder = draw_folder(tmp_path / "in", per_class=2)
+    (folder / "red/notes.txt").write_text("no picture")
+    (folder / ".hidden.png").write_bytes(b"")
+    draw("red", 9).save(tmp_path / "single.PNG")
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{tmp_path}/single.PNG\n\n{folder}/blue\n"))
+    code, out, _ = told(capsys, model, folder, f"{folder}/gr*/*.png", "-", "--format", "jsonl")
+    names = [str(Path(answer["input"]).relative_to(tmp_path)) for answer in as_json(out)]
+    whole = [f"in/{colour}/{number:03}.png" for colour in ("blue", "green", "red") for number in (0, 1)]
+    assert code == 0 and names == [*whole, *whole[2:4], "single.PNG", *whole[:2]]
+
+
+def test_bad_inputs_are_answered_one_by_one(model, capsys, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "page.jpg").write_text("<html></html>")
+    draw("red", 1).save(tmp_path / "good.png")
+    whole = (tmp_path / "good.png").read_bytes()
+    (tmp_path / "truncated.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "nothing.png").write_bytes(b"")
+    Image.new("1", (20_000, 10_000)).save(tmp_path / "huge.png")
+    frames = [draw("red", seed) for seed in range(3)]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    (tmp_path / "locked.eps").write_text("%!PS-Adobe")
+    expected = {
+        "missing.png": "there is no such file",
+        "empty": "no pictures in this folder",
+        "page.jpg": "not a picture in an allowed format",
+        "truncated.png": "truncated",
+        "nothing.png": "the file is empty",
+        "huge.png": "exceeds limit",
+        "locked.eps": "not a picture in an allowed format",
+        "*.none": "no file matches",
+        "a\0b": "there is no such file",
+        "x" * 5000: "there is no such file",
+        "ftp://example.org/a.png": "only http and https",
+        "http://127.0.0.1:9/a.png": "is not public",
+    }
+    inputs = [name if "://" in name else str(tmp_path / name) for name in expected]
+    line = [model, tmp_path / "good.png", *inputs, tmp_path / "moving.gif"]
+    code, out, err = told(capsys, *line, "--format", "jsonl")
+    first, *bad, last = as_json(out)
+    assert code == 1 and f"{len(expected)} of the inputs" in err
+    assert first["top"] and last["top"] and "error" not in last
+    for answer, (name, message) in zip(bad, expected.items(), strict=True):
+        assert answer["answer"] is None and message in answer["error"], (name, answer)
+    code, out, _ = told(capsys, *line)
+    assert code == 1 and out.count("not answered: ") == len(expected) and "\0" not in out
+
+
+def test_table_is_for_people(model, capsys, tmp_path):
+    draw("red", 1).save(tmp_path / "a\tb.png")
+    code, out, _ = told(capsys, model, tmp_path / "a\tb.png", "--top_k", "2", "--always_answer")
+    name, *rows = out.splitlines()
+    assert code == 0 and name.endswith("a?b.png") and len(rows) == 2 and max(map(len, rows)) <= 80
+    assert all("%" in row for row in rows) and "█" in rows[0]
+
+
+def test_csv_file(model, capsys, tmp_path):
+    draw("red", 1).save(tmp_path / "a.png")
+    line = [model, tmp_path / "a.png", "=missing", "--format", "csv", "--output", tmp_path / "answers.csv"]
+    code, out, _ = told(capsys, *line)
+    assert code == 1 and out == ""
+    with (tmp_path / "answers.csv").open(newline="") as file:
+        good, bad = csv.DictReader(file)
+    assert good["label_1"] and float(good["score_1"]) >= float(good["score_2"]) and not good["error"]
+    assert bad["input"] == "'=missing" and bad["error"] == "there is no such file" and not bad["label_1"]
+
+
+def test_unsure_below_the_threshold(model, capsys, tmp_path):
+    draw("red", 1).save(tmp_path / "a.png")
+    config = json.loads((model / "config.json").read_text())
+    assert 0 < config["unsure_below"] < 1
+    assert json.loads((model / "metrics.json").read_text())["unsure"]["threshold"] == config["unsure_below"]
+    other = tmp_path / "stricter"
+    other.mkdir()
+    for path in model.glob("*.*"):
+        (other / path.name).write_bytes(path.read_bytes())
+    (other / "config.json").write_text(json.dumps(config | {"unsure_below": 1.0}))
+    _, out, _ = told(capsys, other, tmp_path / "a.png", "--format", "jsonl")
+    assert as_json(out)[0]["answer"] is None and as_json(out)[0]["top"]
+    _, out, _ = told(capsys, other, tmp_path / "a.png", "--format", "jsonl", "--always_answer")
+    assert as_json(out)[0]["answer"] == as_json(out)[0]["top"][0]["label"]
+    _, out, _ = told(capsys, other, tmp_path / "a.png")
+    assert "a.png: unsure" in out
+
+
+def test_from_addresses(model, capsys, tmp_path):
+    draw("red", 1).save(tmp_path / "a.png")
+    Image.new("1", (9000, 6000)).save(tmp_path / "large.png")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Silent, directory=str(tmp_path)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    line = [model, f"{url}/a.png", f"{url}/large.png", tmp_path / "a.png", "--format", "jsonl"]
+    code, out, _ = told(capsys, *line, "--allow_private_urls")
+    server.shutdown()
+    fetched, large, read = as_json(out)
+    assert code == 1 and fetched["top"] == read["top"] and "are more than" in large["error"]
+
+
+class Silent(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+def test_memory_does_not_grow_with_the_number_of_inputs(model):
+    """Inputs are taken when there is room: never more than two batches ahead of the answers."""
+    taken = 0
+    path = str(next((model.parent / "pictures").rglob("*.png")))
+
+    def inputs():
+        nonlocal taken
+        for _ in range(500):
+            taken += 1
+            yield path, None
+
+    classifier = Classifier(str(model))
+    for number, _ in enumerate(classifier.answers(inputs(), 1), 1):
+        assert taken <= number + 2 * classifier.batch_size
+    assert number == 500
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ([], "the following arguments are required: model, input"),
+        (["model"], "required: input"),
+        (["nomodel", "a.png"], "there is no folder 'nomodel'"),
+        (["owner/nomodel", "a.png"], "cannot reach the Hub"),
+        (["{tmp}", "a.png"], "cannot load a model from the folder"),
+        (["{model}", "a.png", "--top_k", "0"], "0 is no number above 0"),
+        (["{model}", "a.png", "--format", "xml"], "invalid choice: 'xml'"),
+        (["{model}", "a.png", "--output", "{tmp}/no/such/folder"], "No such file or directory"),
+    ],
+)
+def test_misuse_ends_with_2(model, capsys, tmp_path, line, message):
+    code, _, err = told(capsys, *[word.format(tmp=tmp_path, model=model) for word in line])
+    assert code == 2 and message in err and "Traceback" not in err
+
+
+def test_folder_walk_takes_what_training_takes(tmp_path):
+    for extension in EXTENSIONS:
+        (tmp_path / f"a{extension.upper()}").write_bytes(b"")
+    assert len(list(predict.expand([str(tmp_path)]))) == len(EXTENSIONS)
+
+
+def test_scores_are_probabilities(model):
+    classifier = Classifier(str(model))
+    answer = classifier.answer(draw("red", 1), top_k=3)
+    assert sum(share for _, share in answer.top) == pytest.approx(1) and np.isfinite(answer.top[0][1])
