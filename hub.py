@@ -120,11 +120,12 @@ def persistently(call: Callable[[], Result], repo_id: str) -> Result:
     for wait in (*WAITS, None):
         try:
             return call()
-        except Exception as error:  # also the HTTP library's own, which is another one by version
+        except Exception as raised:  # also the HTTP library's own, which is another one by version
+            error = raised.__cause__ if isinstance(raised.__cause__, HfHubHTTPError) else raised
             status = getattr(getattr(error, "response", None), "status_code", None)
             lasting = isinstance(error, (ValueError, LocalTokenNotFoundError, OfflineModeIsEnabled))
             if wait is None or lasting or (status is not None and status not in (408, 429) and status < 500):
-                raise ValueError(explain(error, status, repo_id)) from error
+                raise ValueError(explain(error, status, repo_id)) from raised
             pause = _retry_after(error) or wait
             print(f"hub      {_first_line(error)}; trying again in {pause:.0f} s", file=sys.stderr, flush=True)
             time.sleep(pause)
