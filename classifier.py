@@ -92,8 +92,12 @@ class Classifier:
             OSError, or whatever Pillow raises on damaged data.
         """
         if "://" in name:
-            return decode_rgb(fetch(name, self.allow_private_urls), most_pixels=URL_PIXELS).image
+            return self.open_url(name)
         return decode_rgb(Path(name).read_bytes()).image
+
+    def open_url(self, url: str) -> Image.Image:
+        """Return the RGB picture of an address; of nothing else, whoever gave it."""
+        return decode_rgb(fetch(url, self.allow_private_urls), most_pixels=URL_PIXELS).image
 
     def view(self, image: Image.Image) -> torch.Tensor:
         """Return the evaluation view of an RGB picture, pixel values [3, H, W]."""

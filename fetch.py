@@ -127,7 +127,7 @@ def _resolve(host: str, port: int, allow_private: bool) -> list[str]:
     except socket.gaierror:
         raise OSError(f"there is no host {host!r}, or no network") from None
     if not allow_private and (inside := [address for address in found if not _is_public(address)]):
-        raise OSError(f"{host} is not public ({inside[0]}): only --allow_private_urls fetches from inside a network")
+        raise OSError(f"{host} is not public ({inside[0]}): see --allow_private_urls of predict.py")
     return list(dict.fromkeys(found))
 
 

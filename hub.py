@@ -39,13 +39,14 @@ LONGEST_WAIT = 300
 Result = TypeVar("Result")
 
 
-def check_access(repo_id: str | None, name: str, private: bool | None) -> str:
+def check_access(repo_id: str | None, name: str, private: bool | None, repo_type: str = "model") -> str:
     """Return the whole name of the repository to push to, after creating it or seeing that it can be written to.
 
     Args:
         repo_id: `owner/name`; of a bare name, or none, the owner is who is logged in.
         name: the repository's where `repo_id` is None.
         private: whether a new repository is hidden from others; None is the owner's default.
+        repo_type: model or space.
 
     Raises:
         ValueError: there is no login, no network, no right to write, or no such name is allowed.
@@ -54,47 +55,47 @@ def check_access(repo_id: str | None, name: str, private: bool | None) -> str:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(f"--hub_model_id {repo_id!r} is no name for a repository: {error}") from error
+        raise ValueError(f"{repo_id!r} is no name for a repository: {error}") from error
     owner = persistently(api.whoami, repo_id)["name"]  # asked for whoever owns the repository: is the login good?
     repo_id = repo_id if "/" in repo_id else f"{owner}/{repo_id}"
-    persistently(lambda: api.create_repo(repo_id, private=private, exist_ok=True), repo_id)
-    persistently(lambda: api.auth_check(repo_id, write=True), repo_id)
+    sdk = "gradio" if repo_type == "space" else None
+    options = {"repo_type": repo_type, "private": private, "space_sdk": sdk, "exist_ok": True}
+    persistently(lambda: api.create_repo(repo_id, **options), repo_id)
+    persistently(lambda: api.auth_check(repo_id, repo_type=repo_type, write=True), repo_id)
     return repo_id
 
 
-def push(output_dir: Path, repo_id: str, private: bool | None = None) -> str:
+def push(output_dir: Path, repo_id: str) -> str:
     """Publish a finished run; return the address of its page.
 
     Args:
         output_dir: what train.py left.
-        repo_id: `owner/name`; created where it does not exist.
-        private: whether a new repository is hidden from others; None is the owner's default.
+        repo_id: as `check_access` returns it.
 
     Raises:
         ValueError: the folder holds no finished run, or the Hub did not take it; nothing is lost by either.
     """
-    api = HfApi()
     with tempfile.TemporaryDirectory() as staging:
-        files = stage(output_dir, repo_id, Path(staging))
-        print(f"push     to {repo_id}:", flush=True)
-        for file in files:
-            print(f"         {file.stat().st_size / 1e6:8.2f} MB  {file.name}", flush=True)
-        persistently(lambda: api.create_repo(repo_id, private=private, exist_ok=True), repo_id)
-        # One commit: what stands there is the last model, or the whole new one. Files of ours that it has no more go.
-        persistently(
-            lambda: api.upload_folder(
-                repo_id=repo_id,
-                folder_path=staging,
-                commit_message="Fine-tuned with Luthier",
-                delete_patterns=list(PUBLISHED),
-            ),
-            repo_id,
-        )
-    return f"{api.endpoint}/{repo_id}"
+        stage(output_dir, repo_id, Path(staging))
+        return upload(Path(staging), repo_id, "model", "Fine-tuned with Luthier", PUBLISHED)
 
 
-def stage(output_dir: Path, repo_id: str, staging: Path) -> list[Path]:
-    """Put what is published of a run into an empty folder, and return its files.
+def upload(staging: Path, repo_id: str, repo_type: str, message: str, ours: tuple[str, ...] = ()) -> str:
+    """List the files of a folder and send them, in one commit; return the address of the repository's page.
+
+    Of the files there that match `ours`, those that the folder has no more are taken away.
+    """
+    api = HfApi()
+    print(f"push     to {repo_id}:", flush=True)
+    for file in sorted(staging.iterdir()):
+        print(f"         {file.stat().st_size / 1e6:8.2f} MB  {file.name}", flush=True)
+    options = {"repo_id": repo_id, "repo_type": repo_type, "folder_path": staging, "commit_message": message}
+    persistently(lambda: api.upload_folder(**options, delete_patterns=list(ours)), repo_id)
+    return f"{api.endpoint}/{'' if repo_type == 'model' else f'{repo_type}s/'}{repo_id}"
+
+
+def stage(output_dir: Path, repo_id: str, staging: Path) -> None:
+    """Put what is published of a run into an empty folder.
 
     Raises:
         ValueError: the folder holds no finished run.
@@ -108,7 +109,6 @@ def stage(output_dir: Path, repo_id: str, staging: Path) -> list[Path]:
     if not any(staging.glob("*.safetensors")):
         raise ValueError(f"{output_dir} holds no model: --eval_only scores one and leaves none")
     write_model_card(staging / "README.md", metrics, (staging / "models.py").exists(), repo_id)
-    return sorted(staging.iterdir())
 
 
 def persistently(call: Callable[[], Result], repo_id: str) -> Result:
@@ -141,11 +141,11 @@ def explain(error: Exception, status: int | None, repo_id: str) -> str:
     if status == 401:
         return f"the Hub does not know this token (401): {login}"
     if status == 403:
-        return f"this login may not write to {repo_id} (403): {login}, or give a name of your own as --hub_model_id"
+        return f"this login may not write to {repo_id} (403): {login}, or give a name of your own"
     if status == 404:
         return f"the Hub has no {repo_id}, or its owner does not exist (404): check the name"
     if status == 409:
-        return f"the name {repo_id} is taken by something else on the Hub (409): give another as --hub_model_id"
+        return f"the name {repo_id} is taken by something else on the Hub (409): give another"
     if status == 429:
         return "the Hub has had too many requests from here (429) and still has: try again in an hour"
     if status is not None:
@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with user_errors():
         repo_id = check_access(args.repo_id, args.repo_id, args.private)
-        print(f"pushed   {push(args.output_dir, repo_id, args.private)}")
+        print(f"pushed   {push(args.output_dir, repo_id)}")
 
 
 if __name__ == "__main__":

@@ -213,7 +213,7 @@ def publish(training_args: TrainingArguments, repo_id: str) -> None:
     """Push the finished run; where that fails, say how to repeat only that, and exit with 1."""
     output_dir, private = training_args.output_dir, training_args.hub_private_repo
     try:
-        say(training_args, "pushed", hub.push(Path(output_dir), repo_id, private))
+        say(training_args, "pushed", hub.push(Path(output_dir), repo_id))
     except ValueError as error:
         again = shlex.join(["python", "hub.py", output_dir, repo_id, *(["--private"] if private else [])])
         sys.exit(f"error: not pushed: {error}\nThe run is complete, in {output_dir}. To push it again:\n  {again}")

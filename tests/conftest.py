@@ -7,6 +7,7 @@ import tempfile
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="luthier-tests-")  # before the libraries read it
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["OMP_NUM_THREADS"] = "1"  # the tests run in a process for each core
 
 import subprocess
 import sys

@@ -1,0 +1,138 @@
+"""The page in a real browser: a picture's class, garbage, addresses; and the Space that serves it from the Hub."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import PROJECT, draw, draw_folder
+from hub_server import Hub
+
+import app
+import train
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A run of simple_cnn on three easy colours."""
+    folder = tmp_path_factory.mktemp("model")
+    draw_folder(folder / "pictures", per_class=20)
+    line = ["--data_dir", str(folder / "pictures"), "--model_name", "simple_cnn", "--num_train_epochs", "12"]
+    line += ["--learning_rate", "5e-3", "--per_device_train_batch_size", "4", "--disable_tqdm", "1"]
+    train.main([*line, "--output_dir", str(folder / "colours")])
+    return folder / "colours"
+
+
+@contextmanager
+def serving(*command: str | Path, cwd: Path, environment: dict[str, str]) -> Iterator[str]:
+    """Run a page until it is left; gives its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    with subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        cwd=cwd, env=os.environ | environment | {"GRADIO_SERVER_PORT": port}, stdout=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        try:
+            url = f"http://127.0.0.1:{port}"
+            for _ in range(300):
+                time.sleep(0.2)
+                assert process.poll() is None
+                try:
+                    urllib.request.urlopen(url, timeout=5).close()
+                    break
+                except OSError:
+                    continue
+            yield url
+        finally:
+            process.terminate()
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs the browser chromium")
+def test_page_in_a_browser(model, tmp_path):
+    from playwright.sync_api import expect, sync_playwright
+
+    (tmp_path / "examples").mkdir()
+    for colour in ("red", "blue"):
+        draw(colour, 77).save(tmp_path / f"examples/{colour}.png")
+    (tmp_path / "garbage.png").write_bytes(b"no picture")
+    command = [PROJECT / "app.py", model, "--examples", "examples", "--always_answer"]
+    with serving(*command, cwd=tmp_path, environment={}) as url, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        page = browser.new_page()
+        asked = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(url)
+        answer, file = page.get_by_label("Answer"), page.locator("input[type=file]").first
+        for colour in ("red", "blue"):
+            file.set_input_files(tmp_path / f"examples/{colour}.png")
+            expect(answer).to_have_value(re.compile(rf"{colour} \(\d+%\)"), timeout=30_000)
+            expect(page.get_by_text(colour, exact=True).first).to_be_visible()
+            page.reload()  # for the next one there must be room
+        file.set_input_files(tmp_path / "garbage.png")
+        expect(answer).to_have_value(re.compile("Not answered: not a picture in an allowed format"), timeout=30_000)
+        for address, message in (
+            ("http://127.0.0.1/a.png", "is not public"),
+            ("/etc/passwd", "only http and https"),
+            ("file:///etc/passwd", "only http and https"),
+        ):
+            page.get_by_label("or its address").fill(address)
+            page.get_by_role("button", name="Classify the address").click()
+            expect(answer).to_have_value(re.compile(message), timeout=30_000)
+        browser.close()
+    assert {re.match(r"\w+://[^/]+", url)[0] for url in asked if "://" in url} == {url}
+
+
+def test_unsure_is_said():
+    class Doubtful:
+        def answer(self, image, top_k):
+            from classifier import Answer
+
+            return Answer("", [("a", 0.4), ("b", 0.3)], unsure=True)
+
+    said, classes = app.answerer(Doubtful(), lambda source: source)("picture")
+    assert said == "Unsure. Likeliest is a (40%)" and classes == {"a": 0.4, "b": 0.3}
+
+
+def test_space_serves_the_pushed_model(model, tmp_path):
+    with Hub() as server:
+        server.add("models", "me/colours", model)
+        environment = server.environment(tmp_path / "home") | {"PYTHONPATH": str(PROJECT)}
+        line = ["me/colours", "--push_to_space", "me/colours-demo"]
+        command = [sys.executable, str(PROJECT / "app.py"), *line]
+        ran = subprocess.run(command, cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True)
+        assert ran.returncode == 0 and f"{server.url}/spaces/me/colours-demo" in ran.stdout, ran.stderr
+        space = server.repositories["spaces/me/colours-demo"]
+        assert space.sdk == "gradio"
+        card = yaml.safe_load(space.files["README.md"].decode().split("---")[1])
+        assert card["app_file"] == "start.py" and card["models"] == ["me/colours"] and card["sdk"] == "gradio"
+        assert {line.split(">=")[0] for line in space.files["requirements.txt"].decode().split()} == set(app.PACKAGES)
+        for name, data in space.files.items():
+            (tmp_path / "space").mkdir(exist_ok=True)
+            (tmp_path / "space" / name).write_bytes(data)
+        there = server.environment(tmp_path / "elsewhere") | {"PYTHONPATH": ""}
+        with serving("start.py", cwd=tmp_path / "space", environment=there) as url:
+            assert b"colours" in urllib.request.urlopen(url, timeout=10).read()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["nowhere"], "there is no folder 'nowhere'"),
+        (["nowhere", "--examples", "none"], "--examples none is no folder with pictures"),
+        ([".", "--push_to_space", "me/x"], "a Space loads its model from the Hub"),
+    ],
+)
+def test_slips(capsys, line, message):
+    with pytest.raises(SystemExit) as ended:
+        app.main(line)
+    assert ended.value.code == 2 and message in capsys.readouterr().err
