@@ -11,6 +11,7 @@ from PIL import Image
 
 from fetch import fetch
 from images import decode_rgb, reason
+from inference import fold
 from machine import keep_memory, quiet_libraries
 from models import load_trained
 
@@ -52,8 +53,8 @@ class Classifier:
         if not gpu:
             keep_memory()
         self.batch_size = 64 if gpu else 16
-        self.model, self.image_processor = load_trained(model_name)
-        self.model.to(self.device)
+        model, self.image_processor = load_trained(model_name)
+        self.model = fold(model.to(self.device), self.view(Image.new("RGB", (64, 64))).shape[-2:])
         self.labels = [self.model.config.id2label[index] for index in range(self.model.config.num_labels)]
         self.threshold = 0.0 if always_answer else getattr(self.model.config, "unsure_below", 0.0)
         self.allow_private_urls = allow_private_urls
