@@ -1,0 +1,144 @@
+"""Scoring a finished model: classes matched by name, figures and report as of a run, and as evaluate scores."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import evaluate
+import pytest
+from conftest import draw, draw_folder
+from datasets import ClassLabel, Dataset, Features, Image, Value
+from evaluate.evaluator.image_classification import ImageClassificationEvaluator
+from safetensors.torch import load_file, save_file
+from transformers import pipeline
+
+import train
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, timm_checkpoint):
+    """A run of a tiny timm model that knows three colours a little."""
+    folder = tmp_path_factory.mktemp("model")
+    draw_folder(folder / "pictures", per_class=10)
+    line = ["--data_dir", str(folder / "pictures"), "--model_name", str(timm_checkpoint), "--recipe", "probe"]
+    train.main([*line, "--output_dir", str(folder / "out"), "--disable_tqdm", "1"])
+    return folder / "out"
+
+
+@pytest.fixture
+def others(tmp_path, monkeypatch):
+    """Other pictures, some with a wrong label, so that the score is not 1; the test runs beside them."""
+    monkeypatch.chdir(tmp_path)
+    folder = draw_folder(tmp_path / "others", per_class=9, first=500)
+    for seed in range(3):
+        draw("red", 800 + seed).save(folder / f"blue/wrong{seed}.png")
+    return folder
+
+
+def scored(*line: str | Path) -> dict:
+    """Score a model; return metrics.json."""
+    train.main(["--eval_only", *map(str, line), "--output_dir", "scored", "--disable_tqdm", "1"])
+    return json.loads(Path("scored/metrics.json").read_text())
+
+
+def test_metrics_and_report_are_those_of_a_run(model, others, capsys):
+    metrics = scored("--model_name", model, "--data_dir", others)
+    assert metrics["test"]["n"] == 30 and 0.3 < metrics["test"]["accuracy"] < 1
+    files = {path.name for path in Path("scored").iterdir()}
+    assert {"report.html", "metrics.json", "predictions.csv", "audit.json", "confusion_matrix.png"} <= files
+    assert not {"model.safetensors", "README.md"} & files and not any("checkpoint" in name for name in files)
+    page = Path("scored/report.html").read_text()
+    assert "Nothing was trained" in page and "which it has not learned from" not in page
+    printed = capsys.readouterr().out
+    assert f"test     accuracy {metrics['test']['accuracy']:.1%}" in printed and "epoch" not in printed
+    threshold = json.loads((model / "config.json").read_text())["unsure_below"]
+    assert metrics["unsure"]["threshold"] == threshold
+    with Path("scored/predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert sum(row["label"] == row["predicted"] for row in rows) / 30 == pytest.approx(metrics["test"]["accuracy"])
+
+
+def test_evaluates_own_evaluator_agrees_to_the_last_digit(model, others):
+    """`evaluate.evaluator` itself asks for TensorFlow's classes, which transformers 5 has no more."""
+
+    class Evaluator(ImageClassificationEvaluator):
+        def prepare_pipeline(self, model_or_pipeline, *rest, **options):
+            return model_or_pipeline
+
+    class Accuracy(evaluate.Metric):
+        def _info(self):
+            features = Features({"predictions": Value("int64"), "references": Value("int64")})
+            return evaluate.MetricInfo(description="", citation="", inputs_description="", features=features)
+
+        def _compute(self, predictions, references):
+            return {"accuracy": sum(p == r for p, r in zip(predictions, references, strict=True)) / len(references)}
+
+    names = ["blue", "green", "red"]
+    files = [path for name in names for path in sorted((others / name).iterdir())]
+    data = Dataset.from_dict(
+        {"image": list(map(str, files)), "label": [names.index(path.parent.name) for path in files]},
+        features=Features({"image": Image(), "label": ClassLabel(names=names)}),
+    )
+    classify = pipeline("image-classification", model=str(model))
+    theirs = Evaluator().compute(
+        model_or_pipeline=classify, data=data, metric=Accuracy(keep_in_memory=True),
+        label_mapping={name: index for index, name in enumerate(names)},
+    )  # fmt: skip
+    assert scored("--model_name", model, "--data_dir", others)["test"]["accuracy"] == theirs["accuracy"]
+
+
+def test_classes_are_matched_by_name(model, tmp_path, monkeypatch):
+    """In another order, in other numbers, and not all of them."""
+    monkeypatch.chdir(tmp_path)
+    rows = [(name, seed) for name in ("red", "blue") for seed in range(600, 606)]
+    features = Features({"image": Image(), "label": ClassLabel(names=["red", "blue"])})
+    dataset = Dataset.from_dict(
+        {"image": [draw(name, seed) for name, seed in rows], "label": [int(name == "blue") for name, _ in rows]},
+        features=features,
+    )
+    Path("mine/data").mkdir(parents=True)
+    dataset.to_parquet("mine/data/test-00000-of-00001.parquet")
+    metrics = scored("--model_name", model, "--dataset_name", "mine")
+    assert metrics["test"]["n"] == 12 and metrics["test"]["accuracy"] > 0.8
+    assert metrics["data"]["labels"] == ["blue", "green", "red"]
+    assert metrics["test"]["per_class"]["green"]["support"] == 0
+
+
+def test_only_the_test_split_is_scored_where_there_is_one(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    draw_folder(Path("split/train"), per_class=4, first=900)
+    draw_folder(Path("split/test"), per_class=3, first=950)
+    assert scored("--model_name", model, "--data_dir", "split")["test"]["n"] == 9
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["--data_dir", "strangers"], r"does not know 1 of the pictures' classes, such as 'violet'.*blue, green, red"),
+        (["--data_dir", "nowhere"], "nowhere is not a folder"),
+        (["--data_dir", "good", "--model_name", "empty/"], "cannot load a model from the folder"),
+        (["--data_dir", "good", "--model_name", "unfinished"], "lacks .* of its weights"),
+        (["--data_dir", "good", "--push_to_hub"], "--push_to_hub is about training"),
+    ],
+)
+def test_bad_input_ends_in_one_message(model, timm_checkpoint, tmp_path, monkeypatch, capsys, line, message):
+    monkeypatch.chdir(tmp_path)
+    draw_folder(Path("good"), per_class=2)
+    draw_folder(Path("strangers"), per_class=2)
+    Path("strangers/red").rename("strangers/violet")
+    Path("empty").mkdir()
+    Path("unfinished").mkdir()
+    config = json.loads((model / "config.json").read_text())
+    Path("unfinished/config.json").write_text(json.dumps(config | {"architecture": "test_resnet.r160_in1k"}))
+    for name in ("preprocessor_config.json", "model.safetensors"):
+        Path("unfinished", name).write_bytes((model / name).read_bytes())
+    weights = load_file("unfinished/model.safetensors")
+    weights.pop(next(iter(weights)))
+    save_file(weights, "unfinished/model.safetensors", {"format": "pt"})
+    with pytest.raises(SystemExit) as ended:
+        train.main(["--eval_only", "--model_name", str(model), *line])
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and "Traceback" not in told
+    assert re.search(message, told), told
+    assert not Path("outputs").exists()
