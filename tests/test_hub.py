@@ -243,6 +243,8 @@ def test_push_that_fails_costs_nothing_and_is_repeated_alone(server, client, pus
     assert "not pushed: this login may not write to me/colours" in ran.stderr
     (again,) = re.findall(r"^  python hub.py (.*)$", ran.stderr, re.M)
     assert again == "out me/colours" and (tmp_path / "out/report.html").exists()
+    assert not any(TOKEN.encode() in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert not any(TOKEN.encode() in body for body in server.bodies)
     repeated = push(tmp_path / "out", "me/colours")
     assert repeated.returncode == 0 and set(server.repositories["models/me/colours"].files) == PUBLISHED
 
@@ -277,6 +279,19 @@ def test_seeds_whole_path_from_download_to_published_model(server, client, tmp_p
     assert labels[:2] == ["harp", "baglama"]
     loaded = client("-c", LOAD, "me/instruments", "plain", home="fresh")
     assert loaded.returncode == 0 and loaded.stdout.strip() in labels, loaded.stderr
+
+
+def test_no_network_is_one_message(monkeypatch):
+    monkeypatch.setattr(hub, "WAITS", (0, 0))
+    calls = []
+
+    def call():
+        calls.append(1)
+        raise ConnectionError("no route to host")
+
+    with pytest.raises(ValueError, match="cannot be reached, or cuts the connection: no route to host"):
+        hub.persistently(call, "me/x")
+    assert len(calls) == 3
 
 
 def test_hostile_names_stay_text_in_the_card(finished, tmp_path):
