@@ -1,5 +1,6 @@
 """A trained model as what answers questions: from files and addresses to classes; predict.py and app.py ask it."""
 
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -65,7 +66,8 @@ class Classifier:
         While the model works on a batch the next one is read and decoded; no more than two are in memory.
         """
         waiting = deque()
-        with ThreadPoolExecutor() as pool:
+        # One thread for each: what they do between them is enough for all cores, and the model wants these too.
+        with ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
             for name, error in inputs:
                 waiting.append((name, error, None if error else pool.submit(self.see, name)))
                 if len(waiting) == 2 * self.batch_size:
