@@ -25,7 +25,9 @@ TOP = 5  # classes
 LARGEST_FILE = "64mb"
 PROJECT = Path(__file__).parent
 # What the page is made of, with the requirements that these need.
-MODULES = ("app.py", "arguments.py", "classifier.py", "fetch.py", "images.py", "machine.py", "models.py")
+MODULES = (
+    "app.py", "arguments.py", "classifier.py", "fetch.py", "images.py", "inference.py", "machine.py", "models.py",
+)  # fmt: skip
 PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "timm", "pillow", "numpy")
 
 
