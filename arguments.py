@@ -138,7 +138,7 @@ TRAINING_DEFAULTS = {
     "eval_strategy": "epoch",
     "logging_strategy": "epoch",
     "save_strategy": "epoch",
-    "save_total_limit": 1,
+    "save_total_limit": 2,  # should the newest be damaged
     "metric_for_best_model": "loss",  # on a hundred pictures accuracy moves by whole points, the loss does not
     "remove_unused_columns": False,  # the transforms read columns that the model does not take
     "dataloader_num_workers": None,  # by machine
@@ -210,14 +210,14 @@ def parse_arguments(argv: list[str]) -> tuple[DataArguments, ModelArguments, Tra
         raise ValueError(f"--eval_only trains nothing, and --{told[0]} is about training: leave one of them out")
     if model_args.eval_only and "/" not in model_args.model_name and not Path(model_args.model_name).is_dir():
         raise ValueError("--eval_only scores a finished model: give its folder or its name on the Hub as --model_name")
-    if model_args.recipe == "probe" and resume:
+    if model_args.recipe == "probe" and resume not in (None, "auto"):
         raise ValueError("--recipe probe trains nothing that could be resumed: leave --resume_from_checkpoint out")
     for key in POSITIVE:
         if options[key] is not None and not 0 < options[key] < math.inf:
             raise ValueError(f"--{key} is {options[key]}, but must be a number above 0")
-    if resume and not Path(resume, "trainer_state.json").is_file():
+    if resume not in (None, "auto") and not Path(resume, "trainer_state.json").is_file():
         raise ValueError(
-            f"--resume_from_checkpoint {resume} is no checkpoint: give a folder such as outputs/x/checkpoint-50"
+            f"--resume_from_checkpoint {resume} is no checkpoint: give auto, or one such as outputs/x/checkpoint-50"
         )
     name = Path(config).stem if config else f"{Path(model_args.model_name).name}_{Path(data_args.name).name}"
     options["output_dir"] = str(free_output_dir(options["output_dir"], name, resume))
@@ -349,15 +349,19 @@ def free_output_dir(given: str | None, name: str, resume_from_checkpoint: str | 
         ValueError: the directory asked for holds something that the run does not continue.
     """
     if given is None:
+        if resume_from_checkpoint == "auto":
+            return Path("outputs", name)
         tries = (Path("outputs", name if number == 1 else f"{name}-{number}") for number in range(1, 10_000))
         return next(path for path in tries if not path.exists())
     path = Path(given)
-    continued = resume_from_checkpoint and path.resolve() in Path(resume_from_checkpoint).resolve().parents
+    continued = resume_from_checkpoint == "auto" or (
+        resume_from_checkpoint and path.resolve() in Path(resume_from_checkpoint).resolve().parents
+    )
     if path.is_file() or (path.is_dir() and any(path.iterdir()) and not continued):
         raise ValueError(
             f"--output_dir {given} already holds something, which is neither mixed into nor deleted: give another, "
             "leave the option out to have the next free name under outputs/, or go on with a run that was cut short "
-            f"by --resume_from_checkpoint {given}/checkpoint-N"
+            "by --resume_from_checkpoint auto"
         )
     return path
 

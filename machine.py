@@ -12,6 +12,10 @@ from transformers import TrainingArguments
 
 def suit_machine(options: dict) -> None:
     """Fill in what depends on the machine, where the user has not: data workers, evaluation batch, bfloat16."""
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":  # as the launcher was told
+        options["use_cpu"] = True
+    if options["use_cpu"] and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        options["ddp_backend"] = options["ddp_backend"] or "gloo"
     gpu = torch.cuda.is_available() and not options["use_cpu"]
     if options["dataloader_num_workers"] is None:
         # A GPU starves where the process that feeds it decodes too; on a CPU the cores are the model's.
@@ -21,6 +25,26 @@ def suit_machine(options: dict) -> None:
         options["per_device_eval_batch_size"] = 64 if gpu else 16  # on a CPU larger ones leave the caches
     if options["bf16"] is None:  # NVIDIA's from Ampere on
         options["bf16"] = gpu and not options["fp16"] and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def refuse_lone_processes(training_args: TrainingArguments) -> None:
+    """Refuse what accelerate does in silence: fewer processes than were asked for, or several that train alone.
+
+    Raises:
+        ValueError: that is so.
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if launched and "MASTER_ADDR" in os.environ and "RANK" not in os.environ:
+        raise ValueError(
+            "accelerate was asked for several processes and started one: in its config, take distributed_type "
+            "MULTI_GPU (on CPUs too, with use_cpu: true) in the place of MULTI_CPU"
+        )
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    if asked != training_args.world_size:
+        raise ValueError(
+            f"{asked} processes were started, and each would train alone, into one directory: on CPUs the launcher's "
+            "config needs use_cpu: true, on GPUs a GPU for each process"
+        )
 
 
 def fit_machine(training_args: TrainingArguments) -> None:

@@ -1,5 +1,6 @@
 """Fine-tune an image classifier: arguments -> data -> model -> probe -> Trainer -> evaluate -> report -> push."""
 
+import contextlib
 import shlex
 import sys
 import time
@@ -18,15 +19,15 @@ import numpy as np
 import torch
 import transformers
 from datasets import Dataset, DatasetDict
-from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 import audit
 import hub
+from checkpoints import HASHES, locked, newest_whole, what_is_wrong
 from data import collate, describe, evaluation_rows, load_labelled, load_splits, prepare, with_views
 from learning_curve import in_words, learning_curve
-from machine import fit_machine, quiet_libraries
+from machine import fit_machine, quiet_libraries, refuse_lone_processes
 from metrics import (
-    build_compute_metrics,
     choose_threshold,
     fit_temperature,
     logits_of,
@@ -34,13 +35,22 @@ from metrics import (
     score,
     selective,
 )
-from models import build_model, divide_logits, freeze, linear_head, load_trained, parameter_groups
+from models import build_model, divide_logits, freeze, linear_head, load_trained
 from probe import LinearProbe, build_probe, load_features
 from recipe import FROM_SCRATCH, RECIPES, Recipe, blend, choose_recipe
 from report import write_model_card
 from results import Test, write_results
 from summary import attribution, majority_baseline, say_audit, say_data, summarise
-from terminal import EpochTable, ProgressBar, Stopwatch, say
+from terminal import Stopwatch, say
+from trainer import (
+    SafeTrainer,
+    Stop,
+    StoppedInEvaluation,
+    build_trainer,
+    die_with_launcher,
+    memory_advice,
+    say_stopped,
+)
 from views import EvaluationView
 
 KEPT = {0.0: "the probe", 0.5: "the mean of both", 1.0: "the trained weights"}  # by recipe.Recipe.kept
@@ -50,11 +60,24 @@ def main(argv: list[str] | None = None) -> None:
     """Run one experiment, or score a finished model; see `python train.py --help`."""
     argv = sys.argv[1:] if argv is None else argv
     clock = Stopwatch(START)
+    die_with_launcher()
     quiet_libraries()
     with user_errors():
         data_args, model_args, training_args = parse_arguments(argv)
         fit_machine(training_args)
-    (evaluate_only if model_args.eval_only else fine_tune)(argv, data_args, model_args, training_args, clock)
+        refuse_lone_processes(training_args)
+    output_dir, resume = Path(training_args.output_dir), training_args.resume_from_checkpoint
+    with contextlib.ExitStack() as until_the_end:
+        stop = until_the_end.enter_context(Stop())
+        with user_errors():
+            if training_args.process_index == 0:
+                until_the_end.enter_context(locked(output_dir, continued=bool(resume)))
+        if resume == "auto" and (output_dir / "metrics.json").exists():
+            say(training_args, "done", f"{output_dir} holds a finished run: nothing is left to do")
+        elif model_args.eval_only:
+            evaluate_only(argv, data_args, model_args, training_args, clock)
+        else:
+            fine_tune(argv, data_args, model_args, training_args, clock, stop)
 
 
 def fine_tune(
@@ -63,6 +86,7 @@ def fine_tune(
     model_args: ModelArguments,
     training_args: TrainingArguments,
     clock: Stopwatch,
+    stop: Stop,
 ) -> None:
     """Train a model, score it, write and publish it."""
     with user_errors():
@@ -80,10 +104,10 @@ def fine_tune(
             splits = prepare(pictures, view)
         data = describe(splits)
         clock.stop("prepare")
-        Path(training_args.output_dir).mkdir(parents=True, exist_ok=True)
         views = with_views(splits, view, data_args.augmentation, data_args.test_view)
         trainer = build_trainer(model, recipe, training_args, views, labels)
-    trainer.add_callback(clock)
+    for callback in (clock, stop):
+        trainer.add_callback(callback)
     summary = summarise(data_args, model_args, trainer, name or "from scratch", view)
     say_data(training_args, data_args.name, data)
     for line in ("model", "device"):
@@ -114,7 +138,7 @@ def fine_tune(
     say(training_args, "recipe", summary["recipe"])
     if name != "probe":
         set_seed(training_args.seed)  # whether the features came from the cache or not
-        train(trainer)
+        train(trainer, stop, training_args.resume_from_checkpoint)
     kept = keep_best(trainer, start, recipe.kept if model_args.keep == "best" else recipe.kept[-1:], labels)
     logits, references = predict(trainer, views["test"])
     clock.stop("evaluate")
@@ -166,7 +190,6 @@ def evaluate_only(
             splits = prepare(pictures, view)
         data = describe(splits)
         clock.stop("prepare")
-        Path(training_args.output_dir).mkdir(parents=True, exist_ok=True)
         test = evaluation_rows(splits["test"], view, ["label"])
         training_args.eval_strategy = "no"
         trainer = Trainer(model, training_args, collate)
@@ -235,33 +258,6 @@ def settle_recipe(
     return name, recipe
 
 
-def build_trainer(
-    model: PreTrainedModel, recipe: Recipe, training_args: TrainingArguments, splits: DatasetDict, labels: list[str]
-) -> Trainer:
-    """Return the plain Trainer; Luthier's are only the learning rates of the layers, and the printed table."""
-    rate = training_args.learning_rate
-    groups = parameter_groups(model, rate, rate * recipe.backbone, recipe.layer_decay, training_args.weight_decay)
-    optimizer_class, optimizer_kwargs = Trainer.get_optimizer_cls_and_kwargs(training_args, model)
-    try:
-        trainer = Trainer(
-            model=model,
-            args=training_args,
-            data_collator=collate,
-            train_dataset=splits["train"],
-            eval_dataset=splits["validation"],
-            compute_metrics=build_compute_metrics(labels),
-            optimizer_cls_and_kwargs=(optimizer_class, {**optimizer_kwargs, "params": groups}),
-        )
-    except (ImportError, RuntimeError) as error:  # a tracker or an optimizer that is not installed
-        raise ValueError(str(error)) from error
-    for theirs in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(theirs)
-    trainer.add_callback(EpochTable)
-    if not training_args.disable_tqdm:
-        trainer.add_callback(ProgressBar)
-    return trainer
-
-
 def start_from_probe(
     trainer: Trainer, splits: DatasetDict, view: EvaluationView, labels: list[str]
 ) -> tuple[dict[str, torch.Tensor], LinearProbe, dict[str, torch.Tensor | None]]:
@@ -302,18 +298,40 @@ def measure_learning_curve(
     return learning_curve(pool, truth, labels, groups, probe.strength, len(pictures["train"]))
 
 
-def train(trainer: Trainer) -> None:
-    """Train, from a checkpoint on if one is given, and leave the model as it was after its best epoch."""
-    checkpoint = trainer.args.resume_from_checkpoint
-    if checkpoint:
-        load_weights(trainer.model, checkpoint)
-    trainer.train(resume_from_checkpoint=checkpoint)
+def train(trainer: SafeTrainer, stop: Stop, resume: str | None) -> None:
+    """Train, from a checkpoint on if one is asked for, and leave the model as it was after its best epoch."""
+    with user_errors():
+        checkpoint = find_checkpoint(trainer.args, resume)
+        if checkpoint:
+            load_weights(trainer.model, checkpoint)
+        with memory_advice(trainer.args), contextlib.suppress(StoppedInEvaluation):
+            trainer.train(resume_from_checkpoint=checkpoint)
+    if stop.received:
+        say_stopped(trainer.args, stop.received)
     trainer.accelerator.free_memory()  # its data workers too
-    if trainer.state.best_model_checkpoint:  # chosen on validation
-        load_weights(trainer.model, trainer.state.best_model_checkpoint)
+    best = Path(trainer.args.output_dir, f"checkpoint-{trainer.state.best_global_step}")
+    if best.exists():  # chosen on validation
+        load_weights(trainer.model, best)
 
 
-def load_weights(model: PreTrainedModel, checkpoint: str) -> None:
+def find_checkpoint(training_args: TrainingArguments, resume: str | None) -> str | None:
+    """Return the checkpoint to go on from: the one that is named, or for "auto" the newest whole one, and say which.
+
+    Raises:
+        ValueError: the one that is named is not as it was written.
+    """
+    if resume != "auto":
+        wrong = what_is_wrong(Path(resume)) if resume and Path(resume, HASHES).exists() else None
+        if wrong:
+            raise ValueError(f"{resume} is damaged: {wrong}. Take another, or --resume_from_checkpoint auto")
+        return resume
+    with training_args.main_process_first(local=False, desc="looking for a checkpoint"):
+        found = newest_whole(Path(training_args.output_dir))
+    say(training_args, "resume", f"from {found}" if found else "there is no whole checkpoint: from the start")
+    return str(found) if found else None
+
+
+def load_weights(model: PreTrainedModel, checkpoint: str | Path) -> None:
     """Put the weights of a checkpoint into the model, all of them.
 
     The Trainer's own loading, at a resume as for the best epoch, does not check the names, which for ViT and others
