@@ -41,10 +41,21 @@ class SafeTrainer(Trainer):
     """The Trainer whose checkpoints are whole, and which stops where nothing can be learned any more."""
 
     writing_to: str | None = None
+    postponed = False
     broken_at: torch.Tensor | None = None  # step of the first loss or gradient that was not finite, or -1
 
     def _get_output_dir(self, trial) -> str:
         return self.writing_to or super()._get_output_dir(trial)
+
+    def _maybe_log_save_evaluate(self, *arguments, **options) -> None:
+        # A checkpoint of an epoch's last step waits for the epoch's evaluation, which a resume from it would not make.
+        last_step = self.args.eval_strategy == "epoch" and float(self.state.epoch).is_integer()
+        if self.control.should_evaluate:
+            self.control.should_save |= self.postponed
+            self.postponed = False
+        elif last_step and self.control.should_save:
+            self.control.should_save, self.postponed = False, True
+        super()._maybe_log_save_evaluate(*arguments, **options)
 
     def _save_checkpoint(self, model, trial) -> None:
         """Write a checkpoint aside, hash it, bring it to the disk, and only then give it its name."""

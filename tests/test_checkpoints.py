@@ -1,0 +1,107 @@
+"""Checkpoints: whole or not there, damage set aside, the oldest go, full disks foreseen; one run a directory."""
+
+import json
+import logging
+import subprocess
+import sys
+
+import pytest
+from conftest import PROJECT
+
+from checkpoints import HASHES, check_space, locked, newest_whole, seal, steps_of, thin_out, what_is_wrong
+
+
+def checkpoint(output_dir, step):
+    written = output_dir / ".partial" / f"checkpoint-{step}"
+    written.mkdir(parents=True)
+    (written / "model.safetensors").write_bytes(bytes(range(256)) * step)
+    (written / "trainer_state.json").write_text("{}")
+    seal(written, output_dir / f"checkpoint-{step}")
+    return output_dir / f"checkpoint-{step}"
+
+
+def test_sealed_is_whole(tmp_path):
+    folder = checkpoint(tmp_path, 4)
+    assert what_is_wrong(folder) is None and newest_whole(tmp_path) == folder
+    assert set(json.loads((folder / HASHES).read_text())) == {"model.safetensors", "trainer_state.json"}
+    assert not (tmp_path / ".partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-1]),
+            "not as it was",
+        ),
+        (lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing"),
+        (lambda f: (f / HASHES).unlink(), "hashes.json is missing"),
+        (lambda f: (f / HASHES).write_text("{"), "cannot be read"),
+        (lambda f: (f / HASHES).write_text("[]"), "cannot be read"),
+        (
+            lambda f: (f / "model.safetensors").write_bytes(
+                bytes([(f / "model.safetensors").read_bytes()[0] ^ 1]) + (f / "model.safetensors").read_bytes()[1:]
+            ),
+            "model.safetensors is not as it was written",
+        ),
+    ],
+)
+def test_damage_is_found_and_the_one_before_is_used(tmp_path, caplog, damage, message):
+    before, newest = checkpoint(tmp_path, 4), checkpoint(tmp_path, 8)
+    damage(newest)
+    assert message in what_is_wrong(newest)
+    with caplog.at_level(logging.WARNING):
+        assert newest_whole(tmp_path) == before
+    assert "Not used" in caplog.text and message in caplog.text
+    assert (tmp_path / "damaged-checkpoint-8").exists() and not newest.exists()
+
+
+def test_what_was_being_written_is_not_there(tmp_path):
+    (tmp_path / ".partial/checkpoint-9").mkdir(parents=True)
+    assert newest_whole(tmp_path) is None and not (tmp_path / ".partial").exists()
+
+
+def test_oldest_go_but_for_the_best(tmp_path):
+    for step in (2, 4, 10, 12):
+        checkpoint(tmp_path, step)
+    thin_out(tmp_path, None, best=2)
+    assert list(steps_of(tmp_path)) == [12, 10, 4, 2]
+    thin_out(tmp_path, 2, best=2)
+    assert list(steps_of(tmp_path)) == [12, 10, 2]
+
+
+def test_full_disk_is_foreseen(tmp_path):
+    check_space(tmp_path, 1000, 2)
+    with pytest.raises(ValueError, match=r"GB left, and this run's checkpoints need up to 4000000.00 GB"):
+        check_space(tmp_path, 10**15, 2)
+
+
+def test_second_run_is_refused_and_a_dead_ones_lock_is_gone(tmp_path):
+    output_dir = tmp_path / "outputs/run"
+    code = f"""
+import sys; sys.path.insert(0, {str(PROJECT)!r})
+from pathlib import Path
+from checkpoints import locked
+with locked(Path({str(output_dir)!r}), continued=False):
+    print("locked", flush=True); sys.stdin.read()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(ValueError, match="another run is writing into"), locked(output_dir, continued=False):
+            pass
+        other.kill()
+        other.wait()
+    with locked(output_dir, continued=False):
+        (output_dir / "something").touch()
+    with pytest.raises(ValueError, match="has just written"), locked(output_dir, continued=False):
+        pass
+    with locked(output_dir, continued=True):
+        pass
+
+
+def test_directory_made_for_nothing_goes_again(tmp_path):
+    with pytest.raises(KeyError), locked(tmp_path / "outputs/run", continued=False):
+        raise KeyError
+    assert not (tmp_path / "outputs").exists() and tmp_path.exists()

@@ -1,0 +1,239 @@
+"""Runs that were cut short: the same to the last bit; signals, broken losses, full disks, too little memory."""
+
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import PROJECT, draw_folder
+from safetensors.torch import load_file
+from transformers import TrainingArguments
+
+import trainer
+from checkpoints import newest_whole, what_is_wrong
+from train import main
+from trainer import SafeTrainer, Stop, memory_advice
+
+TWO = {
+    "compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_GPU", "use_cpu": True, "num_machines": 1,
+    "num_processes": 2, "mixed_precision": "no",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """Every test runs beside drawn pictures: 15 to train on, which makes 4 steps an epoch."""
+    monkeypatch.chdir(tmp_path)
+    draw_folder(Path("pictures"), per_class=8)
+    return tmp_path
+
+
+def line(model: str, *more: str) -> list[str]:
+    fixed = ["--data_dir", "pictures", "--model_name", model, "--num_train_epochs", "2", "--disable_tqdm", "1"]
+    steps = ["--per_device_train_batch_size", "4", "--save_strategy", "steps", "--save_steps", "1"]
+    return [*fixed, *steps, "--save_total_limit", "99", *more]
+
+
+def result(folder: str) -> tuple[dict, dict]:
+    metrics = json.loads(Path(folder, "metrics.json").read_text())
+    return load_file(f"{folder}/model.safetensors"), {key: metrics[key] for key in ("validation", "test", "unsure")}
+
+
+def assert_resumes_exactly(options: list[str], cuts: tuple[int, ...]) -> None:
+    main([*options, "--output_dir", "whole"])
+    weights, scores = result("whole")
+    for step in cuts:
+        for checkpoint in Path("whole").glob("checkpoint-*"):
+            if int(checkpoint.name.split("-")[1]) <= step:
+                shutil.copytree(checkpoint, Path(f"cut{step}", checkpoint.name))
+        main([*options, "--output_dir", f"cut{step}", "--resume_from_checkpoint", "auto"])
+        again, same = result(f"cut{step}")
+        assert same == scores, step
+        assert all(torch.equal(tensor, again[name]) for name, tensor in weights.items()), step
+
+
+@pytest.mark.parametrize("augmentation", ["none", "flip_crop", "trivial", "augmix"])
+def test_resumes_exactly_for_every_augmentation(timm_checkpoint, augmentation):
+    options = line(str(timm_checkpoint), "--recipe", "full", "--keep", "trained", "--augmentation", augmentation)
+    assert_resumes_exactly(options, (3, 4))
+
+
+@pytest.mark.parametrize("model", ["vit", "simple_cnn"])
+def test_resumes_exactly_for_every_kind_of_model(vit_checkpoint, model):
+    name = str(vit_checkpoint) if model == "vit" else model
+    recipe = ["--recipe", "lp_ft", "--keep", "trained"] if model == "vit" else []
+    assert_resumes_exactly(line(name, *recipe, "--augmentation", "trivial"), (1, 6))
+
+
+def test_resumes_exactly_with_data_workers_and_accumulated_gradients(timm_checkpoint):
+    more = ["--augmentation", "trivial", "--dataloader_num_workers", "2", "--gradient_accumulation_steps", "2"]
+    more += ["--dataloader_persistent_workers", "1", "--recipe", "full", "--keep", "trained"]
+    assert_resumes_exactly(line(str(timm_checkpoint), *more), (1, 3))
+
+
+def test_auto_starts_afresh_falls_back_and_ends(timm_checkpoint, capsys, caplog):
+    options = [
+        *line(str(timm_checkpoint), "--recipe", "full"),
+        "--output_dir",
+        "out",
+        "--resume_from_checkpoint",
+        "auto",
+    ]
+    main(options)
+    assert "there is no whole checkpoint: from the start" in capsys.readouterr().out
+    main(options)
+    assert "done     out holds a finished run" in capsys.readouterr().out
+    Path("out/metrics.json").unlink()
+    steps = sorted(int(path.name.split("-")[1]) for path in Path("out").glob("checkpoint-*"))
+    newest = Path(f"out/checkpoint-{steps[-1]}/optimizer.pt")
+    newest.write_bytes(newest.read_bytes()[:-1])
+    main(options)
+    assert f"resume   from out/checkpoint-{steps[-2]}" in capsys.readouterr().out
+    assert "optimizer.pt is not as it was written" in caplog.text
+
+
+def test_named_checkpoint_that_is_damaged_is_refused(timm_checkpoint, capsys):
+    options = [*line(str(timm_checkpoint), "--recipe", "full"), "--output_dir", "out"]
+    main(options)
+    Path("out/checkpoint-2/scheduler.pt").unlink()
+    with pytest.raises(SystemExit) as ended:
+        main([*options, "--resume_from_checkpoint", "out/checkpoint-2"])
+    assert ended.value.code == 2 and "scheduler.pt is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_at_the_end_of_the_step_and_resumes_exactly(timm_checkpoint, monkeypatch, capsys, number):
+    options = line(str(timm_checkpoint), "--recipe", "full", "--keep", "trained", "--save_strategy", "epoch")
+    main([*options, "--output_dir", "whole"])
+    step = SafeTrainer.training_step
+
+    def struck(self, *arguments, **rest):
+        loss = step(self, *arguments, **rest)
+        if self.state.global_step == 5:
+            os.kill(os.getpid(), number)
+        return loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SafeTrainer, "training_step", struck)
+        with pytest.raises(SystemExit) as ended:
+            main([*options, "--output_dir", "cut"])
+    out = capsys.readouterr().out
+    assert ended.value.code == 128 + number and f"stopped  by {number.name}: cut/checkpoint-6" in out
+    assert not Path("cut/metrics.json").exists() and not Path("cut/model.safetensors").exists()
+    main([*options, "--output_dir", "cut", "--resume_from_checkpoint", "auto"])
+    (weights, scores), (again, same) = result("whole"), result("cut")
+    assert same == scores and all(torch.equal(tensor, again[name]) for name, tensor in weights.items())
+
+
+def test_second_ctrl_c_is_meant(monkeypatch):
+    stop = Stop()
+    stop.training = True
+    stop._receive(signal.SIGINT, None)
+    stop._receive(signal.SIGINT, None)  # the same, by the terminal to all of its group
+    stop._receive(signal.SIGTERM, None)  # of the launcher that has gone
+    assert stop.received == signal.SIGINT
+    stop.since -= 2
+    with pytest.raises(SystemExit) as ended:
+        stop._receive(signal.SIGINT, None)
+    assert ended.value.code == 130
+
+
+@pytest.mark.parametrize("recipe", ["full", "head"])
+def test_loss_that_is_not_finite_stops_the_run(timm_checkpoint, monkeypatch, capsys, recipe):
+    step = SafeTrainer.training_step
+
+    def spoiled(self, model, *arguments, **rest):
+        if self.state.global_step == 5:
+            with torch.no_grad():
+                list(model.parameters())[-1].fill_(float("nan"))
+        return step(self, model, *arguments, **rest)
+
+    monkeypatch.setattr(SafeTrainer, "training_step", spoiled)
+    with pytest.raises(SystemExit) as ended:
+        main([*line(str(timm_checkpoint), "--recipe", recipe), "--output_dir", "out"])
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and "not a finite number at step 6" in told and "Traceback" not in told
+    assert "out/checkpoint-5 is from before and whole" in told
+    assert newest_whole(Path("out")) == Path("out/checkpoint-5")
+    assert all(torch.isfinite(tensor).all() for tensor in load_file("out/checkpoint-5/model.safetensors").values())
+
+
+def test_full_disk_leaves_the_last_whole_checkpoint(timm_checkpoint, monkeypatch, capsys):
+    def full(written, name):
+        if name.name == "checkpoint-3":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return seal(written, name)
+
+    seal = trainer.seal
+    monkeypatch.setattr(trainer, "seal", full)
+    monkeypatch.setattr(trainer, "check_space", lambda *_: None)
+    monkeypatch.setattr(trainer.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
+    with pytest.raises(SystemExit) as ended:
+        main([*line(str(timm_checkpoint), "--recipe", "full"), "--output_dir", "out"])
+    told = capsys.readouterr().err
+    assert (
+        ended.value.code == 2
+        and "the disk is full: no checkpoint of step 3" in told
+        and "checkpoint-2 is whole" in told
+    )
+    assert what_is_wrong(Path("out/checkpoint-2")) is None and not Path("out/.partial").exists()
+
+
+def test_exhausted_memory_is_advice():
+    arguments = TrainingArguments(output_dir="x", per_device_train_batch_size=32, use_cpu=True)
+    for error in (
+        torch.OutOfMemoryError("CUDA out of memory."),
+        MemoryError(),
+        RuntimeError("can't allocate memory: 1"),
+    ):
+        advice = "--per_device_train_batch_size 16 --gradient_accumulation_steps 2"
+        with pytest.raises(ValueError, match=advice), memory_advice(arguments):
+            raise error
+    with pytest.raises(RuntimeError, match="something else"), memory_advice(arguments):
+        raise RuntimeError("something else")
+
+
+def started(config: dict | None, *more: str) -> subprocess.Popen:
+    """Start a long run under `accelerate launch`, and wait until it trains."""
+    launcher = [str(Path(sys.executable).parent / "accelerate"), "launch"]
+    if config:
+        Path("accelerate.yaml").write_text(yaml.safe_dump(config))
+        launcher += ["--config_file", "accelerate.yaml"]
+    command = [*launcher, str(PROJECT / "train.py"), *line("simple_cnn", "--num_train_epochs", "100000", *more)]
+    command += ["--output_dir", "out", "--save_strategy", "epoch", "--save_total_limit", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for text in process.stdout:
+        if re.match(r"\s+3 ", text):
+            return process
+    raise AssertionError("it never trained")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_to_the_launcher(processes):
+    process = started(TWO if processes == 2 else None)
+    start = time.monotonic()
+    process.terminate()
+    told = process.stdout.read()  # until the last process that writes there has gone
+    assert time.monotonic() - start < 10 and process.wait() != 0
+    assert told.count("stopped  by SIGTERM: out/checkpoint-") == 1, told
+    assert newest_whole(Path("out")) is not None and not Path("out/metrics.json").exists()
+
+
+def test_ctrl_c_to_the_whole_group():
+    process = started(None)
+    start = time.monotonic()
+    os.kill(process.pid, signal.SIGINT)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    for child in children:
+        os.kill(int(child), signal.SIGINT)
+    told = process.stdout.read()
+    assert time.monotonic() - start < 10 and "stopped  by SIG" in told and newest_whole(Path("out")) is not None
