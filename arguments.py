@@ -143,6 +143,7 @@ TRAINING_DEFAULTS = {
     "remove_unused_columns": False,  # the transforms read columns that the model does not take
     "dataloader_num_workers": None,  # by machine
     "bf16": None,  # by machine
+    "ddp_find_unused_parameters": False,  # there are none, and looking for them costs a pass a step
     "logging_nan_inf_filter": False,  # it would make a GPU wait at every step, and log a loss that is NaN as 0
     "report_to": "none",
     "output_dir": None,

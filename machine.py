@@ -12,10 +12,9 @@ from transformers import TrainingArguments
 
 def suit_machine(options: dict) -> None:
     """Fill in what depends on the machine, where the user has not: data workers, evaluation batch, bfloat16."""
-    if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":  # as the launcher was told
-        options["use_cpu"] = True
-    if options["use_cpu"] and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        options["ddp_backend"] = options["ddp_backend"] or "gloo"
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and (options["use_cpu"] or not torch.cuda.is_available()):
+        # Without these the Trainer takes no notice of the other processes, and each trains alone.
+        options["use_cpu"], options["ddp_backend"] = True, options["ddp_backend"] or "gloo"
     gpu = torch.cuda.is_available() and not options["use_cpu"]
     if options["dataloader_num_workers"] is None:
         # A GPU starves where the process that feeds it decodes too; on a CPU the cores are the model's.
@@ -42,8 +41,8 @@ def refuse_lone_processes(training_args: TrainingArguments) -> None:
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if asked != training_args.world_size:
         raise ValueError(
-            f"{asked} processes were started, and each would train alone, into one directory: on CPUs the launcher's "
-            "config needs use_cpu: true, on GPUs a GPU for each process"
+            f"{asked} processes were started, and each would train alone, into one directory: give each a GPU, or "
+            "take --use_cpu True"
         )
 
 
