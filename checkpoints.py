@@ -11,6 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from accelerate.utils import broadcast_object_list
+from transformers import PreTrainedModel, TrainingArguments
+
+from terminal import say
+
 logger = logging.getLogger(__name__)
 
 HASHES = "hashes.json"  # SHA-256 of every other file of a checkpoint; written last
@@ -64,6 +69,35 @@ def newest_whole(output_dir: Path) -> Path | None:
         checkpoint.rename(aside)
         logger.warning(f"Not used: {checkpoint}, because {wrong}. It is now {aside.name}")
     return None
+
+
+def find_checkpoint(training_args: TrainingArguments, resume: str | None) -> str | None:
+    """Return the checkpoint to go on from: the one that is named, or for "auto" the newest whole one, and say which.
+
+    Raises:
+        ValueError: the one that is named is not as it was written.
+    """
+    if resume != "auto":
+        wrong = what_is_wrong(Path(resume)) if resume and Path(resume, HASHES).exists() else None
+        if wrong:
+            raise ValueError(f"{resume} is damaged: {wrong}. Take another, or --resume_from_checkpoint auto")
+        return resume
+    answer = [newest_whole(Path(training_args.output_dir)) if training_args.process_index == 0 else None]
+    found = broadcast_object_list(answer)[0]
+    if found and not found.exists():
+        raise ValueError(f"{found} is not on this machine: to resume, --output_dir must be on a disk that all share")
+    say(training_args, "resume", f"from {found}" if found else "there is no whole checkpoint: from the start")
+    return str(found) if found else None
+
+
+def load_weights(model: PreTrainedModel, checkpoint: str | Path) -> None:
+    """Put the weights of a checkpoint into the model, all of them.
+
+    The Trainer's own loading, at a resume as for the best epoch, does not check the names, which for ViT and others
+    leaves most of the weights as they were; `from_pretrained` renames what has to be renamed.
+    """
+    saved = type(model).from_pretrained(checkpoint)
+    model.load_state_dict(saved.state_dict(), strict=True)
 
 
 def thin_out(output_dir: Path, limit: int | None, best: int | None) -> None:

@@ -17,13 +17,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed
 import transformers
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 import audit
 import hub
-from checkpoints import HASHES, locked, newest_whole, what_is_wrong
+from checkpoints import find_checkpoint, load_weights, locked
 from data import collate, describe, evaluation_rows, load_labelled, load_splits, prepare, with_views
 from learning_curve import in_words, learning_curve
 from machine import fit_machine, quiet_libraries, refuse_lone_processes
@@ -312,33 +313,11 @@ def train(trainer: SafeTrainer, stop: Stop, resume: str | None) -> None:
     best = Path(trainer.args.output_dir, f"checkpoint-{trainer.state.best_global_step}")
     if best.exists():  # chosen on validation
         load_weights(trainer.model, best)
-
-
-def find_checkpoint(training_args: TrainingArguments, resume: str | None) -> str | None:
-    """Return the checkpoint to go on from: the one that is named, or for "auto" the newest whole one, and say which.
-
-    Raises:
-        ValueError: the one that is named is not as it was written.
-    """
-    if resume != "auto":
-        wrong = what_is_wrong(Path(resume)) if resume and Path(resume, HASHES).exists() else None
-        if wrong:
-            raise ValueError(f"{resume} is damaged: {wrong}. Take another, or --resume_from_checkpoint auto")
-        return resume
-    with training_args.main_process_first(local=False, desc="looking for a checkpoint"):
-        found = newest_whole(Path(training_args.output_dir))
-    say(training_args, "resume", f"from {found}" if found else "there is no whole checkpoint: from the start")
-    return str(found) if found else None
-
-
-def load_weights(model: PreTrainedModel, checkpoint: str | Path) -> None:
-    """Put the weights of a checkpoint into the model, all of them.
-
-    The Trainer's own loading, at a resume as for the best epoch, does not check the names, which for ViT and others
-    leaves most of the weights as they were; `from_pretrained` renames what has to be renamed.
-    """
-    saved = type(model).from_pretrained(checkpoint)
-    model.load_state_dict(saved.state_dict(), strict=True)
+    if trainer.args.world_size > 1:  # the checkpoint may stand on the main process's machine alone
+        for tensor in trainer.model.state_dict().values():
+            whole = tensor.contiguous()
+            torch.distributed.broadcast(whole, src=0)
+            tensor.copy_(whole)
 
 
 class Kept(NamedTuple):

@@ -74,6 +74,7 @@ class SafeTrainer(Trainer):
                 seal(written, name)
                 thin_out(output_dir, self.args.save_total_limit, best)
         except Exception as error:  # safetensors and torch have errors of their own for a full disk
+            shutil.rmtree(output_dir / PARTIAL, ignore_errors=True)
             if shutil.disk_usage(output_dir).free > self.checkpoint_size():
                 raise
             last = next(iter(steps_of(output_dir).values()), None)
@@ -83,9 +84,9 @@ class SafeTrainer(Trainer):
             ) from error
         finally:
             self.writing_to = None
-            if self.args.should_save:
-                shutil.rmtree(output_dir / PARTIAL, ignore_errors=True)
         self.accelerator.wait_for_everyone()
+        if self.args.local_process_index == 0:  # on every machine, each of which may have a disk of its own
+            shutil.rmtree(output_dir / PARTIAL, ignore_errors=True)
 
     def checkpoint_size(self) -> int:
         """Return about how many bytes a checkpoint takes: weights, and two moments of what is trained."""

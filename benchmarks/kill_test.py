@@ -4,8 +4,8 @@
 
 Trains simple_cnn on drawn pictures once in peace. Then again, killed with SIGKILL at random moments of its training,
 saving included, and each time started anew with --resume_from_checkpoint auto; at last it is left to end. Prints how
-often it was killed, how often while a checkpoint was being written, what it went on from, and whether weights and scores
-are the same to the last bit.
+often it was killed, how often while a checkpoint was being written, what it went on from, and whether weights and
+scores are the same to the last bit.
 """
 
 import argparse

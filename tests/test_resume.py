@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,12 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 from conftest import PROJECT, draw_folder
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 import trainer
 from checkpoints import newest_whole, what_is_wrong
+from machine import refuse_lone_processes
 from train import main
 from trainer import SafeTrainer, Stop, memory_advice
 
@@ -237,3 +240,80 @@ def test_ctrl_c_to_the_whole_group():
         os.kill(int(child), signal.SIGINT)
     told = process.stdout.read()
     assert time.monotonic() - start < 10 and "stopped  by SIG" in told and newest_whole(Path("out")) is not None
+
+
+def both(commands: list[list[str]], places: list[Path], environments: list[dict]) -> list[tuple[int, str]]:
+    """Run commands at the same time, each in its place; return exit codes and output."""
+    running = [
+        subprocess.Popen(
+            command,
+            cwd=place,
+            env=os.environ | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for command, place, environment in zip(commands, places, environments, strict=True)
+    ]
+    outputs = [process.communicate(timeout=200)[0] for process in running]
+    return [(process.returncode, output) for process, output in zip(running, outputs, strict=True)]
+
+
+def test_two_processes_score_every_picture_once_and_write_one_set(timm_checkpoint, launch, folder):
+    """The same data order semantics: the probe, the splits and the scores of a lone process."""
+    Path("accelerate.yaml").write_text(yaml.safe_dump(TWO))
+    options = ["--data_dir", "pictures", "--model_name", timm_checkpoint, "--recipe", "probe", "--disable_tqdm", "1"]
+    launcher = ("accelerate", "launch", "--config_file", "accelerate.yaml")
+    two = launch("train.py", *options, "--output_dir", "two", cwd=folder, launcher=launcher)
+    assert two.returncode == 0 and two.stdout.count("probe    validation") == 1, two.stdout + two.stderr
+    assert "2 processes" in two.stdout and two.stdout.count("saved    two") == 1
+    main([*map(str, options), "--output_dir", "one"])
+    (weights, scores), (others, same) = result("one"), result("two")
+    assert same["test"]["n"] == 6 and same["test"]["confusion_matrix"] == scores["test"]["confusion_matrix"]
+    assert same["validation"]["log_loss"] == pytest.approx(scores["validation"]["log_loss"], rel=1e-4)
+    assert all(torch.allclose(tensor, others[name], atol=1e-5) for name, tensor in weights.items())
+
+
+def test_two_machines_with_disks_of_their_own(timm_checkpoint, folder):
+    """Two launches on loopback addresses: one set of outputs, on the first."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = TWO | {
+        "num_machines": 2, "main_process_ip": "127.0.0.1", "main_process_port": port, "rdzv_backend": "static",
+        "same_network": True,
+    }  # fmt: skip
+    commands, places = [], []
+    for rank in range(2):
+        place = folder / f"machine{rank}"
+        shutil.copytree("pictures", place / "pictures")
+        (place / "accelerate.yaml").write_text(yaml.safe_dump(settings | {"machine_rank": rank}))
+        launcher = [str(Path(sys.executable).parent / "accelerate"), "launch", "--config_file", "accelerate.yaml"]
+        more = ["--recipe", "full", "--keep", "trained", "--save_strategy", "epoch", "--output_dir", "out"]
+        commands.append([*launcher, str(PROJECT / "train.py"), *line(str(timm_checkpoint), *more)])
+        places.append(place)
+    environments = [{"HF_HOME": str(place / "home"), "GLOO_SOCKET_IFNAME": "lo"} for place in places]
+    (first, told), (second, other) = both(commands, places, environments)
+    assert first == 0 and second == 0, told + other
+    assert "2 processes" in told and told.count("saved    out") == 1 and "saved" not in other
+    assert (places[0] / "out/model.safetensors").exists() and not list(places[1].glob("out/*"))
+
+
+def test_what_accelerate_does_in_silence_is_refused(launch, folder):
+    Path("accelerate.yaml").write_text(yaml.safe_dump(TWO | {"distributed_type": "MULTI_CPU"}))
+    launcher = ("accelerate", "launch", "--config_file", "accelerate.yaml")
+    ran = launch("train.py", "--data_dir", "pictures", cwd=folder, launcher=launcher)
+    assert ran.returncode != 0 and "asked for several processes and started one" in ran.stderr
+    assert not Path("outputs").exists()
+
+
+def test_processes_that_would_train_alone_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were started, and each would train alone"):
+        refuse_lone_processes(TrainingArguments(output_dir="x", use_cpu=True))
+
+
+@pytest.mark.parametrize("path", sorted((PROJECT / "cloud").glob("*.yaml")), ids=lambda path: path.stem)
+def test_cloud_configs_are_read(path):
+    config = load_config_from_file(str(path))
+    assert config.num_processes > 1 and config.distributed_type.value == "MULTI_GPU"
