@@ -65,6 +65,7 @@ def compared(tmp_path_factory, launch):
     return folder, line, launch("compare.py", *line, cwd=folder)
 
 
+@pytest.mark.slow
 def test_table_and_verdict(compared):
     folder, _, ran = compared
     assert ran.returncode == 0, ran.stderr
