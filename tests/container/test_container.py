@@ -95,7 +95,7 @@ class Buildah:
 def image(tmp_path_factory) -> Iterator[Docker | Buildah]:
     """The built image."""
     work = tmp_path_factory.mktemp("image")
-    if shutil.which("docker"):
+    if shutil.which("docker") and subprocess.run(["docker", "info"], capture_output=True).returncode == 0:
         yield Docker(work)
     elif shutil.which("buildah") and shutil.which("mmdebstrap") and os.geteuid() == 0:
         image = Buildah(work)

@@ -1,0 +1,169 @@
+"""The Compute Engine scripts: what they would run, what boot.sh does with stubs in the place of cloud and Docker."""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import PROJECT, draw_folder
+
+from checkpoints import newest_whole
+
+SECRET = "hf_secretOfTheHub0123456789"
+CURL = """#!/bin/sh
+# Metadata, Secret Manager and Compute Engine as boot.sh asks them; what it asks is written down.
+[ "$1" = -X ] || true
+config=
+for word in "$@"; do
+    case $word in -) config=$(cat) ;; esac
+    url=$word
+done
+echo "$* [$config]" >> "$STUBS/asked"
+case $url in
+*/token) echo '{"access_token":"vmToken","expires_in":3599}' ;;
+*/attributes/luthier-image) echo europe-west4-docker.pkg.dev/p/luthier/luthier ;;
+*/attributes/luthier-args) cat "$STUBS/args" ;;
+*/attributes/luthier-secret) echo hf-token ;;
+*/attributes/luthier-data) echo ;;
+*/project/project-id) echo p ;;
+*/instance/zone) echo projects/1/zones/europe-west4-a ;;
+*/instance/name) echo luthier ;;
+*secretmanager*) echo '{"payload": {"data": "'"$(printf %s "$SECRET" | base64)"'"}}' ;;
+esac
+"""
+DOCKER = """#!/bin/bash
+# Runs what the container would run; `kill` passes the signal on.
+echo "$*" >> "$STUBS/docker"
+case $1 in
+login) cat > /dev/null ;;
+kill) kill -TERM "$(cat "$STUBS/pid")" ;;
+run)
+    while [ "$1" != europe-west4-docker.pkg.dev/p/luthier/luthier ]; do shift; done
+    shift
+    echo $$ > "$STUBS/pid"
+    exec $TRAIN "$@"
+    ;;
+esac
+"""
+
+
+@pytest.fixture
+def stubs(tmp_path, monkeypatch):
+    """Commands of a cloud that is not there; boot.sh's disk is a folder."""
+    folder = tmp_path / "stubs"
+    folder.mkdir()
+    for name, text in (("curl", CURL), ("docker", DOCKER), ("mountpoint", "#!/bin/sh\n"), ("chown", "#!/bin/sh\n")):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    (folder / "poweroff").write_text('#!/bin/sh\necho poweroff >> "$STUBS/asked"\n')
+    (folder / "poweroff").chmod(0o755)
+    settings = {"DISK": tmp_path / "disk", "SECRETS": tmp_path / "secrets", "STUBS": folder, "SECRET": SECRET}
+    settings |= {"PAUSE": "0", "PATH": f"{folder}:{os.environ['PATH']}", "NVIDIA": "/no/gpu"}
+    for key, value in settings.items():
+        monkeypatch.setenv(key, str(value))
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+def boot() -> subprocess.Popen:
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(["bash", str(PROJECT / "cloud/boot.sh")], **streams)
+
+
+def test_boot_runs_up_to_the_first_checkpoint_and_goes_on_after_a_preemption(stubs, tmp_path, monkeypatch):
+    draw_folder(tmp_path / "pictures", per_class=6)
+    monkeypatch.setenv("TRAIN", f"{sys.executable} {PROJECT / 'train.py'}")
+    line = "--data_dir pictures --model_name simple_cnn --num_train_epochs {} --disable_tqdm 1 --output_dir out"
+    (stubs / "args").write_text(line.format(100000))
+    process = boot()
+    for _ in range(600):
+        time.sleep(0.1)
+        if list(Path("out").glob("checkpoint-*")):
+            break
+    process.terminate()  # as systemd does when the machine goes down
+    told = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and "it goes on at the next boot" in told, told
+    step = int(newest_whole(Path("out")).name.split("-")[1])
+    (stubs / "args").write_text(line.format(1))  # it has done more than that: it ends at once
+    told = boot().communicate(timeout=100)[0]
+    assert f"resume   from out/checkpoint-{step}" in told and "the run has ended" in told
+    asked = (stubs / "asked").read_text()
+    assert (
+        "-X DELETE https://compute.googleapis.com/compute/v1/projects/1/zones/europe-west4-a/instances/luthier"
+        in asked
+    )
+    assert SECRET not in (stubs / "docker").read_text() + asked  # nor on any command line
+    assert not any("vmToken" in text.split(" [")[0] for text in asked.splitlines())
+    assert (tmp_path / "secrets/env").read_text() == f"HF_TOKEN={SECRET}\n"
+    assert f"--env-file {tmp_path}/secrets/env" in (stubs / "docker").read_text()
+
+
+def test_run_that_fails_for_good_deletes_the_vm(stubs, monkeypatch):
+    monkeypatch.setenv("TRAIN", "false")
+    (stubs / "args").write_text("--learning_rat 1")
+    told = boot().communicate(timeout=60)[0]
+    assert "failure 3 of 3" in told and "-X DELETE" in (stubs / "asked").read_text()
+    assert (stubs / "docker").read_text().count("run ") == 3
+
+
+def dry_run(*words: str) -> list[list[str]]:
+    ran = subprocess.run(
+        [str(PROJECT / "cloud/gce.sh"), *words, "--dry-run"], capture_output=True, text=True, check=True
+    )
+    return [shlex.split(text) for text in ran.stdout.splitlines() if text.startswith("gcloud ")]
+
+
+def test_up_makes_a_spot_vm_with_a_disk_that_stays_and_a_limit(tmp_path):
+    settings = (PROJECT / "cloud/settings.env").read_text()
+    settings = settings.replace("SECRET=\n", "SECRET=hf-token\n").replace("DATA=\n", "DATA=gs://bucket/photos\n")
+    (tmp_path / "mine.env").write_text(settings)
+    commands = dry_run("up", "--settings", str(tmp_path / "mine.env"))
+    (create,) = (command for command in commands if command[1:4] == ["compute", "instances", "create"])
+    text = " ".join(create)
+    assert "--provisioning-model SPOT --instance-termination-action STOP" in text and "--max-run-duration 8h" in text
+    assert "auto-delete=no" in text and "user-data=cloud/cloud-init.yaml" in text
+    roles = [command[command.index("--role") + 1] for command in commands if "--role" in command]
+    assert roles == [
+        "roles/artifactregistry.reader", "roles/secretmanager.secretAccessor", "roles/storage.objectViewer",
+        "projects/my-project/roles/luthierDeleteSelf",
+    ]  # fmt: skip
+
+
+def test_slips_end_in_one_message(tmp_path):
+    for words, message in (
+        (["fly"], "say up, logs, ssh, status or down"),
+        (["up", "--fast"], "unknown option --fast"),
+        (["up", "--settings", "none.env"], "there is no file none.env"),
+        (["up"], "still says PROJECT=my-project"),
+    ):
+        ran = subprocess.run([str(PROJECT / "cloud/gce.sh"), *words], capture_output=True, text=True)
+        assert ran.returncode == 2 and message in ran.stderr
+
+
+@pytest.mark.skipif(not shutil.which("gcloud"), reason="needs gcloud")
+@pytest.mark.parametrize("words", [["up"], ["logs"], ["ssh"], ["status"], ["down", "--disk"]])
+def test_gcloud_knows_every_flag(words, tmp_path):
+    """It parses a line before it asks for credentials, of which it finds none."""
+    environment = os.environ | {"CLOUDSDK_CONFIG": str(tmp_path), "CLOUDSDK_CORE_DISABLE_PROMPTS": "1"}
+    for command in dry_run(*words):
+        ran = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=PROJECT)
+        assert "unrecognized arguments" not in ran.stderr and "Invalid choice" not in ran.stderr, ran.stderr
+
+
+def test_cloud_init_writes_the_service():
+    text = (PROJECT / "cloud/cloud-init.yaml").read_text()
+    config = yaml.safe_load(text)
+    assert text.startswith("#cloud-config\n") and "docker.io" in config["packages"]
+    assert "luthier-boot" in config["write_files"][0]["content"]
+
+
+@pytest.mark.skipif(not shutil.which("cloud-init"), reason="needs cloud-init")
+def test_cloud_init_fits_its_schema():
+    command = ["cloud-init", "schema", "--config-file", str(PROJECT / "cloud/cloud-init.yaml")]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
