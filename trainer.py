@@ -33,10 +33,6 @@ from terminal import EpochTable, ProgressBar, say
 PATIENCE = 6  # seconds from a signal on that an evaluation may go on
 
 
-class NotFinite(ValueError):
-    """The loss or the gradient is infinite or not a number."""
-
-
 class SafeTrainer(Trainer):
     """The Trainer whose checkpoints are whole, and which stops where nothing can be learned any more."""
 
@@ -121,13 +117,13 @@ class SafeTrainer(Trainer):
         super().log(*arguments, **options)
 
     def stop_if_not_finite(self) -> None:
-        """Raise NotFinite if a loss or a gradient was not finite."""
+        """Raise ValueError if a loss or a gradient was not finite."""
         step = -1 if self.broken_at is None else int(self.broken_at)
         if step >= 0:
             self.broken_at = None
             last = next(iter(steps_of(Path(self.args.output_dir)).values()), None)
             kept = f" {last} is from before and whole." if last else ""
-            raise NotFinite(
+            raise ValueError(
                 f"the loss or its gradient is not a finite number at step {step}. Likely causes: a learning rate "
                 f"that is too high (it is {self.args.learning_rate:g}: try a tenth), half precision (--bf16 False, "
                 f"--fp16 False), or damaged weights.{kept}"
@@ -141,9 +137,10 @@ class Repeatable(torch.utils.data.Dataset, TrainerCallback):
     data workers have generators of their own. Here nothing depends on either, nor on how often a run was interrupted.
     """
 
-    def __init__(self, dataset: Dataset, seed: int):
-        self.dataset, self.seed = dataset, seed
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by workers that outlive an epoch
+    def __init__(self, dataset: Dataset, seed: int, workers: int):
+        self.dataset, self.seed, self.epoch = dataset, seed, torch.zeros((), dtype=torch.int64)
+        if workers:  # which may outlive an epoch
+            self.epoch.share_memory_()
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -245,7 +242,7 @@ def build_trainer(
         ValueError: a tracker or an optimizer is not installed, or the checkpoints will not fit on the disk.
     """
     rate = training_args.learning_rate
-    train_dataset = Repeatable(splits["train"], training_args.seed)
+    train_dataset = Repeatable(splits["train"], training_args.seed, training_args.dataloader_num_workers)
     groups = parameter_groups(model, rate, rate * recipe.backbone, recipe.layer_decay, training_args.weight_decay)
     optimizer_class, optimizer_kwargs = Trainer.get_optimizer_cls_and_kwargs(training_args, model)
     try:

@@ -74,7 +74,7 @@ class Buildah:
         """Start the entry point as the first process, with a folder as /mnt."""
         assert self.config["User"] == USER
         inside = (
-            'mount -t proc proc "$0/proc" && mount --bind /dev "$0/dev" && mount --bind "$1" "$0/mnt" && root=$0 && '
+            'mount -t proc proc "$0/proc" && mount --rbind /dev "$0/dev" && mount --bind "$1" "$0/mnt" && root=$0 && '
             'shift && cd / && exec chroot --userspec=10001:0 "$root" /usr/bin/env --chdir=/work "$@"'
         )
         command = ["unshare", "--pid", "--fork", "--mount", "sh", "-c", inside, str(self.root), str(mounted)]
