@@ -310,11 +310,17 @@ def _from_pretrained(
         # Known to this process only: a saved simple_cnn then loads here without `trust_remote_code`.
         AutoConfig.register(SimpleCNNConfig.model_type, SimpleCNNConfig, exist_ok=True)
         AutoModelForImageClassification.register(SimpleCNNConfig, SimpleCNNForImageClassification, exist_ok=True)
-        own = dict(AutoConfig.from_pretrained(model_name).id2label)
-        config = AutoConfig.from_pretrained(model_name, **changes)
-        image_processor = AutoImageProcessor.from_pretrained(model_name)
+        # Without the word the library would ask on the standard input whether to run a repository's own code.
+        own = dict(AutoConfig.from_pretrained(model_name, trust_remote_code=False).id2label)
+        config = AutoConfig.from_pretrained(model_name, trust_remote_code=False, **changes)
+        image_processor = AutoImageProcessor.from_pretrained(model_name, trust_remote_code=False)
         model, loading = AutoModelForImageClassification.from_pretrained(
-            model_name, config=config, ignore_mismatched_sizes=True, output_loading_info=True, dtype=torch.float32
+            model_name,
+            config=config,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            dtype=torch.float32,
+            trust_remote_code=False,
         )
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(_why_not_loaded(model_name, error)) from error

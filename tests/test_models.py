@@ -1,5 +1,6 @@
 """Every way to build a model: the right weights, a head for the right classes, frozen what is to be frozen."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from models import (
     head_parameters,
     layer_numbers,
     linear_head,
+    load_trained,
     parameter_groups,
 )
 from views import EvaluationView
@@ -266,3 +268,18 @@ def test_simple_cnn_loads_where_none_of_our_files_are(tmp_path):
     script.write_text(textwrap.dedent(code))
     ran = subprocess.run([sys.executable, "-I", script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert ran.stdout.split() == [SimpleCNNForImageClassification.__name__, "dog"], ran.stderr
+
+
+def test_code_of_a_repository_is_never_run(tmp_path, monkeypatch):
+    """The library would ask on the standard input, from which predict.py may read its inputs."""
+    model = tmp_path / "model"
+    build_model("simple_cnn", {0: "a", 1: "b"})[0].save_pretrained(model)
+    code = f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom transformers import PreTrainedConfig\n"
+    (model / "evil.py").write_text(code + "class EvilConfig(PreTrainedConfig):\n    model_type = 'evil'\n")
+    auto_map = {"AutoConfig": "evil.EvilConfig", "AutoModelForImageClassification": "evil.EvilModel"}
+    (model / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": auto_map}))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    for load in (load_trained, lambda name: build_model(name, {0: "a", 1: "b"})):
+        with pytest.raises(ValueError, match="cannot load a model from the folder"):
+            load(str(model))
+    assert not (tmp_path / "ran").exists()
