@@ -8,6 +8,8 @@ GRADIO_SERVER_PORT change it); the second publishes it as a Space, which loads t
 """
 
 import argparse
+import importlib.metadata
+import json
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -18,6 +20,7 @@ from images import EXTENSIONS, reason
 
 if TYPE_CHECKING:
     import gradio
+    from PIL.Image import Image
 
     from classifier import Classifier
 
@@ -27,6 +30,7 @@ PROJECT = Path(__file__).parent
 # What the page is made of, with the requirements that these need.
 MODULES = (
     "app.py", "arguments.py", "classifier.py", "fetch.py", "images.py", "inference.py", "machine.py", "models.py",
+    "views.py",
 )  # fmt: skip
 PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "timm", "pillow", "numpy")
 
@@ -64,16 +68,27 @@ def pictures_in(folder: Path) -> list[str]:
     return found
 
 
+def gradio_version() -> str:
+    """Return the version of Gradio.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    try:
+        return importlib.metadata.version("gradio")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ValueError("the page needs Gradio: pip install -r requirements-app.txt") from error
+
+
 def build_page(model_name: str, always_answer: bool, examples: list[str]) -> "gradio.Blocks":
     """Return the page of a model.
 
     Raises:
         ValueError: the model cannot be loaded, or Gradio is not installed.
     """
-    try:
-        import gradio
-    except ImportError as error:
-        raise ValueError("the page needs Gradio: pip install -r requirements-app.txt") from error
+    gradio_version()
+    import gradio
+
     from classifier import Classifier
 
     classifier = Classifier(model_name, always_answer)
@@ -92,11 +107,28 @@ def build_page(model_name: str, always_answer: bool, examples: list[str]) -> "gr
                 classes = gradio.Label(label="Classes", num_top_classes=TOP, show_heading=False)
         if examples:
             gradio.Examples(examples, picture)
-        picture.change(answerer(classifier, classifier.open), picture, [answer, classes], api_name="picture")
+        read = reader(classifier, [Path(picture.GRADIO_CACHE), *map(Path, examples)])
+        picture.change(answerer(classifier, read), picture, [answer, classes], api_name="picture")
         gradio.on(
             [ask.click, url.submit], answerer(classifier, classifier.open_url), url, [answer, classes], api_name="url"
         )
     return page
+
+
+def reader(classifier: "Classifier", allowed: list[Path]) -> Callable[[str], "Image"]:
+    """Return the function that reads a picture which was given to the page: a file in or at one of the allowed paths.
+
+    Who asks the page's server without the page may name any file of the machine.
+    """
+    places = [path.resolve() for path in allowed]
+
+    def read(name: str) -> "Image":
+        path = Path(name).resolve()
+        if not path.is_file() or not any(path.is_relative_to(place) for place in places):
+            raise OSError("only pictures that were given to this page are looked at")
+        return classifier.open(str(path))
+
+    return read
 
 
 def answerer(classifier: "Classifier", read: Callable) -> Callable[[str | None], tuple[str, dict[str, float]]]:
@@ -124,7 +156,8 @@ def push_to_space(model_name: str, repo_id: str) -> str:
     """
     import hub
 
-    if Path(model_name).exists() or model_name.count("/") != 1:
+    gradio_version()
+    if Path(model_name).exists() or not all(model_name.partition("/")):
         raise ValueError(
             f"a Space loads its model from the Hub, and {model_name} is a folder: push that first (hub.py)"
         )
@@ -142,13 +175,11 @@ def stage_space(model_name: str, repo_id: str, staging: Path) -> None:
     requirements = (PROJECT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     needed = [line.split("#")[0].strip() for line in requirements if line.split(">=")[0] in PACKAGES]
     (staging / "requirements.txt").write_text("\n".join(needed) + "\n", encoding="utf-8")
-    import gradio
-
     (staging / "README.md").write_text(
         f"""---
-title: {repo_id.split("/")[1]}
+title: {json.dumps(repo_id.split("/")[1])}
 sdk: gradio
-sdk_version: {gradio.__version__}
+sdk_version: {gradio_version()}
 app_file: start.py
 models:
 - {model_name}

@@ -163,7 +163,10 @@ REFUSED = {
 }
 
 # What has no meaning where nothing is trained.
-TRAINS = ("recipe", "image_size", "resume_from_checkpoint", "push_to_hub", "fold", "learning_curve")
+TRAINS = (
+    "recipe", "image_size", "resume_from_checkpoint", "push_to_hub", "learning_curve", "keep", "augmentation",
+    "test_view", "fold", "split_seed", "validation_fraction", "test_fraction", "num_train_epochs", "learning_rate",
+)  # fmt: skip
 
 # What the Trainer would take as it comes, and fail of, or train nothing, after the data has been prepared.
 POSITIVE = (
@@ -207,7 +210,8 @@ def parse_arguments(argv: list[str]) -> tuple[DataArguments, ModelArguments, Tra
             raise ValueError(f"--{key} {why}: leave it out")
     if not options["eval_do_concat_batches"]:
         raise ValueError("--eval_do_concat_batches False leaves no whole to score: leave it out")
-    if model_args.eval_only and (told := [key for key in TRAINS if options[key]]):
+    usual = build_parser().get_default
+    if model_args.eval_only and (told := [key for key in TRAINS if options[key] != usual(key)]):
         raise ValueError(f"--eval_only trains nothing, and --{told[0]} is about training: leave one of them out")
     if model_args.eval_only and "/" not in model_args.model_name and not Path(model_args.model_name).is_dir():
         raise ValueError("--eval_only scores a finished model: give its folder or its name on the Hub as --model_name")

@@ -14,7 +14,8 @@ from fetch import fetch
 from images import decode_rgb, reason
 from inference import fold
 from machine import keep_memory, quiet_libraries
-from models import load_trained
+from models import labels_of, load_trained, threshold_of
+from views import view_size
 
 URL_PIXELS = 50_000_000  # of a picture that somebody else serves; of a file Pillow's limit of 179 million holds
 
@@ -55,9 +56,9 @@ class Classifier:
             keep_memory()
         self.batch_size = 64 if gpu else 16
         model, self.image_processor = load_trained(model_name)
-        self.model = fold(model.to(self.device), self.view(Image.new("RGB", (64, 64))).shape[-2:])
-        self.labels = [self.model.config.id2label[index] for index in range(self.model.config.num_labels)]
-        self.threshold = 0.0 if always_answer else getattr(self.model.config, "unsure_below", 0.0)
+        self.model = fold(model.to(self.device), view_size(self.image_processor))
+        self.labels = labels_of(model)
+        self.threshold = 0.0 if always_answer else threshold_of(model)
         self.allow_private_urls = allow_private_urls
 
     def answers(self, inputs: Iterable[tuple[str, str | None]], top_k: int) -> Iterator[Answer]:

@@ -21,6 +21,11 @@ MOST_STEPS = 6  # requests, so five redirects
 USER_AGENT = "Luthier/0.1 (image classification; fetches single pictures that a person named; python http.client)"
 REDIRECTS = (301, 302, 303, 307, 308)
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# Called global by Python, though they lead to the inside: local NAT64, old site-local and IPv4 in IPv6, Azure's host.
+INSIDE = [
+    ipaddress.ip_network(network)
+    for network in ("64:ff9b:1::/48", "fec0::/10", "::/96", "::ffff:0:0:0/96", "168.63.129.16/32")
+]
 
 
 def fetch(url: str, allow_private: bool = False, seconds: float = SECONDS) -> bytes:
@@ -38,7 +43,7 @@ def fetch(url: str, allow_private: bool = False, seconds: float = SECONDS) -> by
     for _ in range(MOST_STEPS):
         with _request(url, allow_private, deadline) as response:
             if response.status in REDIRECTS and response.headers["Location"]:
-                url = urljoin(url, response.headers["Location"])
+                url = urljoin(url, response.headers["Location"].encode("latin-1").decode("utf-8", "replace"))
                 continue
             pause = _retry_after(response)
             if response.status in (429, 503) and time.monotonic() + pause < deadline:
@@ -80,16 +85,18 @@ def _request(url: str, allow_private: bool, deadline: float) -> Iterator[http.cl
     connection = http.client.HTTPConnection(host, port, timeout=left)
     expired = threading.Event()
     plain = _connect(_resolve(host, port, allow_private), port, left)
+    handle = plain.dup()  # TLS takes the socket over
 
     def expire() -> None:
         expired.set()
-        plain.shutdown(socket.SHUT_RDWR)  # wakes whoever reads; a time limit of the socket is one for each read only
+        handle.shutdown(socket.SHUT_RDWR)  # wakes whoever reads; a time limit of the socket is one for each read only
 
     timer = threading.Timer(left, expire)
     timer.daemon = True
     timer.start()
     try:
         secure = parts.scheme == "https"
+        connection.default_port = 443 if secure else 80  # which the Host header leaves out
         connection.sock = ssl.create_default_context().wrap_socket(plain, server_hostname=host) if secure else plain
         headers = {"User-Agent": USER_AGENT, "Accept": "image/*", "Accept-Encoding": "identity", "Connection": "close"}
         connection.request("GET", target, headers=headers)
@@ -108,6 +115,7 @@ def _request(url: str, allow_private: bool, deadline: float) -> Iterator[http.cl
         timer.cancel()
         connection.close()
         plain.close()
+        handle.close()
 
 
 def _connect(addresses: list[str], port: int, seconds: float) -> socket.socket:
@@ -138,7 +146,7 @@ def _is_public(address: str) -> bool:
             ip = ipaddress.ip_address(int(ip) & 0xFFFFFFFF)
         else:
             ip = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else ip)
-    return ip.is_global and not ip.is_multicast
+    return ip.is_global and not ip.is_multicast and not any(ip in network for network in INSIDE)
 
 
 def _retry_after(response: http.client.HTTPResponse) -> float:

@@ -100,15 +100,18 @@ def stage(output_dir: Path, repo_id: str, staging: Path) -> None:
     Raises:
         ValueError: the folder holds no finished run.
     """
+    files = [path for pattern in PUBLISHED for path in output_dir.glob(pattern)]
     try:
         metrics = json.loads((output_dir / "metrics.json").read_text(encoding="utf-8"))
-        for path in (path for pattern in PUBLISHED for path in output_dir.glob(pattern)):
+        write_model_card(staging / "README.md", metrics, (output_dir / "models.py").exists(), repo_id)
+        for path in files:
             shutil.copyfile(path, staging / path.name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{output_dir} holds no finished run: give a folder that train.py wrote ({error})") from error
-    if not any(staging.glob("*.safetensors")):
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{output_dir} holds no finished run: give a folder that train.py wrote ({error!r})"
+        ) from error
+    if not any(path.suffix == ".safetensors" for path in files):
         raise ValueError(f"{output_dir} holds no model: --eval_only scores one and leaves none")
-    write_model_card(staging / "README.md", metrics, (staging / "models.py").exists(), repo_id)
 
 
 def persistently(call: Callable[[], Result], repo_id: str) -> Result:
@@ -177,6 +180,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--private", action="store_true", default=None, help="hide a new repository from others")
     args = parser.parse_args(argv)
     with user_errors():
+        with tempfile.TemporaryDirectory() as staging:
+            stage(args.output_dir, args.repo_id, Path(staging))  # before anything is made on the Hub
         repo_id = check_access(args.repo_id, args.repo_id, args.private)
         print(f"pushed   {push(args.output_dir, repo_id)}")
 

@@ -41,7 +41,7 @@ def _fold_batch_norm(model: PreTrainedModel, pixel_values: torch.Tensor) -> None
         outputs[id(output)] = (convolution, output)  # the output too, so that no other tensor gets its id
 
     def pair(norm: nn.Module, args: tuple) -> None:
-        if id(args[0]) in outputs:
+        if args and id(args[0]) in outputs and norm.running_mean is not None:
             pairs[norm] = outputs[id(args[0])][0]
 
     hooks = [m.register_forward_hook(remember) for m in names if isinstance(m, nn.Conv2d)]

@@ -150,6 +150,17 @@ def load_trained(model_name: str) -> tuple[PreTrainedModel, BaseImageProcessor]:
     return model.eval().to(memory_format=torch.channels_last), image_processor
 
 
+def labels_of(model: PreTrainedModel) -> list[str]:
+    """Return the names of a model's classes by index; a config of somewhere may lack some, or have numbers."""
+    return [str(model.config.id2label.get(index, f"LABEL_{index}")) for index in range(model.config.num_labels)]
+
+
+def threshold_of(model: PreTrainedModel) -> float:
+    """Return the confidence below which a model is unsure; 0 where its config does not say."""
+    value = getattr(model.config, "unsure_below", None)
+    return float(value) if isinstance(value, (int, float)) else 0.0
+
+
 def head_parameters(model: PreTrainedModel) -> list[str]:
     """Return the names of the parameters whose shape depends on the number of labels: the classification head.
 

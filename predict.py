@@ -34,21 +34,34 @@ def main(argv: list[str] | None = None) -> None:
     from arguments import user_errors  # these imports take seconds: mistakes in the line are answered before
     from classifier import Classifier
 
-    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text
     with user_errors():
+        let_names_pass()
         classifier = Classifier(args.model, args.always_answer, args.allow_private_urls)
         with open_output(args.output) as file:
             write = WRITERS[args.format](file, min(args.top_k, len(classifier.labels)))
             unanswered = 0
             # Beside answers on the same terminal a bar would be in the way.
             silent = not sys.stderr.isatty() or (args.output is None and sys.stdout.isatty())
-            answers = classifier.answers(expand(args.input, sys.stdin), args.top_k)
+            answers = classifier.answers(expand(args.input, sys.stdin or ()), args.top_k)
             for answer in tqdm(answers, unit=" pictures", delay=1, disable=silent):
                 write(answer)
                 unanswered += answer.error is not None
     if unanswered:
         print(f"{unanswered} of the inputs could not be answered", file=sys.stderr)
         sys.exit(1)
+
+
+def let_names_pass() -> None:
+    """Let the standard streams carry names of files that are no text.
+
+    Raises:
+        ValueError: there is no standard output.
+    """
+    if sys.stdout is None:
+        raise ValueError("the standard output is closed: give --output FILE")
+    for stream, errors in ((sys.stdout, "backslashreplace"), (sys.stdin, "surrogateescape")):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors=errors)
 
 
 def parse_line(argv: list[str] | None = None) -> argparse.Namespace:
@@ -88,7 +101,8 @@ def expand(inputs: Iterable[str], stdin: Iterable[str] = ()) -> Iterator[tuple[s
         elif os.path.isdir(text):  # noqa: PTH112
             yield from _pictures_in(text)
         elif glob.has_magic(text) and (found := sorted(glob.iglob(text, recursive=True))):  # noqa: PTH207
-            yield from expand(found)
+            for name in found:
+                yield from _pictures_in(name) if Path(name).is_dir() else [(name, None)]
         else:
             yield text, "no file matches" if glob.has_magic(text) else "there is no such file"
 
@@ -111,13 +125,13 @@ def _pictures_in(folder: str) -> Iterator[tuple[str, str | None]]:
 @contextmanager
 def open_output(path: Path | None) -> Iterator[TextIO]:
     """Give the file to write to, or the standard output; who reads that may leave whenever they like."""
-    if path:
-        with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-            yield file
-        return
     try:
-        yield sys.stdout
-        sys.stdout.flush()
+        if path:
+            with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+                yield file
+        else:
+            yield sys.stdout
+            sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
         sys.exit(1)
@@ -127,13 +141,13 @@ def write_table(file: TextIO, top_k: int) -> Callable[["Answer"], None]:
     """Return the function that writes an answer for people: its classes with bars."""
 
     def write(answer: "Answer") -> None:
-        name = "".join(character if character.isprintable() else "?" for character in answer.name)
+        name = printable(answer.name)
         if answer.error:
-            print(f"{name}\n  not answered: {answer.error}", file=file, flush=True)
+            print(f"{name}\n  not answered: {printable(answer.error)}", file=file, flush=True)
             return
         print(f"{name}: unsure" if answer.unsure else name, file=file)
         for label, share in answer.top:
-            short = label if len(label) <= 24 else f"{label[:23]}…"
+            short = printable(label if len(label) <= 24 else f"{label[:23]}…")
             print(f"  {short:<24}  {share:6.1%}  {'█' * round(share * BAR)}".rstrip(), file=file)
         file.flush()
 
@@ -169,6 +183,11 @@ def write_csv(file: TextIO, top_k: int) -> Callable[["Answer"], None]:
         file.flush()
 
     return write
+
+
+def printable(text: str) -> str:
+    """Return text without what a terminal would obey: names come from files, classes and errors from elsewhere."""
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def as_cell(text: str) -> str:

@@ -16,6 +16,8 @@ from openmoji import ATTRIBUTION
 from terminal import say
 from views import EvaluationView
 
+FOLDERS = ("data_dir", "output_dir", "resume_from_checkpoint")
+
 
 def summarise(
     data_args: DataArguments, model_args: ModelArguments, trainer: Trainer, name: str | None, view: EvaluationView
@@ -62,12 +64,15 @@ def versions() -> dict[str, str]:
 
 
 def command(argv: list[str]) -> str:
-    """Return the command line of this run; of paths that tell of a machine or a person the last part."""
+    """Return the command line of this run; of paths, which tell of a machine or a person, the last part."""
     launcher = ["accelerate", "launch"] if "ACCELERATE_MIXED_PRECISION" in os.environ else ["python"]
-    words = (word.partition("=") if word.startswith("--") else ("", "", word) for word in argv)
-    shown = [
-        f"{key}{sign}{Path(value).name if value.startswith(('/', '~', '..')) else value}" for key, sign, value in words
-    ]
+    shown, option = [], ""
+    for word in argv:
+        key, sign, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        option = key.lstrip("-").replace("-", "_") if key else option
+        path = option in FOLDERS or value.startswith(("/", "~", "..")) or ("/" in value and Path(value).exists())
+        shown.append(f"{key}{sign}{'{...}' if value.startswith('{') else Path(value).name if path else value}")
+        option = "" if value else option
     return shlex.join([*launcher, "train.py", *shown])
 
 

@@ -36,7 +36,7 @@ from metrics import (
     score,
     selective,
 )
-from models import build_model, divide_logits, freeze, linear_head, load_trained
+from models import build_model, divide_logits, freeze, labels_of, linear_head, load_trained, threshold_of
 from probe import LinearProbe, build_probe, load_features
 from recipe import FROM_SCRATCH, RECIPES, Recipe, blend, choose_recipe
 from report import write_model_card
@@ -182,7 +182,7 @@ def evaluate_only(
     """Score a finished model on labelled pictures, and report it as a run does."""
     with user_errors():
         model, image_processor = load_trained(model_args.model_name)
-        labels = [model.config.id2label[index] for index in range(model.config.num_labels)]
+        labels = labels_of(model)
         with training_args.main_process_first(desc="looking through the pictures"):
             pictures, bad = load_labelled(labels, **data_args.for_pictures())
         view = EvaluationView(image_processor)
@@ -206,7 +206,7 @@ def evaluate_only(
         counts = data["splits"]
         metrics = {
             "test": score(logits, references, labels),
-            "unsure": selective(logits, references, getattr(model.config, "unsure_below", 0.0)),
+            "unsure": selective(logits, references, threshold_of(model)),
             "calibration": {"reliability": reliability(logits, references)},
             "baselines": {"majority": majority_baseline(counts["test"], counts["test"])},
             "learning_curve": None,

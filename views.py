@@ -11,6 +11,24 @@ from transformers import BaseImageProcessor
 AUGMENTATIONS = ("none", "flip_crop", "trivial", "augmix")
 
 
+def view_size(image_processor: BaseImageProcessor) -> tuple[int, int]:
+    """Return (height, width) of what a model sees, in pixels.
+
+    Raises:
+        ValueError: it is not the same for every picture.
+    """
+    wide, tall = (
+        tuple(image_processor(Image.new("RGB", size), return_tensors="pt")["pixel_values"].shape[-2:])
+        for size in ((96, 64), (64, 96))
+    )
+    if wide != tall:
+        raise ValueError(
+            f"this model's image processor makes views of another size of every picture ({wide} and {tall}), which form "
+            "no batch: give it a crop (do_center_crop, crop_size) in preprocessor_config.json"
+        )
+    return wide
+
+
 class EvaluationView:
     """The one view of evaluation: the image processor's own, and a compact form of it that loses nothing.
 
@@ -27,7 +45,7 @@ class EvaluationView:
     def __init__(self, image_processor: BaseImageProcessor):
         self.image_processor = image_processor
         greys = [self(Image.new("RGB", (16, 16), (level,) * 3)) for level in range(256)]
-        self.size = tuple(greys[0].shape[-2:])
+        self.size = view_size(image_processor)
         self.values = torch.stack([grey[:, 0, 0] for grey in greys], dim=1)
         red = self(Image.new("RGB", (16, 16), "red"))[:, 0, 0]
         self.reversed = bool((red[2] - self.black[2]) * self.contrast[2] > (red[0] - self.black[0]) * self.contrast[0])

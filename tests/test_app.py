@@ -92,6 +92,25 @@ def test_page_in_a_browser(model, tmp_path):
     assert {re.match(r"\w+://[^/]+", url)[0] for url in asked if "://" in url} == {url}
 
 
+def test_only_what_was_given_to_the_page_is_read(tmp_path):
+    class Reading:
+        def open(self, name):
+            return name
+
+    (tmp_path / "cache").mkdir()
+    for name in ("cache/a.png", "b.png"):
+        (tmp_path / name).touch()
+    (tmp_path / "cache/link.png").symlink_to(tmp_path / "b.png")
+    read = app.reader(Reading(), [tmp_path / "cache"])
+    assert read(str(tmp_path / "cache/a.png"))
+    for name in ("b.png", "cache/../b.png", "cache/link.png", "cache/none.png", "cache"):
+        with pytest.raises(OSError, match="only pictures that were given to this page"):
+            read(str(tmp_path / name))
+    for name in ("/dev/zero", "http://example.org/a.png"):
+        with pytest.raises(OSError, match="only pictures that were given to this page"):
+            read(name)
+
+
 def test_unsure_is_said():
     class Doubtful:
         def answer(self, image, top_k):

@@ -120,6 +120,7 @@ def test_only_the_test_split_is_scored_where_there_is_one(model, tmp_path, monke
         (["--data_dir", "good", "--model_name", "empty/"], "cannot load a model from the folder"),
         (["--data_dir", "good", "--model_name", "unfinished"], "lacks .* of its weights"),
         (["--data_dir", "good", "--push_to_hub"], "--push_to_hub is about training"),
+        (["--data_dir", "good", "--test_view", "random_crop"], "--test_view is about training"),
     ],
 )
 def test_bad_input_ends_in_one_message(model, timm_checkpoint, tmp_path, monkeypatch, capsys, line, message):

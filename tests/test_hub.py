@@ -297,10 +297,22 @@ def test_no_network_is_one_message(monkeypatch):
 def test_hostile_names_stay_text_in_the_card(finished, tmp_path):
     metrics = json.loads((finished / "metrics.json").read_text())
     metrics["data"]["name"] = "<img src=x onerror=alert(1)> [x](javascript:alert(1))"
-    metrics["data"]["labels"] = ["| a |", "# b", "../../etc"]
+    names = ["| a |", "<b>b</b>", "[c](http://c)"]
+    per_class = dict(zip(names, metrics["test"]["per_class"].values(), strict=True))
+    metrics["test"]["per_class"] = per_class
+    metrics["baselines"]["majority"]["label"] = names[1]
     write_model_card(tmp_path / "README.md", metrics, False, "me/instruments")
     body = (tmp_path / "README.md").read_text().split("---", 2)[2]
-    assert "<img" not in body and "[x](" not in body and "# instruments" in body
+    assert not any(text in body for text in ("<img", "<b>", "[x](", "[c](", "| | a |")) and "# instruments" in body
+
+
+def test_nothing_is_made_on_the_hub_for_a_folder_without_a_run(server, push, tmp_path):
+    for text in (None, "{}", "no JSON"):
+        if text:
+            (tmp_path / "metrics.json").write_text(text)
+        ran = push(tmp_path, "me/x")
+        assert ran.returncode == 2 and "holds no finished run" in ran.stderr and "Traceback" not in ran.stderr
+    assert not server.requests
 
 
 def test_unfinished_folders_are_refused(finished, tmp_path):

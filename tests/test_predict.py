@@ -207,6 +207,23 @@ def test_memory_does_not_grow_with_the_number_of_inputs(model):
     assert number == 500
 
 
+def test_odd_configs_of_the_hub(model, capsys, tmp_path):
+    draw("red", 1).save(tmp_path / "a.png")
+    other = tmp_path / "odd"
+    other.mkdir()
+    for path in model.glob("*.*"):
+        (other / path.name).write_bytes(path.read_bytes())
+    config = json.loads((model / "config.json").read_text())
+    config |= {"id2label": {"0": 7, "1": "\x1b]0;title\x07"}, "unsure_below": None, "num_labels": 3}
+    (other / "config.json").write_text(json.dumps(config))
+    code, out, err = told(capsys, other, tmp_path / "a.png", "http://127.0.0.1/\x1b[0m", "--top_k", "3")
+    assert code == 1 and "\x1b" not in out and "Traceback" not in err
+    settings = json.loads((model / "preprocessor_config.json").read_text())
+    (other / "preprocessor_config.json").write_text(json.dumps(settings | {"do_center_crop": False}))
+    code, _, err = told(capsys, other, tmp_path / "a.png")
+    assert code == 2 and "another size of every picture" in err
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -313,7 +313,7 @@ def test_processes_that_would_train_alone_are_refused(monkeypatch):
         refuse_lone_processes(SimpleNamespace(world_size=1))
 
 
-@pytest.mark.parametrize("path", sorted((PROJECT / "cloud").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((PROJECT / "cloud").glob("accelerate_*.yaml")), ids=lambda path: path.stem)
 def test_cloud_configs_are_read(path):
     config = load_config_from_file(str(path))
     assert config.num_processes > 1 and config.distributed_type.value == "MULTI_GPU"

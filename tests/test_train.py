@@ -81,6 +81,10 @@ def test_nothing_tells_where_it_ran(run, monkeypatch):
     line = ["--data_dir", "/home/me/my pictures", "--output_dir=/mnt/x/run", "--model_name", "timm/resnet18.tv_in1k"]
     expected = "python train.py --data_dir 'my pictures' --output_dir=run --model_name timm/resnet18.tv_in1k"
     assert command(line) == expected
+    told = command(
+        ["--data_dir", "clients/alice/scans", "--data_dir=./home/bob", "--model_name=simple_cnn", "--seed", "3"]
+    )
+    assert told == "python train.py --data_dir scans --data_dir=bob --model_name=simple_cnn --seed 3"
 
 
 def test_saved_model_is_calibrated(run):
