@@ -103,13 +103,11 @@ def stage(output_dir: Path, repo_id: str, staging: Path) -> None:
     files = [path for pattern in PUBLISHED for path in output_dir.glob(pattern)]
     try:
         metrics = json.loads((output_dir / "metrics.json").read_text(encoding="utf-8"))
-        write_model_card(staging / "README.md", metrics, (output_dir / "models.py").exists(), repo_id)
         for path in files:
             shutil.copyfile(path, staging / path.name)
+        write_model_card(staging / "README.md", metrics, (staging / "models.py").exists(), repo_id)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{output_dir} holds no finished run: give a folder that train.py wrote ({error!r})"
-        ) from error
+        raise ValueError(f"{output_dir} holds no finished run ({error!r}): give what train.py wrote") from error
     if not any(path.suffix == ".safetensors" for path in files):
         raise ValueError(f"{output_dir} holds no model: --eval_only scores one and leaves none")
 

@@ -23,8 +23,8 @@ def view_size(image_processor: BaseImageProcessor) -> tuple[int, int]:
     )
     if wide != tall:
         raise ValueError(
-            f"this model's image processor makes views of another size of every picture ({wide} and {tall}), which form "
-            "no batch: give it a crop (do_center_crop, crop_size) in preprocessor_config.json"
+            f"this model's image processor makes views of another size of every picture ({wide} and {tall}), which "
+            "form no batch: give it a crop (do_center_crop, crop_size) in preprocessor_config.json"
         )
     return wide
 
