@@ -122,6 +122,7 @@ def test_unsure_is_said():
     assert said == "Unsure. Likeliest is a (40%)" and classes == {"a": 0.4, "b": 0.3}
 
 
+@pytest.mark.slow
 def test_space_serves_the_pushed_model(model, tmp_path):
     with Hub() as server:
         server.add("models", "me/colours", model)

@@ -75,6 +75,7 @@ def boot() -> subprocess.Popen:
     return subprocess.Popen(["bash", str(PROJECT / "cloud/boot.sh")], **streams)
 
 
+@pytest.mark.slow
 def test_boot_runs_up_to_the_first_checkpoint_and_goes_on_after_a_preemption(stubs, tmp_path, monkeypatch):
     draw_folder(tmp_path / "pictures", per_class=6)
     monkeypatch.setenv("TRAIN", f"{sys.executable} {PROJECT / 'train.py'}")

@@ -1,7 +1,10 @@
 """Fetching a picture from a loopback server that misbehaves in every way, and from addresses that are refused."""
 
 import io
+import shutil
 import socket
+import ssl
+import subprocess
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -185,3 +188,25 @@ def test_one_private_address_among_public_ones_is_enough(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: entries)
     with pytest.raises(OSError, match=r"is not public \(127.0.0.1\)"):
         fetch.fetch("http://picture.example/")
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl for a certificate")
+def test_slow_answer_ends_at_the_deadline_over_tls_too(tmp_path, monkeypatch):
+    names = ["-keyout", str(tmp_path / "key.pem"), "-out", str(tmp_path / "cert.pem"), "-subj", "/CN=localhost"]
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", *names], check=True, capture_output=True
+    )
+    running = ThreadingHTTPServer(("127.0.0.1", 0), Misbehaving)
+    running.daemon_threads = True
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+    running.socket = context.wrap_socket(running.socket, server_side=True)
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    monkeypatch.setattr(ssl, "create_default_context", ssl._create_unverified_context)
+    url = f"https://localhost:{running.server_port}"
+    assert fetch.fetch(f"{url}/good.png", allow_private=True)
+    start = time.monotonic()
+    with pytest.raises(OSError, match="took too long"):
+        fetch.fetch(f"{url}/drip", allow_private=True, seconds=1)
+    assert time.monotonic() - start < 5
+    running.shutdown()

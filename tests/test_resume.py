@@ -273,6 +273,7 @@ def test_two_processes_score_every_picture_once_and_write_one_set(timm_checkpoin
     assert all(torch.allclose(tensor, others[name], atol=1e-5) for name, tensor in weights.items())
 
 
+@pytest.mark.slow
 def test_two_machines_with_disks_of_their_own(timm_checkpoint, folder):
     """Two launches on loopback addresses: one set of outputs, on the first."""
     with socket.socket() as free:
