@@ -54,19 +54,24 @@ esac
 
 @pytest.fixture
 def stubs(tmp_path, monkeypatch):
-    """Commands of a cloud that is not there; boot.sh's disk is a folder."""
-    folder = tmp_path / "stubs"
+    """Commands of a cloud that is not there; train.py runs in this test's folder."""
+    monkeypatch.chdir(tmp_path)
+    return write_stubs(tmp_path, DOCKER, monkeypatch)
+
+
+def write_stubs(place: Path, docker: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Write what boot.sh calls into a folder, let it find that, and give it a folder in the place of its disk."""
+    folder = place / "stubs"
     folder.mkdir()
-    for name, text in (("curl", CURL), ("docker", DOCKER), ("mountpoint", "#!/bin/sh\n"), ("chown", "#!/bin/sh\n")):
+    quiet = "#!/bin/sh\n"
+    commands = {"curl": CURL, "docker": docker, "mountpoint": quiet, "chown": quiet, "poweroff": quiet}
+    for name, text in commands.items():
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
-    (folder / "poweroff").write_text('#!/bin/sh\necho poweroff >> "$STUBS/asked"\n')
-    (folder / "poweroff").chmod(0o755)
-    settings = {"DISK": tmp_path / "disk", "SECRETS": tmp_path / "secrets", "STUBS": folder, "SECRET": SECRET}
-    settings |= {"PAUSE": "0", "PATH": f"{folder}:{os.environ['PATH']}", "NVIDIA": "/no/gpu"}
+    settings = {"DISK": place / "disk", "SECRETS": place / "secrets", "STUBS": folder, "SECRET": SECRET, "PAUSE": "0"}
+    settings |= {"PATH": f"{folder}:{os.environ['PATH']}", "NVIDIA": "/no/gpu"}
     for key, value in settings.items():
         monkeypatch.setenv(key, str(value))
-    monkeypatch.chdir(tmp_path)
     return folder
 
 
