@@ -70,8 +70,9 @@ class SafeTrainer(Trainer):
                 seal(written, name)
                 thin_out(output_dir, self.args.save_total_limit, best)
         except Exception as error:  # safetensors and torch have errors of their own for a full disk
+            full = "No space left" in str(error) or shutil.disk_usage(output_dir).free < self.checkpoint_size()
             shutil.rmtree(output_dir / PARTIAL, ignore_errors=True)
-            if shutil.disk_usage(output_dir).free > self.checkpoint_size():
+            if not full:
                 raise
             last = next(iter(steps_of(output_dir).values()), None)
             rest = f"{last} is whole: free some space, and go on with" if last else "free some space, and start with"
