@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from datasets import DatasetDict
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import (
@@ -28,6 +30,7 @@ from transformers import (
     ViTImageProcessor,
 )
 
+from data import load_splits
 from models import build_model
 from views import EvaluationView
 
@@ -48,6 +51,28 @@ def draw_folder(root: Path, per_class: int = 8, classes: tuple[str, ...] = tuple
         for seed in range(first, first + per_class):
             draw(name, 1000 * number + seed).save(root / name / f"{seed:03}.png")
     return root
+
+
+def encoded(image: Image.Image, tmp_path: Path, suffix: str = "png", **options) -> bytes:
+    """Save a picture, and return its file."""
+    path = tmp_path / f"picture.{suffix}"
+    image.save(path, **options)
+    return path.read_bytes()
+
+
+def load(**options) -> DatasetDict:
+    """Load splits, without what was left out of them."""
+    return load_splits(**options)[0]
+
+
+def labels_of(splits: DatasetDict) -> list[str]:
+    """Return the names of the classes."""
+    return splits["train"].features["label"].names
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Tell whether all tensors of one state are bit for bit those of another."""
+    return all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
 @pytest.fixture(scope="session")

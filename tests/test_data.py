@@ -2,34 +2,20 @@
 
 import hashlib
 import io
-import logging
-import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import COLOURS, draw, draw_folder
+from conftest import COLOURS, draw, draw_folder, encoded, labels_of, load
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
-from PIL import ImageCms
-from transformers import AutoImageProcessor, MobileViTImageProcessor, pipeline
 
 import data
 import inspection
-from data import collate, describe, evaluation_rows, load_splits, prepare, store_training_picture, with_views
+from data import collate, describe, load_splits, prepare, store_training_picture, with_views
 from images import decode_rgb
-from models import build_model
-from views import AUGMENTATIONS, EvaluationView, training_view
-
-
-def load(**options) -> DatasetDict:
-    return load_splits(**options)[0]
-
-
-def labels_of(splits: DatasetDict) -> list[str]:
-    return splits["train"].features["label"].names
 
 
 def digests(splits: DatasetDict) -> dict[str, list[str]]:
@@ -89,37 +75,6 @@ def test_missing_test_split_is_cut_from_train(tmp_path):
     assert {split: len(dataset) for split, dataset in splits.items()} == {"train": 24, "validation": 6, "test": 6}
 
 
-def test_class_keeps_its_number_where_a_split_lacks_another(tmp_path):
-    draw_folder(tmp_path / "p/train", 3)
-    draw_folder(tmp_path / "p/val", 2, first=20)
-    draw_folder(tmp_path / "p/test", 2, classes=("red",), first=40)
-    (tmp_path / "p/test/blue").mkdir()
-    splits = load(data_dir=str(tmp_path / "p"))
-    assert splits["test"].features["label"].names == ["blue", "green", "red"]
-    assert set(splits["test"]["label"][:]) == {2}
-
-
-def test_folder_names_that_imagefolder_trips_over(tmp_path):
-    for number, name in enumerate(("freight train", "test tubes", "Çalgı")):
-        (tmp_path / name / "deep/er").mkdir(parents=True)
-        for seed in range(4):
-            draw("red", 10 * number + seed).save(tmp_path / name / ("deep/er" if seed else "") / f"{seed}.png")
-    splits = load(data_dir=str(tmp_path))
-    assert labels_of(splits) == ["freight train", "test tubes", "Çalgı"]
-    assert sum(len(dataset) for dataset in splits.values()) == 12
-
-
-def test_other_files_are_named_and_hidden_ones_are_not(pictures, caplog):
-    (pictures / "red/notes.txt").write_text("no picture")
-    (pictures / "drawing.eps").write_text("%!PS")
-    (pictures / "red/.DS_Store").write_text("")
-    (pictures / ".git").mkdir()
-    with caplog.at_level(logging.WARNING):
-        splits = load(data_dir=str(pictures))
-    assert sum(len(dataset) for dataset in splits.values()) == 24
-    assert "2 files" in caplog.text and "notes.txt" in caplog.text and ".DS_Store" not in caplog.text
-
-
 def test_changed_file_is_prepared_again(pictures, view):
     before = describe(prepare(load(data_dir=str(pictures)), view))["fingerprint"]
     assert describe(prepare(load(data_dir=str(pictures)), view))["fingerprint"] == before
@@ -132,79 +87,6 @@ def test_second_run_decodes_nothing(pictures, monkeypatch, view):
     for module in (data, inspection):
         monkeypatch.setattr(module, "decode_rgb", lambda *arguments: pytest.fail("decoded again"))
     assert len(prepare(load(data_dir=str(pictures)), view)["train"]) == 15
-
-
-def empty_class(root: Path) -> None:
-    draw_folder(root)
-    (root / "violet").mkdir()
-
-
-def splits_without_classes(root: Path) -> None:
-    for split in ("train", "test"):
-        (root / split).mkdir()
-        draw("red", 1).save(root / split / "1.png")
-
-
-def test_classes_that_are_called_like_splits(tmp_path):
-    for number, name in enumerate(("bus", "test", "train")):
-        (tmp_path / name).mkdir()
-        for seed in range(4):
-            draw("red", 10 * number + seed).save(tmp_path / name / f"{seed}.png")
-    assert labels_of(load(data_dir=str(tmp_path))) == ["bus", "test", "train"]
-
-
-def splits_and_more(root: Path) -> None:
-    draw_folder(root / "train")
-    draw_folder(root / "test")
-    draw_folder(root / "scratch")
-
-
-def empty_split(root: Path) -> None:
-    draw_folder(root / "train")
-    (root / "test/red").mkdir(parents=True)
-
-
-def test_class_missing_from_train(tmp_path):
-    draw_folder(tmp_path / "p/train", 4, classes=("red", "blue"))
-    draw_folder(tmp_path / "p/test", 2)
-    with pytest.raises(ValueError, match="no training picture has the class 'green'"):
-        load(data_dir=str(tmp_path / "p"))
-
-
-@pytest.mark.parametrize(
-    ("build", "message"),
-    [
-        (lambda root: None, "no pictures in class folders"),
-        (empty_class, "violet has no pictures: fill it or remove it"),
-        (splits_without_classes, "no class folders in them"),
-        (lambda root: draw_folder(root, classes=("red",)), "the one class 'red'"),
-        (lambda root: draw_folder(root, 2), "'blue' has 2 pictures, too few"),
-        (empty_split, "test has no pictures: fill it, or remove it"),
-        (splits_and_more, "holds the splits test, train and beside them scratch"),
-        (lambda root: [draw_folder(root / s) for s in ("train", "val", "dev")], "two folders for one split"),
-    ],
-)
-def test_unusable_folder(tmp_path, build, message):
-    build(tmp_path)
-    with pytest.raises(ValueError, match=message):
-        load(data_dir=str(tmp_path))
-
-
-def test_file_name_that_is_no_text(pictures):
-    Path(os.fsdecode(os.fsencode(pictures / "red") + b"/\xff.png")).touch()
-    with pytest.raises(ValueError, match=r"xff.png' is not valid UTF-8: rename the file"):
-        load(data_dir=str(pictures))
-
-
-def test_link_that_leads_nowhere(pictures):
-    (pictures / "red/gone.png").symlink_to("nowhere.png")
-    with pytest.raises(ValueError, match=r"gone.png cannot be read: .*Replace or remove it"):
-        load(data_dir=str(pictures))
-
-
-def test_missing_folder(tmp_path):
-    with pytest.raises(ValueError, match=r"nowhere is not a folder"):
-        load(data_dir=str(tmp_path / "nowhere"))
 
 
 @pytest.mark.parametrize("fractions", [{"test_fraction": 0}, {"validation_fraction": 1.5}])
@@ -312,66 +194,6 @@ def test_unreachable_dataset():
 # --- preparation
 
 
-def encoded(image: PILImage.Image, tmp_path: Path, suffix: str = "png", **options) -> bytes:
-    path = tmp_path / f"picture.{suffix}"
-    image.save(path, **options)
-    return path.read_bytes()
-
-
-def lab_red() -> PILImage.Image:
-    lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-    return ImageCms.profileToProfile(PILImage.new("RGB", (8, 8), (200, 40, 40)), srgb, lab, outputMode="LAB")
-
-
-@pytest.mark.parametrize(
-    ("image", "suffix", "expected"),
-    [
-        (PILImage.new("RGB", (8, 8), (200, 40, 40)), "png", (200, 40, 40)),
-        (PILImage.new("RGB", (8, 8), (200, 40, 40)).quantize(4), "png", (200, 40, 40)),
-        (PILImage.new("1", (8, 8), 1), "png", (255, 255, 255)),
-        (PILImage.new("L", (8, 8), 77), "png", (77, 77, 77)),
-        (PILImage.new("LA", (8, 8), (0, 0)), "png", (255, 255, 255)),
-        (PILImage.new("RGBA", (8, 8), (200, 40, 40, 0)), "png", (255, 255, 255)),
-        (PILImage.new("RGBA", (8, 8), (0, 0, 0, 128)), "png", (127, 127, 127)),
-        (PILImage.new("RGBA", (8, 8), (200, 40, 40, 0)), "webp", (255, 255, 255)),
-        (PILImage.fromarray(np.full((8, 8), 0x8000, np.uint16)), "png", (128, 128, 128)),
-        (PILImage.fromarray(np.full((8, 8), 0x8000, np.int32)), "tiff", (128, 128, 128)),
-        (PILImage.fromarray(np.full((8, 8), 0.5, np.float32)), "tiff", (128, 128, 128)),
-        (PILImage.fromarray(np.full((8, 8), 128, np.float32)), "tiff", (128, 128, 128)),
-        (PILImage.new("CMYK", (8, 8), (0, 255, 255, 0)), "jpg", (254, 0, 0)),
-        (PILImage.new("CMYK", (8, 8), (0, 255, 255, 0)), "tiff", (255, 0, 0)),
-        (PILImage.new("YCbCr", (8, 8), (128, 128, 128)), "jpg", (128, 128, 128)),
-        (lab_red(), "tiff", (200, 40, 40)),
-    ],
-    ids=lambda value: value.mode if isinstance(value, PILImage.Image) else None,
-)
-def test_every_mode_becomes_the_right_rgb(tmp_path, image, suffix, expected):
-    decoded = decode_rgb(encoded(image, tmp_path, suffix)).image
-    assert decoded.mode == "RGB"
-    assert np.abs(np.asarray(decoded).astype(int) - expected).max() <= 2
-
-
-def test_palette_with_transparency(tmp_path):
-    image = PILImage.new("P", (8, 8), 1)
-    image.putpalette([0, 0, 0, 200, 40, 40])
-    decoded, changed, *_ = decode_rgb(encoded(image, tmp_path, transparency=1))
-    assert decoded.getpixel((0, 0)) == (255, 255, 255) and changed
-
-
-def test_exif_orientation_is_applied(tmp_path):
-    image = PILImage.new("RGB", (20, 10), "white")
-    exif = image.getexif()
-    exif[0x0112] = 6  # turned a quarter
-    decoded, changed, *_ = decode_rgb(encoded(image, tmp_path, "jpg", exif=exif))
-    assert decoded.size == (10, 20) and changed
-
-
-def test_animation_gives_its_first_frame(tmp_path):
-    frames = [PILImage.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
-    decoded = decode_rgb(encoded(frames[0], tmp_path, "gif", save_all=True, append_images=frames[1:])).image
-    assert decoded.getpixel((0, 0)) == (255, 0, 0)
-
-
 def test_plain_rgb_keeps_its_bytes_and_the_rest_its_pixels(pictures, view):
     draw("red", 5).save(pictures / "red/photo.jpg")
     draw("red", 6).convert("L").save(pictures / "red/grey.png")
@@ -439,63 +261,6 @@ def test_failure_is_not_cached(pictures, monkeypatch, view):
     assert len(prepare(load(data_dir=str(pictures)), view)["train"]) == 15
 
 
-def test_bomb_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(PILImage, "MAX_IMAGE_PIXELS", 30)
-    with pytest.raises(PILImage.DecompressionBombError):
-        decode_rgb(encoded(PILImage.new("RGB", (8, 8)), tmp_path))
-
-
-# --- views
-
-
-@pytest.fixture(scope="module", params=["simple_cnn", "timm", "vit", "efficientnet_lite0"])
-def saved_model(request, tmp_path_factory):
-    """A model folder as train.py writes it, and the image processor it was written with."""
-    name = request.param
-    if name in ("timm", "vit"):
-        name = str(request.getfixturevalue(f"{name}_checkpoint"))
-    model, image_processor = build_model(name, {0: "blue", 1: "red"})
-    folder = tmp_path_factory.mktemp("saved")
-    model.save_pretrained(folder)
-    image_processor.to_json_file(folder / "preprocessor_config.json")
-    return folder, image_processor
-
-
-def test_evaluation_sees_what_pipeline_and_a_reloaded_processor_see(saved_model, tmp_path):
-    folder, image_processor = saved_model
-    draw_folder(tmp_path / "p", 3, classes=("red", "blue"))
-    picture = draw("red", 77, width=300, height=220)
-    exif = picture.getexif()
-    exif[0x0112] = 8
-    picture.save(tmp_path / "p/red/sideways.jpg", exif=exif)
-    draw("blue", 78, width=700, height=900).save(tmp_path / "p/blue/large.jpg")
-    view = EvaluationView(image_processor)
-    splits = prepare(load(data_dir=str(tmp_path / "p"), validation_fraction=0.3, test_fraction=0.3), view)
-    classify = pipeline("image-classification", model=str(folder), trust_remote_code=True)
-    reloaded = EvaluationView(AutoImageProcessor.from_pretrained(folder))
-    by_digest = {hashlib.sha256(path.read_bytes()).hexdigest(): path for path in (tmp_path / "p").rglob("*.*")}
-    for split, dataset in splits.items():
-        rows = evaluation_rows(dataset, view)
-        for row, digest in enumerate(dataset["digest"][:]):
-            seen = rows[row]["pixel_values"]
-            path = by_digest[digest]
-            assert seen.dtype == torch.float32 and list(rows[row]) == ["pixel_values"]
-            if split == "train" and path.name == "large.jpg":  # stored small
-                continue
-            assert torch.equal(seen, reloaded(decode_rgb(path.read_bytes()).image))
-            assert torch.equal(seen, classify.preprocess(str(path))["pixel_values"][0])
-
-
-def test_view_is_packed_without_loss(saved_model):
-    view = EvaluationView(saved_model[1])
-    seen = view(draw("red", 3, width=90, height=70))
-    packed = view.pack(seen)
-    assert len(packed) == seen.numel()  # a byte a value, not four
-    assert torch.equal(view.unpack(packed), seen)
-    odd = seen + 0.001  # of a processor that does more than to scale 8-bit levels
-    assert torch.equal(view.unpack(view.pack(odd)), odd)
-
-
 def test_large_photograph_is_stored_small_and_looks_the_same(tmp_path, view):
     smooth = draw("red", 1, 8, 6).resize((2000, 1500), PILImage.Resampling.BICUBIC)
     data = encoded(smooth, tmp_path, "jpg", quality=95)
@@ -509,39 +274,6 @@ def test_elongated_and_tiny_pictures_are_stored(tmp_path):
     for size, stored_size in (((3000, 10), (3000, 10)), ((4000, 100), (2560, 64)), ((1, 1), (1, 1))):
         data = encoded(PILImage.new("RGB", size, "red"), tmp_path, "jpg")
         assert PILImage.open(io.BytesIO(store_training_picture(data, 64)["bytes"])).size == stored_size
-
-
-@pytest.fixture
-def timm_view(timm_checkpoint):
-    return EvaluationView(build_model(str(timm_checkpoint), {0: "blue", 1: "red"})[1])
-
-
-def test_no_augmentation_is_the_evaluation_view(timm_view):
-    picture = draw("red", 1)
-    assert torch.equal(training_view(timm_view, "none")(picture), timm_view(picture))
-
-
-@pytest.mark.parametrize("augmentation", [name for name in AUGMENTATIONS if name != "none"])
-def test_augmentation_varies_and_keeps_size_and_scale(timm_view, augmentation):
-    picture = draw("red", 1, width=200, height=150)
-    see = training_view(timm_view, augmentation)
-    seen = torch.stack([see(picture) for _ in range(24)])
-    assert seen.shape[1:] == timm_view(picture).shape
-    assert len({one.numpy().tobytes() for one in seen}) > 12
-    unit = (seen - timm_view.black[:, None, None]) / timm_view.contrast[:, None, None]
-    assert unit.min() >= -1e-5 and unit.max() <= 1 + 1e-5
-    # Red stays the strongest channel of most views: the scale is the evaluation's, channel by channel.
-    assert (unit.mean(dim=(2, 3)).argmax(dim=1) == 0).float().mean() > 0.6
-
-
-@pytest.mark.parametrize("augmentation", AUGMENTATIONS)
-def test_channels_that_the_processor_turns_round_are_turned_round_in_training(augmentation):
-    size = {"shortest_edge": 32}
-    view = EvaluationView(MobileViTImageProcessor(size=size, crop_size={"height": 32, "width": 32}))
-    see, red = training_view(view, augmentation), PILImage.new("RGB", (64, 48), (250, 10, 10))
-    assert view.reversed and view(red)[2].mean() > 0.9
-    seen = torch.stack([see(red) for _ in range(16)]).mean(dim=(0, 2, 3))
-    assert seen.argmax() == 2
 
 
 def test_augmented_dataset_is_lazy_and_collates(pictures, view):

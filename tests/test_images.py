@@ -1,0 +1,69 @@
+"""One picture file to upright RGB: every Pillow mode, transparency, EXIF, animations, bombs."""
+
+import numpy as np
+import pytest
+from conftest import encoded
+from PIL import Image as PILImage
+from PIL import ImageCms
+
+from images import decode_rgb
+
+
+def lab_red() -> PILImage.Image:
+    lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+    return ImageCms.profileToProfile(PILImage.new("RGB", (8, 8), (200, 40, 40)), srgb, lab, outputMode="LAB")
+
+
+@pytest.mark.parametrize(
+    ("image", "suffix", "expected"),
+    [
+        (PILImage.new("RGB", (8, 8), (200, 40, 40)), "png", (200, 40, 40)),
+        (PILImage.new("RGB", (8, 8), (200, 40, 40)).quantize(4), "png", (200, 40, 40)),
+        (PILImage.new("1", (8, 8), 1), "png", (255, 255, 255)),
+        (PILImage.new("L", (8, 8), 77), "png", (77, 77, 77)),
+        (PILImage.new("LA", (8, 8), (0, 0)), "png", (255, 255, 255)),
+        (PILImage.new("RGBA", (8, 8), (200, 40, 40, 0)), "png", (255, 255, 255)),
+        (PILImage.new("RGBA", (8, 8), (0, 0, 0, 128)), "png", (127, 127, 127)),
+        (PILImage.new("RGBA", (8, 8), (200, 40, 40, 0)), "webp", (255, 255, 255)),
+        (PILImage.fromarray(np.full((8, 8), 0x8000, np.uint16)), "png", (128, 128, 128)),
+        (PILImage.fromarray(np.full((8, 8), 0x8000, np.int32)), "tiff", (128, 128, 128)),
+        (PILImage.fromarray(np.full((8, 8), 0.5, np.float32)), "tiff", (128, 128, 128)),
+        (PILImage.fromarray(np.full((8, 8), 128, np.float32)), "tiff", (128, 128, 128)),
+        (PILImage.new("CMYK", (8, 8), (0, 255, 255, 0)), "jpg", (254, 0, 0)),
+        (PILImage.new("CMYK", (8, 8), (0, 255, 255, 0)), "tiff", (255, 0, 0)),
+        (PILImage.new("YCbCr", (8, 8), (128, 128, 128)), "jpg", (128, 128, 128)),
+        (lab_red(), "tiff", (200, 40, 40)),
+    ],
+    ids=lambda value: value.mode if isinstance(value, PILImage.Image) else None,
+)
+def test_every_mode_becomes_the_right_rgb(tmp_path, image, suffix, expected):
+    decoded = decode_rgb(encoded(image, tmp_path, suffix)).image
+    assert decoded.mode == "RGB"
+    assert np.abs(np.asarray(decoded).astype(int) - expected).max() <= 2
+
+
+def test_palette_with_transparency(tmp_path):
+    image = PILImage.new("P", (8, 8), 1)
+    image.putpalette([0, 0, 0, 200, 40, 40])
+    decoded, changed, *_ = decode_rgb(encoded(image, tmp_path, transparency=1))
+    assert decoded.getpixel((0, 0)) == (255, 255, 255) and changed
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    image = PILImage.new("RGB", (20, 10), "white")
+    exif = image.getexif()
+    exif[0x0112] = 6  # turned a quarter
+    decoded, changed, *_ = decode_rgb(encoded(image, tmp_path, "jpg", exif=exif))
+    assert decoded.size == (10, 20) and changed
+
+
+def test_animation_gives_its_first_frame(tmp_path):
+    frames = [PILImage.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    decoded = decode_rgb(encoded(frames[0], tmp_path, "gif", save_all=True, append_images=frames[1:])).image
+    assert decoded.getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_bomb_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(PILImage, "MAX_IMAGE_PIXELS", 30)
+    with pytest.raises(PILImage.DecompressionBombError):
+        decode_rgb(encoded(PILImage.new("RGB", (8, 8)), tmp_path))
