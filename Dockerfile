@@ -1,7 +1,7 @@
 # Luthier on a GPU, or without one:
 #   docker build -t luthier .
 #   docker run --rm luthier                                   the built-in pictures and model
-#   docker run --rm --gpus all -v "$PWD/photos:/photos:ro" -v luthier-outputs:/work/outputs -v luthier-cache:/cache \
+#   docker run --rm --gpus all -v "$PWD/photos:/photos:ro" -v luthier-outputs:/srv/outputs -v luthier-cache:/cache \
 #       luthier configs/efficientnet_lite0_openmoji_head.yaml --data_dir /photos
 # torch's wheels bring CUDA, so that the host needs no more than the driver.
 FROM debian:bookworm-slim AS build
@@ -11,9 +11,10 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends python3 python3-venv \
     && rm -rf /var/lib/apt/lists/*
 COPY requirements.txt requirements.lock /build/
-RUN --mount=type=cache,target=/root/.cache/pip \
+RUN --mount=type=cache,target=/pip \
     python3 -m venv /opt/luthier \
-    && /opt/luthier/bin/pip install --requirement /build/requirements.txt --constraint /build/requirements.lock
+    && /opt/luthier/bin/pip install --cache-dir /pip \
+        --requirement /build/requirements.txt --constraint /build/requirements.lock
 
 FROM debian:bookworm-slim
 # hadolint ignore=DL3008
@@ -25,10 +26,10 @@ COPY *.py accelerate_config.yaml cloud/entrypoint.sh /app/
 COPY configs /app/configs
 COPY templates /app/templates
 # Writable are the two volumes alone: for this user, and for any other one of group 0, which `docker run --user 1234` has.
-RUN mkdir -p /work/outputs /cache \
-    && ln -s /app/configs /work/configs \
-    && chown -R 10001:0 /work/outputs /cache \
-    && chmod -R 0770 /work/outputs /cache \
+RUN mkdir -p /srv/outputs /cache \
+    && ln -s /app/configs /srv/configs \
+    && chown -R 10001:0 /srv/outputs /cache \
+    && chmod -R 0770 /srv/outputs /cache \
     && chmod 0755 /app/entrypoint.sh
 ENV PATH=/opt/luthier/bin:$PATH \
     PYTHONUNBUFFERED=1 \
@@ -36,8 +37,8 @@ ENV PATH=/opt/luthier/bin:$PATH \
     HOME=/cache \
     HF_HOME=/cache/huggingface \
     USER=luthier
-WORKDIR /work
-VOLUME ["/work/outputs", "/cache"]
+WORKDIR /srv
+VOLUME ["/srv/outputs", "/cache"]
 USER 10001:0
 # A run that trains is healthy; nothing here listens.
 HEALTHCHECK NONE

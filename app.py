@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from images import EXTENSIONS, reason
+from images import is_picture, reason
 
 if TYPE_CHECKING:
     import gradio
@@ -48,6 +48,8 @@ def main(argv: list[str] | None = None) -> None:
     from arguments import user_errors  # these imports take seconds: mistakes in the line are answered before
 
     with user_errors():
+        if args.push_to_space and (args.examples or args.always_answer):
+            raise ValueError("--examples and --always_answer are of the page on this machine: leave them out")
         if args.push_to_space:
             print(f"pushed   {push_to_space(args.model, args.push_to_space)}")
             return
@@ -62,7 +64,7 @@ def pictures_in(folder: Path) -> list[str]:
     Raises:
         ValueError: it has none.
     """
-    found = sorted(str(path) for path in folder.glob("*") if path.suffix.lower() in EXTENSIONS)
+    found = sorted(str(path) for path in folder.glob("*") if is_picture(path.name))
     if not found:
         raise ValueError(f"--examples {folder} is no folder with pictures")
     return found
@@ -161,7 +163,7 @@ def push_to_space(model_name: str, repo_id: str) -> str:
         raise ValueError(
             f"a Space loads its model from the Hub, and {model_name} is a folder: push that first (hub.py)"
         )
-    repo_id = hub.check_access(repo_id, repo_id, private=None, repo_type="space")
+    repo_id = hub.check_access(repo_id, private=None, repo_type="space")
     with tempfile.TemporaryDirectory() as staging:
         stage_space(model_name, repo_id, Path(staging))
         return hub.upload(Path(staging), repo_id, "space", "Page by Luthier")

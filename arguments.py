@@ -210,11 +210,14 @@ def parse_arguments(argv: list[str]) -> tuple[DataArguments, ModelArguments, Tra
             raise ValueError(f"--{key} {why}: leave it out")
     if not options["eval_do_concat_batches"]:
         raise ValueError("--eval_do_concat_batches False leaves no whole to score: leave it out")
-    usual = build_parser().get_default
-    if model_args.eval_only and (told := [key for key in TRAINS if options[key] != usual(key)]):
-        raise ValueError(f"--eval_only trains nothing, and --{told[0]} is about training: leave one of them out")
-    if model_args.eval_only and "/" not in model_args.model_name and not Path(model_args.model_name).is_dir():
-        raise ValueError("--eval_only scores a finished model: give its folder or its name on the Hub as --model_name")
+    if model_args.eval_only:
+        usual = build_parser().get_default
+        if told := [key for key in TRAINS if options[key] != usual(key)]:
+            raise ValueError(f"--eval_only trains nothing, and --{told[0]} is about training: leave one of them out")
+        if "/" not in model_args.model_name and not Path(model_args.model_name).is_dir():
+            raise ValueError(
+                "--eval_only scores a finished model: give its folder or its name on the Hub as --model_name"
+            )
     if model_args.recipe == "probe" and resume not in (None, "auto"):
         raise ValueError("--recipe probe trains nothing that could be resumed: leave --resume_from_checkpoint out")
     for key in POSITIVE:
@@ -369,6 +372,11 @@ def free_output_dir(given: str | None, name: str, resume_from_checkpoint: str | 
             "by --resume_from_checkpoint auto"
         )
     return path
+
+
+def has_ended(output_dir: Path) -> bool:
+    """Tell whether a run has written all that it leaves: its model card comes last."""
+    return (output_dir / "README.md").exists()
 
 
 @contextmanager

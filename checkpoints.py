@@ -57,6 +57,11 @@ def steps_of(output_dir: Path) -> dict[int, Path]:
     return dict(sorted(found.items(), reverse=True))
 
 
+def newest(output_dir: Path) -> Path | None:
+    """Return the checkpoint of the latest step, if there is one."""
+    return next(iter(steps_of(output_dir).values()), None)
+
+
 def newest_whole(output_dir: Path) -> Path | None:
     """Return the newest checkpoint that is as it was written; those after it are set aside, and said so."""
     shutil.rmtree(output_dir / PARTIAL, ignore_errors=True)
@@ -102,7 +107,8 @@ def load_weights(model: PreTrainedModel, checkpoint: str | Path) -> None:
 
 def thin_out(output_dir: Path, limit: int | None, best: int | None) -> None:
     """Remove the oldest checkpoints, but for `limit` of them and the best."""
-    for step, checkpoint in list(steps_of(output_dir).items())[limit or None :] if limit else []:
+    older = list(steps_of(output_dir).items())[limit:] if limit else []
+    for step, checkpoint in older:
         if step != best:
             shutil.rmtree(checkpoint)
 

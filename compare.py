@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from arguments import parse_arguments, settings_digest, user_errors
+from arguments import has_ended, parse_arguments, settings_digest, user_errors
 
 PROJECT = Path(__file__).parent
 LEVEL = 0.05  # of the tests, over all pairs together
@@ -144,8 +144,7 @@ def finished(run: Run) -> bool:
         ValueError: its folder holds a run with other settings.
     """
     path = run.folder / "metrics.json"
-    # predictions.csv is written after it.
-    if not path.exists() or not path.with_name("predictions.csv").exists():
+    if not (has_ended(run.folder) and path.exists()):
         shutil.rmtree(run.folder, ignore_errors=True)
         return False
     metrics = json.loads(path.read_text(encoding="utf-8"))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Split, Value
 
-from images import EXTENSIONS
+from images import EXTENSIONS, hidden, is_picture
 
 logger = logging.getLogger(__name__)
 
@@ -98,27 +98,23 @@ def _split_folders(root: Path) -> dict[str, Path]:
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not _hidden(entry.name))
-
-
-def _hidden(name: str) -> bool:
-    return name.startswith(".") or name in ("__MACOSX", "Thumbs.db", "desktop.ini")
+    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not hidden(entry.name))
 
 
 def _list_class_folders(split_root: Path, root: Path, skipped: Counter) -> list[tuple[str, str]]:
     """Return (path, class) of every picture, at any depth below a class folder; count other files in `skipped`."""
     found = []
     skipped.update(
-        str(entry.relative_to(root)) for entry in split_root.iterdir() if entry.is_file() and not _hidden(entry.name)
+        str(entry.relative_to(root)) for entry in split_root.iterdir() if entry.is_file() and not hidden(entry.name)
     )
     for folder in _subfolders(split_root):
         # macOS and Linux write an accented letter differently; a model must not see two classes in that.
         label = unicodedata.normalize("NFC", folder.name)
         files = []
         for directory, subdirectories, names in os.walk(folder):
-            subdirectories[:] = sorted(name for name in subdirectories if not _hidden(name))
-            for path in (Path(directory, name) for name in sorted(names) if not _hidden(name)):
-                if path.suffix.lower() in EXTENSIONS:
+            subdirectories[:] = sorted(name for name in subdirectories if not hidden(name))
+            for path in (Path(directory, name) for name in sorted(names) if not hidden(name)):
+                if is_picture(path.name):
                     files.append((_readable(path), label))
                 else:
                     skipped[str(path.relative_to(root))] += 1

@@ -39,19 +39,18 @@ LONGEST_WAIT = 300
 Result = TypeVar("Result")
 
 
-def check_access(repo_id: str | None, name: str, private: bool | None, repo_type: str = "model") -> str:
+def check_access(repo_id: str, private: bool | None, repo_type: str = "model") -> str:
     """Return the whole name of the repository to push to, after creating it or seeing that it can be written to.
 
     Args:
-        repo_id: `owner/name`; of a bare name, or none, the owner is who is logged in.
-        name: the repository's where `repo_id` is None.
+        repo_id: `owner/name`; of a bare name the owner is who is logged in.
         private: whether a new repository is hidden from others; None is the owner's default.
         repo_type: model or space.
 
     Raises:
         ValueError: there is no login, no network, no right to write, or no such name is allowed.
     """
-    api, repo_id = HfApi(), repo_id or name
+    api = HfApi()
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
@@ -77,7 +76,12 @@ def push(output_dir: Path, repo_id: str) -> str:
     """
     with tempfile.TemporaryDirectory() as staging:
         stage(output_dir, repo_id, Path(staging))
-        return upload(Path(staging), repo_id, "model", "Fine-tuned with Luthier", PUBLISHED)
+        return publish_model(Path(staging), repo_id)
+
+
+def publish_model(staging: Path, repo_id: str) -> str:
+    """Send what `stage` has put into a folder; return the address of the repository's page."""
+    return upload(staging, repo_id, "model", "Fine-tuned with Luthier", PUBLISHED)
 
 
 def upload(staging: Path, repo_id: str, repo_type: str, message: str, ours: tuple[str, ...] = ()) -> str:
@@ -177,11 +181,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("repo_id", help="where to, such as me/instruments; created where it does not exist")
     parser.add_argument("--private", action="store_true", default=None, help="hide a new repository from others")
     args = parser.parse_args(argv)
-    with user_errors():
-        with tempfile.TemporaryDirectory() as staging:
-            stage(args.output_dir, args.repo_id, Path(staging))  # before anything is made on the Hub
-        repo_id = check_access(args.repo_id, args.repo_id, args.private)
-        print(f"pushed   {push(args.output_dir, repo_id)}")
+    with user_errors(), tempfile.TemporaryDirectory() as folder:
+        if "/" not in args.repo_id:
+            raise ValueError(f"{args.repo_id!r} is no name for a repository: give owner/name")
+        staging = Path(folder)
+        stage(args.output_dir, args.repo_id, staging)  # before anything is made on the Hub
+        check_access(args.repo_id, args.private)
+        print(f"pushed   {publish_model(staging, args.repo_id)}")
 
 
 if __name__ == "__main__":

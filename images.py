@@ -78,6 +78,16 @@ def read(source: dict | None) -> bytes:
     return Path(source["path"]).read_bytes() if source["bytes"] is None else source["bytes"]
 
 
+def hidden(name: str) -> bool:
+    """Tell whether a file or folder is one that its owner does not see, or that a system leaves about."""
+    return name.startswith(".") or name in ("__MACOSX", "Thumbs.db", "desktop.ini")
+
+
+def is_picture(name: str) -> bool:
+    """Tell whether a file's name is a picture's."""
+    return Path(name).suffix.lower() in EXTENSIONS and not hidden(name)
+
+
 def reason(error: Exception) -> str:
     """Say in a line why a picture could not be read, without the path, which is told beside it."""
     if isinstance(error, OSError) and error.errno:

@@ -322,8 +322,10 @@ def _from_pretrained(
         AutoConfig.register(SimpleCNNConfig.model_type, SimpleCNNConfig, exist_ok=True)
         AutoModelForImageClassification.register(SimpleCNNConfig, SimpleCNNForImageClassification, exist_ok=True)
         # Without the word the library would ask on the standard input whether to run a repository's own code.
-        own = dict(AutoConfig.from_pretrained(model_name, trust_remote_code=False).id2label)
-        config = AutoConfig.from_pretrained(model_name, trust_remote_code=False, **changes)
+        config = AutoConfig.from_pretrained(model_name, trust_remote_code=False)
+        own = dict(config.id2label)
+        if changes:
+            config = AutoConfig.from_pretrained(model_name, trust_remote_code=False, **changes)
         image_processor = AutoImageProcessor.from_pretrained(model_name, trust_remote_code=False)
         model, loading = AutoModelForImageClassification.from_pretrained(
             model_name,

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from tqdm import tqdm
 
-from images import EXTENSIONS, reason
+from images import hidden, is_picture, reason
 
 if TYPE_CHECKING:
     from classifier import Answer
@@ -110,11 +110,10 @@ def expand(inputs: Iterable[str], stdin: Iterable[str] = ()) -> Iterator[tuple[s
 def _pictures_in(folder: str) -> Iterator[tuple[str, str | None]]:
     empty, errors = True, []
     for directory, subdirectories, names in os.walk(folder, onerror=errors.append):
-        subdirectories[:] = sorted(name for name in subdirectories if not name.startswith("."))
-        for name in sorted(names):
-            if Path(name).suffix.lower() in EXTENSIONS and not name.startswith("."):
-                empty = False
-                yield str(Path(directory, name)), None
+        subdirectories[:] = sorted(name for name in subdirectories if not hidden(name))
+        for name in filter(is_picture, sorted(names)):
+            empty = False
+            yield str(Path(directory, name)), None
     for error in errors:
         empty = False
         yield error.filename, reason(error)

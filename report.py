@@ -186,7 +186,8 @@ def write_model_card(path: Path, metrics: dict, custom_code: bool, repo_id: str 
             f"that it is unsure: it then answers {unsure['answered']:.1%} of the test pictures, "
             f"{unsure['accuracy']:.1%} of them right.\n"
         )
-    path.write_text(
+    written = path.with_name(f".{path.name}")  # under its name it is whole: it says that the run has ended
+    written.write_text(
         f"""---
 {metadata.to_yaml()}
 ---
@@ -233,6 +234,7 @@ The command, indented so that nothing in it is markup:
 """,
         encoding="utf-8",
     )
+    written.replace(path)
 
 
 def _escape(text: object) -> str:

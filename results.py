@@ -30,6 +30,7 @@ def write_results(trainer: Trainer, argv: list[str], metrics: dict, test: Test, 
         "versions": versions(),
         "command": command(argv),
         "settings": settings_digest(argv),
+        "seconds": clock.seconds,
     }
     write_metrics(output_dir / "metrics.json", metrics)  # first: the rest can be made again
     write_predictions(output_dir / "predictions.csv", metrics["data"]["labels"], *test)

@@ -5,7 +5,7 @@ import shlex
 import sys
 import time
 
-from arguments import DataArguments, ModelArguments, parse_arguments, user_errors
+from arguments import DataArguments, ModelArguments, has_ended, parse_arguments, user_errors
 
 START = time.perf_counter()
 if __name__ == "__main__":
@@ -73,8 +73,12 @@ def main(argv: list[str] | None = None) -> None:
         with user_errors():
             if training_args.process_index == 0:
                 until_the_end.enter_context(locked(output_dir, continued=bool(resume)))
-        if resume == "auto" and (output_dir / "metrics.json").exists():
-            say(training_args, "done", f"{output_dir} holds a finished run: nothing is left to do")
+        if resume == "auto" and has_ended(output_dir):
+            say(training_args, "done", f"{output_dir} holds a finished run: nothing is left to train")
+            with user_errors():
+                repo_id = open_repository(training_args)
+            if repo_id:  # the push may have been what failed
+                publish(training_args, repo_id)
         elif model_args.eval_only:
             evaluate_only(argv, data_args, model_args, training_args, clock)
         else:
@@ -101,10 +105,7 @@ def fine_tune(
         view = EvaluationView(image_processor)
         clock.stop("load")
 
-        with training_args.main_process_first(desc="preparing the pictures"):
-            splits = prepare(pictures, view)
-        data = describe(splits)
-        clock.stop("prepare")
+        splits, data = prepare_all(training_args, pictures, view, clock)
         views = with_views(splits, view, data_args.augmentation, data_args.test_view)
         trainer = build_trainer(model, recipe, training_args, views, labels)
     for callback in (clock, stop):
@@ -157,7 +158,6 @@ def fine_tune(
             },
             "baselines": baselines,
             "learning_curve": curve,
-            "seconds": clock.seconds,
             "data": {"name": data_args.name, "attribution": attribution(data_args), **data},
             "recipe": {**summary, "kept": kept.words},
             "history": trainer.state.log_history,
@@ -187,10 +187,7 @@ def evaluate_only(
             pictures, bad = load_labelled(labels, **data_args.for_pictures())
         view = EvaluationView(image_processor)
         clock.stop("load")
-        with training_args.main_process_first(desc="preparing the pictures"):
-            splits = prepare(pictures, view)
-        data = describe(splits)
-        clock.stop("prepare")
+        splits, data = prepare_all(training_args, pictures, view, clock)
         test = evaluation_rows(splits["test"], view, ["label"])
         training_args.eval_strategy = "no"
         trainer = Trainer(model, training_args, collate)
@@ -210,12 +207,22 @@ def evaluate_only(
             "calibration": {"reliability": reliability(logits, references)},
             "baselines": {"majority": majority_baseline(counts["test"], counts["test"])},
             "learning_curve": None,
-            "seconds": clock.seconds,
             "data": {"name": data_args.name, "attribution": attribution(data_args), **data},
             "recipe": summary,
             "history": [],
         }
         write_results(trainer, argv, metrics, Test(pictures, logits, references), found, clock)
+
+
+def prepare_all(
+    training_args: TrainingArguments, pictures: DatasetDict, view: EvaluationView, clock: Stopwatch
+) -> tuple[DatasetDict, dict]:
+    """Return the prepared splits, and what is said of them; the main process prepares, the others find it cached."""
+    with training_args.main_process_first(desc="preparing the pictures"):
+        splits = prepare(pictures, view)
+    data = describe(splits)
+    clock.stop("prepare")
+    return splits, data
 
 
 def open_repository(training_args: TrainingArguments) -> str | None:
@@ -229,8 +236,8 @@ def open_repository(training_args: TrainingArguments) -> str | None:
     training_args.push_to_hub = False  # of the Trainer's own, which uploads the whole folder while it trains
     if training_args.process_index != 0:
         return None
-    name = Path(training_args.output_dir).name
-    return hub.check_access(training_args.hub_model_id, name, training_args.hub_private_repo)
+    name = training_args.hub_model_id or Path(training_args.output_dir).name
+    return hub.check_access(name, training_args.hub_private_repo)
 
 
 def publish(training_args: TrainingArguments, repo_id: str) -> None:

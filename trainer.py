@@ -23,7 +23,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from checkpoints import PARTIAL, check_space, seal, steps_of, thin_out
+from checkpoints import PARTIAL, check_space, newest, seal, thin_out
 from data import collate
 from metrics import build_compute_metrics
 from models import parameter_groups
@@ -74,7 +74,7 @@ class SafeTrainer(Trainer):
             shutil.rmtree(output_dir / PARTIAL, ignore_errors=True)
             if not full:
                 raise
-            last = next(iter(steps_of(output_dir).values()), None)
+            last = newest(output_dir)
             rest = f"{last} is whole: free some space, and go on with" if last else "free some space, and start with"
             raise OSError(
                 f"the disk is full: no checkpoint of step {step} in {output_dir}. {rest} --resume_from_checkpoint auto"
@@ -122,7 +122,7 @@ class SafeTrainer(Trainer):
         step = -1 if self.broken_at is None else int(self.broken_at)
         if step >= 0:
             self.broken_at = None
-            last = next(iter(steps_of(Path(self.args.output_dir)).values()), None)
+            last = newest(Path(self.args.output_dir))
             kept = f" {last} is from before and whole." if last else ""
             raise ValueError(
                 f"the loss or its gradient is not a finite number at step {step}. Likely causes: a learning rate "
@@ -294,7 +294,7 @@ def memory_advice(training_args: TrainingArguments) -> Iterator[None]:
 
 def say_stopped(training_args: TrainingArguments, received: int) -> None:
     """Say where a run that was stopped goes on, and exit as a shell expects of a process that a signal ended."""
-    last = next(iter(steps_of(Path(training_args.output_dir)).values()), None)
+    last = newest(Path(training_args.output_dir))
     where = f"{last}; go on with --output_dir {training_args.output_dir} --resume_from_checkpoint auto"
     say(
         training_args,

@@ -55,7 +55,7 @@ train() {
     chown 10001:0 "$DISK/outputs" "$DISK/cache"
     # shellcheck disable=SC2086 # the arguments are several words
     docker run --rm --name luthier "${gpus[@]}" --shm-size 4g --env-file "$SECRETS/env" \
-        -v "$DISK/outputs:/work/outputs" -v "$DISK/cache:/cache" -v "$DISK/data:/data:ro" \
+        -v "$DISK/outputs:/srv/outputs" -v "$DISK/cache:/cache" -v "$DISK/data:/data:ro" \
         "$image" $args --resume_from_checkpoint auto &
     container=$!
     trap 'docker kill --signal TERM luthier || true' TERM
@@ -84,6 +84,7 @@ delete_vm() {
 
 main() {
     mount_disk
+    exec > >(tee -a "$DISK/boot.log") 2>&1 # the VM, and its journal, may be gone when somebody asks why
     local failures status=0
     failures=$(cat "$DISK/failures" 2>/dev/null || echo 0)
     while [ "$failures" -lt "$MOST_FAILURES" ]; do

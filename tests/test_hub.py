@@ -218,7 +218,8 @@ def test_damage_on_the_way_is_found_and_nothing_is_published(server, push, finis
         ("", "me/x", "nobody is logged in"),
         ("hf_wrong", "me/x", "does not know this token"),
         (TOKEN, "somebody/else", "may not write to somebody/else"),
-        (TOKEN, "no such name!", "is no name for a repository"),
+        (TOKEN, "me/no such name!", "is no name for a repository"),
+        (TOKEN, "bare", "'bare' is no name for a repository: give owner/name"),
     ],
 )
 def test_missing_rights(push, finished, token, repo_id, message):
@@ -247,6 +248,14 @@ def test_push_that_fails_costs_nothing_and_is_repeated_alone(server, client, pus
     assert not any(TOKEN.encode() in body for body in server.bodies)
     repeated = push(tmp_path / "out", "me/colours")
     assert repeated.returncode == 0 and set(server.repositories["models/me/colours"].files) == PUBLISHED
+
+
+def test_resumed_run_that_has_ended_is_pushed_and_not_trained(server, client, finished):
+    line = ["--data_dir", finished.parent / "pictures", "--model_name", "simple_cnn", "--output_dir", finished]
+    line += ["--resume_from_checkpoint", "auto", "--push_to_hub", "--hub_model_id", "me/late"]
+    ran = client(PROJECT / "train.py", *line)
+    assert ran.returncode == 0 and "done     " in ran.stdout and "epoch" not in ran.stdout, ran.stderr
+    assert set(server.repositories["models/me/late"].files) == PUBLISHED
 
 
 def test_seeds_whole_path_from_download_to_published_model(server, client, tmp_path, launch, monkeypatch):

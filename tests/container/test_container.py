@@ -77,7 +77,7 @@ class Buildah:
         assert self.config["User"] == USER
         inside = (
             'mount -t proc proc "$0/proc" && mount --rbind /dev "$0/dev" && mount --bind "$1" "$0/mnt" && root=$0 && '
-            'shift && cd / && exec chroot --userspec=10001:0 "$root" /usr/bin/env --chdir=/work "$@"'
+            'shift && cd / && exec chroot --userspec=10001:0 "$root" /usr/bin/env --chdir=/srv "$@"'
         )
         command = ["unshare", "--pid", "--fork", "--mount", "sh", "-c", inside, str(self.root), str(mounted)]
         return [*command, *self.config["Env"], *self.config["Entrypoint"], *line]
@@ -124,7 +124,7 @@ def mounted(tmp_path: Path) -> Path:
 def test_config(image):
     config = image.config
     assert re.fullmatch(r"\d+:0", config["User"]) and not config.get("ExposedPorts")
-    assert set(config["Volumes"]) == {"/work/outputs", "/cache"} and config["StopSignal"] == "SIGTERM"
+    assert set(config["Volumes"]) == {"/srv/outputs", "/cache"} and config["StopSignal"] == "SIGTERM"
     assert config["Healthcheck"]["Test"] == ["NONE"]
     assert not any("TOKEN" in entry or "PASSWORD" in entry for entry in config["Env"])
 
@@ -133,10 +133,10 @@ def test_nothing_but_volumes_is_writable(image):
     found = image.shell(
         "find / -xdev -writable ! -type l ! -path '/proc/*' ! -path '/dev/*' ! -path '/sys/*' 2>/dev/null; true"
     )
-    assert set(found.split()) <= {"/work/outputs", "/cache", "/tmp", "/var/tmp", "/run/lock", "/mnt"}
-    others = image.shell("find /app /opt/luthier /work /cache -xdev -perm -0002 ! -type l")
+    assert set(found.split()) <= {"/srv/outputs", "/cache", "/tmp", "/var/tmp", "/run/lock", "/mnt"}
+    others = image.shell("find /app /opt/luthier /srv /cache -xdev -perm -0002 ! -type l")
     assert others == ""
-    assert image.shell("stat -c '%a %g' /cache /work/outputs").split("\n")[:2] == ["770 0", "770 0"]
+    assert image.shell("stat -c '%a %g' /cache /srv/outputs").split("\n")[:2] == ["770 0", "770 0"]
 
 
 def test_quick_start(image, mounted):
