@@ -10,9 +10,13 @@ import argparse
 import json
 import statistics
 import subprocess
+import sys
 from pathlib import Path
 
 PROJECT = Path(__file__).parent.parent
+sys.path.insert(0, str(PROJECT))
+from arguments import has_ended
+
 EXPERIMENTS = {
     "`simple_cnn`, 32 px, from scratch": ["configs/simple_cnn_openmoji.yaml"],
     "`efficientnet_lite0`, probe": ["--recipe", "probe"],
@@ -41,7 +45,7 @@ def main() -> None:
         runs = []
         for seed in range(1, args.seeds + 1):
             output_dir = (args.out / f"{Path(args.data).name}-{number}-{seed}").resolve()
-            if not (output_dir / "metrics.json").exists():
+            if not has_ended(output_dir):
                 command = ["accelerate", "launch", "train.py", *config, *data, "--seed", str(seed)]
                 subprocess.run(
                     [*command, "--output_dir", str(output_dir)], cwd=PROJECT, check=True, capture_output=True
