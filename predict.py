@@ -9,6 +9,7 @@ be, and each says why; 2: the command is wrong.
 
 import argparse
 import csv
+import gc
 import glob
 import json
 import os
@@ -31,8 +32,12 @@ BAR = 32  # columns
 def main(argv: list[str] | None = None) -> None:
     """Answer the inputs; see `python predict.py --help`."""
     args = parse_line(argv)
+    gc.disable()  # what the imports make stays: looking through it again and again for garbage takes a second
     from arguments import user_errors  # these imports take seconds: mistakes in the line are answered before
     from classifier import Classifier
+
+    gc.freeze()
+    gc.enable()
 
     with user_errors():
         let_names_pass()

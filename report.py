@@ -18,7 +18,6 @@ from scipy.special import log_softmax
 
 import audit
 import learning_curve
-from figures import plot_confusion_matrix, plot_coverage, plot_curves, plot_learning_curve, plot_reliability
 from images import decode_rgb, read
 from predict import as_cell
 from terminal import percent_with_interval
@@ -46,15 +45,17 @@ def write_report(
         pictures: as `data.load_splits` returns them.
         logits, references: of test, [N, C] and [N].
     """
+    import figures  # not before it draws: matplotlib takes half a second
+
     labels = metrics["data"]["labels"]
-    plot_confusion_matrix(metrics["test"], labels, output_dir / "confusion_matrix.png")
-    plot_confusion_matrix(metrics["test"], labels, output_dir / "confusion_matrix_rows.png", shares=True)
-    plot_reliability(metrics["calibration"]["reliability"], output_dir / "reliability.png")
-    plot_coverage(metrics["unsure"], output_dir / "coverage.png")
+    figures.plot_confusion_matrix(metrics["test"], labels, output_dir / "confusion_matrix.png")
+    figures.plot_confusion_matrix(metrics["test"], labels, output_dir / "confusion_matrix_rows.png", shares=True)
+    figures.plot_reliability(metrics["calibration"]["reliability"], output_dir / "reliability.png")
+    figures.plot_coverage(metrics["unsure"], output_dir / "coverage.png")
     if any("eval_loss" in entry for entry in metrics["history"]):
-        plot_curves(metrics["history"], output_dir / "curves.png")
+        figures.plot_curves(metrics["history"], output_dir / "curves.png")
     if metrics["learning_curve"]:
-        plot_learning_curve(metrics["learning_curve"], output_dir / "learning_curve.png")
+        figures.plot_learning_curve(metrics["learning_curve"], output_dir / "learning_curve.png")
     probabilities = np.exp(log_softmax(logits.astype(np.float64), axis=-1))
     predicted, confidence = probabilities.argmax(axis=-1), probabilities.max(axis=-1)
 

@@ -1,10 +1,12 @@
 """Fine-tune an image classifier: arguments -> data -> model -> probe -> Trainer -> evaluate -> report -> push."""
 
 import contextlib
+import gc
 import shlex
 import sys
 import time
 
+gc.disable()  # what the imports make stays: looking through it again and again for garbage takes a second
 from arguments import DataArguments, ModelArguments, has_ended, parse_arguments, user_errors
 
 START = time.perf_counter()
@@ -53,6 +55,9 @@ from trainer import (
     say_stopped,
 )
 from views import EvaluationView
+
+gc.freeze()
+gc.enable()
 
 KEPT = {0.0: "the probe", 0.5: "the mean of both", 1.0: "the trained weights"}  # by recipe.Recipe.kept
 
