@@ -3,21 +3,21 @@
 import copy
 
 import torch
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d, Conv2dSame, get_same_padding
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from transformers import PreTrainedModel
 
 
 def fold(model: PreTrainedModel, size: tuple[int, int]) -> PreTrainedModel:
-    """Return a model of the same answers, in evaluation mode, whose BatchNorm layers are folded into convolutions.
+    """Return a model of the same answers, in evaluation mode, with BatchNorm and padding folded into convolutions.
 
-    That saves a quarter of the time on a CPU. Where it changes the answer, because something else uses a convolution's
+    That saves a third of the time on a CPU. Where it changes the answer, because something else uses a convolution's
     output too, the model stays as it is. Answers differ by rounding alone.
 
     Args:
         model: what to fold; it is put into evaluation mode, and else left as it is.
-        size: (height, width) of its input, in pixels.
+        size: (height, width) of its input, in pixels, and of all that the folded model will be shown.
     """
     model.eval()
     if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
@@ -29,6 +29,7 @@ def fold(model: PreTrainedModel, size: tuple[int, int]) -> PreTrainedModel:
     with torch.no_grad():
         expected = model(pixel_values).logits
         _fold_batch_norm(folded, pixel_values)
+        _fold_padding(folded, pixel_values)
         difference = (folded(pixel_values).logits - expected).abs().max()
     return folded if difference <= 1e-3 * expected.abs().mean() else model
 
@@ -54,3 +55,42 @@ def _fold_batch_norm(model: PreTrainedModel, pixel_values: torch.Tensor) -> None
         convolution.weight, convolution.bias = fuse_conv_bn_weights(convolution.weight, convolution.bias, *statistics)
         rest = nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
         model.set_submodule(names[norm], rest)
+
+
+def _fold_padding(model: PreTrainedModel, pixel_values: torch.Tensor) -> None:
+    """Let convolutions with TensorFlow's padding pad by themselves, which saves a copy of what they are shown."""
+    shown = {}
+    names = {module: name for name, module in model.named_modules() if type(module) is Conv2dSame}
+
+    def remember(convolution: nn.Module, args: tuple) -> None:
+        shown[convolution] = args[0].shape[-2:]
+
+    hooks = [convolution.register_forward_pre_hook(remember) for convolution in names]
+    model(pixel_values)
+    for hook in hooks:
+        hook.remove()
+    for convolution, sides in shown.items():
+        if convolution.dilation == (1, 1):
+            model.set_submodule(names[convolution], _evenly_padded(convolution, sides))
+
+
+def _evenly_padded(convolution: Conv2dSame, sides: tuple[int, int]) -> nn.Conv2d:
+    """Return a convolution of the same answers for an input of these sides, with as much padding before as behind.
+
+    TensorFlow's may have a pixel more behind; a row of zeros before the kernel's first then evens it out.
+    """
+    along = zip(sides, convolution.kernel_size, convolution.stride, strict=True)
+    needed = [get_same_padding(*axis, dilation=1) for axis in along]
+    rows, columns = (pixels % 2 for pixels in needed)
+    weight = nn.functional.pad(convolution.weight, (columns, 0, rows, 0))
+    even = nn.Conv2d(
+        convolution.in_channels,
+        convolution.out_channels,
+        weight.shape[-2:],
+        convolution.stride,
+        [(pixels + 1) // 2 for pixels in needed],
+        groups=convolution.groups,
+        device="meta",
+    )
+    even.weight, even.bias = nn.Parameter(weight), convolution.bias
+    return even

@@ -9,10 +9,12 @@ import pytest
 import torch
 from conftest import draw, draw_folder
 from sklearn.linear_model import LogisticRegression
+from timm.layers import Conv2dSame
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 import probe as module
 from data import collate, load_splits, prepare
+from inference import _evenly_padded
 from models import build_model, linear_head
 from probe import _minimise, build_backbone, build_probe, fit_probe
 from views import EvaluationView
@@ -154,6 +156,15 @@ def test_folded_backbone_answers_as_before(kind, request):
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
     norms = sum(isinstance(module, torch.nn.BatchNorm2d) for module in backbone.modules())
     assert norms == (1 if kind == "used twice" else 0)
+    assert not any(isinstance(module, Conv2dSame) for module in backbone.modules())
+
+
+@pytest.mark.parametrize("side", [31, 64])
+@pytest.mark.parametrize("kernel, stride", [(3, 1), (3, 2), (5, 2), (2, 3)])
+def test_convolution_with_tensorflows_padding_pads_by_itself(side, kernel, stride):
+    convolution = Conv2dSame(4, 6, kernel, stride, groups=2)
+    shown = torch.randn(2, 4, side, side + 3)
+    torch.testing.assert_close(_evenly_padded(convolution, shown.shape[-2:])(shown), convolution(shown))
 
 
 def test_damaged_cache_is_computed_anew_and_weights_that_are_not_numbers_are_named(setting):
