@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tempfile
 
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="luthier-tests-")  # before the libraries read it
@@ -36,6 +37,10 @@ from views import EvaluationView
 
 PROJECT = Path(__file__).parent.parent
 COLOURS = {"blue": (40, 60, 200), "green": (30, 180, 60), "red": (210, 50, 40)}
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
 
 def draw(colour: str, seed: int, width: int = 48, height: int = 40) -> Image.Image:
