@@ -1,15 +1,15 @@
-"""A trained model on pictures that it has not seen: files, folders, addresses.
+"""Predict the classes of images with a trained model: files, folders, addresses.
 
-    python predict.py outputs/my_run picture.jpg photos/ "more/*.png" https://example.org/a.jpg
-    find . -name "*.jpg" | python predict.py me/instruments - --format jsonl --output answers.jsonl
+    python predict.py outputs/my_run image.jpg photos/ "more/*.png" https://example.org/a.jpg
+    find . -name "*.jpg" | python predict.py me/instruments - --format jsonl --output predictions.jsonl
 
-MODEL is a folder with a saved model, or a name on the Hub. Exit code 0: all inputs were answered; 1: some could not
-be, and each says why; 2: the command is wrong.
+MODEL is a folder with a saved model, or a name on the Hub. Exit code 0: every
+input has a prediction; 1: some have none, and each says why; 2: the command is
+wrong.
 """
 
 import argparse
 import csv
-import gc
 import glob
 import json
 import os
@@ -21,76 +21,78 @@ from typing import TYPE_CHECKING, TextIO
 
 from tqdm import tqdm
 
-from images import hidden, is_picture, reason
+from luthier.errors import UserError, exit_on_user_error
+from luthier.escape import escape_cell, escape_terminal
+from luthier.images.decode import is_hidden, is_image, reason
+from luthier.terminal import plural
 
 if TYPE_CHECKING:
-    from classifier import Answer
+    from luthier.serving.classifier import Prediction
 
 BAR = 32  # columns
 
 
+@exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
-    """Answer the inputs; see `python predict.py --help`."""
-    args = parse_line(argv)
-    gc.disable()  # what the imports make stays: looking through it again and again for garbage takes a second
-    from arguments import user_errors  # these imports take seconds: mistakes in the line are answered before
-    from classifier import Classifier
+    """Predict the inputs; see `python predict.py --help`."""
+    args = build_parser().parse_args(argv)
+    from luthier.serving.classifier import Classifier  # takes seconds: mistakes in the options are answered before
 
-    gc.freeze()
-    gc.enable()
-
-    with user_errors():
-        let_names_pass()
-        classifier = Classifier(args.model, args.always_answer, args.allow_private_urls)
-        with open_output(args.output) as file:
-            write = WRITERS[args.format](file, min(args.top_k, len(classifier.labels)))
-            unanswered = 0
-            # Beside answers on the same terminal a bar would be in the way.
-            silent = not sys.stderr.isatty() or (args.output is None and sys.stdout.isatty())
-            answers = classifier.answers(expand(args.input, sys.stdin or ()), args.top_k)
-            for answer in tqdm(answers, unit=" pictures", delay=1, disable=silent):
-                write(answer)
-                unanswered += answer.error is not None
-    if unanswered:
-        print(f"{unanswered} of the inputs could not be answered", file=sys.stderr)
+    accept_undecodable_names()
+    classifier = Classifier(args.model, args.always_answer, args.allow_private_urls)
+    failed = 0
+    with open_output(args.output) as file:
+        write = WRITERS[args.format](file, min(args.top_k, len(classifier.labels)))
+        # A bar would be in the way of predictions on the same terminal.
+        silent = not sys.stderr.isatty() or (args.output is None and sys.stdout.isatty())
+        predictions = classifier.predict_files(expand(args.input, sys.stdin or ()), args.top_k)
+        for prediction in tqdm(predictions, unit=" images", delay=1, disable=silent):
+            write(prediction)
+            failed += prediction.error is not None
+    if failed:
+        print(f"no prediction for {plural(failed, 'input')}", file=sys.stderr)
         sys.exit(1)
 
 
-def let_names_pass() -> None:
-    """Let the standard streams carry names of files that are no text.
+def accept_undecodable_names() -> None:
+    """Let the standard streams carry file names that are not valid text.
 
     Raises:
-        ValueError: there is no standard output.
+        UserError: there is no standard output.
     """
     if sys.stdout is None:
-        raise ValueError("the standard output is closed: give --output FILE")
+        raise UserError("the standard output is closed: give --output FILE")
     for stream, errors in ((sys.stdout, "backslashreplace"), (sys.stdin, "surrogateescape")):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors=errors)
 
 
-def parse_line(argv: list[str] | None = None) -> argparse.Namespace:
-    """Return what the line says."""
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of this command."""
     parser = argparse.ArgumentParser(
         prog="predict.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", help="a folder with a saved model, or a name on the Hub")
     parser.add_argument(
-        "input", nargs="+", help="files, folders, globs, http(s) addresses; - reads one a line from the standard input"
+        "input",
+        nargs="+",
+        help="files, folders, globs, http(s) addresses; - reads one per line from the standard input",
     )
-    parser.add_argument("--format", choices=list(WRITERS), default="table", help="for people, or for programs")
-    parser.add_argument("--top_k", type=_positive, default=5, help="how many classes to show (5)")
-    parser.add_argument("--output", type=Path, help="a file to write to, in the place of the terminal")
+    parser.add_argument(
+        "--format", choices=list(WRITERS), default="table", help="table for people, jsonl and csv for programs"
+    )
+    parser.add_argument("--top_k", type=_positive, default=5, help="how many classes to show (default: 5)")
+    parser.add_argument("--output", type=Path, help="a file to write to, instead of the terminal")
     parser.add_argument("--always_answer", action="store_true", help='never say "unsure"')
     parser.add_argument(
         "--allow_private_urls", action="store_true", help="fetch from this machine and its network too"
     )
-    return parser.parse_args(argv)
+    return parser
 
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no number above 0")
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
     return int(text)
 
 
@@ -99,104 +101,98 @@ def expand(inputs: Iterable[str], stdin: Iterable[str] = ()) -> Iterator[tuple[s
     for text in inputs:
         if text == "-":
             yield from expand(line.rstrip("\r\n") for line in stdin if line.strip())
-        # os.path, because a path that is too long, or holds a null, is no file there, and an error in pathlib. Which
-        # addresses are fetched, fetch.py decides.
+        # os.path, because a path that is too long or holds a null byte is not a file there, but an error in pathlib.
+        # fetch.py decides which addresses are fetched.
         elif "://" in text or os.path.isfile(text):  # noqa: PTH113
             yield text, None
         elif os.path.isdir(text):  # noqa: PTH112
-            yield from _pictures_in(text)
-        elif glob.has_magic(text) and (found := sorted(glob.iglob(text, recursive=True))):  # noqa: PTH207
-            for name in found:
-                yield from _pictures_in(name) if Path(name).is_dir() else [(name, None)]
+            yield from _images_in(text)
+        elif glob.has_magic(text) and (names := sorted(glob.iglob(text, recursive=True))):  # noqa: PTH207
+            for name in names:
+                yield from _images_in(name) if Path(name).is_dir() else [(name, None)]
         else:
             yield text, "no file matches" if glob.has_magic(text) else "there is no such file"
 
 
-def _pictures_in(folder: str) -> Iterator[tuple[str, str | None]]:
-    empty, errors = True, []
+def _images_in(folder: str) -> Iterator[tuple[str, str | None]]:
+    empty, errors = True, list[OSError]()
     for directory, subdirectories, names in os.walk(folder, onerror=errors.append):
-        subdirectories[:] = sorted(name for name in subdirectories if not hidden(name))
-        for name in filter(is_picture, sorted(names)):
+        subdirectories[:] = sorted(name for name in subdirectories if not is_hidden(name))
+        for name in filter(is_image, sorted(names)):
             empty = False
             yield str(Path(directory, name)), None
     for error in errors:
         empty = False
         yield error.filename, reason(error)
     if empty:
-        yield folder, "there are no pictures in this folder"
+        yield folder, "there are no images in this folder"
 
 
 @contextmanager
 def open_output(path: Path | None) -> Iterator[TextIO]:
-    """Give the file to write to, or the standard output; who reads that may leave whenever they like."""
+    """Give the file to write to, or the standard output, whose reader may close it at any time."""
     try:
         if path:
-            with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+            try:
+                file = path.open("w", newline="", encoding="utf-8", errors="backslashreplace")
+            except OSError as error:
+                raise UserError(f"cannot write --output {path}: {error.strerror}") from error
+            with file:
                 yield file
         else:
             yield sys.stdout
             sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at exit
         sys.exit(1)
 
 
-def write_table(file: TextIO, top_k: int) -> Callable[["Answer"], None]:
-    """Return the function that writes an answer for people: its classes with bars."""
+def write_table(file: TextIO, top_k: int) -> Callable[["Prediction"], None]:
+    """Return the function that writes a prediction for people: its classes with bars."""
 
-    def write(answer: "Answer") -> None:
-        name = printable(answer.name)
-        if answer.error:
-            print(f"{name}\n  not answered: {printable(answer.error)}", file=file, flush=True)
+    def write(prediction: "Prediction") -> None:
+        name = escape_terminal(prediction.name)
+        if prediction.error:
+            print(f"{name}\n  no prediction: {escape_terminal(prediction.error)}", file=file, flush=True)
             return
-        print(f"{name}: unsure" if answer.unsure else name, file=file)
-        for label, share in answer.top:
-            short = printable(label if len(label) <= 24 else f"{label[:23]}…")
+        print(f"{name}: unsure" if prediction.unsure else name, file=file)
+        for label, share in prediction.top:
+            short = escape_terminal(label if len(label) <= 24 else f"{label[:23]}…")
             print(f"  {short:<24}  {share:6.1%}  {'█' * round(share * BAR)}".rstrip(), file=file)
         file.flush()
 
     return write
 
 
-def write_jsonl(file: TextIO, top_k: int) -> Callable[["Answer"], None]:
-    """Return the function that writes an answer as a line of JSON; `answer` is null where there is none, or unsure."""
+def write_jsonl(file: TextIO, top_k: int) -> Callable[["Prediction"], None]:
+    """Return the function that writes a prediction as a line of JSON; `answer` is null without one, and if unsure."""
 
-    def write(answer: "Answer") -> None:
-        said = {"input": answer.name, "answer": None}
-        if answer.error:
-            said["error"] = answer.error
+    def write(prediction: "Prediction") -> None:
+        line: dict[str, object] = {"input": prediction.name, "answer": None}
+        if prediction.error:
+            line["error"] = prediction.error
         else:
-            said["answer"] = None if answer.unsure else answer.top[0][0]
-            said["top"] = [{"label": label, "score": round(share, 6)} for label, share in answer.top]
-        print(json.dumps(said, ensure_ascii=False), file=file, flush=True)
+            line["answer"] = None if prediction.unsure else prediction.top[0][0]
+            line["top"] = [{"label": label, "score": round(share, 6)} for label, share in prediction.top]
+        print(json.dumps(line, ensure_ascii=False), file=file, flush=True)
 
     return write
 
 
-def write_csv(file: TextIO, top_k: int) -> Callable[["Answer"], None]:
-    """Return the function that writes an answer as a row; `answer` is empty where there is none, or unsure."""
+def write_csv(file: TextIO, top_k: int) -> Callable[["Prediction"], None]:
+    """Return the function that writes a prediction as a row; `answer` is empty without one, and if unsure."""
     table = csv.writer(file)
     numbers = range(1, top_k + 1)
     table.writerow(["input", "answer", *(f"{kind}_{k}" for k in numbers for kind in ("label", "score")), "error"])
 
-    def write(answer: "Answer") -> None:
-        top = [cell for label, share in answer.top for cell in (as_cell(label), f"{share:.6f}")]
-        said = as_cell(answer.top[0][0]) if answer.top and not answer.unsure else ""
+    def write(prediction: "Prediction") -> None:
+        top = [cell for label, share in prediction.top for cell in (escape_cell(label), f"{share:.6f}")]
+        answer = escape_cell(prediction.top[0][0]) if prediction.top and not prediction.unsure else ""
         empty = [""] * (2 * top_k - len(top))
-        table.writerow([as_cell(answer.name), said, *top, *empty, as_cell(answer.error or "")])
+        table.writerow([escape_cell(prediction.name), answer, *top, *empty, escape_cell(prediction.error or "")])
         file.flush()
 
     return write
-
-
-def printable(text: str) -> str:
-    """Return text without what a terminal would obey: names come from files, classes and errors from elsewhere."""
-    return "".join(character if character.isprintable() else "?" for character in text)
-
-
-def as_cell(text: str) -> str:
-    """Return text that a spreadsheet does not take for a formula."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 WRITERS = {"table": write_table, "jsonl": write_jsonl, "csv": write_csv}

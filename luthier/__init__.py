@@ -1,0 +1,1 @@
+"""Luthier: the rooms that the commands call; see CONTRIBUTING.md for what lives where."""

@@ -1,0 +1,49 @@
+"""The one kind of error that a user can mend, and the decorator that ends a command with its message."""
+
+import errno
+import functools
+import sys
+from collections.abc import Callable
+from typing import ParamSpec
+
+Parameters = ParamSpec("Parameters")
+
+# What the system refuses because of the user's disk or rights, wherever it happens.
+DISK_OR_RIGHTS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS}
+
+
+class UserError(Exception):
+    """What the user can mend: the message says what is wrong, where, and what to do about it."""
+
+
+def exit_on_user_error(command: Callable[Parameters, None]) -> Callable[Parameters, None]:
+    """Make a command end with one message and exit code 2 where the user can mend it.
+
+    Everything else is a bug and keeps its traceback. `python -X dev` shows the traceback of user errors too.
+    """
+
+    @functools.wraps(command)
+    def guarded(*args: Parameters.args, **kwargs: Parameters.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except Exception as error:
+            message = message_for_user(error)
+            if message is None or sys.flags.dev_mode:
+                raise
+            print(f"error: {message}", file=sys.stderr)
+            sys.exit(2)
+
+    return guarded
+
+
+def message_for_user(error: Exception) -> str | None:
+    """Return what to tell the user about an error; None where it is a bug."""
+    # models.py is pushed to the Hub beside the weights, so it has an error of its own. It imports torch, so that it is
+    # only asked where it has been imported already.
+    models = sys.modules.get("models")
+    if isinstance(error, UserError) or (models is not None and isinstance(error, models.ModelError)):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in DISK_OR_RIGHTS:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}. Free some space, or check the rights, and start again"
+    return None

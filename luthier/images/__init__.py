@@ -1,0 +1,1 @@
+"""From files and tables to labelled images that a model can see."""

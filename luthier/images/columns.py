@@ -1,0 +1,153 @@
+"""A dataset by name, brought to two columns: `image`, not decoded, and `label`, a ClassLabel with sorted names."""
+
+import logging
+from collections import Counter
+
+from datasets import ClassLabel, DatasetDict, Features, Image, Value, load_dataset
+from datasets.exceptions import DatasetNotFoundError
+
+from luthier.errors import UserError
+from luthier.images.folders import SPLIT_OF_FOLDER
+from luthier.terminal import plural
+
+logger = logging.getLogger(__name__)
+
+ENCODED_IMAGE = {"bytes": Value("binary"), "path": Value("string")}  # an image column that lost its type
+LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "fine_label")
+
+
+def load_named(dataset_name: str, dataset_config_name: str | None) -> DatasetDict:
+    """Load the splits train, validation and test of a dataset, as far as it has them, with its own columns.
+
+    Args:
+        dataset_name: what `datasets.load_dataset` takes: a Hub name or a local dataset folder.
+        dataset_config_name: the configuration, where the dataset has several.
+
+    Raises:
+        UserError: it cannot be loaded, or has no split to train on.
+    """
+    try:
+        loaded = load_dataset(dataset_name, dataset_config_name)
+    except ConnectionError as error:
+        raise UserError(
+            f"cannot reach the Hub for the dataset {dataset_name}, and it is not in the local cache. Connect this "
+            "machine, or use images on disk with --data_dir, or the built-in --dataset_name openmoji"
+        ) from error
+    except (DatasetNotFoundError, FileNotFoundError) as error:
+        raise UserError(
+            f"there is no dataset {dataset_name!r} on the Hub, or it is private or gated. Check the name, and log in "
+            "with `hf auth login` if it needs rights; for a folder of images use --data_dir"
+        ) from error
+    except ValueError as error:  # several configurations, or none of this name
+        raise UserError(f"cannot load {dataset_name}: {' '.join(str(error).split())}") from error
+    splits = DatasetDict()
+    for name, dataset in loaded.items():
+        split = "train" if len(loaded) == 1 else SPLIT_OF_FOLDER.get(name.lower())
+        if split in splits:
+            raise UserError(f"{dataset_name} has two {split} splits: {', '.join(loaded)}")
+        if split is None:
+            logger.warning(f"Not used: the split {name!r} of {dataset_name}")
+        else:
+            splits[split] = dataset
+    if "train" not in splits:
+        raise UserError(f"{dataset_name} has the splits {', '.join(loaded)}, but none to train on")
+    return splits
+
+
+def label_and_image(
+    splits: DatasetDict, image_column: str | None, label_column: str | None, label_names: list[str] | None
+) -> DatasetDict:
+    """Return the splits with the columns `image` (not decoded) and `label` (one ClassLabel, sorted, then renamed).
+
+    A split other than train whose rows have no labels is left out.
+
+    Args:
+        splits: train and others, with any columns.
+        image_column, label_column: where types and names do not tell them.
+        label_names: new class names, in the order of the old ones when sorted.
+
+    Raises:
+        UserError: a column is missing, ambiguous or of the wrong type, or labels are missing.
+    """
+    features = splits["train"].features
+    image_column = _find_column(
+        "image", image_column, features, [name for name, feature in features.items() if isinstance(feature, Image)]
+    )
+    encoded = features[image_column] == Value("binary") or features[image_column] == ENCODED_IMAGE
+    if not encoded and not isinstance(features[image_column], Image):
+        raise UserError(f"the column {image_column!r} holds no images but {features[image_column]}")
+    typed = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
+    label_column = _find_column(
+        "label", label_column, features, typed or [name for name in LABEL_COLUMNS if name in features]
+    )
+    values = _labels_of_splits(splits, label_column)
+    name_of = _names_of_labels(features[label_column], set().union(*values.values()), label_column)
+    index_of = {name: index for index, name in enumerate(name_of.values())}
+    learned = {name_of[value] for value in values["train"]}
+    missing = [name for name in index_of if name not in learned]
+    if missing:
+        raise UserError(f"no training image has the class {', '.join(map(repr, missing))}: add some, or remove it")
+    label = ClassLabel(names=_rename_labels(list(index_of), label_names))
+    return DatasetDict(
+        {
+            split: splits[split]
+            .select_columns([image_column])
+            .rename_columns({} if image_column == "image" else {image_column: "image"})
+            .cast_column("image", Image(decode=False))
+            .add_column("label", [index_of[name_of[value]] for value in labels], feature=label)
+            for split, labels in values.items()
+        }
+    )
+
+
+def _labels_of_splits(splits: DatasetDict, label_column: str) -> dict[str, list]:
+    """Return the labels of each split that has them."""
+    labels = {}
+    for split, dataset in splits.items():
+        values = dataset[label_column][:]
+        unlabelled = sum(value in (None, -1, "") for value in values)
+        if unlabelled == len(values) and split != "train":
+            logger.warning(f"Not used: the {split} split, which has no labels")
+        elif unlabelled:
+            have = "has" if unlabelled == 1 else "have"
+            raise UserError(
+                f"{plural(unlabelled, 'row')} of the {split} split {have} no label in the column {label_column!r}"
+            )
+        else:
+            labels[split] = values
+    return labels
+
+
+def _names_of_labels(feature: object, values: set, label_column: str) -> dict:
+    """Return the class name of each label value, in the order of the classes."""
+    if isinstance(feature, ClassLabel):
+        return {feature.str2int(name): name for name in sorted(feature.names)}
+    if all(isinstance(value, (str, int)) for value in values):
+        return {value: str(value) for value in sorted(values)}
+    raise UserError(f"the column {label_column!r} holds {feature} where class names or numbers were expected")
+
+
+def _rename_labels(names: list[str], label_names: list[str] | None) -> list[str]:
+    if label_names is None:
+        return names
+    if len(label_names) != len(names):
+        raise UserError(
+            f"label_names has {plural(len(label_names), 'name')}, but the data has "
+            f"{plural(len(names), 'class', 'classes')}: {', '.join(names)}. Give one new name for each, in this order"
+        )
+    twice = [name for name, count in Counter(label_names).items() if count > 1]
+    if twice:
+        raise UserError(f"label_names has {twice[0]!r} twice: every class needs a name of its own")
+    return label_names
+
+
+def _find_column(kind: str, given: str | None, features: Features, candidates: list[str]) -> str:
+    if given is not None and given not in features:
+        raise UserError(f"there is no column {given!r} (--{kind}_column); the columns are {', '.join(features)}")
+    if given is None and len(candidates) != 1:
+        which = f"{' or '.join(candidates)} could be" if candidates else "none of the columns is clearly"
+        raise UserError(
+            f"{which} the {kind} column: name it with --{kind}_column (a folder of class folders goes to --data_dir). "
+            f"The columns are {', '.join(features)}"
+        )
+    return given or candidates[0]

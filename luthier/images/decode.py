@@ -1,0 +1,119 @@
+"""One image file to upright RGB pixels, the same way for training and for predictions."""
+
+import io
+import math
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+
+# Raster formats that Pillow decodes itself; EPS, for one, would be handed to Ghostscript.
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")
+EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif"}
+NOT_OPENED = "cannot be opened: "  # begins the reasons that may be gone the next time
+
+
+class Decoded(NamedTuple):
+    """A decoded image file.
+
+    Attributes:
+        image: upright, 8-bit RGB.
+        changed: it differs from what a plain decoder would give.
+        format: of the file, as Pillow names it.
+        size: (width, height) in the file, which is larger than `image` where that was decoded at a reduced scale.
+    """
+
+    image: Image.Image
+    changed: bool
+    format: str
+    size: tuple[int, int]
+
+
+def decode_rgb(data: bytes, shorter_side: int | None = None, max_pixels: int | None = None) -> Decoded:
+    """Decode an image file to upright 8-bit RGB.
+
+    Transparency is laid on white. 16-bit and floating-point grey is scaled to 8 bits. Of an animation the first frame
+    is taken. The EXIF orientation is applied.
+
+    Args:
+        data: the file.
+        shorter_side: the shorter side that is needed, in pixels. A JPEG is then decoded at an eighth, a quarter or a
+            half of its size where that leaves at least as much: several times faster for large photographs.
+        max_pixels: larger images are refused before they take memory; Pillow itself refuses them above 179 million.
+
+    Raises:
+        OSError: the data is damaged, in a format that is not allowed, or too large.
+    """
+    if not data:
+        raise OSError("the file is empty")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about odd metadata, and above 89 megapixels; above 179 Pillow raises
+        Image.init()  # without it Pillow knows half of the formats
+        try:
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        except UnidentifiedImageError:
+            raise OSError(f"not an image in an allowed format ({', '.join(FORMATS)})") from None
+        size = image.size
+        if max_pixels and size[0] * size[1] > max_pixels:
+            raise OSError(f"{size[0]} x {size[1]} px are more than the {max_pixels:,} pixels that are allowed")
+        if shorter_side and min(image.size) > shorter_side and image.format in ("JPEG", "MPO"):
+            scale = shorter_side / min(image.size)
+            image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+        changed = image.mode != "RGB" or image.has_transparency_data or image.getexif().get(0x0112, 1) != 1
+        return Decoded(_to_rgb(upright), changed, str(image.format), size)
+
+
+def read_bytes(source: dict | None) -> bytes:
+    """Return the file of a row's `image`, a dict of `bytes` and `path` as `datasets` has it.
+
+    Raises:
+        OSError: it is not there.
+    """
+    if not source or (source["bytes"] is None and source["path"] is None):
+        raise OSError("there is no image")
+    return Path(source["path"]).read_bytes() if source["bytes"] is None else source["bytes"]
+
+
+def is_hidden(name: str) -> bool:
+    """Tell whether a file or folder is hidden from its owner, or one that a system leaves behind."""
+    return name.startswith(".") or name in ("__MACOSX", "Thumbs.db", "desktop.ini")
+
+
+def is_image(name: str) -> bool:
+    """Tell whether a file's name is that of an image."""
+    return Path(name).suffix.lower() in EXTENSIONS and not is_hidden(name)
+
+
+def reason(error: BaseException) -> str:
+    """Return in one line why an image could not be read, without its path, which the caller knows."""
+    if isinstance(error, OSError) and error.errno:
+        return f"{NOT_OPENED}{error.strerror}"
+    return "; ".join(str(error).splitlines()) or type(error).__name__
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        grey = np.asarray(image, dtype=np.float64) / 257
+    elif image.mode in ("I", "F"):  # no range is written in the file, so it is taken from the values
+        grey = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        highest = grey.max()
+        scale = 255 if image.mode == "F" and highest <= 1 else 1 if highest <= 255 else 1 / 257
+        grey = grey * scale
+    elif image.mode == "LAB":
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+        assert converted is not None  # as `inPlace` is not asked for
+        return converted
+    elif image.has_transparency_data or image.mode in ("La", "RGBa"):
+        if image.mode == "La":
+            image = image.convert("LA")
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    else:
+        return image.convert("RGB")
+    return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")

@@ -1,0 +1,151 @@
+"""A folder of class folders as a dataset, without the traps of the `imagefolder` loader of `datasets`.
+
+`imagefolder` skips files silently, loses every label to one nested file, and takes a class folder called "freight
+train" for a split.
+"""
+
+import logging
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, NamedSplit, Value
+
+from luthier.errors import UserError
+from luthier.images.decode import EXTENSIONS, is_hidden, is_image
+from luthier.terminal import plural
+
+logger = logging.getLogger(__name__)
+
+SPLIT_OF_FOLDER = {
+    "train": "train",
+    "validation": "validation",
+    "val": "validation",
+    "valid": "validation",
+    "dev": "validation",
+    "test": "test",
+}
+
+
+def load_folder(root: Path) -> DatasetDict:
+    """Load the splits that a folder holds, or all of it as `train`.
+
+    Returns splits with the columns `image` (a path, not decoded), `label` (ClassLabel, sorted and the same in all
+    splits), `size` in bytes and `mtime` in nanoseconds.
+
+    Raises:
+        UserError: there are no images in class folders, or the splits are not what they seem.
+    """
+    if not root.is_dir():
+        raise UserError(f"--data_dir {root} is not a folder: give one with a folder of images for each class")
+    roots = _split_folders(root) or {"train": root}
+    skipped: Counter[str] = Counter()
+    files = {split: _list_class_folders(folder, root, skipped) for split, folder in roots.items()}
+    if not any(files.values()):
+        raise UserError(
+            f"{root} has no images in class folders. Expected {root}/CLASS/image.jpg, in the formats "
+            f"{', '.join(sorted(EXTENSIONS))}"
+        )
+    for split, found in files.items():
+        if not found:
+            raise UserError(f"the split folder {roots[split]} has no images: fill it, or remove it to have one cut")
+    if skipped:
+        few = ", ".join(list(skipped)[:3])
+        logger.warning(
+            f"Not used, because not an image in a class folder: {plural(len(skipped), 'file')}, such as {few}"
+        )
+    # Names come from all splits together, so that a class keeps its number wherever it appears.
+    names = sorted({label for found in files.values() for _, label in found})
+    features = Features(
+        {
+            "image": Image(decode=False),
+            "label": ClassLabel(names=names),
+            "size": Value("int64"),
+            "mtime": Value("int64"),
+        }
+    )
+    return DatasetDict(
+        {
+            # The generator's arguments are its key in the cache, so a changed file is read again.
+            split: Dataset.from_generator(
+                _file_rows, features=features, gen_kwargs={"files": _with_stat(found)}, split=NamedSplit(split)
+            )
+            for split, found in files.items()
+        }
+    )
+
+
+def _split_folders(root: Path) -> dict[str, Path]:
+    """Return the folder of each split, or nothing where the folders are classes."""
+    folders = _subfolders(root)
+    named = [folder for folder in folders if folder.name.lower() in SPLIT_OF_FOLDER]
+    splits = {SPLIT_OF_FOLDER[folder.name.lower()]: folder for folder in named}
+    if "train" not in splits or (len(named) == 1 and len(folders) > 1):
+        return {}  # images of trains are not a training split
+    names = ", ".join(folder.name for folder in named)
+    if len(splits) < len(named):
+        raise UserError(f"{root} holds two folders for one split: {names}. Merge or remove one")
+    with_classes = any(_subfolders(folder) for folder in named)
+    if len(named) == len(folders) and not with_classes:
+        raise UserError(
+            f"{root} has the splits {names}, but no class folders in them: put the images in folders such as "
+            f"{splits['train']}/CLASS"
+        )
+    if len(named) < len(folders) and with_classes:
+        others = ", ".join(folder.name for folder in folders if folder not in named)
+        raise UserError(
+            f"{root} holds the splits {names} and beside them {others}: move what is not a split elsewhere"
+        )
+    return splits if with_classes else {}
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not is_hidden(entry.name))
+
+
+def _list_class_folders(split_root: Path, root: Path, skipped: Counter) -> list[tuple[str, str]]:
+    """Return (path, class) of every image, at any depth below a class folder; count other files in `skipped`."""
+    found = []
+    skipped.update(
+        str(entry.relative_to(root)) for entry in split_root.iterdir() if entry.is_file() and not is_hidden(entry.name)
+    )
+    for folder in _subfolders(split_root):
+        # macOS and Linux write an accented letter differently; a model must not see two classes in that.
+        label = unicodedata.normalize("NFC", folder.name)
+        files = []
+        for directory, subdirectories, names in os.walk(folder):
+            subdirectories[:] = sorted(name for name in subdirectories if not is_hidden(name))
+            for path in (Path(directory, name) for name in sorted(names) if not is_hidden(name)):
+                if is_image(path.name):
+                    files.append((_as_text(path), label))
+                else:
+                    skipped[str(path.relative_to(root))] += 1
+        if not files and split_root.name.lower() not in ("validation", "val", "valid", "dev", "test"):
+            raise UserError(f"the class folder {folder} has no images: fill it or remove it")
+        found += files
+    return found
+
+
+def _as_text(path: Path) -> str:
+    try:
+        return str(path).encode().decode()
+    except UnicodeEncodeError:
+        raise UserError(f"the file name {os.fsencode(path)!r} is not valid UTF-8: rename the file") from None
+
+
+def _with_stat(files: list[tuple[str, str]]) -> tuple[tuple[str, str, int, int], ...]:
+    rows = []
+    for path, label in files:
+        try:
+            status = Path(path).stat()
+        except OSError as error:  # a link to nowhere
+            raise UserError(f"{path} cannot be read: {error.strerror}. Replace or remove it") from error
+        rows.append((path, label, status.st_size, status.st_mtime_ns))
+    return tuple(rows)
+
+
+def _file_rows(files: tuple[tuple[str, str, int, int], ...]) -> Iterator[dict]:
+    for path, label, size, mtime in files:
+        yield {"image": {"bytes": None, "path": path}, "label": label, "size": size, "mtime": mtime}

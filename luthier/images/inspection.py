@@ -1,0 +1,176 @@
+"""What every image is, before any is used: readable or not, and which others it duplicates."""
+
+import functools
+import hashlib
+import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets
+
+from luthier.cache import cache_key, library_versions, read_cached, write_cached
+from luthier.errors import UserError
+from luthier.images.decode import NOT_OPENED, decode_rgb, read_bytes, reason
+from luthier.images.duplicates import MAX_IMAGES, Fingerprint, connected_groups, fingerprint, near_duplicates
+from luthier.terminal import Tenths
+
+logger = logging.getLogger(__name__)
+
+INSPECTION = 3  # part of the cache's key: raise it when what is found changes
+SHORTER_SIDE = 256  # pixels at which large JPEGs are checked for damage and duplicates
+MAX_UNREADABLE = 0.05  # share of images that may be left out because they cannot be read
+MAX_LISTED = 10  # images that an error names
+
+
+class UnreadableImage(NamedTuple):
+    """An image that was left out because it cannot be read."""
+
+    split: str
+    name: str
+    label: str
+    reason: str
+
+
+def inspect(dataset: Dataset, split: str, root: Path | None = None) -> Dataset:
+    """Decode every image once, on all cores; `datasets` caches what is found.
+
+    Large JPEGs are decoded at a reduced scale, which is enough to find damage and duplicates.
+
+    Args:
+        dataset: has the columns `image` (not decoded) and `label`.
+        split: names the images that have no name.
+        root: a folder that holds the images; it is left out of their names.
+
+    Returns the dataset with the columns `name`, `digest` (SHA-256 of the file), `pixels` (SHA-256 of the decoded
+    image), `hashes` and `thumbnail` (see `duplicates.Fingerprint`), `format`, `width`, `height` and `error`
+    (None, or why the image cannot be read).
+    """
+    text = ("name", "digest", "pixels", "format", "error")
+    features = dict.fromkeys(text, Value("string")) | {"width": Value("int64"), "height": Value("int64")}
+    features |= {"hashes": Value("binary"), "thumbnail": Value("binary")}
+    progress = Tenths("inspect", len(dataset), f"images of {split}", quiet_seconds=10)
+    inspected = dataset.map(
+        functools.partial(_inspect_batch, split=split, root=root, progress=progress),
+        batched=True,
+        with_indices=True,
+        batch_size=32,
+        writer_batch_size=32,
+        remove_columns=dataset.column_names,
+        features=Features(features),
+        new_fingerprint=cache_key(
+            dataset._fingerprint, split, root, INSPECTION, library_versions("pillow", "imagehash")
+        ),
+        desc=f"Inspecting {split}",
+    )
+    if any(error and error.startswith(NOT_OPENED) for error in inspected["error"][:]):
+        forget(inspected)
+    return concatenate_datasets([dataset, inspected], axis=1)
+
+
+def _inspect_batch(batch: dict, indices: list[int], split: str, root: Path | None, progress: Tenths) -> dict:
+    def inspect_one(source: dict | None, index: int) -> dict:
+        path = (source or {}).get("path")
+        name = f"{split} row {index}" if path is None else os.path.relpath(path, root) if root else Path(path).name
+        row: dict = dict.fromkeys(("digest", "pixels", "format", "error", "hashes", "thumbnail", "width", "height"))
+        row["name"] = name
+        try:
+            data = read_bytes(source)
+            image, _, file_format, (width, height) = decode_rgb(data, SHORTER_SIDE)
+            hashes, thumbnail = fingerprint(image)
+        except Exception as error:  # Pillow's plugins raise errors of any kind on damaged data
+            return row | {"error": reason(error)}
+        pixels = hashlib.sha256(f"{width} {height}".encode() + image.tobytes()).hexdigest()
+        row |= {"digest": hashlib.sha256(data).hexdigest(), "pixels": pixels, "format": file_format}
+        return row | {"width": width, "height": height, "hashes": hashes, "thumbnail": thumbnail}
+
+    # Threads are enough, because Pillow releases the interpreter while it decodes, resizes and encodes.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        rows = list(pool.map(inspect_one, batch["image"], indices))
+    progress.reach(indices[-1] + 1)
+    return {column: [row[column] for row in rows] for column in rows[0]}
+
+
+def forget(dataset: Dataset) -> None:
+    """Remove a result from the cache: what failed because of the disk or the rights may work the next time."""
+    for file in dataset.cache_files:
+        Path(file["filename"]).unlink(missing_ok=True)
+
+
+def leave_out_unreadable(
+    splits: DatasetDict, max_unreadable: float = MAX_UNREADABLE
+) -> tuple[DatasetDict, list[UnreadableImage]]:
+    """Return inspected splits without the images that cannot be read, and a list of those.
+
+    Args:
+        splits: with the columns of `inspect`.
+        max_unreadable: share of all images that may be left out.
+
+    Raises:
+        UserError: more are unreadable, or all images of a split, or all of a class in train.
+    """
+    names = splits["train"].features["label"].names
+    unreadable: list[UnreadableImage] = []
+    readable = DatasetDict()
+    for split, dataset in splits.items():
+        errors = dataset["error"][:]
+        rows = [row for row, error in enumerate(errors) if error]
+        unreadable += [
+            UnreadableImage(split, entry["name"], names[entry["label"]], entry["error"])
+            for entry in dataset.select_columns(["name", "label", "error"]).select(rows)
+        ]
+        dataset = dataset.remove_columns("error")
+        readable[split] = dataset.select([row for row, error in enumerate(errors) if not error]) if rows else dataset
+    total = sum(map(len, splits.values()))
+    present = set(readable["train"]["label"][:])
+    lost = [f"all of the {split} split" for split, dataset in readable.items() if not len(dataset)]
+    lost += [f"all of the class {name!r} in train" for index, name in enumerate(names) if index not in present]
+    if unreadable and (lost or len(unreadable) > max_unreadable * total):
+        listed = [f"{split}: {name}: {why}" for split, name, _, why in unreadable]
+        which = f", {lost[0]}" if lost else f", which is more than {max_unreadable:.0%}" if max_unreadable else ""
+        raise UserError(
+            f"images that cannot be read: {len(unreadable)} of {total}{which}. Replace or remove them:"
+            f"{listing(listed)}"
+        )
+    return readable, unreadable
+
+
+def listing(lines: list[str]) -> str:
+    """Return the first lines of a list, each on a line of its own, for an error."""
+    more = f"\n  ... and {len(lines) - MAX_LISTED} more" if len(lines) > MAX_LISTED else ""
+    return "".join(f"\n  {line}" for line in lines[:MAX_LISTED]) + more
+
+
+def group_duplicates(splits: DatasetDict) -> dict[str, np.ndarray]:
+    """Return the group of each image of each split, int64 [N]: the same for images with equal or nearly equal pixels.
+
+    The pairs of near-duplicates are cached. Among more than `duplicates.MAX_IMAGES` images only equal ones are found.
+    """
+
+    def column(name: str) -> list:
+        return [value for dataset in splits.values() for value in dataset[name][:]]
+
+    all_pixels = column("pixels")
+    first = {pixels: row for row, pixels in reversed(list(enumerate(all_pixels)))}
+    pairs = [(first[pixels], row) for row, pixels in enumerate(all_pixels)]
+    rows = sorted(first.values())
+    if len(rows) > MAX_IMAGES:
+        logger.warning(f"Near-duplicates are not searched among more than {MAX_IMAGES:,} images; exact ones are")
+    else:
+        fingerprints = [Fingerprint(*parts) for parts in zip(column("hashes"), column("thumbnail"), strict=True)]
+        pairs += [(rows[i], rows[j]) for i, j in _cached_near_duplicates([fingerprints[row] for row in rows])]
+    groups = connected_groups(len(all_pixels), pairs).astype(np.int64)
+    ends = np.cumsum([len(dataset) for dataset in splits.values()])
+    return dict(zip(splits, np.split(groups, ends[:-1]), strict=True))
+
+
+def _cached_near_duplicates(fingerprints: list[Fingerprint]) -> list[tuple[int, int]]:
+    key = cache_key(INSPECTION, *(part for one in fingerprints for part in one))
+    pairs = read_cached("near_duplicates", key)
+    if pairs is None:
+        pairs = torch.tensor(near_duplicates(fingerprints), dtype=torch.int64).reshape(-1, 2)
+        write_cached("near_duplicates", key, pairs)
+    return [(int(i), int(j)) for i, j in pairs.tolist()]

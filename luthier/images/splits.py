@@ -1,0 +1,148 @@
+"""How a dataset is divided into train, validation and test."""
+
+from collections import defaultdict
+
+import numpy as np
+from datasets import DatasetDict
+
+from luthier.errors import UserError
+from luthier.terminal import plural
+
+
+def cut_missing_splits(
+    splits: DatasetDict,
+    groups: np.ndarray,
+    split_seed: int,
+    validation_fraction: float,
+    test_fraction: float,
+    fold: tuple[int, int] | None = None,
+) -> DatasetDict:
+    """Return train, validation and test; those that are missing are cut from train.
+
+    Args:
+        splits: have the column `label`.
+        groups: int [N], for the rows of train: images of one group stay on one side.
+        split_seed: decides the cut.
+        validation_fraction, test_fraction: share of each class to cut.
+        fold: (i, k): test is the i-th of k parts, from 1 on, instead of `test_fraction`.
+
+    Raises:
+        UserError: the fractions leave nothing, a class is too small, or a split is empty.
+    """
+    if fold and "test" in splits:
+        raise UserError("--fold cuts the test split, but the data has one of its own: leave the option out")
+    fractions = {"validation": validation_fraction, "test": 1 / fold[1] if fold else test_fraction}
+    fractions = {split: fraction for split, fraction in fractions.items() if split not in splits}
+    for split, fraction in fractions.items():
+        if not 0 < fraction < 1:
+            raise UserError(f"--{split}_fraction is {fraction}, but must lie between 0 and 1")
+    if sum(fractions.values()) >= 1:
+        raise UserError(f"--validation_fraction and --test_fraction leave nothing to train on: {fractions}")
+    labels, names = np.array(splits["train"]["label"][:]), splits["train"].features["label"].names
+    rows = np.arange(len(labels))
+    cut = {}
+    if fold:
+        folds = stratified_folds(labels, groups, fold[1], split_seed)
+        cut["test"], rows = np.flatnonzero(folds == fold[0] - 1), np.flatnonzero(folds != fold[0] - 1)
+        del fractions["test"]
+    rest = stratified_cut(labels[rows], names, fractions, split_seed, groups[rows])
+    cut |= {split: rows[part] for split, part in rest.items()}
+    complete = {**splits, **{split: splits["train"].select(part) for split, part in cut.items()}}
+    for split in ("validation", "test"):
+        if not len(complete[split]):
+            raise UserError(f"the {split} split is empty: fill it, or remove it to have one cut from train")
+    return DatasetDict({split: complete[split] for split in ("train", "validation", "test")})
+
+
+def stratified_folds(labels: np.ndarray, groups: np.ndarray, k: int, seed: int) -> np.ndarray:
+    """Return the fold, from 0 to k - 1, of each row: each class dealt out evenly, each group as a whole.
+
+    Args:
+        labels, groups: int [N].
+        k: number of folds; a class with fewer groups is missing from some of them.
+        seed: decides the order in which groups are dealt.
+    """
+    members = _members(groups)
+    fold_of: dict[int, int] = {}
+    for index in np.unique(labels):
+        taken = np.zeros(k)
+        own = dict.fromkeys(groups[np.random.default_rng(seed).permutation(np.flatnonzero(labels == index))])
+        for group in sorted(own, key=lambda group: group not in fold_of):  # those that an earlier class dealt first
+            fold = fold_of.setdefault(group, int(taken.argmin()))
+            taken[fold] += (labels[members[group]] == index).sum()
+    return np.array([fold_of[group] for group in groups], dtype=int)
+
+
+def _members(groups: np.ndarray) -> dict[int, list[int]]:
+    members = defaultdict(list)
+    for row, group in enumerate(groups):
+        members[group].append(row)
+    return members
+
+
+def stratified_cut(
+    labels: np.ndarray, names: list[str], fractions: dict[str, float], seed: int, groups: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """Divide row numbers into "train" and the splits of `fractions`, each class by itself, each group as a whole.
+
+    Args:
+        labels: int [N], the class of each row.
+        names: the classes' names, for the error.
+        fractions: share of each class to cut, by split; at least one image of each class is cut.
+        seed: decides the shuffle.
+        groups: int [N]; rows of the same number go to the same split. A group that is larger than what a split still
+            lacks goes to the next one, and at last to train. Without it every row is a group of its own.
+
+    Returns the sorted row numbers of each split.
+
+    Raises:
+        UserError: a class is too small to be in every split.
+    """
+    generator = np.random.default_rng(seed)
+    groups = np.arange(len(labels)) if groups is None else groups
+    members = _members(groups)
+    split_of: dict[int, str] = {}  # by group
+    for index, name in enumerate(names):
+        rows = generator.permutation(np.flatnonzero(labels == index))
+        lacking = {split: max(1, round(fraction * len(rows))) for split, fraction in fractions.items()}
+        if sum(lacking.values()) >= len(rows):
+            raise UserError(
+                f"the class {name!r} has {plural(len(rows), 'image')}, too few for one each in train, "
+                f"{' and '.join(fractions)}: it needs at least {len(fractions) + 1}, and more to be learned. "
+                "Add some or remove the class"
+            )
+        size = {group: sum(labels[row] == index for row in members[group]) for group in dict.fromkeys(groups[rows])}
+        for group, split in split_of.items():  # a group that has images of an earlier class too
+            if group in size and split in lacking:
+                lacking[split] -= size[group]
+        for group in (group for group in size if group not in split_of):
+            split = next((split for split in lacking if lacking[split] >= size[group]), "train")
+            split_of[group] = split
+            if split in lacking:
+                lacking[split] -= size[group]
+        _fill_empty(name, size, split_of, list(fractions))
+    parts: dict[str, list[int]] = {split: [] for split in (*fractions, "train")}
+    for group, split in split_of.items():
+        parts[split] += members[group]
+    present = set(labels[parts["train"]])
+    for index, name in enumerate(names):
+        if index not in present:
+            raise UserError(
+                f"the images of the class {name!r} are copies of other classes' images, or too few, so that none is "
+                "left to train on: add some or remove the class"
+            )
+    return {split: np.sort(np.array(part, dtype=int)) for split, part in parts.items()}
+
+
+def _fill_empty(name: str, size: dict[int, int], split_of: dict[int, str], splits: list[str]) -> None:
+    """Give each split that got no image of a class the smallest of the class's groups in train."""
+    for split in splits:
+        if any(split_of[group] == split for group in size):
+            continue
+        spare = sorted((group for group in size if split_of[group] == "train"), key=lambda group: size[group])
+        if len(spare) < 2:
+            raise UserError(
+                f"the images of the class {name!r} are so nearly the same that they cannot be divided into train, "
+                f"{' and '.join(splits)} without one standing on two sides: add others or remove the class"
+            )
+        split_of[spare[0]] = split

@@ -1,0 +1,137 @@
+"""How a model sees an image: the evaluation view, and the augmented training views."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+from transformers import BaseImageProcessor
+
+from luthier.errors import UserError
+
+AUGMENTATIONS = ("none", "flip_crop", "trivial", "augmix")
+
+
+def view_size(image_processor: BaseImageProcessor) -> tuple[int, int]:
+    """Return (height, width) in pixels of what a model sees.
+
+    Raises:
+        UserError: it differs from image to image.
+    """
+    wide, tall = (
+        tuple(image_processor(Image.new("RGB", size), return_tensors="pt")["pixel_values"].shape[-2:])
+        for size in ((96, 64), (64, 96))
+    )
+    if wide != tall:
+        raise UserError(
+            f"this model's image processor gives every image another size ({wide} and {tall}), and such images form "
+            "no batch: give it a crop (do_center_crop, crop_size) in preprocessor_config.json"
+        )
+    return wide[0], wide[1]
+
+
+class EvaluationView:
+    """The one view of evaluation: the image processor's own, and a compact form of it that loses nothing.
+
+    A processor resizes 8-bit images to 8-bit images and then scales the values, so that a view holds at most 256
+    different values in each channel. `pack` stores the levels, a quarter of the size; `unpack` looks them up.
+
+    Attributes:
+        size: (height, width) of the view, in pixels.
+        values: float32 [3, 256], the pixel value of each level in each channel, measured by giving the processor 256
+            grey images, because every family of processors names its settings differently.
+        reversed: the channels are blue, green, red, as MobileViT has them.
+    """
+
+    def __init__(self, image_processor: BaseImageProcessor):
+        self.image_processor = image_processor
+        greys = [self(Image.new("RGB", (16, 16), (level,) * 3)) for level in range(256)]
+        self.size = view_size(image_processor)
+        self.values = torch.stack([grey[:, 0, 0] for grey in greys], dim=1)
+        red = self(Image.new("RGB", (16, 16), "red"))[:, 0, 0]
+        self.reversed = bool((red[2] - self.black[2]) * self.contrast[2] > (red[0] - self.black[0]) * self.contrast[0])
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        """Return the pixel values [3, H, W] of an RGB image."""
+        return self.image_processor(image, return_tensors="pt")["pixel_values"][0]
+
+    @property
+    def black(self) -> torch.Tensor:
+        """The pixel value of black [3]."""
+        return self.values[:, 0]
+
+    @property
+    def contrast(self) -> torch.Tensor:
+        """The difference of white and black [3]."""
+        return self.values[:, -1] - self.values[:, 0]
+
+    def levels(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return the nearest 8-bit levels, uint8 [3, H, W]."""
+        unit = (pixel_values - self.black[:, None, None]) / self.contrast[:, None, None]
+        return (unit * 255).round().clamp(0, 255).to(torch.uint8)
+
+    def pack(self, pixel_values: torch.Tensor) -> bytes:
+        """Return the view [3, H, W] as bytes: its levels, or the values themselves where levels would be inexact."""
+        levels = self.levels(pixel_values).numpy()
+        exact = np.array_equal(self._look_up(levels), pixel_values.numpy())
+        return levels.tobytes() if exact else pixel_values.float().numpy().tobytes()
+
+    def unpack(self, packed: bytes) -> torch.Tensor:
+        """Return the view [3, H, W] that was packed, bit for bit."""
+        shape = (3, *self.size)
+        if len(packed) == np.prod(shape):
+            return torch.from_numpy(self._look_up(np.frombuffer(packed, np.uint8).reshape(shape)))
+        return torch.from_numpy(np.frombuffer(packed, np.float32).reshape(shape).copy())
+
+    def _look_up(self, levels: np.ndarray) -> np.ndarray:
+        values = self.values.numpy()
+        return np.stack([np.take(values[channel], levels[channel]) for channel in range(3)])
+
+
+def training_transform(view: EvaluationView, augmentation: str) -> Callable[[Image.Image], torch.Tensor]:
+    """Return the function from an RGB image to the pixel values [3, H, W] that training sees.
+
+    Args:
+        view: gives the size, the scale of the pixel values, and the view that is augmented.
+        augmentation: `none`, the evaluation view; `flip_crop`, a random crop, flipped half of the time; `trivial`,
+            flip_crop and one random operation of TrivialAugmentWide (Müller and Hutter 2021); `augmix`, AugMix
+            (Hendrycks et al. 2020) on the evaluation view, as in the original experiment.
+    """
+    if augmentation == "none":
+        return view
+    to_pixel_values = _to_pixel_values(view)
+    if augmentation == "augmix":
+        augmix = v2.AugMix()
+        return lambda image: to_pixel_values(augmix(view.levels(view(image))))
+    return v2.Compose(
+        [
+            # At least 35% of the image, where torchvision's default is 8%: small crops lose the object.
+            v2.RandomResizedCrop(view.size, scale=(0.35, 1.0), interpolation=v2.InterpolationMode.BICUBIC),
+            v2.RandomHorizontalFlip(),
+            *([v2.TrivialAugmentWide()] if augmentation == "trivial" else []),
+            v2.ToImage(),
+            *([v2.Lambda(lambda image: image.flip(0))] if view.reversed else []),
+            to_pixel_values,
+        ]
+    )
+
+
+def random_crop_transform(view: EvaluationView) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return the function from an evaluation view [3, H, W] to a random crop of it, of at least 8%, at its size.
+
+    Not a way to evaluate: it shows how testing on random crops, as in the original experiment, distorts the score.
+    """
+    crop, to_pixel_values = v2.RandomResizedCrop(view.size, antialias=True), _to_pixel_values(view)
+    return lambda pixel_values: to_pixel_values(crop(view.levels(pixel_values)))
+
+
+def _to_pixel_values(view: EvaluationView) -> v2.Compose:
+    """Return the transform from 8-bit levels to the scale of the evaluation view."""
+    return v2.Compose(
+        [
+            v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(mean=-view.black / view.contrast, std=1 / view.contrast),
+        ]
+    )

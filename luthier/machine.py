@@ -1,0 +1,136 @@
+"""What the machine decides so that the user need not: workers, batch size, precision, threads, memory."""
+
+import ctypes
+import functools
+import logging
+import os
+import platform
+
+import torch
+import transformers
+from transformers import TrainingArguments
+
+from luthier.errors import UserError
+from luthier.terminal import has_terminal
+
+
+class OneGPUTrainingArguments(TrainingArguments):
+    """`TrainingArguments` that use one GPU a process.
+
+    The Trainer would put `nn.DataParallel` over all GPUs of a lone process. Its replicas ignore which layers are
+    frozen and which keep their statistics; `accelerate launch` starts a process for each GPU instead.
+    """
+
+    # Read in transformers 5.23. At an upgrade, check: does the Trainer still take the number of GPUs from `_n_gpu`,
+    # and is that still set in this property alone?
+    @functools.cached_property
+    def _setup_devices(self) -> torch.device:
+        device = super()._setup_devices
+        self._n_gpu = min(1, self._n_gpu)
+        return device
+
+
+def fill_in_machine_defaults(options: dict) -> None:
+    """Replace the options that are None because they depend on the machine, before `TrainingArguments` are built.
+
+    Args:
+        options: `use_cpu`, `ddp_backend`, `fp16`, and those that are filled in: `dataloader_num_workers`,
+            `dataloader_persistent_workers`, `dataloader_pin_memory`, `per_device_eval_batch_size`, `bf16`.
+    """
+    if _processes_started() > 1 and (options["use_cpu"] or not torch.cuda.is_available()):
+        # Without these the Trainer takes no notice of the other processes, and each trains alone.
+        options["use_cpu"], options["ddp_backend"] = True, options["ddp_backend"] or "gloo"
+    gpu = torch.cuda.is_available() and not options["use_cpu"]
+    defaults = {
+        # A GPU starves where the process that feeds it decodes too; on a CPU the model needs the cores.
+        "dataloader_num_workers": min(available_cores(), 8) if gpu else 0,
+        "dataloader_pin_memory": gpu,  # it speeds up copies to a GPU
+        "per_device_eval_batch_size": 64 if gpu else 16,  # larger batches do not fit into a CPU's caches
+        # NVIDIA GPUs from Ampere on.
+        "bf16": gpu and not options["fp16"] and torch.cuda.is_bf16_supported(including_emulation=False),
+    }
+    for name, value in defaults.items():
+        if options[name] is None:
+            options[name] = value
+    if options["dataloader_persistent_workers"] is None:
+        options["dataloader_persistent_workers"] = options["dataloader_num_workers"] > 0
+
+
+def set_up_process(training_args: TrainingArguments) -> None:
+    """Prepare this process for a run: logging, processes, threads and memory.
+
+    Raises:
+        UserError: the processes are not what was asked for.
+    """
+    import datasets
+
+    configure_logging()
+    if not has_terminal():
+        datasets.disable_progress_bars()  # in a file each refresh adds to one endless line; see terminal.Tenths
+    check_processes(training_args)
+    configure_cpu(training_args.device)
+
+
+def check_processes(training_args: TrainingArguments) -> None:
+    """Refuse what accelerate does silently: fewer processes than were asked for, or several that train alone.
+
+    Raises:
+        UserError: it is so.
+    """
+    if is_launched() and "MASTER_ADDR" in os.environ and "RANK" not in os.environ:
+        raise UserError(
+            "accelerate was asked for several processes and started one: in its config, use distributed_type "
+            "MULTI_GPU (on CPUs too, with use_cpu: true) instead of MULTI_CPU"
+        )
+    if _processes_started() != training_args.world_size:
+        raise UserError(
+            f"{_processes_started()} processes were started, and each would train alone, into one directory: give "
+            "each process a GPU, or use --use_cpu True"
+        )
+
+
+def configure_cpu(device: torch.device) -> None:
+    """On a CPU, use all cores and let the process keep its memory; on other devices change nothing."""
+    if device.type != "cpu":
+        return
+    # `accelerate launch` sets OMP_NUM_THREADS=1 where its config does not say that this is a CPU machine.
+    if is_launched() and os.environ.get("OMP_NUM_THREADS") == "1":
+        torch.set_num_threads(available_cores())
+    keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """Let the process keep the memory that it frees, where glibc manages it.
+
+    glibc gives every large tensor back to the system when it is freed, and gets the next one page by page. With these
+    two settings (numbered as in mallopt(3)) it keeps them, and inference on a CPU is up to twice as fast.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        libc = ctypes.CDLL(None)
+        # Before glibc 2.35 the second value is the largest one allowed.
+        if libc.mallopt(m_mmap_threshold, 2**30) or libc.mallopt(m_mmap_threshold, 2**25):
+            libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def configure_logging() -> None:
+    """Let the libraries report what a user can act on, and nothing of their own housekeeping."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()  # of loading and writing single files
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each retry of a connection; Luthier says the last
+    logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)  # checkpoints less than a second apart
+
+
+def is_launched() -> bool:
+    """Tell whether `accelerate launch` started this process."""
+    return "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use: its share where several processes run on this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _processes_started() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))

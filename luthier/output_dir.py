@@ -1,0 +1,105 @@
+"""The directory of a run: which one is free, whether its run has ended, and a lock against a second run."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from luthier.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+LOCK = ".lock"  # in the directory while a run writes there
+
+
+def free_output_dir(given: str | None, name: str, resume_from_checkpoint: str | None) -> Path:
+    """Return where a run writes: the directory asked for, or the next free one under `outputs/`.
+
+    Args:
+        given: `--output_dir`.
+        name: of the directory under `outputs/` where none is given.
+        resume_from_checkpoint: `auto`, a checkpoint, or None.
+
+    Raises:
+        UserError: the directory asked for holds something that the run does not continue.
+    """
+    if given is None:
+        if resume_from_checkpoint == "auto":
+            return Path("outputs", name)
+        candidates = (Path("outputs", name if number == 1 else f"{name}-{number}") for number in range(1, 10_000))
+        return next(path for path in candidates if not path.exists())
+    path = Path(given)
+    continues = resume_from_checkpoint == "auto" or (
+        resume_from_checkpoint is not None and path.resolve() in Path(resume_from_checkpoint).resolve().parents
+    )
+    if path.is_file() or (path.is_dir() and not is_empty(path) and not continues):
+        raise UserError(
+            f"--output_dir {given} already holds something, which is neither overwritten nor deleted: give another, "
+            "leave the option out to use the next free name under outputs/, or continue an interrupted run with "
+            "--resume_from_checkpoint auto"
+        )
+    return path
+
+
+def is_empty(folder: Path) -> bool:
+    """Tell whether a directory holds nothing but the lock that a killed run may have left."""
+    return all(path.name == LOCK for path in folder.iterdir())
+
+
+def has_ended(output_dir: Path) -> bool:
+    """Tell whether a run has written all of its output: the model card comes last."""
+    return all((output_dir / name).exists() for name in ("metrics.json", "README.md"))
+
+
+@contextlib.contextmanager
+def claim_output_dir(output_dir: Path, continues: bool, enabled: bool = True) -> Iterator[None]:
+    """Create a run's directory and keep other runs out of it; remove what was created if it stays empty.
+
+    The lock belongs to the system and ends with the process, however that ends.
+
+    Args:
+        output_dir: the directory.
+        continues: it may hold the earlier part of the same run.
+        enabled: False does nothing, for all processes but the main one.
+
+    Raises:
+        UserError: it cannot be created, or another run writes there or has just done so.
+    """
+    if not enabled:
+        yield
+        return
+    created = [path for path in (output_dir, *output_dir.parents) if not path.exists()]
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create --output_dir {output_dir}: {error.strerror}. Give another") from error
+    try:
+        with _lock(output_dir):
+            if not continues and not is_empty(output_dir):
+                raise UserError(f"another run has just written into {output_dir}: start again")
+            yield
+    finally:
+        with contextlib.suppress(OSError):  # not empty; nothing here may hide the run's own error
+            for path in created:
+                path.rmdir()
+
+
+@contextlib.contextmanager
+def _lock(output_dir: Path) -> Iterator[None]:
+    lock = FileLock(output_dir / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise UserError(
+            f"another run is writing into {output_dir}: wait for it, stop it, or give another --output_dir"
+        ) from None
+    except (OSError, NotImplementedError) as error:  # some network disks have no locks
+        logger.warning(f"{output_dir} cannot be locked against a second run: {error}")
+    try:
+        yield
+    finally:
+        lock.release()
+        with contextlib.suppress(OSError):
+            (output_dir / LOCK).unlink()

@@ -1,0 +1,150 @@
+"""Settings from a YAML file and a command line by one parser: strict keys, and errors that name the nearest one."""
+
+import argparse
+import difflib
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+from luthier.errors import UserError
+from luthier.machine import is_launched
+
+MAX_CHOICES = 5  # that the help lists
+PATH_OPTIONS = ("data_dir", "output_dir", "resume_from_checkpoint")
+
+
+class Parser(HfArgumentParser):
+    """HfArgumentParser that raises UserError for a wrong command line, where argparse would print all of the usage."""
+
+    def error(self, message: str) -> Any:
+        """Raise `message`."""
+        raise UserError(message)
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Shows each option once, with its default if it has one.
+
+    It overrides private methods, as argparse's own formatters do; read in Python 3.11.
+    """
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        has_default = action.option_strings and action.nargs != 0 and action.default not in (None, argparse.SUPPRESS)
+        return f"{action.help or ''}{' (default: %(default)s)' if has_default else ''}"
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        return f"{action.option_strings[0]} {value_of(action)}"
+
+
+def value_of(action: argparse.Action) -> str:
+    """Return what an option takes, as the help shows it."""
+    choices = [str(choice) for choice in action.choices or ()]
+    if 0 < len(choices) <= MAX_CHOICES:
+        return "{" + ",".join(choices) + "}"
+    return "[BOOL]" if action.nargs == "?" else "VALUE ..." if action.nargs in ("+", "*") else "VALUE"
+
+
+def read_options(
+    parser: HfArgumentParser, argv: list[str], data_keys: Sequence[str]
+) -> tuple[str | None, dict, frozenset[str]]:
+    """Read `[CONFIG.yaml] [--key value ...]`; the command line overrides the file.
+
+    Args:
+        parser: of all options.
+        argv: the command line.
+        data_keys: options of the data. Where the line sets `data_dir` or `dataset_name`, the file's are ignored.
+
+    Returns the config's path, every option's value, and the names of those that config or command line set.
+
+    Raises:
+        UserError: an option, a key or a value is wrong.
+    """
+    config, line = (argv[0], argv[1:]) if argv and argv[0].endswith((".yaml", ".yml")) else (None, argv)
+    settings = read_config(config, parser) if config else {}
+    _, unknown = parser.parse_known_args(line)
+    if unknown:
+        raise UserError(explain_unknown(unknown[0], parser))
+    given = {token.split("=")[0].lstrip("-").replace("-", "_") for token in line if token.startswith("--")}
+    if {"data_dir", "dataset_name"} & given:
+        settings = {key: value for key, value in settings.items() if key not in data_keys}
+    options = vars(parser.parse_args(as_tokens(settings) + line))
+    return config, options, frozenset(given | {key for key, value in settings.items() if value is not None})
+
+
+def option_names(parser: HfArgumentParser) -> list[str]:
+    """Return the names of all options, as a config writes them."""
+    return [option.name for group in parser.dataclass_types for option in fields(group) if option.init]
+
+
+def read_config(path: str, parser: HfArgumentParser) -> dict:
+    """Read a config's settings.
+
+    Raises:
+        UserError: the file is missing or not a flat mapping, or has an unknown key or a value of the wrong kind.
+    """
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} must hold settings, one `key: value` on a line")
+    for key, value in settings.items():
+        if key not in option_names(parser):
+            raise UserError(f"{path}: unknown key {key!r}{nearest(str(key), option_names(parser))}")
+        try:
+            _, unknown = parser.parse_known_args(as_tokens({key: value}))
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+        if unknown:
+            raise UserError(f"{path}: {key} takes one value, not {len(value)}")
+    return settings
+
+
+def as_tokens(settings: dict) -> list[str]:
+    """Write a config's settings as a command line, so that argparse reads and checks both alike (YAML's 1e-4 too)."""
+    tokens = []
+    for key, value in settings.items():
+        if isinstance(value, list):
+            tokens += [f"--{key}", *map(str, value)]
+        elif value is not None:
+            tokens.append(f"--{key}={json.dumps(value) if isinstance(value, (dict, bool)) else value}")
+    return tokens
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """Return a question after the known word that is most like `word`, or nothing."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def explain_unknown(token: str, parser: HfArgumentParser) -> str:
+    """Return what is wrong with an argument that no option takes."""
+    if token.startswith("-"):
+        option = token.lstrip("-").split("=")[0].replace("-", "_")
+        hint = nearest(option, option_names(parser)) or "."
+        return f"unknown option {token}{hint} All options: python train.py --help-all"
+    if token.endswith((".yaml", ".yml")):
+        return f"the config {token} must be the first argument"
+    return f"cannot place the argument {token!r}: images are given as --data_dir {token}, a dataset as --dataset_name"
+
+
+def describe_command(script: str, argv: list[str]) -> str:
+    """Return the command line of a run; of paths, which tell of a machine or a person, the last part only."""
+    launcher = ["accelerate", "launch"] if is_launched() else ["python"]
+    shown, option = [], ""
+    for word in argv:
+        key, sign, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        option = key.lstrip("-").replace("-", "_") if key else option
+        path = option in PATH_OPTIONS or value.startswith(("/", "~", "..")) or ("/" in value and Path(value).exists())
+        shown.append(f"{key}{sign}{'{...}' if value.startswith('{') else Path(value).name if path else value}")
+        option = "" if value else option
+    return shlex.join([*launcher, script, *shown])

@@ -1,0 +1,66 @@
+"""The model card, `README.md`: what a model is, what it scores, on which data, by which recipe."""
+
+import json
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCardData
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from luthier.escape import escape_markdown
+from luthier.reporting.console import learning_curve_in_words, trust_remote_code
+from luthier.terminal import percent_with_interval
+
+FIGURES = {  # that a model card shows
+    "confusion_matrix.png": "Confusion matrix",
+    "reliability.png": "Accuracy by confidence",
+    "coverage.png": "Accuracy by share of images answered",
+    "learning_curve.png": "Accuracy by number of training images",
+    "curves.png": "Loss and accuracy by epoch",
+}
+
+
+def write_model_card(path: Path, metrics: dict, custom_code: bool, repo_id: str | None = None) -> None:
+    """Write the model card of a run.
+
+    Args:
+        path: of the card, `README.md` in the folder of the model.
+        metrics: what `metrics.json` holds.
+        custom_code: the model needs the `models.py` beside it.
+        repo_id: its repository on the Hub; the card of a folder is named after the folder.
+    """
+    test, data = metrics["test"], metrics["data"]
+    name = repo_id.split("/")[-1] if repo_id else path.parent.resolve().name
+    results = [
+        EvalResult("image-classification", data["name"], data["name"], kind, value, dataset_split="test")
+        for kind, value in (("accuracy", test["accuracy"]), ("f1", test["macro_f1"]))
+    ]
+    metadata = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "luthier"],
+        metrics=["accuracy", "f1"],
+        model_name=name,
+        eval_results=results,
+    )
+    templates = FileSystemLoader(Path(__file__).parent / "templates")
+    environment = Environment(  # Markdown escapes by a filter of its own
+        loader=templates, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, autoescape=False
+    )
+    environment.filters |= {
+        "text": escape_markdown,
+        "percent": lambda share: f"{share:.1%}",
+        "interval": percent_with_interval,
+    }
+    card = environment.get_template("card.md").render(
+        metadata=metadata.to_yaml(),
+        name=name,
+        loaded_from=json.dumps(repo_id or "THIS_FOLDER"),
+        trust=trust_remote_code(custom_code),
+        metrics=metrics,
+        learning_curve=metrics["learning_curve"] and learning_curve_in_words(metrics["learning_curve"]),
+        figures={file: title for file, title in FIGURES.items() if (path.parent / file).exists()},
+        command=" ".join(metrics["command"].split()),
+    )
+    written = path.with_name(f".{path.name}")  # renamed when it is whole: its presence says that the run has ended
+    written.write_text(card + "\n", encoding="utf-8")
+    written.replace(path)

@@ -1,0 +1,215 @@
+"""Everything that is said in words: the lines of a run, findings, verdicts, and the sentences of page and card."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from transformers import Trainer
+
+from luthier.scoring.audit import KINDS, TINY
+from luthier.scoring.baselines import ProbeResults
+from luthier.scoring.comparison import Verdict
+from luthier.scoring.selection import Candidate
+from luthier.terminal import percent_with_interval, plural, say
+from luthier.training.recipe import Recipe
+
+KIND_NAMES = {  # of findings
+    "unreadable": "unreadable, left out",
+    "between_splits": "duplicates across splits",
+    "between_classes": "duplicates across classes",
+    "exact_duplicates": "exact duplicates",
+    "near_duplicates": "near-duplicates",
+    "suspect_labels": "labels to check",
+    "wrong_extension": "wrong extension",
+    "tiny": f"smaller than {TINY} px",
+}
+KEPT = {0.0: "the probe", 0.5: "the mean of both", 1.0: "the trained weights"}  # by selection.Candidate.share
+MAX_NAMED = 3  # images of a kind that a run names
+MAX_LISTED = 20  # findings of a kind that the audit lists
+
+
+# --- a run
+
+
+def describe_setup(
+    trainer: Trainer, size: tuple[int, int], model_name: str, recipe: Recipe | None, augmentation: str = ""
+) -> dict[str, str]:
+    """Return what is trained, where and how, each in a line.
+
+    Args:
+        trainer: has the model, the device and the training arguments.
+        size: (height, width) of what the model sees, in pixels.
+        model_name: as it was asked for.
+        recipe: None where nothing is trained.
+        augmentation: of the training images.
+    """
+    args, model = trainer.args, trainer.model
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type
+    precision = {"no": "float32"}.get(trainer.accelerator.mixed_precision, trainer.accelerator.mixed_precision)
+    threads = f", {torch.get_num_threads()} threads" if args.device.type == "cpu" else ""
+    workers = f", {args.dataloader_num_workers} data workers" if args.dataloader_num_workers else ""
+    processes = f", {args.world_size} processes" if args.world_size > 1 else ""
+    name = f"{Path(model_name).name} at {size[0]} x {size[1]} px, {parameters:,} parameters"
+    machine = f"{device}{threads}{processes}{workers}, {precision}"
+    if recipe is None:
+        return {"model": name, "device": machine, "recipe": "nothing trained"}
+    share = "all trained" if trained == parameters else f"{trained:,} trained"
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    how = "probe: the logistic regression is the head"
+    if recipe.name != "probe":
+        epochs = f"{args.num_train_epochs:g} epoch{'' if args.num_train_epochs == 1 else 's'}"
+        steps = f"{epochs}, batch {batch}, {augmentation}, {args.optim.value}"
+        how = f"{recipe.name}: {steps} {args.learning_rate:g}, {args.lr_scheduler_type.value}"
+    return {"model": f"{name}, {share}", "device": machine, "recipe": how}
+
+
+def say_setup(data: Mapping, setup: Mapping[str, str]) -> None:
+    """Say what is learned from, and what learns.
+
+    Args:
+        data: of `data.describe`.
+        setup: of `describe_setup`.
+    """
+    counts = ", ".join(f"{split} {count['n']:,}" for split, count in data["splits"].items())
+    say("data", f"{data['name']}: {plural(len(data['labels']), 'class', 'classes')}; images: {counts}")
+    for topic in ("model", "device"):
+        say(topic, setup[topic])
+
+
+def say_probe(probe: ProbeResults, with_learning_curve: bool) -> None:
+    """Say how the linear probe does on validation, and its learning curve if that was asked for."""
+    if probe.baseline:
+        scored = probe.baseline["validation"]
+        say(
+            "probe",
+            f"validation accuracy {scored['accuracy']:.1%}, loss {scored['log_loss']:.3f} (on frozen features)",
+        )
+    if with_learning_curve:
+        say("curve", learning_curve_in_words(probe.learning_curve))
+
+
+def say_selection(best: Candidate, candidates: list[Candidate]) -> None:
+    """Say which weights a run ends with, and why."""
+    if len(candidates) > 1:
+        losses = ", ".join(f"{KEPT[c.share]} {c.validation['log_loss']:.3f}" for c in candidates)
+        say("kept", KEPT[best.share])
+        say("", f"validation loss: {losses}")
+
+
+def say_results(output_dir: Path, metrics: Mapping, custom_code: bool | None = None) -> None:
+    """Say the score, what it is compared with, and where everything is.
+
+    Args:
+        output_dir: of the run.
+        metrics: what `metrics.json` holds.
+        custom_code: the model that was saved brings its own code; None if none was saved.
+    """
+    test, majority = metrics["test"], metrics["baselines"]["majority"]
+    probe, before = metrics["baselines"].get("linear_probe"), metrics["calibration"].get("before")
+    baselines = [f"linear probe {probe['test']['accuracy']:.1%}"] if probe else []
+    baselines.append(f"always {majority['label']!r} {majority['accuracy']:.1%}")
+    say("test", f"accuracy {percent_with_interval(test)}")
+    say("", f"macro F1 {test['macro_f1']:.3f}; {'; '.join(baselines)}")
+    uncalibrated = f", before calibration {before['test']['ece']:.1%}" if before else ""
+    say("", f"calibration error {test['ece']:.1%}{uncalibrated}")
+    stages = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in metrics["seconds"].items() if stage != "total")
+    say("time", f"{metrics['seconds']['total']:.0f} s: {stages}")
+    say("saved", f"{output_dir}; open report.html in it")
+    if custom_code is not None:
+        say("next", f'pipeline("image-classification", "{output_dir}"{trust_remote_code(custom_code)})')
+
+
+def trust_remote_code(custom_code: bool) -> str:
+    """Return the argument that loading a model takes which brings its own code."""
+    return ", trust_remote_code=True" if custom_code else ""
+
+
+def learning_curve_in_words(curve: Mapping | None) -> str:
+    """Return what twice the images would bring."""
+    if curve is None:
+        return "not estimated: this model has no linear probe"
+    now, twice = curve["now"], curve["twice"]
+    low, high = (100 * gain for gain in curve["gain_ci95"])
+    return (
+        f"With twice the training images ({twice['n']:,} instead of {now['n']:,}) a linear probe would score about "
+        f"{twice['accuracy']:.1%} instead of {now['accuracy']:.1%}: {100 * curve['gain']:+.1f} points "
+        f"(95% interval {low:+.1f} to {high:+.1f})"
+    )
+
+
+# --- the audit
+
+
+def say_audit(findings: Mapping) -> None:
+    """Say how much was found of each kind, and name what costs images or distorts the score."""
+    say("audit", findings_in_words(findings))
+    for kind, topic in (("unreadable", "left out"), ("between_splits", "careful")):
+        for finding in findings[kind][:MAX_NAMED]:
+            say(topic, finding_in_words(finding))
+        if len(findings[kind]) > MAX_NAMED:
+            say("", f"and {len(findings[kind]) - MAX_NAMED} more: see report.html")
+
+
+def findings_in_words(findings: Mapping) -> str:
+    """Return in a line how much was found of each kind."""
+    counts = [f"{KIND_NAMES[kind]}: {len(findings[kind])}" for kind in KINDS if findings[kind]]
+    unchecked = ["labels not checked"] if findings["suspect_labels"] is None else []
+    return ", ".join(counts + unchecked) or "nothing found"
+
+
+def list_findings(findings: Mapping) -> str:
+    """Return everything that was found, for the terminal: a line for each image or set of images."""
+    classes = sorted(findings["classes"].items(), key=lambda item: -item[1])
+    (largest, most), (smallest, fewest) = classes[0], classes[-1]
+    sizes = f"from {fewest:,} ({smallest}) to {most:,} ({largest}) each"
+    lines = [f"{plural(findings['images'], 'image')} of {plural(len(classes), 'class', 'classes')}, {sizes}"]
+    for kind in KINDS:
+        if findings[kind] is None:
+            lines.append(f"\n{KIND_NAMES[kind]}: not checked")
+        if not findings[kind]:
+            continue
+        lines.append(f"\n{KIND_NAMES[kind]}: {len(findings[kind])}")
+        lines += [f"  {finding_in_words(finding)}" for finding in findings[kind][:MAX_LISTED]]
+        if len(findings[kind]) > MAX_LISTED:
+            lines.append(f"  ... and {len(findings[kind]) - MAX_LISTED} more")
+    return "\n".join(lines)
+
+
+def finding_in_words(finding: dict | list[dict]) -> str:
+    """Return a finding in a line: an image and what is wrong with it, or the images that belong together."""
+    if isinstance(finding, dict):
+        return f"{finding['name']} ({finding['label']}): {finding['why']}"
+    more = f" and {len(finding) - 4} more" if len(finding) > 4 else ""
+    return " = ".join(f"{image['name']} ({image['label']}, {image['split']})" for image in finding[:4]) + more
+
+
+# --- comparisons
+
+
+def comparison_table(rows: list[dict]) -> str:
+    """Return the rows of `comparison.summarise_experiment` as a Markdown table."""
+    lines = [
+        "| experiment | runs | test accuracy, mean (lowest to highest) | 95% interval | n | validation | seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['experiment']} | {row['runs']} "
+            f"| {row['test accuracy']:.1%} ({row['lowest']:.1%} to {row['highest']:.1%}) "
+            f"| {row['interval low']:.1%} to {row['interval high']:.1%} | {row['n']} "
+            f"| {row['validation accuracy']:.1%} | {row['seconds']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def verdict_in_words(verdict: Verdict) -> str:
+    """Return which of two experiments is better, or that the difference is too small to tell."""
+    a, b = verdict.a, verdict.b
+    votes = (
+        f"{verdict.for_a} for {a}, {verdict.for_b} for {b}, of {plural(verdict.n, 'test image')}; p = {verdict.p:.2g}"
+    )
+    if not verdict.is_clear:
+        return f"- {a} and {b}: too close to call at n = {verdict.n} ({votes})."
+    return f"- {a} is {'better' if verdict.for_a > verdict.for_b else 'worse'} than {b} ({votes})."

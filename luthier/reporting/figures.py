@@ -1,0 +1,143 @@
+"""The figures of a run, as PNG."""
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter, StrMethodFormatter
+
+from luthier.terminal import percent_with_interval
+
+BLUE, ORANGE = "#0072B2", "#D55E00"  # of the Okabe-Ito palette, which the colour-blind can tell apart
+
+
+def plot_confusion_matrix(scored: dict, labels: list[str], path: Path, shares: bool = False) -> None:
+    """Draw the confusion matrix [C, C] of `metrics.score`: colour by the share of the true class.
+
+    Each cell holds the number of images, or with `shares` the percentage of the true class; above 40 classes nothing.
+    """
+    matrix = np.array(scored["confusion_matrix"])
+    share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    side = min(max(5.0, 0.45 * len(labels)), 24.0)
+    with _style():
+        figure = Figure(figsize=(side + 1.5, side + 0.5), layout="constrained")
+        axes = figure.subplots()
+        image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+        figure.colorbar(image, format=PercentFormatter(1), shrink=0.8, label="share of the true class")
+        size = float(np.clip(72 * side / len(labels) / 4, 3, 10))
+        short = [name if len(name) <= 24 else f"{name[:23]}…" for name in labels]
+        # Names are data: a dollar sign in one must not start a formula.
+        text = {"fontsize": min(10.0, 72 * side / len(labels) * 0.6), "parse_math": False}
+        axes.set_xticks(range(len(labels)), short, rotation=45, ha="right", rotation_mode="anchor", **text)
+        axes.set_yticks(range(len(labels)), short, **text)
+        axes.set(xlabel="predicted class", ylabel="true class")
+        axes.set_title(f"Test accuracy {percent_with_interval(scored)}", fontsize=10, loc="left")
+        if len(labels) <= 40:
+            for row, column in zip(*matrix.nonzero(), strict=True):
+                colour = "white" if share[row, column] > 0.5 else "black"
+                cell = f"{share[row, column]:.0%}" if shares else matrix[row, column]
+                axes.text(column, row, cell, ha="center", va="center", color=colour, fontsize=size)
+        figure.savefig(path, dpi=120)
+
+
+def plot_curves(log_history: list[dict], path: Path) -> None:
+    """Draw loss and accuracy by epoch, of training and validation, from the Trainer's log history."""
+    train = [entry for entry in log_history if "loss" in entry]
+    validation = [entry for entry in log_history if "eval_loss" in entry]
+    with _style():
+        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        loss, accuracy = figure.subplots(1, 2)
+        _plot_pair(loss, train, "loss", validation, "eval_loss")
+        _plot_pair(accuracy, train, "train_accuracy", validation, "eval_accuracy")
+        loss.set(xlabel="epoch", ylabel="loss")
+        accuracy.set(xlabel="epoch", ylabel="accuracy", ylim=(0, 1))
+        accuracy.yaxis.set_major_formatter(PercentFormatter(1))
+        accuracy.legend(loc="lower right")
+        figure.savefig(path, dpi=120)
+
+
+def _plot_pair(axes: Axes, train: list[dict], train_key: str, validation: list[dict], validation_key: str) -> None:
+    # Two markers, which differ without colour too.
+    for entries, key, name, colour, marker in (
+        (train, train_key, "train (augmented)", BLUE, "o"),
+        (validation, validation_key, "validation", ORANGE, "s"),
+    ):
+        points = [(entry["epoch"], entry[key]) for entry in entries if key in entry]
+        axes.plot([epoch for epoch, _ in points], [y for _, y in points], color=colour, marker=marker, label=name)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+
+
+def plot_reliability(bins: list[dict], path: Path) -> None:
+    """Draw accuracy by confidence from `metrics.reliability`, and how many images each point stands for."""
+    with _style():
+        figure = Figure(figsize=(5, 4.4), layout="constrained")
+        axes, counts = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+        axes.plot((0, 1), (0, 1), color="#999999", linestyle="--", label="perfectly calibrated")
+        confidence = [b["confidence"] for b in bins]
+        axes.plot(confidence, [b["accuracy"] for b in bins], color=BLUE, marker="o", label="this model, on test")
+        axes.set(ylabel="accuracy", ylim=(-0.02, 1.02), xlim=(0, 1.02))
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.legend(loc="upper left")
+        counts.bar(confidence, [b["n"] for b in bins], width=0.04, color=BLUE)
+        counts.set(xlabel="confidence", ylabel="images")
+        counts.xaxis.set_major_formatter(PercentFormatter(1))
+        figure.savefig(path, dpi=120)
+
+
+def plot_coverage(unsure: dict, path: Path) -> None:
+    """Draw accuracy by the share of images that are answered, from `metrics.selective`."""
+    curve = unsure["curve"]
+    with _style():
+        figure = Figure(figsize=(5, 3.4), layout="constrained")
+        axes = figure.subplots()
+        axes.plot([point["coverage"] for point in curve], [point["accuracy"] for point in curve], color=BLUE)
+        if unsure["accuracy"] is not None:
+            mark = f"unsure below {unsure['threshold']:.0%}"
+            axes.plot(unsure["answered"], unsure["accuracy"], color=ORANGE, marker="s", linestyle="", label=mark)
+            axes.legend(loc="lower left")
+        lowest = min(point["accuracy"] for point in curve)
+        axes.set(xlabel="share of test images answered", ylabel="accuracy of the answers", xlim=(0, 1.02))
+        axes.set_ylim(max(0, lowest - 0.05), 1.005)
+        axes.xaxis.set_major_formatter(PercentFormatter(1))
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        figure.savefig(path, dpi=120)
+
+
+def plot_learning_curve(curve: dict, path: Path) -> None:
+    """Draw what `learning_curve.learning_curve` measured, and what it expects of twice the images."""
+    fitted, points = curve["curve"], curve["points"]
+    with _style():
+        figure = Figure(figsize=(6, 3.8), layout="constrained")
+        axes = figure.subplots()
+        axes.fill_between(fitted["n"], fitted["low"], fitted["high"], color=BLUE, alpha=0.2, label="95% interval")
+        axes.plot(fitted["n"], fitted["accuracy"], color=BLUE, label="fitted")
+        accuracy = [point["accuracy"] for point in points]
+        spread = [
+            [max(0.0, point["accuracy"] - point["lowest"]) for point in points],
+            [max(0.0, point["highest"] - point["accuracy"]) for point in points],
+        ]
+        axes.errorbar(
+            [point["n"] for point in points],
+            accuracy,
+            spread,
+            color=ORANGE,
+            fmt="s",
+            capsize=3,
+            label="measured, all draws",
+        )
+        axes.axvline(curve["now"]["n"], color="#999999", linestyle=":", label="these images")
+        axes.set(xlabel="training images", ylabel="accuracy of a linear probe", xscale="log")
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.set_xticks([*(point["n"] for point in points), curve["twice"]["n"]])
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.legend(loc="lower right")
+        figure.savefig(path, dpi=120)
+
+
+def _style():
+    return matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})

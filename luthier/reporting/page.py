@@ -1,0 +1,113 @@
+"""The pages that a person looks at: the report of a run, and the audit of a dataset; each one file, no network."""
+
+import base64
+import functools
+import io
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from datasets import DatasetDict
+from jinja2 import Environment, FileSystemLoader
+
+from luthier.images.decode import decode_rgb, read_bytes
+from luthier.reporting import figures
+from luthier.reporting.console import KIND_NAMES, learning_curve_in_words
+from luthier.reporting.results import TestPredictions
+
+THUMBNAIL = 160  # pixels: longer side of the images in a page
+MAX_SHOWN = 12  # wrong predictions, and correct ones
+
+
+def write_report(output_dir: Path, metrics: dict, findings: dict, test: TestPredictions) -> None:
+    """Write the figures as PNG and `report.html`, one page that needs no other file and no network.
+
+    Args:
+        output_dir: of the run; its name is the page's title.
+        metrics: what `metrics.json` holds.
+        findings: of `audit.audit_images`.
+        test: what the model predicts.
+    """
+    labels = metrics["data"]["labels"]
+    figures.plot_confusion_matrix(metrics["test"], labels, output_dir / "confusion_matrix.png")
+    figures.plot_confusion_matrix(metrics["test"], labels, output_dir / "confusion_matrix_rows.png", shares=True)
+    figures.plot_reliability(metrics["calibration"]["reliability"], output_dir / "reliability.png")
+    figures.plot_coverage(metrics["unsure"], output_dir / "coverage.png")
+    if any("eval_loss" in entry for entry in metrics["history"]):
+        figures.plot_curves(metrics["history"], output_dir / "curves.png")
+    if metrics["learning_curve"]:
+        figures.plot_learning_curve(metrics["learning_curve"], output_dir / "learning_curve.png")
+    wrong, correct = most_telling(test, labels)
+    _render(
+        "report.html",
+        output_dir / "report.html",
+        test.splits,
+        name=output_dir.resolve().name,
+        metrics=metrics,
+        findings=findings,
+        figures={path.name: _data_uri(path.read_bytes(), "png") for path in output_dir.glob("*.png")},
+        wrong=wrong,
+        correct=correct,
+        learning_curve_in_words=learning_curve_in_words,
+        attribution=re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", metrics["data"]["attribution"]),
+    )
+
+
+def most_telling(test: TestPredictions, labels: list[str]) -> tuple[list[dict], list[dict]]:
+    """Return the most confident wrong predictions and the least confident correct ones, as images of a page."""
+    probabilities = test.probabilities
+    predicted, confidence = probabilities.argmax(axis=-1), probabilities.max(axis=-1)
+
+    def entry(row: int) -> dict:
+        correct = predicted[row] == test.references[row]
+        why = f"{confidence[row]:.0%} sure" if correct else f"{labels[predicted[row]]}, {confidence[row]:.0%} sure"
+        return {
+            "split": "test",
+            "row": row,
+            "name": test.splits["test"][row]["name"],
+            "label": labels[test.references[row]],
+            "why": why if correct else f"predicted {why}",
+        }
+
+    rows = np.argsort(confidence, kind="stable")
+    wrong = predicted[rows] != test.references[rows]
+    most_confident_wrong, least_confident_correct = rows[wrong][::-1][:MAX_SHOWN], rows[~wrong][:MAX_SHOWN]
+    return [entry(int(row)) for row in most_confident_wrong], [entry(int(row)) for row in least_confident_correct]
+
+
+def write_audit_page(path: Path, name: str, findings: dict, splits: DatasetDict) -> None:
+    """Write the page of an audit without a run."""
+    _render("audit.html", path, splits, name=name, findings=findings)
+
+
+def _render(template: str, path: Path, splits: DatasetDict, **values) -> None:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template(template).render(kinds=KIND_NAMES, thumbnail=_thumbnails(splits), **values)
+    path.write_text(page, encoding="utf-8")
+
+
+def _thumbnails(splits: DatasetDict) -> Callable[[dict], str | None]:
+    """Return the function from an image of a finding or a prediction to its thumbnail, as a data URI."""
+
+    @functools.cache
+    def thumbnail(split: str, row: int) -> str | None:
+        try:
+            image = decode_rgb(read_bytes(splits[split][row]["image"]), THUMBNAIL).image
+        except Exception:  # it could be read when the run began; better a page without an image than a run without one
+            return None
+        image.thumbnail((THUMBNAIL, THUMBNAIL))
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=80)
+        return _data_uri(file.getvalue(), "jpeg")
+
+    return lambda entry: thumbnail(entry["split"], entry["row"]) if entry["row"] is not None else None
+
+
+def _data_uri(data: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

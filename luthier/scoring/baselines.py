@@ -1,0 +1,103 @@
+"""What a score is compared with: the most frequent class, and the linear probe."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from datasets import DatasetDict
+from transformers import Trainer
+
+from luthier.scoring.audit import suspect_labels
+from luthier.scoring.learning_curve import probe_learning_curve
+from luthier.scoring.metrics import fit_temperature, score, wilson_interval
+from luthier.training.features import load_features
+from luthier.training.probe import LinearProbe, fit_shared_probe, state_with_probe
+from luthier.training.recipe import Recipe
+from models import linear_head
+
+
+class ProbeResults(NamedTuple):
+    """What the linear probe of a model tells; all None where there is no probe, or not on the main process.
+
+    Attributes:
+        start: the model's state with the probe as its head, on every process.
+        baseline: of `probe_baseline`.
+        suspect_labels: of `audit.suspect_labels`.
+        learning_curve: of `learning_curve.learning_curve`, where it was asked for.
+    """
+
+    start: dict[str, torch.Tensor] | None = None
+    baseline: dict | None = None
+    suspect_labels: list[dict] | None = None
+    learning_curve: dict | None = None
+
+
+def measure_probe(
+    trainer: Trainer,
+    recipe: Recipe,
+    splits: DatasetDict,
+    rows: Mapping[str, tuple[Any, str]],
+    with_learning_curve: bool,
+) -> ProbeResults:
+    """Fit the linear probe of a model and return what it tells; its strength is chosen on validation.
+
+    Args:
+        trainer: runs the model, on its device and in its precision, over all of its processes.
+        recipe: a model that is trained from scratch has no probe.
+        splits: as `data.load_splits` returns them.
+        rows: for each split its rows and their cache key, of `data.feature_rows`.
+        with_learning_curve: estimate the accuracy with more images.
+
+    Raises:
+        UserError: the features are not finite, or a class is too small for a learning curve.
+    """
+    model, head = trainer.model, linear_head(trainer.model)
+    if head is None or not recipe.is_pretrained:
+        return ProbeResults()
+    features = {split: load_features(trainer, head, *rows[split]) for split in rows}
+    references = {split: dataset["label"][:] for split, dataset in splits.items()}
+    probe = fit_shared_probe(trainer, features, references)
+    start = state_with_probe(model, head, probe)
+    if not trainer.is_world_process_zero():
+        return ProbeResults(start)
+    known = {split: tensor for split, tensor in features.items() if tensor is not None}
+    baseline = probe_baseline(probe, known, references, splits["train"].features["label"].names)
+    everything, device = torch.cat(list(known.values())), trainer.args.device
+    suspects = suspect_labels(splits, everything.to(device), probe.strength)
+    curve = probe_learning_curve(splits, known, probe, device) if with_learning_curve else None
+    return ProbeResults(start, baseline, suspects, curve)
+
+
+def majority_baseline(data: Mapping) -> dict:
+    """Return what always predicting the most frequent class scores on test.
+
+    Args:
+        data: of `data.describe`; the class is the most frequent one in train, or in test where that is all there is.
+    """
+    tested = data["splits"]["test"]
+    learned = data["splits"].get("train", tested)
+    label = max(learned["per_class"], key=learned["per_class"].get)
+    correct, n = tested["per_class"][label], tested["n"]
+    return {"label": label, "accuracy": correct / n, "accuracy_ci95": wilson_interval(correct, n), "n": n}
+
+
+def probe_baseline(
+    probe: LinearProbe,
+    features: Mapping[str, torch.Tensor],
+    references: Mapping[str, Sequence[int]],
+    labels: list[str],
+) -> dict:
+    """Return the probe's scores on validation and test, calibrated on validation as every model is, and its strength.
+
+    Args:
+        probe: fitted on train.
+        features: float32 [N, D] by split.
+        references: class indices by split.
+        labels: the classes' names.
+    """
+    logits = {split: probe.logits(features[split]).numpy() for split in ("validation", "test")}
+    truth = {split: np.array(references[split]) for split in logits}
+    temperature = fit_temperature(logits["validation"], truth["validation"])
+    scores = {split: score(logits[split] / temperature, truth[split], labels) for split in logits}
+    return scores | {"strength": probe.strength}

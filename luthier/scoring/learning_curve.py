@@ -1,0 +1,154 @@
+"""How a linear probe's accuracy grows with the number of images, and what more of them would bring."""
+
+import warnings
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from datasets import DatasetDict
+from scipy.optimize import OptimizeWarning, curve_fit
+
+from luthier.errors import UserError
+from luthier.images.splits import stratified_folds
+from luthier.terminal import plural
+from luthier.training.probe import LinearProbe, fit_path
+
+FRACTIONS = (0.1, 0.18, 0.32, 0.56, 1.0)  # of the training images
+FOLDS, REPEATS = 4, 3  # every image is held out once in each repeat
+RESAMPLES = 300
+
+
+def probe_learning_curve(
+    splits: DatasetDict, features: Mapping[str, torch.Tensor], probe: LinearProbe, device: torch.device
+) -> dict:
+    """Return the learning curve of a run's probe on train and validation; test is not looked at.
+
+    Args:
+        splits: as `data.load_splits` returns them.
+        features: float32 [N, D] by split.
+        probe: gives the strength.
+        device: of the fits.
+
+    Raises:
+        UserError: a class has fewer images than there are folds.
+    """
+    both = ("train", "validation")
+    labels, groups = (np.concatenate([splits[split][column][:] for split in both]) for column in ("label", "group"))
+    pool = torch.cat([features[split] for split in both]).to(device)
+    names = splits["train"].features["label"].names
+    return learning_curve(pool, labels, names, groups, probe.strength, len(splits["train"]))
+
+
+def learning_curve(
+    features: torch.Tensor, labels: np.ndarray, names: list[str], groups: np.ndarray, strength: float, target: int
+) -> dict:
+    """Measure probes on growing parts of the images and extrapolate.
+
+    Each part is drawn `FOLDS` x `REPEATS` times, class by class, and scored on the fold that is held out. A power law
+    (Hestness et al. 2017; Viering and Loog 2022) is fitted to the mean errors, and to `RESAMPLES` bootstrap samples of
+    the images, groups as a whole, which give the intervals. These cover the choice of the images that are tested, not
+    of those that are learned from. The law never falls, so the gain is never below zero.
+
+    Args:
+        features: float32 [N, D] of train and validation, on the device of the fits.
+        labels: int [N].
+        names: the classes' names.
+        groups: int [N], the same for duplicates.
+        strength: of the probe.
+        target: number of training images that is compared with twice as many.
+
+    Returns `points` (`n`, `accuracy`, and `lowest` and `highest` of the draws), `now` and `twice` (`n`, `accuracy`,
+    `ci95`), `gain` and `gain_ci95`, and the `curve` that was fitted (`n`, `accuracy`, `low`, `high`).
+
+    Raises:
+        UserError: a class has fewer images than there are folds.
+    """
+    fewest = min(range(len(names)), key=lambda index: (labels == index).sum())
+    if (labels == fewest).sum() < FOLDS:
+        raise UserError(
+            f"--learning_curve needs {FOLDS} images of each class in train and validation, but {names[fewest]!r} "
+            f"has {plural(int((labels == fewest).sum()), 'image')}: add some, or leave the option out"
+        )
+    truth = torch.as_tensor(labels, device=features.device)
+    correct = np.zeros((len(FRACTIONS), len(labels)))
+    sizes, draws = np.zeros(len(FRACTIONS)), [[] for _ in FRACTIONS]
+    for seed in range(REPEATS):
+        folds = stratified_folds(labels, groups, FOLDS, seed)
+        for fold in range(FOLDS):
+            held_out, rows = np.flatnonzero(folds == fold), np.flatnonzero(folds != fold)
+            ranks = _ranks_in_class(labels[rows], seed)
+            for index, fraction in enumerate(FRACTIONS):
+                drawn = rows[ranks < fraction]
+                (probe,) = fit_path(features[drawn], truth[drawn], len(names), (strength,))
+                right = (probe.logits(features[held_out]).argmax(dim=1) == truth[held_out]).cpu().numpy()
+                correct[index, held_out] += right / REPEATS
+                draws[index].append(right.mean())
+                sizes[index] += len(drawn) / (FOLDS * REPEATS)
+    return {
+        "points": [
+            {"n": round(size), "accuracy": accuracy, "lowest": float(min(drawn)), "highest": float(max(drawn))}
+            for size, accuracy, drawn in zip(sizes, correct.mean(axis=1).tolist(), draws, strict=True)
+        ],
+        **extrapolate(sizes, correct, groups, target),
+    }
+
+
+def _ranks_in_class(labels: np.ndarray, seed: int) -> np.ndarray:
+    """Return a random rank of each image in its class, from 0 up to 1: the first is in every part."""
+    generator, ranks = np.random.default_rng(seed), np.empty(len(labels))
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        ranks[generator.permutation(rows)] = np.arange(len(rows)) / len(rows)
+    return ranks
+
+
+def extrapolate(sizes: np.ndarray, correct: np.ndarray, groups: np.ndarray, target: int) -> dict:
+    """Fit power laws to accuracies at growing sizes; see `learning_curve`.
+
+    Args:
+        sizes: numbers of training images [S].
+        correct: float [S, N], how often each image was predicted correctly when it was held out.
+        groups: int [N].
+        target: number of training images that is compared with twice as many.
+    """
+    grid = np.unique(np.geomspace(sizes[0], 2 * target, 40).round())
+    asked = np.concatenate([[target, 2 * target], grid])
+    fitted = _power_law(sizes, 1 - correct.mean(axis=1), asked)
+    generator = np.random.default_rng(0)
+    order = np.argsort(groups, kind="stable")
+    members = np.split(order, np.flatnonzero(np.diff(groups[order])) + 1)
+    samples = []
+    for _ in range(RESAMPLES):
+        rows = np.concatenate([members[index] for index in generator.integers(len(members), size=len(members))])
+        samples.append(_power_law(sizes, 1 - correct[:, rows].mean(axis=1), asked))
+    resampled = np.array(samples)
+    low, high = np.quantile(resampled, (0.025, 0.975), axis=0)
+    gains = resampled[:, 1] - resampled[:, 0]
+    return {
+        "now": {"n": target, "accuracy": fitted[0], "ci95": [low[0], high[0]]},
+        "twice": {"n": 2 * target, "accuracy": fitted[1], "ci95": [low[1], high[1]]},
+        "gain": fitted[1] - fitted[0],
+        "gain_ci95": np.quantile(gains, (0.025, 0.975)).tolist(),
+        "curve": {
+            "n": grid.tolist(),
+            "accuracy": fitted[2:].tolist(),
+            "low": low[2:].tolist(),
+            "high": high[2:].tolist(),
+        },
+    }
+
+
+def _power_law(sizes: np.ndarray, errors: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    """Return the accuracies at the sizes asked for, by the law error = floor + scale * size ** -exponent."""
+
+    def error(size: np.ndarray, floor: float, scale: float, exponent: float) -> np.ndarray:
+        return floor + scale * (size / sizes[0]) ** -exponent
+
+    start = (errors.min() / 2, max(errors[0] - errors.min() / 2, 1e-3), 0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", OptimizeWarning)  # about the covariance of the parameters, which is not used
+        try:
+            parameters = curve_fit(error, sizes, errors, start, bounds=([0, 0, 0.05], [1, 1, 2]), max_nfev=2000)[0]
+        except RuntimeError:  # no law fits: the accuracy of all images is the best guess
+            parameters = (errors[-1], 0.0, 1.0)
+    return 1 - error(asked, *parameters)

@@ -1,0 +1,175 @@
+"""What a classifier scores, computed through the `evaluate` library without the network."""
+
+import math
+from collections.abc import Callable
+
+import evaluate
+import numpy as np
+from datasets import Features, Value
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax
+from transformers import EvalPrediction
+
+from luthier.training.trainer import concatenate_batches
+
+BINS = 15  # of confidence, for the calibration error (Guo et al. 2017)
+TOP = 5  # classes among which the true one may be, for the top-5 accuracy
+GIVEN_UP = 0.05  # share of the correct answers that "unsure" may cost
+
+
+class Classification(evaluate.Metric):
+    """Accuracy, macro F1, per-class precision / recall / F1 / support, and the confusion matrix.
+
+    The same figures as the Hub's metrics accuracy, f1, precision, recall and confusion_matrix, which would have to be
+    downloaded. `compute(predictions, references, num_labels)` takes class indices.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=str(self.__doc__),
+            citation="",
+            inputs_description="predictions, references: class indices; num_labels: how many classes there are",
+            features=Features({"predictions": Value("int64"), "references": Value("int64")}),
+        )
+
+    def _compute(self, predictions: list[int], references: list[int], num_labels: int) -> dict:
+        matrix = np.zeros((num_labels, num_labels), dtype=np.int64)  # true class by predicted class
+        np.add.at(matrix, (references, predictions), 1)
+        correct, predicted, support = np.diag(matrix), matrix.sum(axis=0), matrix.sum(axis=1)
+        # A class never predicted has no precision, one without images no recall: both count as 0, as in scikit-learn.
+        precision = correct / np.maximum(predicted, 1)
+        recall = correct / np.maximum(support, 1)
+        f1 = 2 * correct / np.maximum(predicted + support, 1)
+        occurs = (predicted + support) > 0
+        return {
+            "accuracy": float(correct.sum() / matrix.sum()),
+            "macro_f1": float(f1[occurs].mean()),
+            "precision": precision.tolist(),
+            "recall": recall.tolist(),
+            "f1": f1.tolist(),
+            "support": support.tolist(),
+            "confusion_matrix": matrix.tolist(),
+        }
+
+
+def wilson_interval(correct: int, n: int, z: float = 1.959964) -> list[float]:
+    """Return both ends of Wilson's (1927) score interval for `correct` in `n`; 95% by default."""
+    share = correct / n
+    centre = share + z * z / (2 * n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return [max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)]
+
+
+def score(logits: np.ndarray, references: np.ndarray, labels: list[str]) -> dict:
+    """Score logits [N, C] against the true class indices [N].
+
+    Returns `accuracy` and `accuracy_ci95` (Wilson), the same of `top_5_accuracy` where there are more than 5 classes,
+    `macro_f1` (over the classes that occur), `log_loss` (mean cross-entropy in nats), `ece` (expected calibration
+    error, see `reliability`), `n`, `per_class` by class name, and `confusion_matrix` (rows are true classes).
+    """
+    result = Classification(keep_in_memory=True).compute(
+        predictions=logits.argmax(axis=-1), references=references, num_labels=len(labels)
+    )
+    assert result is not None  # as this process is the main one of the metric
+    n = len(references)
+    scored = {"accuracy": result["accuracy"], "accuracy_ci95": wilson_interval(round(result["accuracy"] * n), n)}
+    if len(labels) > TOP:
+        correct = int((np.argsort(logits, axis=-1)[:, -TOP:] == references[:, None]).sum())
+        scored |= {"top_5_accuracy": correct / n, "top_5_accuracy_ci95": wilson_interval(correct, n)}
+    bins = reliability(logits, references)
+    return scored | {
+        "macro_f1": result["macro_f1"],
+        "log_loss": log_loss(logits, references),
+        "ece": sum(b["n"] * abs(b["accuracy"] - b["confidence"]) for b in bins) / n,
+        "n": n,
+        "per_class": {
+            name: {key: result[key][index] for key in ("precision", "recall", "f1", "support")}
+            for index, name in enumerate(labels)
+        },
+        "confusion_matrix": result["confusion_matrix"],
+    }
+
+
+def log_loss(logits: np.ndarray, references: np.ndarray) -> float:
+    """Return the mean cross-entropy of logits [N, C], in nats."""
+    with np.errstate(invalid="ignore"):  # a diverged model's loss is NaN, which needs no warning as well
+        return float(-log_softmax(logits.astype(np.float64), axis=-1)[np.arange(len(logits)), references].mean())
+
+
+def reliability(logits: np.ndarray, references: np.ndarray) -> list[dict]:
+    """Return the mean `confidence`, `accuracy` and `n` of each of `BINS` equal ranges of confidence that occurs."""
+    confidence, correct = _confidence_and_correct(logits, references)
+    number = np.minimum(confidence * BINS, BINS - 1).astype(int)
+    return [
+        {"confidence": float(confidence[rows].mean()), "accuracy": float(correct[rows].mean()), "n": int(rows.sum())}
+        for rows in (number == index for index in range(BINS))
+        if rows.any()
+    ]
+
+
+def choose_threshold(logits: np.ndarray, references: np.ndarray) -> float:
+    """Return the confidence below which a model should say "unsure", from the logits [N, C] that chose the model.
+
+    The highest one that loses no more than `GIVEN_UP` of the correct answers, as detectors of unfamiliar inputs are
+    compared (at 95% true positives, Hendrycks and Gimpel 2017): there are no unfamiliar images to choose it by.
+    """
+    confidence, correct = _confidence_and_correct(logits, references)
+    return float(np.quantile(confidence[correct], GIVEN_UP, method="lower")) if correct.any() else 0.0
+
+
+def selective(logits: np.ndarray, references: np.ndarray, threshold: float) -> dict:
+    """Return what a model that may be unsure does on logits [N, C].
+
+    `threshold` itself; `answered`, the share of images at or above it; `accuracy` of those, None if there are none;
+    `errors_withheld`, the share of the wrong answers that are below it; and `curve`, coverage and accuracy at a
+    hundred thresholds at most (El-Yaniv and Wiener 2010).
+    """
+    confidence, correct = _confidence_and_correct(logits, references)
+    answered = confidence >= threshold
+    order = np.argsort(-confidence, kind="stable")
+    accuracy = correct[order].cumsum() / np.arange(1, len(correct) + 1)
+    points = np.unique(np.linspace(1, len(correct), 100).round().astype(int)) - 1
+    return {
+        "threshold": threshold,
+        "answered": float(answered.mean()),
+        "accuracy": float(correct[answered].mean()) if answered.any() else None,
+        "errors_withheld": float((~answered[~correct]).mean()) if (~correct).any() else None,
+        "curve": [{"coverage": (k + 1) / len(correct), "accuracy": float(accuracy[k])} for k in points],
+    }
+
+
+def _confidence_and_correct(logits: np.ndarray, references: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the confidence of each prediction [N], and whether it is correct [N]; NaN logits have confidence 0."""
+    with np.errstate(invalid="ignore"):
+        confidence = np.exp(log_softmax(logits.astype(np.float64), axis=-1)).max(axis=-1)
+    return np.nan_to_num(confidence), logits.argmax(axis=-1) == references
+
+
+def fit_temperature(logits: np.ndarray, references: np.ndarray) -> float:
+    """Return the temperature by which logits [N, C] must be divided for the lowest log loss (Guo et al. 2017).
+
+    One more image, of every class in equal parts, is counted with those that were seen, as Platt (1999) does. Where
+    all predictions are correct the lowest loss would otherwise be at temperature 0, and every answer would be certain.
+    """
+    n, classes = logits.shape
+    targets = (np.eye(classes)[references] * n + 1 / classes) / (n + 1)
+    logits = logits.astype(np.float64)
+    if not np.isfinite(logits).all():
+        return 1.0
+
+    def loss(log_temperature: float) -> float:
+        return -(targets * log_softmax(logits / np.exp(log_temperature), axis=-1)).sum(axis=-1).mean()
+
+    return float(np.exp(minimize_scalar(loss, bounds=(np.log(0.05), np.log(20)), method="bounded").x))
+
+
+def build_compute_metrics(labels: list[str]) -> Callable[[EvalPrediction], dict[str, float]]:
+    """Return the Trainer's `compute_metrics`: accuracy and macro F1 of one evaluation."""
+
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        logits, references = (concatenate_batches(p) for p in (prediction.predictions, prediction.label_ids))
+        result = score(logits, references, labels)
+        return {"accuracy": result["accuracy"], "macro_f1": result["macro_f1"]}
+
+    return compute_metrics

@@ -1,0 +1,140 @@
+"""A trained model that predicts: from files and addresses to classes."""
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+
+from luthier.fusion import fuse_batchnorm
+from luthier.images.decode import decode_rgb, reason
+from luthier.images.views import view_size
+from luthier.machine import configure_logging, keep_freed_memory
+from luthier.serving.fetch import fetch
+from models import labels_of, load_trained, threshold_of
+
+MAX_URL_PIXELS = 50_000_000  # of an image from a server; for files Pillow's limit of 179 million holds
+
+
+class Prediction(NamedTuple):
+    """What the model says about one input.
+
+    Attributes:
+        name: the file or the address.
+        top: (class, probability), the likeliest first; empty where there is an error.
+        unsure: the probability of the likeliest class is below the model's threshold.
+        error: why there is no prediction.
+    """
+
+    name: str
+    top: list[tuple[str, float]]
+    unsure: bool = False
+    error: str | None = None
+
+
+class Classifier:
+    """A trained model, which sees an image as its evaluation saw it.
+
+    Args:
+        model_name: a folder with a saved model, or a name on the Hub.
+        always_answer: never be unsure.
+        allow_private_urls: fetch from this machine and its network too.
+
+    Raises:
+        ModelError: the model cannot be loaded.
+        UserError: its image processor gives every image another size.
+    """
+
+    def __init__(self, model_name: str, always_answer: bool = False, allow_private_urls: bool = False):
+        configure_logging()
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        self.device = accelerator or torch.device("cpu")
+        if accelerator is None:
+            keep_freed_memory()
+        self.batch_size = 64 if accelerator else 16
+        model, self.image_processor = load_trained(model_name)
+        self.model = fuse_batchnorm(model.to(self.device), view_size(self.image_processor))
+        self.labels = labels_of(model)
+        self.threshold = 0.0 if always_answer else threshold_of(model)
+        self.allow_private_urls = allow_private_urls
+
+    def predict_files(self, inputs: Iterable[tuple[str, str | None]], top_k: int) -> Iterator[Prediction]:
+        """Yield the prediction of each input, in order.
+
+        While the model works on a batch the next one is read and decoded. No more than two are in memory.
+
+        Args:
+            inputs: (file or address, None), or (name, why there is no such input).
+            top_k: how many classes to return.
+        """
+        waiting: deque[tuple[str, str | None, Future | None]] = deque()
+        # Each worker has one torch thread: together they keep all cores busy, and the model needs these too.
+        with ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for name, error in inputs:
+                waiting.append((name, error, None if error else pool.submit(self.load_view, name)))
+                if len(waiting) == 2 * self.batch_size:
+                    yield from self._predict_batch([waiting.popleft() for _ in range(self.batch_size)], top_k)
+            while waiting:
+                batch = [waiting.popleft() for _ in range(min(self.batch_size, len(waiting)))]
+                yield from self._predict_batch(batch, top_k)
+
+    def predict(self, image: Image.Image, top_k: int, name: str = "") -> Prediction:
+        """Return the prediction of one RGB image."""
+        return self._rank(name, self._probabilities([self.view(image)])[0], top_k)
+
+    def load_view(self, name: str) -> torch.Tensor:
+        """Return what the model sees of a file or an address, pixel values [3, H, W].
+
+        Raises:
+            OSError, or any error that Pillow raises on damaged data.
+        """
+        return self.view(self.load_url(name) if "://" in name else self.load_file(name))
+
+    def load_file(self, path: str) -> Image.Image:
+        """Return the RGB image of a file.
+
+        Raises:
+            OSError, or any error that Pillow raises on damaged data.
+        """
+        return decode_rgb(Path(path).read_bytes()).image
+
+    def load_url(self, url: str) -> Image.Image:
+        """Return the RGB image of an address, and never that of a file.
+
+        Raises:
+            OSError, or any error that Pillow raises on damaged data.
+        """
+        return decode_rgb(fetch(url, self.allow_private_urls), max_pixels=MAX_URL_PIXELS).image
+
+    def view(self, image: Image.Image) -> torch.Tensor:
+        """Return the evaluation view of an RGB image, pixel values [3, H, W]."""
+        return self.image_processor(image, return_tensors="pt")["pixel_values"][0]
+
+    def _predict_batch(self, batch: list[tuple[str, str | None, Future | None]], top_k: int) -> Iterator[Prediction]:
+        errors, views = {}, {}
+        for number, (_, error, future) in enumerate(batch):
+            failure = future.exception() if future else None
+            if future is None or failure:
+                errors[number] = reason(failure) if failure else error
+            else:
+                views[number] = future.result()
+        rows = dict(zip(views, self._probabilities(list(views.values())), strict=True)) if views else {}
+        for number, (name, _, _) in enumerate(batch):
+            yield (
+                self._rank(name, rows[number], top_k) if number in rows else Prediction(name, [], error=errors[number])
+            )
+
+    @torch.inference_mode()
+    def _probabilities(self, views: list[torch.Tensor]) -> torch.Tensor:
+        """Return the probabilities [N, C] of N views."""
+        pixel_values = torch.stack(views).to(self.device, memory_format=torch.channels_last)
+        return self.model(pixel_values=pixel_values).logits.float().softmax(dim=-1).cpu()
+
+    def _rank(self, name: str, probabilities: torch.Tensor, top_k: int) -> Prediction:
+        shares, classes = probabilities.topk(min(top_k, len(self.labels)))
+        top = [(self.labels[index], share) for index, share in zip(classes.tolist(), shares.tolist(), strict=True)]
+        return Prediction(name, top, unsure=top[0][1] < self.threshold)

@@ -1,0 +1,155 @@
+"""Fetch an image from an address that anybody may have given.
+
+Only http and https are allowed. No address may lead inside this machine or its network, at any step of a redirect.
+Time, bytes and steps are limited. Proxies are not used, because what they connect to cannot be checked.
+"""
+
+import contextlib
+import http.client
+import ipaddress
+import re
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from urllib.parse import quote, urljoin, urlsplit
+
+MAX_SECONDS = 30  # with all redirects and retries
+MAX_BYTES = 32 * 2**20
+MAX_REQUESTS = 6  # so five redirects
+USER_AGENT = "Luthier/0.1 (image classification; fetches single images that a person named; python http.client)"
+REDIRECTS = (301, 302, 303, 307, 308)
+NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# Python calls these global, but they lead inside: local NAT64, old site-local and IPv4 in IPv6, Azure's host.
+INSIDE = [
+    ipaddress.ip_network(network)
+    for network in ("64:ff9b:1::/48", "fec0::/10", "::/96", "::ffff:0:0:0/96", "168.63.129.16/32")
+]
+
+
+def fetch(url: str, allow_private: bool = False, seconds: float = MAX_SECONDS) -> bytes:
+    """Return the bytes at an http or https address.
+
+    Args:
+        url: the address.
+        allow_private: allow addresses that are not public too (this machine, its network).
+        seconds: limit of the whole, whatever the server does.
+
+    Raises:
+        OSError: the address is refused, not found, too large or too slow; the message says which.
+    """
+    deadline = time.monotonic() + seconds
+    for _ in range(MAX_REQUESTS):
+        with _request(url, allow_private, deadline) as response:
+            if response.status in REDIRECTS and response.headers["Location"]:
+                url = urljoin(url, response.headers["Location"].encode("latin-1").decode("utf-8", "replace"))
+                continue
+            pause = _retry_after(response)
+            if response.status in (429, 503) and time.monotonic() + pause < deadline:
+                time.sleep(pause)
+                continue
+            if response.status != 200:
+                raise OSError(f"the server answers {response.status} {response.reason}".rstrip())
+            kind = response.headers.get("Content-Type", "").partition(";")[0]
+            if kind.startswith("text/"):
+                raise OSError(f"the server sends {kind}, not an image: give the address of the image itself")
+            data = response.read(MAX_BYTES + 1)
+            if len(data) > MAX_BYTES:
+                raise OSError(f"larger than {MAX_BYTES // 2**20} MB")
+            if response.length:  # what is left of Content-Length
+                raise OSError("the connection was cut before the image was complete")
+            return data
+    raise OSError(f"after {MAX_REQUESTS} requests the server still redirects or asks to wait")
+
+
+@contextlib.contextmanager
+def _request(url: str, allow_private: bool, deadline: float) -> Iterator[http.client.HTTPResponse]:
+    try:
+        parts = urlsplit(url)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        host = (parts.hostname or "").encode("idna").decode()
+    except ValueError:  # UnicodeError is one too
+        raise OSError(f"{url[:80]!r} names no host") from None
+    if parts.scheme not in ("http", "https") or not host:
+        raise OSError(f"only http and https addresses are fetched, not {url[:80]!r}")
+    if re.search(r"[^\w.:%-]", host):
+        raise OSError(f"{url[:80]!r} names no host")
+    query = f"?{parts.query}" if parts.query else ""
+    target = quote(f"{parts.path or '/'}{query}", safe="/%:@!$&'()*+,;=?~")
+    left = deadline - time.monotonic()
+    too_slow = OSError("the server took too long")
+    if left <= 0:
+        raise too_slow
+    # Connect to the very address that was checked: a name may resolve to another one the second time.
+    connection = http.client.HTTPConnection(host, port, timeout=left)
+    expired = threading.Event()
+    plain = _connect(_resolve(host, port, allow_private), port, left)
+    handle = plain.dup()  # TLS takes over the socket itself
+
+    def expire() -> None:
+        expired.set()
+        handle.shutdown(socket.SHUT_RDWR)  # ends a pending read; the timeout of a socket limits each read only
+
+    timer = threading.Timer(left, expire)
+    timer.daemon = True
+    timer.start()
+    try:
+        secure = parts.scheme == "https"
+        connection.default_port = 443 if secure else 80  # which the Host header leaves out
+        connection.sock = ssl.create_default_context().wrap_socket(plain, server_hostname=host) if secure else plain
+        headers = {"User-Agent": USER_AGENT, "Accept": "image/*", "Accept-Encoding": "identity", "Connection": "close"}
+        connection.request("GET", target, headers=headers)
+        yield connection.getresponse()
+        if expired.is_set():  # the closed connection looks like the end of the data
+            raise too_slow
+    except (http.client.HTTPException, OSError) as error:
+        if expired.is_set():
+            raise too_slow from error
+        if isinstance(error, http.client.IncompleteRead):
+            raise OSError("the connection was cut before the image was complete") from error
+        if isinstance(error, http.client.HTTPException):
+            raise OSError(f"the server does not speak HTTP: {error!r}") from error
+        raise
+    finally:
+        timer.cancel()
+        connection.close()
+        plain.close()
+        handle.close()
+
+
+def _connect(addresses: list[str], port: int, seconds: float) -> socket.socket:
+    """Return a connection to the first address that accepts one."""
+    *others, last = addresses
+    for address in others:
+        with contextlib.suppress(OSError):
+            return socket.create_connection((address, port), timeout=seconds / len(addresses))
+    return socket.create_connection((last, port), timeout=seconds / len(addresses))
+
+
+def _resolve(host: str, port: int, allow_private: bool) -> list[str]:
+    """Return the addresses of a host; all of them must be public."""
+    try:
+        addresses = [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    except socket.gaierror:
+        raise OSError(f"there is no host {host!r}, or no network") from None
+    if not allow_private and (inside := [address for address in addresses if not _is_public(address)]):
+        raise OSError(f"{host} is not public ({inside[0]}): see --allow_private_urls of predict.py")
+    return list(dict.fromkeys(addresses))
+
+
+def _is_public(address: str) -> bool:
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if ip.version == 6:
+        if ip in NAT64:
+            ip = ipaddress.ip_address(int(ip) & 0xFFFFFFFF)
+        else:
+            ip = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else ip)
+    return ip.is_global and not ip.is_multicast and not any(ip in network for network in INSIDE)
+
+
+def _retry_after(response: http.client.HTTPResponse) -> float:
+    try:
+        return max(0.0, float(response.headers["Retry-After"]))
+    except (TypeError, ValueError):
+        return 1.0

@@ -1,0 +1,184 @@
+"""Publishing on the Hub: what goes up, the rights to it, and retries."""
+
+import json
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
+from jinja2 import TemplateError
+
+from luthier.errors import UserError
+from luthier.reporting.card import FIGURES, write_model_card
+from luthier.terminal import say
+
+# Besides the card, which is written anew with the repository's name. Nothing else leaves the machine: no checkpoints,
+# no logs, and no report, predictions or audit, which show or name the user's images.
+PUBLISHED = (
+    "config.json",
+    "preprocessor_config.json",
+    "model.safetensors",
+    "model-*-of-*.safetensors",  # of models too large for one file
+    "model.safetensors.index.json",
+    "models.py",
+    *FIGURES,
+)
+WAITS = (1, 2, 4, 8, 16)  # seconds before each retry, where the Hub does not say how long
+MAX_WAIT = 300
+
+Result = TypeVar("Result")
+
+
+def check_access(repo_id: str, private: bool | None, repo_type: str = "model") -> str:
+    """Create a repository, or check that it can be written to; return its full name.
+
+    Args:
+        repo_id: `owner/name`; a bare name belongs to the user who is logged in.
+        private: whether a new repository is hidden from others; None is the owner's default.
+        repo_type: model or space.
+
+    Raises:
+        UserError: there is no login, no network or no right to write, or the name is not allowed.
+    """
+    api = HfApi()
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UserError(f"{repo_id!r} is not a name for a repository: {error}") from error
+    owner = with_retries(api.whoami, repo_id)["name"]  # asked for whoever owns the repository: is the login good?
+    repo_id = repo_id if "/" in repo_id else f"{owner}/{repo_id}"
+    sdk = "gradio" if repo_type == "space" else None
+    options = {"repo_type": repo_type, "private": private, "space_sdk": sdk, "exist_ok": True}
+    with_retries(lambda: api.create_repo(repo_id, **options), repo_id)
+    with_retries(lambda: api.auth_check(repo_id, repo_type=repo_type, write=True), repo_id)
+    return repo_id
+
+
+def push(output_dir: Path, repo_id: str) -> str:
+    """Publish a finished run; return the address of its page.
+
+    Args:
+        output_dir: of a finished run.
+        repo_id: as `check_access` returns it.
+
+    Raises:
+        UserError: the folder holds no finished run, or the Hub does not accept it; nothing is lost by either.
+    """
+    with tempfile.TemporaryDirectory() as staging:
+        stage(output_dir, repo_id, Path(staging))
+        return publish_staged(Path(staging), repo_id)
+
+
+def publish_staged(staging: Path, repo_id: str) -> str:
+    """Upload what `stage` has put into a folder; return the address of the repository's page."""
+    return upload(staging, repo_id, "model", "Fine-tuned with Luthier", PUBLISHED)
+
+
+def upload(staging: Path, repo_id: str, repo_type: str, message: str, ours: tuple[str, ...] = ()) -> str:
+    """List the files of a folder and upload them in one commit; return the address of the repository's page.
+
+    Files in the repository that match `ours` and are no longer in the folder are deleted.
+    """
+    api = HfApi()
+    say("push", f"to {repo_id}:")
+    for file in sorted(staging.iterdir()):
+        say("", f"{file.stat().st_size / 1e6:8.2f} MB  {file.name}")
+    options = {"repo_id": repo_id, "repo_type": repo_type, "folder_path": staging, "commit_message": message}
+    with_retries(lambda: api.upload_folder(**options, delete_patterns=list(ours)), repo_id)
+    return f"{api.endpoint}/{'' if repo_type == 'model' else f'{repo_type}s/'}{repo_id}"
+
+
+def stage(output_dir: Path, repo_id: str, staging: Path) -> None:
+    """Copy what is published of a run into an empty folder, with its model card.
+
+    Raises:
+        UserError: the folder holds no finished run.
+    """
+    files = [path for pattern in PUBLISHED for path in output_dir.glob(pattern)]
+    try:
+        metrics = json.loads((output_dir / "metrics.json").read_text(encoding="utf-8"))
+        if "test" in metrics and not any(path.suffix == ".safetensors" for path in files):
+            raise UserError(
+                f"{output_dir} holds no model: score.py writes none. Give the output directory of train.py"
+            )
+        for path in files:
+            shutil.copyfile(path, staging / path.name)
+        write_model_card(staging / "README.md", metrics, (staging / "models.py").exists(), repo_id)
+    except (OSError, ValueError, KeyError, TypeError, TemplateError) as error:
+        raise UserError(
+            f"{output_dir} holds no finished run ({error!r}): give the output directory of train.py"
+        ) from error
+
+
+def with_retries(call: Callable[[], Result], repo_id: str) -> Result:
+    """Return what a call of the Hub returns; retry while the cause may pass.
+
+    Raises:
+        UserError: it failed for good; the message says why, and the remedy.
+    """
+    for wait in (*WAITS, None):
+        try:
+            return call()
+        except Exception as raised:  # also those of the HTTP library, which differs by version
+            error = raised.__cause__ if isinstance(raised.__cause__, HfHubHTTPError) else raised
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            lasting = isinstance(error, (ValueError, LocalTokenNotFoundError, OfflineModeIsEnabled))
+            if wait is None or lasting or (status is not None and status not in (408, 429) and status < 500):
+                raise UserError(explain(error, status, repo_id)) from raised
+            pause = _retry_after(error) or wait
+            print(f"hub      {_first_line(error)}; retrying in {pause:.0f} s", file=sys.stderr, flush=True)
+            time.sleep(pause)
+
+
+def explain(error: Exception, status: int | None, repo_id: str) -> str:
+    """Return why the Hub was not reached or did not accept a push, and what to do."""
+    login = "log in with `hf auth login`, or set HF_TOKEN, with a token that may write"
+    if isinstance(error, LocalTokenNotFoundError):
+        return f"nobody is logged in to the Hub: {login}"
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE switches the Hub off on this machine: unset it to push"
+    if status == 401:
+        return f"the Hub does not know this token (401): {login}"
+    if status == 403:
+        return f"this login may not write to {repo_id} (403): {login}, or give a name of your own"
+    if status == 404:
+        return f"the Hub has no {repo_id}, or its owner does not exist (404): check the name"
+    if status == 409:
+        return f"the name {repo_id} is taken by something else on the Hub (409): give another"
+    if status == 429:
+        return "the Hub has received too many requests from here (429): try again in an hour"
+    if status is not None:
+        return f"the Hub answers with an error ({status}): {_first_line(error)}"
+    if isinstance(error, ValueError):
+        return f"the Hub does not accept it: {_first_line(error)}"
+    return f"the Hub cannot be reached, or cuts the connection: {_first_line(error)}"
+
+
+def _first_line(error: Exception) -> str:
+    server_message = getattr(error, "server_message", None) if isinstance(error, HfHubHTTPError) else None
+    lines = (server_message or str(error)).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _retry_after(error: Exception) -> float | None:
+    """Return the seconds that the Hub asks to wait; None where it gives none, or a date."""
+    try:
+        return min(MAX_WAIT, float(error.response.headers["Retry-After"]))
+    except (AttributeError, KeyError, ValueError):
+        return None
+
+
+def publish(output_dir: Path, repo_id: str, private: bool | None) -> None:
+    """Push a finished run; where that fails, say how to repeat the push alone, and exit with 1."""
+    try:
+        say("pushed", push(output_dir, repo_id))
+    except UserError as error:
+        command = shlex.join(["python", "push.py", str(output_dir), repo_id, *(["--private"] if private else [])])
+        sys.exit(f"error: not pushed: {error}\nThe run is complete, in {output_dir}. To push it again:\n  {command}")

@@ -1,0 +1,76 @@
+"""What a command prints: its few lines, numbers in words, progress where there is no terminal, seconds by stage."""
+
+import os
+import sys
+import time
+from collections.abc import Mapping
+
+
+def say(topic: str, text: str) -> None:
+    """Print one line of a run, once, whatever the number of processes.
+
+    Args:
+        topic: the first word, at most 8 characters; empty continues the line before.
+        text: the rest.
+    """
+    if os.environ.get("RANK", "0") == "0":  # accelerate and torchrun number the processes so
+        print(f"{topic:<9}{text}", flush=True)
+
+
+def plural(n: int, noun: str, nouns: str | None = None) -> str:
+    """Return a number with its noun: `1 image`, `1,200 images`, `2 classes`."""
+    return f"{n:,} {noun if n == 1 else nouns or f'{noun}s'}"
+
+
+def percent_with_interval(scored: Mapping) -> str:
+    """Return an accuracy with its interval and n: `71.8% (95% interval 65.3% to 77.4%, n = 209)`."""
+    low, high = scored["accuracy_ci95"]
+    return f"{scored['accuracy']:.1%} (95% interval {low:.1%} to {high:.1%}, n = {scored['n']})"
+
+
+def has_terminal() -> bool:
+    """Tell whether a person watches the progress: where not, bars would fill a log file."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
+class Tenths:
+    """Says on stderr how far a long piece of work is, a line at each tenth, where there is no terminal for a bar.
+
+    Args:
+        topic: the first word of the lines.
+        total: amount of work.
+        unit: what is counted.
+        quiet_seconds: no line before this many seconds have passed.
+    """
+
+    def __init__(self, topic: str, total: int, unit: str, quiet_seconds: float = 0):
+        self.topic, self.total, self.unit, self.quiet_seconds = topic, total, unit, quiet_seconds
+        self.start, self.said = time.monotonic(), 0
+
+    def reach(self, done: int) -> None:
+        """Say that this much of the work is done, if that completes a tenth."""
+        tenth = 10 * done // max(1, self.total)
+        if tenth > self.said and not has_terminal() and os.environ.get("RANK", "0") == "0":
+            self.said = tenth
+            seconds = time.monotonic() - self.start
+            if seconds >= self.quiet_seconds:
+                line = f"{self.topic:<9}{done:,} of {self.total:,} {self.unit}, {seconds:.0f} s"
+                print(line, file=sys.stderr, flush=True)
+
+
+class Stopwatch:
+    """Seconds by stage, each counted from the end of the one before.
+
+    Attributes:
+        seconds: by name of the stage.
+    """
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def stop(self, stage: str) -> None:
+        """End a stage, or one more part of it."""
+        now = time.perf_counter()
+        self.seconds[stage] = round(self.seconds.get(stage, 0) + now - self._last, 3)
+        self._last = now

@@ -1,0 +1,1 @@
+"""How a model learns: recipes, the Trainer, checkpoints, the linear probe."""

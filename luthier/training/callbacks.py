@@ -1,0 +1,129 @@
+"""Trainer callbacks: what a run prints while it trains, its seconds by stage, and the epoch of the augmentation."""
+
+import time
+from typing import TYPE_CHECKING
+
+from tqdm.auto import tqdm
+from transformers import ProgressCallback, TrainerCallback
+
+from luthier.terminal import Stopwatch, Tenths
+
+if TYPE_CHECKING:
+    from luthier.training.trainer import SeededAugmentation
+
+QUIET_SECONDS = 10  # of an evaluation before its progress is said line by line
+
+
+class ProgressBar(ProgressCallback):
+    """The Trainer's progress bars without its log, which `EpochTable` prints."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        pass
+
+
+class ProgressLines(TrainerCallback):
+    """A line at each tenth of the training, and of evaluations that take long, for where there is no terminal."""
+
+    def __init__(self):
+        self.evaluation: Tenths | None = None
+        self.steps = 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.training = Tenths("train", state.max_steps, "steps")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.training.reach(state.global_step)
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        if self.evaluation is None:
+            self.evaluation, self.steps = Tenths("evaluate", len(eval_dataloader), "batches", QUIET_SECONDS), 0
+        self.steps += 1
+        self.evaluation.reach(self.steps)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.evaluation = None
+
+    def on_predict(self, args, state, control, metrics, **kwargs):
+        self.evaluation = None
+
+
+class EpochTable(TrainerCallback):
+    """Prints a row for each evaluation, where the Trainer prints its log as a dict.
+
+    It also measures the training accuracy, on the augmented views and while the weights change, and adds it to the
+    Trainer's log history as `train_accuracy`.
+    """
+
+    HEADER = (
+        "         ------ train ------   --------- validation ---------\n"
+        "epoch        loss   accuracy        loss   accuracy   macro F1   seconds"
+    )
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.correct, self.seen = 0, 0
+        self.train = {}
+        self.epoch_start = time.perf_counter()
+        self.hook = model.register_forward_hook(self._count, with_kwargs=True)
+        if state.is_world_process_zero:
+            tqdm.write(self.HEADER)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            self.train = {"loss": logs["loss"]}
+            if self.seen:
+                self.train["accuracy"] = state.log_history[-1]["train_accuracy"] = float(self.correct) / self.seen
+            self.correct, self.seen = 0, 0
+        if "eval_loss" in logs and state.is_world_process_zero:
+            now = time.perf_counter()
+            tqdm.write(
+                f"{state.epoch:5.4g}  {self.train.get('loss', float('nan')):10.3f}"
+                f"  {self.train.get('accuracy', float('nan')):9.1%}  {logs['eval_loss']:10.3f}"
+                f"  {logs['eval_accuracy']:9.1%}  {logs['eval_macro_f1']:9.3f}  {now - self.epoch_start:8.1f}"
+            )
+            self.epoch_start = now
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.hook.remove()
+
+    def _count(self, module, args, kwargs, output):
+        labels = kwargs.get("labels")
+        if module.training and labels is not None:
+            # Summed on the device and read once an epoch: reading it here would make a GPU wait at every step.
+            self.correct = self.correct + (output.logits.detach().argmax(dim=-1) == labels).sum()
+            self.seen += labels.numel()
+
+
+class StageTimes(TrainerCallback):
+    """Divides the seconds of the training loop among the stages data, train, evaluate and save.
+
+    On a GPU the host runs ahead of the device: "data" is what the device waited for at most, and "train" holds the
+    rest of the loop.
+    """
+
+    def __init__(self, stopwatch: Stopwatch):
+        self.stopwatch = stopwatch
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.stopwatch.stop("train")
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.stopwatch.stop("data")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.stopwatch.stop("train")
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.stopwatch.stop("evaluate")
+
+    def on_save(self, args, state, control, **kwargs):
+        self.stopwatch.stop("save")
+
+
+class SetEpoch(TrainerCallback):
+    """Tells the training set the epoch, from which its augmentation follows."""
+
+    def __init__(self, dataset: "SeededAugmentation"):
+        self.dataset = dataset
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.dataset.set_epoch(int(state.epoch or 0))

@@ -1,0 +1,175 @@
+"""Checkpoints that are whole or not there, and the newest whole one."""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+
+from accelerate.utils import broadcast_object_list
+from transformers import PreTrainedModel
+
+from luthier.errors import UserError
+from luthier.terminal import say
+
+logger = logging.getLogger(__name__)
+
+HASHES = "hashes.json"  # SHA-256 of every other file of a checkpoint; written last
+PARTIAL = ".partial"  # where a checkpoint is written before it gets its name
+
+
+def seal(folder: Path, checkpoint: Path) -> None:
+    """Give a written checkpoint its name: hash its files, sync them to the disk, and rename the folder.
+
+    Whatever happens in between, the name stands for the whole checkpoint, or for none.
+    """
+    hashes = {path.name: _sync_and_hash(path) for path in sorted(folder.iterdir())}
+    (folder / HASHES).write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
+    _sync_and_hash(folder / HASHES)
+    _sync_folder(folder)
+    if checkpoint.exists():
+        shutil.rmtree(checkpoint)
+    folder.rename(checkpoint)
+    _sync_folder(checkpoint.parent)
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """Return why a checkpoint is not as it was written; None if it is."""
+    try:
+        hashes = json.loads((checkpoint / HASHES).read_text(encoding="utf-8"))
+        for name, digest in hashes.items():
+            if _hash(checkpoint / name) != digest:
+                return f"{name} is not as it was written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"it cannot be read ({error})"
+    return None
+
+
+def checkpoints_by_step(output_dir: Path) -> dict[int, Path]:
+    """Return the checkpoints of a run by step, the newest first."""
+    found = {int(path.name.split("-")[1]): path for path in output_dir.glob("checkpoint-*") if _is_checkpoint(path)}
+    return dict(sorted(found.items(), reverse=True))
+
+
+def newest(output_dir: Path) -> Path | None:
+    """Return the checkpoint of the latest step, if there is one."""
+    return next(iter(checkpoints_by_step(output_dir).values()), None)
+
+
+def newest_whole(output_dir: Path) -> Path | None:
+    """Return the newest checkpoint that is as it was written; rename damaged ones, with a warning."""
+    shutil.rmtree(output_dir / PARTIAL, ignore_errors=True)
+    for checkpoint in checkpoints_by_step(output_dir).values():
+        damage = find_damage(checkpoint)
+        if damage is None:
+            return checkpoint
+        renamed = checkpoint.with_name(f"damaged-{checkpoint.name}")
+        shutil.rmtree(renamed, ignore_errors=True)
+        checkpoint.rename(renamed)
+        logger.warning(f"Not used: {checkpoint}, because {damage}. It is now called {renamed.name}")
+    return None
+
+
+def find_checkpoint(output_dir: Path, resume: str | None, is_main_process: bool) -> Path | None:
+    """Return the checkpoint to resume from, and say which: the one that is named, or for "auto" the newest whole one.
+
+    Args:
+        output_dir: of the run.
+        resume: `--resume_from_checkpoint`.
+        is_main_process: it chooses for all processes.
+
+    Raises:
+        UserError: the one that is named is damaged, or is not on this machine.
+    """
+    if resume is None:
+        return None
+    if resume != "auto":
+        damage = find_damage(Path(resume)) if Path(resume, HASHES).exists() else None
+        if damage:
+            raise UserError(f"{resume} is damaged: {damage}. Use another, or --resume_from_checkpoint auto")
+        return Path(resume)
+    (checkpoint,) = broadcast_object_list([newest_whole(output_dir) if is_main_process else None])
+    if checkpoint and not checkpoint.exists():
+        raise UserError(
+            f"{checkpoint} is not on this machine: to resume, --output_dir must be on a disk that all machines share"
+        )
+    say("resume", f"from {checkpoint}" if checkpoint else "there is no whole checkpoint: from the start")
+    return checkpoint
+
+
+def load_weights(model: PreTrainedModel, checkpoint: Path) -> None:
+    """Load all weights of a checkpoint into the model.
+
+    The Trainer's own loading, on resume as for the best epoch, does not check the names, and leaves most weights of a
+    ViT and others as they were; `from_pretrained` renames what has to be renamed.
+
+    Raises:
+        UserError: the checkpoint is of another model.
+    """
+    saved = type(model).from_pretrained(checkpoint)
+    try:
+        model.load_state_dict(saved.state_dict(), strict=True)
+    except RuntimeError as error:
+        raise UserError(
+            f"{checkpoint} is of another model, or of other classes: resume with the options of the run that wrote it"
+        ) from error
+
+
+def prune_checkpoints(output_dir: Path, limit: int | None, best: int | None) -> None:
+    """Remove the oldest checkpoints, but keep the best one and the newest `limit`."""
+    older = list(checkpoints_by_step(output_dir).items())[limit:] if limit else []
+    for step, checkpoint in older:
+        if step != best:
+            shutil.rmtree(checkpoint)
+
+
+def check_disk_space(output_dir: Path, size: int, limit: int) -> None:
+    """Foresee a full disk.
+
+    Args:
+        output_dir: where the checkpoints go.
+        size: of a checkpoint, in bytes.
+        limit: how many are kept, besides the best one and the one that is being written.
+
+    Raises:
+        UserError: they do not fit.
+    """
+    needed, free = (limit + 2) * size, shutil.disk_usage(output_dir).free
+    there = sum(file.stat().st_size for path in checkpoints_by_step(output_dir).values() for file in path.iterdir())
+    if free + there < needed:
+        raise UserError(
+            f"{output_dir} has {free / 1e9:.2f} GB left, and this run's checkpoints need up to {needed / 1e9:.2f} GB: "
+            "free some space, give another --output_dir, or keep fewer (--save_total_limit 1, --save_only_model)"
+        )
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return path.is_dir() and re.fullmatch(r"checkpoint-\d+", path.name) is not None
+
+
+def _sync_and_hash(path: Path) -> str:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+    return _hash(path)
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":  # Windows opens no folders
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,78 @@
+"""The layers of a model by depth: which are frozen, how fast each learns, how its head is scaled."""
+
+import math
+import re
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from models import head_parameters, keep_in_eval_mode, linear_head
+
+
+def layer_numbers(model: PreTrainedModel) -> dict[str, int]:
+    """Number the layers from the input (0) to the head (the highest), by parameter name.
+
+    The names tell, in timm's models as in transformers': parameters form a layer if they share their name up to its
+    first number (`blocks.3`, `encoder.layer.11`), or if they stand together without one (the stem).
+    """
+    head = set(head_parameters(model))
+    numbers: dict[str, int] = {}
+    last, number = None, -1
+    for name, _ in model.named_parameters():
+        if name not in head:
+            numbered = re.match(r"(.*?\.\d+)\.", name)
+            layer = numbered[1] if numbered else ""
+            number += layer != last
+            numbers[name], last = number, layer
+    return numbers | dict.fromkeys(head_parameters(model), number + 1)
+
+
+def freeze(model: PreTrainedModel, share: float) -> None:
+    """Freeze the first layers, this share of all below the head; 1 freezes all of them.
+
+    Frozen layers need no backward pass. Their dropout and normalisation stay in evaluation mode.
+    """
+    numbers = layer_numbers(model)
+    first = math.floor(share * max(numbers.values()))
+    frozen = {name for name, number in numbers.items() if number < first}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    whole = [
+        module
+        for prefix, module in model.named_modules()
+        if (names := [f"{prefix}.{name}" for name, _ in module.named_parameters()]) and frozen.issuperset(names)
+    ]
+    keep_in_eval_mode({part for module in whole for part in module.modules()})
+
+
+def parameter_groups(
+    model: PreTrainedModel, learning_rate: float, backbone_lr: float, layer_decay: float, weight_decay: float
+) -> list[dict]:
+    """Return the optimizer's parameter groups of what is not frozen.
+
+    The head learns at `learning_rate`, the layer before it at `backbone_lr`, and each one before that at `layer_decay`
+    times the next one's rate. Biases and normalisation layers (all parameters of one dimension) have no weight decay.
+    """
+    numbers = layer_numbers(model)
+    last = max(numbers.values())
+    groups: dict[tuple[float, float], dict] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            depth = last - numbers[name]
+            rate = backbone_lr * layer_decay ** (depth - 1) if depth else learning_rate
+            decay = weight_decay if parameter.ndim > 1 else 0.0
+            group = groups.setdefault((rate, decay), {"params": [], "lr": rate, "weight_decay": decay})
+            group["params"].append(parameter)
+    return list(groups.values())
+
+
+def divide_logits(model: PreTrainedModel, temperature: float) -> None:
+    """Divide all logits of a model by a temperature, in the weights of its linear head; 1 changes nothing."""
+    name = linear_head(model)
+    if temperature != 1 and name is not None:
+        head = model.get_submodule(name)
+        assert isinstance(head, nn.Linear)
+        with torch.no_grad():
+            head.weight.div_(temperature)
+            head.bias.div_(temperature)

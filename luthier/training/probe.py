@@ -1,0 +1,143 @@
+"""The linear probe: a logistic regression on frozen features, the baseline of every fine-tune and where it starts."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+
+# Penalties tried, from strong to weak; on 100 to 100,000 images the best was never at an end (docs/experiments.md).
+STRENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
+
+ROWS = 8192  # images at a time in a fit
+
+
+class LinearProbe(NamedTuple):
+    """A fitted probe: logits = features @ weight.T + bias.
+
+    Attributes:
+        weight: float32 [C, D], for features as the backbone gives them.
+        bias: float32 [C].
+        strength: the L2 penalty that was best on validation.
+        loss: mean cross-entropy on validation.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    strength: float
+    loss: float
+
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
+        """Return the logits [N, C] of features [N, D]."""
+        return nn.functional.linear(features, self.weight, self.bias)
+
+
+def fit_shared_probe(
+    trainer: Trainer, features: Mapping[str, torch.Tensor | None], labels: Mapping[str, Sequence[int]]
+) -> LinearProbe:
+    """Fit the probe on the main process, on the Trainer's device, and return it to all processes, on the CPU.
+
+    Args:
+        trainer: knows the processes and the device.
+        features: of "train" and "validation", float32 [N, D]; None on other processes.
+        labels: class indices of both.
+    """
+    answer: list[LinearProbe | None] = [None]
+    if trainer.is_world_process_zero():
+        device = trainer.args.device
+        data = [
+            part.to(device)
+            for split in ("train", "validation")
+            for part in (_present(features[split]), torch.tensor(labels[split]))
+        ]
+        probe = fit_probe(*data)
+        answer = [probe._replace(weight=probe.weight.cpu(), bias=probe.bias.cpu())]
+    (shared,) = broadcast_object_list(answer)
+    assert shared is not None  # the main process has sent it
+    return shared
+
+
+def _present(features: torch.Tensor | None) -> torch.Tensor:
+    assert features is not None  # on the main process
+    return features
+
+
+def fit_probe(
+    features: torch.Tensor, labels: torch.Tensor, validation: torch.Tensor, validation_labels: torch.Tensor
+) -> LinearProbe:
+    """Fit multinomial logistic regressions and return the one with the lowest validation loss.
+
+    They are fitted from the strongest penalty to the weakest, each starting from the one before. The first that is
+    worse on validation is the last.
+
+    Args:
+        features, validation: float32 [N, D], on the device of the fit.
+        labels, validation_labels: int64 [N], every class among `labels`.
+    """
+    best: LinearProbe | None = None
+    for probe in fit_path(features, labels, int(labels.max()) + 1, STRENGTHS):
+        loss = nn.functional.cross_entropy(probe.logits(validation), validation_labels).item()
+        if best is not None and loss > best.loss:
+            break
+        best = probe._replace(loss=loss)
+    assert best is not None  # STRENGTHS is not empty
+    return best
+
+
+def fit_path(
+    features: torch.Tensor, labels: torch.Tensor, classes: int, strengths: tuple[float, ...]
+) -> Iterator[LinearProbe]:
+    """Yield the probe of each strength, one after the other; its `loss` is NaN.
+
+    The features are standardised. The penalty is strength / 2 times the squared weights beside the *mean*
+    cross-entropy, so that a strength means the same for any number of images (scikit-learn's C is 1 / (N strength)).
+    The standardisation is then folded into the weights.
+    """
+    mean, scale = features.mean(dim=0), features.std(dim=0).clamp_min(1e-6)
+    standardised = (features - mean) / scale
+    weight = torch.zeros(classes, features.shape[1], device=features.device, requires_grad=True)
+    bias = torch.zeros(classes, device=features.device, requires_grad=True)
+    for strength in strengths:
+        _minimise(standardised, labels, weight, bias, strength)
+        folded = weight.detach() / scale
+        yield LinearProbe(folded, bias.detach() - folded @ mean, strength, float("nan"))
+
+
+def _minimise(
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    strength: float,
+    iterations: int = 200,
+) -> None:
+    """Fit one logistic regression in place, by full-batch L-BFGS."""
+    optimizer = torch.optim.LBFGS(
+        [weight, bias], max_iter=iterations, history_size=10, tolerance_grad=1e-5, line_search_fn="strong_wolfe"
+    )
+
+    @torch.no_grad()
+    def objective() -> torch.Tensor:
+        # The gradient by hand and in parts: for 100,000 images of 1,000 classes autograd would hold 400 MB several
+        # times over.
+        loss = strength / 2 * weight.square().sum()
+        weight_grad, bias_grad = strength * weight, torch.zeros_like(bias)
+        for part, truth in zip(features.split(ROWS), labels.split(ROWS), strict=True):
+            residuals = torch.log_softmax(nn.functional.linear(part, weight, bias), dim=1)
+            loss -= residuals.gather(1, truth[:, None]).sum() / len(features)
+            residuals.exp_().scatter_add_(1, truth[:, None], residuals.new_full((len(part), 1), -1.0))
+            weight_grad.addmm_(residuals.T, part, alpha=1 / len(features))
+            bias_grad += residuals.sum(dim=0) / len(features)
+        weight.grad, bias.grad = weight_grad, bias_grad
+        return loss
+
+    optimizer.step(objective)  # type: ignore[arg-type]  # torch's stub says float, its code takes a tensor
+
+
+def state_with_probe(model: PreTrainedModel, head: str, probe: LinearProbe) -> dict[str, torch.Tensor]:
+    """Return a copy of a model's state with the probe as its head: its logits are then the probe's."""
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    probe_head = {f"{head}.weight": probe.weight, f"{head}.bias": probe.bias}
+    return state | {name: tensor.to(model.device) for name, tensor in probe_head.items()}

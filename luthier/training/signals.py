@@ -1,0 +1,105 @@
+"""SIGTERM and Ctrl-C: a checkpoint at the end of the step, and out."""
+
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+import torch
+import torch.distributed
+from transformers import TrainerCallback
+
+from luthier.machine import is_launched
+from luthier.terminal import say
+from luthier.training.checkpoints import newest
+
+PATIENCE = 6  # seconds that an evaluation may go on after a signal
+
+
+class StoppedInEvaluation(Exception):
+    """A signal came in an evaluation that takes too long to wait for."""
+
+
+class Stop(TrainerCallback):
+    """Turns a signal into a checkpoint at the end of the step; where nothing is trained, ends the process at once.
+
+    Attributes:
+        received: the signal, None before it.
+    """
+
+    def __init__(self):
+        self.received: int | None = None
+        self.training, self.since, self.group = False, 0.0, None
+        self.handlers: dict[int, object] = {}  # that were there before
+
+    def __enter__(self) -> "Stop":
+        if threading.current_thread() is threading.main_thread():
+            self.handlers = {
+                number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)
+            }
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal itself returned
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        # A second Ctrl-C is meant. A SIGTERM after one comes from the launcher, which ends before its process.
+        again = self.received is not None and number == signal.SIGINT and time.monotonic() - self.since > 1
+        if not self.training or again:
+            print(f"stopped  by {signal.Signals(number).name}", file=sys.stderr, flush=True)
+            sys.exit(128 + number)
+        if self.received is None:
+            self.received, self.since = number, time.monotonic()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.training = True
+        if args.world_size > 1:  # between the hosts: a signal must not make a device wait at every step
+            self.group = torch.distributed.new_group(backend="gloo")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._agreed():
+            control.should_training_stop = True
+            # After the last step of an epoch comes its evaluation, and then its checkpoint, as always.
+            control.should_save = not float(state.epoch).is_integer()
+            control.should_evaluate = control.should_log = False
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.received and not float(state.epoch).is_integer():
+            control.should_save = control.should_evaluate = control.should_log = False
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        if self.training and self.received and time.monotonic() - self.since > PATIENCE:
+            raise StoppedInEvaluation
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.training = False
+
+    def _agreed(self) -> bool:
+        """Tell whether any process has received a signal: all must stop after the same step."""
+        if self.group is not None:
+            number = torch.tensor(self.received or 0)
+            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, group=self.group)
+            if number and self.received is None:
+                self.received, self.since = int(number), time.monotonic()
+        return self.received is not None
+
+
+def die_with_launcher() -> None:
+    """Receive SIGTERM when `accelerate launch` dies (Linux): it passes none on to its process, which would go on."""
+    if is_launched() and sys.platform == "linux":
+        import ctypes
+
+        pr_set_pdeathsig = 1  # prctl(2)
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+def exit_stopped(output_dir: Path, received: int) -> NoReturn:
+    """Say how to resume a run that was stopped, and exit as a shell expects of a process that a signal ended."""
+    last = newest(output_dir)
+    resume = f"{last}; resume with --output_dir {output_dir} --resume_from_checkpoint auto"
+    say("stopped", f"by {signal.Signals(received).name}: {resume if last else 'there is no checkpoint yet'}")
+    sys.exit(128 + received)

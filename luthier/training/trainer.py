@@ -1,0 +1,312 @@
+"""The Trainer with what the library's own lacks: exact resume, whole checkpoints, and an end to broken losses."""
+
+import contextlib
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed
+from torch.utils.data import Dataset
+from transformers import (
+    EvalPrediction,
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    get_scheduler,
+    set_seed,
+)
+
+from luthier.errors import UserError
+from luthier.terminal import has_terminal
+from luthier.training.callbacks import EpochTable, ProgressBar, ProgressLines, SetEpoch
+from luthier.training.checkpoints import (
+    PARTIAL,
+    check_disk_space,
+    find_checkpoint,
+    load_weights,
+    newest,
+    prune_checkpoints,
+    seal,
+)
+from luthier.training.layers import parameter_groups
+from luthier.training.recipe import Recipe
+from luthier.training.signals import Stop, StoppedInEvaluation, exit_stopped
+
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "No executable batch size found")
+
+
+class SafeTrainer(Trainer):
+    """The Trainer whose checkpoints are whole, and which stops where nothing can be learned any more.
+
+    It overrides private methods, read in transformers 5.23. At an upgrade, check: does `_get_output_dir` still name
+    the folder that `_save_checkpoint` writes into; does `_maybe_log_save_evaluate` still evaluate before it saves;
+    does `_clip_grad_norm` still return the norm?
+    """
+
+    writing_to: str | None = None
+    postponed = False
+    broken_at: torch.Tensor | None = None  # step of the first loss or gradient that was not finite, or -1
+
+    def _get_output_dir(self, trial) -> str:
+        return self.writing_to or super()._get_output_dir(trial)
+
+    def _maybe_log_save_evaluate(self, *arguments, **options) -> None:
+        # A checkpoint of an epoch's last step waits for the epoch's evaluation, which a resume from it would not make.
+        last_step = self.args.eval_strategy == "epoch" and float(self.state.epoch or 0).is_integer()
+        if self.control.should_evaluate:
+            self.control.should_save |= self.postponed
+            self.postponed = False
+        elif last_step and self.control.should_save:
+            self.control.should_save, self.postponed = False, True
+        super()._maybe_log_save_evaluate(*arguments, **options)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Write a checkpoint into a temporary folder, hash it, sync it to the disk, and only then give it its name."""
+        self.stop_if_not_finite()
+        output_dir, step = Path(str(self.args.output_dir)), self.state.global_step
+        self.writing_to = str(output_dir / PARTIAL)
+        written, checkpoint = output_dir / PARTIAL / f"checkpoint-{step}", output_dir / f"checkpoint-{step}"
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                best = self.state.best_global_step
+                # The library looks for it in the folder that this one is written into.
+                self.state.best_model_checkpoint = str(output_dir / f"checkpoint-{best}") if best else None
+                self.state.save_to_json(str(written / "trainer_state.json"))
+                seal(written, checkpoint)
+                prune_checkpoints(output_dir, self.args.save_total_limit, best)
+        except Exception as error:  # safetensors and torch have errors of their own for a full disk
+            full = "No space left" in str(error) or shutil.disk_usage(output_dir).free < self.checkpoint_size()
+            shutil.rmtree(output_dir / PARTIAL, ignore_errors=True)
+            if not full:
+                raise
+            last = newest(output_dir)
+            resume = (
+                f"{last} is whole: free some space, and resume with" if last else "free some space, and start with"
+            )
+            raise UserError(
+                f"the disk is full: no checkpoint of step {step} in {output_dir}. {resume} "
+                "--resume_from_checkpoint auto"
+            ) from error
+        finally:
+            self.writing_to = None
+        self.accelerator.wait_for_everyone()
+        if self.args.local_process_index == 0:  # on every machine, each of which may have a disk of its own
+            shutil.rmtree(output_dir / PARTIAL, ignore_errors=True)
+
+    def checkpoint_size(self) -> int:
+        """Return about how many bytes a checkpoint takes: all weights, and two moments of those that are trained."""
+        weights = sum(tensor.numel() * tensor.element_size() for tensor in self.model.state_dict().values())
+        trained = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
+        return weights + (0 if self.args.save_only_model else 2 * trained)
+
+    def training_step(self, *arguments, **options) -> torch.Tensor:
+        """Do a step, and check that its loss is finite."""
+        loss = super().training_step(*arguments, **options)
+        self._watch(loss)
+        return loss
+
+    def _clip_grad_norm(self, model):
+        norm = super()._clip_grad_norm(model)
+        if self.accelerator.scaler is None:  # which skips such steps by itself
+            self._watch(norm)
+        return norm
+
+    def _watch(self, value: torch.Tensor | float) -> None:
+        value = torch.as_tensor(value, device=self.args.device).detach()
+        if self.broken_at is None:
+            self.broken_at = torch.full((), -1, device=self.args.device)
+        broken = (self.broken_at < 0) & ~torch.isfinite(value).all()
+        self.broken_at = torch.where(broken, self.state.global_step + 1, self.broken_at)
+        if self.args.device.type == "cpu":  # elsewhere reading it would make the device wait at every step
+            self.stop_if_not_finite()
+
+    def log(self, *arguments, **options) -> None:
+        """Log, unless a loss since the last time was not finite."""
+        self.stop_if_not_finite()
+        super().log(*arguments, **options)
+
+    def stop_if_not_finite(self) -> None:
+        """Raise UserError if a loss or a gradient was not finite."""
+        step = -1 if self.broken_at is None else int(self.broken_at)
+        if step >= 0:
+            self.broken_at = None
+            last = newest(Path(str(self.args.output_dir)))
+            kept = f" {last} is from before and whole." if last else ""
+            raise UserError(
+                f"the loss or its gradient is not a finite number at step {step}. Likely causes: a learning rate "
+                f"that is too high (it is {self.args.learning_rate:g}: try a tenth), half precision (--bf16 False, "
+                f"--fp16 False), or damaged weights.{kept}"
+            )
+
+
+class SeededAugmentation(Dataset):
+    """Training rows whose augmentation follows from seed, epoch and row alone.
+
+    After a resume the library restores the random state only when the first batch has been made, and data workers have
+    random states of their own. Here nothing depends on either, nor on how often a run was interrupted.
+    """
+
+    def __init__(self, rows: Sequence, seed: int, workers: int):
+        self.rows, self.seed, self.epoch = rows, seed, torch.zeros((), dtype=torch.int64)
+        if workers:  # which may outlive an epoch
+            self.epoch.share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> dict:
+        key = f"{self.seed} {int(self.epoch)} {row}".encode()
+        state = torch.get_rng_state()
+        torch.default_generator.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "big"))
+        try:
+            return self.rows[row]
+        finally:
+            torch.set_rng_state(state)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Change the augmentation to that of an epoch, in data workers too."""
+        self.epoch.fill_(epoch)
+
+
+def build_trainer(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    training_args: TrainingArguments,
+    rows: Mapping[str, Any],
+    collate: Callable[[list[dict]], dict],
+    compute_metrics: Callable[[EvalPrediction], dict[str, float]],
+    callbacks: Sequence[TrainerCallback] = (),
+) -> SafeTrainer:
+    """Return the Trainer of a run, with the learning rates of the recipe's layers.
+
+    Args:
+        model: with its frozen layers, see `layers.freeze`.
+        recipe: decides how fast each layer learns.
+        training_args: complete; its learning rate is the head's.
+        rows: "train" and "validation", whose rows `collate` takes.
+        collate: stacks rows to a batch.
+        compute_metrics: of an evaluation.
+        callbacks: besides the epoch table and the progress.
+
+    Raises:
+        UserError: a tracker, an optimizer or a scheduler is not available, or the checkpoints do not fit on the disk.
+    """
+    rate = training_args.learning_rate
+    train_dataset = SeededAugmentation(rows["train"], training_args.seed, training_args.dataloader_num_workers)
+    groups = parameter_groups(model, rate, rate * recipe.backbone_rate, recipe.layer_decay, training_args.weight_decay)
+    try:
+        optimizer_class, optimizer_kwargs = Trainer.get_optimizer_cls_and_kwargs(training_args, model)
+        check_scheduler(training_args)
+        trainer = SafeTrainer(
+            model=model,
+            args=training_args,
+            data_collator=collate,
+            train_dataset=train_dataset,
+            eval_dataset=rows["validation"],
+            compute_metrics=compute_metrics,
+            optimizer_cls_and_kwargs=(optimizer_class, {**optimizer_kwargs, "params": groups}),
+        )
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise UserError(str(error)) from error
+    if training_args.save_strategy != "no" and trainer.is_world_process_zero():
+        limit = training_args.save_total_limit or round(training_args.num_train_epochs)
+        check_disk_space(Path(str(training_args.output_dir)), trainer.checkpoint_size(), limit)
+    for theirs in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(theirs)
+    progress = [] if training_args.disable_tqdm else [ProgressBar() if has_terminal() else ProgressLines()]
+    for callback in (SetEpoch(train_dataset), EpochTable(), *progress, *callbacks):
+        trainer.add_callback(callback)
+    return trainer
+
+
+def check_scheduler(training_args: TrainingArguments) -> None:
+    """Try the learning rate scheduler, which the Trainer builds only when it begins to train.
+
+    Raises:
+        ValueError: its type or its settings are wrong.
+    """
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    name, settings = training_args.lr_scheduler_type, training_args.lr_scheduler_kwargs
+    try:
+        get_scheduler(name, optimizer, num_warmup_steps=1, num_training_steps=10, scheduler_specific_kwargs=settings)
+    except TypeError as error:
+        raise ValueError(f"--lr_scheduler_kwargs {settings} does not suit {name}: {error}") from error
+
+
+def train(trainer: SafeTrainer, recipe: Recipe, start: dict[str, torch.Tensor] | None, stop: Stop) -> None:
+    """Train by a recipe, from a checkpoint if asked to, and leave the model as it was after its best epoch.
+
+    Args:
+        trainer: of `build_trainer`.
+        recipe: whether training starts from the probe; "probe" trains nothing more.
+        start: the model's state with the probe as its head; None where there is no probe.
+        stop: the signal handler; after a signal the process ends here, with a checkpoint.
+
+    Raises:
+        UserError: the checkpoint is damaged, memory does not suffice, the loss is not finite, or the disk is full.
+    """
+    if recipe.starts_from_probe and start is not None:
+        trainer.model.load_state_dict(start)
+    if recipe.name == "probe":
+        return
+    set_seed(trainer.args.seed)  # the features may have come from the cache, which draws no random numbers
+    output_dir, resume = Path(str(trainer.args.output_dir)), trainer.args.resume_from_checkpoint
+    checkpoint = find_checkpoint(output_dir, resume, trainer.is_world_process_zero())
+    if checkpoint:
+        load_weights(trainer.model, checkpoint)
+    with explain_exhausted_memory(trainer.args), contextlib.suppress(StoppedInEvaluation):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if stop.received:
+        exit_stopped(output_dir, stop.received)
+    trainer.accelerator.free_memory()  # its data workers too
+    best = output_dir / f"checkpoint-{trainer.state.best_global_step}"
+    if best.exists():  # chosen on validation
+        load_weights(trainer.model, best)
+    if trainer.args.world_size > 1:  # the checkpoint may be on the main process's machine alone
+        for tensor in trainer.model.state_dict().values():
+            whole = tensor.contiguous()
+            torch.distributed.broadcast(whole, src=0)
+            tensor.copy_(whole)
+
+
+def predict(trainer: Trainer, rows: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return the model's logits [N, C] on transformed rows, and their true classes [N]."""
+    prediction = trainer.predict(rows)
+    return concatenate_batches(prediction.predictions), concatenate_batches(prediction.label_ids)
+
+
+def concatenate_batches(outputs: Any) -> np.ndarray:
+    """Return one array of what a Trainer gives, which may be a list of batches; of a tuple the first, the logits."""
+    batches = outputs if isinstance(outputs, list) else [outputs]
+    arrays = [batch[0] if isinstance(batch, tuple) else batch for batch in batches]
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+@contextlib.contextmanager
+def explain_exhausted_memory(training_args: TrainingArguments) -> Iterator[None]:
+    """Turn the errors of exhausted memory into advice.
+
+    Raises:
+        UserError: there was not enough memory.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
+            raise
+        batch = training_args.per_device_train_batch_size
+        raise UserError(
+            f"not enough memory for batches of {batch}: use smaller ones and as many images as before in a step "
+            f"(--per_device_train_batch_size {max(1, batch // 2)} --gradient_accumulation_steps "
+            f"{2 * training_args.gradient_accumulation_steps}), let --auto_find_batch_size try, or use fewer pixels "
+            "(--image_size)"
+        ) from error
