@@ -1,11 +1,11 @@
-# Luthier on a GPU, or without one:
+# Luthier in a container, with or without a GPU:
 #   docker build -t luthier .
-#   docker run --rm luthier                                   the built-in pictures and model
+#   docker run --rm luthier                                   the built-in images and model
 #   docker run --rm --gpus all -v "$PWD/photos:/photos:ro" -v luthier-outputs:/srv/outputs -v luthier-cache:/cache \
 #       luthier configs/efficientnet_lite0_openmoji_head.yaml --data_dir /photos
-# torch's wheels bring CUDA, so that the host needs no more than the driver.
+# torch's wheels contain CUDA, so the host needs only the driver.
 FROM debian:bookworm-slim AS build
-# The distribution's packages are its newest, for their security updates.
+# Packages of the distribution have no pins: the newest ones have the security updates.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends python3 python3-venv \
@@ -24,8 +24,8 @@ RUN apt-get update \
 COPY --from=build /opt/luthier /opt/luthier
 COPY *.py accelerate_config.yaml cloud/entrypoint.sh /app/
 COPY configs /app/configs
-COPY templates /app/templates
-# Writable are the two volumes alone: for this user, and for any other one of group 0, which `docker run --user 1234` has.
+COPY luthier /app/luthier
+# Only the two volumes are writable: for this user, and for every other user of group 0 (`docker run --user 1234`).
 RUN mkdir -p /srv/outputs /cache \
     && ln -s /app/configs /srv/configs \
     && chown -R 10001:0 /srv/outputs /cache \
@@ -40,7 +40,7 @@ ENV PATH=/opt/luthier/bin:$PATH \
 WORKDIR /srv
 VOLUME ["/srv/outputs", "/cache"]
 USER 10001:0
-# A run that trains is healthy; nothing here listens.
+# A run that trains is healthy, and nothing here listens on a port.
 HEALTHCHECK NONE
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["/app/entrypoint.sh"]

@@ -83,7 +83,7 @@ def build_page(model_name: str, always_answer: bool, examples: list[str]) -> "gr
             with gradio.Column():
                 image = gradio.Image(type="filepath", sources=["upload", "clipboard"], label="Image", height=320)
                 # Gradio's own opens the file first, by Pillow's rules, and says no more than "Error".
-                image.preprocess = lambda file: file.path if file else None
+                setattr(image, "preprocess", lambda file: file.path if file else None)  # noqa: B010
                 url = gradio.Textbox(label="Or its address", placeholder="https://...", max_lines=1)
                 ask = gradio.Button("Classify the address")
             with gradio.Column():

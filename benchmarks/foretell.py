@@ -1,28 +1,28 @@
-"""Whether the learning curve keeps its word: half of the pictures foretelling the score at all of them.
+"""How well the learning curve of half of the images predicts the accuracy with all of them.
 
-    python benchmarks/foretell.py path/to/instruments
+    python -m benchmarks.foretell path/to/instruments
 
-Train and validation pictures of a folder, several random halves; test is not looked at.
+It uses the train and validation images of a folder and several random halves of them; it does not use test.
 """
 
 import argparse
-import sys
 import tempfile
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import Trainer
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from arguments import parse_arguments
-from data import collate, load_splits, prepare
-from learning_curve import FOLDS, learning_curve
-from machine import fit_machine, quiet_libraries
+from data import collate, feature_rows, load_splits, prepare
+from luthier.arguments import parse_arguments
+from luthier.images.views import EvaluationView
+from luthier.machine import set_up_process
+from luthier.scoring.learning_curve import FOLDS, learning_curve
+from luthier.training.features import load_features
+from luthier.training.probe import fit_shared_probe
 from models import build_model, linear_head
-from probe import build_probe
-from views import EvaluationView
+
+USED = ("train", "validation")
 
 
 def main() -> None:
@@ -31,37 +31,34 @@ def main() -> None:
     parser.add_argument("data", help="a folder of class folders")
     parser.add_argument("--halves", type=int, default=10, help="how many (default: 10)")
     args = parser.parse_args()
-    quiet_libraries()
     with tempfile.TemporaryDirectory() as folder:
-        line = ["--output_dir", folder, "--num_train_epochs", "1", "--learning_rate", "1", "--disable_tqdm", "1"]
-        _, _, training_args = parse_arguments(line)
-        fit_machine(training_args)
-        pictures, _ = load_splits(data_dir=args.data)
-        names = pictures["train"].features["label"].names
+        line = ["--output_dir", folder, "--eval_strategy", "no", "--disable_tqdm", "1"]
+        training_args = parse_arguments(line).training_args
+        set_up_process(training_args)
+        splits, _ = load_splits(data_dir=args.data)
+        names = splits["train"].features["label"].names
         model, image_processor = build_model("efficientnet_lite0", dict(enumerate(names)))
         view = EvaluationView(image_processor)
-        splits = prepare(pictures, view)
-        trainer = Trainer(model, training_args, collate, eval_dataset=splits["validation"])
-        probe, features = build_probe(trainer, linear_head(model), splits, view)
-    both = ("train", "validation")
-    labels, groups = (np.concatenate([pictures[split][key][:] for split in both]) for key in ("label", "group"))
-    pool = torch.cat([features[split] for split in both])
+        rows = feature_rows(prepare(splits, view), view)
+        trainer = Trainer(model, training_args, collate)
+        features = {split: load_features(trainer, linear_head(model), *rows[split]) for split in USED}
+        probe = fit_shared_probe(trainer, features, {split: splits[split]["label"][:] for split in USED})
+    labels, groups = (np.concatenate([splits[split][column][:] for split in USED]) for column in ("label", "group"))
+    pool = torch.cat([features[split] for split in USED])
     n = round(len(labels) * (1 - 1 / FOLDS))
-    begin = time.perf_counter()
+    start = time.perf_counter()
     measured = learning_curve(pool, labels, names, groups, probe.strength, n)["points"][-1]
-    seconds = time.perf_counter() - begin
-    print(f"measured with {measured['n']} training pictures: {measured['accuracy']:.1%}, in {seconds:.1f} s\n")
-    print("| half | foretold | 95% interval | inside |\n|---|---|---|---|")
+    seconds = time.perf_counter() - start
+    print(f"measured with {measured['n']} training images: {measured['accuracy']:.1%}, in {seconds:.1f} s\n")
+    print("| half | predicted | 95% interval | inside |\n|---|---|---|---|")
     inside = 0
     for seed in range(args.halves):
-        rows = np.random.default_rng(seed).permutation(len(labels))[: len(labels) // 2]
-        twice = learning_curve(pool[rows], labels[rows], names, groups[rows], probe.strength, n // 2)["twice"]
+        half = np.random.default_rng(seed).permutation(len(labels))[: len(labels) // 2]
+        twice = learning_curve(pool[half], labels[half], names, groups[half], probe.strength, n // 2)["twice"]
         low, high = twice["ci95"]
-        inside += low <= measured["accuracy"] <= high
-        print(
-            f"| {seed} | {twice['accuracy']:.1%} | {low:.1%} to {high:.1%} "
-            f"| {'yes' if low <= measured['accuracy'] <= high else 'no'} |"
-        )
+        is_inside = low <= measured["accuracy"] <= high
+        inside += is_inside
+        print(f"| {seed} | {twice['accuracy']:.1%} | {low:.1%} to {high:.1%} | {'yes' if is_inside else 'no'} |")
     print(f"\ninside: {inside} of {args.halves}")
 
 

@@ -1,11 +1,11 @@
-"""A run that is killed again and again, beside one that is not: do they end alike?
+"""A run that is killed again and again, compared with one that is not: do both end with the same weights?
 
-    python benchmarks/kill_test.py
+    python -m benchmarks.kill_test
 
-Trains simple_cnn on drawn pictures once in peace. Then again, killed with SIGKILL at random moments of its training,
-saving included, and each time started anew with --resume_from_checkpoint auto; at last it is left to end. Prints how
-often it was killed, how often while a checkpoint was being written, what it went on from, and whether weights and
-scores are the same to the last bit.
+It trains simple_cnn on drawn images once without a break. It then trains again, kills the run with SIGKILL at random
+moments of the training, saving included, and restarts it each time with --resume_from_checkpoint auto. The last start
+may finish. It prints how often the run was killed, how often while it wrote a checkpoint, which steps it resumed from,
+and whether weights and scores are the same to the last bit.
 """
 
 import argparse
@@ -25,6 +25,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from luthier.training.checkpoints import PARTIAL
+
 PROJECT = Path(__file__).parent.parent
 COLOURS = {"blue": (40, 60, 200), "green": (30, 180, 60), "red": (210, 50, 40)}
 
@@ -36,63 +38,61 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=600, help="of the run (default: 600)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     args = parser.parse_args()
-    chance = random.Random(args.seed)
-    with tempfile.TemporaryDirectory() as place:
-        os.chdir(place)
+    generator = random.Random(args.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
         draw()
         seconds = train("whole", args.epochs)
-        saving, went_on, damaged = 0, [], 0
+        while_saving, steps, damaged = 0, [], 0
         for _ in range(args.kills):
-            step, was_saving = train("killed", args.epochs, kill_after=chance.uniform(0, seconds / args.kills))
-            went_on.append(step)
-            saving += was_saving
+            step, was_saving = train("killed", args.epochs, kill_after=generator.uniform(0, seconds / args.kills))
+            steps.append(step)
+            while_saving += was_saving
             damaged += len(list(Path("killed").glob("damaged-*")))
         train("killed", args.epochs)
         same = compare()
-    print(f"killed {args.kills} times, {saving} of them while a checkpoint was being written")
-    print(f"went on from steps {', '.join(map(str, went_on))}")
-    print(f"checkpoints that were damaged: {damaged}")
-    print(f"weights and scores as of the run that was not killed: {'the same to the last bit' if same else 'OTHERS'}")
+    print(f"killed {args.kills} times, {while_saving} of them while it wrote a checkpoint")
+    print(f"resumed from steps {', '.join(map(str, steps))}")
+    print(f"damaged checkpoints: {damaged}")
+    print(f"weights and scores of both runs: {'the same to the last bit' if same else 'DIFFERENT'}")
     sys.exit(not same)
 
 
 def draw() -> None:
-    """Draw 60 pictures of three colours that are not easily told apart."""
+    """Draw 60 noisy images of three colours that are not easy to tell apart."""
     for name, colour in COLOURS.items():
-        Path("pictures", name).mkdir(parents=True)
+        Path("images", name).mkdir(parents=True)
         for seed in range(20):
             noise = np.random.default_rng(seed).normal(0, 120, (40, 40, 3))
-            Image.fromarray((noise + colour).clip(0, 255).astype(np.uint8)).save(f"pictures/{name}/{seed}.png")
+            Image.fromarray((noise + colour).clip(0, 255).astype(np.uint8)).save(f"images/{name}/{seed}.png")
 
 
 def train(output_dir: str, epochs: int, kill_after: float | None = None) -> float | tuple[int, bool]:
-    """Train to the end and return the seconds of the training; or kill it so many seconds after that has begun.
+    """Train to the end and return the seconds of the training, or kill it this many seconds after its start.
 
-    Then return the step that it had gone on from, and whether it was writing a checkpoint.
+    A killed run returns the step that it resumed from, and whether it was writing a checkpoint.
     """
-    line = ["--data_dir", "pictures", "--model_name", "simple_cnn", "--num_train_epochs", str(epochs)]
+    line = ["--data_dir", "images", "--model_name", "simple_cnn", "--num_train_epochs", str(epochs)]
     line += ["--per_device_train_batch_size", "16", "--augmentation", "trivial", "--disable_tqdm", "1"]
     line += ["--output_dir", output_dir, "--resume_from_checkpoint", "auto"]
     command = [sys.executable, str(PROJECT / "train.py"), *line]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    step, begun = 0, None
+    step = 0
     for text in process.stdout:
-        if found := re.match(r"resume\s+from .*checkpoint-(\d+)", text):
-            step = int(found[1])
-        if begun is None and text.startswith("epoch"):
-            begun = time.perf_counter()
-            if kill_after is not None:
-                time.sleep(kill_after)
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-                return step, Path(output_dir, ".partial").exists()
+        if resumed := re.match(r"resume\s+from .*checkpoint-(\d+)", text):
+            step = int(resumed[1])
+        if kill_after is not None and text.startswith("epoch"):  # the head of the table: training begins
+            time.sleep(kill_after)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            return step, Path(output_dir, PARTIAL).exists()
     if process.wait() or kill_after is not None:
-        raise SystemExit(f"the run ended by itself, with exit code {process.returncode}: take more --epochs")
+        raise SystemExit(f"the run ended by itself, with exit code {process.returncode}: use more --epochs")
     return json.loads(Path(output_dir, "metrics.json").read_text())["seconds"]["train"]
 
 
 def compare() -> bool:
-    """Tell whether both runs ended with the same weights and the same scores."""
+    """Return whether both runs ended with the same weights and the same scores."""
     one, other = (load_file(f"{name}/model.safetensors") for name in ("whole", "killed"))
     scores = [json.loads(Path(name, "metrics.json").read_text()) for name in ("whole", "killed")]
     return all(torch.equal(tensor, other[name]) for name, tensor in one.items()) and all(

@@ -1,17 +1,19 @@
-"""Faults planted in a data set, and how many of them the audit finds.
+"""Faults planted in a dataset, and how many of them the audit finds.
 
-    python benchmarks/plant.py
-    python benchmarks/plant.py path/to/instruments
+    python -m benchmarks.plant
+    python -m benchmarks.plant path/to/instruments
 
-On drawn pictures, or on a copy of a folder of class folders: 20 duplicates (other bytes, the same pixels), 20 near-
-duplicates (re-encoded, resized, slightly cropped), 20 wrong labels, 10 broken files. Prints recall and precision of
-each; on photographs precision counts what was there before as false, so that it is a lower bound.
+It plants faults among drawn images, or in a copy of a folder of class folders: 20 duplicates (other bytes, the same
+pixels), 20 near-duplicates (re-encoded, resized, slightly cropped), 20 wrong labels and 10 broken files. It prints
+recall and precision of each. On photographs, faults that were there before count as false, so the precision is a lower
+bound.
 """
 
 import argparse
+import itertools
+import json
 import random
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+import audit
 
 SHAPES = ("disc", "bar", "triangle", "ring")
 
@@ -27,23 +29,21 @@ SHAPES = ("disc", "bar", "triangle", "ring")
 def main() -> None:
     """Plant, audit, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "folder", nargs="?", type=Path, help="class folders to plant faults among (default: drawn ones)"
-    )
+    parser.add_argument("folder", nargs="?", type=Path, help="class folders to plant faults in (default: drawn ones)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        root = Path(temporary, "pictures")
+        root = Path(temporary, "images")
         if args.folder:
             shutil.copytree(args.folder, root, ignore=shutil.ignore_patterns(".*"))
         else:
             draw_set(root, per_class=100)
         planted = plant(root)
-        found = find(root)
-    print("| fault | planted | found of them | found in all | recall | precision |\n|---|---|---|---|---|---|")
+        reported = find(root)
+    print("| fault | planted | detected | all reported | recall | precision |\n|---|---|---|---|---|---|")
     for kind, names in planted.items():
-        hits = len(names & found[kind])
-        precision = f"{hits / len(found[kind]):.0%}" if found[kind] else "none found"
-        print(f"| {kind} | {len(names)} | {hits} | {len(found[kind])} | {hits / len(names):.0%} | {precision} |")
+        detected, n = len(names & reported[kind]), len(reported[kind])
+        precision = f"{detected / n:.0%}" if n else "none reported"
+        print(f"| {kind} | {len(names)} | {detected} | {n} | {detected / len(names):.0%} | {precision} |")
 
 
 def draw_set(root: Path, per_class: int) -> Path:
@@ -56,11 +56,11 @@ def draw_set(root: Path, per_class: int) -> Path:
 
 
 def draw_scene(kind: str, seed: int) -> Image.Image:
-    """Draw three to six shapes of a kind, of any colour, size and place, on a ground of any colour."""
+    """Draw three to six shapes of a kind, in random colours, sizes and places, on a background of random colours."""
     generator = np.random.default_rng(seed)
     width, height = (int(side) for side in generator.integers(160, 260, 2))
-    ground = generator.integers(0, 256, (3, 4, 3), dtype=np.uint8)
-    image = Image.fromarray(ground).resize((width, height), Image.Resampling.BICUBIC)
+    background = generator.integers(0, 256, (3, 4, 3), dtype=np.uint8)
+    image = Image.fromarray(background).resize((width, height), Image.Resampling.BICUBIC)
     pen = ImageDraw.Draw(image)
     for _ in range(generator.integers(3, 7)):
         size = int(generator.integers(25, 70))
@@ -79,10 +79,10 @@ def draw_scene(kind: str, seed: int) -> Image.Image:
 
 
 def plant(root: Path, copies: int = 20, broken: int = 10) -> dict[str, set]:
-    """Plant faults below a folder of class folders; return what they are: names, or pairs of names."""
-    choose = random.Random(1)
+    """Plant faults in a folder of class folders; return the names of the files, or pairs of names, by kind."""
+    generator = random.Random(1)
     files = sorted(path for path in root.rglob("*.*") if path.is_file())
-    chosen = choose.sample(files, 3 * copies + broken)
+    chosen = generator.sample(files, 3 * copies + broken)
     exact, near, moved, spoiled = (chosen[k : k + copies] for k in range(0, 3 * copies + 1, copies))
     planted = {"exact duplicates": set(), "near-duplicates": set(), "wrong labels": set(), "broken files": set()}
 
@@ -98,19 +98,17 @@ def plant(root: Path, copies: int = 20, broken: int = 10) -> dict[str, set]:
         image = Image.open(path).convert("RGB")
         width, height = image.size
         if number % 4 != 1:  # cropped by up to 5% on each side
-            left, top, right, bottom = (choose.uniform(0, 0.05) for _ in range(4))
+            left, top, right, bottom = (generator.uniform(0, 0.05) for _ in range(4))
             image = image.crop((left * width, top * height, (1 - right) * width, (1 - bottom) * height))
         if number % 4 != 2:
-            scale = choose.uniform(0.6, 1.3)
+            scale = generator.uniform(0.6, 1.3)
             image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-        image.save(copy, quality=choose.randint(60, 90))
+        image.save(copy, quality=generator.randint(60, 90))
         planted["near-duplicates"].add(frozenset({name(path), name(copy)}))
     folders = sorted({path.parent for path in files})
     for path in moved:
-        target = (
-            choose.choice([folder for folder in folders if folder != path.parent])
-            / f"moved-{path.parent.name}-{path.name}"
-        )
+        other = generator.choice([folder for folder in folders if folder != path.parent])
+        target = other / f"moved-{path.parent.name}-{path.name}"
         path.rename(target)
         planted["wrong labels"].add(name(target))
     for number, path in enumerate(spoiled):
@@ -121,31 +119,22 @@ def plant(root: Path, copies: int = 20, broken: int = 10) -> dict[str, set]:
 
 
 def find(root: Path, *options: str) -> dict[str, set]:
-    """Audit a folder by the command's own means and options; return what was found, in the form of `plant`."""
-    import json
-
-    from audit import main as audit
-
+    """Audit a folder with audit.py and its options; return what it reports, in the form of `plant`."""
     output_dir = root.parent / "audit"
-    audit([str(root), "--output_dir", str(output_dir), "--disable_tqdm", "True", *options])
-    found = json.loads((output_dir / "audit.json").read_text(encoding="utf-8"))
-    exact = pairs(found["exact_duplicates"])
+    audit.main([str(root), "--output_dir", str(output_dir), "--disable_tqdm", "True", *options])
+    findings = json.loads((output_dir / "audit.json").read_text(encoding="utf-8"))
+    exact = pairs(findings["exact_duplicates"])
     return {
         "exact duplicates": exact,
-        "near-duplicates": pairs(found["near_duplicates"]) - exact,
-        "wrong labels": {entry["name"] for entry in found["suspect_labels"]},
-        "broken files": {entry["name"] for entry in found["unreadable"]},
+        "near-duplicates": pairs(findings["near_duplicates"]) - exact,
+        "wrong labels": {image["name"] for image in findings["suspect_labels"]},
+        "broken files": {image["name"] for image in findings["unreadable"]},
     }
 
 
-def pairs(sets: Iterable[list[dict]]) -> set[frozenset]:
-    """Return every pair of names that stand together."""
-    return {
-        frozenset({first["name"], second["name"]})
-        for together in sets
-        for number, first in enumerate(together)
-        for second in together[:number]
-    }
+def pairs(groups: Iterable[list[dict]]) -> set[frozenset]:
+    """Return every pair of names within a group."""
+    return {frozenset({a["name"], b["name"]}) for group in groups for a, b in itertools.combinations(group, 2)}
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """The README's result table: every experiment through `accelerate launch train.py`, over several training seeds.
 
-    python benchmarks/results.py openmoji
-    python benchmarks/results.py path/to/instruments
+    python -m benchmarks.results openmoji
+    python -m benchmarks.results path/to/instruments
 
-The split is the same in all runs. Each row has a cache of its own, so that the minutes of its first run are those of
-somebody's first. A run that is finished is not run again; delete its folder and the row's cache to have it run anew.
+The split is the same in all runs. Each row has a cache of its own, so its first run takes as long as a user's first. A
+finished run is not run again. To repeat it, delete its folder and the row's cache.
 """
 
 import argparse
@@ -12,13 +12,11 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 from pathlib import Path
 
-PROJECT = Path(__file__).parent.parent
-sys.path.insert(0, str(PROJECT))
-from arguments import has_ended
+from luthier.output_dir import has_ended
 
+PROJECT = Path(__file__).parent.parent
 EXPERIMENTS = {
     "`simple_cnn`, 32 px, from scratch": ["configs/simple_cnn_openmoji.yaml"],
     "`efficientnet_lite0`, probe": ["--recipe", "probe"],
@@ -28,7 +26,7 @@ EXPERIMENTS = {
 
 
 def main() -> None:
-    """Run what is missing and print the table as Markdown."""
+    """Run what is missing, and print the table as Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="openmoji, or a folder of class folders")
     parser.add_argument("--seeds", type=int, default=3, help="how many training seeds (default: 3)")
@@ -56,7 +54,7 @@ def main() -> None:
             runs.append(json.loads((output_dir / "metrics.json").read_text()))
         accuracies = [run["test"]["accuracy"] for run in runs]
         low, high = runs[0]["test"]["accuracy_ci95"]
-        minutes = max(run["seconds"]["total"] for run in runs) / 60  # later ones find the features in the cache
+        minutes = max(run["seconds"]["total"] for run in runs) / 60  # later runs take the features from the cache
         print(
             f"| {name} | {statistics.mean(accuracies):.1%} | {min(accuracies):.1%} to {max(accuracies):.1%} "
             f"| {low:.1%} to {high:.1%} | {runs[0]['test']['n']} | {minutes:.1f} |",

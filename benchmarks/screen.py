@@ -1,20 +1,18 @@
-"""What was tried on top of the default recipe, each against one fixed validation cut: tables of docs/experiments.md.
+"""Changes to the default recipe, each scored on one fixed validation split: tables of docs/experiments.md.
 
-    python benchmarks/screen.py path/to/instruments
-    python benchmarks/screen.py path/to/instruments --seeds 3 --only default mixup "label smoothing"
+    python -m benchmarks.screen path/to/instruments
+    python -m benchmarks.screen path/to/instruments --seeds 3 --only default mixup "label smoothing"
 
-Luthier's test pictures are left alone. Its training and validation pictures are put together and cut anew, 60 to 40,
-because the tenth that a run has for validation decides little. A loop of its own, shorter than the Trainer's, so that
-what lost need not be an option of train.py; data, views, probe, layers and rates are the project's.
+It does not use Luthier's test images. It joins the training and validation images and cuts them again, 60 to 40,
+because the tenth that a run has for validation decides little. The training loop is a short one of its own; data,
+transforms, probe, layers and learning rates are Luthier's.
 """
 
 import argparse
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -24,15 +22,14 @@ from PIL import Image
 from torch import nn
 from transformers import PreTrainedModel
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from arguments import parse_arguments
 from data import load_splits, prepare
-from machine import fit_machine, quiet_libraries
-from models import build_model, freeze, linear_head, parameter_groups
-from probe import fit_probe
-from recipe import RECIPES, blend
-from splits import stratified_cut
-from views import EvaluationView, training_view
+from luthier.images.splits import stratified_cut
+from luthier.images.views import EvaluationView, training_transform
+from luthier.machine import configure_cpu, configure_logging
+from luthier.training.layers import freeze, parameter_groups
+from luthier.training.probe import fit_probe, state_with_probe
+from luthier.training.recipe import RECIPES, blend
+from models import build_model, linear_head
 
 DEFAULT = RECIPES["lp_ft"]
 BATCH = 32
@@ -42,14 +39,14 @@ class Variant(NamedTuple):
     """One recipe; the defaults are Luthier's."""
 
     augmentation: str = "flip_crop"
-    crop: float = 0.35  # smallest share of the picture that a random crop holds
+    crop: float = 0.35  # smallest share of the image that a random crop shows
     mixup: float = 0.0  # alpha of Zhang et al. (2018); 0 is none
     smoothing: float = 0.0
-    ema: float = 0.0  # decay of the averaged weights, which then take the trained ones' place
-    epochs: int = DEFAULT.num_train_epochs
+    ema: float = 0.0  # decay of the averaged weights, which replace the trained ones at the end; 0 is none
+    epochs: int = int(DEFAULT.num_train_epochs)
     learning_rate: float = DEFAULT.learning_rate
     frozen: float = DEFAULT.frozen
-    sizes: tuple[int, ...] = ()  # pixels of the training view, one for each epoch; none is the evaluation view's
+    sizes: tuple[int, ...] = ()  # of the training view in pixels, one for each epoch; () is the evaluation view's
 
 
 VARIANTS = {
@@ -85,22 +82,22 @@ class Start(NamedTuple):
 
 
 def main() -> None:
-    """Print a row for each variant: loss and accuracy on validation, in the order of `VARIANTS`."""
+    """Print a row for each variant: loss and accuracy on validation."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="a folder of class folders")
     parser.add_argument("--seeds", type=int, default=1, help="training seeds (default: 1)")
     parser.add_argument("--only", nargs="*", choices=VARIANTS, default=list(VARIANTS), help="which of them")
-    parser.add_argument("--probes", action="store_true", help="the probes alone: resolutions, flips, augmented views")
+    parser.add_argument("--probes", action="store_true", help="only probes: resolutions, flips, augmented views")
     args = parser.parse_args()
-    quiet_libraries()
-    fit_machine(parse_arguments([])[2])
+    configure_logging()
+    configure_cpu(torch.device("cpu"))  # where the models stay
     splits = cut(args.data)
     if args.probes:
         screen_probes(splits)
         return
-    start, found = prepare_start(splits, 256)
+    start, row = prepare_start(splits, 256)
     print(
-        f"| what | trained | halfway | trained, flips averaged | seconds |\n|---|---|---|---|---|\n{found}", flush=True
+        f"| what | trained | halfway | trained, flips averaged | seconds |\n|---|---|---|---|---|\n{row}", flush=True
     )
     for name in args.only:
         runs = [fine_tune(start, VARIANTS[name], seed) for seed in range(1, args.seeds + 1)]
@@ -111,17 +108,17 @@ def main() -> None:
 
 
 def cut(data: str) -> DatasetDict:
-    """Return the pictures that are not test, cut 60 to 40."""
+    """Return the images that are not test, cut 60 to 40 into train and validation."""
     splits, _ = load_splits(data_dir=data)
     pool = concatenate_datasets([splits["train"], splits["validation"]])
-    labels = pool.features["label"]
-    numbers, groups = (np.array(pool[column][:]) for column in ("label", "group"))
-    rows = stratified_cut(numbers, labels.names, {"validation": 0.4}, seed=1, groups=groups)
+    names = pool.features["label"].names
+    labels, groups = (np.array(pool[column][:]) for column in ("label", "group"))
+    rows = stratified_cut(labels, names, {"validation": 0.4}, seed=1, groups=groups)
     return DatasetDict({split: pool.select(rows[split]) for split in ("train", "validation")})
 
 
 def prepare_start(splits: DatasetDict, size: int) -> tuple[Start, str]:
-    """Fit the probe at a resolution; return what starts from it, and its row of the table."""
+    """Fit the probe at a resolution; return what variants start from, and the probe's row of the table."""
     names = dict(enumerate(splits["train"].features["label"].names))
     model, image_processor = build_model("efficientnet_lite0", names, size)
     view = EvaluationView(image_processor)
@@ -130,11 +127,11 @@ def prepare_start(splits: DatasetDict, size: int) -> tuple[Start, str]:
     labels, validation_labels = (torch.tensor(prepared[split]["label"][:]) for split in ("train", "validation"))
     validation = torch.stack([view.unpack(packed) for packed in prepared["validation"]["view"]])
     begin = time.perf_counter()
-    head = linear_head(model)
-    features = [features_of(model, head, seen) for seen in (torch.stack([view(i) for i in images]), validation)]
-    probe = fit_probe(features[0], labels, features[1], validation_labels)
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()} | probe.as_head(head)
-    row = spread([score(probe.logits(features[1]), validation_labels)])
+    train = torch.stack([view(image) for image in images])
+    train_features, validation_features = (compute_features(model, views) for views in (train, validation))
+    probe = fit_probe(train_features, labels, validation_features, validation_labels)
+    state = state_with_probe(model, linear_head(model), probe)
+    row = spread([score(probe.logits(validation_features), validation_labels)])
 
     def build() -> PreTrainedModel:
         model = build_model("efficientnet_lite0", names, size)[0]
@@ -147,50 +144,54 @@ def prepare_start(splits: DatasetDict, size: int) -> tuple[Start, str]:
 
 def screen_probes(splits: DatasetDict) -> None:
     """Print a row for each kind of probe."""
-    print("| probe | loss, accuracy | flips averaged | |  seconds |\n|---|---|---|---|---|")
+    print("| probe | loss, accuracy | flips averaged | | seconds |\n|---|---|---|---|---|")
     for size in (160, 192, 224, 256, 288):
         start, row = prepare_start(splits, size)
         print(row, flush=True)
         if size == 256:
-            both = (predict(start.build(), seen) for seen in (start.validation, start.validation.flip(3)))
+            model = start.build()
+            both = (predict(model, views) for views in (start.validation, start.validation.flip(3)))
             print(f"| the same | | {spread([score(sum(both) / 2, start.validation_labels)])} | | |")
-            model, head = start.build(), linear_head(start.build())
-            validation = features_of(model, head, start.validation)
-            see, views, begin = training_view(start.view, "flip_crop"), 3, time.perf_counter()
-            torch.manual_seed(1)
-            seen = [torch.stack([start.view(image) for image in start.images])]
-            seen += [torch.stack([see(image) for image in start.images]) for _ in range(views)]
-            features = torch.cat([features_of(model, head, batch) for batch in seen])
-            probe = fit_probe(features, start.labels.repeat(views + 1), validation, start.validation_labels)
-            row = spread([score(probe.logits(validation), start.validation_labels)])
-            print(
-                f"| and {views} augmented views of each | {row} | | | {time.perf_counter() - begin:.0f} |", flush=True
-            )
+            print(screen_augmented_views(start, 3), flush=True)
+
+
+def screen_augmented_views(start: Start, n: int) -> str:
+    """Fit the probe on the evaluation view and on n augmented views of each image; return its row of the table."""
+    model, transform = start.build(), training_transform(start.view, "flip_crop")
+    validation = compute_features(model, start.validation)
+    begin = time.perf_counter()
+    torch.manual_seed(1)
+    views = [torch.stack([start.view(image) for image in start.images])]
+    views += [torch.stack([transform(image) for image in start.images]) for _ in range(n)]
+    features = torch.cat([compute_features(model, batch) for batch in views])
+    probe = fit_probe(features, start.labels.repeat(n + 1), validation, start.validation_labels)
+    row = spread([score(probe.logits(validation), start.validation_labels)])
+    return f"| and {n} augmented views of each | {row} | | | {time.perf_counter() - begin:.0f} |"
 
 
 def fine_tune(start: Start, variant: Variant, seed: int) -> tuple[tuple[float, float], ...]:
-    """Train from the probe on; return the scores trained, halfway and trained with flips averaged, and the seconds."""
+    """Train from the probe; return the scores trained, halfway and trained with flips averaged, and the seconds."""
     torch.manual_seed(seed)
     model = start.build()
     freeze(model, variant.frozen)
     rate = variant.learning_rate
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, rate, rate * DEFAULT.backbone, DEFAULT.layer_decay, 0.01), fused=True
+        parameter_groups(model, rate, rate * DEFAULT.backbone_rate, DEFAULT.layer_decay, 0.01), fused=True
     )
     steps = math.ceil(len(start.images) / BATCH) * variant.epochs
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / (0.1 * steps), (1 + math.cos(math.pi * step / steps)) / 2)
     )
-    see = training_view(start.view, variant.augmentation)
+    transform = training_transform(start.view, variant.augmentation)
     if variant.augmentation in ("flip_crop", "trivial"):
-        see.transforms[0].scale = (variant.crop, 1.0)
+        transform.transforms[0].scale = (variant.crop, 1.0)
     average, generator = None, np.random.default_rng(seed)
     begin = time.perf_counter()
     for epoch in range(variant.epochs):
         if variant.sizes:
-            see.transforms[0].size = (variant.sizes[epoch],) * 2
+            transform.transforms[0].size = (variant.sizes[epoch],) * 2
         for rows in torch.randperm(len(start.images)).split(BATCH):
-            pixel_values = torch.stack([see(start.images[row]) for row in rows])
+            pixel_values = torch.stack([transform(start.images[row]) for row in rows])
             targets = nn.functional.one_hot(start.labels[rows], len(start.labels.unique())).float()
             if variant.mixup:
                 share = generator.beta(variant.mixup, variant.mixup)
@@ -204,8 +205,7 @@ def fine_tune(start: Start, variant: Variant, seed: int) -> tuple[tuple[float, f
             optimizer.zero_grad()
             schedule.step()
             if variant.ema:
-                now = model.state_dict()
-                average = blend(average or start.state, now, 1 - variant.ema)
+                average = blend(average or start.state, model.state_dict(), 1 - variant.ema)
     seconds = time.perf_counter() - begin
     trained = average or {name: tensor.clone() for name, tensor in model.state_dict().items()}
     logits = []
@@ -217,15 +217,16 @@ def fine_tune(start: Start, variant: Variant, seed: int) -> tuple[tuple[float, f
         model.load_state_dict(state)
         logits.append(predict(model, validation))
     logits[2] = (logits[0] + logits[2]) / 2
-    return (*(score(answer, start.validation_labels) for answer in logits), seconds)
+    return (*(score(each, start.validation_labels) for each in logits), seconds)
 
 
-def features_of(model: PreTrainedModel, head: str, pixel_values: torch.Tensor) -> torch.Tensor:
+def compute_features(model: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
     """Return what enters the head, float32 [N, D]."""
-    linear = model.get_submodule(head)
-    model.set_submodule(head, nn.Identity())
+    name = linear_head(model)
+    head = model.get_submodule(name)
+    model.set_submodule(name, nn.Identity())
     features = predict(model, pixel_values)
-    model.set_submodule(head, linear)
+    model.set_submodule(name, head)
     return features
 
 
@@ -242,7 +243,7 @@ def score(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
 
 
 def spread(scores: list[tuple[float, float]]) -> str:
-    """Return mean loss and accuracy in %, and the lowest and highest of several."""
+    """Return loss and accuracy in words; of several scores the means, with the lowest and the highest."""
     losses, accuracies = zip(*scores, strict=True)
     if len(losses) == 1:
         return f"{losses[0]:.3f}, {accuracies[0]:.1%}"

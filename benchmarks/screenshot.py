@@ -1,7 +1,7 @@
-"""The README's picture of a report, as the browser chromium shows it.
+"""The README's screenshot of a report, as the browser chromium shows it.
 
 accelerate launch train.py --output_dir outputs/report --learning_curve
-python benchmarks/screenshot.py outputs/report/report.html docs/report.png
+python -m benchmarks.screenshot outputs/report/report.html docs/report.png
 """
 
 import argparse
@@ -12,10 +12,10 @@ from playwright.sync_api import sync_playwright
 
 
 def main() -> None:
-    """Take the picture."""
+    """Take the screenshot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("report", type=Path, help="a report.html")
-    parser.add_argument("png", type=Path, help="where to")
+    parser.add_argument("png", type=Path, help="the file to write")
     args = parser.parse_args()
     take(args.report, args.png)
 

@@ -1,35 +1,35 @@
-"""What the Trainer costs: its loop, as train.py sets it up, against a bare PyTorch loop on the same tensors.
+"""What the Trainer costs: its loop, as train.py sets it up, beside a bare PyTorch loop on the same tensors.
 
-    python benchmarks/throughput.py
+    python -m benchmarks.throughput
 
-Both train the same model on the same batches with the same optimizer, in one process and by turns, so that what else
-the machine does falls on both. The ratio is the Trainer's images per second to the bare loop's.
+Both train the same model on the same batches with the same optimizer, in one process and in turns, so that both suffer
+alike from other work on the machine. The ratio is the Trainer's images per second to the bare loop's.
 """
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, TimmWrapperConfig, TimmWrapperForImageClassification, TrainerCallback
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from arguments import parse_arguments
-from machine import fit_machine, quiet_libraries
-from models import build_model, parameter_groups
-from recipe import RECIPES
-from terminal import EpochTable
-from train import build_trainer
+from data import collate
+from luthier.arguments import parse_arguments
+from luthier.machine import set_up_process
+from luthier.scoring.metrics import build_compute_metrics
+from luthier.training.callbacks import EpochTable
+from luthier.training.layers import parameter_groups
+from luthier.training.recipe import RECIPES
+from luthier.training.trainer import build_trainer
+from models import build_model
 
 LABELS = {index: f"class {index}" for index in range(10)}
 MODELS = ("efficientnet_lite0", "resnet18")
 
 
-class Times(TrainerCallback):
-    """When each step ended."""
+class StepEnds(TrainerCallback):
+    """Records when each step ends."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.ends = []
@@ -45,7 +45,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="timed steps in a turn (default: 5)")
     parser.add_argument("--batch", type=int, default=32, help="images in a step (default: 32)")
     args = parser.parse_args()
-    quiet_libraries()
     print("| model | px | Trainer, images/s | bare loop, images/s | ratio, median of turns | lowest to highest |")
     print("|---|---|---|---|---|---|")
     for name in MODELS:
@@ -60,7 +59,7 @@ def main() -> None:
 
 
 def build(name: str, size: int) -> PreTrainedModel:
-    """Return a model; ResNet-18 with random weights, which cost as much as others."""
+    """Return a model; ResNet-18 has random weights, which take as much time as trained ones."""
     if name == "efficientnet_lite0":
         return build_model(name, LABELS, size)[0]
     config = TimmWrapperConfig(
@@ -78,24 +77,25 @@ def compare(name: str, size: int, rounds: int, steps: int, batch: int) -> tuple[
     with tempfile.TemporaryDirectory() as folder:
         line = ["--output_dir", folder, "--max_steps", str(steps + 1), "--per_device_train_batch_size", str(batch)]
         line += ["--eval_strategy", "no", "--save_strategy", "no", "--disable_tqdm", "1", "--logging_strategy", "no"]
-        _, _, training_args = parse_arguments([*line, "--learning_rate", "1e-4", "--num_train_epochs", "1"])
-        fit_machine(training_args)
-        model, times = build(name, size), Times()
+        line += ["--learning_rate", "1e-4", "--num_train_epochs", "1"]
+        training_args = parse_arguments(line).training_args
+        set_up_process(training_args)
+        model, step_ends = build(name, size), StepEnds()
         data = {"train": rows, "validation": rows[:1]}
-        trainer = build_trainer(model, RECIPES["full"], training_args, data, list(LABELS.values()))
-        trainer.remove_callback(EpochTable)  # it would print into ours
-        trainer.add_callback(times)
+        compute_metrics = build_compute_metrics(list(LABELS.values()))
+        trainer = build_trainer(model, RECIPES["full"], training_args, data, collate, compute_metrics, [step_ends])
+        trainer.remove_callback(EpochTable)  # its table would stand inside this one
         bare = BareLoop(build(name, size), rows, batch, training_args.device)
         speeds = ([], [])
         for _ in range(rounds):
             trainer.train()
-            for ends, turn in ((times.ends, speeds[0]), (bare.run(), speeds[1])):
+            for ends, turn in ((step_ends.ends, speeds[0]), (bare.run(), speeds[1])):
                 turn.append(batch * steps / (ends[-1] - ends[0]))  # the first step warms up
     return speeds
 
 
 class BareLoop:
-    """The loop that anyone writes."""
+    """The training loop that anyone would write."""
 
     def __init__(self, model: PreTrainedModel, rows: list[dict], batch: int, device: torch.device):
         self.model = model.to(device)
@@ -110,7 +110,7 @@ class BareLoop:
         self.optimizer = torch.optim.AdamW(groups, fused=True)
 
     def run(self) -> list[float]:
-        """Train one pass; return when each step ended."""
+        """Train for one epoch; return when each step ended."""
         self.model.train()
         ends = []
         for pixel_values, labels in self.batches:

@@ -1,29 +1,32 @@
 """Accuracy against wall time: Luthier's default beside fastai, the transformers example's recipe and a plain Trainer.
 
     pip install -r requirements-bench.txt
-    python benchmarks/time_to_accuracy.py path/to/instruments [--seeds 3]
+    python -m benchmarks.time_to_accuracy path/to/instruments [--seeds 3]
 
 All start from the same ImageNet weights of EfficientNet-Lite0 and see the same split. Each run is a process of its own
-with empty caches, timed from its start; after each epoch it reports its validation accuracy, at its end the test
-accuracy. Beside its defaults each of the others has the settings in `TUNED`; the one that is best on validation, with
-the first seed, is run with the other seeds too. Finished runs are kept in --out and not run again. The figures are
-written to time_to_accuracy.csv and the chart beside it.
+with empty caches and is timed from its start. It reports its validation accuracy after each epoch and its test
+accuracy at the end. Every tool runs at its defaults with every seed, and once with each of its settings in `TUNED`.
+Finished runs are kept in --out and not run again. The figures go to time_to_accuracy.csv, the chart to
+time_to_accuracy.png.
 """
 
 import argparse
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+# Libraries are imported in the functions: a run's seconds include its imports, so it imports only what it needs.
+
 PROJECT = Path(__file__).parent.parent
 DEFAULTS = {
     "luthier": {},
-    "fastai": {"size": 160, "epochs": 3, "lr": 2e-3},  # fine_tune(3): its own rate, one frozen epoch before
+    "fastai": {"size": 160, "epochs": 3, "lr": 2e-3},  # fine_tune(3): its own learning rate, and a frozen epoch first
     "transformers example": {"size": 224, "epochs": 3, "lr": 5e-5, "batch": 8},  # run_image_classification.py's
     "plain Trainer": {"size": 160, "epochs": 5, "lr": 3e-4, "batch": 32},
 }
@@ -35,32 +38,38 @@ TUNED = {
 
 
 def main() -> None:
-    """Run what is missing; write the CSV and the chart, print the table."""
+    """Run what is missing; write the CSV and the chart; print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="a folder of class folders")
     parser.add_argument("--seeds", type=int, default=3, help="training seeds (default: 3)")
     parser.add_argument("--out", type=Path, default=Path("outputs/time_to_accuracy"), help="where the runs are kept")
-    parser.add_argument("--only", nargs="*", default=list(DEFAULTS), help="which of them")
-    parser.add_argument("--defaults_only", action="store_true", help="without the tuned settings")
+    parser.add_argument("--only", nargs="*", default=list(DEFAULTS), help="which tools")
+    parser.add_argument("--defaults_only", action="store_true", help="leave out the tuned settings")
     parser.add_argument("--child", nargs=3, metavar=("NAME", "SETTING", "SEED"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         name, setting, seed = args.child
-        (fastai if name == "fastai" else trainer)(args.data, seed=int(seed), name=name, **json.loads(setting))
+        fine_tune = fine_tune_with_fastai if name == "fastai" else fine_tune_with_trainer
+        fine_tune(args.data, seed=int(seed), name=name, **json.loads(setting))
         return
     split = link_split(args.data, args.out.resolve() / "split")
     runs = []
     for name in args.only:
-        runs += [timed(name, DEFAULTS[name], split, seed, args.out) for seed in range(1, args.seeds + 1)]
+        runs += [run_timed(name, DEFAULTS[name], split, seed, args.out) for seed in range(1, args.seeds + 1)]
     for name in TUNED if not args.defaults_only else ():
         if name in args.only:
-            runs += [timed(name, setting, split, 1, args.out) for setting in TUNED[name]]
-    write(runs, args.out)
+            runs += [run_timed(name, setting, split, 1, args.out) for setting in TUNED[name]]
+    write_csv(runs, args.out / "time_to_accuracy.csv")
+    groups = {}
+    for run in runs:
+        groups.setdefault((run["name"], json.dumps(run["setting"])), []).append(run)
+    best = best_tuned(groups)
+    print_table(groups, best)
+    plot_runs(groups, best, args.out / "time_to_accuracy.png")
 
 
 def link_split(data: Path, folder: Path) -> Path:
-    """Lay Luthier's split of a folder out as train / validation / test, so that all read the same files."""
-    sys.path.insert(0, str(PROJECT))
+    """Return a folder with Luthier's split as train / validation / test, so that all tools read the same files."""
     from data import load_splits
 
     if not folder.exists():
@@ -74,14 +83,18 @@ def link_split(data: Path, folder: Path) -> Path:
     return folder
 
 
-def timed(name: str, setting: dict, split: Path, seed: int, out: Path) -> dict:
-    """Run once, or return what an earlier run left: seconds and validation accuracy of each epoch, and the end."""
+def run_timed(name: str, setting: dict, split: Path, seed: int, out: Path) -> dict:
+    """Run a tool once; return seconds and validation accuracy of each epoch, all seconds, and the test accuracy.
+
+    A run that was finished earlier is read from its file.
+    """
     label = "-".join([name.replace(" ", "_"), *(f"{key}{value}" for key, value in setting.items()), f"seed{seed}"])
     kept = out / f"{label}.json"
     if kept.exists():
         return json.loads(kept.read_text())
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, str(split), "--child", name, json.dumps(setting), str(seed)]
+        command = [sys.executable, "-m", "benchmarks.time_to_accuracy", str(split)]
+        command += ["--child", name, json.dumps(setting), str(seed)]
         if name == "luthier":
             command = [str(Path(sys.executable).parent / "accelerate"), "launch", str(PROJECT / "train.py")]
             command += ["--data_dir", str(split), "--seed", str(seed), "--output_dir", f"{folder}/out"]
@@ -89,13 +102,13 @@ def timed(name: str, setting: dict, split: Path, seed: int, out: Path) -> dict:
         environment = os.environ | {"HF_HOME": f"{folder}/cache", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
         start = time.perf_counter()
         process = subprocess.Popen(
-            command, env=environment, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            command, env=environment, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
         epochs, test = [], None
         for line in process.stdout:
             words = line.split()
-            if name == "luthier" and line.startswith("probe"):
-                epochs.append((time.perf_counter() - start, float(words[2].rstrip("%,")) / 100))
+            if name == "luthier" and (probe := re.match(r"probe +validation accuracy ([\d.]+)%", line)):
+                epochs.append((time.perf_counter() - start, float(probe[1]) / 100))
             elif name == "luthier" and len(words) == 7 and words[0].replace(".", "").isdigit():
                 epochs.append((time.perf_counter() - start, float(words[4].rstrip("%")) / 100))
             elif words[:1] == ["EPOCH"]:
@@ -116,16 +129,15 @@ def timed(name: str, setting: dict, split: Path, seed: int, out: Path) -> dict:
     return result
 
 
-def weights() -> dict:
-    """Return the ImageNet weights under timm's names."""
-    sys.path.insert(0, str(PROJECT))
+def load_backbone() -> dict:
+    """Return the ImageNet weights below the head, under timm's names."""
     from models import build_model
 
     model, _ = build_model("efficientnet_lite0", {0: "a", 1: "b"})
     return {key: value for key, value in model.timm_model.state_dict().items() if not key.startswith("classifier.")}
 
 
-def fastai(data: Path, seed: int, name: str, size: int, epochs: int, lr: float) -> None:
+def fine_tune_with_fastai(data: Path, seed: int, name: str, size: int, epochs: int, lr: float) -> None:
     """Fine-tune as fastai's documentation does: `vision_learner`, its usual augmentation, `fine_tune`."""
     from fastai.vision.all import (
         Callback,
@@ -150,7 +162,7 @@ def fastai(data: Path, seed: int, name: str, size: int, epochs: int, lr: float) 
         data, train="train", valid="validation", item_tfms=Resize(size), batch_tfms=[*aug_transforms(), normalize]
     )
     learner = vision_learner(loaders, "tf_efficientnet_lite0", pretrained=False, normalize=False, metrics=accuracy)
-    learner.model[0].model.load_state_dict(weights())
+    learner.model[0].model.load_state_dict(load_backbone())
     learner.freeze()  # as vision_learner does with weights that it downloads
     with learner.no_bar():
         learner.fine_tune(epochs, lr, cbs=Report())
@@ -159,11 +171,10 @@ def fastai(data: Path, seed: int, name: str, size: int, epochs: int, lr: float) 
         print("TEST", float(learner.validate(dl=test)[1]))
 
 
-def trainer(data: Path, seed: int, name: str, size: int, epochs: int, lr: float, batch: int) -> None:
-    """Fine-tune with the Trainer and timm's own training and evaluation transforms, BatchNorm and all.
+def fine_tune_with_trainer(data: Path, seed: int, name: str, size: int, epochs: int, lr: float, batch: int) -> None:
+    """Fine-tune all layers, BatchNorm too, with the Trainer and timm's own training and evaluation transforms.
 
-    As the transformers example does; the plain one has another batch, rate and number of epochs, mild crops, and
-    the optimizer's cosine.
+    "transformers example" does as that example does. "plain Trainer" has mild crops and a cosine schedule.
     """
     import numpy as np
     from datasets import load_dataset
@@ -177,95 +188,112 @@ def trainer(data: Path, seed: int, name: str, size: int, epochs: int, lr: float,
         set_seed,
     )
 
+    from data import collate
+
     class Report(TrainerCallback):
         def on_evaluate(self, args, state, control, metrics, **kwargs):
             print("EPOCH", metrics["eval_accuracy"], flush=True)
 
     set_seed(seed)
-    sys.path.insert(0, str(PROJECT))
-    from data import collate
-
     plain = name == "plain Trainer"
     view = {"input_size": (3, size, size), "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic"}
     scale = {"scale": (0.35, 1.0)} if plain else {}
     evaluation = create_transform(**view, crop_pct=0.875)
-    see = {"train": create_transform(**view, is_training=True, **scale), "validation": evaluation, "test": evaluation}
+    train = create_transform(**view, is_training=True, **scale)
 
-    def lazily(split):
+    def batch_transform(transform):
         return lambda batch: {
-            "pixel_values": [see[split](image.convert("RGB")) for image in batch["image"]],
+            "pixel_values": [transform(image.convert("RGB")) for image in batch["image"]],
             "labels": batch["label"],
         }
 
-    sets = load_dataset("imagefolder", data_dir=str(data))
-    sets = {split: sets[split].with_transform(lazily(split)) for split in see}
-    labels = sets["train"].features["label"].names
+    splits = load_dataset("imagefolder", data_dir=str(data))
+    for split in splits:
+        splits[split] = splits[split].with_transform(batch_transform(train if split == "train" else evaluation))
+    labels = splits["train"].features["label"].names
     model = TimmWrapperForImageClassification(
         TimmWrapperConfig(architecture="tf_efficientnet_lite0", num_labels=len(labels), pretrained_cfg={})
     )
-    model.timm_model.load_state_dict(weights(), strict=False)
+    model.timm_model.load_state_dict(load_backbone(), strict=False)
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
+        training_args = TrainingArguments(
             output_dir=folder, seed=seed, num_train_epochs=epochs, learning_rate=lr, per_device_train_batch_size=batch,
             lr_scheduler_type="cosine" if plain else "linear", warmup_steps=0.1 if plain else 0, eval_strategy="epoch",
             save_strategy="no", report_to="none", remove_unused_columns=False, disable_tqdm=True,
         )  # fmt: skip
-        run = Trainer(
-            model=model, args=arguments, data_collator=collate, train_dataset=sets["train"],
-            eval_dataset=sets["validation"], callbacks=[Report()],
-            compute_metrics=lambda answer: {"accuracy": float(np.mean(answer[0].argmax(-1) == answer[1]))},
+        trainer = Trainer(
+            model=model, args=training_args, data_collator=collate, train_dataset=splits["train"],
+            eval_dataset=splits["validation"], callbacks=[Report()],
+            compute_metrics=lambda result: {"accuracy": float(np.mean(result[0].argmax(-1) == result[1]))},
         )  # fmt: skip
-        run.train()
-        print("TEST", run.predict(sets["test"]).metrics["test_accuracy"])
+        trainer.train()
+        print("TEST", trainer.predict(splits["test"]).metrics["test_accuracy"])
 
 
-def write(runs: list[dict], out: Path) -> None:
-    """Write the CSV and the chart; print a row for each of them."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
-
-    with (out / "time_to_accuracy.csv").open("w", newline="") as file:
+def write_csv(runs: list[dict], path: Path) -> None:
+    """Write a row for each epoch of each run."""
+    with path.open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["name", "setting", "seed", "seconds", "validation accuracy", "test accuracy at the end"])
         for run in runs:
             for seconds, accuracy in run["epochs"]:
                 row = [run["name"], json.dumps(run["setting"]), run["seed"], f"{seconds:.1f}", f"{accuracy:.4f}"]
                 table.writerow([*row, f"{run['test']:.4f}"])
+
+
+def best_tuned(groups: dict[tuple[str, str], list[dict]]) -> set[tuple[str, str]]:
+    """Return each tool's tuned setting with the highest final validation accuracy of the first seed."""
+    best = {}
+    for (name, setting), (run, *_) in groups.items():
+        accuracy = run["epochs"][-1][1]
+        if is_tuned(name, setting) and (name not in best or accuracy > best[name][0]):
+            best[name] = accuracy, setting
+    return {(name, setting) for name, (_, setting) in best.items()}
+
+
+def is_tuned(name: str, setting: str) -> bool:
+    """Return whether a setting is not the tool's default."""
+    return json.loads(setting) != DEFAULTS[name]
+
+
+def print_table(groups: dict[tuple[str, str], list[dict]], best: set[tuple[str, str]]) -> None:
+    """Print a row for each tool and setting."""
     print("| what | setting | runs | seconds | test accuracy | validation after each epoch (first run) |")
     print("|---|---|---|---|---|---|")
-    groups = {}
-    for run in runs:
-        groups.setdefault((run["name"], json.dumps(run["setting"])), []).append(run)
-    tuned = {key: group[0] for key, group in groups.items() if json.loads(key[1]) != DEFAULTS[key[0]]}
-    best = {}
-    for key, run in tuned.items():
-        if key[0] not in best or run["epochs"][-1][1] > tuned[best[key[0]]]["epochs"][-1][1]:
-            best[key[0]] = key
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    colours = dict(zip(DEFAULTS, ("#D55E00", "#0072B2", "#009E73", "#CC79A7"), strict=True))
     for (name, setting), group in groups.items():
         mean = [sum(run[key] for run in group) / len(group) for key in ("seconds", "test")]
         spread = [(min(run[key] for run in group), max(run[key] for run in group)) for key in ("seconds", "test")]
         curve = ", ".join(f"{accuracy:.1%} {seconds:.0f}" for seconds, accuracy in group[0]["epochs"])
-        said = ", ".join(f"{key} {value:g}" for key, value in json.loads(setting).items()) or "default"
-        marked = " (best tuned)" if (name, setting) == best.get(name) else ""
+        shown = ", ".join(f"{key} {value:g}" for key, value in json.loads(setting).items()) or "default"
+        mark = " (best tuned)" if (name, setting) in best else ""
         print(
-            f"| {name} | {said}{marked} | {len(group)} | {mean[0]:.0f} ({spread[0][0]:.0f} to {spread[0][1]:.0f}) "
+            f"| {name} | {shown}{mark} | {len(group)} | {mean[0]:.0f} ({spread[0][0]:.0f} to {spread[0][1]:.0f}) "
             f"| {mean[1]:.1%} ({spread[1][0]:.1%} to {spread[1][1]:.1%}) | {curve} |"
         )
-        if (name, setting) in tuned and not marked:
+
+
+def plot_runs(groups: dict[tuple[str, str], list[dict]], best: set[tuple[str, str]], path: Path) -> None:
+    """Write the chart of all runs at default settings (solid) and at the best tuned ones (dashed)."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    colours = dict(zip(DEFAULTS, ("#D55E00", "#0072B2", "#009E73", "#CC79A7"), strict=True))
+    for (name, setting), group in groups.items():
+        tuned = is_tuned(name, setting)
+        if tuned and (name, setting) not in best:
             continue
         for number, run in enumerate(group):
             axes.plot(
-                *zip(*run["epochs"], strict=True), color=colours[name], linestyle="--" if marked else "-", marker=".",
-                label=f"{name}{', tuned' if marked else ''}" if number == 0 else None,
+                *zip(*run["epochs"], strict=True), color=colours[name], linestyle="--" if tuned else "-", marker=".",
+                label=f"{name}{', tuned' if tuned else ''}" if number == 0 else None,
             )  # fmt: skip
     axes.set(xlabel="seconds from the start of the process", ylabel="validation accuracy", ylim=(None, 1))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
-    figure.savefig(out / "time_to_accuracy.png", dpi=110)
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

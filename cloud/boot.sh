@@ -1,17 +1,19 @@
 #!/bin/bash
-# What the VM does at every boot: mount the disk, fetch data and token, run the container from its last checkpoint on, and
-# delete itself when the run has ended or failed for good. cloud/gce.sh puts this into the VM's metadata.
+# What the VM does at every boot: it mounts the disk, fetches the data and the token, and runs the container from its
+# last checkpoint. When the run has ended or failed for good, the VM deletes itself. cloud/gce.sh puts this script into
+# the VM's metadata.
 set -euo pipefail
 
 METADATA=http://metadata.google.internal/computeMetadata/v1
 DISK=${DISK:-/mnt/luthier}
 DEVICE=${DEVICE:-/dev/disk/by-id/google-luthier}
 SECRETS=${SECRETS:-/run/luthier}
-MOST_FAILURES=3
+MAX_FAILURES=3
 
 metadata() { curl -sf -H "Metadata-Flavor: Google" "$METADATA/$1"; }
 attribute() { metadata "instance/attributes/luthier-$1" || true; }
-# The VM's own short-lived token; on standard input of curl, because a command line is seen by every process.
+# Calls a Google API with the VM's own short-lived token. curl reads the token from standard input, because every
+# process can see a command line.
 google() {
     local token
     token=$(metadata instance/service-accounts/default/token | sed 's/.*"access_token":"\([^"]*\)".*/\1/')
@@ -25,7 +27,7 @@ mount_disk() {
     mount "$DEVICE" "$DISK"
 }
 
-fetch_token() { # of the Hub, from Secret Manager into memory
+fetch_token() { # the Hub's token, from Secret Manager; it is kept in memory, not on the disk
     local secret project
     secret=$(attribute secret)
     mkdir -p "$SECRETS"
@@ -53,7 +55,7 @@ train() {
     google_registry_login "$image"
     mkdir -p "$DISK/outputs" "$DISK/cache" "$DISK/data"
     chown 10001:0 "$DISK/outputs" "$DISK/cache"
-    # shellcheck disable=SC2086 # the arguments are several words
+    # shellcheck disable=SC2086 # $args holds several words
     docker run --rm --name luthier "${gpus[@]}" --shm-size 4g --env-file "$SECRETS/env" \
         -v "$DISK/outputs:/srv/outputs" -v "$DISK/cache:/cache" -v "$DISK/data:/data:ro" \
         "$image" $args --resume_from_checkpoint auto &
@@ -84,10 +86,10 @@ delete_vm() {
 
 main() {
     mount_disk
-    exec > >(tee -a "$DISK/boot.log") 2>&1 # the VM, and its journal, may be gone when somebody asks why
+    exec > >(tee -a "$DISK/boot.log") 2>&1 # the VM and its journal may be gone when somebody looks for the cause
     local failures status=0
     failures=$(cat "$DISK/failures" 2>/dev/null || echo 0)
-    while [ "$failures" -lt "$MOST_FAILURES" ]; do
+    while [ "$failures" -lt "$MAX_FAILURES" ]; do
         fetch_token && fetch_data && train && status=0 || status=$?
         case $status in
         0)
@@ -102,7 +104,7 @@ main() {
         *)
             failures=$((failures + 1))
             echo "$failures" >"$DISK/failures"
-            echo "failure $failures of $MOST_FAILURES, exit code $status"
+            echo "failure $failures of $MAX_FAILURES, exit code $status"
             sleep "${PAUSE:-30}"
             ;;
         esac

@@ -1,10 +1,11 @@
 #!/bin/bash
 # One spot GPU VM on Compute Engine that trains, survives preemption, and deletes itself.
 #
-#   cloud/gce.sh up     [--settings FILE] [--dry-run]   build the image, make the VM, or start it again after a preemption
-#   cloud/gce.sh logs | ssh | status                    what it does
+#   cloud/gce.sh up     [--settings FILE] [--dry-run]   build the container image and create the VM; after a
+#                                                       preemption, start the VM again
+#   cloud/gce.sh logs | ssh | status                    see what the VM does
 #   cloud/gce.sh down                                   delete the VM; the disk with the checkpoints stays
-#   cloud/gce.sh down --disk                            and the disk
+#   cloud/gce.sh down --disk                            delete the disk too
 #
 # --dry-run prints every command and runs none. docs/cloud.md goes from an empty project to a trained model.
 set -euo pipefail
@@ -55,7 +56,7 @@ image=$region-docker.pkg.dev/$PROJECT/luthier/luthier
 account=$NAME-vm@$PROJECT.iam.gserviceaccount.com
 here=(--project "$PROJECT" --zone "$ZONE")
 
-run() { # or print; what is there already is no failure of a second try
+run() { # or print, with --dry-run
     if [ -n "$dry" ]; then
         printf '%q ' "$@"
         echo
@@ -63,6 +64,7 @@ run() { # or print; what is there already is no failure of a second try
         "$@"
     fi
 }
+# What exists already must not make a second try fail.
 exists() { [ -z "$dry" ] && "$@" --format 'value(name)' >/dev/null 2>&1; }
 
 prepare_project() {
@@ -72,7 +74,7 @@ prepare_project() {
         run gcloud artifacts repositories create luthier --project "$PROJECT" --location "$region" \
             --repository-format docker
     run gcloud builds submit --project "$PROJECT" --tag "$image" --machine-type e2-highcpu-8 --timeout 3600 .
-    # Rights of the VM: to pull the image, to write logs, to read its data and its secret, and to delete itself.
+    # The rights of the VM: pull the image, write logs, read its data and its secret, and delete itself.
     exists gcloud iam service-accounts describe "$account" --project "$PROJECT" ||
         run gcloud iam service-accounts create "$NAME-vm" --project "$PROJECT"
     run gcloud artifacts repositories add-iam-policy-binding luthier --project "$PROJECT" --location "$region" \
@@ -95,7 +97,7 @@ up() {
         run gcloud compute disks create "$NAME-data" "${here[@]}" --size "${DISK_GB}GB" --type pd-balanced
     local gpu=()
     [ -z "$GPU" ] || gpu=(--accelerator "$GPU")
-    # A preempted VM is stopped, and `up` starts it again; after MAX_HOURS it is stopped too, whatever it does.
+    # Preemption stops the VM, and `up` starts it again. After MAX_HOURS the VM is stopped too, whatever it does.
     run gcloud compute instances create "$NAME" "${here[@]}" --machine-type "$MACHINE" "${gpu[@]}" \
         --provisioning-model SPOT --instance-termination-action STOP --maintenance-policy TERMINATE \
         --image-family ubuntu-2404-lts-amd64 --image-project ubuntu-os-cloud --boot-disk-size 50GB \
@@ -105,10 +107,10 @@ up() {
         --metadata-from-file "user-data=cloud/cloud-init.yaml,luthier-boot=cloud/boot.sh,luthier-args=$(args_file)"
     run gcloud compute instances add-iam-policy-binding "$NAME" "${here[@]}" \
         --member "serviceAccount:$account" --role "projects/$PROJECT/roles/luthierDeleteSelf"
-    echo "The run starts in about ten minutes: cloud/gce.sh logs. To stop paying at once: cloud/gce.sh down"
+    echo "The run starts in about ten minutes. To watch it: cloud/gce.sh logs. To stop paying now: cloud/gce.sh down"
 }
 
-args_file() { # the arguments may hold commas, which --metadata does not take
+args_file() { # the arguments may contain commas, which --metadata does not accept
     local file=${TMPDIR:-/tmp}/luthier-args-$NAME
     printf '%s' "$ARGS" >"$file"
     printf '%s' "$file"

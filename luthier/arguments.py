@@ -332,12 +332,14 @@ def build_parser(show_all: bool = False) -> Parser:
     Args:
         show_all: the help shows all of TrainingArguments, not only those of `COMMON`.
     """
+    # DataArguments.label_names, the names of the classes, replaces that of TrainingArguments, which the Trainer fills by
+    # itself: so DataArguments comes later.
+    groups: Any = (TrainingArguments, DataArguments, ModelArguments)
     title = "training (transformers.TrainingArguments, with Luthier's defaults)"
-    TrainingArguments._argument_group_name = title if show_all else f"{title}; all of them: --help-all"
+    title = title if show_all else f"{title}; all of them: --help-all"
+    TrainingArguments._argument_group_name = title  # type: ignore[attr-defined]  # for HfArgumentParser
     parser = Parser(
-        # DataArguments.label_names, the names of the classes, replaces that of TrainingArguments, which the Trainer
-        # fills by itself: so DataArguments comes later.
-        (TrainingArguments, DataArguments, ModelArguments),
+        groups,
         conflict_handler="resolve",
         formatter_class=HelpFormatter,
         prog="train.py",
@@ -354,7 +356,7 @@ def build_parser(show_all: bool = False) -> Parser:
             action.help = COMMON[action.dest]
         elif action.dest not in own and not show_all:
             action.help = argparse.SUPPRESS
-    parser._action_groups.sort(key=lambda group: group.title == TrainingArguments._argument_group_name)
+    parser._action_groups.sort(key=lambda group: group.title == title)
     return parser
 
 

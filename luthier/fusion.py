@@ -35,14 +35,16 @@ def fuse_batchnorm(model: PreTrainedModel, size: tuple[int, int]) -> PreTrainedM
 
 def _fuse_in_place(model: PreTrainedModel, pixel_values: torch.Tensor) -> None:
     """Fuse what a forward pass of this input shows to follow each other."""
-    outputs, sides, pairs = {}, {}, {}
+    outputs: dict[int, tuple[nn.Conv2d, torch.Tensor]] = {}
+    sides: dict[nn.Conv2d, torch.Size] = {}
+    pairs: dict[nn.BatchNorm2d, nn.Conv2d] = {}
     names = {module: name for name, module in model.named_modules()}
 
-    def remember(convolution: nn.Module, args: tuple, output: torch.Tensor) -> None:
+    def remember(convolution: nn.Conv2d, args: tuple, output: torch.Tensor) -> None:
         outputs[id(output)] = (convolution, output)  # the output too, so that no other tensor gets its id
         sides[convolution] = args[0].shape[-2:]
 
-    def pair(norm: nn.Module, args: tuple) -> None:
+    def pair(norm: nn.BatchNorm2d, args: tuple) -> None:
         if args and id(args[0]) in outputs and norm.running_mean is not None:
             pairs[norm] = outputs[id(args[0])][0]
 
@@ -52,13 +54,15 @@ def _fuse_in_place(model: PreTrainedModel, pixel_values: torch.Tensor) -> None:
     for hook in hooks:
         hook.remove()
     for norm, convolution in pairs.items():
-        statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
-        convolution.weight, convolution.bias = fuse_conv_bn_weights(convolution.weight, convolution.bias, *statistics)
+        assert norm.running_mean is not None and norm.running_var is not None  # `pair` has seen to it
+        convolution.weight, convolution.bias = fuse_conv_bn_weights(
+            convolution.weight, convolution.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+        )
         rest = nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
         model.set_submodule(names[norm], rest)
     for convolution, side in sides.items():
         if type(convolution) is Conv2dSame and convolution.dilation == (1, 1):
-            model.set_submodule(names[convolution], _with_even_padding(convolution, side))
+            model.set_submodule(names[convolution], _with_even_padding(convolution, (side[0], side[1])))
 
 
 def _with_even_padding(convolution: Conv2dSame, side: tuple[int, int]) -> nn.Conv2d:
@@ -75,8 +79,8 @@ def _with_even_padding(convolution: Conv2dSame, side: tuple[int, int]) -> nn.Con
         convolution.in_channels,
         convolution.out_channels,
         (weight.shape[-2], weight.shape[-1]),
-        convolution.stride,
-        [(pixels + 1) // 2 for pixels in needed],
+        (convolution.stride[0], convolution.stride[1]),
+        ((needed[0] + 1) // 2, (needed[1] + 1) // 2),
         groups=convolution.groups,
         device="meta",
     )

@@ -1,4 +1,4 @@
-"""Drawn pictures and tiny models; nothing here or in any test reaches the network or the user's caches."""
+"""Drawn images and tiny models; no test reaches the network or the user's caches."""
 
 import json
 import os
@@ -32,8 +32,8 @@ from transformers import (
 )
 
 from data import load_splits
+from luthier.images.views import EvaluationView
 from models import build_model
-from views import EvaluationView
 
 PROJECT = Path(__file__).parent.parent
 COLOURS = {"blue": (40, 60, 200), "green": (30, 180, 60), "red": (210, 50, 40)}
@@ -44,13 +44,13 @@ def pytest_unconfigure() -> None:
 
 
 def draw(colour: str, seed: int, width: int = 48, height: int = 40) -> Image.Image:
-    """Draw a picture of a colour, different for each seed."""
+    """Draw an image of a colour, different for each seed."""
     noise = np.random.default_rng(seed).normal(0, 25, (height, width, 3))
     return Image.fromarray((noise + COLOURS[colour]).clip(0, 255).astype(np.uint8))
 
 
 def draw_folder(root: Path, per_class: int = 8, classes: tuple[str, ...] = tuple(COLOURS), first: int = 0) -> Path:
-    """Draw a folder of class folders; `first` is the first picture's seed."""
+    """Draw a folder of class folders; `first` is the first image's seed."""
     for number, name in enumerate(classes):
         (root / name).mkdir(parents=True)
         for seed in range(first, first + per_class):
@@ -59,14 +59,14 @@ def draw_folder(root: Path, per_class: int = 8, classes: tuple[str, ...] = tuple
 
 
 def encoded(image: Image.Image, tmp_path: Path, suffix: str = "png", **options) -> bytes:
-    """Save a picture, and return its file."""
-    path = tmp_path / f"picture.{suffix}"
+    """Save an image, and return its file."""
+    path = tmp_path / f"image.{suffix}"
     image.save(path, **options)
     return path.read_bytes()
 
 
 def load(**options) -> DatasetDict:
-    """Load splits, without what was left out of them."""
+    """Load splits, without the list of what was left out of them."""
     return load_splits(**options)[0]
 
 
@@ -87,9 +87,16 @@ def view() -> EvaluationView:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """A folder of three class folders with eight pictures each."""
-    return draw_folder(tmp_path / "pictures")
+def images(tmp_path: Path) -> Path:
+    """A folder of three class folders with eight images each."""
+    return draw_folder(tmp_path / "images")
+
+
+@pytest.fixture(autouse=True)
+def random_seed() -> None:
+    """Every test draws the same random numbers, alone or among others."""
+    torch.manual_seed(0)
+    np.random.seed(0)
 
 
 @pytest.fixture(scope="session")
@@ -103,6 +110,7 @@ def timm_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "num_classes": 5,
         "architecture": "test_resnet",
     }
+    torch.manual_seed(0)
     model = TimmWrapperForImageClassification(
         TimmWrapperConfig(architecture="test_resnet", num_labels=5, pretrained_cfg=dict(cfg))
     )
@@ -123,6 +131,7 @@ def vit_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8,
         id2label=names, label2id={name: index for index, name in names.items()},
     )  # fmt: skip
+    torch.manual_seed(0)
     ViTForImageClassification(config).save_pretrained(folder)
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
     return folder
@@ -133,6 +142,7 @@ def resnet_checkpoint(tmp_path_factory):
     """A tiny transformers ResNet, whose head is a Sequential, with five classes."""
     folder = tmp_path_factory.mktemp("hub") / "tiny-resnet"
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", num_labels=5)
+    torch.manual_seed(0)
     ResNetForImageClassification(config).save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(
         json.dumps(

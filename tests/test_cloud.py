@@ -12,7 +12,7 @@ import pytest
 import yaml
 from conftest import PROJECT, draw_folder
 
-from checkpoints import newest_whole
+from luthier.training.checkpoints import newest_whole
 
 SECRET = "hf_secretOfTheHub0123456789"
 CURL = """#!/bin/sh
@@ -82,9 +82,9 @@ def boot() -> subprocess.Popen:
 
 @pytest.mark.slow
 def test_boot_runs_up_to_the_first_checkpoint_and_goes_on_after_a_preemption(stubs, tmp_path, monkeypatch):
-    draw_folder(tmp_path / "pictures", per_class=6)
+    draw_folder(tmp_path / "images", per_class=6)
     monkeypatch.setenv("TRAIN", f"{sys.executable} {PROJECT / 'train.py'}")
-    line = "--data_dir pictures --model_name simple_cnn --num_train_epochs {} --disable_tqdm 1 --output_dir out"
+    line = "--data_dir images --model_name simple_cnn --num_train_epochs {} --disable_tqdm 1 --output_dir out"
     (stubs / "args").write_text(line.format(100000))
     process = boot()
     for _ in range(600):

@@ -7,8 +7,8 @@ import torch
 from conftest import PROJECT
 from transformers import Trainer
 
-from arguments import parse_arguments
-from views import AUGMENTATIONS
+from luthier.arguments import parse_arguments
+from luthier.images.views import AUGMENTATIONS
 
 CONFIGS = sorted((PROJECT / "configs").glob("*.yaml"))
 
@@ -21,26 +21,26 @@ def empty_folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_config_is_read_and_documented(path):
-    data_args, _, training_args = parse_arguments([str(path)])
+    data_args, _, training_args, _ = parse_arguments([str(path)])
     assert training_args.output_dir == str(Path("outputs", path.stem))
     assert data_args.augmentation in AUGMENTATIONS
     header = path.read_text().split("\n\n")[0]
     assert header.startswith("# ") and f"accelerate launch train.py configs/{path.name}" in path.read_text()
 
 
-def test_the_seeds_experiments_are_there():
+def test_the_original_experiments_are_there():
     names = {path.stem for path in CONFIGS}
     assert {"simple_cnn_instruments", "resnet18_instruments", "resnet18_instruments_augmix"} <= names
     for name in ("simple_cnn_instruments", "resnet18_instruments", "resnet18_instruments_augmix"):
-        data_args, model_args, _ = parse_arguments([str(PROJECT / f"configs/{name}.yaml")])
+        data_args, model_args, *_ = parse_arguments([str(PROJECT / f"configs/{name}.yaml")])
         assert data_args.dataset_name == "YakupAkdin/instrument-images" and data_args.split_seed == 1
         assert data_args.label_names[0] == "harp" and data_args.label_names[-1] == "yayli tambur"
         assert len(data_args.label_names) == 10
         assert model_args.recipe == (None if name == "simple_cnn_instruments" else "head")
 
 
-def test_simple_cnn_trains_as_the_seed_did():
-    *_, training_args = parse_arguments([str(PROJECT / "configs/simple_cnn_instruments.yaml")])
+def test_simple_cnn_trains_as_in_the_original_experiment():
+    training_args = parse_arguments([str(PROJECT / "configs/simple_cnn_instruments.yaml")]).training_args
     assert (training_args.per_device_train_batch_size, training_args.num_train_epochs) == (4, 25)
     optimizer, settings = Trainer.get_optimizer_cls_and_kwargs(training_args)
     assert optimizer is torch.optim.SGD and settings == {"lr": 1e-3, "momentum": 0.9}

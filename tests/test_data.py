@@ -1,4 +1,4 @@
-"""Loading, splitting, preparing and augmenting drawn pictures: every way in, every trap, every Pillow mode."""
+"""Loading, splitting, preparing and augmenting drawn images: every way in, every trap, every Pillow mode."""
 
 import hashlib
 import io
@@ -13,9 +13,10 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 
 import data
-import inspection
-from data import collate, describe, load_splits, prepare, store_training_picture, with_views
-from images import decode_rgb
+import luthier.images.inspection as inspection
+from data import collate, describe, load_splits, prepare, store_training_image, with_transforms
+from luthier.errors import UserError
+from luthier.images.decode import decode_rgb
 
 
 def digests(splits: DatasetDict) -> dict[str, list[str]]:
@@ -25,9 +26,9 @@ def digests(splits: DatasetDict) -> dict[str, list[str]]:
 # --- folders
 
 
-def test_folder_is_cut_stratified_and_disjoint(pictures, view):
-    splits = prepare(load(data_dir=str(pictures)), view)
-    counts = describe(splits)["splits"]
+def test_folder_is_cut_stratified_and_disjoint(images, view):
+    splits = prepare(load(data_dir=str(images)), view)
+    counts = describe(splits, "drawn")["splits"]
     assert labels_of(splits) == ["blue", "green", "red"]
     assert {split: set(count["per_class"].values()) for split, count in counts.items()} == {
         "train": {5}, "validation": {1}, "test": {2},
@@ -36,8 +37,8 @@ def test_folder_is_cut_stratified_and_disjoint(pictures, view):
     assert len(set(everything)) == len(everything) == 24
 
 
-def test_labels_follow_the_folders(pictures, view):
-    splits = with_views(prepare(load(data_dir=str(pictures)), view), view, "none", "evaluation")
+def test_labels_follow_the_folders(images, view):
+    splits = with_transforms(prepare(load(data_dir=str(images)), view), view, "none", "evaluation")
     for dataset in splits.values():
         for row in dataset:
             mean = (row["pixel_values"].mean(dim=(1, 2)) + 1).numpy() * 127.5
@@ -45,11 +46,11 @@ def test_labels_follow_the_folders(pictures, view):
             assert nearest == dataset.features["label"].int2str(row["labels"])
 
 
-def test_split_seed_decides_the_cut_alone(pictures, view):
+def test_split_seed_decides_the_cut_alone(images, view):
     def cut(**options):
         torch.manual_seed(options.pop("training_seed", 0))
         np.random.seed(0)
-        return digests(prepare(load(data_dir=str(pictures), **options), view))
+        return digests(prepare(load(data_dir=str(images), **options), view))
 
     assert cut() == cut(split_seed=1) == cut(training_seed=5)
     assert cut(split_seed=2) != cut()
@@ -75,36 +76,36 @@ def test_missing_test_split_is_cut_from_train(tmp_path):
     assert {split: len(dataset) for split, dataset in splits.items()} == {"train": 24, "validation": 6, "test": 6}
 
 
-def test_changed_file_is_prepared_again(pictures, view):
-    before = describe(prepare(load(data_dir=str(pictures)), view))["fingerprint"]
-    assert describe(prepare(load(data_dir=str(pictures)), view))["fingerprint"] == before
-    draw("red", 999).save(pictures / "red/000.png")
-    assert describe(prepare(load(data_dir=str(pictures)), view))["fingerprint"] != before
+def test_changed_file_is_prepared_again(images, view):
+    before = describe(prepare(load(data_dir=str(images)), view), "drawn")["fingerprint"]
+    assert describe(prepare(load(data_dir=str(images)), view), "drawn")["fingerprint"] == before
+    draw("red", 999).save(images / "red/000.png")
+    assert describe(prepare(load(data_dir=str(images)), view), "drawn")["fingerprint"] != before
 
 
-def test_second_run_decodes_nothing(pictures, monkeypatch, view):
-    prepare(load(data_dir=str(pictures)), view)
+def test_second_run_decodes_nothing(images, monkeypatch, view):
+    prepare(load(data_dir=str(images)), view)
     for module in (data, inspection):
         monkeypatch.setattr(module, "decode_rgb", lambda *arguments: pytest.fail("decoded again"))
-    assert len(prepare(load(data_dir=str(pictures)), view)["train"]) == 15
+    assert len(prepare(load(data_dir=str(images)), view)["train"]) == 15
 
 
 @pytest.mark.parametrize("fractions", [{"test_fraction": 0}, {"validation_fraction": 1.5}])
-def test_impossible_fraction(pictures, fractions):
-    with pytest.raises(ValueError, match="must lie between 0 and 1"):
-        load(data_dir=str(pictures), **fractions)
+def test_impossible_fraction(images, fractions):
+    with pytest.raises(UserError, match="must lie between 0 and 1"):
+        load(data_dir=str(images), **fractions)
 
 
-def test_fractions_that_leave_nothing(pictures):
-    with pytest.raises(ValueError, match="leave nothing to train on"):
-        load(data_dir=str(pictures), validation_fraction=0.5, test_fraction=0.5)
+def test_fractions_that_leave_nothing(images):
+    with pytest.raises(UserError, match="leave nothing to train on"):
+        load(data_dir=str(images), validation_fraction=0.5, test_fraction=0.5)
 
 
 # --- datasets
 
 
 def save_dataset(folder: Path, label_feature, values: dict[str, list], columns=("image", "label")) -> str:
-    """Save drawn pictures as the Parquet files of a Hub dataset, with the label values given for each split."""
+    """Save drawn images as the Parquet files of a Hub dataset, with the label values given for each split."""
     (folder / "data").mkdir(parents=True)
     for split, labels in values.items():
         images = [draw("red", index) for index in range(len(labels))]
@@ -123,7 +124,7 @@ def save_dataset(folder: Path, label_feature, values: dict[str, list], columns=(
     ],
 )
 def test_dataset_with_labels_of_any_kind(tmp_path, feature, values, names):
-    path = save_dataset(tmp_path / "set", feature, {"train": values * 10, "test": values * 2}, ("picture", "class"))
+    path = save_dataset(tmp_path / "set", feature, {"train": values * 10, "test": values * 2}, ("image", "class"))
     splits = load(dataset_name=path)
     assert labels_of(splits) == names
     assert {split: len(dataset) for split, dataset in splits.items()} == {"train": 18, "validation": 2, "test": 4}
@@ -137,26 +138,26 @@ def test_named_columns(tmp_path, view):
     (tmp_path / "set").mkdir()
     Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "set/train.parquet")
     path = str(tmp_path / "set")
-    with pytest.raises(ValueError, match=r"photo or thumbnail could be the image column: name it with --image_column"):
+    with pytest.raises(UserError, match=r"photo or thumbnail could be the image column: name it with --image_column"):
         load(dataset_name=path)
     assert labels_of(load(dataset_name=path, image_column="photo")) == ["c", "d"]
     splits = prepare(load(dataset_name=path, image_column="photo", label_column="kind"), view)
     assert labels_of(splits) == ["a", "b"]
     assert np.asarray(splits["train"][0]["image"])[..., 0].mean() > 150
-    with pytest.raises(ValueError, match="no column 'nothing'"):
+    with pytest.raises(UserError, match="no column 'nothing'"):
         load(dataset_name=path, image_column="nothing")
-    with pytest.raises(ValueError, match="holds no images"):
+    with pytest.raises(UserError, match="holds no images"):
         load(dataset_name=path, image_column="kind")
 
 
-def test_image_column_without_its_type(tmp_path, pictures, view):
-    raw = [path.read_bytes() for path in sorted(pictures.rglob("*.png"))]
-    names = [path.parent.name for path in sorted(pictures.rglob("*.png"))]
+def test_image_column_without_its_type(tmp_path, images, view):
+    raw = [path.read_bytes() for path in sorted(images.rglob("*.png"))]
+    names = [path.parent.name for path in sorted(images.rglob("*.png"))]
     (tmp_path / "set").mkdir()
-    Dataset.from_dict({"picture": raw, "label": names}).to_parquet(tmp_path / "set/train.parquet")
-    splits = prepare(load(dataset_name=str(tmp_path / "set"), image_column="picture"), view)
-    folder = prepare(load(data_dir=str(pictures)), view)
-    assert describe(splits)["fingerprint"] == describe(folder)["fingerprint"]
+    Dataset.from_dict({"image": raw, "label": names}).to_parquet(tmp_path / "set/train.parquet")
+    splits = prepare(load(dataset_name=str(tmp_path / "set"), image_column="image"), view)
+    folder = prepare(load(data_dir=str(images)), view)
+    assert describe(splits, "drawn")["fingerprint"] == describe(folder, "drawn")["fingerprint"]
 
 
 def test_single_split_is_the_training_split_whatever_its_name(tmp_path):
@@ -172,33 +173,33 @@ def test_test_split_without_labels_is_replaced(tmp_path):
 
 def test_some_rows_without_label(tmp_path):
     path = save_dataset(tmp_path / "set", Value("string"), {"train": ["a", "b", None] * 10})
-    with pytest.raises(ValueError, match="10 rows of the train split have no label"):
+    with pytest.raises(UserError, match="10 rows of the train split have no label"):
         load(dataset_name=path)
 
 
-def test_label_names_rename_in_order(pictures):
-    assert labels_of(load(data_dir=str(pictures), label_names=["mavi", "yeşil", "kırmızı"])) == [
+def test_label_names_rename_in_order(images):
+    assert labels_of(load(data_dir=str(images), label_names=["mavi", "yeşil", "kırmızı"])) == [
         "mavi", "yeşil", "kırmızı",
     ]  # fmt: skip
-    with pytest.raises(ValueError, match="label_names has 2 names, but the data has 3 classes: blue, green, red"):
-        load(data_dir=str(pictures), label_names=["a", "b"])
-    with pytest.raises(ValueError, match="'a' twice"):
-        load(data_dir=str(pictures), label_names=["a", "b", "a"])
+    with pytest.raises(UserError, match="label_names has 2 names, but the data has 3 classes: blue, green, red"):
+        load(data_dir=str(images), label_names=["a", "b"])
+    with pytest.raises(UserError, match="'a' twice"):
+        load(data_dir=str(images), label_names=["a", "b", "a"])
 
 
 def test_unreachable_dataset():
-    with pytest.raises(ValueError, match=r"someone/their-set.*--data_dir"):
+    with pytest.raises(UserError, match=r"someone/their-set.*--data_dir"):
         load(dataset_name="someone/their-set")
 
 
 # --- preparation
 
 
-def test_plain_rgb_keeps_its_bytes_and_the_rest_its_pixels(pictures, view):
-    draw("red", 5).save(pictures / "red/photo.jpg")
-    draw("red", 6).convert("L").save(pictures / "red/grey.png")
-    train = prepare(load(data_dir=str(pictures)), view)["train"].cast_column("image", Image(decode=False))
-    by_digest = {hashlib.sha256(path.read_bytes()).hexdigest(): path for path in pictures.rglob("*.*")}
+def test_plain_rgb_keeps_its_bytes_and_the_rest_its_pixels(images, view):
+    draw("red", 5).save(images / "red/photo.jpg")
+    draw("red", 6).convert("L").save(images / "red/grey.png")
+    train = prepare(load(data_dir=str(images)), view)["train"].cast_column("image", Image(decode=False))
+    by_digest = {hashlib.sha256(path.read_bytes()).hexdigest(): path for path in images.rglob("*.*")}
     for row in train:
         path = by_digest[row["digest"]]
         if path.name == "grey.png":
@@ -208,85 +209,85 @@ def test_plain_rgb_keeps_its_bytes_and_the_rest_its_pixels(pictures, view):
             assert row["image"]["bytes"] == path.read_bytes()
 
 
-def spoil(pictures: Path) -> list[str]:
+def spoil(images: Path) -> list[str]:
     """Add four files that cannot be read; return what is said of them."""
-    whole = (pictures / "red/000.png").read_bytes()
-    (pictures / "red/cut.png").write_bytes(whole[: len(whole) // 2])
-    (pictures / "red/empty.jpg").write_bytes(b"")
-    (pictures / "blue/page.jpg").write_text("<html>not found</html>")
-    (pictures / "blue/script.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
-    return ["cut.png", "empty.jpg: the file is empty", "page.jpg: not a picture", "script.png: not a picture"]
+    whole = (images / "red/000.png").read_bytes()
+    (images / "red/cut.png").write_bytes(whole[: len(whole) // 2])
+    (images / "red/empty.jpg").write_bytes(b"")
+    (images / "blue/page.jpg").write_text("<html>not found</html>")
+    (images / "blue/script.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    return ["cut.png", "empty.jpg: the file is empty", "page.jpg: not an image", "script.png: not an image"]
 
 
 @pytest.mark.parametrize("options", [{}, {"on_bad_image": "error"}])
-def test_unreadable_pictures_are_all_named(pictures, options):
-    said = spoil(pictures)
-    with pytest.raises(ValueError, match="pictures that cannot be read: 4 of 28") as caught:
-        load(data_dir=str(pictures), **options)
+def test_unreadable_images_are_all_named(images, options):
+    said = spoil(images)
+    with pytest.raises(UserError, match="images that cannot be read: 4 of 28") as caught:
+        load(data_dir=str(images), **options)
     assert all(name in str(caught.value) for name in said)
     assert ("more than 5%" in str(caught.value)) == (not options)
 
 
-def test_few_unreadable_pictures_are_left_out_and_returned(tmp_path, view):
-    pictures = draw_folder(tmp_path / "p", 40)
-    spoil(pictures)
-    splits, bad = load_splits(data_dir=str(pictures))
+def test_few_unreadable_images_are_left_out_and_returned(tmp_path, view):
+    images = draw_folder(tmp_path / "p", 40)
+    spoil(images)
+    splits, bad = load_splits(data_dir=str(images))
     assert sum(map(len, splits.values())) == 120 == sum(map(len, prepare(splits, view).values()))
     assert {(b.name, b.label) for b in bad} == {
         ("red/cut.png", "red"), ("red/empty.jpg", "red"), ("blue/page.jpg", "blue"), ("blue/script.png", "blue"),
     }  # fmt: skip
-    with pytest.raises(ValueError, match=r"cannot be read: 4 of 124\. Replace"):
-        load(data_dir=str(pictures), on_bad_image="error")
+    with pytest.raises(UserError, match=r"cannot be read: 4 of 124\. Replace"):
+        load(data_dir=str(images), on_bad_image="error")
 
 
-def test_split_of_bad_pictures_alone_is_said_so(tmp_path):
+def test_split_of_bad_images_alone_is_said_so(tmp_path):
     draw_folder(tmp_path / "p/train", 40)
     (tmp_path / "p/test/red").mkdir(parents=True)
-    (tmp_path / "p/test/red/a.png").write_bytes(b"no picture")
+    (tmp_path / "p/test/red/a.png").write_bytes(b"no image")
     with pytest.raises(
-        ValueError, match=r"1 of 121, all of the test split\. Replace or remove them:\n  test: test/red/a"
+        UserError, match=r"1 of 121, all of the test split\. Replace or remove them:\n  test: test/red/a"
     ):
         load(data_dir=str(tmp_path / "p"))
 
 
-def test_failure_is_not_cached(pictures, monkeypatch, view):
+def test_failure_is_not_cached(images, monkeypatch, view):
     def fail(*arguments):
         raise OSError(5, "the disk is away")
 
     for module, message in ((inspection, "cannot be opened: the disk is away"), (data, "cannot be read now")):
         monkeypatch.setattr(module, "decode_rgb", fail)
-        with pytest.raises(ValueError, match=message):
-            prepare(load(data_dir=str(pictures)), view)
+        with pytest.raises(UserError, match=message):
+            prepare(load(data_dir=str(images)), view)
         monkeypatch.undo()
-    assert len(prepare(load(data_dir=str(pictures)), view)["train"]) == 15
+    assert len(prepare(load(data_dir=str(images)), view)["train"]) == 15
 
 
 def test_large_photograph_is_stored_small_and_looks_the_same(tmp_path, view):
     smooth = draw("red", 1, 8, 6).resize((2000, 1500), PILImage.Resampling.BICUBIC)
     data = encoded(smooth, tmp_path, "jpg", quality=95)
-    stored = PILImage.open(io.BytesIO(store_training_picture(data, 64)["bytes"]))
+    stored = PILImage.open(io.BytesIO(store_training_image(data, 64)["bytes"]))
     assert stored.format == "JPEG" and min(stored.size) == 64 and stored.mode == "RGB"
     difference = view(stored).sub(view(decode_rgb(data).image)).abs() * 127.5  # in levels of 255
     assert difference.mean() < 1.5 and difference.max() < 12
 
 
-def test_elongated_and_tiny_pictures_are_stored(tmp_path):
+def test_elongated_and_tiny_images_are_stored(tmp_path):
     for size, stored_size in (((3000, 10), (3000, 10)), ((4000, 100), (2560, 64)), ((1, 1), (1, 1))):
         data = encoded(PILImage.new("RGB", size, "red"), tmp_path, "jpg")
-        assert PILImage.open(io.BytesIO(store_training_picture(data, 64)["bytes"])).size == stored_size
+        assert PILImage.open(io.BytesIO(store_training_image(data, 64)["bytes"])).size == stored_size
 
 
-def test_augmented_dataset_is_lazy_and_collates(pictures, view):
-    train = with_views(prepare(load(data_dir=str(pictures)), view), view, "flip_crop", "evaluation")["train"]
+def test_augmented_dataset_is_lazy_and_collates(images, view):
+    train = with_transforms(prepare(load(data_dir=str(images)), view), view, "flip_crop", "evaluation")["train"]
     assert not torch.equal(train[0]["pixel_values"], train[0]["pixel_values"])
     batch = collate([train[0], train[14]])
     assert batch["pixel_values"].shape == (2, 3, 32, 32) and batch["pixel_values"].dtype == torch.float32
     assert batch["labels"].tolist() == [0, 2] and batch["labels"].dtype == torch.int64
 
 
-def test_random_crops_of_test_are_asked_for_and_leave_validation_alone(pictures, view):
-    splits = prepare(load(data_dir=str(pictures)), view)
-    views = with_views(splits, view, "none", "random_crop")
+def test_random_crops_of_test_are_asked_for_and_leave_validation_alone(images, view):
+    splits = prepare(load(data_dir=str(images)), view)
+    views = with_transforms(splits, view, "none", "random_crop")
     assert len({views["test"][0]["pixel_values"].numpy().tobytes() for _ in range(12)}) > 6
     assert torch.equal(views["validation"][0]["pixel_values"], view.unpack(splits["validation"][0]["view"]))
     assert views["test"][0]["pixel_values"].shape == (3, 32, 32)
@@ -294,12 +295,12 @@ def test_random_crops_of_test_are_asked_for_and_leave_validation_alone(pictures,
     assert np.abs(mean - COLOURS["blue"]).max() < 12
 
 
-def test_fingerprint_ignores_names_and_sees_labels(pictures, tmp_path, view):
+def test_fingerprint_ignores_names_and_sees_labels(images, tmp_path, view):
     def fingerprint(folder: Path) -> str:
-        return describe(prepare(load(data_dir=str(folder)), view))["fingerprint"]
+        return describe(prepare(load(data_dir=str(folder)), view), "drawn")["fingerprint"]
 
-    before = fingerprint(pictures)
-    shutil.copytree(pictures, tmp_path / "copy")
+    before = fingerprint(images)
+    shutil.copytree(images, tmp_path / "copy")
     assert fingerprint(tmp_path / "copy") == before
     (tmp_path / "copy/red/000.png").rename(tmp_path / "copy/blue/moved.png")
     assert fingerprint(tmp_path / "copy") != before

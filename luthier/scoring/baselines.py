@@ -14,6 +14,7 @@ from luthier.scoring.metrics import fit_temperature, score, wilson_interval
 from luthier.training.features import load_features
 from luthier.training.probe import LinearProbe, fit_shared_probe, state_with_probe
 from luthier.training.recipe import Recipe
+from luthier.training.trainer import model_of
 from models import linear_head
 
 
@@ -52,7 +53,8 @@ def measure_probe(
     Raises:
         UserError: the features are not finite, or a class is too small for a learning curve.
     """
-    model, head = trainer.model, linear_head(trainer.model)
+    model = model_of(trainer)
+    head = linear_head(model)
     if head is None or not recipe.is_pretrained:
         return ProbeResults()
     features = {split: load_features(trainer, head, *rows[split]) for split in rows}

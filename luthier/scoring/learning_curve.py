@@ -71,7 +71,8 @@ def learning_curve(
         )
     truth = torch.as_tensor(labels, device=features.device)
     correct = np.zeros((len(FRACTIONS), len(labels)))
-    sizes, draws = np.zeros(len(FRACTIONS)), [[] for _ in FRACTIONS]
+    sizes = np.zeros(len(FRACTIONS))
+    draws: list[list[float]] = [[] for _ in FRACTIONS]
     for seed in range(REPEATS):
         folds = stratified_folds(labels, groups, FOLDS, seed)
         for fold in range(FOLDS):

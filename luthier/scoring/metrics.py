@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import evaluate
 import numpy as np
-from datasets import Features, Value
+from datasets import DatasetDict, Features, Value
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 from transformers import EvalPrediction
@@ -15,6 +17,28 @@ from luthier.training.trainer import concatenate_batches
 BINS = 15  # of confidence, for the calibration error (Guo et al. 2017)
 TOP = 5  # classes among which the true one may be, for the top-5 accuracy
 GIVEN_UP = 0.05  # share of the correct answers that "unsure" may cost
+
+
+@dataclass(frozen=True)
+class TestPredictions:
+    """What a model predicts on test.
+
+    Attributes:
+        splits: as `data.load_splits` returns them.
+        logits: float [N, C] for the split "test".
+        references: int [N], the true classes.
+    """
+
+    __test__: ClassVar[bool] = False  # not a test class, whatever its name tells pytest
+
+    splits: DatasetDict
+    logits: np.ndarray
+    references: np.ndarray
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        """The probability of each class, float64 [N, C]."""
+        return np.exp(log_softmax(self.logits.astype(np.float64), axis=-1))
 
 
 class Classification(evaluate.Metric):

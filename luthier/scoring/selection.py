@@ -9,7 +9,7 @@ from transformers import Trainer
 from luthier.scoring.metrics import choose_threshold, fit_temperature, reliability, score, selective
 from luthier.training.layers import divide_logits
 from luthier.training.recipe import blend
-from luthier.training.trainer import predict
+from luthier.training.trainer import model_of, predict
 from models import linear_head
 
 
@@ -48,7 +48,7 @@ def keep_best(
 
     Returns the best candidate, and all of them.
     """
-    model = trainer.model
+    model = model_of(trainer)
     end = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     candidates = []
     for share in shares if start else (1.0,):

@@ -57,7 +57,8 @@ class Classifier:
             keep_freed_memory()
         self.batch_size = 64 if accelerator else 16
         model, self.image_processor = load_trained(model_name)
-        self.model = fuse_batchnorm(model.to(self.device), view_size(self.image_processor))
+        model.to(self.device)  # type: ignore[arg-type]  # the library wraps torch's method
+        self.model = fuse_batchnorm(model, view_size(self.image_processor))
         self.labels = labels_of(model)
         self.threshold = 0.0 if always_answer else threshold_of(model)
         self.allow_private_urls = allow_private_urls

@@ -55,8 +55,9 @@ def check_access(repo_id: str, private: bool | None, repo_type: str = "model") -
     owner = with_retries(api.whoami, repo_id)["name"]  # asked for whoever owns the repository: is the login good?
     repo_id = repo_id if "/" in repo_id else f"{owner}/{repo_id}"
     sdk = "gradio" if repo_type == "space" else None
-    options = {"repo_type": repo_type, "private": private, "space_sdk": sdk, "exist_ok": True}
-    with_retries(lambda: api.create_repo(repo_id, **options), repo_id)
+    with_retries(
+        lambda: api.create_repo(repo_id, repo_type=repo_type, private=private, space_sdk=sdk, exist_ok=True), repo_id
+    )
     with_retries(lambda: api.auth_check(repo_id, repo_type=repo_type, write=True), repo_id)
     return repo_id
 
@@ -90,8 +91,13 @@ def upload(staging: Path, repo_id: str, repo_type: str, message: str, ours: tupl
     say("push", f"to {repo_id}:")
     for file in sorted(staging.iterdir()):
         say("", f"{file.stat().st_size / 1e6:8.2f} MB  {file.name}")
-    options = {"repo_id": repo_id, "repo_type": repo_type, "folder_path": staging, "commit_message": message}
-    with_retries(lambda: api.upload_folder(**options, delete_patterns=list(ours)), repo_id)
+    with_retries(
+        lambda: api.upload_folder(
+            repo_id=repo_id, repo_type=repo_type, folder_path=staging, commit_message=message,
+            delete_patterns=list(ours),
+        ),
+        repo_id,
+    )  # fmt: skip
     return f"{api.endpoint}/{'' if repo_type == 'model' else f'{repo_type}s/'}{repo_id}"
 
 
@@ -123,7 +129,9 @@ def with_retries(call: Callable[[], Result], repo_id: str) -> Result:
     Raises:
         UserError: it failed for good; the message says why, and the remedy.
     """
-    for wait in (*WAITS, None):
+    waits = [*WAITS, None]
+    while True:
+        wait = waits.pop(0)
         try:
             return call()
         except Exception as raised:  # also those of the HTTP library, which differs by version
@@ -170,7 +178,7 @@ def _first_line(error: Exception) -> str:
 def _retry_after(error: Exception) -> float | None:
     """Return the seconds that the Hub asks to wait; None where it gives none, or a date."""
     try:
-        return min(MAX_WAIT, float(error.response.headers["Retry-After"]))
+        return min(MAX_WAIT, float(getattr(error, "response").headers["Retry-After"]))  # noqa: B009
     except (AttributeError, KeyError, ValueError):
         return None
 

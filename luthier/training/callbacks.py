@@ -1,15 +1,12 @@
 """Trainer callbacks: what a run prints while it trains, its seconds by stage, and the epoch of the augmentation."""
 
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
 
 from luthier.terminal import Stopwatch, Tenths
-
-if TYPE_CHECKING:
-    from luthier.training.trainer import SeededAugmentation
 
 QUIET_SECONDS = 10  # of an evaluation before its progress is said line by line
 
@@ -120,10 +117,10 @@ class StageTimes(TrainerCallback):
 
 
 class SetEpoch(TrainerCallback):
-    """Tells the training set the epoch, from which its augmentation follows."""
+    """Tells the training rows the epoch, from which their augmentation follows."""
 
-    def __init__(self, dataset: "SeededAugmentation"):
-        self.dataset = dataset
+    def __init__(self, set_epoch: Callable[[int], None]):
+        self.set_epoch = set_epoch
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.dataset.set_epoch(int(state.epoch or 0))
+        self.set_epoch(int(state.epoch or 0))

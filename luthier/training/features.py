@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, Trainer
 from luthier.cache import cache_key, read_cached, write_cached
 from luthier.errors import UserError
 from luthier.fusion import fuse_batchnorm
-from luthier.training.trainer import concatenate_batches
+from luthier.training.trainer import concatenate_batches, model_of
 
 
 def load_features(trainer: Trainer, head: str, rows: Any, key: str) -> torch.Tensor | None:
@@ -27,9 +27,8 @@ def load_features(trainer: Trainer, head: str, rows: Any, key: str) -> torch.Ten
     Raises:
         UserError: the features are not finite.
     """
-    key = cache_key(
-        key, trainer.accelerator.mixed_precision, torch.__version__, *_backbone_weights(trainer.model, head)
-    )
+    model = model_of(trainer)
+    key = cache_key(key, trainer.accelerator.mixed_precision, torch.__version__, *_backbone_weights(model, head))
     main = trainer.is_world_process_zero()
     features = read_cached("features", key) if main else None
     if features is not None and len(features) != len(rows):
@@ -37,7 +36,7 @@ def load_features(trainer: Trainer, head: str, rows: Any, key: str) -> torch.Ten
     (cached,) = broadcast_object_list([features is not None])  # all processes compute, or none
     if not cached:
         height, width = rows[0]["pixel_values"].shape[-2:]
-        features = _compute_features(trainer, build_backbone(trainer.model, head, (height, width)), rows)
+        features = _compute_features(trainer, build_backbone(model, head, (height, width)), rows)
         if main:
             write_cached("features", key, features)
     return features if main else None
@@ -51,7 +50,7 @@ def build_backbone(model: PreTrainedModel, head: str, size: tuple[int, int]) -> 
 
 
 def _compute_features(trainer: Trainer, backbone: PreTrainedModel, rows: Any) -> torch.Tensor:
-    model = trainer.model
+    model = model_of(trainer)
     trainer.model = trainer.model_wrapped = backbone
     try:
         outputs = trainer.predict(rows, metric_key_prefix="features").predictions

@@ -133,7 +133,7 @@ def _minimise(
         weight.grad, bias.grad = weight_grad, bias_grad
         return loss
 
-    optimizer.step(objective)  # type: ignore[arg-type]  # torch's stub says float, its code takes a tensor
+    optimizer.step(objective)
 
 
 def state_with_probe(model: PreTrainedModel, head: str, probe: LinearProbe) -> dict[str, torch.Tensor]:

@@ -5,7 +5,7 @@ import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -104,8 +104,9 @@ class SafeTrainer(Trainer):
 
     def checkpoint_size(self) -> int:
         """Return about how many bytes a checkpoint takes: all weights, and two moments of those that are trained."""
-        weights = sum(tensor.numel() * tensor.element_size() for tensor in self.model.state_dict().values())
-        trained = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
+        model = model_of(self)
+        weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+        trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
         return weights + (0 if self.args.save_only_model else 2 * trained)
 
     def training_step(self, *arguments, **options) -> torch.Tensor:
@@ -220,12 +221,27 @@ def build_trainer(
     if training_args.save_strategy != "no" and trainer.is_world_process_zero():
         limit = training_args.save_total_limit or round(training_args.num_train_epochs)
         check_disk_space(Path(str(training_args.output_dir)), trainer.checkpoint_size(), limit)
-    for theirs in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(theirs)
-    progress = [] if training_args.disable_tqdm else [ProgressBar() if has_terminal() else ProgressLines()]
-    for callback in (SetEpoch(train_dataset), EpochTable(), *progress, *callbacks):
+    _replace_progress(trainer)
+    for callback in (SetEpoch(train_dataset.set_epoch), EpochTable(), *callbacks):
         trainer.add_callback(callback)
     return trainer
+
+
+def build_predictor(
+    model: PreTrainedModel, training_args: TrainingArguments, collate: Callable[[list[dict]], dict]
+) -> Trainer:
+    """Return a Trainer that only predicts."""
+    trainer = Trainer(model, training_args, collate)
+    _replace_progress(trainer)
+    return trainer
+
+
+def _replace_progress(trainer: Trainer) -> None:
+    """Show bars on a terminal and lines elsewhere, and leave out the library's log."""
+    for theirs in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(theirs)
+    if not trainer.args.disable_tqdm:
+        trainer.add_callback(ProgressBar() if has_terminal() else ProgressLines())
 
 
 def check_scheduler(training_args: TrainingArguments) -> None:
@@ -236,6 +252,7 @@ def check_scheduler(training_args: TrainingArguments) -> None:
     """
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     name, settings = training_args.lr_scheduler_type, training_args.lr_scheduler_kwargs
+    assert not isinstance(settings, str)  # TrainingArguments have parsed it
     try:
         get_scheduler(name, optimizer, num_warmup_steps=1, num_training_steps=10, scheduler_specific_kwargs=settings)
     except TypeError as error:
@@ -254,15 +271,16 @@ def train(trainer: SafeTrainer, recipe: Recipe, start: dict[str, torch.Tensor] |
     Raises:
         UserError: the checkpoint is damaged, memory does not suffice, the loss is not finite, or the disk is full.
     """
+    model = model_of(trainer)
     if recipe.starts_from_probe and start is not None:
-        trainer.model.load_state_dict(start)
+        model.load_state_dict(start)
     if recipe.name == "probe":
         return
     set_seed(trainer.args.seed)  # the features may have come from the cache, which draws no random numbers
     output_dir, resume = Path(str(trainer.args.output_dir)), trainer.args.resume_from_checkpoint
     checkpoint = find_checkpoint(output_dir, resume, trainer.is_world_process_zero())
     if checkpoint:
-        load_weights(trainer.model, checkpoint)
+        load_weights(model, checkpoint)
     with explain_exhausted_memory(trainer.args), contextlib.suppress(StoppedInEvaluation):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.received:
@@ -270,12 +288,17 @@ def train(trainer: SafeTrainer, recipe: Recipe, start: dict[str, torch.Tensor] |
     trainer.accelerator.free_memory()  # its data workers too
     best = output_dir / f"checkpoint-{trainer.state.best_global_step}"
     if best.exists():  # chosen on validation
-        load_weights(trainer.model, best)
+        load_weights(model, best)
     if trainer.args.world_size > 1:  # the checkpoint may be on the main process's machine alone
-        for tensor in trainer.model.state_dict().values():
+        for tensor in model.state_dict().values():
             whole = tensor.contiguous()
             torch.distributed.broadcast(whole, src=0)
             tensor.copy_(whole)
+
+
+def model_of(trainer: Trainer) -> PreTrainedModel:
+    """Return a Trainer's model; the library's annotation allows other kinds too, and none."""
+    return cast(PreTrainedModel, trainer.model)
 
 
 def predict(trainer: Trainer, rows: Any) -> tuple[np.ndarray, np.ndarray]:

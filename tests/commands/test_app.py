@@ -1,4 +1,4 @@
-"""The page in a real browser: a picture's class, garbage, addresses; and the Space that serves it from the Hub."""
+"""The page in a real browser: an image's class, garbage, addresses; and the Space that serves it from the Hub."""
 
 import os
 import re
@@ -25,8 +25,8 @@ import train
 def model(tmp_path_factory):
     """A run of simple_cnn on three easy colours."""
     folder = tmp_path_factory.mktemp("model")
-    draw_folder(folder / "pictures", per_class=20)
-    line = ["--data_dir", str(folder / "pictures"), "--model_name", "simple_cnn", "--num_train_epochs", "12"]
+    draw_folder(folder / "images", per_class=20)
+    line = ["--data_dir", str(folder / "images"), "--model_name", "simple_cnn", "--num_train_epochs", "12"]
     line += ["--learning_rate", "5e-3", "--per_device_train_batch_size", "4", "--disable_tqdm", "1"]
     train.main([*line, "--output_dir", str(folder / "colours")])
     return folder / "colours"
@@ -64,7 +64,7 @@ def test_page_in_a_browser(model, tmp_path):
     (tmp_path / "examples").mkdir()
     for colour in ("red", "blue"):
         draw(colour, 77).save(tmp_path / f"examples/{colour}.png")
-    (tmp_path / "garbage.png").write_bytes(b"no picture")
+    (tmp_path / "garbage.png").write_bytes(b"no image")
     command = [PROJECT / "app.py", model, "--examples", "examples", "--always_answer"]
     with serving(*command, cwd=tmp_path, environment={}) as url, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
@@ -79,13 +79,13 @@ def test_page_in_a_browser(model, tmp_path):
             expect(page.get_by_text(colour, exact=True).first).to_be_visible()
             page.reload()  # for the next one there must be room
         file.set_input_files(tmp_path / "garbage.png")
-        expect(answer).to_have_value(re.compile("Not answered: not a picture in an allowed format"), timeout=30_000)
+        expect(answer).to_have_value(re.compile("No prediction: not an image in an allowed format"), timeout=30_000)
         for address, message in (
             ("http://127.0.0.1/a.png", "is not public"),
             ("/etc/passwd", "only http and https"),
             ("file:///etc/passwd", "only http and https"),
         ):
-            page.get_by_label("or its address").fill(address)
+            page.get_by_label("Or its address").fill(address)
             page.get_by_role("button", name="Classify the address").click()
             expect(answer).to_have_value(re.compile(message), timeout=30_000)
         browser.close()
@@ -94,32 +94,32 @@ def test_page_in_a_browser(model, tmp_path):
 
 def test_only_what_was_given_to_the_page_is_read(tmp_path):
     class Reading:
-        def open(self, name):
+        def load_file(self, name):
             return name
 
     (tmp_path / "cache").mkdir()
     for name in ("cache/a.png", "b.png"):
         (tmp_path / name).touch()
     (tmp_path / "cache/link.png").symlink_to(tmp_path / "b.png")
-    read = app.reader(Reading(), [tmp_path / "cache"])
+    read = app.file_loader(Reading(), [tmp_path / "cache"])
     assert read(str(tmp_path / "cache/a.png"))
     for name in ("b.png", "cache/../b.png", "cache/link.png", "cache/none.png", "cache"):
-        with pytest.raises(OSError, match="only pictures that were given to this page"):
+        with pytest.raises(OSError, match="only images that were given to this page"):
             read(str(tmp_path / name))
     for name in ("/dev/zero", "http://example.org/a.png"):
-        with pytest.raises(OSError, match="only pictures that were given to this page"):
+        with pytest.raises(OSError, match="only images that were given to this page"):
             read(name)
 
 
 def test_unsure_is_said():
     class Doubtful:
-        def answer(self, image, top_k):
-            from classifier import Answer
+        def predict(self, image, top_k):
+            from luthier.serving.classifier import Prediction
 
-            return Answer("", [("a", 0.4), ("b", 0.3)], unsure=True)
+            return Prediction("", [("a", 0.4), ("b", 0.3)], unsure=True)
 
-    said, classes = app.answerer(Doubtful(), lambda source: source)("picture")
-    assert said == "Unsure. Likeliest is a (40%)" and classes == {"a": 0.4, "b": 0.3}
+    said, classes = app.answerer(Doubtful(), lambda source: source)("image")
+    assert said == "Unsure. Most likely: a (40%)" and classes == {"a": 0.4, "b": 0.3}
 
 
 @pytest.mark.slow
@@ -148,7 +148,7 @@ def test_space_serves_the_pushed_model(model, tmp_path):
     ("line", "message"),
     [
         (["nowhere"], "there is no folder 'nowhere'"),
-        (["nowhere", "--examples", "none"], "--examples none is no folder with pictures"),
+        (["nowhere", "--examples", "none"], "--examples none is not a folder with images"),
         ([".", "--push_to_space", "me/x"], "a Space loads its model from the Hub"),
     ],
 )

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from transformers import TrainingArguments
 
-from arguments import DataArguments, ModelArguments, build_parser, parse_arguments
+from luthier.arguments import DataArguments, ModelArguments, build_parser, parse_arguments
+from luthier.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -20,8 +21,8 @@ def config(text: str, name: str = "some.yaml") -> str:
     return name
 
 
-def test_defaults_are_the_built_in_pictures_and_model():
-    data_args, model_args, training_args = parse_arguments([])
+def test_defaults_are_the_built_in_images_and_model():
+    data_args, model_args, training_args, _ = parse_arguments([])
     assert data_args.dataset_name == "openmoji" and data_args.data_dir is None and data_args.split_seed == 1
     assert model_args.model_name == "efficientnet_lite0"
     assert training_args.output_dir == str(Path("outputs", "efficientnet_lite0_openmoji"))
@@ -30,7 +31,7 @@ def test_defaults_are_the_built_in_pictures_and_model():
 
 def test_line_goes_over_config_and_config_over_default():
     path = config("learning_rate: 1e-4\nnum_train_epochs: 7\nrecipe: head\naugmentation: augmix\n")
-    data_args, model_args, training_args = parse_arguments([path, "--num_train_epochs", "3"])
+    data_args, model_args, training_args, _ = parse_arguments([path, "--num_train_epochs", "3"])
     assert training_args.learning_rate == 1e-4  # YAML alone would read this as a string
     assert training_args.num_train_epochs == 3
     assert model_args.recipe == "head" and data_args.augmentation == "augmix"
@@ -39,7 +40,7 @@ def test_line_goes_over_config_and_config_over_default():
 
 def test_values_that_yaml_and_the_line_write_differently():
     path = config('label_names: [a b, c, 3]\nfp16: false\nlr_scheduler_kwargs: {"num_cycles": 2}\nseed: null\n')
-    data_args, _, training_args = parse_arguments([path])
+    data_args, _, training_args, _ = parse_arguments([path])
     assert data_args.label_names == ["a b", "c", "3"]
     assert training_args.fp16 is False and training_args.lr_scheduler_kwargs == {"num_cycles": 2}
     assert training_args.seed == 42 and training_args.label_names is None
@@ -47,8 +48,8 @@ def test_values_that_yaml_and_the_line_write_differently():
 
 def test_other_data_on_the_line_replaces_all_that_the_config_says_of_data():
     path = config("dataset_name: someone/set\nlabel_names: [a, b]\nimage_column: photo\nmodel_name: simple_cnn\n")
-    data_args, model_args, _ = parse_arguments([path, "--data_dir", "pictures"])
-    assert (data_args.data_dir, data_args.dataset_name) == ("pictures", None)
+    data_args, model_args, *_ = parse_arguments([path, "--data_dir", "images"])
+    assert (data_args.data_dir, data_args.dataset_name) == ("images", None)
     assert data_args.label_names is None and data_args.image_column is None
     assert model_args.model_name == "simple_cnn"
 
@@ -67,7 +68,7 @@ def test_other_data_on_the_line_replaces_all_that_the_config_says_of_data():
     ],
 )
 def test_slip_in_a_config(text, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         parse_arguments([config(text)])
 
 
@@ -82,27 +83,25 @@ def test_slip_in_a_config(text, message):
         (["missing.yaml"], "cannot read the config missing.yaml"),
         (["--data_dir", "a", "--dataset_name", "b"], "give one of them"),
         (["--hub_token", "hf_secret"], "hf auth login"),
-        (["--eval_only"], "scores a finished model"),
-        (["--eval_only", "--model_name", "me/x", "--recipe", "full"], "--recipe is about training"),
         (["--eval_strategy", "sometimes"], "sometimes"),
         (["--num_train_epochs", "-1"], "--num_train_epochs is -1.0, but must be a number above 0"),
-        (["--dataloader_drop_last", "1"], "leave pictures out of every score"),
+        (["--dataloader_drop_last", "1"], "leave images out of every score"),
         (["--bf16_full_eval", "1"], "--bf16_full_eval would round"),
         (["--learning_rate", "nan"], "--learning_rate is nan"),
-        (["--fold", "0/5"], "--fold 0/5 is no fold"),
+        (["--fold", "0/5"], "--fold 0/5 is not a fold"),
         (["--fold", "6/5"], "--fold 6/5 is none of 5"),
         (["--fold", "1/1"], "--fold 1/1 is none of 1"),
         (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size is 0"),
     ],
 )
 def test_slip_on_the_line(line, message):
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         parse_arguments(line)
     assert "hf_secret" not in str(caught.value)
 
 
 def test_abbreviations_are_not_guessed():
-    with pytest.raises(ValueError, match="unknown option --learning"):
+    with pytest.raises(UserError, match="unknown option --learning"):
         parse_arguments(["--learning", "1"])
 
 
@@ -120,12 +119,12 @@ def test_directory_with_something_in_it_is_refused():
     Path("mine").mkdir()
     assert parse_arguments(["--output_dir", "mine"])[2].output_dir == "mine"
     Path("mine/thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="mine already holds something"):
+    with pytest.raises(UserError, match="mine already holds something"):
         parse_arguments(["--output_dir", "mine"])
-    with pytest.raises(ValueError, match="already holds something"):
+    with pytest.raises(UserError, match="already holds something"):
         parse_arguments(["--output_dir", "mine/thesis.txt"])
     Path("mine/checkpoint-5").mkdir()
-    with pytest.raises(ValueError, match="checkpoint-5 is no checkpoint"):
+    with pytest.raises(UserError, match="checkpoint-5 is not a checkpoint"):
         parse_arguments(["--output_dir", "mine", "--resume_from_checkpoint", "mine/checkpoint-5"])
     Path("mine/checkpoint-5/trainer_state.json").write_text("{}")
     continued = parse_arguments(["--output_dir", "mine", "--resume_from_checkpoint", "mine/checkpoint-5"])

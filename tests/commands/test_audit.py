@@ -10,11 +10,13 @@ from PIL import Image
 import audit
 from benchmarks.plant import draw_scene, draw_set, find, plant
 from data import load_splits
+from luthier.reporting.console import findings_in_words, list_findings
+from luthier.scoring.audit import audit_images, suspect_labels
 
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
-    root = draw_set(tmp_path_factory.mktemp("planted") / "pictures", per_class=100)
+    root = draw_set(tmp_path_factory.mktemp("planted") / "images", per_class=100)
     faults = plant(root)
     return faults, find(root, "--image_size", "128"), root
 
@@ -47,61 +49,61 @@ def test_copies_never_stand_on_two_sides(planted):
 def test_leaks_between_given_splits_and_classes_are_named(tmp_path):
     draw_folder(tmp_path / "p/train", 5)
     draw_folder(tmp_path / "p/val", 3, first=50)
-    draw_folder(tmp_path / "p/test", 4, first=4)  # its first picture of each class is train's last
+    draw_folder(tmp_path / "p/test", 4, first=4)  # its first image of each class is train's last
     draw("red", 2050).save(tmp_path / "p/train/blue/red-too.png")  # val's first red one
-    found = audit.audit(*load_splits(data_dir=str(tmp_path / "p")))
+    found = audit_images(*load_splits(data_dir=str(tmp_path / "p")))
     assert len(found["between_splits"]) == 4 and len(found["between_classes"]) == 1
-    assert {picture["split"] for picture in found["between_classes"][0]} == {"train", "validation"}
-    assert "the same picture, or nearly, in two splits 4" in audit.in_words(found)
+    assert {image["split"] for image in found["between_classes"][0]} == {"train", "validation"}
+    assert "duplicates across splits: 4" in findings_in_words(found)
 
 
 def test_names_formats_and_sizes(tmp_path):
-    pictures = draw_folder(tmp_path / "p", 20)
-    draw("red", 777).save(pictures / "red/photo.jpg", "PNG")
-    draw("red", 778, width=40, height=20).save(pictures / "red/small.png")
-    found = audit.audit(*load_splits(data_dir=str(pictures)))
+    images = draw_folder(tmp_path / "p", 20)
+    draw("red", 777).save(images / "red/photo.jpg", "PNG")
+    draw("red", 778, width=40, height=20).save(images / "red/small.png")
+    found = audit_images(*load_splits(data_dir=str(images)))
     assert [(entry["name"], entry["why"]) for entry in found["wrong_extension"]] == [("red/photo.jpg", "it is PNG")]
     assert [(entry["name"], entry["why"]) for entry in found["tiny"]] == [("red/small.png", "40 x 20 px")]
-    assert found["classes"] == {"blue": 20, "green": 20, "red": 22} and found["pictures"] == 62
-    assert "from 20 (green) to 22 (red)" in audit.listing(found)
+    assert found["classes"] == {"blue": 20, "green": 20, "red": 22} and found["images"] == 62
+    assert "from 20 (green) to 22 (red)" in list_findings(found)
 
 
 def test_nothing_found_is_said(tmp_path):
-    found = audit.audit(*load_splits(data_dir=str(draw_folder(tmp_path / "p", 20))))
-    assert audit.in_words(found) == "labels not checked"
-    assert audit.in_words(found | {"suspect_labels": []}) == "nothing found"
+    found = audit_images(*load_splits(data_dir=str(draw_folder(tmp_path / "p", 20))))
+    assert findings_in_words(found) == "labels not checked"
+    assert findings_in_words(found | {"suspect_labels": []}) == "nothing found"
 
 
 def test_labels_of_a_class_that_stands_alone_are_not_judged(tmp_path):
-    pictures = draw_folder(tmp_path / "p/train", 6)
+    images = draw_folder(tmp_path / "p/train", 6)
     for split in ("val", "test"):
         draw_folder(tmp_path / "p" / split, 3, classes=("blue", "red"), first=50)
-    for path in list((pictures / "green").iterdir())[1:]:
+    for path in list((images / "green").iterdir())[1:]:
         path.unlink()
     splits, _ = load_splits(data_dir=str(tmp_path / "p"))
     labels = torch.tensor([label for dataset in splits.values() for label in dataset["label"][:]])
     features = torch.nn.functional.one_hot(labels, 3) + 0.1 * torch.randn(len(labels), 3)
     features[0] = features[-1]  # a blue one that looks red
-    (suspect,) = audit.suspect_labels(splits, features, 0.01)
+    (suspect,) = suspect_labels(splits, features, 0.01)
     assert (suspect["label"], suspect["likelier"]) == ("blue", "red")
 
 
 def test_data_that_cannot_be_trained_on_is_audited_all_the_same(tmp_path, capsys):
-    pictures = draw_folder(tmp_path / "p", 2)
+    images = draw_folder(tmp_path / "p", 2)
     for name in ("a", "b", "c"):
-        (pictures / f"red/{name}.png").write_bytes(b"no picture")
-    audit.main([str(pictures), "--disable_tqdm", "True"])
+        (images / f"red/{name}.png").write_bytes(b"no image")
+    audit.main([str(images), "--disable_tqdm", "True"])
     printed = capsys.readouterr().out
-    assert "careful: the class 'blue' has 2 pictures, too few" in printed and "unreadable, left out: 3" in printed
+    assert "careful: the class 'blue' has 2 images, too few" in printed and "unreadable, left out: 3" in printed
     assert "labels to check: not checked" in printed
 
 
 @pytest.mark.slow
 def test_command_line(tmp_path, launch):
-    root = draw_set(tmp_path / "pictures", per_class=8)
+    root = draw_set(tmp_path / "images", per_class=8)
     Image.open(root / "disc/000.png").save(root / "disc/again.png", compress_level=0)
     draw_scene("ring", 1).save(root / "ring/wrong.jpg", "PNG")
-    ran = launch("audit.py", "pictures", "--output_dir", "found", "--image_size", "64", cwd=tmp_path)
+    ran = launch("audit.py", "images", "--output_dir", "found", "--image_size", "64", cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
     assert "exact duplicates: 1" in ran.stdout and "ring/wrong.jpg (ring): it is PNG" in ran.stdout
     assert len(json.loads((tmp_path / "found/audit.json").read_text())["exact_duplicates"]) == 1
@@ -112,7 +114,7 @@ def test_command_line(tmp_path, launch):
     [
         ([], "name the data"),
         (["nowhere/at-all"], "nowhere/at-all"),
-        (["pictures", "--image_siz", "64"], "did you mean 'image_size'"),
+        (["images", "--image_siz", "64"], "did you mean 'image_size'"),
     ],
 )
 def test_slips(line, message, capsys):

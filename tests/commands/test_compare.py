@@ -1,16 +1,19 @@
-"""compare.py: experiments on the same pictures, a table, verdicts that hold, and no run twice."""
+"""compare.py: experiments on the same images, a table, verdicts that hold, and no run twice."""
 
 import pytest
 from conftest import draw_folder
 
-from compare import build_experiments, check_same_pictures, main, parse_line, verdicts
+from compare import build_experiments, main, parse_line
+from luthier.errors import UserError
+from luthier.reporting.console import verdict_in_words
+from luthier.scoring.comparison import RunResult, check_same_images, compare_pairs
 
 
 def results(*answers: tuple[str, list[list[bool]]], folds: bool = False) -> dict:
     """Fake results: for each experiment the right answers of each seed (or fold)."""
     return {
         name: {
-            str(number): (
+            str(number): RunResult(
                 {"data": {"fingerprint": str(number) if folds else "x"}},
                 [(f"{row:03}", answer) for row, answer in enumerate(right)],
             )
@@ -20,12 +23,16 @@ def results(*answers: tuple[str, list[list[bool]]], folds: bool = False) -> dict
     }
 
 
+def verdicts(results: dict) -> list[str]:
+    return [verdict_in_words(verdict) for verdict in compare_pairs(results)]
+
+
 def test_verdict_is_exact_mcnemar():
     a = [True] * 90 + [False] * 10
     b = [True] * 80 + [False] * 10 + [True] * 2 + [False] * 8
     (sentence,) = verdicts(results(("a", [a]), ("b", [b])))
     # 10 against 2 of 12: twice the sum of C(12, k) / 2**12 for k <= 2.
-    assert "of 100 test pictures 10 speak for a, 2 for b; p = 0.039" in sentence and "a is better than b" in sentence
+    assert "10 for a, 2 for b, of 100 test images; p = 0.039" in sentence and "a is better than b" in sentence
     (sentence,) = verdicts(results(("b", [b]), ("a", [a])))
     assert "b is worse than a" in sentence
     (sentence,) = verdicts(results(("a", [a[:50]]), ("b", [b[:50]])))
@@ -36,7 +43,7 @@ def test_folds_are_counted_together_and_seeds_are_not():
     a, b = [True] * 10, [False] * 3 + [True] * 7
     (folds,) = verdicts(results(("a", [a, a]), ("b", [b, b]), folds=True))
     (seeds,) = verdicts(results(("a", [a, a]), ("b", [b, b])))
-    assert "of 20 test pictures 6 speak for a" in folds and "of 10 test pictures 3 speak for a" in seeds
+    assert "6 for a, 0 for b, of 20 test images" in folds and "3 for a, 0 for b, of 10 test images" in seeds
 
 
 def test_several_pairs_are_held_to_a_higher_standard():
@@ -59,8 +66,8 @@ def test_experiments_are_all_combinations():
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory, launch):
     folder = tmp_path_factory.mktemp("compare")
-    draw_folder(folder / "pictures", per_class=10)
-    line = ["--set", "learning_rate=1e-2,1e-9", "--seeds", "1", "--data_dir", "pictures", "--model_name", "simple_cnn"]
+    draw_folder(folder / "images", per_class=10)
+    line = ["--set", "learning_rate=1e-2,1e-9", "--seeds", "1", "--data_dir", "images", "--model_name", "simple_cnn"]
     line += ["--num_train_epochs", "4", "--per_device_train_batch_size", "4"]
     return folder, line, launch("compare.py", *line, cwd=folder)
 
@@ -70,7 +77,7 @@ def test_table_and_verdict(compared):
     folder, _, ran = compared
     assert ran.returncode == 0, ran.stderr
     assert "[2/2] learning_rate-1e-9, seed 1: test" in ran.stdout
-    assert "| learning_rate-1e-2 | 1 |" in ran.stdout and "of 6 test pictures" in ran.stdout
+    assert "| learning_rate-1e-2 | 1 |" in ran.stdout and "of 6 test images" in ran.stdout
     table = (folder / "outputs/compare/compare.csv").read_text().splitlines()
     assert len(table) == 3 and table[0].startswith("experiment,runs,test accuracy")
     assert "| learning_rate-1e-9 | 1 |" in (folder / "outputs/compare/compare.md").read_text()
@@ -96,8 +103,8 @@ def test_finished_runs_are_not_run_again(compared, launch):
         (["--set", "augmentation=none"], "that is one experiment"),
         (["--set", "augmentation"], "write it as key=value1,value2"),
         (["--set", "augmentation=none,fancy"], "fancy"),
-        (["--set", "augmentation=none,augmix", "--seed", "3"], "seed is this command's to set"),
-        (["--set", "seed=1,2"], "seed is this command's to set"),
+        (["--set", "augmentation=none,augmix", "--seed", "3"], "compare.py sets seed itself: use --seeds"),
+        (["--set", "seed=1,2"], "compare.py sets seed itself: use --seeds"),
         (["nowhere.yaml", "else.yaml"], "nowhere.yaml"),
         (["a/x.yaml", "b/x.yaml"], "the same name"),
         (["--set", "augmentation=none,augmix", "--folds", "1"], "--folds at least 2"),
@@ -111,11 +118,11 @@ def test_slips_are_said_before_anything_runs(tmp_path, monkeypatch, capsys, line
     assert not (tmp_path / "outputs").exists()
 
 
-def test_other_pictures_are_said():
+def test_other_images_are_said():
     found = results(("a", [[True]]), ("b", [[True]]))
-    found["b"]["0"][0]["data"]["fingerprint"] = "y"
-    with pytest.raises(ValueError, match="a, b do not have the same splits in 0"):
-        check_same_pictures(found, "0")
+    found["b"]["0"].metrics["data"]["fingerprint"] = "y"
+    with pytest.raises(UserError, match="a, b do not have the same splits in 0"):
+        check_same_images(found, "0")
 
 
 @pytest.mark.slow

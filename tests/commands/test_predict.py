@@ -16,16 +16,16 @@ from transformers import pipeline
 
 import predict
 import train
-from classifier import Classifier
 from data import load_splits
-from images import EXTENSIONS
+from luthier.images.decode import EXTENSIONS
+from luthier.serving.classifier import Classifier
 
 
 def trained(model_name: str, folder: Path) -> Path:
-    """A run of one epoch on drawn pictures in `folder`; returns where it was written."""
-    if not (folder / "pictures").exists():
-        draw_folder(folder / "pictures", per_class=8)
-    line = ["--data_dir", str(folder / "pictures"), "--model_name", model_name, "--num_train_epochs", "1"]
+    """A run of one epoch on drawn images in `folder`; returns where it was written."""
+    if not (folder / "images").exists():
+        draw_folder(folder / "images", per_class=8)
+    line = ["--data_dir", str(folder / "images"), "--model_name", model_name, "--num_train_epochs", "1"]
     train.main([*line, "--output_dir", str(folder / "out"), "--disable_tqdm", "1"])
     return folder / "out"
 
@@ -59,8 +59,8 @@ def as_json(output: str) -> list[dict]:
 
 
 def test_answers_are_those_of_evaluation_and_of_pipeline(run, capsys):
-    pictures = run.parent / "pictures"
-    test = load_splits(data_dir=str(pictures))[0]["test"]
+    images = run.parent / "images"
+    test = load_splits(data_dir=str(images))[0]["test"]
     paths = [row["image"]["path"] for row in test]
     code, out, _ = told(capsys, run, *paths, "--format", "jsonl", "--top_k", 9)
     answers = as_json(out)
@@ -70,15 +70,15 @@ def test_answers_are_those_of_evaluation_and_of_pipeline(run, capsys):
     classify = pipeline("image-classification", model=str(run), trust_remote_code=True, top_k=3)
     for path, answer in zip(paths, answers, strict=True):
         shares = {entry["label"]: entry["score"] for entry in answer["top"]}
-        row = evaluated[str(Path(path).relative_to(pictures))]
+        row = evaluated[str(Path(path).relative_to(images))]
         assert shares[row["label"]] == pytest.approx(float(row["probability_of_label"]), abs=1e-5)
         assert shares == pytest.approx({entry["label"]: entry["score"] for entry in classify(path)}, abs=1e-5)
 
 
-def test_same_picture_same_answer_whatever_stands_beside_it(model, capsys):
-    pictures = sorted((model.parent / "pictures").rglob("*.png"))
-    _, alone, _ = told(capsys, model, pictures[0], "--format", "jsonl")
-    _, among, _ = told(capsys, model, pictures[0], *pictures, "--format", "jsonl")
+def test_same_image_same_answer_whatever_stands_beside_it(model, capsys):
+    images = sorted((model.parent / "images").rglob("*.png"))
+    _, alone, _ = told(capsys, model, images[0], "--format", "jsonl")
+    _, among, _ = told(capsys, model, images[0], *images, "--format", "jsonl")
     first, again = as_json(among)[:2]
     assert first["top"] == again["top"]
     assert [entry["label"] for entry in first["top"]] == [entry["label"] for entry in as_json(alone)[0]["top"]]
@@ -88,7 +88,7 @@ def test_same_picture_same_answer_whatever_stands_beside_it(model, capsys):
 
 def test_every_kind_of_input_in_order(model, capsys, monkeypatch, tmp_path):
     folder = draw_folder(tmp_path / "in", per_class=2)
-    (folder / "red/notes.txt").write_text("no picture")
+    (folder / "red/notes.txt").write_text("no image")
     (folder / ".hidden.png").write_bytes(b"")
     draw("red", 9).save(tmp_path / "single.PNG")
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{tmp_path}/single.PNG\n\n{folder}/blue\n"))
@@ -111,12 +111,12 @@ def test_bad_inputs_are_answered_one_by_one(model, capsys, tmp_path):
     (tmp_path / "locked.eps").write_text("%!PS-Adobe")
     expected = {
         "missing.png": "there is no such file",
-        "empty": "no pictures in this folder",
-        "page.jpg": "not a picture in an allowed format",
+        "empty": "no images in this folder",
+        "page.jpg": "not an image in an allowed format",
         "truncated.png": "truncated",
         "nothing.png": "the file is empty",
         "huge.png": "exceeds limit",
-        "locked.eps": "not a picture in an allowed format",
+        "locked.eps": "not an image in an allowed format",
         "*.none": "no file matches",
         "a\0b": "there is no such file",
         "x" * 5000: "there is no such file",
@@ -127,12 +127,12 @@ def test_bad_inputs_are_answered_one_by_one(model, capsys, tmp_path):
     line = [model, tmp_path / "good.png", *inputs, tmp_path / "moving.gif"]
     code, out, err = told(capsys, *line, "--format", "jsonl")
     first, *bad, last = as_json(out)
-    assert code == 1 and f"{len(expected)} of the inputs" in err
+    assert code == 1 and f"no prediction for {len(expected)} inputs" in err
     assert first["top"] and last["top"] and "error" not in last
     for answer, (name, message) in zip(bad, expected.items(), strict=True):
         assert answer["answer"] is None and message in answer["error"], (name, answer)
     code, out, _ = told(capsys, *line)
-    assert code == 1 and out.count("not answered: ") == len(expected) and "\0" not in out
+    assert code == 1 and out.count("no prediction: ") == len(expected) and "\0" not in out
 
 
 def test_table_is_for_people(model, capsys, tmp_path):
@@ -193,7 +193,7 @@ class Silent(SimpleHTTPRequestHandler):
 def test_memory_does_not_grow_with_the_number_of_inputs(model):
     """Inputs are taken when there is room: never more than two batches ahead of the answers."""
     taken = 0
-    path = str(next((model.parent / "pictures").rglob("*.png")))
+    path = str(next((model.parent / "images").rglob("*.png")))
 
     def inputs():
         nonlocal taken
@@ -202,7 +202,7 @@ def test_memory_does_not_grow_with_the_number_of_inputs(model):
             yield path, None
 
     classifier = Classifier(str(model))
-    for number, _ in enumerate(classifier.answers(inputs(), 1), 1):
+    for number, _ in enumerate(classifier.predict_files(inputs(), 1), 1):
         assert taken <= number + 2 * classifier.batch_size
     assert number == 500
 
@@ -221,7 +221,7 @@ def test_odd_configs_of_the_hub(model, capsys, tmp_path):
     settings = json.loads((model / "preprocessor_config.json").read_text())
     (other / "preprocessor_config.json").write_text(json.dumps(settings | {"do_center_crop": False}))
     code, _, err = told(capsys, other, tmp_path / "a.png")
-    assert code == 2 and "another size of every picture" in err
+    assert code == 2 and "gives every image another size" in err
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_odd_configs_of_the_hub(model, capsys, tmp_path):
         (["nomodel", "a.png"], "there is no folder 'nomodel'"),
         (["owner/nomodel", "a.png"], "cannot reach the Hub"),
         (["{tmp}", "a.png"], "cannot load a model from the folder"),
-        (["{model}", "a.png", "--top_k", "0"], "0 is no number above 0"),
+        (["{model}", "a.png", "--top_k", "0"], "0 is not a number above 0"),
         (["{model}", "a.png", "--format", "xml"], "invalid choice: 'xml'"),
         (["{model}", "a.png", "--output", "{tmp}/no/such/folder"], "No such file or directory"),
     ],
@@ -250,5 +250,5 @@ def test_folder_walk_takes_what_training_takes(tmp_path):
 
 def test_scores_are_probabilities(model):
     classifier = Classifier(str(model))
-    answer = classifier.answer(draw("red", 1), top_k=3)
+    answer = classifier.predict(draw("red", 1), top_k=3)
     assert sum(share for _, share in answer.top) == pytest.approx(1) and np.isfinite(answer.top[0][1])

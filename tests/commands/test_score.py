@@ -13,6 +13,7 @@ from evaluate.evaluator.image_classification import ImageClassificationEvaluator
 from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
+import score
 import train
 
 
@@ -20,15 +21,15 @@ import train
 def model(tmp_path_factory, timm_checkpoint):
     """A run of a tiny timm model that knows three colours a little."""
     folder = tmp_path_factory.mktemp("model")
-    draw_folder(folder / "pictures", per_class=10)
-    line = ["--data_dir", str(folder / "pictures"), "--model_name", str(timm_checkpoint), "--recipe", "probe"]
+    draw_folder(folder / "images", per_class=10)
+    line = ["--data_dir", str(folder / "images"), "--model_name", str(timm_checkpoint), "--recipe", "probe"]
     train.main([*line, "--output_dir", str(folder / "out"), "--disable_tqdm", "1"])
     return folder / "out"
 
 
 @pytest.fixture
 def others(tmp_path, monkeypatch):
-    """Other pictures, some with a wrong label, so that the score is not 1; the test runs beside them."""
+    """Other images, some with a wrong label, so that the score is not 1; the test runs beside them."""
     monkeypatch.chdir(tmp_path)
     folder = draw_folder(tmp_path / "others", per_class=9, first=500)
     for seed in range(3):
@@ -38,18 +39,18 @@ def others(tmp_path, monkeypatch):
 
 def scored(*line: str | Path) -> dict:
     """Score a model; return metrics.json."""
-    train.main(["--eval_only", *map(str, line), "--output_dir", "scored", "--disable_tqdm", "1"])
+    score.main([*map(str, line), "--output_dir", "scored", "--disable_tqdm", "1"])
     return json.loads(Path("scored/metrics.json").read_text())
 
 
 def test_metrics_and_report_are_those_of_a_run(model, others, capsys):
-    metrics = scored("--model_name", model, "--data_dir", others)
+    metrics = scored(model, "--data_dir", others)
     assert metrics["test"]["n"] == 30 and 0.3 < metrics["test"]["accuracy"] < 1
     files = {path.name for path in Path("scored").iterdir()}
     assert {"report.html", "metrics.json", "predictions.csv", "audit.json", "confusion_matrix.png"} <= files
     assert not {"model.safetensors", "README.md"} & files and not any("checkpoint" in name for name in files)
     page = Path("scored/report.html").read_text()
-    assert "Nothing was trained" in page and "which it has not learned from" not in page
+    assert "Nothing was trained" in page and "it was not trained on" not in page
     printed = capsys.readouterr().out
     assert f"test     accuracy {metrics['test']['accuracy']:.1%}" in printed and "epoch" not in printed
     threshold = json.loads((model / "config.json").read_text())["unsure_below"]
@@ -85,7 +86,7 @@ def test_evaluates_own_evaluator_agrees_to_the_last_digit(model, others):
         model_or_pipeline=classify, data=data, metric=Accuracy(keep_in_memory=True),
         label_mapping={name: index for index, name in enumerate(names)},
     )  # fmt: skip
-    assert scored("--model_name", model, "--data_dir", others)["test"]["accuracy"] == theirs["accuracy"]
+    assert scored(model, "--data_dir", others)["test"]["accuracy"] == theirs["accuracy"]
 
 
 def test_classes_are_matched_by_name(model, tmp_path, monkeypatch):
@@ -99,7 +100,7 @@ def test_classes_are_matched_by_name(model, tmp_path, monkeypatch):
     )
     Path("mine/data").mkdir(parents=True)
     dataset.to_parquet("mine/data/test-00000-of-00001.parquet")
-    metrics = scored("--model_name", model, "--dataset_name", "mine")
+    metrics = scored(model, "--dataset_name", "mine")
     assert metrics["test"]["n"] == 12 and metrics["test"]["accuracy"] > 0.8
     assert metrics["data"]["labels"] == ["blue", "green", "red"]
     assert metrics["test"]["per_class"]["green"]["support"] == 0
@@ -109,16 +110,16 @@ def test_only_the_test_split_is_scored_where_there_is_one(model, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     draw_folder(Path("split/train"), per_class=4, first=900)
     draw_folder(Path("split/test"), per_class=3, first=950)
-    assert scored("--model_name", model, "--data_dir", "split")["test"]["n"] == 9
+    assert scored(model, "--data_dir", "split")["test"]["n"] == 9
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (["--data_dir", "strangers"], r"does not know 1 of the pictures' classes, such as 'violet'.*blue, green, red"),
+        (["--data_dir", "strangers"], r"does not know 1 class of the images, such as 'violet'.*blue, green, red"),
         (["--data_dir", "nowhere"], "nowhere is not a folder"),
-        (["--data_dir", "good", "--model_name", "empty/"], "cannot load a model from the folder"),
-        (["--data_dir", "good", "--model_name", "unfinished"], "lacks .* of its weights"),
+        (["empty/", "--data_dir", "good"], "cannot load a model from the folder"),
+        (["unfinished", "--data_dir", "good"], "lacks .* of its weights"),
         (["--data_dir", "good", "--push_to_hub"], "--push_to_hub is about training"),
         (["--data_dir", "good", "--test_view", "random_crop"], "--test_view is about training"),
     ],
@@ -138,7 +139,7 @@ def test_bad_input_ends_in_one_message(model, timm_checkpoint, tmp_path, monkeyp
     weights.pop(next(iter(weights)))
     save_file(weights, "unfinished/model.safetensors", {"format": "pt"})
     with pytest.raises(SystemExit) as ended:
-        train.main(["--eval_only", "--model_name", str(model), *line])
+        score.main(line if line[0] != "--data_dir" else [str(model), *line])
     told = capsys.readouterr().err
     assert ended.value.code == 2 and "Traceback" not in told
     assert re.search(message, told), told

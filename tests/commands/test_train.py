@@ -17,9 +17,13 @@ from transformers import AutoModelForImageClassification, Trainer, pipeline
 
 import train
 from data import collate, evaluation_rows, load_splits, prepare
+from luthier.arguments import parse_arguments
+from luthier.images.views import EvaluationView
+from luthier.machine import configure_cpu
+from luthier.parsing import describe_command
+from luthier.training.recipe import RECIPES
+from luthier.training.trainer import concatenate_batches
 from models import build_model
-from summary import command
-from views import EvaluationView
 
 ACCELERATE = ("accelerate", "launch", "--config_file", str(PROJECT / "accelerate_config.yaml"))
 FILES = {
@@ -31,9 +35,9 @@ FILES = {
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, launch):
-    """One run of three epochs on drawn pictures; the folder it ran in and what it printed."""
+    """One run of three epochs on drawn images; the folder it ran in and what it printed."""
     folder = tmp_path_factory.mktemp("run")
-    draw_folder(folder / "my pictures", per_class=20)
+    draw_folder(folder / "my images", per_class=20)
     settings = (
         "model_name: simple_cnn",
         "num_train_epochs: 9",
@@ -41,7 +45,7 @@ def run(tmp_path_factory, launch):
         "learning_rate: 5e-3",
     )
     (folder / "tiny.yaml").write_text("\n".join(settings))
-    arguments = ["tiny.yaml", "--data_dir", "my pictures", "--num_train_epochs", "3"]
+    arguments = ["tiny.yaml", "--data_dir", "my images", "--num_train_epochs", "3"]
     ran = launch("train.py", *arguments, cwd=folder, launcher=ACCELERATE)
     assert ran.returncode == 0, ran.stderr
     return folder, ran
@@ -62,7 +66,7 @@ def test_outputs(run):
     assert metrics["data"]["splits"]["train"] == {"n": 42, "per_class": {"blue": 14, "green": 14, "red": 14}}
     assert re.fullmatch(r"[0-9a-f]{64}", metrics["data"]["fingerprint"])
     assert metrics["seeds"] == {"seed": 42, "split_seed": 1, "fold": None} and "torch" in metrics["versions"]
-    assert metrics["command"] == "accelerate launch train.py tiny.yaml --data_dir 'my pictures' --num_train_epochs 3"
+    assert metrics["command"] == "accelerate launch train.py tiny.yaml --data_dir 'my images' --num_train_epochs 3"
     epochs = [entry for entry in metrics["history"] if "eval_accuracy" in entry]
     assert len(epochs) == 3 and any("train_accuracy" in entry for entry in metrics["history"])
     best = min(epochs, key=lambda entry: entry["eval_loss"])
@@ -75,11 +79,12 @@ def test_nothing_tells_where_it_ran(run, monkeypatch):
     for path in (folder / "outputs/tiny").glob("*.*"):
         assert str(folder).encode() not in path.read_bytes(), path.name
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    line = ["--data_dir", "/home/me/my pictures", "--output_dir=/mnt/x/run", "--model_name", "timm/resnet18.tv_in1k"]
-    expected = "python train.py --data_dir 'my pictures' --output_dir=run --model_name timm/resnet18.tv_in1k"
-    assert command(line) == expected
-    told = command(
-        ["--data_dir", "clients/alice/scans", "--data_dir=./home/bob", "--model_name=simple_cnn", "--seed", "3"]
+    line = ["--data_dir", "/home/me/my images", "--output_dir=/mnt/x/run", "--model_name", "timm/resnet18.tv_in1k"]
+    expected = "python train.py --data_dir 'my images' --output_dir=run --model_name timm/resnet18.tv_in1k"
+    assert describe_command("train.py", line) == expected
+    told = describe_command(
+        "train.py",
+        ["--data_dir", "clients/alice/scans", "--data_dir=./home/bob", "--model_name=simple_cnn", "--seed", "3"],
     )
     assert told == "python train.py --data_dir scans --data_dir=bob --model_name=simple_cnn --seed 3"
 
@@ -94,7 +99,7 @@ def test_saved_model_is_calibrated(run):
     classify = pipeline("image-classification", model=str(output), trust_remote_code=True, top_k=3)
     with (output / "predictions.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    answers = [{a["label"]: a["score"] for a in classify(str(folder / "my pictures" / row["name"]))} for row in rows]
+    answers = [{a["label"]: a["score"] for a in classify(str(folder / "my images" / row["name"]))} for row in rows]
     for row, answer in zip(rows, answers, strict=True):
         assert answer[row["label"]] == pytest.approx(float(row["probability_of_label"]), abs=1e-5)
     log_loss = -sum(math.log(answer[row["label"]]) for row, answer in zip(rows, answers, strict=True)) / len(rows)
@@ -104,10 +109,10 @@ def test_saved_model_is_calibrated(run):
 
 def test_tensorboard_fold_learning_curve_and_trained_weights(timm_checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    draw_folder(Path("pictures"), per_class=20)
+    draw_folder(Path("images"), per_class=20)
     line = [
         "--data_dir",
-        "pictures",
+        "images",
         "--model_name",
         str(timm_checkpoint),
         "--num_train_epochs",
@@ -128,7 +133,7 @@ def test_tensorboard_fold_learning_curve_and_trained_weights(timm_checkpoint, tm
     ]
     train.main([*line, "--output_dir", "out"])
     printed = capsys.readouterr().out
-    assert "curve    With twice the training pictures" in printed and "kept " not in printed
+    assert "curve    With twice the training images" in printed and "kept " not in printed
     metrics = json.loads(Path("out/metrics.json").read_text())
     assert metrics["recipe"]["kept"] == "the trained weights" and metrics["seeds"]["fold"] == "2/5"
     assert (
@@ -155,7 +160,7 @@ def test_saved_model_gives_the_scores_of_the_run(run):
     metrics = json.loads((output / "metrics.json").read_text())
     classify = pipeline("image-classification", model=str(output), trust_remote_code=True)
     hits = 0
-    dataset = load_splits(data_dir=str(folder / "my pictures"))[0]["test"]
+    dataset = load_splits(data_dir=str(folder / "my images"))[0]["test"]
     for row in dataset:
         answer = classify(row["image"]["path"], top_k=1)[0]["label"]
         hits += answer == dataset.features["label"].int2str(row["label"])
@@ -186,7 +191,7 @@ def test_plain_command_makes_no_network_call(tmp_path):
 def test_second_run_takes_the_next_name_and_touches_nothing(run, launch):
     folder, _ = run
     before = {path: path.stat().st_mtime_ns for path in (folder / "outputs/tiny").rglob("*")}
-    line = ["tiny.yaml", "--data_dir", "my pictures", "--num_train_epochs", "1"]
+    line = ["tiny.yaml", "--data_dir", "my images", "--num_train_epochs", "1"]
     assert launch("train.py", *line, cwd=folder).returncode == 0
     assert {path.name for path in (folder / "outputs/tiny-2").iterdir()} >= FILES
     refused = launch("train.py", *line, "--output_dir", "outputs/tiny", cwd=folder)
@@ -198,7 +203,7 @@ def test_second_run_takes_the_next_name_and_touches_nothing(run, launch):
     ("line", "message"),
     [
         (["--data_dir", "nowhere"], "nowhere is not a folder"),
-        (["--data_dir", "empty"], "no pictures in class folders"),
+        (["--data_dir", "empty"], "no images in class folders"),
         (["--data_dir", "single"], "the one class 'red'"),
         (["--data_dir", "few"], "too few"),
         (["--data_dir", "broken"], "that cannot be read: 1"),
@@ -236,19 +241,19 @@ def test_arguments_are_answered_before_anything_heavy_is_imported(tmp_path, line
     command = [sys.executable, "-X", "importtime", str(PROJECT / "train.py"), line]
     ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     imported = {told.split("|")[2].strip() for told in ran.stderr.splitlines() if told.startswith("import time:")}
-    assert ran.returncode == (0 if line == "--help" else 2) and "arguments" in imported
-    assert not {"data", "datasets", "timm", "torchvision", "evaluate", "matplotlib", "sklearn"} & imported
+    assert ran.returncode == (0 if line == "--help" else 2) and "luthier.arguments" in imported
+    assert not {"data", "models", "datasets", "timm", "torchvision", "evaluate", "matplotlib", "sklearn"} & imported
 
 
 @pytest.fixture
 def vit_run(vit_checkpoint, tmp_path, monkeypatch):
     """A run of four epochs in which the last is the worst, all checkpoints kept; the command line that made it."""
     monkeypatch.chdir(tmp_path)
-    draw_folder(Path("pictures"), per_class=10)
-    line = ["--data_dir", "pictures", "--model_name", str(vit_checkpoint), "--optim", "sgd", "--learning_rate", "3"]
+    draw_folder(Path("images"), per_class=10)
+    line = ["--data_dir", "images", "--model_name", str(vit_checkpoint), "--optim", "sgd", "--learning_rate", "3"]
     line += ["--lr_scheduler_type", "constant", "--warmup_steps", "0", "--num_train_epochs", "4"]
-    line += ["--save_total_limit", "9", "--augmentation", "none", "--recipe", "full"]
-    monkeypatch.setitem(train.RECIPES, "full", train.RECIPES["full"]._replace(kept=(1.0,)))  # whatever the probe does
+    line += ["--save_total_limit", "9", "--augmentation", "none", "--recipe", "full", "--seed", "1"]
+    monkeypatch.setitem(RECIPES, "full", RECIPES["full"]._replace(candidates=(1.0,)))  # whatever the probe does
     train.main([*line, "--output_dir", "out"])
     return line
 
@@ -280,9 +285,9 @@ def test_vit_resumed_after_an_epoch_ends_as_if_never_stopped(vit_run):
 
 def test_bars_can_be_left_out(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    draw_folder(Path("pictures"), per_class=5)
+    draw_folder(Path("images"), per_class=5)
     train.main(
-        ["--data_dir", "pictures", "--model_name", "simple_cnn", "--num_train_epochs", "1", "--disable_tqdm", "1"]
+        ["--data_dir", "images", "--model_name", "simple_cnn", "--num_train_epochs", "1", "--disable_tqdm", "1"]
     )
     told = capsys.readouterr()
     assert "macro F1" in told.out and "train_runtime" not in told.out and "it/s" not in told.err
@@ -292,26 +297,26 @@ def test_threads_are_given_back(monkeypatch, tmp_path):
     """`accelerate launch` sets OMP_NUM_THREADS=1 on a machine it does not know to be without a GPU."""
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
-    _, _, training_args = train.parse_arguments([])
+    training_args = parse_arguments([]).training_args
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     try:
         torch.set_num_threads(1)
-        train.fit_machine(training_args)
+        configure_cpu(training_args.device)
         assert torch.get_num_threads() == os.cpu_count()
         assert training_args.dataloader_pin_memory is False
     finally:
         torch.set_num_threads(threads)
 
 
-def test_evaluation_of_the_trainer_is_the_models_own(timm_checkpoint, pictures, tmp_path):
-    """What the Trainer evaluates is what the model says of the evaluation view, picture by picture."""
+def test_evaluation_of_the_trainer_is_the_models_own(timm_checkpoint, images, tmp_path):
+    """What the Trainer evaluates is what the model says of the evaluation view, image by image."""
     model, image_processor = build_model(str(timm_checkpoint), {0: "blue", 1: "green", 2: "red"})
     view = EvaluationView(image_processor)
-    dataset = evaluation_rows(prepare(load_splits(data_dir=str(pictures))[0], view)["test"], view)
-    _, _, training_args = train.parse_arguments(["--output_dir", str(tmp_path / "out"), "--num_train_epochs", "1"])
+    dataset = evaluation_rows(prepare(load_splits(data_dir=str(images))[0], view)["test"], view)
+    training_args = parse_arguments(["--output_dir", str(tmp_path / "out"), "--num_train_epochs", "1"]).training_args
     trainer = Trainer(model=model, args=training_args, data_collator=collate, eval_dataset=dataset)
-    together = torch.from_numpy(trainer.predict(dataset).predictions)
+    together = torch.from_numpy(concatenate_batches(trainer.predict(dataset).predictions))
     with torch.no_grad():
         alone = torch.cat([model.eval()(row["pixel_values"][None]).logits for row in dataset])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)

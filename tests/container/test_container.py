@@ -20,7 +20,7 @@ import pytest
 from conftest import PROJECT
 from test_cloud import boot, write_stubs
 
-from checkpoints import newest_whole
+from luthier.training.checkpoints import newest_whole
 
 pytestmark = pytest.mark.container
 BASE, IMAGE, USER = "docker.io/library/debian:bookworm-slim", "luthier-test", "10001:0"

@@ -1,4 +1,4 @@
-"""One picture file to upright RGB: every Pillow mode, transparency, EXIF, animations, bombs."""
+"""One image file to upright RGB: every Pillow mode, transparency, EXIF, animations, bombs."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ from conftest import encoded
 from PIL import Image as PILImage
 from PIL import ImageCms
 
-from images import decode_rgb
+from luthier.images.decode import decode_rgb
 
 
 def lab_red() -> PILImage.Image:

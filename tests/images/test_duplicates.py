@@ -1,4 +1,4 @@
-"""Duplicates: copies of a picture are found, other pictures of the same kind are not."""
+"""Duplicates: copies of an image are found, other images of the same kind are not."""
 
 import io
 
@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.plant import draw_scene
-from duplicates import fingerprint, group_pictures, near_duplicates
+from luthier.images.duplicates import connected_groups, fingerprint, near_duplicates
 
 
 def saved(image: Image.Image, quality: int) -> Image.Image:
@@ -37,24 +37,24 @@ def cropped(image: Image.Image, left: float, top: float, right: float, bottom: f
     ],
 )
 def test_changed_copies_are_found(change, least):
-    pictures = [draw_scene("disc", seed) for seed in range(20)]
-    copies = [change(picture) for picture in pictures]
-    found = near_duplicates([fingerprint(image) for image in pictures + copies])
+    images = [draw_scene("disc", seed) for seed in range(20)]
+    copies = [change(image) for image in images]
+    found = near_duplicates([fingerprint(image) for image in images + copies])
     assert set(found) <= {(row, row + 20) for row in range(20)}
     assert len(found) >= least
 
 
-def test_pictures_of_one_colour_are_no_near_duplicates():
-    pictures = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue", "white")]
-    assert near_duplicates([fingerprint(image) for image in pictures]) == []
+def test_images_of_one_colour_are_no_near_duplicates():
+    images = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue", "white")]
+    assert near_duplicates([fingerprint(image) for image in images]) == []
 
 
 def test_groups_are_what_pairs_connect():
-    groups = group_pictures(6, [(0, 2), (2, 4), (3, 5)])
+    groups = connected_groups(6, [(0, 2), (2, 4), (3, 5)])
     assert groups[0] == groups[2] == groups[4] and groups[3] == groups[5]
-    assert len(set(groups)) == 3 and len(set(group_pictures(3, []))) == 3
+    assert len(set(groups)) == 3 and len(set(connected_groups(3, []))) == 3
 
 
 def test_nothing_to_compare():
     assert near_duplicates([]) == [] and near_duplicates([fingerprint(draw_scene("bar", 1))]) == []
-    assert np.array_equal(group_pictures(0, []), [])
+    assert np.array_equal(connected_groups(0, []), [])

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from conftest import draw, draw_folder, labels_of, load
 
+from luthier.errors import UserError
+
 
 def test_class_keeps_its_number_where_a_split_lacks_another(tmp_path):
     draw_folder(tmp_path / "p/train", 3)
@@ -28,13 +30,13 @@ def test_folder_names_that_imagefolder_trips_over(tmp_path):
     assert sum(len(dataset) for dataset in splits.values()) == 12
 
 
-def test_other_files_are_named_and_hidden_ones_are_not(pictures, caplog):
-    (pictures / "red/notes.txt").write_text("no picture")
-    (pictures / "drawing.eps").write_text("%!PS")
-    (pictures / "red/.DS_Store").write_text("")
-    (pictures / ".git").mkdir()
+def test_other_files_are_named_and_hidden_ones_are_not(images, caplog):
+    (images / "red/notes.txt").write_text("no image")
+    (images / "drawing.eps").write_text("%!PS")
+    (images / "red/.DS_Store").write_text("")
+    (images / ".git").mkdir()
     with caplog.at_level(logging.WARNING):
-        splits = load(data_dir=str(pictures))
+        splits = load(data_dir=str(images))
     assert sum(len(dataset) for dataset in splits.values()) == 24
     assert "2 files" in caplog.text and "notes.txt" in caplog.text and ".DS_Store" not in caplog.text
 
@@ -72,41 +74,41 @@ def empty_split(root: Path) -> None:
 def test_class_missing_from_train(tmp_path):
     draw_folder(tmp_path / "p/train", 4, classes=("red", "blue"))
     draw_folder(tmp_path / "p/test", 2)
-    with pytest.raises(ValueError, match="no training picture has the class 'green'"):
+    with pytest.raises(UserError, match="no training image has the class 'green'"):
         load(data_dir=str(tmp_path / "p"))
 
 
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda root: None, "no pictures in class folders"),
-        (empty_class, "violet has no pictures: fill it or remove it"),
+        (lambda root: None, "no images in class folders"),
+        (empty_class, "violet has no images: fill it or remove it"),
         (splits_without_classes, "no class folders in them"),
         (lambda root: draw_folder(root, classes=("red",)), "the one class 'red'"),
-        (lambda root: draw_folder(root, 2), "'blue' has 2 pictures, too few"),
-        (empty_split, "test has no pictures: fill it, or remove it"),
+        (lambda root: draw_folder(root, 2), "'blue' has 2 images, too few"),
+        (empty_split, "test has no images: fill it, or remove it"),
         (splits_and_more, "holds the splits test, train and beside them scratch"),
         (lambda root: [draw_folder(root / s) for s in ("train", "val", "dev")], "two folders for one split"),
     ],
 )
 def test_unusable_folder(tmp_path, build, message):
     build(tmp_path)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         load(data_dir=str(tmp_path))
 
 
-def test_file_name_that_is_no_text(pictures):
-    Path(os.fsdecode(os.fsencode(pictures / "red") + b"/\xff.png")).touch()
-    with pytest.raises(ValueError, match=r"xff.png' is not valid UTF-8: rename the file"):
-        load(data_dir=str(pictures))
+def test_file_name_that_is_no_text(images):
+    Path(os.fsdecode(os.fsencode(images / "red") + b"/\xff.png")).touch()
+    with pytest.raises(UserError, match=r"xff.png' is not valid UTF-8: rename the file"):
+        load(data_dir=str(images))
 
 
-def test_link_that_leads_nowhere(pictures):
-    (pictures / "red/gone.png").symlink_to("nowhere.png")
-    with pytest.raises(ValueError, match=r"gone.png cannot be read: .*Replace or remove it"):
-        load(data_dir=str(pictures))
+def test_link_that_leads_nowhere(images):
+    (images / "red/gone.png").symlink_to("nowhere.png")
+    with pytest.raises(UserError, match=r"gone.png cannot be read: .*Replace or remove it"):
+        load(data_dir=str(images))
 
 
 def test_missing_folder(tmp_path):
-    with pytest.raises(ValueError, match=r"nowhere is not a folder"):
+    with pytest.raises(UserError, match=r"nowhere is not a folder"):
         load(data_dir=str(tmp_path / "nowhere"))

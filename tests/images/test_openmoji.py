@@ -1,22 +1,22 @@
-"""The built-in picture set: its classes, its size, its licence line, and that it is drawn from the package alone."""
+"""The built-in image set: its classes, its size, its licence line, and that it is drawn from the package alone."""
 
 import numpy as np
 import pytest
 import resvg_py
 
 from data import load_splits, prepare
-from openmoji import ATTRIBUTION, load_openmoji
+from luthier.images.openmoji import ATTRIBUTION, load_openmoji
 
 
 def test_nine_balanced_classes():
-    pictures = load_openmoji()
-    names = pictures.features["label"].names
-    counts = np.bincount(pictures["label"][:])
+    images = load_openmoji()
+    names = images.features["label"].names
+    counts = np.bincount(images["label"][:])
     assert names == sorted(names) and len(names) == 9 and "Component" not in names
-    assert len(pictures) == 1045 and counts.max() == 120 and counts.min() == 85
+    assert len(images) == 1045 and counts.max() == 120 and counts.min() == 85
 
 
-def test_pictures_are_drawn_on_white():
+def test_images_are_drawn_on_white():
     image = load_openmoji()[0]["image"]
     assert image.size == (160, 160)
     pixels = np.asarray(image.convert("RGB"))

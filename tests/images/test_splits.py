@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features
 
-from splits import cut_missing_splits, stratified_cut, stratified_folds
+from luthier.errors import UserError
+from luthier.images.splits import cut_missing_splits, stratified_cut, stratified_folds
 
 NAMES = ["a", "b", "c"]
 FRACTIONS = {"validation": 0.1, "test": 0.2}
@@ -45,21 +46,21 @@ def test_class_of_pairs_is_in_every_split():
     assert {split: len(rows) for split, rows in cut.items()} == {"validation": 2, "test": 2, "train": 4}
 
 
-def test_class_that_is_one_picture_many_times():
+def test_class_that_is_one_image_many_times():
     labels, groups = np.array([0] * 9 + [1] * 9), np.array([0] * 9 + list(range(1, 10)))
-    with pytest.raises(ValueError, match="'a' are so nearly the same"):
+    with pytest.raises(UserError, match="'a' are so nearly the same"):
         stratified_cut(labels, NAMES, FRACTIONS, 1, groups)
 
 
 def test_class_of_which_nothing_is_left_to_train_on():
-    # b's two first pictures are copies of a's, and stand where those do.
+    # b's two first images are copies of a's, and stand where those do.
     labels, groups = np.array([0] * 3 + [1] * 3), np.array([0, 1, 2, 0, 1, 3])
     ends = []
     for seed in range(20):
         try:
             cut = stratified_cut(labels, ["a", "b"], {"validation": 0.3, "test": 0.3}, seed, groups)
             ends.append({*labels[cut["train"]]} == {0, 1})
-        except ValueError as error:
+        except UserError as error:
             assert "class" in str(error)
     assert all(ends)
 
@@ -93,5 +94,5 @@ def test_folds_are_disjoint_and_cover_everything():
 
 def test_fold_of_data_with_a_test_split():
     splits = DatasetDict(train=dataset(30)["train"], test=dataset(6)["train"])
-    with pytest.raises(ValueError, match="--fold cuts the test split, but the data has one"):
+    with pytest.raises(UserError, match="--fold cuts the test split, but the data has one"):
         cut_missing_splits(splits, np.arange(30), 1, 0.1, 0.2, (1, 5))

@@ -1,4 +1,4 @@
-"""How a model sees a picture: as pipeline does, packed without loss, augmented on the same scale."""
+"""How a model sees an image: as pipeline does, packed without loss, augmented on the same scale."""
 
 import hashlib
 
@@ -9,9 +9,9 @@ from PIL import Image as PILImage
 from transformers import AutoImageProcessor, MobileViTImageProcessor, pipeline
 
 from data import evaluation_rows, prepare
-from images import decode_rgb
+from luthier.images.decode import decode_rgb
+from luthier.images.views import AUGMENTATIONS, EvaluationView, training_transform
 from models import build_model
-from views import AUGMENTATIONS, EvaluationView, training_view
 
 
 @pytest.fixture(scope="module", params=["simple_cnn", "timm", "vit", "efficientnet_lite0"])
@@ -30,10 +30,10 @@ def saved_model(request, tmp_path_factory):
 def test_evaluation_sees_what_pipeline_and_a_reloaded_processor_see(saved_model, tmp_path):
     folder, image_processor = saved_model
     draw_folder(tmp_path / "p", 3, classes=("red", "blue"))
-    picture = draw("red", 77, width=300, height=220)
-    exif = picture.getexif()
+    image = draw("red", 77, width=300, height=220)
+    exif = image.getexif()
     exif[0x0112] = 8
-    picture.save(tmp_path / "p/red/sideways.jpg", exif=exif)
+    image.save(tmp_path / "p/red/sideways.jpg", exif=exif)
     draw("blue", 78, width=700, height=900).save(tmp_path / "p/blue/large.jpg")
     view = EvaluationView(image_processor)
     splits = prepare(load(data_dir=str(tmp_path / "p"), validation_fraction=0.3, test_fraction=0.3), view)
@@ -68,16 +68,16 @@ def timm_view(timm_checkpoint):
 
 
 def test_no_augmentation_is_the_evaluation_view(timm_view):
-    picture = draw("red", 1)
-    assert torch.equal(training_view(timm_view, "none")(picture), timm_view(picture))
+    image = draw("red", 1)
+    assert torch.equal(training_transform(timm_view, "none")(image), timm_view(image))
 
 
 @pytest.mark.parametrize("augmentation", [name for name in AUGMENTATIONS if name != "none"])
 def test_augmentation_varies_and_keeps_size_and_scale(timm_view, augmentation):
-    picture = draw("red", 1, width=200, height=150)
-    see = training_view(timm_view, augmentation)
-    seen = torch.stack([see(picture) for _ in range(24)])
-    assert seen.shape[1:] == timm_view(picture).shape
+    image = draw("red", 1, width=200, height=150)
+    see = training_transform(timm_view, augmentation)
+    seen = torch.stack([see(image) for _ in range(24)])
+    assert seen.shape[1:] == timm_view(image).shape
     assert len({one.numpy().tobytes() for one in seen}) > 12
     unit = (seen - timm_view.black[:, None, None]) / timm_view.contrast[:, None, None]
     assert unit.min() >= -1e-5 and unit.max() <= 1 + 1e-5
@@ -89,7 +89,7 @@ def test_augmentation_varies_and_keeps_size_and_scale(timm_view, augmentation):
 def test_channels_that_the_processor_turns_round_are_turned_round_in_training(augmentation):
     size = {"shortest_edge": 32}
     view = EvaluationView(MobileViTImageProcessor(size=size, crop_size={"height": 32, "width": 32}))
-    see, red = training_view(view, augmentation), PILImage.new("RGB", (64, 48), (250, 10, 10))
+    see, red = training_transform(view, augmentation), PILImage.new("RGB", (64, 48), (250, 10, 10))
     assert view.reversed and view(red)[2].mean() > 0.9
     seen = torch.stack([see(red) for _ in range(16)]).mean(dim=(0, 2, 3))
     assert seen.argmax() == 2

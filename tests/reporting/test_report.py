@@ -10,12 +10,14 @@ from conftest import PROJECT, draw_folder
 from huggingface_hub import ModelCard
 from PIL import Image
 
-import audit
 from data import load_splits
-from figures import plot_confusion_matrix, plot_curves, plot_learning_curve, plot_reliability
-from metrics import reliability, score, selective
-from report import write_audit_page, write_model_card, write_predictions, write_report
-from terminal import percent_with_interval
+from luthier.reporting.card import write_model_card
+from luthier.reporting.figures import plot_confusion_matrix, plot_curves, plot_learning_curve, plot_reliability
+from luthier.reporting.page import write_audit_page, write_report
+from luthier.reporting.results import TestPredictions, write_predictions
+from luthier.scoring.audit import audit_images
+from luthier.scoring.metrics import reliability, score, selective
+from luthier.terminal import percent_with_interval
 
 HOSTILE = ["<script>alert(1)</script>", "a|b `c` $x^2$ \\frac", "çok uzun 乐器 " * 8]
 REFERENCES = np.array([0, 0, 1, 1, 2, 2])
@@ -114,7 +116,7 @@ def test_model_card(metrics, tmp_path):
     assert yaml.safe_load(path.read_text().split("---")[1])["model-index"][0]["results"]
     for expected in ("83.3% (95% interval", "trust_remote_code=True", "[someone](https://example.org)", "5 epochs"):
         assert expected in card.text
-    assert "before calibration 20.0%" in card.text and "twice the training pictures" in card.text
+    assert "was 20.0% before calibration" in card.text and "twice the training images" in card.text
     assert "<script>" not in card.text and "[my](" not in card.text and "a|b `c`" not in card.text
 
 
@@ -128,26 +130,28 @@ def test_reliability_and_learning_curve(metrics, tmp_path):
 
 @pytest.fixture
 def page(metrics, tmp_path) -> Path:
-    """A report on drawn pictures with hostile class names, one of them broken, one doubled, in a folder of its own."""
-    folder = draw_folder(tmp_path / "pictures", 40)
+    """A report on drawn images with hostile class names, one of them broken, one doubled, in a folder of its own."""
+    folder = draw_folder(tmp_path / "images", 40)
     shutil.copy(folder / "red/000.png", folder / "red/<img src=x onerror=alert(2)>.png")
-    (folder / "red/broken.png").write_bytes(b"no picture")
-    pictures, bad = load_splits(data_dir=str(folder), label_names=HOSTILE)
-    found = audit.audit(pictures, bad)
-    pictures["test"] = pictures["test"].select(np.argsort(pictures["test"]["label"][:])[[0, 1, 8, 9, 16, 17]])
+    (folder / "red/broken.png").write_bytes(b"no image")
+    images, unreadable = load_splits(data_dir=str(folder), label_names=HOSTILE)
+    findings = audit_images(images, unreadable)
+    images["test"] = images["test"].select(np.argsort(images["test"]["label"][:])[[0, 1, 8, 9, 16, 17]])
     (tmp_path / "run").mkdir()
-    write_report(tmp_path / "run", metrics, found, pictures, LOGITS, REFERENCES)
-    write_predictions(tmp_path / "run/predictions.csv", HOSTILE, pictures, LOGITS, REFERENCES)
-    write_audit_page(tmp_path / "run/audit.html", HOSTILE[0], found, pictures)
+    test = TestPredictions(images, LOGITS, REFERENCES)
+    write_report(tmp_path / "run", metrics, findings, test)
+    write_predictions(tmp_path / "run/predictions.csv", HOSTILE, test)
+    write_audit_page(tmp_path / "run/audit.html", HOSTILE[0], findings, images)
     return tmp_path / "run/report.html"
 
 
 def test_page_says_the_score_and_escapes_names(page):
     text = page.read_text(encoding="utf-8")
-    assert "<strong>83.3%</strong>" in text and "lies between 43.6% and 97.0%" in text
-    assert "from 20.0% to" in text and "two classes" not in text and "Exact duplicates: 1" in text
+    assert "Test accuracy <strong>83.3%</strong> on 6 images it was not trained on" in text
+    assert "(95% interval 43.6% to 97.0%)" in text
+    assert "from 20.0% to" in text and "across classes" not in text and "Exact duplicates: 1" in text
     assert "<script>" not in text and "<img src=x" not in text and "&lt;script&gt;" in text
-    assert "taken for &lt;script&gt;" in text and "no picture" not in text.split("unreadable")[0]
+    assert "predicted &lt;script&gt;" in text and "no image" not in text.split("unreadable")[0]
     for name in ("confusion_matrix", "confusion_matrix_rows", "reliability", "curves", "learning_curve"):
         assert (page.parent / f"{name}.png").exists()
     rows = (page.parent / "predictions.csv").read_text(encoding="utf-8").splitlines()
@@ -192,7 +196,7 @@ def test_page_in_a_browser(page, name, width, scheme):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs the browser chromium")
-def test_readme_picture_is_of_the_default_run(tmp_path, launch):
+def test_readme_image_is_of_the_default_run(tmp_path, launch):
     from benchmarks.screenshot import take
 
     ran = launch("train.py", "--output_dir", "efficientnet_lite0_openmoji", "--learning_curve", cwd=tmp_path)

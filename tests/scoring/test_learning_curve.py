@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from learning_curve import FRACTIONS, extrapolate, in_words, learning_curve
+from luthier.errors import UserError
+from luthier.reporting.console import learning_curve_in_words
+from luthier.scoring.learning_curve import FRACTIONS, extrapolate, learning_curve
 
 NAMES = ["a", "b", "c", "d"]
 
@@ -17,7 +19,7 @@ def clusters(n: int, seed: int) -> tuple[torch.Tensor, np.ndarray]:
     return torch.tensor(centres[labels] + generator.normal(0, 1, (n, 200)), dtype=torch.float32), labels
 
 
-def test_half_of_the_pictures_foretells_all_of_them():
+def test_half_of_the_images_foretells_all_of_them():
     inside = 0
     for seed in range(2):
         features, labels = clusters(800, seed)
@@ -38,7 +40,7 @@ def test_points_grow_and_the_sentence_says_it():
     assert len(accuracies) == len(FRACTIONS) and accuracies[-1] > accuracies[0] + 0.1
     assert all(point["lowest"] <= point["accuracy"] <= point["highest"] for point in curve["points"])
     assert curve["now"]["accuracy"] < curve["twice"]["accuracy"] and curve["gain"] > 0
-    assert "(1,200 instead of 600)" in in_words(curve) and "points" in in_words(curve)
+    assert "(1,200 instead of 600)" in learning_curve_in_words(curve) and "points" in learning_curve_in_words(curve)
 
 
 def test_smallest_part_has_every_class():
@@ -47,10 +49,10 @@ def test_smallest_part_has_every_class():
     assert learning_curve(features, labels, NAMES, np.arange(40), 0.1, 30)["points"][0]["n"] >= 4
 
 
-def test_class_with_too_few_pictures():
+def test_class_with_too_few_images():
     features, labels = clusters(40, 1)
     labels = np.where(np.arange(40) < 3, 3, labels % 3)
-    with pytest.raises(ValueError, match=r"needs 4 pictures of each class .* 'd' has 3"):
+    with pytest.raises(UserError, match=r"needs 4 images of each class .* 'd' has 3"):
         learning_curve(features, labels, NAMES, np.arange(40), 0.1, 30)
 
 

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from transformers import EvalPrediction
 
-from metrics import build_compute_metrics, fit_temperature, log_loss, logits_of, reliability, score, wilson_interval
+from luthier.scoring.metrics import (
+    build_compute_metrics,
+    fit_temperature,
+    log_loss,
+    reliability,
+    score,
+    wilson_interval,
+)
+from luthier.training.trainer import concatenate_batches
 
 LABELS = ["a", "b", "c"]
 REFERENCES = np.array([0, 0, 0, 0, 1, 1])
@@ -42,7 +50,9 @@ def test_wilson_interval(hits, n, low, high):
 def test_compute_metrics_takes_logits_or_a_tuple_of_outputs():
     expected = {"accuracy": pytest.approx(4 / 6), "macro_f1": pytest.approx(0.625)}
     assert build_compute_metrics(LABELS)(EvalPrediction(LOGITS, REFERENCES)) == expected
-    assert logits_of(EvalPrediction((LOGITS, np.zeros(1)), REFERENCES)) is LOGITS
+    assert concatenate_batches((LOGITS, np.zeros(1))) is LOGITS
+    batches = [(LOGITS[:4], np.zeros(1)), (LOGITS[4:], np.zeros(1))]
+    assert np.array_equal(concatenate_batches(batches), LOGITS)
 
 
 def test_top_5_where_there_are_more_classes():

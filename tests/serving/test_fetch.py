@@ -1,4 +1,4 @@
-"""Fetching a picture from a loopback server that misbehaves in every way, and from addresses that are refused."""
+"""Fetching an image from a loopback server that misbehaves in every way, and from addresses that are refused."""
 
 import io
 import shutil
@@ -13,11 +13,11 @@ from typing import ClassVar
 import pytest
 from conftest import draw
 
-import fetch
-from images import decode_rgb
+import luthier.serving.fetch as fetch
+from luthier.images.decode import decode_rgb
 
 
-def picture() -> bytes:
+def image() -> bytes:
     file = io.BytesIO()
     draw("red", 1).save(file, "PNG")
     return file.getvalue()
@@ -47,7 +47,7 @@ class Misbehaving(BaseHTTPRequestHandler):
         self.say(404)
 
     def good_png(self):
-        self.say(200, picture(), Content_Type="image/png")
+        self.say(200, image(), Content_Type="image/png")
 
     def html_png(self):
         self.say(200, b"<html>log in</html>", Content_Type="text/html")
@@ -56,7 +56,7 @@ class Misbehaving(BaseHTTPRequestHandler):
         self.say(200, b"<html>log in</html>", Content_Type="image/png")
 
     def cut_png(self):
-        self.say(200, picture()[:100], Content_Length="5000")
+        self.say(200, image()[:100], Content_Length="5000")
 
     def loop(self):
         self.say(302, Location="/loop")
@@ -117,7 +117,7 @@ def server():
 
 
 @pytest.mark.parametrize("path", ["good.png", "round-about", "busy.png", "good.png?a=ü b"])
-def test_good_picture(server, path):
+def test_good_image(server, path):
     assert decode_rgb(fetch.fetch(f"{server}/{path}", allow_private=True)).image.size == (48, 40)
     assert Misbehaving.agents[-1].startswith("Luthier/")
 
@@ -126,8 +126,8 @@ def test_good_picture(server, path):
     ("path", "message"),
     [
         ("nothing", "answers 404 Not Found"),
-        ("html.png", "text/html, not a picture"),
-        ("cut.png", "cut before the picture was complete"),
+        ("html.png", "text/html, not an image"),
+        ("cut.png", "cut before the image was complete"),
         ("loop", "after 6 requests"),
         ("to-file", "only http and https"),
         ("always-busy", "answers 429"),
@@ -175,19 +175,19 @@ def test_redirect_to_the_inside_is_refused(server, monkeypatch):
     resolve = socket.getaddrinfo
 
     def as_public(host, *rest, **options):
-        return resolve("127.0.0.1" if host == "picture.example" else host, *rest, **options)
+        return resolve("127.0.0.1" if host == "image.example" else host, *rest, **options)
 
     monkeypatch.setattr(socket, "getaddrinfo", as_public)
     monkeypatch.setattr(fetch, "_is_public", lambda address: address == "127.0.0.1")
     with pytest.raises(OSError, match=r"169.254.169.254 is not public"):
-        fetch.fetch(f"http://picture.example:{port}/inside")
+        fetch.fetch(f"http://image.example:{port}/inside")
 
 
 def test_one_private_address_among_public_ones_is_enough(monkeypatch):
     entries = [(2, 1, 6, "", ("93.184.216.34", 80)), (2, 1, 6, "", ("127.0.0.1", 80))]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: entries)
     with pytest.raises(OSError, match=r"is not public \(127.0.0.1\)"):
-        fetch.fetch("http://picture.example/")
+        fetch.fetch("http://image.example/")
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl for a certificate")

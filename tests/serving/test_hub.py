@@ -13,8 +13,9 @@ from conftest import PROJECT, draw, draw_folder
 from hub_server import TOKEN, Hub
 from safetensors.torch import load_file, save_file
 
-import hub
-from report import write_model_card
+import luthier.serving.hub as hub
+from luthier.errors import UserError
+from luthier.reporting.card import write_model_card
 
 PUBLISHED = {
     ".gitattributes", "README.md", "config.json", "confusion_matrix.png", "coverage.png", "curves.png",
@@ -34,7 +35,7 @@ print(pipeline("image-classification", model=sys.argv[1], **options)(Image.new("
 
 PUSHES = """
 import contextlib, io, json, os, sys
-import hub
+import push
 
 for line in sys.stdin:
     out, err, code = io.StringIO(), io.StringIO(), 0
@@ -42,7 +43,7 @@ for line in sys.stdin:
         try:
             token, *words = json.loads(line)
             os.environ["HF_TOKEN"] = token
-            hub.main(words)
+            push.main(words)
         except SystemExit as ended:
             code = ended.code
     print(json.dumps([code, out.getvalue(), err.getvalue()]), flush=True)
@@ -90,7 +91,7 @@ def pushes(running, tmp_path_factory):
 
 @pytest.fixture
 def push(server, pushes):
-    """Run hub.py as a user of the loopback Hub."""
+    """Run push.py as a user of the loopback Hub."""
 
     def run(*line: str | Path, token: str = TOKEN) -> Pushed:
         print(json.dumps([token, *map(str, line)]), file=pushes.stdin, flush=True)
@@ -116,8 +117,8 @@ def client(server, tmp_path):
 def finished(tmp_path_factory, launch):
     """The folder of a finished run of simple_cnn, in which secrets lie about."""
     folder = tmp_path_factory.mktemp("finished")
-    draw_folder(folder / "pictures", per_class=6)
-    line = ["--data_dir", "pictures", "--model_name", "simple_cnn", "--num_train_epochs", "1", "--output_dir", "out"]
+    draw_folder(folder / "images", per_class=6)
+    line = ["--data_dir", "images", "--model_name", "simple_cnn", "--num_train_epochs", "1", "--output_dir", "out"]
     ran = launch("train.py", *line, cwd=folder)
     assert ran.returncode == 0, ran.stderr
     (folder / "out/.env").write_text(f"HF_TOKEN={TOKEN}")
@@ -184,7 +185,7 @@ def test_fault_that_passes_is_overcome(server, push, finished, pattern, status, 
     assert set(server.repositories["models/me/x"].files) == PUBLISHED
     assert "Traceback" not in ran.stderr
     if headers:
-        assert "trying again in 2 s" in ran.stderr
+        assert "retrying in 2 s" in ran.stderr
 
 
 @pytest.mark.parametrize(
@@ -218,8 +219,8 @@ def test_damage_on_the_way_is_found_and_nothing_is_published(server, push, finis
         ("", "me/x", "nobody is logged in"),
         ("hf_wrong", "me/x", "does not know this token"),
         (TOKEN, "somebody/else", "may not write to somebody/else"),
-        (TOKEN, "me/no such name!", "is no name for a repository"),
-        (TOKEN, "bare", "'bare' is no name for a repository: give owner/name"),
+        (TOKEN, "me/no such name!", "is not a name for a repository"),
+        (TOKEN, "bare", "'bare' is not a name for a repository: give owner/name"),
     ],
 )
 def test_missing_rights(push, finished, token, repo_id, message):
@@ -228,21 +229,21 @@ def test_missing_rights(push, finished, token, repo_id, message):
 
 
 def test_rights_are_seen_before_training(server, client, tmp_path):
-    draw_folder(tmp_path / "pictures", per_class=6)
-    line = ["--data_dir", "pictures", "--model_name", "simple_cnn", "--num_train_epochs", "1", "--push_to_hub"]
+    draw_folder(tmp_path / "images", per_class=6)
+    line = ["--data_dir", "images", "--model_name", "simple_cnn", "--num_train_epochs", "1", "--push_to_hub"]
     ran = client(PROJECT / "train.py", *line, "--hub_model_id", "somebody/else")
     assert ran.returncode == 2 and "may not write to somebody/else" in ran.stderr, ran.stderr
     assert not ran.stdout and not (tmp_path / "outputs").exists() and "Traceback" not in ran.stderr
 
 
 def test_push_that_fails_costs_nothing_and_is_repeated_alone(server, client, push, tmp_path):
-    draw_folder(tmp_path / "pictures", per_class=6)
+    draw_folder(tmp_path / "images", per_class=6)
     fault = server.fail("POST .*/commit/", 403, 1)
-    line = ["--data_dir", "pictures", "--model_name", "simple_cnn", "--num_train_epochs", "1", "--push_to_hub"]
+    line = ["--data_dir", "images", "--model_name", "simple_cnn", "--num_train_epochs", "1", "--push_to_hub"]
     ran = client(PROJECT / "train.py", *line, "--hub_model_id", "colours", "--output_dir", "out")
     assert fault.seen == 1 and ran.returncode == 1 and "Traceback" not in ran.stderr, ran.stderr
     assert "not pushed: this login may not write to me/colours" in ran.stderr
-    (again,) = re.findall(r"^  python hub.py (.*)$", ran.stderr, re.M)
+    (again,) = re.findall(r"^  python push.py (.*)$", ran.stderr, re.M)
     assert again == "out me/colours" and (tmp_path / "out/report.html").exists()
     assert not any(TOKEN.encode() in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert not any(TOKEN.encode() in body for body in server.bodies)
@@ -251,15 +252,17 @@ def test_push_that_fails_costs_nothing_and_is_repeated_alone(server, client, pus
 
 
 def test_resumed_run_that_has_ended_is_pushed_and_not_trained(server, client, finished):
-    line = ["--data_dir", finished.parent / "pictures", "--model_name", "simple_cnn", "--output_dir", finished]
+    line = ["--data_dir", finished.parent / "images", "--model_name", "simple_cnn", "--output_dir", finished]
     line += ["--resume_from_checkpoint", "auto", "--push_to_hub", "--hub_model_id", "me/late"]
     ran = client(PROJECT / "train.py", *line)
     assert ran.returncode == 0 and "done     " in ran.stdout and "epoch" not in ran.stdout, ran.stderr
     assert set(server.repositories["models/me/late"].files) == PUBLISHED
 
 
-def test_seeds_whole_path_from_download_to_published_model(server, client, tmp_path, launch, monkeypatch):
-    """The seed's third experiment: its data set's and its model's layout, drawn pictures and random weights."""
+def test_original_experiments_whole_path_from_download_to_published_model(
+    server, client, tmp_path, launch, monkeypatch
+):
+    """The original third experiment: its dataset's and its model's layout, drawn images and random weights."""
     names = ["arp", "baglama", "elektro gitar", "gitar", "kanun", "keman", "kemence", "mandolin", "ud", "yayli tambur"]
     for number, name in enumerate(names):
         (tmp_path / "dataset/instruments" / name).mkdir(parents=True)
@@ -298,8 +301,8 @@ def test_no_network_is_one_message(monkeypatch):
         calls.append(1)
         raise ConnectionError("no route to host")
 
-    with pytest.raises(ValueError, match="cannot be reached, or cuts the connection: no route to host"):
-        hub.persistently(call, "me/x")
+    with pytest.raises(UserError, match="cannot be reached, or cuts the connection: no route to host"):
+        hub.with_retries(call, "me/x")
     assert len(calls) == 3
 
 
@@ -325,9 +328,9 @@ def test_nothing_is_made_on_the_hub_for_a_folder_without_a_run(server, push, tmp
 
 
 def test_unfinished_folders_are_refused(finished, tmp_path):
-    with pytest.raises(ValueError, match="holds no finished run"):
+    with pytest.raises(UserError, match="holds no finished run"):
         hub.stage(tmp_path, "me/x", tmp_path)
     (tmp_path / "metrics.json").write_text((finished / "metrics.json").read_text())
     (tmp_path / "staging").mkdir()
-    with pytest.raises(ValueError, match="holds no model"):
+    with pytest.raises(UserError, match="holds no model"):
         hub.stage(tmp_path, "me/x", tmp_path / "staging")

@@ -8,7 +8,17 @@ import sys
 import pytest
 from conftest import PROJECT
 
-from checkpoints import HASHES, check_space, locked, newest_whole, seal, steps_of, thin_out, what_is_wrong
+from luthier.errors import UserError
+from luthier.output_dir import claim_output_dir
+from luthier.training.checkpoints import (
+    HASHES,
+    check_disk_space,
+    checkpoints_by_step,
+    find_damage,
+    newest_whole,
+    prune_checkpoints,
+    seal,
+)
 
 
 def checkpoint(output_dir, step):
@@ -22,7 +32,7 @@ def checkpoint(output_dir, step):
 
 def test_sealed_is_whole(tmp_path):
     folder = checkpoint(tmp_path, 4)
-    assert what_is_wrong(folder) is None and newest_whole(tmp_path) == folder
+    assert find_damage(folder) is None and newest_whole(tmp_path) == folder
     assert set(json.loads((folder / HASHES).read_text())) == {"model.safetensors", "trainer_state.json"}
     assert not (tmp_path / ".partial").exists()
 
@@ -49,7 +59,7 @@ def test_sealed_is_whole(tmp_path):
 def test_damage_is_found_and_the_one_before_is_used(tmp_path, caplog, damage, message):
     before, newest = checkpoint(tmp_path, 4), checkpoint(tmp_path, 8)
     damage(newest)
-    assert message in what_is_wrong(newest)
+    assert message in find_damage(newest)
     with caplog.at_level(logging.WARNING):
         assert newest_whole(tmp_path) == before
     assert "Not used" in caplog.text and message in caplog.text
@@ -64,16 +74,16 @@ def test_what_was_being_written_is_not_there(tmp_path):
 def test_oldest_go_but_for_the_best(tmp_path):
     for step in (2, 4, 10, 12):
         checkpoint(tmp_path, step)
-    thin_out(tmp_path, None, best=2)
-    assert list(steps_of(tmp_path)) == [12, 10, 4, 2]
-    thin_out(tmp_path, 2, best=2)
-    assert list(steps_of(tmp_path)) == [12, 10, 2]
+    prune_checkpoints(tmp_path, None, best=2)
+    assert list(checkpoints_by_step(tmp_path)) == [12, 10, 4, 2]
+    prune_checkpoints(tmp_path, 2, best=2)
+    assert list(checkpoints_by_step(tmp_path)) == [12, 10, 2]
 
 
 def test_full_disk_is_foreseen(tmp_path):
-    check_space(tmp_path, 1000, 2)
-    with pytest.raises(ValueError, match=r"GB left, and this run's checkpoints need up to 4000000.00 GB"):
-        check_space(tmp_path, 10**15, 2)
+    check_disk_space(tmp_path, 1000, 2)
+    with pytest.raises(UserError, match=r"GB left, and this run's checkpoints need up to 4000000.00 GB"):
+        check_disk_space(tmp_path, 10**15, 2)
 
 
 def test_second_run_is_refused_and_a_dead_ones_lock_is_gone(tmp_path):
@@ -81,27 +91,28 @@ def test_second_run_is_refused_and_a_dead_ones_lock_is_gone(tmp_path):
     code = f"""
 import sys; sys.path.insert(0, {str(PROJECT)!r})
 from pathlib import Path
-from checkpoints import locked
-with locked(Path({str(output_dir)!r}), continued=False):
+from luthier.output_dir import claim_output_dir
+with claim_output_dir(Path({str(output_dir)!r}), continues=False):
     print("locked", flush=True); sys.stdin.read()
 """
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
         assert other.stdout.readline() == "locked\n"
-        with pytest.raises(ValueError, match="another run is writing into"), locked(output_dir, continued=False):
+        with pytest.raises(UserError, match="another run is writing into"), claim_output_dir(output_dir, False):
             pass
         other.kill()
         other.wait()
-    with locked(output_dir, continued=False):
+    with claim_output_dir(output_dir, continues=False):
         (output_dir / "something").touch()
-    with pytest.raises(ValueError, match="has just written"), locked(output_dir, continued=False):
+    with pytest.raises(UserError, match="has just written"), claim_output_dir(output_dir, continues=False):
         pass
-    with locked(output_dir, continued=True):
+    with claim_output_dir(output_dir, continues=True):
         pass
+    assert [path.name for path in output_dir.iterdir()] == ["something"]
 
 
 def test_directory_made_for_nothing_goes_again(tmp_path):
-    with pytest.raises(KeyError), locked(tmp_path / "outputs/run", continued=False):
+    with pytest.raises(KeyError), claim_output_dir(tmp_path / "outputs/run", continues=False):
         raise KeyError
     assert not (tmp_path / "outputs").exists() and tmp_path.exists()

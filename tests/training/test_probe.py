@@ -8,16 +8,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import draw, draw_folder
+from datasets import DatasetDict
 from sklearn.linear_model import LogisticRegression
 from timm.layers import Conv2dSame
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-import probe as module
-from data import collate, load_splits, prepare
-from inference import _evenly_padded
+from data import collate, feature_rows, load_splits, prepare
+from luthier.errors import UserError
+from luthier.fusion import _with_even_padding
+from luthier.images.views import EvaluationView
+from luthier.training.features import build_backbone, load_features
+from luthier.training.probe import STRENGTHS, LinearProbe, _minimise, fit_probe, fit_shared_probe, state_with_probe
 from models import build_model, linear_head
-from probe import _minimise, build_backbone, build_probe, fit_probe
-from views import EvaluationView
 
 NAMES = {0: "blue", 1: "green", 2: "red"}
 
@@ -48,7 +50,7 @@ def test_strength_is_chosen_on_validation_and_the_scale_is_folded_in():
     logits = probe.logits(validation)
     assert probe.loss == pytest.approx(torch.nn.functional.cross_entropy(logits, validation_labels).item())
     assert (logits.argmax(dim=1) == validation_labels).float().mean() > 0.8
-    assert module.STRENGTHS[0] > probe.strength > module.STRENGTHS[-1]
+    assert STRENGTHS[0] > probe.strength > STRENGTHS[-1]
 
 
 def test_constant_feature_does_no_harm():
@@ -65,11 +67,20 @@ def trainer_of(model: PreTrainedModel, folder: Path) -> Trainer:
     return Trainer(model=model, args=arguments, data_collator=collate)
 
 
+def build_probe(
+    trainer: Trainer, head: str, splits: DatasetDict, view: EvaluationView
+) -> tuple[LinearProbe, dict[str, torch.Tensor]]:
+    """Fit the probe on train and validation as a run does; return it, and the features."""
+    rows = feature_rows(splits, view)
+    features = {split: load_features(trainer, head, *rows[split]) for split in ("train", "validation")}
+    return fit_shared_probe(trainer, features, {split: splits[split]["label"][:] for split in features}), features
+
+
 @pytest.fixture(params=["timm_checkpoint", "vit_checkpoint", "resnet_checkpoint"])
-def setting(request, pictures, tmp_path):
+def setting(request, images, tmp_path):
     model, image_processor = build_model(str(request.getfixturevalue(request.param)), NAMES)
     view, trainer = EvaluationView(image_processor), trainer_of(model, tmp_path)
-    return trainer, prepare(load_splits(data_dir=str(pictures))[0], view), view
+    return trainer, prepare(load_splits(data_dir=str(images))[0], view), view
 
 
 def test_networks_logits_are_the_probes(setting):
@@ -79,14 +90,14 @@ def test_networks_logits_are_the_probes(setting):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     probe, features = build_probe(trainer, head, splits, view)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())  # left as it was
-    model.load_state_dict(probe.as_head(head), strict=False)
+    model.load_state_dict(state_with_probe(model, head, probe))
     pixel_values = torch.stack([view.unpack(row["view"]) for row in splits["validation"]])
     with torch.no_grad():
         answer = model.eval()(pixel_values).logits
     torch.testing.assert_close(answer, probe.logits(features["validation"]), atol=1e-4, rtol=1e-4)
 
 
-def test_features_are_computed_once_and_belong_to_pictures_weights_and_view(timm_checkpoint, tmp_path, monkeypatch):
+def test_features_are_computed_once_and_belong_to_images_weights_and_view(timm_checkpoint, tmp_path, monkeypatch):
     def counted(model_name: str, folder: str, image_size: int | None = None) -> tuple[int, torch.Tensor]:
         model, image_processor = build_model(model_name, NAMES, image_size)
         view, trainer = EvaluationView(image_processor), trainer_of(model, tmp_path)
@@ -121,7 +132,7 @@ def test_training_after_the_probe_is_prepared_anew(setting):
 
 
 class UsedTwice(torch.nn.Module):
-    """A network whose convolution feeds a BatchNorm layer and a shortcut round it, where nothing may be folded."""
+    """A network whose convolution feeds a BatchNorm layer and a shortcut round it, where nothing may be fused."""
 
     device = torch.device("cpu")
 
@@ -136,7 +147,7 @@ class UsedTwice(torch.nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["timm_checkpoint", "resnet_checkpoint", "efficientnet_lite0", "used twice"])
-def test_folded_backbone_answers_as_before(kind, request):
+def test_fused_backbone_has_the_same_outputs(kind, request):
     if kind == "used twice":
         model, head = UsedTwice(), "head"
     else:
@@ -164,7 +175,7 @@ def test_folded_backbone_answers_as_before(kind, request):
 def test_convolution_with_tensorflows_padding_pads_by_itself(side, kernel, stride):
     convolution = Conv2dSame(4, 6, kernel, stride, groups=2)
     shown = torch.randn(2, 4, side, side + 3)
-    torch.testing.assert_close(_evenly_padded(convolution, shown.shape[-2:])(shown), convolution(shown))
+    torch.testing.assert_close(_with_even_padding(convolution, shown.shape[-2:])(shown), convolution(shown))
 
 
 def test_damaged_cache_is_computed_anew_and_weights_that_are_not_numbers_are_named(setting):
@@ -177,5 +188,5 @@ def test_damaged_cache_is_computed_anew_and_weights_that_are_not_numbers_are_nam
     assert torch.equal(probe.weight, again.weight)
     with torch.no_grad():
         next(trainer.model.parameters()).fill_(float("nan"))
-    with pytest.raises(ValueError, match="not finite numbers"):
+    with pytest.raises(UserError, match="not finite numbers"):
         build_probe(trainer, head, splits, view)

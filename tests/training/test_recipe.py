@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from recipe import RECIPES, blend, choose_recipe
+from luthier.errors import UserError
+from luthier.training.recipe import FROM_SCRATCH, RECIPES, blend, settle_recipe
 
 
 @pytest.mark.parametrize(
@@ -11,18 +12,24 @@ from recipe import RECIPES, blend, choose_recipe
     [(3_400_000, 883, "lp_ft"), (86_000_000, 100_000, "lp_ft"), (3_400_000, 100_000, "full")],
 )
 def test_few_images_for_many_parameters_start_from_the_probe(parameters, images, expected):
-    assert choose_recipe(None, "some/model", True, parameters, images) == expected
+    assert settle_recipe(None, "some/model", True, parameters, images).name == expected
 
 
 def test_what_is_asked_for_is_done_or_refused():
     for name in RECIPES:
-        assert choose_recipe(name, "some/model", True, 10, 10) == name
-    assert choose_recipe(None, "simple_cnn", True, 10, 10) is None
-    assert choose_recipe(None, "odd/head", False, 10**9, 10) == "full"
-    with pytest.raises(ValueError, match="--recipe head needs a pretrained backbone"):
-        choose_recipe("head", "simple_cnn", True, 10, 10)
-    with pytest.raises(ValueError, match=r"one linear layer, and that of odd/head is not: take --recipe full"):
-        choose_recipe("lp_ft", "odd/head", False, 10, 10)
+        assert settle_recipe(name, "some/model", True, 10, 10) == RECIPES[name]
+    assert settle_recipe(None, "simple_cnn", True, 10, 10) == FROM_SCRATCH
+    assert settle_recipe(None, "odd/head", False, 10**9, 10).name == "full"
+    with pytest.raises(UserError, match="--recipe head needs a pretrained backbone"):
+        settle_recipe("head", "simple_cnn", True, 10, 10)
+    with pytest.raises(UserError, match=r"one linear layer, which is not so in odd/head: use --recipe full"):
+        settle_recipe("lp_ft", "odd/head", False, 10, 10)
+
+
+def test_the_users_rate_and_epochs_replace_the_recipes():
+    settled = settle_recipe("full", "some/model", True, 10, 10, learning_rate=0.5, num_train_epochs=7)
+    assert settled == RECIPES["full"]._replace(learning_rate=0.5, num_train_epochs=7)
+    assert RECIPES["full"].learning_rate != 0.5
 
 
 def test_blend():

@@ -21,11 +21,13 @@ from conftest import PROJECT, draw_folder
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
-import trainer
-from checkpoints import newest_whole, what_is_wrong
-from machine import refuse_lone_processes
+import luthier.training.trainer as trainer
+from luthier.errors import UserError
+from luthier.machine import check_processes
+from luthier.training.checkpoints import find_damage, newest_whole
+from luthier.training.signals import Stop
+from luthier.training.trainer import SafeTrainer, explain_exhausted_memory
 from train import main
-from trainer import SafeTrainer, Stop, memory_advice
 
 SLOW = pytest.mark.slow
 TWO = {
@@ -36,14 +38,14 @@ TWO = {
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """Every test runs beside drawn pictures: 15 to train on, which makes 4 steps an epoch."""
+    """Every test runs beside drawn images: 15 to train on, which makes 4 steps an epoch."""
     monkeypatch.chdir(tmp_path)
-    draw_folder(Path("pictures"), per_class=8)
+    draw_folder(Path("images"), per_class=8)
     return tmp_path
 
 
 def line(model: str, *more: str) -> list[str]:
-    fixed = ["--data_dir", "pictures", "--model_name", model, "--num_train_epochs", "2", "--disable_tqdm", "1"]
+    fixed = ["--data_dir", "images", "--model_name", model, "--num_train_epochs", "2", "--disable_tqdm", "1"]
     steps = ["--per_device_train_batch_size", "4", "--save_strategy", "steps", "--save_steps", "1"]
     return [*fixed, *steps, "--save_total_limit", "99", *more]
 
@@ -182,7 +184,7 @@ def test_full_disk_leaves_the_last_whole_checkpoint(timm_checkpoint, monkeypatch
 
     seal = trainer.seal
     monkeypatch.setattr(trainer, "seal", full)
-    monkeypatch.setattr(trainer, "check_space", lambda *_: None)
+    monkeypatch.setattr(trainer, "check_disk_space", lambda *_: None)
     with pytest.raises(SystemExit) as ended:
         main([*line(str(timm_checkpoint), "--recipe", "full"), "--output_dir", "out"])
     told = capsys.readouterr().err
@@ -191,7 +193,7 @@ def test_full_disk_leaves_the_last_whole_checkpoint(timm_checkpoint, monkeypatch
         and "the disk is full: no checkpoint of step 3" in told
         and "checkpoint-2 is whole" in told
     )
-    assert what_is_wrong(Path("out/checkpoint-2")) is None and not Path("out/.partial").exists()
+    assert find_damage(Path("out/checkpoint-2")) is None and not Path("out/.partial").exists()
 
 
 def test_exhausted_memory_is_advice():
@@ -202,9 +204,9 @@ def test_exhausted_memory_is_advice():
         RuntimeError("can't allocate memory: 1"),
     ):
         advice = "--per_device_train_batch_size 16 --gradient_accumulation_steps 2"
-        with pytest.raises(ValueError, match=advice), memory_advice(arguments):
+        with pytest.raises(UserError, match=advice), explain_exhausted_memory(arguments):
             raise error
-    with pytest.raises(RuntimeError, match="something else"), memory_advice(arguments):
+    with pytest.raises(RuntimeError, match="something else"), explain_exhausted_memory(arguments):
         raise RuntimeError("something else")
 
 
@@ -257,10 +259,10 @@ def both(commands: list[list[str]], places: list[Path], environments: list[dict]
     return [(process.returncode, output) for process, output in zip(running, outputs, strict=True)]
 
 
-def test_two_processes_score_every_picture_once_and_write_one_set(timm_checkpoint, launch, folder):
+def test_two_processes_score_every_image_once_and_write_one_set(timm_checkpoint, launch, folder):
     """The same data order semantics: the probe, the splits and the scores of a lone process."""
     Path("accelerate.yaml").write_text(yaml.safe_dump(TWO))
-    options = ["--data_dir", "pictures", "--model_name", timm_checkpoint, "--recipe", "probe", "--disable_tqdm", "1"]
+    options = ["--data_dir", "images", "--model_name", timm_checkpoint, "--recipe", "probe", "--disable_tqdm", "1"]
     launcher = ("accelerate", "launch", "--config_file", "accelerate.yaml")
     two = launch("train.py", *options, "--output_dir", "two", cwd=folder, launcher=launcher)
     assert two.returncode == 0 and two.stdout.count("probe    validation") == 1, two.stdout + two.stderr
@@ -285,7 +287,7 @@ def test_two_machines_with_disks_of_their_own(timm_checkpoint, folder):
     commands, places = [], []
     for rank in range(2):
         place = folder / f"machine{rank}"
-        shutil.copytree("pictures", place / "pictures")
+        shutil.copytree("images", place / "images")
         (place / "accelerate.yaml").write_text(yaml.safe_dump(settings | {"machine_rank": rank}))
         launcher = [str(Path(sys.executable).parent / "accelerate"), "launch", "--config_file", "accelerate.yaml"]
         more = ["--recipe", "full", "--keep", "trained", "--save_strategy", "epoch", "--output_dir", "out"]
@@ -302,15 +304,15 @@ def test_two_machines_with_disks_of_their_own(timm_checkpoint, folder):
 def test_what_accelerate_does_in_silence_is_refused(launch, folder):
     Path("accelerate.yaml").write_text(yaml.safe_dump(TWO | {"distributed_type": "MULTI_CPU"}))
     launcher = ("accelerate", "launch", "--config_file", "accelerate.yaml")
-    ran = launch("train.py", "--data_dir", "pictures", cwd=folder, launcher=launcher)
+    ran = launch("train.py", "--data_dir", "images", cwd=folder, launcher=launcher)
     assert ran.returncode != 0 and "asked for several processes and started one" in ran.stderr
     assert not Path("outputs").exists()
 
 
 def test_processes_that_would_train_alone_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="2 processes were started, and each would train alone"):
-        refuse_lone_processes(SimpleNamespace(world_size=1))
+    with pytest.raises(UserError, match="2 processes were started, and each would train alone"):
+        check_processes(SimpleNamespace(world_size=1))
 
 
 @pytest.mark.parametrize("path", sorted((PROJECT / "cloud").glob("accelerate_*.yaml")), ids=lambda path: path.stem)
