@@ -1,13 +1,12 @@
-"""Find what is wrong with a dataset: unreadable, misnamed, tiny, duplicate and mislabelled images.
+"""Find what is wrong with a dataset: unreadable, duplicate, mislabelled images.
 
     python audit.py my_photos
     python audit.py my_photos --output_dir audits/my_photos
 
 DATA is a folder of images, or the name of a dataset. The first command prints
 what it finds. With --output_dir it also writes audit.json, and audit.html, a
-page with the images. The other options are those of train.py that say what the
-data is, and --model_name, whose features tell which labels are likely wrong.
-Every run of train.py that has a linear probe does the same.
+page with the images. The features of --model_name tell which labels are likely
+wrong. Every run of train.py that has a linear probe does the same.
 """
 
 import sys
@@ -21,6 +20,13 @@ if TYPE_CHECKING:
     from datasets import DatasetDict
 
     from luthier.arguments import Arguments
+    from luthier.parsing import Parser
+
+# Options of train.py that have a meaning here too, and that people use.
+SHOWN = (
+    "dataset_config_name", "image_column", "label_column", "label_names", "validation_fraction", "test_fraction",
+    "split_seed", "model_name", "image_size", "output_dir",
+)  # fmt: skip
 
 
 @exit_on_user_error
@@ -28,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     """Audit a dataset; see `python audit.py --help`."""
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & set(argv):
-        print(__doc__)
+        build_parser().print_help()
         return
     if not argv or argv[0].startswith("-"):
         raise UserError("name the data: python audit.py FOLDER, or a dataset's name; options are those of train.py")
@@ -62,6 +68,13 @@ def main(argv: list[str] | None = None) -> None:
         write_audit(folder / "audit.json", findings)
         write_audit_page(folder / "audit.html", data_args.name, findings, splits)
         print(f"\nwritten: {folder / 'audit.html'}")
+
+
+def build_parser() -> "Parser":
+    """Return the parser of train.py, with this command's help."""
+    from luthier.arguments import build_parser
+
+    return build_parser("audit.py", "python audit.py DATA [--option value ...]", str(__doc__), SHOWN)
 
 
 def find_suspect_labels(splits: "DatasetDict", arguments: "Arguments") -> list[dict] | None:

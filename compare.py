@@ -83,17 +83,19 @@ def main(argv: list[str] | None = None) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of this command's own options."""
+    from luthier.parsing import HelpFormatter
+
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__, formatter_class=HelpFormatter,
         allow_abbrev=False, prog="compare.py",
         usage="compare.py [configs/NAME.yaml ...] [--seeds N | --folds K] [--set key=v1,v2 ...] [train.py's options]",
     )  # fmt: skip
     several = parser.add_mutually_exclusive_group()
-    several.add_argument("--seeds", type=int, default=3, help="training seeds, on one split (default: 3)")
+    several.add_argument("--seeds", type=int, default=3, help="training seeds, on one split")
     several.add_argument("--folds", type=int, help="folds, each image in one test split, instead of seeds")
     parser.add_argument("--set", action="append", default=[], metavar="key=v1,v2", help="an option and its values")
     parser.add_argument(
-        "--output_dir", "--output-dir", type=Path, default=Path("outputs/compare"), help="(default: outputs/compare)"
+        "--output_dir", "--output-dir", type=Path, default=Path("outputs/compare"), help="where the runs go"
     )
     return parser
 

@@ -81,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--format", choices=list(WRITERS), default="table", help="table for people, jsonl and csv for programs"
     )
-    parser.add_argument("--top_k", type=_positive, default=5, help="how many classes to show (default: 5)")
+    parser.add_argument("--top_k", type=_positive, default=5, help="how many classes to show")
     parser.add_argument("--output", type=Path, help="a file to write to, instead of the terminal")
     parser.add_argument("--always_answer", action="store_true", help='never say "unsure"')
     parser.add_argument(

@@ -1,12 +1,11 @@
-"""Score a finished model on labelled images, with the metrics and the report of a run.
+"""Score a finished model on labelled images, with the report of a run.
 
     accelerate launch score.py outputs/my_run --data_dir other_photos
     accelerate launch score.py me/instruments --dataset_name someone/their-set
 
 MODEL is a folder with a saved model, or a name on the Hub. The split "test" is
 scored where the data has one, otherwise all images are. Classes are matched by
-name. The options are those of train.py that say what the data is, how to
-compute, and where to write the result (--output_dir).
+name.
 """
 
 import sys
@@ -18,7 +17,13 @@ from luthier.terminal import Stopwatch
 
 if TYPE_CHECKING:
     from luthier.arguments import Arguments
+    from luthier.parsing import Parser
 
+# Options of train.py that have a meaning here too, and that people use.
+SHOWN = (
+    "data_dir", "dataset_name", "dataset_config_name", "image_column", "label_column", "label_names", "on_bad_image",
+    "output_dir", "bf16", "dataloader_num_workers", "disable_tqdm",
+)  # fmt: skip
 # Options of train.py that mean nothing where nothing is trained.
 TRAINING_ONLY = (
     "recipe", "image_size", "resume_from_checkpoint", "push_to_hub", "learning_curve", "keep", "augmentation",
@@ -32,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     stopwatch = Stopwatch()
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & set(argv):
-        print(__doc__)
+        build_parser().print_help()
         return
     if not argv or argv[0].startswith("-"):
         raise UserError("name the model: python score.py MODEL --data_dir FOLDER")
@@ -54,6 +59,14 @@ def main(argv: list[str] | None = None) -> None:
     output_dir, is_main_process = Path(str(training_args.output_dir)), training_args.process_index == 0
     with claim_output_dir(output_dir, continues=False, enabled=is_main_process):
         score_model(arguments, output_dir, stopwatch)
+
+
+def build_parser() -> "Parser":
+    """Return the parser of train.py, with this command's help."""
+    from luthier.arguments import build_parser
+
+    usage = "accelerate launch score.py MODEL [--option value ...]"
+    return build_parser("score.py", usage, str(__doc__), SHOWN)
 
 
 def score_model(arguments: "Arguments", output_dir: Path, stopwatch: Stopwatch) -> None:

@@ -11,7 +11,6 @@ import time
 
 import numpy as np
 import torch
-from transformers import Trainer
 
 from data import collate, feature_rows, load_splits, prepare
 from luthier.arguments import parse_arguments
@@ -20,6 +19,7 @@ from luthier.machine import set_up_process
 from luthier.scoring.learning_curve import FOLDS, learning_curve
 from luthier.training.features import load_features
 from luthier.training.probe import fit_shared_probe
+from luthier.training.trainer import build_predictor
 from models import build_model, linear_head
 
 USED = ("train", "validation")
@@ -40,8 +40,8 @@ def main() -> None:
         model, image_processor = build_model("efficientnet_lite0", dict(enumerate(names)))
         view = EvaluationView(image_processor)
         rows = feature_rows(prepare(splits, view), view)
-        trainer = Trainer(model, training_args, collate)
-        features = {split: load_features(trainer, linear_head(model), *rows[split]) for split in USED}
+        trainer, head = build_predictor(model, training_args, collate), linear_head(model)
+        features = {split: load_features(trainer, head, *rows[split]) for split in USED}
         probe = fit_shared_probe(trainer, features, {split: splits[split]["label"][:] for split in USED})
     labels, groups = (np.concatenate([splits[split][column][:] for split in USED]) for column in ("label", "group"))
     pool = torch.cat([features[split] for split in USED])

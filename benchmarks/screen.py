@@ -127,10 +127,10 @@ def prepare_start(splits: DatasetDict, size: int) -> tuple[Start, str]:
     labels, validation_labels = (torch.tensor(prepared[split]["label"][:]) for split in ("train", "validation"))
     validation = torch.stack([view.unpack(packed) for packed in prepared["validation"]["view"]])
     begin = time.perf_counter()
-    train = torch.stack([view(image) for image in images])
-    train_features, validation_features = (compute_features(model, views) for views in (train, validation))
+    train, head = torch.stack([view(image) for image in images]), linear_head(model)
+    train_features, validation_features = (compute_features(model, head, views) for views in (train, validation))
     probe = fit_probe(train_features, labels, validation_features, validation_labels)
-    state = state_with_probe(model, linear_head(model), probe)
+    state = state_with_probe(model, head, probe)
     row = spread([score(probe.logits(validation_features), validation_labels)])
 
     def build() -> PreTrainedModel:
@@ -158,12 +158,13 @@ def screen_probes(splits: DatasetDict) -> None:
 def screen_augmented_views(start: Start, n: int) -> str:
     """Fit the probe on the evaluation view and on n augmented views of each image; return its row of the table."""
     model, transform = start.build(), training_transform(start.view, "flip_crop")
-    validation = compute_features(model, start.validation)
+    head = linear_head(model)
+    validation = compute_features(model, head, start.validation)
     begin = time.perf_counter()
     torch.manual_seed(1)
     views = [torch.stack([start.view(image) for image in start.images])]
     views += [torch.stack([transform(image) for image in start.images]) for _ in range(n)]
-    features = torch.cat([compute_features(model, batch) for batch in views])
+    features = torch.cat([compute_features(model, head, batch) for batch in views])
     probe = fit_probe(features, start.labels.repeat(n + 1), validation, start.validation_labels)
     row = spread([score(probe.logits(validation), start.validation_labels)])
     return f"| and {n} augmented views of each | {row} | | | {time.perf_counter() - begin:.0f} |"
@@ -220,13 +221,12 @@ def fine_tune(start: Start, variant: Variant, seed: int) -> tuple[tuple[float, f
     return (*(score(each, start.validation_labels) for each in logits), seconds)
 
 
-def compute_features(model: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Return what enters the head, float32 [N, D]."""
-    name = linear_head(model)
-    head = model.get_submodule(name)
-    model.set_submodule(name, nn.Identity())
+def compute_features(model: PreTrainedModel, head: str, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Return what enters the head of this name, float32 [N, D]."""
+    linear = model.get_submodule(head)
+    model.set_submodule(head, nn.Identity())
     features = predict(model, pixel_values)
-    model.set_submodule(name, head)
+    model.set_submodule(head, linear)
     return features
 
 

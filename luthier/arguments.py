@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -159,6 +160,13 @@ class Arguments(NamedTuple):
     training_args: TrainingArguments
     run_args: RunArguments
 
+
+# DataArguments.label_names, the names of the classes, replaces that of TrainingArguments, which the Trainer fills by
+# itself: so DataArguments comes later.
+ARGUMENTS = (TrainingArguments, DataArguments, ModelArguments)
+TITLE = "training (transformers.TrainingArguments, with Luthier's defaults)"
+DESCRIPTION = """Fine-tune an image classifier and score it once on held-out images. Without
+options: the built-in images and model."""
 
 # Where Luthier differs from transformers.TrainingArguments; docs/experiments.md has the figures behind the recipe.
 TRAINING_DEFAULTS: dict[str, Any] = {
@@ -326,37 +334,38 @@ def digest_settings(options: dict) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def build_parser(show_all: bool = False) -> Parser:
+def build_parser(
+    prog: str = "train.py",
+    usage: str = "accelerate launch train.py [configs/NAME.yaml] [--option value ...]",
+    description: str = DESCRIPTION,
+    shown: Collection[str] | None = None,
+) -> Parser:
     """Return the parser of every option: Luthier's, and transformers' TrainingArguments as they are.
 
     Args:
-        show_all: the help shows all of TrainingArguments, not only those of `COMMON`.
+        prog, usage, description: of the command.
+        shown: names of the options that the help shows, if not all of Luthier's and those of `COMMON`.
     """
-    # DataArguments.label_names, the names of the classes, replaces that of TrainingArguments, which the Trainer fills by
-    # itself: so DataArguments comes later.
-    groups: Any = (TrainingArguments, DataArguments, ModelArguments)
-    title = "training (transformers.TrainingArguments, with Luthier's defaults)"
-    title = title if show_all else f"{title}; all of them: --help-all"
-    TrainingArguments._argument_group_name = title  # type: ignore[attr-defined]  # for HfArgumentParser
+    groups: Any = ARGUMENTS
+    TrainingArguments._argument_group_name = TITLE  # type: ignore[attr-defined]  # for HfArgumentParser
     parser = Parser(
         groups,
         conflict_handler="resolve",
         formatter_class=HelpFormatter,
-        prog="train.py",
-        usage="accelerate launch train.py [configs/NAME.yaml] [--option value ...]",
-        description="Fine-tune an image classifier and score it once on held-out images. Without options: the "
-        "built-in images and model.",
+        prog=prog,
+        usage=usage,
+        description=description,
         allow_abbrev=False,
     )
     parser.add_argument("--help-all", nargs=0, action=ShowAllHelp, help="show every option of TrainingArguments too")
     parser.set_defaults(**TRAINING_DEFAULTS)
-    own = {option.name for group in (DataArguments, ModelArguments) for option in fields(group)} | {"help", "help_all"}
+    own = [option.name for group in (DataArguments, ModelArguments) for option in fields(group)]
+    shown = (*own, *COMMON, "help_all") if shown is None else shown
     for action in parser._actions:
-        if action.dest in COMMON:
-            action.help = COMMON[action.dest]
-        elif action.dest not in own and not show_all:
+        action.help = COMMON.get(action.dest, action.help)
+        if action.dest not in shown and action.dest != "help":
             action.help = argparse.SUPPRESS
-    parser._action_groups.sort(key=lambda group: group.title == title)
+    parser._action_groups.sort(key=lambda group: group.title == TITLE)  # a library's options come after our own
     return parser
 
 
@@ -365,5 +374,5 @@ class ShowAllHelp(argparse.Action):
 
     def __call__(self, *_) -> None:
         """Print the help."""
-        build_parser(show_all=True).print_help()
+        build_parser(shown={option.name for group in ARGUMENTS for option in fields(group)}).print_help()
         raise SystemExit

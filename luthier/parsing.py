@@ -27,7 +27,7 @@ class Parser(HfArgumentParser):
         raise UserError(message)
 
 
-class HelpFormatter(argparse.HelpFormatter):
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Shows each option once, with its default if it has one.
 
     It overrides private methods, as argparse's own formatters do; read in Python 3.11.

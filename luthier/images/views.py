@@ -98,6 +98,8 @@ def training_transform(view: EvaluationView, augmentation: str) -> Callable[[Ima
             flip_crop and one random operation of TrivialAugmentWide (Müller and Hutter 2021); `augmix`, AugMix
             (Hendrycks et al. 2020) on the evaluation view, as in the original experiment.
     """
+    if augmentation not in AUGMENTATIONS:
+        raise ValueError(f"unknown augmentation {augmentation!r}")
     if augmentation == "none":
         return view
     to_pixel_values = _to_pixel_values(view)

@@ -100,12 +100,12 @@ def fit_path(
     weight = torch.zeros(classes, features.shape[1], device=features.device, requires_grad=True)
     bias = torch.zeros(classes, device=features.device, requires_grad=True)
     for strength in strengths:
-        _minimise(standardised, labels, weight, bias, strength)
+        minimise(standardised, labels, weight, bias, strength)
         folded = weight.detach() / scale
         yield LinearProbe(folded, bias.detach() - folded @ mean, strength, float("nan"))
 
 
-def _minimise(
+def minimise(
     features: torch.Tensor,
     labels: torch.Tensor,
     weight: torch.Tensor,

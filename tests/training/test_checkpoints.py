@@ -1,15 +1,11 @@
-"""Checkpoints: whole or not there, damage set aside, the oldest go, full disks foreseen; one run a directory."""
+"""Checkpoints: whole or not there, damage set aside, the oldest go, full disks foreseen."""
 
 import json
 import logging
-import subprocess
-import sys
 
 import pytest
-from conftest import PROJECT
 
 from luthier.errors import UserError
-from luthier.output_dir import claim_output_dir
 from luthier.training.checkpoints import (
     HASHES,
     check_disk_space,
@@ -84,35 +80,3 @@ def test_full_disk_is_foreseen(tmp_path):
     check_disk_space(tmp_path, 1000, 2)
     with pytest.raises(UserError, match=r"GB left, and this run's checkpoints need up to 4000000.00 GB"):
         check_disk_space(tmp_path, 10**15, 2)
-
-
-def test_second_run_is_refused_and_a_dead_ones_lock_is_gone(tmp_path):
-    output_dir = tmp_path / "outputs/run"
-    code = f"""
-import sys; sys.path.insert(0, {str(PROJECT)!r})
-from pathlib import Path
-from luthier.output_dir import claim_output_dir
-with claim_output_dir(Path({str(output_dir)!r}), continues=False):
-    print("locked", flush=True); sys.stdin.read()
-"""
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as other:
-        assert other.stdout.readline() == "locked\n"
-        with pytest.raises(UserError, match="another run is writing into"), claim_output_dir(output_dir, False):
-            pass
-        other.kill()
-        other.wait()
-    with claim_output_dir(output_dir, continues=False):
-        (output_dir / "something").touch()
-    with pytest.raises(UserError, match="has just written"), claim_output_dir(output_dir, continues=False):
-        pass
-    with claim_output_dir(output_dir, continues=True):
-        pass
-    assert [path.name for path in output_dir.iterdir()] == ["something"]
-
-
-def test_directory_made_for_nothing_goes_again(tmp_path):
-    with pytest.raises(KeyError), claim_output_dir(tmp_path / "outputs/run", continues=False):
-        raise KeyError
-    assert not (tmp_path / "outputs").exists() and tmp_path.exists()

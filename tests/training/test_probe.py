@@ -18,7 +18,7 @@ from luthier.errors import UserError
 from luthier.fusion import _with_even_padding
 from luthier.images.views import EvaluationView
 from luthier.training.features import build_backbone, load_features
-from luthier.training.probe import STRENGTHS, LinearProbe, _minimise, fit_probe, fit_shared_probe, state_with_probe
+from luthier.training.probe import STRENGTHS, LinearProbe, minimise, fit_probe, fit_shared_probe, state_with_probe
 from models import build_model, linear_head
 
 NAMES = {0: "blue", 1: "green", 2: "red"}
@@ -37,7 +37,7 @@ def test_optimum_is_scikit_learns():
     features = (features - features.mean(dim=0)) / features.std(dim=0)
     weight, bias = torch.zeros(3, 8, requires_grad=True), torch.zeros(3, requires_grad=True)
     for strength in (1.0, 0.03):  # the second from the first on
-        _minimise(features, labels, weight, bias, strength)
+        minimise(features, labels, weight, bias, strength)
         theirs = LogisticRegression(C=1 / (len(labels) * strength), tol=1e-8, max_iter=1000).fit(features, labels)
         ours = torch.softmax(features @ weight.T + bias, dim=1).detach().numpy()
         np.testing.assert_allclose(ours, theirs.predict_proba(features.numpy()), atol=2e-3)
