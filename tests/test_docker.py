@@ -32,7 +32,7 @@ def test_pins_are_within_the_requirements():
     for line in (PROJECT / "requirements.txt").read_text().splitlines():
         if text := line.split("#")[0].strip():
             requirement = Requirement(text)
-            assert requirement.specifier.contains(pins[requirement.name.lower()]), text
+            assert requirement.specifier.contains(pins[requirement.name.lower().replace("_", "-")]), text
 
 
 def test_hadolint():

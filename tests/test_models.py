@@ -1,5 +1,6 @@
 """Every way to build a model: the right weights, a head for the right classes, frozen what is to be frozen."""
 
+import copy
 import json
 import shutil
 import subprocess
@@ -193,6 +194,21 @@ def test_fine_tuning_moves_weights_and_no_statistics(timm_checkpoint):
     moved = changed(model, train_one_step(model, 32))
     assert any("conv" in name for name in moved)
     assert not any("running" in name or "num_batches" in name for name in moved)
+
+
+def test_copy_of_a_model_leaves_the_original_alone(timm_checkpoint):
+    """What keeps layers in evaluation mode belongs to the copy, and does not reach back to the original."""
+    model, _ = build_model(str(timm_checkpoint), TWO)
+    freeze(model, 0.5)
+    copied = copy.deepcopy(model)
+    norms = [[m for m in one.modules() if isinstance(m, nn.BatchNorm2d)] for one in (model, copied)]
+    model.train()
+    copied.train()
+    copied(batch(32))
+    assert not any(norm.training for norm in norms[1])
+    assert all(norm.training for norm in norms[0])
+    model(batch(32))
+    assert not any(norm.training for norm in norms[0])
 
 
 def test_layers_are_numbered_from_the_input_to_the_head(model_name):

@@ -11,6 +11,7 @@ from luthier.images.views import AUGMENTATIONS
 from luthier.parsing import option_names
 from luthier.training.recipe import PARAMETERS_PER_IMAGE, RECIPES
 
+COMMANDS = ("train", "score", "audit", "compare", "predict", "push", "app")
 PAGES = [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted((PROJECT / "docs").glob("*.md"))]
 
 
@@ -34,7 +35,32 @@ def test_commands_name_real_options_and_files(page):
         assert (PROJECT / name).exists(), name
 
 
-def test_readme_begins_with_a_sentence_a_image_and_a_table():
+def test_commands_are_those_of_the_root(page):
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL))
+    for name in re.findall(r"(?:python|launch) (\w+)\.py", blocks):
+        assert name in COMMANDS and (PROJECT / f"{name}.py").exists()
+    for module in re.findall(r"python -m ([\w.]+)", page.read_text()):
+        assert module == "venv" or (PROJECT / f"{module.replace('.', '/')}.py").exists(), module
+
+
+def test_list_of_options_is_up_to_date():
+    from docs import cli
+
+    assert cli.PAGE.read_text(encoding="utf-8") == cli.render(), "run: python -m docs.cli"
+
+
+def test_nobody_says_picture():
+    for path in (*PROJECT.glob("*.*"), *PROJECT.glob("*/**/*.*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(PROJECT).parts)
+        if (
+            path.suffix in (".py", ".md", ".yaml", ".html", ".sh", ".txt")
+            and not hidden
+            and "outputs" not in path.parts
+        ):
+            assert not re.search("pict" + "ure", path.read_text(encoding="utf-8"), re.I), path
+
+
+def test_readme_begins_with_a_sentence_an_image_and_a_table():
     text = (PROJECT / "README.md").read_text()
     assert [text.index(part) for part in ("Fine-tune an image", "![", "| model |", "## Start")] == sorted(
         text.index(part) for part in ("Fine-tune an image", "![", "| model |", "## Start")

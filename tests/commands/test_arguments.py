@@ -1,13 +1,18 @@
 """Configs and command lines: what goes over what, and one clear message for every slip."""
 
+import functools
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import TrainingArguments
 
-from luthier.arguments import DataArguments, ModelArguments, build_parser, parse_arguments
+from luthier.arguments import ARGUMENTS, COMMON, DataArguments, ModelArguments, build_parser, parse_arguments
 from luthier.errors import UserError
+from luthier.machine import OneGPUTrainingArguments
+
+ALL_NAMES = {option.name for group in ARGUMENTS for option in fields(group) if option.init}
 
 
 @pytest.fixture(autouse=True)
@@ -92,12 +97,20 @@ def test_slip_in_a_config(text, message):
         (["--fold", "6/5"], "--fold 6/5 is none of 5"),
         (["--fold", "1/1"], "--fold 1/1 is none of 1"),
         (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size is 0"),
+        (["--image_size", "0"], "--image_size is 0, but must be a number above 0"),
+        (["--image_size", "-5"], "--image_size is -5"),
     ],
 )
 def test_slip_on_the_line(line, message):
     with pytest.raises(UserError, match=message) as caught:
         parse_arguments(line)
     assert "hf_secret" not in str(caught.value)
+
+
+def test_message_about_an_unknown_option_is_two_sentences():
+    with pytest.raises(UserError) as caught:
+        parse_arguments(["--zzz", "1"])
+    assert str(caught.value) == "unknown option --zzz. All options: python train.py --help-all"
 
 
 def test_abbreviations_are_not_guessed():
@@ -131,7 +144,67 @@ def test_directory_with_something_in_it_is_refused():
     assert continued[2].output_dir == "mine"
 
 
+# --- what the machine and the recipe decide
+
+
+def test_training_arguments_are_complete_and_never_ask_the_trainer_to_push():
+    *_, training_args, run_args = parse_arguments(["--push_to_hub", "--hub_model_id", "me/x"])
+    assert run_args.push_to_hub and training_args.push_to_hub is False
+    assert training_args.learning_rate is not None and training_args.num_train_epochs is not None
+    assert run_args.learning_rate is None and run_args.num_train_epochs is None
+    assert parse_arguments(["--learning_rate", "1e-2"]).run_args.learning_rate == 1e-2
+
+
+@pytest.mark.parametrize("value", ["True", "False"])
+def test_persistent_workers_that_were_asked_for_are_kept(value):
+    line = ["--dataloader_num_workers", "2", "--dataloader_persistent_workers", value]
+    assert parse_arguments(line).training_args.dataloader_persistent_workers is (value == "True")
+    assert parse_arguments(["--dataloader_num_workers", "2"]).training_args.dataloader_persistent_workers is True
+    assert parse_arguments([]).training_args.dataloader_persistent_workers is False
+
+
+def test_one_gpu_a_process(monkeypatch):
+    """The Trainer would put nn.DataParallel over all GPUs of a lone process."""
+
+    def two_gpus(self):
+        self._n_gpu = 2
+        return torch.device("cpu")
+
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", functools.cached_property(two_gpus))
+    TrainingArguments._setup_devices.__set_name__(TrainingArguments, "_setup_devices")
+    assert TrainingArguments(output_dir="x", report_to="none").n_gpu == 2
+    assert OneGPUTrainingArguments(output_dir="x", report_to="none").n_gpu == 1
+
+
+# --- settings
+
+
+def test_digest_is_of_what_a_run_computes_and_not_of_where_it_goes():
+    def digest(*line: str) -> str:
+        return parse_arguments(list(line)).run_args.settings
+
+    assert digest() == digest("--output_dir", "x", "--disable_tqdm", "1", "--resume_from_checkpoint", "auto")
+    assert digest() != digest("--seed", "7") and digest("--seed", "7") == digest("--seed=7")
+
+
 # --- help
+
+
+def test_help_is_short_and_help_all_has_every_option():
+    short, everything = build_parser().format_help(), build_parser(shown=ALL_NAMES).format_help()
+    assert len(short.splitlines()) < 130 and max(map(len, short.splitlines())) <= 80
+    assert short.index("\ndata:") < short.index("\nmodel:") < short.index("\ntraining")
+    for option in COMMON:
+        assert f"--{option} " in short
+    assert "--adam_beta1" not in short
+    for option in ALL_NAMES - {"label_names"}:
+        assert f"--{option}" in everything, option
+
+
+def test_help_all_prints_and_exits(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse_arguments(["--help-all"])
+    assert not ended.value.code and "--adam_beta1" in capsys.readouterr().out
 
 
 def test_help_has_groups_and_tells_every_default():

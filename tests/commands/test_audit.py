@@ -98,6 +98,15 @@ def test_data_that_cannot_be_trained_on_is_audited_all_the_same(tmp_path, capsys
     assert "labels to check: not checked" in printed
 
 
+def test_audit_without_output_dir_leaves_nothing_behind(tmp_path, monkeypatch, timm_checkpoint, capsys):
+    """An empty folder under outputs/ would move the next run to another name."""
+    monkeypatch.chdir(tmp_path)
+    draw_folder(tmp_path / "p", 12)
+    audit.main(["p", "--model_name", str(timm_checkpoint), "--disable_tqdm", "True"])
+    assert "36 images of 3 classes" in capsys.readouterr().out
+    assert not (tmp_path / "outputs").exists() and [path.name for path in tmp_path.iterdir()] == ["p"]
+
+
 @pytest.mark.slow
 def test_command_line(tmp_path, launch):
     root = draw_set(tmp_path / "images", per_class=8)

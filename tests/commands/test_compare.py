@@ -3,7 +3,7 @@
 import pytest
 from conftest import draw_folder
 
-from compare import build_experiments, main, parse_line
+from compare import Run, build_experiments, build_runs, is_finished, main, parse_line
 from luthier.errors import UserError
 from luthier.reporting.console import verdict_in_words
 from luthier.scoring.comparison import RunResult, check_same_images, compare_pairs
@@ -95,6 +95,45 @@ def test_finished_runs_are_not_run_again(compared, launch):
     assert second.stat().st_mtime_ns == before and first.exists()
     other = launch("compare.py", *line, "--weight_decay", "0.5", cwd=folder)
     assert other.returncode == 2 and "holds a run with other settings" in other.stderr
+
+
+def run_of(tmp_path, line: list[str]) -> Run:
+    args, configs, rest = parse_line([*line, "--output_dir", str(tmp_path / "out")])
+    return build_runs(build_experiments(configs, args.set), args, rest)[0]
+
+
+def test_interrupted_run_is_resumed_and_another_ones_folder_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = run_of(tmp_path, ["--set", "augmentation=none,augmix"])
+    assert run.line[-2:] == ["--resume_from_checkpoint", "auto"] and not is_finished(run)
+    (run.folder / "checkpoint-5").mkdir(parents=True)
+    run.note.write_text(run.settings)
+    assert not is_finished(run) and (run.folder / "checkpoint-5").exists()
+    other = run_of(tmp_path, ["--set", "augmentation=none,augmix", "--weight_decay", "0.5"])
+    with pytest.raises(UserError, match="holds a run with other settings"):
+        is_finished(other)
+    assert (run.folder / "checkpoint-5").exists()
+
+
+def test_mistake_in_a_line_deletes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run = run_of(tmp_path, ["--set", "augmentation=none,augmix"])
+    (run.folder / "checkpoint-5").mkdir(parents=True)
+    with pytest.raises(SystemExit) as ended:
+        main(["--set", "augmentation=none,augmix", "--output_dir", str(tmp_path / "out"), "--learning_rat", "1"])
+    assert ended.value.code == 2 and "did you mean 'learning_rate'" in capsys.readouterr().err
+    assert (run.folder / "checkpoint-5").exists()
+
+
+@pytest.mark.slow
+def test_interrupted_run_goes_on_from_its_checkpoint(compared, launch):
+    folder, line, _ = compared
+    run = sorted((folder / "outputs/compare").glob("*/metrics.json"))[0].parent
+    (run / "README.md").unlink()  # as a run that was killed while it wrote its results
+    again = launch("compare.py", *line, cwd=folder)
+    assert again.returncode == 0, again.stderr
+    log = run.with_name(f"{run.name}.log").read_text()
+    assert f"resume   from {run.relative_to(folder)}/checkpoint-" in log
 
 
 @pytest.mark.parametrize(

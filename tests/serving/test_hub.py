@@ -14,6 +14,7 @@ from hub_server import TOKEN, Hub
 from safetensors.torch import load_file, save_file
 
 import luthier.serving.hub as hub
+import score
 from luthier.errors import UserError
 from luthier.reporting.card import write_model_card
 
@@ -327,10 +328,22 @@ def test_nothing_is_made_on_the_hub_for_a_folder_without_a_run(server, push, tmp
     assert not server.requests
 
 
+def test_folder_of_a_score_is_refused(server, push, finished, tmp_path):
+    """Its metrics.json has no temperature, no validation and no seeds."""
+    score.main(
+        [str(finished), "--data_dir", str(finished.parent / "images"), "--output_dir", str(tmp_path / "scored")]
+    )
+    ran = push(tmp_path / "scored", "me/x")
+    assert (
+        ran.returncode == 2 and "holds no model: score.py writes none" in ran.stderr and "Traceback" not in ran.stderr
+    )
+    assert not server.requests
+
+
 def test_unfinished_folders_are_refused(finished, tmp_path):
     with pytest.raises(UserError, match="holds no finished run"):
         hub.stage(tmp_path, "me/x", tmp_path)
     (tmp_path / "metrics.json").write_text((finished / "metrics.json").read_text())
     (tmp_path / "staging").mkdir()
-    with pytest.raises(UserError, match="holds no model"):
+    with pytest.raises(UserError, match=r"holds no model: score.py writes none"):
         hub.stage(tmp_path, "me/x", tmp_path / "staging")

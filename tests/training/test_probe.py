@@ -18,7 +18,7 @@ from luthier.errors import UserError
 from luthier.fusion import _with_even_padding
 from luthier.images.views import EvaluationView
 from luthier.training.features import build_backbone, load_features
-from luthier.training.probe import STRENGTHS, LinearProbe, minimise, fit_probe, fit_shared_probe, state_with_probe
+from luthier.training.probe import STRENGTHS, LinearProbe, fit_probe, fit_shared_probe, minimise, state_with_probe
 from models import build_model, linear_head
 
 NAMES = {0: "blue", 1: "green", 2: "red"}

@@ -1,0 +1,48 @@
+"""Every package that the code imports stands in a requirements file."""
+
+import ast
+import importlib.metadata
+import re
+import sys
+
+from conftest import PROJECT
+
+SOURCES = ("*.py", "tests/**/*.py")
+OWN = {path.stem for pattern in SOURCES for path in PROJECT.glob(pattern)} | {"luthier", "benchmarks", "docs"}
+
+
+def imported(*patterns: str) -> set[str]:
+    """Return the top-level names that files import."""
+    names = set()
+    for path in (path for pattern in patterns for path in PROJECT.glob(pattern)):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names.add(str(node.module).partition(".")[0])
+    return names - OWN - set(sys.stdlib_module_names)
+
+
+def required(*files: str) -> set[str]:
+    """Return the names of the packages in requirements files, as they are compared (PEP 503)."""
+    lines = [line for file in files for line in (PROJECT / file).read_text(encoding="utf-8").splitlines()]
+    names = (re.match(r"[A-Za-z0-9][\w.-]*", line) for line in lines)
+    return {re.sub(r"[-_.]+", "-", name[0]).lower() for name in names if name}
+
+
+def missing(names: set[str], packages: set[str]) -> set[str]:
+    distributions = importlib.metadata.packages_distributions()
+    return {
+        name
+        for name in names
+        if not {re.sub(r"[-_.]+", "-", d).lower() for d in distributions.get(name, [name])} & packages
+    }
+
+
+def test_everything_that_the_product_imports_is_required():
+    assert missing(imported("*.py", "luthier/**/*.py"), required("requirements.txt", "requirements-app.txt")) == set()
+
+
+def test_everything_that_the_tests_import_is_required():
+    files = ("requirements.txt", "requirements-app.txt", "requirements-dev.txt")
+    assert missing(imported("tests/**/*.py"), required(*files)) - {"packaging"} == set()

@@ -1,0 +1,81 @@
+"""What is printed: numbers in words, and progress that does not fill a log file."""
+
+import contextlib
+import io
+import subprocess
+import sys
+
+import pytest
+from conftest import PROJECT, draw_folder
+
+import luthier.terminal as module
+from luthier.terminal import Stopwatch, Tenths, plural, say
+
+
+@pytest.mark.parametrize(
+    ("n", "noun", "nouns", "expected"),
+    [
+        (1, "image", None, "1 image"),
+        (0, "image", None, "0 images"),
+        (1200, "image", None, "1,200 images"),
+        (2, "class", "classes", "2 classes"),
+        (1, "class", "classes", "1 class"),
+    ],
+)
+def test_plural(n, noun, nouns, expected):
+    assert plural(n, noun, nouns) == expected
+
+
+def test_only_the_main_process_speaks(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    say("data", "x")
+    assert capsys.readouterr().out == ""
+    monkeypatch.setenv("RANK", "0")
+    say("data", "x")
+    assert capsys.readouterr().out == "data     x\n"
+
+
+def test_a_line_at_each_tenth(capsys):
+    tenths = Tenths("train", 40, "steps")
+    for step in range(1, 41):
+        tenths.reach(step)
+    lines = capsys.readouterr().err.splitlines()
+    assert (
+        len(lines) == 10 and lines[0].startswith("train    4 of 40 steps, ") and lines[-1].startswith("train    40 of")
+    )
+
+
+def test_nothing_is_said_of_work_that_takes_no_time(capsys):
+    tenths = Tenths("inspect", 40, "images", quiet_seconds=60)
+    for step in range(1, 41):
+        tenths.reach(step)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_has_bars_and_no_lines(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    with contextlib.redirect_stderr(Terminal()) as stderr:
+        assert module.has_terminal()
+        Tenths("train", 1, "steps").reach(1)
+    assert stderr.getvalue() == ""
+
+
+def test_stopwatch_adds_up_the_parts_of_a_stage():
+    stopwatch = Stopwatch()
+    for stage in ("train", "evaluate", "train"):
+        stopwatch.stop(stage)
+    assert list(stopwatch.seconds) == ["train", "evaluate"] and all(s >= 0 for s in stopwatch.seconds.values())
+
+
+def test_log_file_has_lines_and_no_carriage_returns(tmp_path, timm_checkpoint):
+    draw_folder(tmp_path / "images", per_class=8)
+    line = ["--data_dir", "images", "--model_name", str(timm_checkpoint), "--num_train_epochs", "5"]
+    command = [sys.executable, str(PROJECT / "train.py"), *line, "--per_device_train_batch_size", "4"]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True)
+    assert ran.returncode == 0, ran.stderr
+    assert b"\r" not in ran.stdout + ran.stderr
+    lines = [text for text in ran.stderr.decode().splitlines() if text.startswith("train    ")]
+    assert len(lines) == 10 and lines[-1].startswith("train    20 of 20 steps"), ran.stderr
