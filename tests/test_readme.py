@@ -49,7 +49,7 @@ def test_list_of_options_is_up_to_date():
     assert cli.PAGE.read_text(encoding="utf-8") == cli.render(), "run: python -m docs.cli"
 
 
-def test_nobody_says_picture():
+def test_there_is_one_word_for_an_image():
     for path in (*PROJECT.glob("*.*"), *PROJECT.glob("*/**/*.*")):
         hidden = any(part.startswith(".") for part in path.relative_to(PROJECT).parts)
         if (
