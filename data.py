@@ -56,7 +56,7 @@ def load_splits(
         split_seed: decides the cut of splits that the data lacks; the training seed does not change it.
         validation_fraction, test_fraction: share of each class to cut for a split that is missing.
         fold: (i, k): test is the i-th of k parts, instead of `test_fraction`.
-        options: of `load_images`, which returns the same but for the cut, and raises the same errors.
+        options: of `load_images`, which returns the splits before the cut, and raises the same errors.
     """
     splits, unreadable = load_images(**options)
     groups = np.array(splits["train"]["group"][:])
@@ -116,7 +116,7 @@ def load_labelled(names: list[str], **options) -> tuple[DatasetDict, list[Unread
 
     Args:
         names: the model's classes, in its order; the images' classes must all be among them.
-        options: of `load_images`, which returns the same but for the splits, and raises the same errors.
+        options: of `load_images`, which returns all splits, and raises the same errors.
 
     Raises:
         UserError: the model does not know all classes.
@@ -314,6 +314,6 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
 
 
 def _view_key(view: EvaluationView) -> str:
-    """Return what stored images depend on, but for the images themselves."""
+    """Return what stored images depend on besides the images themselves."""
     libraries = library_versions("pillow", "torchvision", "transformers")
     return cache_key(PREPARATION, view.image_processor.to_json_string(), libraries)

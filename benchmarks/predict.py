@@ -1,4 +1,4 @@
-"""What predict.py costs: a cold start beside a bare process, a folder beside a bare loop and `pipeline`.
+"""What predict.py costs: a cold start compared with a bare process, a folder compared with a bare loop and `pipeline`.
 
     python -m benchmarks.predict outputs/my_run [FOLDER]
 

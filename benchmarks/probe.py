@@ -1,4 +1,4 @@
-"""The probe's fit beside scikit-learn's: seconds and validation loss of one logistic regression each.
+"""The probe's fit compared with scikit-learn's: seconds and validation loss of one logistic regression each.
 
     python -m benchmarks.probe
 

@@ -1,4 +1,4 @@
-"""What the Trainer costs: its loop, as train.py sets it up, beside a bare PyTorch loop on the same tensors.
+"""What the Trainer costs: its loop, as train.py sets it up, compared with a bare PyTorch loop on the same tensors.
 
     python -m benchmarks.throughput
 

@@ -136,7 +136,7 @@ class RunArguments(NamedTuple):
 
     Attributes:
         command: the command line, without the paths that tell of a machine or a person.
-        settings: SHA-256 of all options, but for those of where a run goes and how it is shown.
+        settings: SHA-256 of all options except those that say where a run goes and how it is shown.
         given: names of all options that the config or the command line sets.
         seeds: the random seeds of training and splits, and the fold.
         learning_rate, num_train_epochs: the user's; None leaves the recipe's.

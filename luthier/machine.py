@@ -38,7 +38,7 @@ def fill_in_machine_defaults(options: dict) -> None:
             `dataloader_persistent_workers`, `dataloader_pin_memory`, `per_device_eval_batch_size`, `bf16`.
     """
     if _processes_started() > 1 and (options["use_cpu"] or not torch.cuda.is_available()):
-        # Without these the Trainer takes no notice of the other processes, and each trains alone.
+        # Without these the Trainer ignores the other processes, and each trains alone.
         options["use_cpu"], options["ddp_backend"] = True, options["ddp_backend"] or "gloo"
     gpu = torch.cuda.is_available() and not options["use_cpu"]
     defaults = {

@@ -48,8 +48,8 @@ def load_folder(root: Path) -> DatasetDict:
             f"{root} has no images in class folders. Expected {root}/CLASS/image.jpg, in the formats "
             f"{', '.join(sorted(EXTENSIONS))}"
         )
-    for split, found in files.items():
-        if not found:
+    for split, listed in files.items():
+        if not listed:
             raise UserError(f"the split folder {roots[split]} has no images: fill it, or remove it to have one cut")
     if skipped:
         few = ", ".join(list(skipped)[:3])
@@ -57,7 +57,7 @@ def load_folder(root: Path) -> DatasetDict:
             f"Not used, because not an image in a class folder: {plural(len(skipped), 'file')}, such as {few}"
         )
     # Names come from all splits together, so that a class keeps its number wherever it appears.
-    names = sorted({label for found in files.values() for _, label in found})
+    names = sorted({label for listed in files.values() for _, label in listed})
     features = Features(
         {
             "image": Image(decode=False),
@@ -70,9 +70,9 @@ def load_folder(root: Path) -> DatasetDict:
         {
             # The generator's arguments are its key in the cache, so a changed file is read again.
             split: Dataset.from_generator(
-                _file_rows, features=features, gen_kwargs={"files": _with_stat(found)}, split=NamedSplit(split)
+                _file_rows, features=features, gen_kwargs={"files": _with_stat(listed)}, split=NamedSplit(split)
             )
-            for split, found in files.items()
+            for split, listed in files.items()
         }
     )
 
@@ -107,7 +107,7 @@ def _subfolders(folder: Path) -> list[Path]:
 
 def _list_class_folders(split_root: Path, root: Path, skipped: Counter) -> list[tuple[str, str]]:
     """Return (path, class) of every image, at any depth below a class folder; count other files in `skipped`."""
-    found = []
+    listed = []
     skipped.update(
         str(entry.relative_to(root)) for entry in split_root.iterdir() if entry.is_file() and not is_hidden(entry.name)
     )
@@ -124,8 +124,8 @@ def _list_class_folders(split_root: Path, root: Path, skipped: Counter) -> list[
                     skipped[str(path.relative_to(root))] += 1
         if not files and split_root.name.lower() not in ("validation", "val", "valid", "dev", "test"):
             raise UserError(f"the class folder {folder} has no images: fill it or remove it")
-        found += files
-    return found
+        listed += files
+    return listed
 
 
 def _as_text(path: Path) -> str:

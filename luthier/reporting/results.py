@@ -32,7 +32,7 @@ def collect_metrics(
     command: str,
     settings: str,
 ) -> dict:
-    """Return what `metrics.json` holds, but for the seconds.
+    """Return what `metrics.json` holds, without the seconds.
 
     Args:
         scores: of `selection.score_run` or `selection.score_test`.

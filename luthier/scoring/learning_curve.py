@@ -81,9 +81,9 @@ def learning_curve(
             for index, fraction in enumerate(FRACTIONS):
                 drawn = rows[ranks < fraction]
                 (probe,) = fit_path(features[drawn], truth[drawn], len(names), (strength,))
-                right = (probe.logits(features[held_out]).argmax(dim=1) == truth[held_out]).cpu().numpy()
-                correct[index, held_out] += right / REPEATS
-                draws[index].append(right.mean())
+                is_correct = (probe.logits(features[held_out]).argmax(dim=1) == truth[held_out]).cpu().numpy()
+                correct[index, held_out] += is_correct / REPEATS
+                draws[index].append(is_correct.mean())
                 sizes[index] += len(drawn) / (FOLDS * REPEATS)
     return {
         "points": [

@@ -19,7 +19,7 @@ from luthier.errors import UserError
 from luthier.reporting.card import FIGURES, write_model_card
 from luthier.terminal import say
 
-# Besides the card, which is written anew with the repository's name. Nothing else leaves the machine: no checkpoints,
+# Besides the card, which is rewritten with the repository's name. Nothing else leaves the machine: no checkpoints,
 # no logs, and no report, predictions or audit, which show or name the user's images.
 PUBLISHED = (
     "config.json",
@@ -52,7 +52,7 @@ def check_access(repo_id: str, private: bool | None, repo_type: str = "model") -
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise UserError(f"{repo_id!r} is not a name for a repository: {error}") from error
-    owner = with_retries(api.whoami, repo_id)["name"]  # asked for whoever owns the repository: is the login good?
+    owner = with_retries(api.whoami, repo_id)["name"]  # for repositories of others too, to check the login
     repo_id = repo_id if "/" in repo_id else f"{owner}/{repo_id}"
     sdk = "gradio" if repo_type == "space" else None
     with_retries(

@@ -51,8 +51,10 @@ def find_damage(checkpoint: Path) -> str | None:
 
 def checkpoints_by_step(output_dir: Path) -> dict[int, Path]:
     """Return the checkpoints of a run by step, the newest first."""
-    found = {int(path.name.split("-")[1]): path for path in output_dir.glob("checkpoint-*") if _is_checkpoint(path)}
-    return dict(sorted(found.items(), reverse=True))
+    checkpoints = {
+        int(path.name.split("-")[1]): path for path in output_dir.glob("checkpoint-*") if _is_checkpoint(path)
+    }
+    return dict(sorted(checkpoints.items(), reverse=True))
 
 
 def newest(output_dir: Path) -> Path | None:
@@ -110,13 +112,16 @@ def load_weights(model: PreTrainedModel, checkpoint: Path) -> None:
     Raises:
         UserError: the checkpoint is of another model.
     """
+    other = UserError(
+        f"{checkpoint} is of another model, or of other classes: resume with the options of the run that wrote it"
+    )
+    if json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["model_type"] != model.config.model_type:
+        raise other
     saved = type(model).from_pretrained(checkpoint)
     try:
         model.load_state_dict(saved.state_dict(), strict=True)
     except RuntimeError as error:
-        raise UserError(
-            f"{checkpoint} is of another model, or of other classes: resume with the options of the run that wrote it"
-        ) from error
+        raise other from error
 
 
 def prune_checkpoints(output_dir: Path, limit: int | None, best: int | None) -> None:

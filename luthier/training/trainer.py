@@ -16,12 +16,14 @@ from transformers import (
     PreTrainedModel,
     PrinterCallback,
     ProgressCallback,
+    SchedulerType,
     Trainer,
     TrainerCallback,
     TrainingArguments,
     get_scheduler,
     set_seed,
 )
+from transformers.training_args import OptimizerNames
 
 from luthier.errors import UserError
 from luthier.terminal import has_terminal
@@ -204,9 +206,9 @@ def build_trainer(
     rate = training_args.learning_rate
     train_dataset = SeededAugmentation(rows["train"], training_args.seed, training_args.dataloader_num_workers)
     groups = parameter_groups(model, rate, rate * recipe.backbone_rate, recipe.layer_decay, training_args.weight_decay)
+    check_optimizer_and_scheduler(training_args)
+    optimizer_class, optimizer_kwargs = Trainer.get_optimizer_cls_and_kwargs(training_args, model)
     try:
-        optimizer_class, optimizer_kwargs = Trainer.get_optimizer_cls_and_kwargs(training_args, model)
-        check_scheduler(training_args)
         trainer = SafeTrainer(
             model=model,
             args=training_args,
@@ -244,19 +246,28 @@ def _replace_progress(trainer: Trainer) -> None:
         trainer.add_callback(ProgressBar() if has_terminal() else ProgressLines())
 
 
-def check_scheduler(training_args: TrainingArguments) -> None:
-    """Try the learning rate scheduler, which the Trainer builds only when it begins to train.
+def check_optimizer_and_scheduler(training_args: TrainingArguments) -> None:
+    """Try both, which the Trainer builds only when it begins to train.
 
     Raises:
-        ValueError: its type or its settings are wrong.
+        UserError: one is not available, or its settings are wrong.
     """
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    name, settings = training_args.lr_scheduler_type, training_args.lr_scheduler_kwargs
-    assert not isinstance(settings, str)  # TrainingArguments have parsed it
+    name, settings = training_args.optim, training_args.optim_args
     try:
-        get_scheduler(name, optimizer, num_warmup_steps=1, num_training_steps=10, scheduler_specific_kwargs=settings)
-    except TypeError as error:
-        raise ValueError(f"--lr_scheduler_kwargs {settings} does not suit {name}: {error}") from error
+        Trainer.get_optimizer_cls_and_kwargs(training_args)
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"--optim {OptimizerNames(name).value} --optim_args {settings} cannot be used: {error}"
+        ) from error
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule, kwargs = SchedulerType(training_args.lr_scheduler_type), training_args.lr_scheduler_kwargs
+    assert not isinstance(kwargs, str)  # TrainingArguments have parsed it
+    try:
+        get_scheduler(schedule, optimizer, num_warmup_steps=1, num_training_steps=10, scheduler_specific_kwargs=kwargs)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"--lr_scheduler_type {schedule.value} --lr_scheduler_kwargs {kwargs} cannot be used: {error}"
+        ) from error
 
 
 def train(trainer: SafeTrainer, recipe: Recipe, start: dict[str, torch.Tensor] | None, stop: Stop) -> None:

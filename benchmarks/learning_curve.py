@@ -1,6 +1,6 @@
 """How well the learning curve of half of the images predicts the accuracy with all of them.
 
-    python -m benchmarks.foretell path/to/instruments
+    python -m benchmarks.learning_curve path/to/instruments
 
 It uses the train and validation images of a folder and several random halves of them; it does not use test.
 """

@@ -1,0 +1,38 @@
+"""The Trainer of a run: what is refused before it trains, and a checkpoint of another model."""
+
+from pathlib import Path
+
+import pytest
+from conftest import draw_folder
+
+import train
+from luthier.errors import UserError
+from luthier.training.checkpoints import load_weights
+from models import build_model
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--lr_scheduler_kwargs", '{"nonsense": 1}'], "--lr_scheduler_type cosine --lr_scheduler_kwargs"),
+        (["--optim_args", "nonsense"], "--optim adamw_torch_fused --optim_args nonsense cannot be used"),
+        (["--report_to", "nonsense"], "nonsense is not supported"),
+    ],
+)
+def test_wrong_settings_are_refused_before_the_training(tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.chdir(tmp_path)
+    draw_folder(Path("images"), per_class=4)
+    with pytest.raises(SystemExit) as ended:
+        train.main(["--data_dir", "images", "--model_name", "simple_cnn", *options])
+    errors = capsys.readouterr().err
+    assert ended.value.code == 2 and message in errors and "Traceback" not in errors
+    assert not Path("outputs").exists()
+
+
+def test_checkpoint_of_another_model_is_refused(timm_checkpoint, vit_checkpoint, tmp_path):
+    two, three = {0: "a", 1: "b"}, {0: "a", 1: "b", 2: "c"}
+    build_model(str(timm_checkpoint), two)[0].save_pretrained(tmp_path / "checkpoint-1")
+    load_weights(build_model(str(timm_checkpoint), two)[0], tmp_path / "checkpoint-1")
+    for name, labels in ((timm_checkpoint, three), (vit_checkpoint, two)):
+        with pytest.raises(UserError, match="of another model, or of other classes"):
+            load_weights(build_model(str(name), labels)[0], tmp_path / "checkpoint-1")
