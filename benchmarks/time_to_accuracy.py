@@ -1,4 +1,4 @@
-"""Accuracy against wall time: Luthier's default compared with fastai, the transformers example's recipe and a plain Trainer.
+"""Accuracy against wall time: Luthier's default, fastai, the transformers example's recipe, a plain Trainer.
 
     pip install -r requirements-bench.txt
     python -m benchmarks.time_to_accuracy path/to/instruments [--seeds 3]

@@ -1,4 +1,4 @@
-"""Drawn images and tiny models; no test reaches the network or the user's caches."""
+"""Fixtures and helpers: drawn images and tiny models; no test uses the network or the user's caches."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import tempfile
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="luthier-tests-")  # before the libraries read it
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
-os.environ["OMP_NUM_THREADS"] = "1"  # the tests run in a process for each core
+os.environ["OMP_NUM_THREADS"] = "1"  # one process of the tests runs on each core
 
 import subprocess
 import sys
@@ -44,13 +44,13 @@ def pytest_unconfigure() -> None:
 
 
 def draw(colour: str, seed: int, width: int = 48, height: int = 40) -> Image.Image:
-    """Draw an image of a colour, different for each seed."""
+    """Draw a noisy image of one colour; each seed gives another image."""
     noise = np.random.default_rng(seed).normal(0, 25, (height, width, 3))
     return Image.fromarray((noise + COLOURS[colour]).clip(0, 255).astype(np.uint8))
 
 
 def draw_folder(root: Path, per_class: int = 8, classes: tuple[str, ...] = tuple(COLOURS), first: int = 0) -> Path:
-    """Draw a folder of class folders; `first` is the first image's seed."""
+    """Draw images into one folder per class; `first` is the seed of the first image."""
     for number, name in enumerate(classes):
         (root / name).mkdir(parents=True)
         for seed in range(first, first + per_class):
@@ -59,24 +59,24 @@ def draw_folder(root: Path, per_class: int = 8, classes: tuple[str, ...] = tuple
 
 
 def encoded(image: Image.Image, tmp_path: Path, suffix: str = "png", **options) -> bytes:
-    """Save an image, and return its file."""
+    """Save an image, and return the bytes of the file."""
     path = tmp_path / f"image.{suffix}"
     image.save(path, **options)
     return path.read_bytes()
 
 
 def load(**options) -> DatasetDict:
-    """Load splits, without the list of what was left out of them."""
+    """Load the splits, without the list of unreadable images."""
     return load_splits(**options)[0]
 
 
 def labels_of(splits: DatasetDict) -> list[str]:
-    """Return the names of the classes."""
+    """Return the class names."""
     return splits["train"].features["label"].names
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    """Tell whether all tensors of one state are bit for bit those of another."""
+    """Return whether every tensor of one state dict equals that of the other bit for bit."""
     return all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
@@ -94,14 +94,14 @@ def images(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def random_seed() -> None:
-    """Every test draws the same random numbers, alone or among others."""
+    """Every test gets the same random numbers, whether it runs alone or with others."""
     torch.manual_seed(0)
     np.random.seed(0)
 
 
 @pytest.fixture(scope="session")
 def timm_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny timm model with BatchNorm and 5 classes, laid out as timm's repositories on the Hub are."""
+    """A tiny timm model with BatchNorm and 5 classes, in the layout of timm's repositories on the Hub."""
     folder = tmp_path_factory.mktemp("hub") / "test_resnet.tiny"
     cfg = {"input_size": [3, 32, 32], "interpolation": "bilinear", "crop_pct": 0.875, "crop_mode": "center"}
     cfg |= {
@@ -124,7 +124,7 @@ def timm_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def vit_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny ViT of the classes red, green and blue, as transformers saves it."""
+    """A tiny ViT with the classes red, green and blue, as transformers saves it."""
     folder = tmp_path_factory.mktemp("hub") / "tiny-vit"
     names = {0: "red", 1: "green", 2: "blue"}
     config = ViTConfig(
@@ -139,7 +139,7 @@ def vit_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def resnet_checkpoint(tmp_path_factory):
-    """A tiny transformers ResNet, whose head is a Sequential, with five classes."""
+    """A tiny transformers ResNet with 5 classes, whose head is a Sequential."""
     folder = tmp_path_factory.mktemp("hub") / "tiny-resnet"
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", num_labels=5)
     torch.manual_seed(0)
@@ -154,12 +154,12 @@ def resnet_checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def launch() -> Callable[..., subprocess.CompletedProcess]:
-    """Run a command of the project as a user would, from the folder `cwd`; return its output and exit code."""
+    """A function that runs a command of the project in the folder `cwd`, as a user would."""
 
     def run(*arguments: str | Path, cwd: Path, launcher: tuple[str, ...] = ("python",)) -> subprocess.CompletedProcess:
         script, *rest = arguments
-        first = [sys.executable] if launcher == ("python",) else [str(Path(sys.executable).parent / launcher[0])]
-        command = [*first, *launcher[1:], str(PROJECT / script), *map(str, rest)]
+        program = [sys.executable] if launcher == ("python",) else [str(Path(sys.executable).parent / launcher[0])]
+        command = [*program, *launcher[1:], str(PROJECT / script), *map(str, rest)]
         return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
 
     return run

@@ -1,7 +1,7 @@
-"""A Hub on a loopback address: enough of its protocol for pushing and loading, over real HTTP, and faults on demand.
+"""A local server that stands in for the Hugging Face Hub: pushing and loading over HTTP, with faults on demand.
 
-Models, datasets and Spaces are created, committed to, listed and resolved as huggingface_hub asks for it; large files
-go by LFS. `Hub.fail` makes the next requests that match fail.
+huggingface_hub can create, commit to, list and resolve models, datasets and Spaces; large files use LFS. `Hub.fail`
+makes the next requests that match fail.
 """
 
 import base64
@@ -19,18 +19,18 @@ import yaml
 
 TOKEN = "hf_loopbackSecretToken0123456789abcdef"
 LFS = (".safetensors", ".png", ".parquet")
-PAGE = 3  # entries of a listing before the next Link
+PAGE = 3  # entries on one page of a listing
 
 
 @dataclass
 class Fault:
-    """What goes wrong: with requests whose `METHOD path` matches, the next `times` of them."""
+    """A fault of the next `times` requests whose `METHOD path` matches `pattern`."""
 
     pattern: str
     times: int
     status: int | None  # None: the connection is cut
     headers: dict = field(default_factory=dict)
-    seen: int = 0
+    count: int = 0  # requests that failed so far
 
 
 @dataclass
@@ -44,17 +44,17 @@ class Repository:
 
     @property
     def files(self) -> dict[str, bytes]:
-        """Files of the newest commit."""
+        """The files of the newest commit."""
         return self.commits[-1]
 
     @property
     def sha(self) -> str:
-        """A name for the newest commit, as long as git's."""
+        """The hash of the newest commit, as long as git's."""
         return hashlib.sha1(f"{len(self.commits)} {sorted(self.files)}".encode()).hexdigest()
 
 
 class Hub:
-    """The server, from `with Hub() as hub` on; `hub.url` is its HF_ENDPOINT."""
+    """The server. It runs inside `with Hub() as hub:`, and `hub.url` is its HF_ENDPOINT."""
 
     def __init__(self):
         self.repositories: dict[str, Repository] = {}  # by "models/me/x"
@@ -62,8 +62,8 @@ class Hub:
         self.faults: list[Fault] = []
         self.requests: list[str] = []
         self.bodies: list[bytes] = []
-        self.corrupt = False  # what arrives by LFS is damaged on the way
-        self.readers = {TOKEN: "me"}
+        self.corrupt = False  # whether LFS uploads are damaged on the way
+        self.users = {TOKEN: "me"}  # by token
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -77,7 +77,7 @@ class Hub:
         self.server.server_close()
 
     def environment(self, home: Path, token: str | None = TOKEN) -> dict[str, str]:
-        """Return the environment of a client that knows this Hub alone; Xet has no server outside of the real one."""
+        """Return the environment of a client of this server. Xet is off: only the real Hub has a server for it."""
         login = {"HF_TOKEN": token} if token else {}
         return {
             "HF_ENDPOINT": self.url,
@@ -87,13 +87,13 @@ class Hub:
         } | login
 
     def fail(self, pattern: str, status: int | None, times: int = 1, **headers: str) -> Fault:
-        """Make requests fail: with an HTTP status, or (None) by a cut connection."""
+        """Make the next requests that match fail: with an HTTP status, or with a cut connection (None)."""
         fault = Fault(pattern, times, status, {key.replace("_", "-"): value for key, value in headers.items()})
         self.faults.append(fault)
         return fault
 
     def add(self, kind: str, name: str, folder: Path, private: bool = False) -> Repository:
-        """Put a folder there as a repository; `kind` is models, datasets or spaces."""
+        """Add a folder as a repository; `kind` is models, datasets or spaces."""
         files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         repository = Repository(private, commits=[files])
         repository.large = {path for path in files if path.endswith(LFS)}
@@ -117,8 +117,8 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append(f"{self.command} {path}")
         for fault in self.hub.faults:
-            if fault.times > fault.seen and re.search(fault.pattern, f"{self.command} {path}"):
-                fault.seen += 1
+            if fault.times > fault.count and re.search(fault.pattern, f"{self.command} {path}"):
+                fault.count += 1
                 return self._break(fault)
         length = int(self.headers.get("Content-Length") or 0)
         if self.headers.get("Transfer-Encoding") == "chunked":
@@ -131,111 +131,111 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             body = self.rfile.read(length)
         self.hub.bodies.append(body)
-        for method, pattern, answer in ROUTES:
-            if self.command in method and (match := re.fullmatch(pattern, path)):
-                return answer(self, body, **match.groupdict())
-        self._say(404, {"error": f"no route {self.command} {path}"})
+        for methods, pattern, handler in ROUTES:
+            if self.command in methods and (match := re.fullmatch(pattern, path)):
+                return handler(self, body, **match.groupdict())
+        self._respond(404, {"error": f"no route {self.command} {path}"})
 
     def _break(self, fault: Fault) -> None:
         if fault.status is None:
-            if self.command == "PUT":  # in the middle of what is sent
+            if self.command == "PUT":  # in the middle of the upload
                 self.rfile.read(int(self.headers["Content-Length"]) // 2)
             self.connection.shutdown(socket.SHUT_RDWR)
             self.close_connection = True
         else:
             self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            self._say(fault.status, {"error": f"fault {fault.status}"}, fault.headers)
+            self._respond(fault.status, {"error": f"fault {fault.status}"}, fault.headers)
 
-    def _say(self, status: int, content: dict | list | bytes, headers: dict | None = None) -> None:
+    def _respond(self, status: int, content: dict | list | bytes, headers: dict | None = None) -> None:
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
-        given = {"Content-Length": str(len(data)), "Content-Type": "application/json"} | (headers or {})
-        for key, value in given.items():
+        response_headers = {"Content-Length": str(len(data)), "Content-Type": "application/json"} | (headers or {})
+        for key, value in response_headers.items():
             self.send_header(key, value)
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(data)
 
     def _user(self) -> str | None:
-        return self.hub.readers.get((self.headers.get("Authorization") or "").removeprefix("Bearer "))
+        return self.hub.users.get((self.headers.get("Authorization") or "").removeprefix("Bearer "))
 
     def _repository(self, kind: str, name: str) -> Repository | None:
-        found = self.hub.repositories.get(f"{kind}/{name}")
-        if found and (not found.private or self._user() == name.split("/")[0]):
-            return found
-        # As the Hub does, so that nobody learns which private names exist.
+        repository = self.hub.repositories.get(f"{kind}/{name}")
+        if repository and (not repository.private or self._user() == name.split("/")[0]):
+            return repository
+        # As on the real Hub: the answer does not reveal which private names exist.
         status = 404 if self._user() else 401
-        self._say(status, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
+        self._respond(status, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
         return None
 
     def whoami(self, body: bytes) -> None:
         if self._user():
-            self._say(200, {"type": "user", "name": self._user(), "orgs": [], "auth": {"type": "access_token"}})
+            self._respond(200, {"type": "user", "name": self._user(), "orgs": [], "auth": {"type": "access_token"}})
         else:
-            self._say(401, {"error": "Invalid username or password."})
+            self._respond(401, {"error": "Invalid username or password."})
 
     def create(self, body: bytes) -> None:
-        asked = json.loads(body)
-        kind, user = f"{asked.get('type') or 'model'}s", self._user()
-        owner = asked.get("organization") or user
-        key = f"{kind}/{owner}/{asked['name']}"
-        private = asked.get("visibility") == "private" or bool(asked.get("private"))
+        request = json.loads(body)
+        kind, user = f"{request.get('type') or 'model'}s", self._user()
+        owner = request.get("organization") or user
+        key = f"{kind}/{owner}/{request['name']}"
+        private = request.get("visibility") == "private" or bool(request.get("private"))
         if user is None:
-            self._say(401, {"error": "Invalid credentials in Authorization header"})
+            self._respond(401, {"error": "Invalid credentials in Authorization header"})
         elif owner != user:
-            self._say(403, {"error": "You don't have the rights to create a repo under this namespace"})
+            self._respond(403, {"error": "You don't have the rights to create a repo under this namespace"})
         elif key in self.hub.repositories:
             prefix = "" if kind == "models" else f"{kind}/"
-            self._say(
+            self._respond(
                 409,
-                {"error": "You already created this repo", "url": f"{self.hub.url}/{prefix}{owner}/{asked['name']}"},
+                {"error": "You already created this repo", "url": f"{self.hub.url}/{prefix}{owner}/{request['name']}"},
             )
         else:
-            self.hub.repositories[key] = Repository(private, asked.get("sdk"))
+            self.hub.repositories[key] = Repository(private, request.get("sdk"))
             prefix = "" if kind == "models" else f"{kind}/"
-            self._say(200, {"url": f"{self.hub.url}/{prefix}{owner}/{asked['name']}", "name": asked["name"]})
+            self._respond(200, {"url": f"{self.hub.url}/{prefix}{owner}/{request['name']}", "name": request["name"]})
 
     def validate(self, body: bytes) -> None:
-        asked = json.loads(body)
-        front = re.match(r"---\n(.*?)\n---", asked["content"], re.S)
-        wrong = [] if front and isinstance(yaml.safe_load(front[1]), dict) else [{"message": "no metadata"}]
-        self._say(400 if wrong else 200, {"errors": wrong, "warnings": []})
+        request = json.loads(body)
+        metadata = re.match(r"---\n(.*?)\n---", request["content"], re.S)
+        errors = [] if metadata and isinstance(yaml.safe_load(metadata[1]), dict) else [{"message": "no metadata"}]
+        self._respond(400 if errors else 200, {"errors": errors, "warnings": []})
 
     def check_rights(self, body: bytes, kind: str, name: str) -> None:
         if self._repository(kind, name):
-            right = self._user() == name.split("/")[0]
-            self._say(200 if right else 403, {} if right else {"error": "Forbidden"})
+            allowed = self._user() == name.split("/")[0]
+            self._respond(200 if allowed else 403, {} if allowed else {"error": "Forbidden"})
 
     def preupload(self, body: bytes, kind: str, name: str) -> None:
         if repository := self._repository(kind, name):
-            self._say(200, {"files": [self._mode(repository, file["path"]) for file in json.loads(body)["files"]]})
+            self._respond(200, {"files": [self._mode(repository, file["path"]) for file in json.loads(body)["files"]]})
 
     def _mode(self, repository: Repository, path: str) -> dict:
-        large, there = path.endswith(LFS), repository.files.get(path)
-        oid = None if there is None else hashlib.sha256(there).hexdigest() if large else _blob(there)
-        return {"path": path, "uploadMode": "lfs" if large else "regular", "shouldIgnore": False, "oid": oid}
+        is_large, data = path.endswith(LFS), repository.files.get(path)
+        oid = None if data is None else hashlib.sha256(data).hexdigest() if is_large else _blob_hash(data)
+        return {"path": path, "uploadMode": "lfs" if is_large else "regular", "shouldIgnore": False, "oid": oid}
 
     def batch(self, body: bytes, name: str) -> None:
         objects = []
-        for wanted in json.loads(body)["objects"]:
-            entry = {"oid": wanted["oid"], "size": wanted["size"]}
-            if wanted["oid"] not in self.hub.objects:
-                actions = {"upload": f"{self.hub.url}/lfs/{wanted['oid']}", "verify": f"{self.hub.url}/lfs-verify"}
+        for requested in json.loads(body)["objects"]:
+            entry = {"oid": requested["oid"], "size": requested["size"]}
+            if requested["oid"] not in self.hub.objects:
+                actions = {"upload": f"{self.hub.url}/lfs/{requested['oid']}", "verify": f"{self.hub.url}/lfs-verify"}
                 entry["actions"] = {kind: {"href": href} for kind, href in actions.items()}
             objects.append(entry)
-        self._say(200, {"transfer": "basic", "objects": objects})
+        self._respond(200, {"transfer": "basic", "objects": objects})
 
     def put(self, body: bytes, oid: str) -> None:
         self.hub.objects[oid] = b"damaged" + body if self.hub.corrupt else body
-        self._say(200, {})
+        self._respond(200, {})
 
     def verify(self, body: bytes) -> None:
-        asked = json.loads(body)
-        if hashlib.sha256(self.hub.objects.get(asked["oid"], b"")).hexdigest() == asked["oid"]:
-            self._say(200, {})
+        request = json.loads(body)
+        if hashlib.sha256(self.hub.objects.get(request["oid"], b"")).hexdigest() == request["oid"]:
+            self._respond(200, {})
         else:
-            self.hub.objects.pop(asked["oid"], None)
-            self._say(400, {"error": "the file that arrived has another hash"})
+            self.hub.objects.pop(request["oid"], None)
+            self._respond(400, {"error": "the file that arrived has another hash"})
 
     def commit(self, body: bytes, kind: str, name: str) -> None:
         if not (repository := self._repository(kind, name)):
@@ -251,14 +251,21 @@ class _Handler(BaseHTTPRequestHandler):
             elif line["key"] == "deletedFile":
                 files.pop(value["path"])
         repository.commits.append(files)
-        said = {"commitUrl": f"{self.hub.url}/{name}/commit/{repository.sha}", "commitOid": repository.sha}
-        self._say(200, said | {"success": True, "hookOutput": ""})
+        reply = {"commitUrl": f"{self.hub.url}/{name}/commit/{repository.sha}", "commitOid": repository.sha}
+        self._respond(200, reply | {"success": True, "hookOutput": ""})
 
     def info(self, body: bytes, kind: str, name: str) -> None:
         if repository := self._repository(kind, name):
             siblings = [{"rfilename": path} for path in repository.files]
-            said = {"_id": "0", "id": name, "sha": repository.sha, "private": repository.private, "siblings": siblings}
-            self._say(200, said | {"modelId": name, "tags": [], "gated": False, "disabled": False, "downloads": 0})
+            reply = {
+                "_id": "0",
+                "id": name,
+                "sha": repository.sha,
+                "private": repository.private,
+                "siblings": siblings,
+            }
+            reply |= {"modelId": name, "tags": [], "gated": False, "disabled": False, "downloads": 0}
+            self._respond(200, reply)
 
     def tree(self, body: bytes, kind: str, name: str, folder: str = "") -> None:
         if not (repository := self._repository(kind, name)):
@@ -277,46 +284,46 @@ class _Handler(BaseHTTPRequestHandler):
                 entries.append(self._entry(repository, path))
         entries = [{"type": "directory", "oid": "0", "size": 0, "path": path} for path in sorted(folders)] + entries
         if not entries and folder:
-            return self._say(404, {"error": "no such folder"}, {"X-Error-Code": "EntryNotFound"})
+            return self._respond(404, {"error": "no such folder"}, {"X-Error-Code": "EntryNotFound"})
         cursor = int((re.search(r"cursor=(\d+)", self.path) or [0, 0])[1])
-        bare = re.sub(r"[?&]cursor=\d+", "", self.path)
-        more = f'<{self.hub.url}{bare}{"&" if "?" in bare else "?"}cursor={cursor + PAGE}>; rel="next"'
-        headers = {"Link": more} if cursor + PAGE < len(entries) else {}
-        self._say(200, entries[cursor : cursor + PAGE], headers)
+        first_page = re.sub(r"[?&]cursor=\d+", "", self.path)
+        link = f'<{self.hub.url}{first_page}{"&" if "?" in first_page else "?"}cursor={cursor + PAGE}>; rel="next"'
+        headers = {"Link": link} if cursor + PAGE < len(entries) else {}
+        self._respond(200, entries[cursor : cursor + PAGE], headers)
 
     def _entry(self, repository: Repository, path: str) -> dict:
         data = repository.files[path]
-        entry = {"type": "file", "oid": _blob(data), "size": len(data), "path": path}
+        entry = {"type": "file", "oid": _blob_hash(data), "size": len(data), "path": path}
         if path in repository.large:
             entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
         return entry
 
     def paths_info(self, body: bytes, kind: str, name: str) -> None:
         if repository := self._repository(kind, name):
-            asked = [part.removeprefix("paths=") for part in unquote(body.decode()).split("&")]
+            paths = [part.removeprefix("paths=") for part in unquote(body.decode()).split("&")]
             if body.startswith(b"{"):
-                asked = json.loads(body)["paths"]
-            self._say(200, [self._entry(repository, path) for path in asked if path in repository.files])
+                paths = json.loads(body)["paths"]
+            self._respond(200, [self._entry(repository, path) for path in paths if path in repository.files])
 
     def resolve(self, body: bytes, name: str, path: str, kind: str = "models/") -> None:
         if not (repository := self._repository(kind.strip("/"), name)):
             return
         if path not in repository.files:
-            return self._say(404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound"})
+            return self._respond(404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound"})
         data = repository.files[path]
         digest = hashlib.sha256(data).hexdigest()
-        headers = {"X-Repo-Commit": repository.sha, "ETag": f'"{_blob(data)}"', "Accept-Ranges": "bytes"}
+        headers = {"X-Repo-Commit": repository.sha, "ETag": f'"{_blob_hash(data)}"', "Accept-Ranges": "bytes"}
         if path in repository.large:
             headers |= {"X-Linked-ETag": f'"{digest}"', "X-Linked-Size": str(len(data)), "ETag": f'"{digest}"'}
-        if span := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
-            first, last = int(span[1]), int(span[2] or len(data) - 1)
+        if byte_range := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
+            first, last = int(byte_range[1]), int(byte_range[2] or len(data) - 1)
             headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
-            return self._say(206, data[first : last + 1], headers | {"Content-Type": "application/octet-stream"})
-        self._say(200, data, headers | {"Content-Type": "application/octet-stream"})
+            return self._respond(206, data[first : last + 1], headers | {"Content-Type": "application/octet-stream"})
+        self._respond(200, data, headers | {"Content-Type": "application/octet-stream"})
 
 
-def _blob(data: bytes) -> str:
-    """Return git's name of a file's contents."""
+def _blob_hash(data: bytes) -> str:
+    """Return the hash that git gives to a file's contents."""
     return hashlib.sha1(f"blob {len(data)}\0".encode() + data).hexdigest()
 
 

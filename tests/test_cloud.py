@@ -1,4 +1,4 @@
-"""The Compute Engine scripts: what they would run, what boot.sh does with stubs in the place of cloud and Docker."""
+"""The Compute Engine scripts: the commands that gce.sh would run, and boot.sh with stubs for the cloud and Docker."""
 
 import os
 import shlex
@@ -16,14 +16,14 @@ from luthier.training.checkpoints import newest_whole
 
 SECRET = "hf_secretOfTheHub0123456789"
 CURL = """#!/bin/sh
-# Metadata, Secret Manager and Compute Engine as boot.sh asks them; what it asks is written down.
+# Answers for the metadata server, Secret Manager and Compute Engine, and writes each request down.
 [ "$1" = -X ] || true
 config=
 for word in "$@"; do
     case $word in -) config=$(cat) ;; esac
     url=$word
 done
-echo "$* [$config]" >> "$STUBS/asked"
+echo "$* [$config]" >> "$STUBS/requests"
 case $url in
 */token) echo '{"access_token":"vmToken","expires_in":3599}' ;;
 */attributes/luthier-image) echo europe-west4-docker.pkg.dev/p/luthier/luthier ;;
@@ -37,7 +37,7 @@ case $url in
 esac
 """
 DOCKER = """#!/bin/bash
-# Runs what the container would run; `kill` passes the signal on.
+# Runs the command of the container without a container; `kill` sends it the signal.
 echo "$*" >> "$STUBS/docker"
 case $1 in
 login) cat > /dev/null ;;
@@ -54,21 +54,21 @@ esac
 
 @pytest.fixture
 def stubs(tmp_path, monkeypatch):
-    """Commands of a cloud that is not there; train.py runs in this test's folder."""
+    """Stubs for the commands that boot.sh calls; train.py runs in the folder of the test."""
     monkeypatch.chdir(tmp_path)
     return write_stubs(tmp_path, DOCKER, monkeypatch)
 
 
-def write_stubs(place: Path, docker: str, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Write what boot.sh calls into a folder, let it find that, and give it a folder in the place of its disk."""
-    folder = place / "stubs"
+def write_stubs(root: Path, docker: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Write stubs for the commands that boot.sh calls, put them on its PATH, and replace its disk by a folder."""
+    folder = root / "stubs"
     folder.mkdir()
-    quiet = "#!/bin/sh\n"
-    commands = {"curl": CURL, "docker": docker, "mountpoint": quiet, "chown": quiet, "poweroff": quiet}
+    do_nothing = "#!/bin/sh\n"
+    commands = {"curl": CURL, "docker": docker, "mountpoint": do_nothing, "chown": do_nothing, "poweroff": do_nothing}
     for name, text in commands.items():
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
-    settings = {"DISK": place / "disk", "SECRETS": place / "secrets", "STUBS": folder, "SECRET": SECRET, "PAUSE": "0"}
+    settings = {"DISK": root / "disk", "SECRETS": root / "secrets", "STUBS": folder, "SECRET": SECRET, "PAUSE": "0"}
     settings |= {"PATH": f"{folder}:{os.environ['PATH']}", "NVIDIA": "/no/gpu"}
     for key, value in settings.items():
         monkeypatch.setenv(key, str(value))
@@ -81,50 +81,50 @@ def boot() -> subprocess.Popen:
 
 
 @pytest.mark.slow
-def test_boot_runs_up_to_the_first_checkpoint_and_goes_on_after_a_preemption(stubs, tmp_path, monkeypatch):
+def test_boot_saves_a_checkpoint_on_preemption_and_resumes_from_it(stubs, tmp_path, monkeypatch):
     draw_folder(tmp_path / "images", per_class=6)
     monkeypatch.setenv("TRAIN", f"{sys.executable} {PROJECT / 'train.py'}")
-    line = "--data_dir images --model_name simple_cnn --num_train_epochs {} --disable_tqdm 1 --output_dir out"
-    (stubs / "args").write_text(line.format(100000))
+    arguments = "--data_dir images --model_name simple_cnn --num_train_epochs {} --disable_tqdm 1 --output_dir out"
+    (stubs / "args").write_text(arguments.format(100000))
     process = boot()
     for _ in range(600):
         time.sleep(0.1)
         if list(Path("out").glob("checkpoint-*")):
             break
-    process.terminate()  # as systemd does when the machine goes down
-    told = process.communicate(timeout=60)[0]
-    assert process.returncode == 0 and "it goes on at the next boot" in told, told
+    process.terminate()  # as systemd does when the machine shuts down
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and "it goes on at the next boot" in output, output
     step = int(newest_whole(Path("out")).name.split("-")[1])
-    (stubs / "args").write_text(line.format(1))  # it has done more than that: it ends at once
-    told = boot().communicate(timeout=100)[0]
-    assert f"resume   from out/checkpoint-{step}" in told and "the run has ended" in told
-    asked = (stubs / "asked").read_text()
+    (stubs / "args").write_text(arguments.format(1))  # it has trained for longer, so it ends at once
+    output = boot().communicate(timeout=100)[0]
+    assert f"resume   from out/checkpoint-{step}" in output and "the run has ended" in output
+    requests = (stubs / "requests").read_text()
     assert (
         "-X DELETE https://compute.googleapis.com/compute/v1/projects/1/zones/europe-west4-a/instances/luthier"
-        in asked
+        in requests
     )
-    assert SECRET not in (stubs / "docker").read_text() + asked  # nor on any command line
-    assert not any("vmToken" in text.split(" [")[0] for text in asked.splitlines())
+    assert SECRET not in (stubs / "docker").read_text() + requests  # the secret is on no command line
+    assert not any("vmToken" in text.split(" [")[0] for text in requests.splitlines())
     assert (tmp_path / "secrets/env").read_text() == f"HF_TOKEN={SECRET}\n"
     assert f"--env-file {tmp_path}/secrets/env" in (stubs / "docker").read_text()
 
 
-def test_run_that_fails_for_good_deletes_the_vm(stubs, monkeypatch):
+def test_run_that_fails_three_times_deletes_the_vm(stubs, monkeypatch):
     monkeypatch.setenv("TRAIN", "false")
     (stubs / "args").write_text("--learning_rat 1")
-    told = boot().communicate(timeout=60)[0]
-    assert "failure 3 of 3" in told and "-X DELETE" in (stubs / "asked").read_text()
+    output = boot().communicate(timeout=60)[0]
+    assert "failure 3 of 3" in output and "-X DELETE" in (stubs / "requests").read_text()
     assert (stubs / "docker").read_text().count("run ") == 3
 
 
-def dry_run(*words: str) -> list[list[str]]:
-    ran = subprocess.run(
-        [str(PROJECT / "cloud/gce.sh"), *words, "--dry-run"], capture_output=True, text=True, check=True
+def dry_run(*arguments: str) -> list[list[str]]:
+    result = subprocess.run(
+        [str(PROJECT / "cloud/gce.sh"), *arguments, "--dry-run"], capture_output=True, text=True, check=True
     )
-    return [shlex.split(text) for text in ran.stdout.splitlines() if text.startswith("gcloud ")]
+    return [shlex.split(text) for text in result.stdout.splitlines() if text.startswith("gcloud ")]
 
 
-def test_up_makes_a_spot_vm_with_a_disk_that_stays_and_a_limit(tmp_path):
+def test_up_creates_a_spot_vm_with_a_persistent_disk_and_a_time_limit(tmp_path):
     settings = (PROJECT / "cloud/settings.env").read_text()
     settings = settings.replace("SECRET=\n", "SECRET=hf-token\n").replace("DATA=\n", "DATA=gs://bucket/photos\n")
     (tmp_path / "mine.env").write_text(settings)
@@ -140,25 +140,25 @@ def test_up_makes_a_spot_vm_with_a_disk_that_stays_and_a_limit(tmp_path):
     ]  # fmt: skip
 
 
-def test_slips_end_in_one_message(tmp_path):
-    for words, message in (
+def test_mistake_on_the_command_line_gives_one_message(tmp_path):
+    for arguments, message in (
         (["fly"], "say up, logs, ssh, status or down"),
         (["up", "--fast"], "unknown option --fast"),
         (["up", "--settings", "none.env"], "there is no file none.env"),
         (["up"], "still says PROJECT=my-project"),
     ):
-        ran = subprocess.run([str(PROJECT / "cloud/gce.sh"), *words], capture_output=True, text=True)
-        assert ran.returncode == 2 and message in ran.stderr
+        result = subprocess.run([str(PROJECT / "cloud/gce.sh"), *arguments], capture_output=True, text=True)
+        assert result.returncode == 2 and message in result.stderr
 
 
 @pytest.mark.skipif(not shutil.which("gcloud"), reason="needs gcloud")
-@pytest.mark.parametrize("words", [["up"], ["logs"], ["ssh"], ["status"], ["down", "--disk"]])
-def test_gcloud_knows_every_flag(words, tmp_path):
-    """It parses a line before it asks for credentials, of which it finds none."""
+@pytest.mark.parametrize("arguments", [["up"], ["logs"], ["ssh"], ["status"], ["down", "--disk"]])
+def test_gcloud_knows_every_flag(arguments, tmp_path):
+    """gcloud parses the command line before it looks for credentials; here it finds none."""
     environment = os.environ | {"CLOUDSDK_CONFIG": str(tmp_path), "CLOUDSDK_CORE_DISABLE_PROMPTS": "1"}
-    for command in dry_run(*words):
-        ran = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=PROJECT)
-        assert "unrecognized arguments" not in ran.stderr and "Invalid choice" not in ran.stderr, ran.stderr
+    for command in dry_run(*arguments):
+        result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=PROJECT)
+        assert "unrecognized arguments" not in result.stderr and "Invalid choice" not in result.stderr, result.stderr
 
 
 def test_cloud_init_writes_the_service():
@@ -169,7 +169,7 @@ def test_cloud_init_writes_the_service():
 
 
 @pytest.mark.skipif(not shutil.which("cloud-init"), reason="needs cloud-init")
-def test_cloud_init_fits_its_schema():
+def test_cloud_init_matches_its_schema():
     command = ["cloud-init", "schema", "--config-file", str(PROJECT / "cloud/cloud-init.yaml")]
-    ran = subprocess.run(command, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr

@@ -1,4 +1,4 @@
-"""Every config is read strictly and says on top what it shows."""
+"""The configs: each parses and begins with a comment that holds its command; the original experiments are included."""
 
 from pathlib import Path
 
@@ -15,12 +15,12 @@ CONFIGS = sorted((PROJECT / "configs").glob("*.yaml"))
 
 @pytest.fixture(autouse=True)
 def empty_folder(tmp_path, monkeypatch):
-    """Every test runs where nothing is."""
+    """Every test runs in an empty folder."""
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_config_is_read_and_documented(path):
+def test_config_parses_and_is_documented(path):
     data_args, _, training_args, _ = parse_arguments([str(path)])
     assert training_args.output_dir == str(Path("outputs", path.stem))
     assert data_args.augmentation in AUGMENTATIONS
@@ -28,7 +28,7 @@ def test_config_is_read_and_documented(path):
     assert header.startswith("# ") and f"accelerate launch train.py configs/{path.name}" in path.read_text()
 
 
-def test_the_original_experiments_are_there():
+def test_configs_include_the_original_experiments():
     names = {path.stem for path in CONFIGS}
     assert {"simple_cnn_instruments", "resnet18_instruments", "resnet18_instruments_augmix"} <= names
     for name in ("simple_cnn_instruments", "resnet18_instruments", "resnet18_instruments_augmix"):

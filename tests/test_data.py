@@ -1,4 +1,4 @@
-"""Loading, splitting, preparing and augmenting drawn images: every way in, every trap, every Pillow mode."""
+"""data.py: loading folders and datasets, splitting, preparing and augmenting images, and errors in the data."""
 
 import hashlib
 import io
@@ -26,15 +26,15 @@ def digests(splits: DatasetDict) -> dict[str, list[str]]:
 # --- folders
 
 
-def test_folder_is_cut_stratified_and_disjoint(images, view):
+def test_folder_is_split_into_stratified_disjoint_parts(images, view):
     splits = prepare(load(data_dir=str(images)), view)
     counts = describe(splits, "drawn")["splits"]
     assert labels_of(splits) == ["blue", "green", "red"]
     assert {split: set(count["per_class"].values()) for split, count in counts.items()} == {
         "train": {5}, "validation": {1}, "test": {2},
     }  # fmt: skip
-    everything = [digest for split in digests(splits).values() for digest in split]
-    assert len(set(everything)) == len(everything) == 24
+    all_digests = [digest for split in digests(splits).values() for digest in split]
+    assert len(set(all_digests)) == len(all_digests) == 24
 
 
 def test_labels_follow_the_folders(images, view):
@@ -46,30 +46,30 @@ def test_labels_follow_the_folders(images, view):
             assert nearest == dataset.features["label"].int2str(row["labels"])
 
 
-def test_split_seed_decides_the_cut_alone(images, view):
-    def cut(**options):
+def test_only_the_split_seed_decides_the_splits(images, view):
+    def split_digests(**options):
         torch.manual_seed(options.pop("training_seed", 0))
         np.random.seed(0)
         return digests(prepare(load(data_dir=str(images), **options), view))
 
-    assert cut() == cut(split_seed=1) == cut(training_seed=5)
-    assert cut(split_seed=2) != cut()
+    assert split_digests() == split_digests(split_seed=1) == split_digests(training_seed=5)
+    assert split_digests(split_seed=2) != split_digests()
 
 
-def test_fractions(tmp_path):
+def test_fractions_decide_the_sizes_of_the_splits(tmp_path):
     splits = load(data_dir=str(draw_folder(tmp_path / "p", 20)), validation_fraction=0.25, test_fraction=0.5)
     assert {split: len(dataset) for split, dataset in splits.items()} == {"train": 15, "validation": 15, "test": 30}
 
 
 @pytest.mark.parametrize("name", ["validation", "val", "valid", "dev", "Val"])
-def test_given_splits_are_kept(tmp_path, name):
+def test_split_folders_are_kept(tmp_path, name):
     for number, split in enumerate(("train", name, "test")):
         draw_folder(tmp_path / "p" / split, 3 + number, first=100 * number)
     splits = load(data_dir=str(tmp_path / "p"))
     assert {split: len(dataset) for split, dataset in splits.items()} == {"train": 9, "validation": 12, "test": 15}
 
 
-def test_missing_test_split_is_cut_from_train(tmp_path):
+def test_missing_test_split_is_taken_from_train(tmp_path):
     draw_folder(tmp_path / "p/train", 10)
     draw_folder(tmp_path / "p/val", 2, first=50)
     splits = load(data_dir=str(tmp_path / "p"))
@@ -91,12 +91,12 @@ def test_second_run_decodes_nothing(images, monkeypatch, view):
 
 
 @pytest.mark.parametrize("fractions", [{"test_fraction": 0}, {"validation_fraction": 1.5}])
-def test_impossible_fraction(images, fractions):
+def test_impossible_fraction_is_refused(images, fractions):
     with pytest.raises(UserError, match="must lie between 0 and 1"):
         load(data_dir=str(images), **fractions)
 
 
-def test_fractions_that_leave_nothing(images):
+def test_fractions_that_leave_no_training_images_are_refused(images):
     with pytest.raises(UserError, match="leave nothing to train on"):
         load(data_dir=str(images), validation_fraction=0.5, test_fraction=0.5)
 
@@ -105,7 +105,7 @@ def test_fractions_that_leave_nothing(images):
 
 
 def save_dataset(folder: Path, label_feature, values: dict[str, list], columns=("image", "label")) -> str:
-    """Save drawn images as the Parquet files of a Hub dataset, with the label values given for each split."""
+    """Save drawn images as a Hub dataset in Parquet files; `values` holds the labels of each split."""
     (folder / "data").mkdir(parents=True)
     for split, labels in values.items():
         images = [draw("red", index) for index in range(len(labels))]
@@ -123,15 +123,15 @@ def save_dataset(folder: Path, label_feature, values: dict[str, list], columns=(
         (Value("int64"), [10, 9], ["9", "10"]),
     ],
 )
-def test_dataset_with_labels_of_any_kind(tmp_path, feature, values, names):
+def test_labels_may_be_class_labels_strings_or_numbers(tmp_path, feature, values, names):
     path = save_dataset(tmp_path / "set", feature, {"train": values * 10, "test": values * 2}, ("image", "class"))
     splits = load(dataset_name=path)
     assert labels_of(splits) == names
     assert {split: len(dataset) for split, dataset in splits.items()} == {"train": 18, "validation": 2, "test": 4}
-    assert splits["test"]["label"][:] == [1, 0, 1, 0]  # zither and 10 sort after the other
+    assert splits["test"]["label"][:] == [1, 0, 1, 0]  # zither and 10 sort last
 
 
-def test_named_columns(tmp_path, view):
+def test_image_and_label_columns_can_be_named(tmp_path, view):
     features = Features({"photo": Image(), "thumbnail": Image(), "kind": Value("string"), "label": Value("string")})
     rows = {"photo": [draw("red", i) for i in range(20)], "thumbnail": [draw("blue", i) for i in range(20)]}
     rows |= {"kind": ["a", "b"] * 10, "label": ["c", "d"] * 10}
@@ -150,7 +150,7 @@ def test_named_columns(tmp_path, view):
         load(dataset_name=path, image_column="kind")
 
 
-def test_image_column_without_its_type(tmp_path, images, view):
+def test_image_column_may_hold_plain_bytes(tmp_path, images, view):
     raw = [path.read_bytes() for path in sorted(images.rglob("*.png"))]
     names = [path.parent.name for path in sorted(images.rglob("*.png"))]
     (tmp_path / "set").mkdir()
@@ -171,13 +171,13 @@ def test_test_split_without_labels_is_replaced(tmp_path):
     assert len(load(dataset_name=path)["test"]) == 4
 
 
-def test_some_rows_without_label(tmp_path):
+def test_some_rows_without_label_are_refused(tmp_path):
     path = save_dataset(tmp_path / "set", Value("string"), {"train": ["a", "b", None] * 10})
     with pytest.raises(UserError, match="10 rows of the train split have no label"):
         load(dataset_name=path)
 
 
-def test_label_names_rename_in_order(images):
+def test_label_names_rename_the_classes_in_order(images):
     assert labels_of(load(data_dir=str(images), label_names=["mavi", "yeşil", "kırmızı"])) == [
         "mavi", "yeşil", "kırmızı",
     ]  # fmt: skip
@@ -187,7 +187,7 @@ def test_label_names_rename_in_order(images):
         load(data_dir=str(images), label_names=["a", "b", "a"])
 
 
-def test_unreachable_dataset():
+def test_unreachable_dataset_is_a_user_error():
     with pytest.raises(UserError, match=r"someone/their-set.*--data_dir"):
         load(dataset_name="someone/their-set")
 
@@ -195,7 +195,7 @@ def test_unreachable_dataset():
 # --- preparation
 
 
-def test_plain_rgb_keeps_its_bytes_and_the_rest_its_pixels(images, view):
+def test_rgb_files_keep_their_bytes_and_other_files_keep_their_pixels(images, view):
     draw("red", 5).save(images / "red/photo.jpg")
     draw("red", 6).convert("L").save(images / "red/grey.png")
     train = prepare(load(data_dir=str(images)), view)["train"].cast_column("image", Image(decode=False))
@@ -209,10 +209,10 @@ def test_plain_rgb_keeps_its_bytes_and_the_rest_its_pixels(images, view):
             assert row["image"]["bytes"] == path.read_bytes()
 
 
-def spoil(images: Path) -> list[str]:
-    """Add four files that cannot be read; return what is said of them."""
-    whole = (images / "red/000.png").read_bytes()
-    (images / "red/cut.png").write_bytes(whole[: len(whole) // 2])
+def add_unreadable_files(images: Path) -> list[str]:
+    """Add four files that cannot be read; return the expected messages."""
+    valid = (images / "red/000.png").read_bytes()
+    (images / "red/cut.png").write_bytes(valid[: len(valid) // 2])
     (images / "red/empty.jpg").write_bytes(b"")
     (images / "blue/page.jpg").write_text("<html>not found</html>")
     (images / "blue/script.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
@@ -220,27 +220,27 @@ def spoil(images: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("options", [{}, {"on_bad_image": "error"}])
-def test_unreadable_images_are_all_named(images, options):
-    said = spoil(images)
-    with pytest.raises(UserError, match="images that cannot be read: 4 of 28") as caught:
+def test_all_unreadable_images_are_named(images, options):
+    messages = add_unreadable_files(images)
+    with pytest.raises(UserError, match="images that cannot be read: 4 of 28") as error_info:
         load(data_dir=str(images), **options)
-    assert all(name in str(caught.value) for name in said)
-    assert ("more than 5%" in str(caught.value)) == (not options)
+    assert all(message in str(error_info.value) for message in messages)
+    assert ("more than 5%" in str(error_info.value)) == (not options)
 
 
 def test_few_unreadable_images_are_left_out_and_returned(tmp_path, view):
     images = draw_folder(tmp_path / "p", 40)
-    spoil(images)
-    splits, bad = load_splits(data_dir=str(images))
+    add_unreadable_files(images)
+    splits, unreadable = load_splits(data_dir=str(images))
     assert sum(map(len, splits.values())) == 120 == sum(map(len, prepare(splits, view).values()))
-    assert {(b.name, b.label) for b in bad} == {
+    assert {(image.name, image.label) for image in unreadable} == {
         ("red/cut.png", "red"), ("red/empty.jpg", "red"), ("blue/page.jpg", "blue"), ("blue/script.png", "blue"),
     }  # fmt: skip
     with pytest.raises(UserError, match=r"cannot be read: 4 of 124\. Replace"):
         load(data_dir=str(images), on_bad_image="error")
 
 
-def test_split_of_bad_images_alone_is_said_so(tmp_path):
+def test_split_with_only_unreadable_images_is_reported(tmp_path):
     draw_folder(tmp_path / "p/train", 40)
     (tmp_path / "p/test/red").mkdir(parents=True)
     (tmp_path / "p/test/red/a.png").write_bytes(b"no image")
@@ -250,7 +250,7 @@ def test_split_of_bad_images_alone_is_said_so(tmp_path):
         load(data_dir=str(tmp_path / "p"))
 
 
-def test_failure_is_not_cached(images, monkeypatch, view):
+def test_read_error_is_not_cached(images, monkeypatch, view):
     def fail(*arguments):
         raise OSError(5, "the disk is away")
 
@@ -262,12 +262,12 @@ def test_failure_is_not_cached(images, monkeypatch, view):
     assert len(prepare(load(data_dir=str(images)), view)["train"]) == 15
 
 
-def test_large_photograph_is_stored_small_and_looks_the_same(tmp_path, view):
+def test_large_image_is_stored_smaller_and_looks_the_same(tmp_path, view):
     smooth = draw("red", 1, 8, 6).resize((2000, 1500), PILImage.Resampling.BICUBIC)
     data = encoded(smooth, tmp_path, "jpg", quality=95)
     stored = PILImage.open(io.BytesIO(store_training_image(data, 64)["bytes"]))
     assert stored.format == "JPEG" and min(stored.size) == 64 and stored.mode == "RGB"
-    difference = view(stored).sub(view(decode_rgb(data).image)).abs() * 127.5  # in levels of 255
+    difference = view(stored).sub(view(decode_rgb(data).image)).abs() * 127.5  # in 8-bit levels
     assert difference.mean() < 1.5 and difference.max() < 12
 
 
@@ -277,7 +277,7 @@ def test_elongated_and_tiny_images_are_stored(tmp_path):
         assert PILImage.open(io.BytesIO(store_training_image(data, 64)["bytes"])).size == stored_size
 
 
-def test_augmented_dataset_is_lazy_and_collates(images, view):
+def test_augmentation_is_lazy_and_rows_are_collated(images, view):
     train = with_transforms(prepare(load(data_dir=str(images)), view), view, "flip_crop", "evaluation")["train"]
     assert not torch.equal(train[0]["pixel_values"], train[0]["pixel_values"])
     batch = collate([train[0], train[14]])
@@ -285,7 +285,7 @@ def test_augmented_dataset_is_lazy_and_collates(images, view):
     assert batch["labels"].tolist() == [0, 2] and batch["labels"].dtype == torch.int64
 
 
-def test_random_crops_of_test_are_asked_for_and_leave_validation_alone(images, view):
+def test_random_crop_option_changes_the_test_view_and_not_the_validation_view(images, view):
     splits = prepare(load(data_dir=str(images)), view)
     views = with_transforms(splits, view, "none", "random_crop")
     assert len({views["test"][0]["pixel_values"].numpy().tobytes() for _ in range(12)}) > 6
@@ -295,7 +295,7 @@ def test_random_crops_of_test_are_asked_for_and_leave_validation_alone(images, v
     assert np.abs(mean - COLOURS["blue"]).max() < 12
 
 
-def test_fingerprint_ignores_names_and_sees_labels(images, tmp_path, view):
+def test_fingerprint_depends_on_labels_and_not_on_file_names(images, tmp_path, view):
     def fingerprint(folder: Path) -> str:
         return describe(prepare(load(data_dir=str(folder)), view), "drawn")["fingerprint"]
 

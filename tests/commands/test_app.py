@@ -1,4 +1,4 @@
-"""The page in a real browser: an image's class, garbage, addresses; and the Space that serves it from the Hub."""
+"""The web app in a real browser, the files that it may read, and the Space that serves a model from the Hub."""
 
 import os
 import re
@@ -23,21 +23,21 @@ import train
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A run of simple_cnn on three easy colours."""
+    """A run of simple_cnn on images of three colours."""
     folder = tmp_path_factory.mktemp("model")
     draw_folder(folder / "images", per_class=20)
-    line = ["--data_dir", str(folder / "images"), "--model_name", "simple_cnn", "--num_train_epochs", "12"]
-    line += ["--learning_rate", "5e-3", "--per_device_train_batch_size", "4", "--disable_tqdm", "1"]
-    train.main([*line, "--output_dir", str(folder / "colours")])
+    args = ["--data_dir", str(folder / "images"), "--model_name", "simple_cnn", "--num_train_epochs", "12"]
+    args += ["--learning_rate", "5e-3", "--per_device_train_batch_size", "4", "--disable_tqdm", "1"]
+    train.main([*args, "--output_dir", str(folder / "colours")])
     return folder / "colours"
 
 
 @contextmanager
-def serving(*command: str | Path, cwd: Path, environment: dict[str, str]) -> Iterator[str]:
-    """Run a page until it is left; gives its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+def running_app(*command: str | Path, cwd: Path, environment: dict[str, str]) -> Iterator[str]:
+    """Run the app until the `with` block ends; yield its address."""
+    with socket.socket() as free_socket:
+        free_socket.bind(("127.0.0.1", 0))
+        port = str(free_socket.getsockname()[1])
     with subprocess.Popen(
         [sys.executable, *map(str, command)],
         cwd=cwd, env=os.environ | environment | {"GRADIO_SERVER_PORT": port}, stdout=subprocess.PIPE, text=True,
@@ -58,7 +58,7 @@ def serving(*command: str | Path, cwd: Path, environment: dict[str, str]) -> Ite
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs the browser chromium")
-def test_page_in_a_browser(model, tmp_path):
+def test_app_in_a_browser(model, tmp_path):
     from playwright.sync_api import expect, sync_playwright
 
     (tmp_path / "examples").mkdir()
@@ -66,18 +66,18 @@ def test_page_in_a_browser(model, tmp_path):
         draw(colour, 77).save(tmp_path / f"examples/{colour}.png")
     (tmp_path / "garbage.png").write_bytes(b"no image")
     command = [PROJECT / "app.py", model, "--examples", "examples", "--always_answer"]
-    with serving(*command, cwd=tmp_path, environment={}) as url, sync_playwright() as playwright:
+    with running_app(*command, cwd=tmp_path, environment={}) as url, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         page = browser.new_page()
-        asked = []
-        page.on("request", lambda request: asked.append(request.url))
+        requested = []
+        page.on("request", lambda request: requested.append(request.url))
         page.goto(url)
         answer, file = page.get_by_label("Answer"), page.locator("input[type=file]").first
         for colour in ("red", "blue"):
             file.set_input_files(tmp_path / f"examples/{colour}.png")
             expect(answer).to_have_value(re.compile(rf"{colour} \(\d+%\)"), timeout=30_000)
             expect(page.get_by_text(colour, exact=True).first).to_be_visible()
-            page.reload()  # for the next one there must be room
+            page.reload()  # the page takes one image; this makes room for the next
         file.set_input_files(tmp_path / "garbage.png")
         expect(answer).to_have_value(re.compile("No prediction: not an image in an allowed format"), timeout=30_000)
         for address, message in (
@@ -89,11 +89,11 @@ def test_page_in_a_browser(model, tmp_path):
             page.get_by_role("button", name="Classify the address").click()
             expect(answer).to_have_value(re.compile(message), timeout=30_000)
         browser.close()
-    assert {re.match(r"\w+://[^/]+", url)[0] for url in asked if "://" in url} == {url}
+    assert {re.match(r"\w+://[^/]+", url)[0] for url in requested if "://" in url} == {url}
 
 
-def test_only_what_was_given_to_the_page_is_read(tmp_path):
-    class Reading:
+def test_app_reads_only_the_images_that_it_was_given(tmp_path):
+    class FakeClassifier:
         def load_file(self, name):
             return name
 
@@ -101,7 +101,7 @@ def test_only_what_was_given_to_the_page_is_read(tmp_path):
     for name in ("cache/a.png", "b.png"):
         (tmp_path / name).touch()
     (tmp_path / "cache/link.png").symlink_to(tmp_path / "b.png")
-    read = app.file_loader(Reading(), [tmp_path / "cache"])
+    read = app.file_loader(FakeClassifier(), [tmp_path / "cache"])
     assert read(str(tmp_path / "cache/a.png"))
     for name in ("b.png", "cache/../b.png", "cache/link.png", "cache/none.png", "cache"):
         with pytest.raises(OSError, match="only images that were given to this page"):
@@ -111,15 +111,15 @@ def test_only_what_was_given_to_the_page_is_read(tmp_path):
             read(name)
 
 
-def test_unsure_is_said():
-    class Doubtful:
+def test_unsure_prediction_is_shown_as_unsure():
+    class UnsureClassifier:
         def predict(self, image, top_k):
             from luthier.serving.classifier import Prediction
 
             return Prediction("", [("a", 0.4), ("b", 0.3)], unsure=True)
 
-    said, classes = app.answerer(Doubtful(), lambda source: source)("image")
-    assert said == "Unsure. Most likely: a (40%)" and classes == {"a": 0.4, "b": 0.3}
+    answer, classes = app.answerer(UnsureClassifier(), lambda source: source)("image")
+    assert answer == "Unsure. Most likely: a (40%)" and classes == {"a": 0.4, "b": 0.3}
 
 
 @pytest.mark.slow
@@ -127,10 +127,10 @@ def test_space_serves_the_pushed_model(model, tmp_path):
     with Hub() as server:
         server.add("models", "me/colours", model)
         environment = server.environment(tmp_path / "home") | {"PYTHONPATH": str(PROJECT)}
-        line = ["me/colours", "--push_to_space", "me/colours-demo"]
-        command = [sys.executable, str(PROJECT / "app.py"), *line]
-        ran = subprocess.run(command, cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True)
-        assert ran.returncode == 0 and f"{server.url}/spaces/me/colours-demo" in ran.stdout, ran.stderr
+        args = ["me/colours", "--push_to_space", "me/colours-demo"]
+        command = [sys.executable, str(PROJECT / "app.py"), *args]
+        result = subprocess.run(command, cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True)
+        assert result.returncode == 0 and f"{server.url}/spaces/me/colours-demo" in result.stdout, result.stderr
         space = server.repositories["spaces/me/colours-demo"]
         assert space.sdk == "gradio"
         card = yaml.safe_load(space.files["README.md"].decode().split("---")[1])
@@ -139,20 +139,20 @@ def test_space_serves_the_pushed_model(model, tmp_path):
         for name, data in space.files.items():
             (tmp_path / "space").mkdir(exist_ok=True)
             (tmp_path / "space" / name).write_bytes(data)
-        there = server.environment(tmp_path / "elsewhere") | {"PYTHONPATH": ""}
-        with serving("start.py", cwd=tmp_path / "space", environment=there) as url:
+        space_environment = server.environment(tmp_path / "elsewhere") | {"PYTHONPATH": ""}
+        with running_app("start.py", cwd=tmp_path / "space", environment=space_environment) as url:
             assert b"colours" in urllib.request.urlopen(url, timeout=10).read()
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("args", "message"),
     [
         (["nowhere"], "there is no folder 'nowhere'"),
         (["nowhere", "--examples", "none"], "--examples none is not a folder with images"),
         ([".", "--push_to_space", "me/x"], "a Space loads its model from the Hub"),
     ],
 )
-def test_slips(capsys, line, message):
-    with pytest.raises(SystemExit) as ended:
-        app.main(line)
-    assert ended.value.code == 2 and message in capsys.readouterr().err
+def test_mistake_on_the_command_line_gives_one_message(capsys, args, message):
+    with pytest.raises(SystemExit) as exit_info:
+        app.main(args)
+    assert exit_info.value.code == 2 and message in capsys.readouterr().err

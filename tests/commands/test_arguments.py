@@ -1,4 +1,4 @@
-"""Configs and command lines: what goes over what, and one clear message for every slip."""
+"""Configs and command lines: which setting wins, and one clear message for every mistake."""
 
 import functools
 from dataclasses import fields
@@ -17,16 +17,16 @@ ALL_NAMES = {option.name for group in ARGUMENTS for option in fields(group) if o
 
 @pytest.fixture(autouse=True)
 def empty_folder(tmp_path, monkeypatch):
-    """Every test runs where nothing is."""
+    """Every test runs in an empty folder."""
     monkeypatch.chdir(tmp_path)
 
 
-def config(text: str, name: str = "some.yaml") -> str:
+def write_config(text: str, name: str = "some.yaml") -> str:
     Path(name).write_text(text)
     return name
 
 
-def test_defaults_are_the_built_in_images_and_model():
+def test_defaults_are_the_built_in_dataset_and_model():
     data_args, model_args, training_args, _ = parse_arguments([])
     assert data_args.dataset_name == "openmoji" and data_args.data_dir is None and data_args.split_seed == 1
     assert model_args.model_name == "efficientnet_lite0"
@@ -34,8 +34,8 @@ def test_defaults_are_the_built_in_images_and_model():
     assert training_args.report_to == []
 
 
-def test_line_goes_over_config_and_config_over_default():
-    path = config("learning_rate: 1e-4\nnum_train_epochs: 7\nrecipe: head\naugmentation: augmix\n")
+def test_command_line_overrides_config_and_config_overrides_defaults():
+    path = write_config("learning_rate: 1e-4\nnum_train_epochs: 7\nrecipe: head\naugmentation: augmix\n")
     data_args, model_args, training_args, _ = parse_arguments([path, "--num_train_epochs", "3"])
     assert training_args.learning_rate == 1e-4  # YAML alone would read this as a string
     assert training_args.num_train_epochs == 3
@@ -43,16 +43,18 @@ def test_line_goes_over_config_and_config_over_default():
     assert training_args.output_dir == str(Path("outputs", "some"))
 
 
-def test_values_that_yaml_and_the_line_write_differently():
-    path = config('label_names: [a b, c, 3]\nfp16: false\nlr_scheduler_kwargs: {"num_cycles": 2}\nseed: null\n')
+def test_values_that_yaml_and_the_command_line_write_differently():
+    path = write_config('label_names: [a b, c, 3]\nfp16: false\nlr_scheduler_kwargs: {"num_cycles": 2}\nseed: null\n')
     data_args, _, training_args, _ = parse_arguments([path])
     assert data_args.label_names == ["a b", "c", "3"]
     assert training_args.fp16 is False and training_args.lr_scheduler_kwargs == {"num_cycles": 2}
     assert training_args.seed == 42 and training_args.label_names is None
 
 
-def test_other_data_on_the_line_replaces_all_that_the_config_says_of_data():
-    path = config("dataset_name: someone/set\nlabel_names: [a, b]\nimage_column: photo\nmodel_name: simple_cnn\n")
+def test_data_on_the_command_line_replaces_all_data_settings_of_the_config():
+    path = write_config(
+        "dataset_name: someone/set\nlabel_names: [a, b]\nimage_column: photo\nmodel_name: simple_cnn\n"
+    )
     data_args, model_args, *_ = parse_arguments([path, "--data_dir", "images"])
     assert (data_args.data_dir, data_args.dataset_name) == ("images", None)
     assert data_args.label_names is None and data_args.image_column is None
@@ -72,13 +74,13 @@ def test_other_data_on_the_line_replaces_all_that_the_config_says_of_data():
         ("hub_token: hf_secret", "hf auth login"),
     ],
 )
-def test_slip_in_a_config(text, message):
+def test_mistake_in_a_config(text, message):
     with pytest.raises(UserError, match=message):
-        parse_arguments([config(text)])
+        parse_arguments([write_config(text)])
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("args", "message"),
     [
         (["--learning-rat", "1"], "unknown option --learning-rat; did you mean 'learning_rate'"),
         (["--learning_rate", "fast"], "argument --learning_rate.*'fast'"),
@@ -101,16 +103,16 @@ def test_slip_in_a_config(text, message):
         (["--image_size", "-5"], "--image_size is -5"),
     ],
 )
-def test_slip_on_the_line(line, message):
-    with pytest.raises(UserError, match=message) as caught:
-        parse_arguments(line)
-    assert "hf_secret" not in str(caught.value)
+def test_mistake_on_the_command_line(args, message):
+    with pytest.raises(UserError, match=message) as error_info:
+        parse_arguments(args)
+    assert "hf_secret" not in str(error_info.value)
 
 
 def test_message_about_an_unknown_option_is_two_sentences():
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError) as error_info:
         parse_arguments(["--zzz", "1"])
-    assert str(caught.value) == "unknown option --zzz. All options: python train.py --help-all"
+    assert str(error_info.value) == "unknown option --zzz. All options: python train.py --help-all"
 
 
 def test_abbreviations_are_not_guessed():
@@ -121,14 +123,14 @@ def test_abbreviations_are_not_guessed():
 # --- output_dir
 
 
-def test_next_free_name():
+def test_output_dir_is_the_next_free_name():
     for expected in ("x_y", "x_y-2", "x_y-3"):
         output_dir = parse_arguments(["--model_name", "who/x", "--dataset_name", "who/y"])[2].output_dir
         assert Path(output_dir) == Path("outputs", expected)
         Path(output_dir).mkdir(parents=True)
 
 
-def test_directory_with_something_in_it_is_refused():
+def test_output_dir_that_is_not_empty_is_refused():
     Path("mine").mkdir()
     assert parse_arguments(["--output_dir", "mine"])[2].output_dir == "mine"
     Path("mine/thesis.txt").write_text("years of work")
@@ -140,8 +142,8 @@ def test_directory_with_something_in_it_is_refused():
     with pytest.raises(UserError, match="checkpoint-5 is not a checkpoint"):
         parse_arguments(["--output_dir", "mine", "--resume_from_checkpoint", "mine/checkpoint-5"])
     Path("mine/checkpoint-5/trainer_state.json").write_text("{}")
-    continued = parse_arguments(["--output_dir", "mine", "--resume_from_checkpoint", "mine/checkpoint-5"])
-    assert continued[2].output_dir == "mine"
+    resumed = parse_arguments(["--output_dir", "mine", "--resume_from_checkpoint", "mine/checkpoint-5"])
+    assert resumed[2].output_dir == "mine"
 
 
 # --- what the machine and the recipe decide
@@ -156,15 +158,15 @@ def test_training_arguments_are_complete_and_never_ask_the_trainer_to_push():
 
 
 @pytest.mark.parametrize("value", ["True", "False"])
-def test_persistent_workers_that_were_asked_for_are_kept(value):
-    line = ["--dataloader_num_workers", "2", "--dataloader_persistent_workers", value]
-    assert parse_arguments(line).training_args.dataloader_persistent_workers is (value == "True")
+def test_requested_persistent_workers_are_kept(value):
+    args = ["--dataloader_num_workers", "2", "--dataloader_persistent_workers", value]
+    assert parse_arguments(args).training_args.dataloader_persistent_workers is (value == "True")
     assert parse_arguments(["--dataloader_num_workers", "2"]).training_args.dataloader_persistent_workers is True
     assert parse_arguments([]).training_args.dataloader_persistent_workers is False
 
 
-def test_one_gpu_a_process(monkeypatch):
-    """The Trainer would put nn.DataParallel over all GPUs of a lone process."""
+def test_each_process_uses_one_gpu(monkeypatch):
+    """With several GPUs and one process, the Trainer would use nn.DataParallel."""
 
     def two_gpus(self):
         self._n_gpu = 2
@@ -179,9 +181,9 @@ def test_one_gpu_a_process(monkeypatch):
 # --- settings
 
 
-def test_digest_is_of_what_a_run_computes_and_not_of_where_it_goes():
-    def digest(*line: str) -> str:
-        return parse_arguments(list(line)).run_args.settings
+def test_settings_digest_depends_on_what_a_run_computes_and_not_on_where_it_writes():
+    def digest(*args: str) -> str:
+        return parse_arguments(list(args)).run_args.settings
 
     assert digest() == digest("--output_dir", "x", "--disable_tqdm", "1", "--resume_from_checkpoint", "auto")
     assert digest() != digest("--seed", "7") and digest("--seed", "7") == digest("--seed=7")
@@ -191,32 +193,32 @@ def test_digest_is_of_what_a_run_computes_and_not_of_where_it_goes():
 
 
 def test_help_is_short_and_help_all_has_every_option():
-    short, everything = build_parser().format_help(), build_parser(shown=ALL_NAMES).format_help()
+    short, full = build_parser().format_help(), build_parser(shown=ALL_NAMES).format_help()
     assert len(short.splitlines()) < 130 and max(map(len, short.splitlines())) <= 80
     assert short.index("\ndata:") < short.index("\nmodel:") < short.index("\ntraining")
     for option in COMMON:
         assert f"--{option} " in short
     assert "--adam_beta1" not in short
     for option in ALL_NAMES - {"label_names"}:
-        assert f"--{option}" in everything, option
+        assert f"--{option}" in full, option
 
 
 def test_help_all_prints_and_exits(capsys):
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         parse_arguments(["--help-all"])
-    assert not ended.value.code and "--adam_beta1" in capsys.readouterr().out
+    assert not exit_info.value.code and "--adam_beta1" in capsys.readouterr().out
 
 
-def test_help_has_groups_and_tells_every_default():
+def test_help_has_groups_and_shows_defaults():
     text = build_parser().format_help()
-    flowing = " ".join(text.split())
+    unwrapped = " ".join(text.split())
     for group in ("\ndata:", "\nmodel:", "\ntraining (transformers.TrainingArguments"):
         assert group in text
     for option in (*fields(DataArguments), *fields(ModelArguments)):
         assert f"--{option.name}" in text and option.metadata["help"].split()[0] in text
-    assert "(default: flip_crop)" in flowing and "(default: cosine)" in flowing
+    assert "(default: flip_crop)" in unwrapped and "(default: cosine)" in unwrapped
 
 
-def test_only_label_names_is_taken_from_the_trainers_options():
+def test_only_label_names_replaces_an_option_of_the_trainer():
     own = {option.name for option in (*fields(DataArguments), *fields(ModelArguments))}
     assert own & {option.name for option in fields(TrainingArguments)} == {"label_names"}

@@ -1,4 +1,4 @@
-"""compare.py: experiments on the same images, a table, verdicts that hold, and no run twice."""
+"""compare.py: experiments on the same images, the table, the verdicts, and runs that are reused or resumed."""
 
 import pytest
 from conftest import draw_folder
@@ -9,17 +9,17 @@ from luthier.reporting.console import verdict_in_words
 from luthier.scoring.comparison import RunResult, check_same_images, compare_pairs
 
 
-def results(*answers: tuple[str, list[list[bool]]], folds: bool = False) -> dict:
-    """Fake results: for each experiment the right answers of each seed (or fold)."""
+def results(*experiments: tuple[str, list[list[bool]]], folds: bool = False) -> dict:
+    """Make up results: for each experiment, which predictions are correct with each random seed (or in each fold)."""
     return {
         name: {
             str(number): RunResult(
                 {"data": {"fingerprint": str(number) if folds else "x"}},
-                [(f"{row:03}", answer) for row, answer in enumerate(right)],
+                [(f"{row:03}", is_correct) for row, is_correct in enumerate(correct)],
             )
-            for number, right in enumerate(parts)
+            for number, correct in enumerate(runs)
         }
-        for name, parts in answers
+        for name, runs in experiments
     }
 
 
@@ -27,11 +27,11 @@ def verdicts(results: dict) -> list[str]:
     return [verdict_in_words(verdict) for verdict in compare_pairs(results)]
 
 
-def test_verdict_is_exact_mcnemar():
+def test_verdict_is_that_of_the_exact_mcnemar_test():
     a = [True] * 90 + [False] * 10
     b = [True] * 80 + [False] * 10 + [True] * 2 + [False] * 8
     (sentence,) = verdicts(results(("a", [a]), ("b", [b])))
-    # 10 against 2 of 12: twice the sum of C(12, k) / 2**12 for k <= 2.
+    # p for 10 against 2: twice the sum of C(12, k) / 2**12 for k <= 2.
     assert "10 for a, 2 for b, of 100 test images; p = 0.039" in sentence and "a is better than b" in sentence
     (sentence,) = verdicts(results(("b", [b]), ("a", [a])))
     assert "b is worse than a" in sentence
@@ -39,14 +39,14 @@ def test_verdict_is_exact_mcnemar():
     assert "too close to call at n = 50" in sentence and "p = 1" in sentence
 
 
-def test_folds_are_counted_together_and_seeds_are_not():
+def test_folds_are_pooled_and_seeds_are_not():
     a, b = [True] * 10, [False] * 3 + [True] * 7
     (folds,) = verdicts(results(("a", [a, a]), ("b", [b, b]), folds=True))
     (seeds,) = verdicts(results(("a", [a, a]), ("b", [b, b])))
     assert "6 for a, 0 for b, of 20 test images" in folds and "3 for a, 0 for b, of 10 test images" in seeds
 
 
-def test_several_pairs_are_held_to_a_higher_standard():
+def test_several_pairs_need_smaller_p_values():
     a = [True] * 100
     b = [True] * 93 + [False] * 7  # p = 0.016 alone
     sentences = verdicts(results(("a", [a]), ("b", [b]), ("c", [a]), ("d", [a])))
@@ -54,11 +54,11 @@ def test_several_pairs_are_held_to_a_higher_standard():
 
 
 def test_experiments_are_all_combinations():
-    found = build_experiments(["x.yaml", "y.yaml"], ["augmentation=none,augmix"])
-    assert [experiment.name for experiment in found] == [
+    experiments = build_experiments(["x.yaml", "y.yaml"], ["augmentation=none,augmix"])
+    assert [experiment.name for experiment in experiments] == [
         "x_augmentation-none", "x_augmentation-augmix", "y_augmentation-none", "y_augmentation-augmix",
     ]  # fmt: skip
-    assert found[1].line == ["x.yaml", "--augmentation", "augmix"]
+    assert experiments[1].line == ["x.yaml", "--augmentation", "augmix"]
     _, configs, rest = parse_line(["x.yaml", "y.yaml", "--data_dir", "my.yaml", "--seeds", "2"])
     assert configs == ["x.yaml", "y.yaml"] and rest == ["--data_dir", "my.yaml"]
 
@@ -67,17 +67,17 @@ def test_experiments_are_all_combinations():
 def compared(tmp_path_factory, launch):
     folder = tmp_path_factory.mktemp("compare")
     draw_folder(folder / "images", per_class=10)
-    line = ["--set", "learning_rate=1e-2,1e-9", "--seeds", "1", "--data_dir", "images", "--model_name", "simple_cnn"]
-    line += ["--num_train_epochs", "4", "--per_device_train_batch_size", "4"]
-    return folder, line, launch("compare.py", *line, cwd=folder)
+    flags = ["--set", "learning_rate=1e-2,1e-9", "--seeds", "1", "--data_dir", "images", "--model_name", "simple_cnn"]
+    flags += ["--num_train_epochs", "4", "--per_device_train_batch_size", "4"]
+    return folder, flags, launch("compare.py", *flags, cwd=folder)
 
 
 @pytest.mark.slow
 def test_table_and_verdict(compared):
-    folder, _, ran = compared
-    assert ran.returncode == 0, ran.stderr
-    assert "[2/2] learning_rate-1e-9, seed 1: test" in ran.stdout
-    assert "| learning_rate-1e-2 | 1 |" in ran.stdout and "of 6 test images" in ran.stdout
+    folder, _, result = compared
+    assert result.returncode == 0, result.stderr
+    assert "[2/2] learning_rate-1e-9, seed 1: test" in result.stdout
+    assert "| learning_rate-1e-2 | 1 |" in result.stdout and "of 6 test images" in result.stdout
     table = (folder / "outputs/compare/compare.csv").read_text().splitlines()
     assert len(table) == 3 and table[0].startswith("experiment,runs,test accuracy")
     assert "| learning_rate-1e-9 | 1 |" in (folder / "outputs/compare/compare.md").read_text()
@@ -85,59 +85,59 @@ def test_table_and_verdict(compared):
 
 @pytest.mark.slow
 def test_finished_runs_are_not_run_again(compared, launch):
-    folder, line, _ = compared
+    folder, flags, _ = compared
     first, second = sorted((folder / "outputs/compare").glob("*/metrics.json"))
     before = second.stat().st_mtime_ns
-    first.unlink()  # as an interrupted run leaves its folder
-    again = launch("compare.py", *line, cwd=folder)
+    first.unlink()  # as an interrupted run would leave its folder
+    again = launch("compare.py", *flags, cwd=folder)
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("from before") == 1
     assert second.stat().st_mtime_ns == before and first.exists()
-    other = launch("compare.py", *line, "--weight_decay", "0.5", cwd=folder)
+    other = launch("compare.py", *flags, "--weight_decay", "0.5", cwd=folder)
     assert other.returncode == 2 and "holds a run with other settings" in other.stderr
 
 
-def run_of(tmp_path, line: list[str]) -> Run:
-    args, configs, rest = parse_line([*line, "--output_dir", str(tmp_path / "out")])
+def build_run(tmp_path, flags: list[str]) -> Run:
+    args, configs, rest = parse_line([*flags, "--output_dir", str(tmp_path / "out")])
     return build_runs(build_experiments(configs, args.set), args, rest)[0]
 
 
-def test_interrupted_run_is_resumed_and_another_ones_folder_is_refused(tmp_path, monkeypatch):
+def test_interrupted_run_is_resumed_and_a_run_with_other_settings_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run = run_of(tmp_path, ["--set", "augmentation=none,augmix"])
+    run = build_run(tmp_path, ["--set", "augmentation=none,augmix"])
     assert run.line[-2:] == ["--resume_from_checkpoint", "auto"] and not is_finished(run)
     (run.folder / "checkpoint-5").mkdir(parents=True)
     run.note.write_text(run.settings)
     assert not is_finished(run) and (run.folder / "checkpoint-5").exists()
-    other = run_of(tmp_path, ["--set", "augmentation=none,augmix", "--weight_decay", "0.5"])
+    other = build_run(tmp_path, ["--set", "augmentation=none,augmix", "--weight_decay", "0.5"])
     with pytest.raises(UserError, match="holds a run with other settings"):
         is_finished(other)
     assert (run.folder / "checkpoint-5").exists()
 
 
-def test_mistake_in_a_line_deletes_nothing(tmp_path, monkeypatch, capsys):
+def test_mistake_on_the_command_line_deletes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    run = run_of(tmp_path, ["--set", "augmentation=none,augmix"])
+    run = build_run(tmp_path, ["--set", "augmentation=none,augmix"])
     (run.folder / "checkpoint-5").mkdir(parents=True)
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         main(["--set", "augmentation=none,augmix", "--output_dir", str(tmp_path / "out"), "--learning_rat", "1"])
-    assert ended.value.code == 2 and "did you mean 'learning_rate'" in capsys.readouterr().err
+    assert exit_info.value.code == 2 and "did you mean 'learning_rate'" in capsys.readouterr().err
     assert (run.folder / "checkpoint-5").exists()
 
 
 @pytest.mark.slow
-def test_interrupted_run_goes_on_from_its_checkpoint(compared, launch):
-    folder, line, _ = compared
+def test_interrupted_run_resumes_from_its_checkpoint(compared, launch):
+    folder, flags, _ = compared
     run = sorted((folder / "outputs/compare").glob("*/metrics.json"))[0].parent
-    (run / "README.md").unlink()  # as a run that was killed while it wrote its results
-    again = launch("compare.py", *line, cwd=folder)
+    (run / "README.md").unlink()  # as if the run was killed while it wrote its results
+    again = launch("compare.py", *flags, cwd=folder)
     assert again.returncode == 0, again.stderr
     log = run.with_name(f"{run.name}.log").read_text()
     assert f"resume   from {run.relative_to(folder)}/checkpoint-" in log
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("flags", "message"),
     [
         (["--set", "augmentation=none"], "that is one experiment"),
         (["--set", "augmentation"], "write it as key=value1,value2"),
@@ -149,24 +149,24 @@ def test_interrupted_run_goes_on_from_its_checkpoint(compared, launch):
         (["--set", "augmentation=none,augmix", "--folds", "1"], "--folds at least 2"),
     ],
 )
-def test_slips_are_said_before_anything_runs(tmp_path, monkeypatch, capsys, line, message):
+def test_mistake_on_the_command_line_is_reported_before_anything_runs(tmp_path, monkeypatch, capsys, flags, message):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as ended:
-        main(line)
-    assert ended.value.code == 2 and message in capsys.readouterr().err
+    with pytest.raises(SystemExit) as exit_info:
+        main(flags)
+    assert exit_info.value.code == 2 and message in capsys.readouterr().err
     assert not (tmp_path / "outputs").exists()
 
 
-def test_other_images_are_said():
-    found = results(("a", [[True]]), ("b", [[True]]))
-    found["b"]["0"].metrics["data"]["fingerprint"] = "y"
+def test_other_images_are_refused():
+    runs = results(("a", [[True]]), ("b", [[True]]))
+    runs["b"]["0"].metrics["data"]["fingerprint"] = "y"
     with pytest.raises(UserError, match="a, b do not have the same splits in 0"):
-        check_same_images(found, "0")
+        check_same_images(runs, "0")
 
 
 @pytest.mark.slow
 def test_failed_run_is_named_with_its_log(tmp_path, launch):
-    ran = launch("compare.py", "--set", "augmentation=none,augmix", "--data_dir", "nowhere", cwd=tmp_path)
-    assert ran.returncode == 1 and "augmentation-none, seed 1 failed" in ran.stderr
+    result = launch("compare.py", "--set", "augmentation=none,augmix", "--data_dir", "nowhere", cwd=tmp_path)
+    assert result.returncode == 1 and "augmentation-none, seed 1 failed" in result.stderr
     (log,) = (tmp_path / "outputs/compare").glob("*.log")
-    assert "nowhere is not a folder" in ran.stderr and "nowhere is not a folder" in log.read_text()
+    assert "nowhere is not a folder" in result.stderr and "nowhere is not a folder" in log.read_text()

@@ -1,4 +1,4 @@
-"""predict.py: the same answer as evaluation and `pipeline`, every kind of input and output, bad inputs one by one."""
+"""predict.py: the predictions of evaluation and of `pipeline`, every kind of input and output, and bad inputs."""
 
 import csv
 import io
@@ -21,12 +21,12 @@ from luthier.images.decode import EXTENSIONS
 from luthier.serving.classifier import Classifier
 
 
-def trained(model_name: str, folder: Path) -> Path:
-    """A run of one epoch on drawn images in `folder`; returns where it was written."""
+def train_model(model_name: str, folder: Path) -> Path:
+    """Train for one epoch on drawn images in `folder`; return the output directory."""
     if not (folder / "images").exists():
         draw_folder(folder / "images", per_class=8)
-    line = ["--data_dir", str(folder / "images"), "--model_name", model_name, "--num_train_epochs", "1"]
-    train.main([*line, "--output_dir", str(folder / "out"), "--disable_tqdm", "1"])
+    args = ["--data_dir", str(folder / "images"), "--model_name", model_name, "--num_train_epochs", "1"]
+    train.main([*args, "--output_dir", str(folder / "out"), "--disable_tqdm", "1"])
     return folder / "out"
 
 
@@ -34,76 +34,78 @@ def trained(model_name: str, folder: Path) -> Path:
 def run(request, tmp_path_factory, timm_checkpoint, vit_checkpoint):
     """A run of each kind of model."""
     name = {"timm": str(timm_checkpoint), "vit": str(vit_checkpoint)}.get(request.param, request.param)
-    return trained(name, tmp_path_factory.mktemp(request.param))
+    return train_model(name, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A run of simple_cnn."""
-    return trained("simple_cnn", tmp_path_factory.mktemp("model"))
+    return train_model("simple_cnn", tmp_path_factory.mktemp("model"))
 
 
-def told(capsys, *line: str | Path) -> tuple[int, str, str]:
+def run_predict(capsys, *args: str | Path) -> tuple[int, str, str]:
     """Run the command; return exit code, output, errors."""
     try:
-        predict.main([str(word) for word in line])
+        predict.main([str(word) for word in args])
         code = 0
-    except SystemExit as ended:
-        code = ended.code
+    except SystemExit as error:
+        code = error.code
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 
 
-def as_json(output: str) -> list[dict]:
+def parse_json_lines(output: str) -> list[dict]:
     return [json.loads(line) for line in output.splitlines()]
 
 
-def test_answers_are_those_of_evaluation_and_of_pipeline(run, capsys):
+def test_predictions_are_those_of_evaluation_and_of_pipeline(run, capsys):
     images = run.parent / "images"
     test = load_splits(data_dir=str(images))[0]["test"]
     paths = [row["image"]["path"] for row in test]
-    code, out, _ = told(capsys, run, *paths, "--format", "jsonl", "--top_k", 9)
-    answers = as_json(out)
+    code, out, _ = run_predict(capsys, run, *paths, "--format", "jsonl", "--top_k", 9)
+    answers = parse_json_lines(out)
     assert code == 0 and [answer["input"] for answer in answers] == paths
     with (run / "predictions.csv").open(newline="") as file:
         evaluated = {row["name"]: row for row in csv.DictReader(file)}
     classify = pipeline("image-classification", model=str(run), trust_remote_code=True, top_k=3)
     for path, answer in zip(paths, answers, strict=True):
-        shares = {entry["label"]: entry["score"] for entry in answer["top"]}
+        scores = {entry["label"]: entry["score"] for entry in answer["top"]}
         row = evaluated[str(Path(path).relative_to(images))]
-        assert shares[row["label"]] == pytest.approx(float(row["probability_of_label"]), abs=1e-5)
-        assert shares == pytest.approx({entry["label"]: entry["score"] for entry in classify(path)}, abs=1e-5)
+        assert scores[row["label"]] == pytest.approx(float(row["probability_of_label"]), abs=1e-5)
+        assert scores == pytest.approx({entry["label"]: entry["score"] for entry in classify(path)}, abs=1e-5)
 
 
-def test_same_image_same_answer_whatever_stands_beside_it(model, capsys):
+def test_prediction_does_not_depend_on_the_other_images(model, capsys):
     images = sorted((model.parent / "images").rglob("*.png"))
-    _, alone, _ = told(capsys, model, images[0], "--format", "jsonl")
-    _, among, _ = told(capsys, model, images[0], *images, "--format", "jsonl")
-    first, again = as_json(among)[:2]
-    assert first["top"] == again["top"]
-    assert [entry["label"] for entry in first["top"]] == [entry["label"] for entry in as_json(alone)[0]["top"]]
-    for here, there in zip(first["top"], as_json(alone)[0]["top"], strict=True):
-        assert here["score"] == pytest.approx(there["score"], abs=2e-6)
+    _, alone, _ = run_predict(capsys, model, images[0], "--format", "jsonl")
+    _, with_others, _ = run_predict(capsys, model, images[0], *images, "--format", "jsonl")
+    first, second = parse_json_lines(with_others)[:2]
+    assert first["top"] == second["top"]
+    assert [entry["label"] for entry in first["top"]] == [
+        entry["label"] for entry in parse_json_lines(alone)[0]["top"]
+    ]
+    for mixed, single in zip(first["top"], parse_json_lines(alone)[0]["top"], strict=True):
+        assert mixed["score"] == pytest.approx(single["score"], abs=2e-6)
 
 
-def test_every_kind_of_input_in_order(model, capsys, monkeypatch, tmp_path):
+def test_every_kind_of_input_keeps_its_order(model, capsys, monkeypatch, tmp_path):
     folder = draw_folder(tmp_path / "in", per_class=2)
     (folder / "red/notes.txt").write_text("no image")
     (folder / ".hidden.png").write_bytes(b"")
     draw("red", 9).save(tmp_path / "single.PNG")
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{tmp_path}/single.PNG\n\n{folder}/blue\n"))
-    code, out, _ = told(capsys, model, folder, f"{folder}/gr*/*.png", "-", "--format", "jsonl")
-    names = [str(Path(answer["input"]).relative_to(tmp_path)) for answer in as_json(out)]
-    whole = [f"in/{colour}/{number:03}.png" for colour in ("blue", "green", "red") for number in (0, 1)]
-    assert code == 0 and names == [*whole, *whole[2:4], "single.PNG", *whole[:2]]
+    code, out, _ = run_predict(capsys, model, folder, f"{folder}/gr*/*.png", "-", "--format", "jsonl")
+    names = [str(Path(answer["input"]).relative_to(tmp_path)) for answer in parse_json_lines(out)]
+    expected = [f"in/{colour}/{number:03}.png" for colour in ("blue", "green", "red") for number in (0, 1)]
+    assert code == 0 and names == [*expected, *expected[2:4], "single.PNG", *expected[:2]]
 
 
-def test_bad_inputs_are_answered_one_by_one(model, capsys, tmp_path):
+def test_each_bad_input_gets_its_own_message(model, capsys, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "page.jpg").write_text("<html></html>")
     draw("red", 1).save(tmp_path / "good.png")
-    whole = (tmp_path / "good.png").read_bytes()
-    (tmp_path / "truncated.png").write_bytes(whole[: len(whole) // 2])
+    valid = (tmp_path / "good.png").read_bytes()
+    (tmp_path / "truncated.png").write_bytes(valid[: len(valid) // 2])
     (tmp_path / "nothing.png").write_bytes(b"")
     Image.new("1", (20_000, 10_000)).save(tmp_path / "huge.png")
     frames = [draw("red", seed) for seed in range(3)]
@@ -124,29 +126,29 @@ def test_bad_inputs_are_answered_one_by_one(model, capsys, tmp_path):
         "http://127.0.0.1:9/a.png": "is not public",
     }
     inputs = [name if "://" in name else str(tmp_path / name) for name in expected]
-    line = [model, tmp_path / "good.png", *inputs, tmp_path / "moving.gif"]
-    code, out, err = told(capsys, *line, "--format", "jsonl")
-    first, *bad, last = as_json(out)
+    args = [model, tmp_path / "good.png", *inputs, tmp_path / "moving.gif"]
+    code, out, err = run_predict(capsys, *args, "--format", "jsonl")
+    first, *bad, last = parse_json_lines(out)
     assert code == 1 and f"no prediction for {len(expected)} inputs" in err
     assert first["top"] and last["top"] and "error" not in last
     for answer, (name, message) in zip(bad, expected.items(), strict=True):
         assert answer["answer"] is None and message in answer["error"], (name, answer)
-    code, out, _ = told(capsys, *line)
+    code, out, _ = run_predict(capsys, *args)
     assert code == 1 and out.count("no prediction: ") == len(expected) and "\0" not in out
 
 
-def test_table_is_for_people(model, capsys, tmp_path):
+def test_table_is_readable(model, capsys, tmp_path):
     draw("red", 1).save(tmp_path / "a\tb.png")
-    code, out, _ = told(capsys, model, tmp_path / "a\tb.png", "--top_k", "2", "--always_answer")
+    code, out, _ = run_predict(capsys, model, tmp_path / "a\tb.png", "--top_k", "2", "--always_answer")
     name, *rows = out.splitlines()
     assert code == 0 and name.endswith("a?b.png") and len(rows) == 2 and max(map(len, rows)) <= 80
     assert all("%" in row for row in rows) and "█" in rows[0]
 
 
-def test_csv_file(model, capsys, tmp_path):
+def test_csv_is_written_to_a_file(model, capsys, tmp_path):
     draw("red", 1).save(tmp_path / "a.png")
-    line = [model, tmp_path / "a.png", "=missing", "--format", "csv", "--output", tmp_path / "answers.csv"]
-    code, out, _ = told(capsys, *line)
+    args = [model, tmp_path / "a.png", "=missing", "--format", "csv", "--output", tmp_path / "answers.csv"]
+    code, out, _ = run_predict(capsys, *args)
     assert code == 1 and out == ""
     with (tmp_path / "answers.csv").open(newline="") as file:
         good, bad = csv.DictReader(file)
@@ -154,7 +156,7 @@ def test_csv_file(model, capsys, tmp_path):
     assert bad["input"] == "'=missing" and bad["error"] == "there is no such file" and not bad["label_1"]
 
 
-def test_unsure_below_the_threshold(model, capsys, tmp_path):
+def test_prediction_below_the_threshold_is_unsure(model, capsys, tmp_path):
     draw("red", 1).save(tmp_path / "a.png")
     config = json.loads((model / "config.json").read_text())
     assert 0 < config["unsure_below"] < 1
@@ -164,34 +166,34 @@ def test_unsure_below_the_threshold(model, capsys, tmp_path):
     for path in model.glob("*.*"):
         (other / path.name).write_bytes(path.read_bytes())
     (other / "config.json").write_text(json.dumps(config | {"unsure_below": 1.0}))
-    _, out, _ = told(capsys, other, tmp_path / "a.png", "--format", "jsonl")
-    assert as_json(out)[0]["answer"] is None and as_json(out)[0]["top"]
-    _, out, _ = told(capsys, other, tmp_path / "a.png", "--format", "jsonl", "--always_answer")
-    assert as_json(out)[0]["answer"] == as_json(out)[0]["top"][0]["label"]
-    _, out, _ = told(capsys, other, tmp_path / "a.png")
+    _, out, _ = run_predict(capsys, other, tmp_path / "a.png", "--format", "jsonl")
+    assert parse_json_lines(out)[0]["answer"] is None and parse_json_lines(out)[0]["top"]
+    _, out, _ = run_predict(capsys, other, tmp_path / "a.png", "--format", "jsonl", "--always_answer")
+    assert parse_json_lines(out)[0]["answer"] == parse_json_lines(out)[0]["top"][0]["label"]
+    _, out, _ = run_predict(capsys, other, tmp_path / "a.png")
     assert "a.png: unsure" in out
 
 
-def test_from_addresses(model, capsys, tmp_path):
+def test_images_from_urls(model, capsys, tmp_path):
     draw("red", 1).save(tmp_path / "a.png")
     Image.new("1", (9000, 6000)).save(tmp_path / "large.png")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Silent, directory=str(tmp_path)))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SilentHandler, directory=str(tmp_path)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}"
-    line = [model, f"{url}/a.png", f"{url}/large.png", tmp_path / "a.png", "--format", "jsonl"]
-    code, out, _ = told(capsys, *line, "--allow_private_urls")
+    args = [model, f"{url}/a.png", f"{url}/large.png", tmp_path / "a.png", "--format", "jsonl"]
+    code, out, _ = run_predict(capsys, *args, "--allow_private_urls")
     server.shutdown()
-    fetched, large, read = as_json(out)
-    assert code == 1 and fetched["top"] == read["top"] and "are more than" in large["error"]
+    fetched, too_large, local = parse_json_lines(out)
+    assert code == 1 and fetched["top"] == local["top"] and "are more than" in too_large["error"]
 
 
-class Silent(SimpleHTTPRequestHandler):
+class SilentHandler(SimpleHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
 
 def test_memory_does_not_grow_with_the_number_of_inputs(model):
-    """Inputs are taken when there is room: never more than two batches ahead of the answers."""
+    """Inputs are read at most two batches ahead of the predictions."""
     taken = 0
     path = str(next((model.parent / "images").rglob("*.png")))
 
@@ -207,7 +209,7 @@ def test_memory_does_not_grow_with_the_number_of_inputs(model):
     assert number == 500
 
 
-def test_odd_configs_of_the_hub(model, capsys, tmp_path):
+def test_odd_configs_from_the_hub(model, capsys, tmp_path):
     draw("red", 1).save(tmp_path / "a.png")
     other = tmp_path / "odd"
     other.mkdir()
@@ -216,16 +218,16 @@ def test_odd_configs_of_the_hub(model, capsys, tmp_path):
     config = json.loads((model / "config.json").read_text())
     config |= {"id2label": {"0": 7, "1": "\x1b]0;title\x07"}, "unsure_below": None, "num_labels": 3}
     (other / "config.json").write_text(json.dumps(config))
-    code, out, err = told(capsys, other, tmp_path / "a.png", "http://127.0.0.1/\x1b[0m", "--top_k", "3")
+    code, out, err = run_predict(capsys, other, tmp_path / "a.png", "http://127.0.0.1/\x1b[0m", "--top_k", "3")
     assert code == 1 and "\x1b" not in out and "Traceback" not in err
     settings = json.loads((model / "preprocessor_config.json").read_text())
     (other / "preprocessor_config.json").write_text(json.dumps(settings | {"do_center_crop": False}))
-    code, _, err = told(capsys, other, tmp_path / "a.png")
+    code, _, err = run_predict(capsys, other, tmp_path / "a.png")
     assert code == 2 and "gives every image another size" in err
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("args", "message"),
     [
         ([], "the following arguments are required: model, input"),
         (["model"], "required: input"),
@@ -237,12 +239,12 @@ def test_odd_configs_of_the_hub(model, capsys, tmp_path):
         (["{model}", "a.png", "--output", "{tmp}/no/such/folder"], "No such file or directory"),
     ],
 )
-def test_misuse_ends_with_2(model, capsys, tmp_path, line, message):
-    code, _, err = told(capsys, *[word.format(tmp=tmp_path, model=model) for word in line])
+def test_mistake_on_the_command_line_ends_with_exit_code_2(model, capsys, tmp_path, args, message):
+    code, _, err = run_predict(capsys, *[word.format(tmp=tmp_path, model=model) for word in args])
     assert code == 2 and message in err and "Traceback" not in err
 
 
-def test_folder_walk_takes_what_training_takes(tmp_path):
+def test_folder_input_takes_every_extension_of_training(tmp_path):
     for extension in EXTENSIONS:
         (tmp_path / f"a{extension.upper()}").write_bytes(b"")
     assert len(list(predict.expand([str(tmp_path)]))) == len(EXTENSIONS)
@@ -250,5 +252,5 @@ def test_folder_walk_takes_what_training_takes(tmp_path):
 
 def test_scores_are_probabilities(model):
     classifier = Classifier(str(model))
-    answer = classifier.predict(draw("red", 1), top_k=3)
-    assert sum(share for _, share in answer.top) == pytest.approx(1) and np.isfinite(answer.top[0][1])
+    prediction = classifier.predict(draw("red", 1), top_k=3)
+    assert sum(score for _, score in prediction.top) == pytest.approx(1) and np.isfinite(prediction.top[0][1])

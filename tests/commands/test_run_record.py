@@ -1,4 +1,4 @@
-"""What a run records of itself: its settings as they were when it began, and all of its seconds."""
+"""The record of a run: its settings as they were at the start, and its duration."""
 
 import json
 import time
@@ -18,30 +18,30 @@ def test_config_that_changes_during_the_run_does_not_change_its_record(tmp_path,
     draw_folder(Path("images"), per_class=5)
     config = Path("tiny.yaml")
     config.write_text("model_name: simple_cnn\nnum_train_epochs: 1\n")
-    line = ["tiny.yaml", "--data_dir", "images", "--output_dir", "out"]
-    settings = parse_arguments(line).run_args.settings
-    step = SafeTrainer.training_step
+    args = ["tiny.yaml", "--data_dir", "images", "--output_dir", "out"]
+    settings = parse_arguments(args).run_args.settings
+    training_step = SafeTrainer.training_step
 
-    def changing(self, *arguments, **options):
+    def step_with_change(self, *arguments, **options):
         config.write_text("model_name: simple_cnn\nnum_train_epochs: 9\n")
         if change == "deleted":
             config.unlink()
-        return step(self, *arguments, **options)
+        return training_step(self, *arguments, **options)
 
-    monkeypatch.setattr(SafeTrainer, "training_step", changing)
-    train.main(line)
+    monkeypatch.setattr(SafeTrainer, "training_step", step_with_change)
+    train.main(args)
     assert json.loads(Path("out/metrics.json").read_text())["settings"] == settings
     assert Path("out/README.md").exists()
 
 
-def test_seconds_are_those_of_the_whole_process(tmp_path, launch):
-    """But for the interpreter's own start: the imports before the arguments are parsed take two seconds."""
+def test_seconds_cover_the_whole_process(tmp_path, launch):
+    """Only the start of the interpreter is left out. The imports before the arguments are parsed take two seconds."""
     draw_folder(tmp_path / "images", per_class=5)
-    line = ["--data_dir", "images", "--model_name", "simple_cnn", "--num_train_epochs", "1", "--output_dir", "out"]
-    begin = time.perf_counter()
-    ran = launch("train.py", *line, cwd=tmp_path)
-    whole = time.perf_counter() - begin
-    assert ran.returncode == 0, ran.stderr
+    args = ["--data_dir", "images", "--model_name", "simple_cnn", "--num_train_epochs", "1", "--output_dir", "out"]
+    start = time.perf_counter()
+    result = launch("train.py", *args, cwd=tmp_path)
+    duration = time.perf_counter() - start
+    assert result.returncode == 0, result.stderr
     seconds = json.loads((tmp_path / "out/metrics.json").read_text())["seconds"]
     assert seconds["total"] == pytest.approx(sum(seconds.values()) - seconds["total"], abs=0.01)
-    assert whole * 0.75 < seconds["total"] < whole
+    assert duration * 0.75 < seconds["total"] < duration

@@ -1,4 +1,4 @@
-"""Scoring a finished model: classes matched by name, figures and report as of a run, and as evaluate scores."""
+"""score.py: classes matched by name, the metrics and report of a run, and the accuracy that `evaluate` computes."""
 
 import csv
 import json
@@ -19,17 +19,17 @@ import train
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, timm_checkpoint):
-    """A run of a tiny timm model that knows three colours a little."""
+    """A run of a tiny timm model, which learns to tell three colours apart to some extent."""
     folder = tmp_path_factory.mktemp("model")
     draw_folder(folder / "images", per_class=10)
-    line = ["--data_dir", str(folder / "images"), "--model_name", str(timm_checkpoint), "--recipe", "probe"]
-    train.main([*line, "--output_dir", str(folder / "out"), "--disable_tqdm", "1"])
+    args = ["--data_dir", str(folder / "images"), "--model_name", str(timm_checkpoint), "--recipe", "probe"]
+    train.main([*args, "--output_dir", str(folder / "out"), "--disable_tqdm", "1"])
     return folder / "out"
 
 
 @pytest.fixture
-def others(tmp_path, monkeypatch):
-    """Other images, some with a wrong label, so that the score is not 1; the test runs beside them."""
+def new_images(tmp_path, monkeypatch):
+    """New images, some with a wrong label, so that the accuracy is below 1; the test runs in their parent folder."""
     monkeypatch.chdir(tmp_path)
     folder = draw_folder(tmp_path / "others", per_class=9, first=500)
     for seed in range(3):
@@ -37,22 +37,22 @@ def others(tmp_path, monkeypatch):
     return folder
 
 
-def scored(*line: str | Path) -> dict:
+def run_score(*args: str | Path) -> dict:
     """Score a model; return metrics.json."""
-    score.main([*map(str, line), "--output_dir", "scored", "--disable_tqdm", "1"])
+    score.main([*map(str, args), "--output_dir", "scored", "--disable_tqdm", "1"])
     return json.loads(Path("scored/metrics.json").read_text())
 
 
-def test_metrics_and_report_are_those_of_a_run(model, others, capsys):
-    metrics = scored(model, "--data_dir", others)
+def test_metrics_and_report_are_those_of_a_run(model, new_images, capsys):
+    metrics = run_score(model, "--data_dir", new_images)
     assert metrics["test"]["n"] == 30 and 0.3 < metrics["test"]["accuracy"] < 1
     files = {path.name for path in Path("scored").iterdir()}
     assert {"report.html", "metrics.json", "predictions.csv", "audit.json", "confusion_matrix.png"} <= files
     assert not {"model.safetensors", "README.md"} & files and not any("checkpoint" in name for name in files)
     page = Path("scored/report.html").read_text()
     assert "Nothing was trained" in page and "it was not trained on" not in page
-    printed = capsys.readouterr().out
-    assert f"test     accuracy {metrics['test']['accuracy']:.1%}" in printed and "epoch" not in printed
+    output = capsys.readouterr().out
+    assert f"test     accuracy {metrics['test']['accuracy']:.1%}" in output and "epoch" not in output
     threshold = json.loads((model / "config.json").read_text())["unsure_below"]
     assert metrics["unsure"]["threshold"] == threshold
     with Path("scored/predictions.csv").open(newline="") as file:
@@ -60,8 +60,8 @@ def test_metrics_and_report_are_those_of_a_run(model, others, capsys):
     assert sum(row["label"] == row["predicted"] for row in rows) / 30 == pytest.approx(metrics["test"]["accuracy"])
 
 
-def test_evaluates_own_evaluator_agrees_to_the_last_digit(model, others):
-    """`evaluate.evaluator` itself asks for TensorFlow's classes, which transformers 5 has no more."""
+def test_evaluator_of_evaluate_gives_exactly_the_same_accuracy(model, new_images):
+    """`evaluate.evaluator` cannot be called: it needs TensorFlow classes that transformers 5 no longer has."""
 
     class Evaluator(ImageClassificationEvaluator):
         def prepare_pipeline(self, model_or_pipeline, *rest, **options):
@@ -76,21 +76,21 @@ def test_evaluates_own_evaluator_agrees_to_the_last_digit(model, others):
             return {"accuracy": sum(p == r for p, r in zip(predictions, references, strict=True)) / len(references)}
 
     names = ["blue", "green", "red"]
-    files = [path for name in names for path in sorted((others / name).iterdir())]
+    files = [path for name in names for path in sorted((new_images / name).iterdir())]
     data = Dataset.from_dict(
         {"image": list(map(str, files)), "label": [names.index(path.parent.name) for path in files]},
         features=Features({"image": Image(), "label": ClassLabel(names=names)}),
     )
     classify = pipeline("image-classification", model=str(model))
-    theirs = Evaluator().compute(
+    expected = Evaluator().compute(
         model_or_pipeline=classify, data=data, metric=Accuracy(keep_in_memory=True),
         label_mapping={name: index for index, name in enumerate(names)},
     )  # fmt: skip
-    assert scored(model, "--data_dir", others)["test"]["accuracy"] == theirs["accuracy"]
+    assert run_score(model, "--data_dir", new_images)["test"]["accuracy"] == expected["accuracy"]
 
 
 def test_classes_are_matched_by_name(model, tmp_path, monkeypatch):
-    """In another order, in other numbers, and not all of them."""
+    """The data has only two of the classes, in another order."""
     monkeypatch.chdir(tmp_path)
     rows = [(name, seed) for name in ("red", "blue") for seed in range(600, 606)]
     features = Features({"image": Image(), "label": ClassLabel(names=["red", "blue"])})
@@ -100,23 +100,26 @@ def test_classes_are_matched_by_name(model, tmp_path, monkeypatch):
     )
     Path("mine/data").mkdir(parents=True)
     dataset.to_parquet("mine/data/test-00000-of-00001.parquet")
-    metrics = scored(model, "--dataset_name", "mine")
+    metrics = run_score(model, "--dataset_name", "mine")
     assert metrics["test"]["n"] == 12 and metrics["test"]["accuracy"] > 0.8
     assert metrics["data"]["labels"] == ["blue", "green", "red"]
     assert metrics["test"]["per_class"]["green"]["support"] == 0
 
 
-def test_only_the_test_split_is_scored_where_there_is_one(model, tmp_path, monkeypatch):
+def test_only_the_test_split_is_scored_if_there_is_one(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     draw_folder(Path("split/train"), per_class=4, first=900)
     draw_folder(Path("split/test"), per_class=3, first=950)
-    assert scored(model, "--data_dir", "split")["test"]["n"] == 9
+    assert run_score(model, "--data_dir", "split")["test"]["n"] == 9
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("args", "message"),
     [
-        (["--data_dir", "strangers"], r"does not know 1 class of the images, such as 'violet'.*blue, green, red"),
+        (
+            ["--data_dir", "unknown_classes"],
+            r"does not know 1 class of the images, such as 'violet'.*blue, green, red",
+        ),
         (["--data_dir", "nowhere"], "nowhere is not a folder"),
         (["empty/", "--data_dir", "good"], "cannot load a model from the folder"),
         (["unfinished", "--data_dir", "good"], "lacks .* of its weights"),
@@ -124,11 +127,11 @@ def test_only_the_test_split_is_scored_where_there_is_one(model, tmp_path, monke
         (["--data_dir", "good", "--test_view", "random_crop"], "--test_view is about training"),
     ],
 )
-def test_bad_input_ends_in_one_message(model, timm_checkpoint, tmp_path, monkeypatch, capsys, line, message):
+def test_bad_input_gives_one_message(model, timm_checkpoint, tmp_path, monkeypatch, capsys, args, message):
     monkeypatch.chdir(tmp_path)
     draw_folder(Path("good"), per_class=2)
-    draw_folder(Path("strangers"), per_class=2)
-    Path("strangers/red").rename("strangers/violet")
+    draw_folder(Path("unknown_classes"), per_class=2)
+    Path("unknown_classes/red").rename("unknown_classes/violet")
     Path("empty").mkdir()
     Path("unfinished").mkdir()
     config = json.loads((model / "config.json").read_text())
@@ -138,9 +141,9 @@ def test_bad_input_ends_in_one_message(model, timm_checkpoint, tmp_path, monkeyp
     weights = load_file("unfinished/model.safetensors")
     weights.pop(next(iter(weights)))
     save_file(weights, "unfinished/model.safetensors", {"format": "pt"})
-    with pytest.raises(SystemExit) as ended:
-        score.main(line if line[0] != "--data_dir" else [str(model), *line])
-    told = capsys.readouterr().err
-    assert ended.value.code == 2 and "Traceback" not in told
-    assert re.search(message, told), told
+    with pytest.raises(SystemExit) as exit_info:
+        score.main(args if args[0] != "--data_dir" else [str(model), *args])
+    errors = capsys.readouterr().err
+    assert exit_info.value.code == 2 and "Traceback" not in errors
+    assert re.search(message, errors), errors
     assert not Path("outputs").exists()

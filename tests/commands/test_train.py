@@ -1,4 +1,4 @@
-"""The run as a whole: through `accelerate launch` in a process of its own, its outputs, and how it refuses."""
+"""Complete runs of train.py: what they write and print, and bad input that is refused."""
 
 import csv
 import json
@@ -46,20 +46,20 @@ def run(tmp_path_factory, launch):
     )
     (folder / "tiny.yaml").write_text("\n".join(settings))
     arguments = ["tiny.yaml", "--data_dir", "my images", "--num_train_epochs", "3"]
-    ran = launch("train.py", *arguments, cwd=folder, launcher=ACCELERATE)
-    assert ran.returncode == 0, ran.stderr
-    return folder, ran
+    result = launch("train.py", *arguments, cwd=folder, launcher=ACCELERATE)
+    assert result.returncode == 0, result.stderr
+    return folder, result
 
 
-def test_outputs(run):
+def test_outputs_are_complete(run):
     folder, _ = run
     output = folder / "outputs/tiny"
     assert {path.name for path in output.iterdir() if not path.name.startswith("checkpoint-")} == FILES
     metrics = json.loads((output / "metrics.json").read_text())
     for split, n in (("validation", 6), ("test", 12)):
-        scored = metrics[split]
-        assert scored["n"] == n and 0 <= scored["accuracy_ci95"][0] <= scored["accuracy"] <= scored["accuracy_ci95"][1]
-        assert set(scored["per_class"]) == {"blue", "green", "red"} and 0 <= scored["macro_f1"] <= 1
+        scores = metrics[split]
+        assert scores["n"] == n and 0 <= scores["accuracy_ci95"][0] <= scores["accuracy"] <= scores["accuracy_ci95"][1]
+        assert set(scores["per_class"]) == {"blue", "green", "red"} and 0 <= scores["macro_f1"] <= 1
     assert metrics["test"]["accuracy"] > 0.6  # three colours are easy
     assert metrics["baselines"]["majority"]["accuracy"] == pytest.approx(1 / 3)
     assert set(metrics["seconds"]) == {"start", "load", "prepare", "data", "train", "evaluate", "save", "total"}
@@ -74,23 +74,23 @@ def test_outputs(run):
     assert metrics["audit"] == dict.fromkeys(metrics["audit"], 0) | {"suspect_labels": None}
 
 
-def test_nothing_tells_where_it_ran(run, monkeypatch):
+def test_outputs_do_not_reveal_the_paths_of_the_machine(run, monkeypatch):
     folder, _ = run
     for path in (folder / "outputs/tiny").glob("*.*"):
         assert str(folder).encode() not in path.read_bytes(), path.name
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    line = ["--data_dir", "/home/me/my images", "--output_dir=/mnt/x/run", "--model_name", "timm/resnet18.tv_in1k"]
+    args = ["--data_dir", "/home/me/my images", "--output_dir=/mnt/x/run", "--model_name", "timm/resnet18.tv_in1k"]
     expected = "python train.py --data_dir 'my images' --output_dir=run --model_name timm/resnet18.tv_in1k"
-    assert describe_command("train.py", line) == expected
-    told = describe_command(
+    assert describe_command("train.py", args) == expected
+    command = describe_command(
         "train.py",
         ["--data_dir", "clients/alice/scans", "--data_dir=./home/bob", "--model_name=simple_cnn", "--seed", "3"],
     )
-    assert told == "python train.py --data_dir scans --data_dir=bob --model_name=simple_cnn --seed 3"
+    assert command == "python train.py --data_dir scans --data_dir=bob --model_name=simple_cnn --seed 3"
 
 
 def test_saved_model_is_calibrated(run):
-    """The temperature is in the weights: what `pipeline` says is what the run has scored."""
+    """The temperature is in the weights: the probabilities of `pipeline` are those of the run."""
     folder, _ = run
     output = folder / "outputs/tiny"
     metrics = json.loads((output / "metrics.json").read_text())
@@ -107,10 +107,10 @@ def test_saved_model_is_calibrated(run):
     assert metrics["calibration"]["before"]["test"]["log_loss"] != pytest.approx(log_loss, abs=1e-3)
 
 
-def test_tensorboard_fold_learning_curve_and_trained_weights(timm_checkpoint, tmp_path, monkeypatch, capsys):
+def test_run_with_tensorboard_fold_learning_curve_and_trained_weights(timm_checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     draw_folder(Path("images"), per_class=20)
-    line = [
+    args = [
         "--data_dir",
         "images",
         "--model_name",
@@ -120,7 +120,7 @@ def test_tensorboard_fold_learning_curve_and_trained_weights(timm_checkpoint, tm
         "--keep",
         "trained",
     ]
-    line += [
+    args += [
         "--recipe",
         "full",
         "--learning_rate",
@@ -131,9 +131,9 @@ def test_tensorboard_fold_learning_curve_and_trained_weights(timm_checkpoint, tm
         "--report_to",
         "tensorboard",
     ]
-    train.main([*line, "--output_dir", "out"])
-    printed = capsys.readouterr().out
-    assert "curve    With twice the training images" in printed and "kept " not in printed
+    train.main([*args, "--output_dir", "out"])
+    output = capsys.readouterr().out
+    assert "curve    With twice the training images" in output and "kept " not in output
     metrics = json.loads(Path("out/metrics.json").read_text())
     assert metrics["recipe"]["kept"] == "the trained weights" and metrics["seeds"]["fold"] == "2/5"
     assert (
@@ -143,15 +143,15 @@ def test_tensorboard_fold_learning_curve_and_trained_weights(timm_checkpoint, tm
     assert "learning_curve.png" in Path("out/README.md").read_text()
 
 
-def test_terminal(run):
-    _, ran = run
-    lines = ran.stdout.splitlines()
+def test_terminal_output_is_short(run):
+    _, result = run
+    lines = result.stdout.splitlines()
     assert [line.split()[0] for line in lines if line[:1].strip() and line[0].isalpha()] == [
         "data", "model", "device", "audit", "recipe", "epoch", "test", "time", "saved", "next",
     ]  # fmt: skip
     assert len(lines) <= 18 and max(map(len, lines)) <= 120
-    assert "interval" in ran.stdout and "trained" in ran.stdout
-    assert "Warning" not in ran.stderr and "[transformers]" not in ran.stderr, ran.stderr
+    assert "interval" in result.stdout and "trained" in result.stdout
+    assert "Warning" not in result.stderr and "[transformers]" not in result.stderr, result.stderr
 
 
 def test_saved_model_gives_the_scores_of_the_run(run):
@@ -159,12 +159,12 @@ def test_saved_model_gives_the_scores_of_the_run(run):
     output = folder / "outputs/tiny"
     metrics = json.loads((output / "metrics.json").read_text())
     classify = pipeline("image-classification", model=str(output), trust_remote_code=True)
-    hits = 0
+    correct = 0
     dataset = load_splits(data_dir=str(folder / "my images"))[0]["test"]
     for row in dataset:
         answer = classify(row["image"]["path"], top_k=1)[0]["label"]
-        hits += answer == dataset.features["label"].int2str(row["label"])
-    assert hits / metrics["test"]["n"] == metrics["test"]["accuracy"]
+        correct += answer == dataset.features["label"].int2str(row["label"])
+    assert correct / metrics["test"]["n"] == metrics["test"]["accuracy"]
 
 
 def test_plain_command_makes_no_network_call(tmp_path):
@@ -181,26 +181,26 @@ def test_plain_command_makes_no_network_call(tmp_path):
         runpy.run_path({str(PROJECT / "train.py")!r}, run_name="__main__")
     """
     environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
-    ran = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
-    assert ran.returncode == 0 and "NETWORK" not in ran.stderr, ran.stderr
+    assert result.returncode == 0 and "NETWORK" not in result.stderr, result.stderr
     assert "OpenMoji" in Path(tmp_path, "outputs/efficientnet_lite0_openmoji/README.md").read_text()
 
 
-def test_second_run_takes_the_next_name_and_touches_nothing(run, launch):
+def test_second_run_takes_the_next_name_and_leaves_the_first_unchanged(run, launch):
     folder, _ = run
     before = {path: path.stat().st_mtime_ns for path in (folder / "outputs/tiny").rglob("*")}
-    line = ["tiny.yaml", "--data_dir", "my images", "--num_train_epochs", "1"]
-    assert launch("train.py", *line, cwd=folder).returncode == 0
+    args = ["tiny.yaml", "--data_dir", "my images", "--num_train_epochs", "1"]
+    assert launch("train.py", *args, cwd=folder).returncode == 0
     assert {path.name for path in (folder / "outputs/tiny-2").iterdir()} >= FILES
-    refused = launch("train.py", *line, "--output_dir", "outputs/tiny", cwd=folder)
+    refused = launch("train.py", *args, "--output_dir", "outputs/tiny", cwd=folder)
     assert refused.returncode == 2 and "already holds something" in refused.stderr
     assert {path: path.stat().st_mtime_ns for path in (folder / "outputs/tiny").rglob("*")} == before
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("args", "message"),
     [
         (["--data_dir", "nowhere"], "nowhere is not a folder"),
         (["--data_dir", "empty"], "no images in class folders"),
@@ -217,7 +217,7 @@ def test_second_run_takes_the_next_name_and_touches_nothing(run, launch):
         (["--data_dir", "good", "--model_name", "simple_cnn", "--image_size", "64"], "does not take images of 64 px"),
     ],
 )
-def test_bad_input_ends_in_one_message(tmp_path, monkeypatch, capsys, line, message):
+def test_bad_input_gives_one_message(tmp_path, monkeypatch, capsys, args, message):
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
     draw_folder(Path("single"), classes=("red",))
@@ -226,44 +226,45 @@ def test_bad_input_ends_in_one_message(tmp_path, monkeypatch, capsys, line, mess
     draw_folder(Path("broken"), per_class=4)
     Path("broken/red/broken.jpg").write_bytes(b"\xff\xd8\xff")
     Path("typo.yaml").write_text("model_nam: simple_cnn\n")
-    with pytest.raises(SystemExit) as ended:
-        train.main(line)
-    told = capsys.readouterr().err
-    assert ended.value.code == 2
-    assert message in told and "Traceback" not in told
-    assert sum(text.startswith("error: ") for text in told.splitlines()) == 1
+    with pytest.raises(SystemExit) as exit_info:
+        train.main(args)
+    errors = capsys.readouterr().err
+    assert exit_info.value.code == 2
+    assert message in errors and "Traceback" not in errors
+    assert sum(text.startswith("error: ") for text in errors.splitlines()) == 1
     assert not Path("outputs").exists()
 
 
-@pytest.mark.parametrize("line", ["--help", "--learning_rat=1", "typo.yaml"])
-def test_arguments_are_answered_before_anything_heavy_is_imported(tmp_path, line):
+@pytest.mark.parametrize("argument", ["--help", "--learning_rat=1", "typo.yaml"])
+def test_arguments_are_checked_before_large_libraries_are_imported(tmp_path, argument):
     (tmp_path / "typo.yaml").write_text("model_nam: simple_cnn\n")
-    command = [sys.executable, "-X", "importtime", str(PROJECT / "train.py"), line]
-    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    imported = {told.split("|")[2].strip() for told in ran.stderr.splitlines() if told.startswith("import time:")}
-    assert ran.returncode == (0 if line == "--help" else 2) and "luthier.arguments" in imported
+    command = [sys.executable, "-X", "importtime", str(PROJECT / "train.py"), argument]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    imported = {text.split("|")[2].strip() for text in result.stderr.splitlines() if text.startswith("import time:")}
+    assert result.returncode == (0 if argument == "--help" else 2) and "luthier.arguments" in imported
     assert not {"data", "models", "datasets", "timm", "torchvision", "evaluate", "matplotlib", "sklearn"} & imported
 
 
 @pytest.fixture
 def vit_run(vit_checkpoint, tmp_path, monkeypatch):
-    """A run of four epochs in which the last is the worst, all checkpoints kept; the command line that made it."""
+    """A run of four epochs in which the last is not the best, with all checkpoints kept; returns its arguments."""
     monkeypatch.chdir(tmp_path)
     draw_folder(Path("images"), per_class=10)
-    line = ["--data_dir", "images", "--model_name", str(vit_checkpoint), "--optim", "sgd", "--learning_rate", "3"]
-    line += ["--lr_scheduler_type", "constant", "--warmup_steps", "0", "--num_train_epochs", "4"]
-    line += ["--save_total_limit", "9", "--augmentation", "none", "--recipe", "full", "--seed", "1"]
-    monkeypatch.setitem(RECIPES, "full", RECIPES["full"]._replace(candidates=(1.0,)))  # whatever the probe does
-    train.main([*line, "--output_dir", "out"])
-    return line
+    args = ["--data_dir", "images", "--model_name", str(vit_checkpoint), "--optim", "sgd", "--learning_rate", "3"]
+    args += ["--lr_scheduler_type", "constant", "--warmup_steps", "0", "--num_train_epochs", "4"]
+    args += ["--save_total_limit", "9", "--augmentation", "none", "--recipe", "full", "--seed", "1"]
+    # The trained weights are kept even if the probe is better.
+    monkeypatch.setitem(RECIPES, "full", RECIPES["full"]._replace(candidates=(1.0,)))
+    train.main([*args, "--output_dir", "out"])
+    return args
 
 
 def weights(folder: str) -> dict[str, torch.Tensor]:
     return AutoModelForImageClassification.from_pretrained(folder).state_dict()
 
 
-def test_best_epoch_of_a_vit_is_restored_whole(vit_run):
-    """The Trainer's own way leaves two thirds of a ViT's weights as the last epoch had them."""
+def test_best_epoch_of_a_vit_is_restored_completely(vit_run):
+    """The Trainer's own restore leaves two thirds of a ViT's weights as they were in the last epoch."""
     losses = {
         e["step"]: e["eval_loss"]
         for e in json.loads(Path("out/metrics.json").read_text())["history"]
@@ -271,30 +272,30 @@ def test_best_epoch_of_a_vit_is_restored_whole(vit_run):
     }
     best, last = min(losses, key=losses.get), max(losses)
     assert best != last
-    # But for the head, which is calibrated at the end.
-    own = {name: tensor for name, tensor in weights("out").items() if not name.startswith("classifier")}
-    assert same(own, weights(f"out/checkpoint-{best}"))
-    assert not same(own, weights(f"out/checkpoint-{last}"))
+    # The head is left out, because it is calibrated at the end.
+    backbone = {name: tensor for name, tensor in weights("out").items() if not name.startswith("classifier")}
+    assert same(backbone, weights(f"out/checkpoint-{best}"))
+    assert not same(backbone, weights(f"out/checkpoint-{last}"))
 
 
-def test_vit_resumed_after_an_epoch_ends_as_if_never_stopped(vit_run):
+def test_vit_resumed_after_an_epoch_ends_like_an_uninterrupted_run(vit_run):
     steps = sorted(int(path.name.split("-")[1]) for path in Path("out").glob("checkpoint-*"))
     train.main([*vit_run, "--output_dir", "again", "--resume_from_checkpoint", f"out/checkpoint-{steps[1]}"])
     assert same(weights(f"again/checkpoint-{steps[-1]}"), weights(f"out/checkpoint-{steps[-1]}"))
 
 
-def test_bars_can_be_left_out(tmp_path, monkeypatch, capsys):
+def test_progress_bars_can_be_turned_off(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     draw_folder(Path("images"), per_class=5)
     train.main(
         ["--data_dir", "images", "--model_name", "simple_cnn", "--num_train_epochs", "1", "--disable_tqdm", "1"]
     )
-    told = capsys.readouterr()
-    assert "macro F1" in told.out and "train_runtime" not in told.out and "it/s" not in told.err
+    captured = capsys.readouterr()
+    assert "macro F1" in captured.out and "train_runtime" not in captured.out and "it/s" not in captured.err
 
 
-def test_threads_are_given_back(monkeypatch, tmp_path):
-    """`accelerate launch` sets OMP_NUM_THREADS=1 on a machine it does not know to be without a GPU."""
+def test_cpu_threads_are_restored(monkeypatch, tmp_path):
+    """`accelerate launch` sets OMP_NUM_THREADS=1 if its config does not say that the machine has no GPU."""
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
     training_args = parse_arguments([]).training_args
@@ -309,14 +310,14 @@ def test_threads_are_given_back(monkeypatch, tmp_path):
         torch.set_num_threads(threads)
 
 
-def test_evaluation_of_the_trainer_is_the_models_own(timm_checkpoint, images, tmp_path):
-    """What the Trainer evaluates is what the model says of the evaluation view, image by image."""
+def test_trainer_gives_the_logits_of_the_model_on_single_images(timm_checkpoint, images, tmp_path):
+    """The Trainer evaluates in batches; the model sees the evaluation view of one image at a time."""
     model, image_processor = build_model(str(timm_checkpoint), {0: "blue", 1: "green", 2: "red"})
     view = EvaluationView(image_processor)
     dataset = evaluation_rows(prepare(load_splits(data_dir=str(images))[0], view)["test"], view)
     training_args = parse_arguments(["--output_dir", str(tmp_path / "out"), "--num_train_epochs", "1"]).training_args
     trainer = Trainer(model=model, args=training_args, data_collator=collate, eval_dataset=dataset)
-    together = torch.from_numpy(concatenate_batches(trainer.predict(dataset).predictions))
+    batched = torch.from_numpy(concatenate_batches(trainer.predict(dataset).predictions))
     with torch.no_grad():
-        alone = torch.cat([model.eval()(row["pixel_values"][None]).logits for row in dataset])
-    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+        single = torch.cat([model.eval()(row["pixel_values"][None]).logits for row in dataset])
+    torch.testing.assert_close(batched, single, atol=1e-5, rtol=1e-5)

@@ -207,4 +207,4 @@ def test_boot_script_of_the_vm_runs_the_image_up_to_a_checkpoint_and_on(image, m
     (stubs / "args").write_text(" ".join(short))
     told = boot().communicate(timeout=200)[0]
     assert "resume   from /mnt/run/checkpoint-" in told and "the run has ended" in told, told
-    assert "-X DELETE" in (stubs / "asked").read_text()
+    assert "-X DELETE" in (stubs / "requests").read_text()

@@ -1,4 +1,4 @@
-"""One image file to upright RGB: every Pillow mode, transparency, EXIF, animations, bombs."""
+"""Decoding an image file to upright RGB: Pillow modes, transparency, EXIF, animations, decompression bombs."""
 
 import numpy as np
 import pytest
@@ -42,7 +42,7 @@ def test_every_mode_becomes_the_right_rgb(tmp_path, image, suffix, expected):
     assert np.abs(np.asarray(decoded).astype(int) - expected).max() <= 2
 
 
-def test_palette_with_transparency(tmp_path):
+def test_palette_with_transparency_gets_a_white_background(tmp_path):
     image = PILImage.new("P", (8, 8), 1)
     image.putpalette([0, 0, 0, 200, 40, 40])
     decoded, changed, *_ = decode_rgb(encoded(image, tmp_path, transparency=1))
@@ -52,7 +52,7 @@ def test_palette_with_transparency(tmp_path):
 def test_exif_orientation_is_applied(tmp_path):
     image = PILImage.new("RGB", (20, 10), "white")
     exif = image.getexif()
-    exif[0x0112] = 6  # turned a quarter
+    exif[0x0112] = 6  # rotated by 90 degrees
     decoded, changed, *_ = decode_rgb(encoded(image, tmp_path, "jpg", exif=exif))
     assert decoded.size == (10, 20) and changed
 
@@ -63,7 +63,7 @@ def test_animation_gives_its_first_frame(tmp_path):
     assert decoded.getpixel((0, 0)) == (255, 0, 0)
 
 
-def test_bomb_is_refused(tmp_path, monkeypatch):
+def test_decompression_bomb_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(PILImage, "MAX_IMAGE_PIXELS", 30)
     with pytest.raises(PILImage.DecompressionBombError):
         decode_rgb(encoded(PILImage.new("RGB", (8, 8)), tmp_path))

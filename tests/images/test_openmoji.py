@@ -1,4 +1,4 @@
-"""The built-in image set: its classes, its size, its licence line, and that it is drawn from the package alone."""
+"""The built-in OpenMoji dataset: its classes, its size, its rendering and its attribution."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def test_images_are_drawn_on_white():
     assert pixels[0, 0].tolist() == [255, 255, 255] and pixels.std() > 10
 
 
-def test_rendered_once(monkeypatch, view):
+def test_images_are_rendered_once(monkeypatch, view):
     load_openmoji()
     monkeypatch.setattr(resvg_py, "svg_to_bytes", lambda **options: pytest.fail("rendered again"))
     splits = prepare(load_splits(dataset_name="openmoji")[0], view)

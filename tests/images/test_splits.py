@@ -1,4 +1,4 @@
-"""The cut: stratified, the same for the same seed, groups on one side, folds that cover everything once."""
+"""Splitting: stratified, the same for the same random seed, groups in one split, folds that cover every image once."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ FRACTIONS = {"validation": 0.1, "test": 0.2}
 
 
 def random_groups(n: int, seed: int = 0) -> np.ndarray:
-    """Groups of one to five rows, across classes too."""
+    """Return a random group for each row: groups have about two rows, and may span classes."""
     return np.random.default_rng(seed).integers(0, n // 2, n)
 
 
@@ -21,17 +21,17 @@ def test_groups_stay_together_and_fractions_are_kept(seed):
     labels, groups = np.arange(600) % 3, random_groups(600, seed)
     cut = stratified_cut(labels, NAMES, FRACTIONS, seed, groups)
     assert np.array_equal(np.sort(np.concatenate(list(cut.values()))), np.arange(600))
-    sides = {split: set(groups[rows]) for split, rows in cut.items()}
-    assert not sides["train"] & sides["test"] and not sides["validation"] & (sides["train"] | sides["test"])
+    parts = {split: set(groups[rows]) for split, rows in cut.items()}
+    assert not parts["train"] & parts["test"] and not parts["validation"] & (parts["train"] | parts["test"])
     for split, expected in (("validation", 20), ("test", 40)):
         assert all(abs((labels[cut[split]] == index).sum() - expected) <= 4 for index in range(3))
 
 
-def test_without_groups_every_class_is_cut_exactly():
+def test_without_groups_every_class_is_split_exactly():
     cut = stratified_cut(np.arange(300) % 3, NAMES, FRACTIONS, seed=1)
     assert {split: len(rows) for split, rows in cut.items()} == {"validation": 30, "test": 60, "train": 210}
-    again = stratified_cut(np.arange(300) % 3, NAMES, FRACTIONS, seed=1)
-    assert all(np.array_equal(cut[split], again[split]) for split in cut)
+    repeated = stratified_cut(np.arange(300) % 3, NAMES, FRACTIONS, seed=1)
+    assert all(np.array_equal(cut[split], repeated[split]) for split in cut)
 
 
 def test_large_group_goes_to_train():
@@ -40,33 +40,33 @@ def test_large_group_goes_to_train():
         assert 0 in stratified_cut(labels, ["a"], FRACTIONS, seed, groups)["train"]
 
 
-def test_class_of_pairs_is_in_every_split():
+def test_class_of_duplicate_pairs_is_in_every_split():
     labels, groups = np.zeros(8, dtype=int), np.repeat(np.arange(4), 2)
     cut = stratified_cut(labels, ["a"], {"validation": 0.1, "test": 0.1}, 1, groups)
     assert {split: len(rows) for split, rows in cut.items()} == {"validation": 2, "test": 2, "train": 4}
 
 
-def test_class_that_is_one_image_many_times():
+def test_class_of_copies_of_one_image_is_refused():
     labels, groups = np.array([0] * 9 + [1] * 9), np.array([0] * 9 + list(range(1, 10)))
     with pytest.raises(UserError, match="'a' are so nearly the same"):
         stratified_cut(labels, NAMES, FRACTIONS, 1, groups)
 
 
-def test_class_of_which_nothing_is_left_to_train_on():
-    # b's two first images are copies of a's, and stand where those do.
+def test_class_without_training_images_is_refused():
+    # The first two images of b are copies of images of a, so they are in the same split.
     labels, groups = np.array([0] * 3 + [1] * 3), np.array([0, 1, 2, 0, 1, 3])
-    ends = []
+    has_all_classes = []
     for seed in range(20):
         try:
             cut = stratified_cut(labels, ["a", "b"], {"validation": 0.3, "test": 0.3}, seed, groups)
-            ends.append({*labels[cut["train"]]} == {0, 1})
+            has_all_classes.append({*labels[cut["train"]]} == {0, 1})
         except UserError as error:
             assert "class" in str(error)
-    assert all(ends)
+    assert all(has_all_classes)
 
 
 @pytest.mark.parametrize(("n", "k"), [(8, 5), (14, 10), (6, 4), (3, 5), (100, 7)])
-def test_folds_are_even_whatever_the_class_has(n, k):
+def test_folds_are_even_for_every_class_size(n, k):
     labels = np.repeat(np.arange(3), n)
     folds = stratified_folds(labels, np.arange(3 * n), k, seed=1)
     for index in range(3):
@@ -92,7 +92,7 @@ def test_folds_are_disjoint_and_cover_everything():
     assert sorted(tested) == list(range(150))
 
 
-def test_fold_of_data_with_a_test_split():
+def test_fold_of_data_with_a_test_split_is_refused():
     splits = DatasetDict(train=dataset(30)["train"], test=dataset(6)["train"])
     with pytest.raises(UserError, match="--fold cuts the test split, but the data has one"):
         cut_missing_splits(splits, np.arange(30), 1, 0.1, 0.2, (1, 5))

@@ -1,4 +1,4 @@
-"""How a model sees an image: as pipeline does, packed without loss, augmented on the same scale."""
+"""The evaluation view and the augmentations: the pixels that `pipeline` sees, packed without loss, on one scale."""
 
 import hashlib
 
@@ -16,7 +16,7 @@ from models import build_model
 
 @pytest.fixture(scope="module", params=["simple_cnn", "timm", "vit", "efficientnet_lite0"])
 def saved_model(request, tmp_path_factory):
-    """A model folder as train.py writes it, and the image processor it was written with."""
+    """A model folder as train.py writes it, and its image processor."""
     name = request.param
     if name in ("timm", "vit"):
         name = str(request.getfixturevalue(f"{name}_checkpoint"))
@@ -27,7 +27,7 @@ def saved_model(request, tmp_path_factory):
     return folder, image_processor
 
 
-def test_evaluation_sees_what_pipeline_and_a_reloaded_processor_see(saved_model, tmp_path):
+def test_evaluation_view_equals_that_of_pipeline_and_of_a_reloaded_processor(saved_model, tmp_path):
     folder, image_processor = saved_model
     draw_folder(tmp_path / "p", 3, classes=("red", "blue"))
     image = draw("red", 77, width=300, height=220)
@@ -43,23 +43,23 @@ def test_evaluation_sees_what_pipeline_and_a_reloaded_processor_see(saved_model,
     for split, dataset in splits.items():
         rows = evaluation_rows(dataset, view)
         for row, digest in enumerate(dataset["digest"][:]):
-            seen = rows[row]["pixel_values"]
+            pixel_values = rows[row]["pixel_values"]
             path = by_digest[digest]
-            assert seen.dtype == torch.float32 and list(rows[row]) == ["pixel_values"]
-            if split == "train" and path.name == "large.jpg":  # stored small
+            assert pixel_values.dtype == torch.float32 and list(rows[row]) == ["pixel_values"]
+            if split == "train" and path.name == "large.jpg":  # stored at a smaller size
                 continue
-            assert torch.equal(seen, reloaded(decode_rgb(path.read_bytes()).image))
-            assert torch.equal(seen, classify.preprocess(str(path))["pixel_values"][0])
+            assert torch.equal(pixel_values, reloaded(decode_rgb(path.read_bytes()).image))
+            assert torch.equal(pixel_values, classify.preprocess(str(path))["pixel_values"][0])
 
 
 def test_view_is_packed_without_loss(saved_model):
     view = EvaluationView(saved_model[1])
-    seen = view(draw("red", 3, width=90, height=70))
-    packed = view.pack(seen)
-    assert len(packed) == seen.numel()  # a byte a value, not four
-    assert torch.equal(view.unpack(packed), seen)
-    odd = seen + 0.001  # of a processor that does more than to scale 8-bit levels
-    assert torch.equal(view.unpack(view.pack(odd)), odd)
+    pixel_values = view(draw("red", 3, width=90, height=70))
+    packed = view.pack(pixel_values)
+    assert len(packed) == pixel_values.numel()  # one byte per value, not four
+    assert torch.equal(view.unpack(packed), pixel_values)
+    off_scale = pixel_values + 0.001  # as if a processor did more than scale 8-bit values
+    assert torch.equal(view.unpack(view.pack(off_scale)), off_scale)
 
 
 @pytest.fixture
@@ -75,21 +75,21 @@ def test_no_augmentation_is_the_evaluation_view(timm_view):
 @pytest.mark.parametrize("augmentation", [name for name in AUGMENTATIONS if name != "none"])
 def test_augmentation_varies_and_keeps_size_and_scale(timm_view, augmentation):
     image = draw("red", 1, width=200, height=150)
-    see = training_transform(timm_view, augmentation)
-    seen = torch.stack([see(image) for _ in range(24)])
-    assert seen.shape[1:] == timm_view(image).shape
-    assert len({one.numpy().tobytes() for one in seen}) > 12
-    unit = (seen - timm_view.black[:, None, None]) / timm_view.contrast[:, None, None]
-    assert unit.min() >= -1e-5 and unit.max() <= 1 + 1e-5
-    # Red stays the strongest channel of most views: the scale is the evaluation's, channel by channel.
-    assert (unit.mean(dim=(2, 3)).argmax(dim=1) == 0).float().mean() > 0.6
+    transform = training_transform(timm_view, augmentation)
+    pixel_values = torch.stack([transform(image) for _ in range(24)])
+    assert pixel_values.shape[1:] == timm_view(image).shape
+    assert len({one.numpy().tobytes() for one in pixel_values}) > 12
+    scaled = (pixel_values - timm_view.black[:, None, None]) / timm_view.contrast[:, None, None]
+    assert scaled.min() >= -1e-5 and scaled.max() <= 1 + 1e-5
+    # Red stays the strongest channel in most views: each channel has the scale of the evaluation view.
+    assert (scaled.mean(dim=(2, 3)).argmax(dim=1) == 0).float().mean() > 0.6
 
 
 @pytest.mark.parametrize("augmentation", AUGMENTATIONS)
-def test_channels_that_the_processor_turns_round_are_turned_round_in_training(augmentation):
+def test_channels_that_the_processor_reverses_are_reversed_in_training(augmentation):
     size = {"shortest_edge": 32}
     view = EvaluationView(MobileViTImageProcessor(size=size, crop_size={"height": 32, "width": 32}))
-    see, red = training_transform(view, augmentation), PILImage.new("RGB", (64, 48), (250, 10, 10))
+    transform, red = training_transform(view, augmentation), PILImage.new("RGB", (64, 48), (250, 10, 10))
     assert view.reversed and view(red)[2].mean() > 0.9
-    seen = torch.stack([see(red) for _ in range(16)]).mean(dim=(0, 2, 3))
-    assert seen.argmax() == 2
+    pixel_values = torch.stack([transform(red) for _ in range(16)]).mean(dim=(0, 2, 3))
+    assert pixel_values.argmax() == 2

@@ -1,4 +1,4 @@
-"""What a person looks at: figures, card and page say the score, show names as they are, and need no network."""
+"""Figures, model card and pages: they show the score, escape names and need no network."""
 
 import shutil
 from pathlib import Path
@@ -33,10 +33,10 @@ CURVE = {
 
 @pytest.fixture
 def metrics():
-    scored = score(LOGITS, REFERENCES, HOSTILE)
+    scores = score(LOGITS, REFERENCES, HOSTILE)
     return {
-        "test": scored,
-        "validation": scored,
+        "test": scores,
+        "validation": scores,
         "calibration": {
             "temperature": 1.5,
             "before": {"test": {"ece": 0.2, "log_loss": 0.7}},
@@ -45,7 +45,7 @@ def metrics():
         "unsure": selective(LOGITS, REFERENCES, 0.7),
         "baselines": {
             "majority": {"label": HOSTILE[0], "accuracy": 1 / 3, "accuracy_ci95": [0.1, 0.7]},
-            "linear_probe": {"test": scored},
+            "linear_probe": {"test": scores},
         },
         "learning_curve": CURVE,
         "data": {
@@ -64,7 +64,7 @@ def metrics():
     }
 
 
-def drawn(path) -> np.ndarray:
+def read_pixels(path) -> np.ndarray:
     with Image.open(path) as image:
         assert image.format == "PNG"
         return np.asarray(image.convert("RGB"))
@@ -74,12 +74,12 @@ def test_accuracy_in_words(metrics):
     assert percent_with_interval(metrics["test"]) == "83.3% (95% interval 43.6% to 97.0%, n = 6)"
 
 
-def test_confusion_matrix_shows_the_numbers(metrics, tmp_path):
+def test_confusion_matrix_depends_on_the_numbers(metrics, tmp_path):
     plot_confusion_matrix(metrics["test"], HOSTILE, tmp_path / "a.png")
     other = score(np.eye(3)[[1, 0, 1, 0, 2, 2]], REFERENCES, HOSTILE)
     plot_confusion_matrix(other, HOSTILE, tmp_path / "b.png")
     plot_confusion_matrix(other, HOSTILE, tmp_path / "c.png", shares=True)
-    first, second, third = (drawn(tmp_path / f"{name}.png") for name in "abc")
+    first, second, third = (read_pixels(tmp_path / f"{name}.png") for name in "abc")
     assert first.shape[0] > 300 and first.std() > 10
     for one, two in ((first, second), (second, third)):
         assert one.shape != two.shape or (one != two).any()
@@ -89,10 +89,10 @@ def test_confusion_matrix_of_a_hundred_classes(tmp_path):
     labels = [f"class {index}" for index in range(100)]
     references = np.arange(100).repeat(2)
     plot_confusion_matrix(score(np.eye(100)[references], references, labels), labels, tmp_path / "a.png")
-    assert 1000 < max(drawn(tmp_path / "a.png").shape) < 4000
+    assert 1000 < max(read_pixels(tmp_path / "a.png").shape) < 4000
 
 
-def test_curves(tmp_path):
+def test_curves_are_drawn(tmp_path):
     history = [
         {"epoch": 1.0, "loss": 1.0, "train_accuracy": 0.5},
         {"epoch": 1.0, "eval_loss": 0.8, "eval_accuracy": 0.6},
@@ -101,18 +101,18 @@ def test_curves(tmp_path):
         {"epoch": 2.0, "train_runtime": 1.0},
     ]
     plot_curves(history, tmp_path / "curves.png")
-    pixels = drawn(tmp_path / "curves.png").reshape(-1, 3)
+    pixels = read_pixels(tmp_path / "curves.png").reshape(-1, 3)
     for colour in ((0, 0x72, 0xB2), (0xD5, 0x5E, 0)):
         assert (np.abs(pixels.astype(int) - colour).max(axis=1) < 3).sum() > 20
 
 
-def test_model_card(metrics, tmp_path):
+def test_model_card_shows_the_score_and_escapes_names(metrics, tmp_path):
     path = tmp_path / "README.md"
     write_model_card(path, metrics, custom_code=True)
     card = ModelCard.load(path)
     assert card.data.library_name == "transformers" and card.data.pipeline_tag == "image-classification"
-    results = {result.metric_type: result.metric_value for result in card.data.eval_results}
-    assert results["accuracy"] == pytest.approx(5 / 6)
+    scores = {entry.metric_type: entry.metric_value for entry in card.data.eval_results}
+    assert scores["accuracy"] == pytest.approx(5 / 6)
     assert yaml.safe_load(path.read_text().split("---")[1])["model-index"][0]["results"]
     for expected in ("83.3% (95% interval", "trust_remote_code=True", "[someone](https://example.org)", "5 epochs"):
         assert expected in card.text
@@ -120,17 +120,17 @@ def test_model_card(metrics, tmp_path):
     assert "<script>" not in card.text and "[my](" not in card.text and "a|b `c`" not in card.text
 
 
-def test_reliability_and_learning_curve(metrics, tmp_path):
+def test_reliability_and_learning_curve_are_drawn(metrics, tmp_path):
     plot_reliability(metrics["calibration"]["reliability"], tmp_path / "reliability.png")
     plot_learning_curve(CURVE, tmp_path / "learning_curve.png")
     for name in ("reliability", "learning_curve"):
-        pixels = drawn(tmp_path / f"{name}.png").reshape(-1, 3).astype(int)
+        pixels = read_pixels(tmp_path / f"{name}.png").reshape(-1, 3).astype(int)
         assert (np.abs(pixels - (0, 0x72, 0xB2)).max(axis=1) < 3).sum() > 50
 
 
 @pytest.fixture
 def page(metrics, tmp_path) -> Path:
-    """A report on drawn images with hostile class names, one of them broken, one doubled, in a folder of its own."""
+    """A report on drawn images with hostile class names; one image is broken, and one is a duplicate."""
     folder = draw_folder(tmp_path / "images", 40)
     shutil.copy(folder / "red/000.png", folder / "red/<img src=x onerror=alert(2)>.png")
     (folder / "red/broken.png").write_bytes(b"no image")
@@ -145,7 +145,7 @@ def page(metrics, tmp_path) -> Path:
     return tmp_path / "run/report.html"
 
 
-def test_page_says_the_score_and_escapes_names(page):
+def test_page_shows_the_score_and_escapes_names(page):
     text = page.read_text(encoding="utf-8")
     assert "Test accuracy <strong>83.3%</strong> on 6 images it was not trained on" in text
     assert "(95% interval 43.6% to 97.0%)" in text
@@ -170,14 +170,14 @@ def test_page_says_the_score_and_escapes_names(page):
 def test_page_in_a_browser(page, name, width, scheme):
     from playwright.sync_api import sync_playwright
 
-    requests, complaints = [], []
+    requests, problems = [], []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         tab = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
         tab.on("request", lambda request: requests.append(request.url))
-        tab.on("console", lambda message: complaints.append(message.text))
-        tab.on("pageerror", lambda error: complaints.append(str(error)))
-        tab.on("dialog", lambda dialog: complaints.append(dialog.message))
+        tab.on("console", lambda message: problems.append(message.text))
+        tab.on("pageerror", lambda error: problems.append(str(error)))
+        tab.on("dialog", lambda dialog: problems.append(dialog.message))
         tab.goto(page.with_name(name).as_uri())
         widths = tab.evaluate("[...document.images].map(image => image.complete ? image.naturalWidth : 0)")
         overflow = tab.evaluate("document.documentElement.scrollWidth - window.innerWidth")
@@ -185,23 +185,23 @@ def test_page_in_a_browser(page, name, width, scheme):
         heading = tab.inner_text("h1")
         tab.screenshot(path=page.with_suffix(".png"))
         browser.close()
-    assert not complaints
+    assert not problems
     assert all(url.startswith(("file://", "data:")) for url in requests)
     assert len(widths) >= (12 if name == "report.html" else 2) and all(widths)
     assert overflow <= 0
     assert (background == "rgb(255, 255, 255)") == (scheme == "light")
     assert heading == ("run" if name == "report.html" else f"Audit of {HOSTILE[0]}")
-    assert drawn(page.with_suffix(".png")).std() > 10
+    assert read_pixels(page.with_suffix(".png")).std() > 10
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs the browser chromium")
-def test_readme_image_is_of_the_default_run(tmp_path, launch):
+def test_readme_image_has_the_shape_of_the_default_runs_report(tmp_path, launch):
     from benchmarks.screenshot import take
 
-    ran = launch("train.py", "--output_dir", "efficientnet_lite0_openmoji", "--learning_curve", cwd=tmp_path)
-    assert ran.returncode == 0, ran.stderr
+    result = launch("train.py", "--output_dir", "efficientnet_lite0_openmoji", "--learning_curve", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
     report = tmp_path / "efficientnet_lite0_openmoji/report.html"
     assert "All emojis designed by OpenMoji" in report.read_text(encoding="utf-8")
     take(report, tmp_path / "report.png")
-    assert drawn(tmp_path / "report.png").shape == drawn(PROJECT / "docs/report.png").shape
+    assert read_pixels(tmp_path / "report.png").shape == read_pixels(PROJECT / "docs/report.png").shape

@@ -1,4 +1,4 @@
-"""What a score is compared with, and on which device that is computed."""
+"""The baselines of a score: the majority class, and the linear probe."""
 
 import pytest
 import torch
@@ -15,16 +15,16 @@ from models import build_model
 LABELS = {0: "blue", 1: "green", 2: "red"}
 
 
-def test_majority_is_learned_on_train_and_scored_on_test():
+def test_majority_class_is_taken_from_train_and_scored_on_test():
     train, test = {"per_class": {"a": 7, "b": 3}}, {"per_class": {"a": 1, "b": 9}, "n": 10}
     assert majority_baseline({"splits": {"train": train, "test": test}})["accuracy"] == 0.1
-    alone = majority_baseline({"splits": {"test": test}})
-    assert (alone["label"], alone["accuracy"], alone["n"]) == ("b", 0.9, 10)
+    without_train = majority_baseline({"splits": {"test": test}})
+    assert (without_train["label"], without_train["accuracy"], without_train["n"]) == ("b", 0.9, 10)
 
 
 @pytest.fixture
-def measured(images, timm_checkpoint, tmp_path):
-    """The function that measures the probe of a tiny model on drawn images."""
+def measure(images, timm_checkpoint, tmp_path):
+    """A function that measures the probe of a tiny model on drawn images."""
     splits = load(data_dir=str(images))
     model, image_processor = build_model(str(timm_checkpoint), LABELS)
     view = EvaluationView(image_processor)
@@ -33,28 +33,28 @@ def measured(images, timm_checkpoint, tmp_path):
     return lambda recipe: measure_probe(trainer, recipe, splits, rows, with_learning_curve=False)
 
 
-def test_probe_has_a_baseline_a_start_and_suspects(measured):
-    probe = measured(RECIPES["lp_ft"])
+def test_probe_gives_a_baseline_starting_weights_and_suspect_labels(measure):
+    probe = measure(RECIPES["lp_ft"])
     assert set(probe.baseline) == {"validation", "test", "strength"} and probe.start and probe.learning_curve is None
     assert isinstance(probe.suspect_labels, list)
 
 
-def test_model_from_scratch_has_no_probe(measured):
-    assert measured(FROM_SCRATCH) == ProbeResults()
+def test_model_from_scratch_has_no_probe(measure):
+    assert measure(FROM_SCRATCH) == ProbeResults()
 
 
-def test_labels_are_checked_on_the_device_of_the_run(measured, monkeypatch):
-    asked = []
+def test_labels_are_checked_on_the_device_of_the_run(measure, monkeypatch):
+    devices = []
     to = torch.Tensor.to
 
-    def watched(self, device, *rest, **options):
-        asked.append(device)
+    def recorded_to(self, device, *rest, **options):
+        devices.append(device)
         return to(self, device, *rest, **options)
 
-    def checked(splits, features, strength):
-        assert torch.device("cpu") in asked[-1:]  # moved just before, to the device of the Trainer
+    def check_device(splits, features, strength):
+        assert torch.device("cpu") in devices[-1:]  # moved just before, to the device of the Trainer
         return []
 
-    monkeypatch.setattr(torch.Tensor, "to", watched)
-    monkeypatch.setattr(module, "suspect_labels", checked)
-    assert measured(RECIPES["lp_ft"]).suspect_labels == []
+    monkeypatch.setattr(torch.Tensor, "to", recorded_to)
+    monkeypatch.setattr(module, "suspect_labels", check_device)
+    assert measure(RECIPES["lp_ft"]).suspect_labels == []

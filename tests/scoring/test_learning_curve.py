@@ -1,4 +1,4 @@
-"""The learning curve: on features of known difficulty it grows, and half of the data foretells all of it."""
+"""The learning curve: it rises on features of known difficulty, and half of the data predicts the accuracy on all."""
 
 import numpy as np
 import pytest
@@ -19,21 +19,21 @@ def clusters(n: int, seed: int) -> tuple[torch.Tensor, np.ndarray]:
     return torch.tensor(centres[labels] + generator.normal(0, 1, (n, 200)), dtype=torch.float32), labels
 
 
-def test_half_of_the_images_foretells_all_of_them():
-    inside = 0
+def test_curve_of_half_the_images_predicts_the_accuracy_of_all():
+    within_interval = 0
     for seed in range(2):
         features, labels = clusters(800, seed)
         half = np.concatenate([np.flatnonzero(labels == label)[:100] for label in range(4)])
         groups = np.arange(800)
-        foretold = learning_curve(features[half], labels[half], NAMES, groups[half], 0.1, 300)
+        predicted = learning_curve(features[half], labels[half], NAMES, groups[half], 0.1, 300)
         measured = learning_curve(features, labels, NAMES, groups, 0.1, 600)["points"][-1]
-        assert measured["n"] == foretold["twice"]["n"] == 600
-        low, high = foretold["twice"]["ci95"]
-        inside += low <= measured["accuracy"] <= high
-    assert inside >= 1
+        assert measured["n"] == predicted["twice"]["n"] == 600
+        low, high = predicted["twice"]["ci95"]
+        within_interval += low <= measured["accuracy"] <= high
+    assert within_interval >= 1
 
 
-def test_points_grow_and_the_sentence_says_it():
+def test_accuracy_rises_with_the_images_and_the_sentence_says_so():
     features, labels = clusters(800, 1)
     curve = learning_curve(features, labels, NAMES, np.arange(800), 0.1, 600)
     accuracies = [point["accuracy"] for point in curve["points"]]
@@ -43,27 +43,27 @@ def test_points_grow_and_the_sentence_says_it():
     assert "(1,200 instead of 600)" in learning_curve_in_words(curve) and "points" in learning_curve_in_words(curve)
 
 
-def test_smallest_part_has_every_class():
+def test_smallest_subset_has_every_class():
     features, labels = clusters(40, 1)
     labels = np.where(np.arange(40) < 5, 3, labels % 3)
     assert learning_curve(features, labels, NAMES, np.arange(40), 0.1, 30)["points"][0]["n"] >= 4
 
 
-def test_class_with_too_few_images():
+def test_class_with_too_few_images_is_refused():
     features, labels = clusters(40, 1)
     labels = np.where(np.arange(40) < 3, 3, labels % 3)
     with pytest.raises(UserError, match=r"needs 4 images of each class .* 'd' has 3"):
         learning_curve(features, labels, NAMES, np.arange(40), 0.1, 30)
 
 
-def test_power_law_is_found_again():
+def test_power_law_is_recovered():
     sizes = np.array([100.0, 200, 400, 800])
     errors = 0.05 + 0.3 * (sizes / 100) ** -0.6
-    hits = np.zeros((4, 20_000))
+    correct = np.zeros((4, 20_000))
     for row, error in enumerate(errors):
-        hits[row, : round(20_000 * (1 - error))] = 1
+        correct[row, : round(20_000 * (1 - error))] = 1
     generator = np.random.default_rng(0)
-    found = extrapolate(sizes, hits[:, generator.permutation(20_000)], np.arange(20_000), 800)
+    estimate = extrapolate(sizes, correct[:, generator.permutation(20_000)], np.arange(20_000), 800)
     expected = 1 - (0.05 + 0.3 * 16**-0.6)
-    assert abs(found["twice"]["accuracy"] - expected) < 0.005
-    assert found["twice"]["ci95"][0] < expected < found["twice"]["ci95"][1]
+    assert abs(estimate["twice"]["accuracy"] - expected) < 0.005
+    assert estimate["twice"]["ci95"][0] < expected < estimate["twice"]["ci95"][1]

@@ -1,4 +1,4 @@
-"""The score: against figures worked out by hand, against the Trainer's way in, and without the network."""
+"""The metrics: compared with values worked out by hand, and called as the Trainer calls them."""
 
 import math
 
@@ -22,29 +22,29 @@ PREDICTIONS = np.array([0, 0, 0, 1, 1, 0])
 LOGITS = np.eye(3)[PREDICTIONS]
 
 
-def test_score_by_hand():
-    scored = score(LOGITS, REFERENCES, LABELS)
-    assert scored["accuracy"] == pytest.approx(4 / 6) and scored["n"] == 6
-    assert scored["confusion_matrix"] == [[3, 1, 0], [1, 1, 0], [0, 0, 0]]
-    assert scored["per_class"]["a"] == {"precision": 0.75, "recall": 0.75, "f1": 0.75, "support": 4}
-    assert scored["per_class"]["b"] == {"precision": 0.5, "recall": 0.5, "f1": 0.5, "support": 2}
-    assert scored["per_class"]["c"] == {"precision": 0, "recall": 0, "f1": 0, "support": 0}
-    assert scored["macro_f1"] == pytest.approx((0.75 + 0.5) / 2)  # c occurs nowhere and counts nowhere
-    right, wrong = math.log(math.e + 2) - 1, math.log(math.e + 2)
-    assert scored["log_loss"] == pytest.approx((4 * right + 2 * wrong) / 6)
+def test_score_equals_values_worked_out_by_hand():
+    metrics = score(LOGITS, REFERENCES, LABELS)
+    assert metrics["accuracy"] == pytest.approx(4 / 6) and metrics["n"] == 6
+    assert metrics["confusion_matrix"] == [[3, 1, 0], [1, 1, 0], [0, 0, 0]]
+    assert metrics["per_class"]["a"] == {"precision": 0.75, "recall": 0.75, "f1": 0.75, "support": 4}
+    assert metrics["per_class"]["b"] == {"precision": 0.5, "recall": 0.5, "f1": 0.5, "support": 2}
+    assert metrics["per_class"]["c"] == {"precision": 0, "recall": 0, "f1": 0, "support": 0}
+    assert metrics["macro_f1"] == pytest.approx((0.75 + 0.5) / 2)  # c does not occur and does not count
+    correct, wrong = math.log(math.e + 2) - 1, math.log(math.e + 2)
+    assert metrics["log_loss"] == pytest.approx((4 * correct + 2 * wrong) / 6)
 
 
-def test_perfect_and_worst():
+def test_perfect_and_worst_scores():
     assert score(np.eye(3)[REFERENCES], REFERENCES, LABELS)["macro_f1"] == 1
     assert score(np.eye(3)[(REFERENCES + 1) % 3], REFERENCES, LABELS)["accuracy"] == 0
 
 
 @pytest.mark.parametrize(
-    ("hits", "n", "low", "high"),
+    ("correct", "n", "low", "high"),
     [(154, 200, 0.7069, 0.8229), (181, 200, 0.8564, 0.9383), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0)],
 )
-def test_wilson_interval(hits, n, low, high):
-    assert wilson_interval(hits, n) == pytest.approx([low, high], abs=1e-4)
+def test_wilson_interval(correct, n, low, high):
+    assert wilson_interval(correct, n) == pytest.approx([low, high], abs=1e-4)
 
 
 def test_compute_metrics_takes_logits_or_a_tuple_of_outputs():
@@ -55,16 +55,16 @@ def test_compute_metrics_takes_logits_or_a_tuple_of_outputs():
     assert np.array_equal(concatenate_batches(batches), LOGITS)
 
 
-def test_top_5_where_there_are_more_classes():
+def test_top_5_accuracy_if_there_are_more_than_five_classes():
     labels = [str(index) for index in range(7)]
     logits = np.tile(np.arange(7.0), (4, 1))  # class 6 first, 2 fifth
-    scored = score(logits, np.array([6, 2, 1, 0]), labels)
-    assert scored["top_5_accuracy"] == 0.5 and scored["accuracy"] == 0.25
-    assert scored["top_5_accuracy_ci95"] == pytest.approx(wilson_interval(2, 4))
+    metrics = score(logits, np.array([6, 2, 1, 0]), labels)
+    assert metrics["top_5_accuracy"] == 0.5 and metrics["accuracy"] == 0.25
+    assert metrics["top_5_accuracy_ci95"] == pytest.approx(wilson_interval(2, 4))
     assert "top_5_accuracy" not in score(LOGITS, REFERENCES, LABELS)
 
 
-def test_calibration_error_by_hand():
+def test_calibration_error_equals_the_value_worked_out_by_hand():
     logits = np.log([[0.9, 0.1], [0.9, 0.1], [0.6, 0.4], [0.4, 0.6]])
     references = np.array([0, 1, 0, 1])
     bins = reliability(logits, references)
@@ -72,18 +72,18 @@ def test_calibration_error_by_hand():
     assert score(logits, references, ["a", "b"])["ece"] == pytest.approx(0.5 * 0.4 + 0.5 * 0.4)
 
 
-def test_temperature_brings_overconfident_logits_back():
+def test_temperature_recovers_the_scale_of_the_logits():
     generator = np.random.default_rng(0)
     true_logits = generator.normal(0, 2, (4000, 5))
-    uniform = generator.gumbel(size=true_logits.shape)
-    references = (true_logits + uniform).argmax(axis=1)  # drawn by these probabilities
+    noise = generator.gumbel(size=true_logits.shape)
+    references = (true_logits + noise).argmax(axis=1)  # drawn with the probabilities of these logits
     for factor in (3.0, 0.5):
         assert fit_temperature(true_logits * factor, references) == pytest.approx(factor, rel=0.08)
     before, after = (score(true_logits * f, references, list("abcde")) for f in (3, 1))
     assert after["ece"] < 0.03 < before["ece"] and after["log_loss"] < before["log_loss"]
 
 
-def test_temperature_stays_sober_where_all_is_right():
+def test_temperature_stays_moderate_if_every_prediction_is_correct():
     logits, references = np.eye(3)[[0, 1, 2] * 10] * 5, np.array([0, 1, 2] * 10)
     temperature = fit_temperature(logits, references)
     assert 0.3 < temperature < 3

@@ -1,4 +1,4 @@
-"""Fetching an image from a loopback server that misbehaves in every way, and from addresses that are refused."""
+"""Fetching images: a server on a loopback address that misbehaves in many ways, and addresses that are refused."""
 
 import io
 import shutil
@@ -17,14 +17,14 @@ import luthier.serving.fetch as fetch
 from luthier.images.decode import decode_rgb
 
 
-def image() -> bytes:
+def png_image() -> bytes:
     file = io.BytesIO()
     draw("red", 1).save(file, "PNG")
     return file.getvalue()
 
 
-class Misbehaving(BaseHTTPRequestHandler):
-    """Answers each path in its own wrong way."""
+class MisbehavingHandler(BaseHTTPRequestHandler):
+    """Answers each path with another fault."""
 
     busy = 0
     agents: ClassVar[list[str]] = []
@@ -33,10 +33,10 @@ class Misbehaving(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        Misbehaving.agents.append(self.headers["User-Agent"])
+        MisbehavingHandler.agents.append(self.headers["User-Agent"])
         getattr(self, self.path.split("?")[0].strip("/").replace("-", "_").replace(".", "_"), self.missing)()
 
-    def say(self, status, data=b"", **headers):
+    def respond(self, status, data=b"", **headers):
         self.send_response(status)
         for key, value in headers.items():
             self.send_header(key.replace("_", "-"), value)
@@ -44,49 +44,49 @@ class Misbehaving(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def missing(self):
-        self.say(404)
+        self.respond(404)
 
     def good_png(self):
-        self.say(200, image(), Content_Type="image/png")
+        self.respond(200, png_image(), Content_Type="image/png")
 
     def html_png(self):
-        self.say(200, b"<html>log in</html>", Content_Type="text/html")
+        self.respond(200, b"<html>log in</html>", Content_Type="text/html")
 
     def html_as_png(self):
-        self.say(200, b"<html>log in</html>", Content_Type="image/png")
+        self.respond(200, b"<html>log in</html>", Content_Type="image/png")
 
     def cut_png(self):
-        self.say(200, image()[:100], Content_Length="5000")
+        self.respond(200, png_image()[:100], Content_Length="5000")
 
     def loop(self):
-        self.say(302, Location="/loop")
+        self.respond(302, Location="/loop")
 
     def inside(self):
-        self.say(302, Location="http://169.254.169.254/latest/meta-data/")
+        self.respond(302, Location="http://169.254.169.254/latest/meta-data/")
 
     def to_file(self):
-        self.say(302, Location="file:///etc/passwd")
+        self.respond(302, Location="file:///etc/passwd")
 
     def round_about(self):
-        self.say(301, Location="good.png")
+        self.respond(301, Location="good.png")
 
     def busy_png(self):
-        Misbehaving.busy += 1
-        if Misbehaving.busy < 3:
-            self.say(429, Retry_After="0.1")
+        MisbehavingHandler.busy += 1
+        if MisbehavingHandler.busy < 3:
+            self.respond(429, Retry_After="0.1")
         else:
             self.good_png()
 
     def always_busy(self):
-        self.say(429, Retry_After="3600")
+        self.respond(429, Retry_After="3600")
 
     def endless(self):
-        self.say(200, Content_Type="image/png")
+        self.respond(200, Content_Type="image/png")
         for _ in range(1000):
             self.wfile.write(bytes(2**20))
 
     def drip(self):
-        self.say(200, Content_Type="image/png")
+        self.respond(200, Content_Type="image/png")
         for _ in range(100):
             self.wfile.write(b"x")
             self.wfile.flush()
@@ -104,22 +104,22 @@ class Misbehaving(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def server():
-    class Quiet(ThreadingHTTPServer):
+    class QuietServer(ThreadingHTTPServer):
         daemon_threads = True
 
         def handle_error(self, request, client_address):
-            pass  # of clients that leave
+            pass  # clients disconnect on purpose
 
-    running = Quiet(("127.0.0.1", 0), Misbehaving)
-    threading.Thread(target=running.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{running.server_port}"
-    running.shutdown()
+    http_server = QuietServer(("127.0.0.1", 0), MisbehavingHandler)
+    threading.Thread(target=http_server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{http_server.server_port}"
+    http_server.shutdown()
 
 
 @pytest.mark.parametrize("path", ["good.png", "round-about", "busy.png", "good.png?a=ü b"])
-def test_good_image(server, path):
+def test_good_image_is_fetched(server, path):
     assert decode_rgb(fetch.fetch(f"{server}/{path}", allow_private=True)).image.size == (48, 40)
-    assert Misbehaving.agents[-1].startswith("Luthier/")
+    assert MisbehavingHandler.agents[-1].startswith("Luthier/")
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_good_image(server, path):
         ("garbage", "does not speak HTTP"),
     ],
 )
-def test_bad_answer_is_one_message(server, path, message):
+def test_bad_answer_gives_one_message(server, path, message):
     with pytest.raises(OSError, match=message):
         fetch.fetch(f"{server}/{path}", allow_private=True)
 
@@ -151,7 +151,7 @@ def test_slow_answer_ends_at_the_deadline(server, path):
 @pytest.mark.parametrize(
     "url", ["ftp://example.org/a.png", "file:///etc/passwd", "http://", "http://[::1", "https://a b/"]
 )
-def test_other_addresses_are_refused(url):
+def test_addresses_other_than_http_are_refused(url):
     with pytest.raises(OSError, match=r"only http|no host"):
         fetch.fetch(url)
 
@@ -164,13 +164,13 @@ def test_other_addresses_are_refused(url):
         "224.0.0.1", "[64:ff9b:1::7f00:1]", "[fec0::1]", "[::127.0.0.1]", "168.63.129.16",
     ],
 )  # fmt: skip
-def test_inside_of_a_network_is_refused(host):
+def test_private_addresses_are_refused(host):
     with pytest.raises(OSError, match="is not public"):
         fetch.fetch(f"http://{host}/a.png")
 
 
-def test_redirect_to_the_inside_is_refused(server, monkeypatch):
-    """The first step is allowed, as a public address would be; the second is checked like it."""
+def test_redirect_to_a_private_address_is_refused(server, monkeypatch):
+    """The first address counts as public; the address of the redirect is checked too."""
     port = int(server.rsplit(":", 1)[1])
     resolve = socket.getaddrinfo
 
@@ -183,7 +183,7 @@ def test_redirect_to_the_inside_is_refused(server, monkeypatch):
         fetch.fetch(f"http://image.example:{port}/inside")
 
 
-def test_one_private_address_among_public_ones_is_enough(monkeypatch):
+def test_host_with_one_private_address_is_refused(monkeypatch):
     entries = [(2, 1, 6, "", ("93.184.216.34", 80)), (2, 1, 6, "", ("127.0.0.1", 80))]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: entries)
     with pytest.raises(OSError, match=r"is not public \(127.0.0.1\)"):
@@ -192,21 +192,21 @@ def test_one_private_address_among_public_ones_is_enough(monkeypatch):
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl for a certificate")
 def test_slow_answer_ends_at_the_deadline_over_tls_too(tmp_path, monkeypatch):
-    names = ["-keyout", str(tmp_path / "key.pem"), "-out", str(tmp_path / "cert.pem"), "-subj", "/CN=localhost"]
+    options = ["-keyout", str(tmp_path / "key.pem"), "-out", str(tmp_path / "cert.pem"), "-subj", "/CN=localhost"]
     subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", *names], check=True, capture_output=True
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", *options], check=True, capture_output=True
     )
-    running = ThreadingHTTPServer(("127.0.0.1", 0), Misbehaving)
-    running.daemon_threads = True
+    https_server = ThreadingHTTPServer(("127.0.0.1", 0), MisbehavingHandler)
+    https_server.daemon_threads = True
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
-    running.socket = context.wrap_socket(running.socket, server_side=True)
-    threading.Thread(target=running.serve_forever, daemon=True).start()
+    https_server.socket = context.wrap_socket(https_server.socket, server_side=True)
+    threading.Thread(target=https_server.serve_forever, daemon=True).start()
     monkeypatch.setattr(ssl, "create_default_context", ssl._create_unverified_context)
-    url = f"https://localhost:{running.server_port}"
+    url = f"https://localhost:{https_server.server_port}"
     assert fetch.fetch(f"{url}/good.png", allow_private=True)
     start = time.monotonic()
     with pytest.raises(OSError, match="took too long"):
         fetch.fetch(f"{url}/drip", allow_private=True, seconds=1)
     assert time.monotonic() - start < 5
-    running.shutdown()
+    https_server.shutdown()

@@ -1,4 +1,4 @@
-"""Pushing and loading over real HTTP against a Hub on a loopback address, its faults, and what must never go up."""
+"""Pushing to a local stand-in for the Hub and loading from it: faults, permissions, and files that must not go up."""
 
 import json
 import os
@@ -22,7 +22,7 @@ PUBLISHED = {
     ".gitattributes", "README.md", "config.json", "confusion_matrix.png", "coverage.png", "curves.png",
     "model.safetensors", "models.py", "preprocessor_config.json", "reliability.png",
 }  # fmt: skip
-LOAD = """
+LOAD_MODEL = """
 import sys
 from PIL import Image
 from transformers import AutoModelForImageClassification, pipeline
@@ -34,7 +34,7 @@ print(pipeline("image-classification", model=sys.argv[1], **options)(Image.new("
 """
 
 
-PUSHES = """
+PUSH_LOOP = """
 import contextlib, io, json, os, sys
 import push
 
@@ -42,17 +42,17 @@ for line in sys.stdin:
     out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            token, *words = json.loads(line)
+            token, *arguments = json.loads(line)
             os.environ["HF_TOKEN"] = token
-            push.main(words)
-        except SystemExit as ended:
-            code = ended.code
+            push.main(arguments)
+        except SystemExit as error:
+            code = error.code
     print(json.dumps([code, out.getvalue(), err.getvalue()]), flush=True)
 """
 
 
-class Pushed(NamedTuple):
-    """What a push ended with."""
+class PushResult(NamedTuple):
+    """The result of a push."""
 
     returncode: int
     stdout: str
@@ -65,45 +65,45 @@ def environment(server: Hub, home: Path, token: str | None = TOKEN) -> dict[str,
 
 
 @pytest.fixture(scope="module")
-def running():
+def shared_server():
     with Hub() as server:
         yield server
 
 
 @pytest.fixture
-def server(running):
-    """The Hub, empty and without faults."""
-    running.repositories, running.objects, running.faults, running.corrupt = {}, {}, [], False
-    running.requests, running.bodies = [], []
-    return running
+def server(shared_server):
+    """The server, empty and without faults."""
+    shared_server.repositories, shared_server.objects, shared_server.faults, shared_server.corrupt = {}, {}, [], False
+    shared_server.requests, shared_server.bodies = [], []
+    return shared_server
 
 
 @pytest.fixture(scope="module")
-def pushes(running, tmp_path_factory):
-    """A process that pushes as often as it is told to: the imports take longer than a push."""
+def push_process(shared_server, tmp_path_factory):
+    """One process for all pushes, because the imports take longer than a push."""
     home = tmp_path_factory.mktemp("home")
     with subprocess.Popen(
-        [sys.executable, "-c", PUSHES],
-        env=environment(running, home), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-c", PUSH_LOOP],
+        env=environment(shared_server, home), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip
         yield process
         process.stdin.close()
 
 
 @pytest.fixture
-def push(server, pushes):
-    """Run push.py as a user of the loopback Hub."""
+def push(server, push_process):
+    """A function that runs push.py as a user of the server."""
 
-    def run(*line: str | Path, token: str = TOKEN) -> Pushed:
-        print(json.dumps([token, *map(str, line)]), file=pushes.stdin, flush=True)
-        return Pushed(*json.loads(pushes.stdout.readline()))
+    def run(*args: str | Path, token: str = TOKEN) -> PushResult:
+        print(json.dumps([token, *map(str, args)]), file=push_process.stdin, flush=True)
+        return PushResult(*json.loads(push_process.stdout.readline()))
 
     return run
 
 
 @pytest.fixture
 def client(server, tmp_path):
-    """Run a script or code in a process of its own, as a user of the loopback Hub; from an empty folder."""
+    """A function that runs a script or code in a new process, as a user of the server."""
 
     def run(*command: str | Path, token: str | None = TOKEN, home: str = "home") -> subprocess.CompletedProcess:
         return subprocess.run(
@@ -115,13 +115,13 @@ def client(server, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, launch):
-    """The folder of a finished run of simple_cnn, in which secrets lie about."""
+def finished_run(tmp_path_factory, launch):
+    """The folder of a finished run of simple_cnn, with secrets in some of its files."""
     folder = tmp_path_factory.mktemp("finished")
     draw_folder(folder / "images", per_class=6)
-    line = ["--data_dir", "images", "--model_name", "simple_cnn", "--num_train_epochs", "1", "--output_dir", "out"]
-    ran = launch("train.py", *line, cwd=folder)
-    assert ran.returncode == 0, ran.stderr
+    args = ["--data_dir", "images", "--model_name", "simple_cnn", "--num_train_epochs", "1", "--output_dir", "out"]
+    result = launch("train.py", *args, cwd=folder)
+    assert result.returncode == 0, result.stderr
     (folder / "out/.env").write_text(f"HF_TOKEN={TOKEN}")
     (folder / "out/training_args.bin").write_bytes(TOKEN.encode())
     (folder / "out/runs").mkdir()
@@ -129,41 +129,45 @@ def finished(tmp_path_factory, launch):
     return folder / "out"
 
 
-def test_push_to_a_private_repository_then_load_is_bit_equal(server, push, client, finished, tmp_path):
-    ran = push(finished, "me/instruments", "--private")
-    assert ran.returncode == 0 and f"{server.url}/me/instruments" in ran.stdout, ran.stderr
+def test_model_from_a_private_repository_equals_the_pushed_one_bit_for_bit(
+    server, push, client, finished_run, tmp_path
+):
+    result = push(finished_run, "me/instruments", "--private")
+    assert result.returncode == 0 and f"{server.url}/me/instruments" in result.stdout, result.stderr
     assert server.repositories["models/me/instruments"].private
     assert set(server.repositories["models/me/instruments"].files) == PUBLISHED
-    listed = re.findall(r"MB  (\S+)", ran.stdout)
+    listed = re.findall(r"MB  (\S+)", result.stdout)
     assert set(listed) == PUBLISHED - {".gitattributes"}
     assert not any(TOKEN.encode() in data for data in server.repositories["models/me/instruments"].files.values())
-    assert not any(TOKEN.encode() in body for body in server.bodies) and TOKEN not in ran.stdout + ran.stderr
+    assert not any(TOKEN.encode() in body for body in server.bodies) and TOKEN not in result.stdout + result.stderr
     card = server.repositories["models/me/instruments"].files["README.md"].decode()
     assert (
         "model-index" in card and 'pipeline("image-classification", "me/instruments", trust_remote_code=True)' in card
     )
-    loaded = client("-c", LOAD, "me/instruments", "trust")
+    loaded = client("-c", LOAD_MODEL, "me/instruments", "trust")
     assert loaded.returncode == 0 and loaded.stdout.strip() in ("blue", "green", "red"), loaded.stderr
-    here, there = load_file(finished / "model.safetensors"), load_file(tmp_path / "loaded/model.safetensors")
-    assert here.keys() == there.keys() and all((here[name] == there[name]).all() for name in here)
+    local, remote = load_file(finished_run / "model.safetensors"), load_file(tmp_path / "loaded/model.safetensors")
+    assert local.keys() == remote.keys() and all((local[name] == remote[name]).all() for name in local)
 
 
-def test_second_push_sends_what_changed_and_takes_away_what_is_gone(server, push, finished, tmp_path):
-    copied = tmp_path / "copied"
-    subprocess.run(["cp", "-r", finished, copied], check=True)
-    assert push(copied, "me/x").returncode == 0
+def test_second_push_uploads_changed_files_and_deletes_missing_ones(server, push, finished_run, tmp_path):
+    copied_run = tmp_path / "copied"
+    subprocess.run(["cp", "-r", finished_run, copied_run], check=True)
+    assert push(copied_run, "me/x").returncode == 0
     repository = server.repositories["models/me/x"]
     repository.files["NOTES.md"] = b"of the owner"
-    weights = load_file(copied / "model.safetensors")
-    save_file({name: tensor + 1 for name, tensor in weights.items()}, copied / "model.safetensors", {"format": "pt"})
-    (copied / "curves.png").unlink()
-    before, sent = dict(repository.files), len(server.requests)
-    assert push(copied, "me/x").returncode == 0
+    weights = load_file(copied_run / "model.safetensors")
+    save_file(
+        {name: tensor + 1 for name, tensor in weights.items()}, copied_run / "model.safetensors", {"format": "pt"}
+    )
+    (copied_run / "curves.png").unlink()
+    before, first_requests = dict(repository.files), len(server.requests)
+    assert push(copied_run, "me/x").returncode == 0
     after = repository.files
     changed = {path for path in before if before[path] != after.get(path)}
     assert changed == {"model.safetensors", "curves.png", "README.md"} and "curves.png" not in after
     assert after["NOTES.md"] == b"of the owner"
-    assert sum(request.startswith("PUT") for request in server.requests[sent:]) == 1
+    assert sum(request.startswith("PUT") for request in server.requests[first_requests:]) == 1
 
 
 @pytest.mark.parametrize(
@@ -179,14 +183,14 @@ def test_second_push_sends_what_changed_and_takes_away_what_is_gone(server, push
         ("GET /api/whoami-v2", None, 1, {}),
     ],
 )
-def test_fault_that_passes_is_overcome(server, push, finished, pattern, status, times, headers):
+def test_temporary_fault_is_retried(server, push, finished_run, pattern, status, times, headers):
     fault = server.fail(pattern, status, times, **headers)
-    ran = push(finished, "me/x")
-    assert ran.returncode == 0 and fault.seen == times, ran.stderr
+    result = push(finished_run, "me/x")
+    assert result.returncode == 0 and fault.count == times, result.stderr
     assert set(server.repositories["models/me/x"].files) == PUBLISHED
-    assert "Traceback" not in ran.stderr
+    assert "Traceback" not in result.stderr
     if headers:
-        assert "retrying in 2 s" in ran.stderr
+        assert "retrying in 2 s" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -200,17 +204,19 @@ def test_fault_that_passes_is_overcome(server, push, finished, pattern, status, 
         ("POST .*/commit/", 413, "error .413"),
     ],
 )
-def test_fault_that_stays_ends_in_one_message(server, push, finished, pattern, status, message):
+def test_permanent_fault_gives_one_message(server, push, finished_run, pattern, status, message):
     server.fail(pattern, status, 99)
-    ran = push(finished, "me/x")
-    assert ran.returncode != 0 and re.search(message, ran.stderr) and "Traceback" not in ran.stderr, ran.stderr
-    assert sum(line.startswith("error: ") for line in ran.stderr.splitlines()) == 1
+    pushed = push(finished_run, "me/x")
+    assert pushed.returncode != 0 and re.search(message, pushed.stderr) and "Traceback" not in pushed.stderr, (
+        pushed.stderr
+    )
+    assert sum(line.startswith("error: ") for line in pushed.stderr.splitlines()) == 1
 
 
-def test_damage_on_the_way_is_found_and_nothing_is_published(server, push, finished):
+def test_upload_damaged_on_the_way_is_detected_and_not_published(server, push, finished_run):
     server.corrupt = True
-    ran = push(finished, "me/x")
-    assert ran.returncode != 0 and "another hash" in ran.stderr and "Traceback" not in ran.stderr
+    result = push(finished_run, "me/x")
+    assert result.returncode != 0 and "another hash" in result.stderr and "Traceback" not in result.stderr
     assert set(server.repositories["models/me/x"].files) == {".gitattributes"}
 
 
@@ -224,46 +230,44 @@ def test_damage_on_the_way_is_found_and_nothing_is_published(server, push, finis
         (TOKEN, "bare", "'bare' is not a name for a repository: give owner/name"),
     ],
 )
-def test_missing_rights(push, finished, token, repo_id, message):
-    ran = push(finished, repo_id, token=token)
-    assert ran.returncode == 2 and message in ran.stderr and "Traceback" not in ran.stderr, ran.stderr
+def test_missing_permission_gives_one_message(push, finished_run, token, repo_id, message):
+    result = push(finished_run, repo_id, token=token)
+    assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr, result.stderr
 
 
-def test_rights_are_seen_before_training(server, client, tmp_path):
+def test_permission_is_checked_before_training(server, client, tmp_path):
     draw_folder(tmp_path / "images", per_class=6)
-    line = ["--data_dir", "images", "--model_name", "simple_cnn", "--num_train_epochs", "1", "--push_to_hub"]
-    ran = client(PROJECT / "train.py", *line, "--hub_model_id", "somebody/else")
-    assert ran.returncode == 2 and "may not write to somebody/else" in ran.stderr, ran.stderr
-    assert not ran.stdout and not (tmp_path / "outputs").exists() and "Traceback" not in ran.stderr
+    args = ["--data_dir", "images", "--model_name", "simple_cnn", "--num_train_epochs", "1", "--push_to_hub"]
+    result = client(PROJECT / "train.py", *args, "--hub_model_id", "somebody/else")
+    assert result.returncode == 2 and "may not write to somebody/else" in result.stderr, result.stderr
+    assert not result.stdout and not (tmp_path / "outputs").exists() and "Traceback" not in result.stderr
 
 
-def test_push_that_fails_costs_nothing_and_is_repeated_alone(server, client, push, tmp_path):
+def test_failed_push_keeps_the_run_and_can_be_repeated(server, client, push, tmp_path):
     draw_folder(tmp_path / "images", per_class=6)
     fault = server.fail("POST .*/commit/", 403, 1)
-    line = ["--data_dir", "images", "--model_name", "simple_cnn", "--num_train_epochs", "1", "--push_to_hub"]
-    ran = client(PROJECT / "train.py", *line, "--hub_model_id", "colours", "--output_dir", "out")
-    assert fault.seen == 1 and ran.returncode == 1 and "Traceback" not in ran.stderr, ran.stderr
-    assert "not pushed: this login may not write to me/colours" in ran.stderr
-    (again,) = re.findall(r"^  python push.py (.*)$", ran.stderr, re.M)
-    assert again == "out me/colours" and (tmp_path / "out/report.html").exists()
+    args = ["--data_dir", "images", "--model_name", "simple_cnn", "--num_train_epochs", "1", "--push_to_hub"]
+    result = client(PROJECT / "train.py", *args, "--hub_model_id", "colours", "--output_dir", "out")
+    assert fault.count == 1 and result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
+    assert "not pushed: this login may not write to me/colours" in result.stderr
+    (push_arguments,) = re.findall(r"^  python push.py (.*)$", result.stderr, re.M)
+    assert push_arguments == "out me/colours" and (tmp_path / "out/report.html").exists()
     assert not any(TOKEN.encode() in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert not any(TOKEN.encode() in body for body in server.bodies)
-    repeated = push(tmp_path / "out", "me/colours")
-    assert repeated.returncode == 0 and set(server.repositories["models/me/colours"].files) == PUBLISHED
+    second_push = push(tmp_path / "out", "me/colours")
+    assert second_push.returncode == 0 and set(server.repositories["models/me/colours"].files) == PUBLISHED
 
 
-def test_resumed_run_that_has_ended_is_pushed_and_not_trained(server, client, finished):
-    line = ["--data_dir", finished.parent / "images", "--model_name", "simple_cnn", "--output_dir", finished]
-    line += ["--resume_from_checkpoint", "auto", "--push_to_hub", "--hub_model_id", "me/late"]
-    ran = client(PROJECT / "train.py", *line)
-    assert ran.returncode == 0 and "done     " in ran.stdout and "epoch" not in ran.stdout, ran.stderr
+def test_finished_run_that_is_resumed_is_pushed_and_not_trained(server, client, finished_run):
+    args = ["--data_dir", finished_run.parent / "images", "--model_name", "simple_cnn", "--output_dir", finished_run]
+    args += ["--resume_from_checkpoint", "auto", "--push_to_hub", "--hub_model_id", "me/late"]
+    result = client(PROJECT / "train.py", *args)
+    assert result.returncode == 0 and "done     " in result.stdout and "epoch" not in result.stdout, result.stderr
     assert set(server.repositories["models/me/late"].files) == PUBLISHED
 
 
-def test_original_experiments_whole_path_from_download_to_published_model(
-    server, client, tmp_path, launch, monkeypatch
-):
-    """The original third experiment: its dataset's and its model's layout, drawn images and random weights."""
+def test_original_experiment_from_download_to_published_model(server, client, tmp_path, launch, monkeypatch):
+    """The third original experiment, with drawn images and random weights in the layout of its dataset and model."""
     names = ["arp", "baglama", "elektro gitar", "gitar", "kanun", "keman", "kemence", "mandolin", "ud", "yayli tambur"]
     for number, name in enumerate(names):
         (tmp_path / "dataset/instruments" / name).mkdir(parents=True)
@@ -283,18 +287,18 @@ def test_original_experiments_whole_path_from_download_to_published_model(
     server.add("models", "timm/resnet18.tv_in1k", tmp_path / "model")
     config = PROJECT / "configs/resnet18_instruments_augmix.yaml"
     launcher = ["-m", "accelerate.commands.launch", "--config_file", PROJECT / "accelerate_config.yaml"]
-    line = [config, "--num_train_epochs", "1", "--push_to_hub", "--hub_model_id", "me/instruments"]
-    ran = client(*launcher, PROJECT / "train.py", *line)
-    assert ran.returncode == 0, ran.stderr
-    assert "pushed   " in ran.stdout and "10 classes" in ran.stdout
+    args = [config, "--num_train_epochs", "1", "--push_to_hub", "--hub_model_id", "me/instruments"]
+    result = client(*launcher, PROJECT / "train.py", *args)
+    assert result.returncode == 0, result.stderr
+    assert "pushed   " in result.stdout and "10 classes" in result.stdout
     repository = server.repositories["models/me/instruments"]
     labels = json.loads(repository.files["config.json"])["label_names"]
     assert labels[:2] == ["harp", "baglama"]
-    loaded = client("-c", LOAD, "me/instruments", "plain", home="fresh")
+    loaded = client("-c", LOAD_MODEL, "me/instruments", "plain", home="fresh")
     assert loaded.returncode == 0 and loaded.stdout.strip() in labels, loaded.stderr
 
 
-def test_no_network_is_one_message(monkeypatch):
+def test_no_network_gives_one_message(monkeypatch):
     monkeypatch.setattr(hub, "WAITS", (0, 0))
     calls = []
 
@@ -307,8 +311,8 @@ def test_no_network_is_one_message(monkeypatch):
     assert len(calls) == 3
 
 
-def test_hostile_names_stay_text_in_the_card(finished, tmp_path):
-    metrics = json.loads((finished / "metrics.json").read_text())
+def test_hostile_names_are_escaped_in_the_model_card(finished_run, tmp_path):
+    metrics = json.loads((finished_run / "metrics.json").read_text())
     metrics["data"]["name"] = "<img src=x onerror=alert(1)> [x](javascript:alert(1))"
     names = ["| a |", "<b>b</b>", "[c](http://c)"]
     per_class = dict(zip(names, metrics["test"]["per_class"].values(), strict=True))
@@ -319,31 +323,32 @@ def test_hostile_names_stay_text_in_the_card(finished, tmp_path):
     assert not any(text in body for text in ("<img", "<b>", "[x](", "[c](", "| | a |")) and "# instruments" in body
 
 
-def test_nothing_is_made_on_the_hub_for_a_folder_without_a_run(server, push, tmp_path):
+def test_folder_without_a_run_sends_no_request(server, push, tmp_path):
     for text in (None, "{}", "no JSON"):
         if text:
             (tmp_path / "metrics.json").write_text(text)
-        ran = push(tmp_path, "me/x")
-        assert ran.returncode == 2 and "holds no finished run" in ran.stderr and "Traceback" not in ran.stderr
+        result = push(tmp_path, "me/x")
+        assert result.returncode == 2 and "holds no finished run" in result.stderr and "Traceback" not in result.stderr
     assert not server.requests
 
 
-def test_folder_of_a_score_is_refused(server, push, finished, tmp_path):
-    """Its metrics.json has no temperature, no validation and no seeds."""
-    score.main(
-        [str(finished), "--data_dir", str(finished.parent / "images"), "--output_dir", str(tmp_path / "scored")]
-    )
-    ran = push(tmp_path / "scored", "me/x")
+def test_output_of_score_is_refused(server, push, finished_run, tmp_path):
+    """Its metrics.json has no temperature, no validation scores and no random seeds."""
+    images = str(finished_run.parent / "images")
+    score.main([str(finished_run), "--data_dir", images, "--output_dir", str(tmp_path / "scored")])
+    result = push(tmp_path / "scored", "me/x")
     assert (
-        ran.returncode == 2 and "holds no model: score.py writes none" in ran.stderr and "Traceback" not in ran.stderr
+        result.returncode == 2
+        and "holds no model: score.py writes none" in result.stderr
+        and "Traceback" not in result.stderr
     )
     assert not server.requests
 
 
-def test_unfinished_folders_are_refused(finished, tmp_path):
+def test_unfinished_folders_are_refused(finished_run, tmp_path):
     with pytest.raises(UserError, match="holds no finished run"):
         hub.stage(tmp_path, "me/x", tmp_path)
-    (tmp_path / "metrics.json").write_text((finished / "metrics.json").read_text())
+    (tmp_path / "metrics.json").write_text((finished_run / "metrics.json").read_text())
     (tmp_path / "staging").mkdir()
     with pytest.raises(UserError, match=r"holds no model: score.py writes none"):
         hub.stage(tmp_path, "me/x", tmp_path / "staging")

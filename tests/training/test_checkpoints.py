@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, damage set aside, the oldest go, full disks foreseen."""
+"""Checkpoints: complete or absent, damaged ones set aside, old ones removed, disk space checked in advance."""
 
 import json
 import logging
@@ -17,17 +17,17 @@ from luthier.training.checkpoints import (
 )
 
 
-def checkpoint(output_dir, step):
-    written = output_dir / ".partial" / f"checkpoint-{step}"
-    written.mkdir(parents=True)
-    (written / "model.safetensors").write_bytes(bytes(range(256)) * step)
-    (written / "trainer_state.json").write_text("{}")
-    seal(written, output_dir / f"checkpoint-{step}")
+def write_checkpoint(output_dir, step):
+    partial = output_dir / ".partial" / f"checkpoint-{step}"
+    partial.mkdir(parents=True)
+    (partial / "model.safetensors").write_bytes(bytes(range(256)) * step)
+    (partial / "trainer_state.json").write_text("{}")
+    seal(partial, output_dir / f"checkpoint-{step}")
     return output_dir / f"checkpoint-{step}"
 
 
-def test_sealed_is_whole(tmp_path):
-    folder = checkpoint(tmp_path, 4)
+def test_sealed_checkpoint_is_whole(tmp_path):
+    folder = write_checkpoint(tmp_path, 4)
     assert find_damage(folder) is None and newest_whole(tmp_path) == folder
     assert set(json.loads((folder / HASHES).read_text())) == {"model.safetensors", "trainer_state.json"}
     assert not (tmp_path / ".partial").exists()
@@ -52,8 +52,8 @@ def test_sealed_is_whole(tmp_path):
         ),
     ],
 )
-def test_damage_is_found_and_the_one_before_is_used(tmp_path, caplog, damage, message):
-    before, newest = checkpoint(tmp_path, 4), checkpoint(tmp_path, 8)
+def test_damaged_checkpoint_is_set_aside_and_the_previous_one_is_used(tmp_path, caplog, damage, message):
+    before, newest = write_checkpoint(tmp_path, 4), write_checkpoint(tmp_path, 8)
     damage(newest)
     assert message in find_damage(newest)
     with caplog.at_level(logging.WARNING):
@@ -62,21 +62,21 @@ def test_damage_is_found_and_the_one_before_is_used(tmp_path, caplog, damage, me
     assert (tmp_path / "damaged-checkpoint-8").exists() and not newest.exists()
 
 
-def test_what_was_being_written_is_not_there(tmp_path):
+def test_partly_written_checkpoint_is_removed(tmp_path):
     (tmp_path / ".partial/checkpoint-9").mkdir(parents=True)
     assert newest_whole(tmp_path) is None and not (tmp_path / ".partial").exists()
 
 
-def test_oldest_go_but_for_the_best(tmp_path):
+def test_oldest_checkpoints_are_removed_except_the_best(tmp_path):
     for step in (2, 4, 10, 12):
-        checkpoint(tmp_path, step)
+        write_checkpoint(tmp_path, step)
     prune_checkpoints(tmp_path, None, best=2)
     assert list(checkpoints_by_step(tmp_path)) == [12, 10, 4, 2]
     prune_checkpoints(tmp_path, 2, best=2)
     assert list(checkpoints_by_step(tmp_path)) == [12, 10, 2]
 
 
-def test_full_disk_is_foreseen(tmp_path):
+def test_too_little_disk_space_is_refused(tmp_path):
     check_disk_space(tmp_path, 1000, 2)
     with pytest.raises(UserError, match=r"GB left, and this run's checkpoints need up to 4000000.00 GB"):
         check_disk_space(tmp_path, 10**15, 2)

@@ -1,4 +1,4 @@
-"""The linear probe: the right optimum, the same logits in the network, features computed once and never mixed up."""
+"""The linear probe: the right optimum, the same logits in the network, and features computed once and cached."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,15 +32,15 @@ def clusters(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor(points * np.logspace(-2, 2, 8) + 5, dtype=torch.float32), torch.tensor(labels)
 
 
-def test_optimum_is_scikit_learns():
+def test_optimum_equals_that_of_scikit_learn():
     features, labels = clusters(300, 0)
     features = (features - features.mean(dim=0)) / features.std(dim=0)
     weight, bias = torch.zeros(3, 8, requires_grad=True), torch.zeros(3, requires_grad=True)
-    for strength in (1.0, 0.03):  # the second from the first on
+    for strength in (1.0, 0.03):  # the second fit starts from the first
         minimise(features, labels, weight, bias, strength)
-        theirs = LogisticRegression(C=1 / (len(labels) * strength), tol=1e-8, max_iter=1000).fit(features, labels)
-        ours = torch.softmax(features @ weight.T + bias, dim=1).detach().numpy()
-        np.testing.assert_allclose(ours, theirs.predict_proba(features.numpy()), atol=2e-3)
+        reference = LogisticRegression(C=1 / (len(labels) * strength), tol=1e-8, max_iter=1000).fit(features, labels)
+        probabilities = torch.softmax(features @ weight.T + bias, dim=1).detach().numpy()
+        np.testing.assert_allclose(probabilities, reference.predict_proba(features.numpy()), atol=2e-3)
 
 
 def test_strength_is_chosen_on_validation_and_the_scale_is_folded_in():
@@ -62,7 +62,7 @@ def test_constant_feature_does_no_harm():
     torch.testing.assert_close(logits.softmax(dim=1), expected.softmax(dim=1), atol=2e-3, rtol=0)
 
 
-def trainer_of(model: PreTrainedModel, folder: Path) -> Trainer:
+def build_trainer(model: PreTrainedModel, folder: Path) -> Trainer:
     arguments = TrainingArguments(output_dir=str(folder), report_to="none", remove_unused_columns=False, use_cpu=True)
     return Trainer(model=model, args=arguments, data_collator=collate)
 
@@ -70,61 +70,61 @@ def trainer_of(model: PreTrainedModel, folder: Path) -> Trainer:
 def build_probe(
     trainer: Trainer, head: str, splits: DatasetDict, view: EvaluationView
 ) -> tuple[LinearProbe, dict[str, torch.Tensor]]:
-    """Fit the probe on train and validation as a run does; return it, and the features."""
+    """Fit the probe on train and validation as a run does; return the probe and the features."""
     rows = feature_rows(splits, view)
     features = {split: load_features(trainer, head, *rows[split]) for split in ("train", "validation")}
     return fit_shared_probe(trainer, features, {split: splits[split]["label"][:] for split in features}), features
 
 
 @pytest.fixture(params=["timm_checkpoint", "vit_checkpoint", "resnet_checkpoint"])
-def setting(request, images, tmp_path):
+def probe_setup(request, images, tmp_path):
     model, image_processor = build_model(str(request.getfixturevalue(request.param)), NAMES)
-    view, trainer = EvaluationView(image_processor), trainer_of(model, tmp_path)
+    view, trainer = EvaluationView(image_processor), build_trainer(model, tmp_path)
     return trainer, prepare(load_splits(data_dir=str(images))[0], view), view
 
 
-def test_networks_logits_are_the_probes(setting):
-    trainer, splits, view = setting
+def test_network_with_the_probe_as_head_has_the_logits_of_the_probe(probe_setup):
+    trainer, splits, view = probe_setup
     model = trainer.model
     head = linear_head(model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     probe, features = build_probe(trainer, head, splits, view)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())  # left as it was
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())  # unchanged
     model.load_state_dict(state_with_probe(model, head, probe))
     pixel_values = torch.stack([view.unpack(row["view"]) for row in splits["validation"]])
     with torch.no_grad():
-        answer = model.eval()(pixel_values).logits
-    torch.testing.assert_close(answer, probe.logits(features["validation"]), atol=1e-4, rtol=1e-4)
+        logits = model.eval()(pixel_values).logits
+    torch.testing.assert_close(logits, probe.logits(features["validation"]), atol=1e-4, rtol=1e-4)
 
 
-def test_features_are_computed_once_and_belong_to_images_weights_and_view(timm_checkpoint, tmp_path, monkeypatch):
-    def counted(model_name: str, folder: str, image_size: int | None = None) -> tuple[int, torch.Tensor]:
+def test_features_are_cached_for_images_weights_and_view(timm_checkpoint, tmp_path, monkeypatch):
+    def count_passes(model_name: str, folder: str, image_size: int | None = None) -> tuple[int, torch.Tensor]:
         model, image_processor = build_model(model_name, NAMES, image_size)
-        view, trainer = EvaluationView(image_processor), trainer_of(model, tmp_path)
+        view, trainer = EvaluationView(image_processor), build_trainer(model, tmp_path)
         calls, predict = [], trainer.predict
         monkeypatch.setattr(trainer, "predict", lambda *a, **k: calls.append(1) or predict(*a, **k))
         probe, _ = build_probe(trainer, linear_head(model), prepare(load_splits(data_dir=folder)[0], view), view)
         return len(calls), probe.weight
 
     folder, name = str(draw_folder(tmp_path / "p", 9)), str(timm_checkpoint)
-    first, weight = counted(name, folder)
-    assert first == 2
-    again, same = counted(name, folder)  # with another new head
-    assert again == 0 and torch.equal(weight, same)
-    assert counted(name, folder, 64)[0] == 2
+    passes, weight = count_passes(name, folder)
+    assert passes == 2
+    repeated_passes, repeated_weight = count_passes(name, folder)  # the new head is another one
+    assert repeated_passes == 0 and torch.equal(weight, repeated_weight)
+    assert count_passes(name, folder, 64)[0] == 2
     model, image_processor = build_model(name, NAMES)
     with torch.no_grad():
         next(model.parameters()).mul_(1.01)
     model.save_pretrained(tmp_path / "moved")
     image_processor.to_json_file(tmp_path / "moved/preprocessor_config.json")
-    assert counted(str(tmp_path / "moved"), folder)[0] == 2
+    assert count_passes(str(tmp_path / "moved"), folder)[0] == 2
     draw("red", 999).save(tmp_path / "p/red/000.png")
-    assert counted(name, folder)[0] >= 1
+    assert count_passes(name, folder)[0] >= 1
 
 
-def test_training_after_the_probe_is_prepared_anew(setting):
-    """Accelerate would otherwise take the model, prepared for evaluation, for one that is ready to train."""
-    trainer, splits, view = setting
+def test_model_is_prepared_again_for_training_after_the_probe(probe_setup):
+    """Otherwise Accelerate would train the model as it was prepared for evaluation."""
+    trainer, splits, view = probe_setup
     model = trainer.model
     build_probe(trainer, linear_head(model), splits, view)
     assert not getattr(model, "_is_accelerate_prepared", False)
@@ -132,7 +132,7 @@ def test_training_after_the_probe_is_prepared_anew(setting):
 
 
 class UsedTwice(torch.nn.Module):
-    """A network whose convolution feeds a BatchNorm layer and a shortcut round it, where nothing may be fused."""
+    """A network whose convolution feeds a BatchNorm layer and a shortcut around it: nothing may be fused."""
 
     device = torch.device("cpu")
 
@@ -142,8 +142,8 @@ class UsedTwice(torch.nn.Module):
         self.head = torch.nn.Linear(8, 3)
 
     def forward(self, pixel_values):
-        seen = self.convolution(pixel_values)
-        return SimpleNamespace(logits=self.head((seen + self.norm(seen)).mean(dim=(2, 3))))
+        feature_map = self.convolution(pixel_values)
+        return SimpleNamespace(logits=self.head((feature_map + self.norm(feature_map)).mean(dim=(2, 3))))
 
 
 @pytest.mark.parametrize("kind", ["timm_checkpoint", "resnet_checkpoint", "efficientnet_lite0", "used twice"])
@@ -172,20 +172,20 @@ def test_fused_backbone_has_the_same_outputs(kind, request):
 
 @pytest.mark.parametrize("side", [31, 64])
 @pytest.mark.parametrize("kernel, stride", [(3, 1), (3, 2), (5, 2), (2, 3)])
-def test_convolution_with_tensorflows_padding_pads_by_itself(side, kernel, stride):
+def test_convolution_with_tensorflow_padding_keeps_its_outputs(side, kernel, stride):
     convolution = Conv2dSame(4, 6, kernel, stride, groups=2)
-    shown = torch.randn(2, 4, side, side + 3)
-    torch.testing.assert_close(_with_even_padding(convolution, shown.shape[-2:])(shown), convolution(shown))
+    inputs = torch.randn(2, 4, side, side + 3)
+    torch.testing.assert_close(_with_even_padding(convolution, inputs.shape[-2:])(inputs), convolution(inputs))
 
 
-def test_damaged_cache_is_computed_anew_and_weights_that_are_not_numbers_are_named(setting):
-    trainer, splits, view = setting
+def test_damaged_cache_is_computed_again_and_weights_that_are_not_finite_are_reported(probe_setup):
+    trainer, splits, view = probe_setup
     head = linear_head(trainer.model)
     probe, _ = build_probe(trainer, head, splits, view)
     for path in Path(datasets.config.HF_DATASETS_CACHE, "luthier_features").glob("*.safetensors"):
         path.write_bytes(path.read_bytes()[:-7])
-    again, _ = build_probe(trainer, head, splits, view)
-    assert torch.equal(probe.weight, again.weight)
+    repeated, _ = build_probe(trainer, head, splits, view)
+    assert torch.equal(probe.weight, repeated.weight)
     with torch.no_grad():
         next(trainer.model.parameters()).fill_(float("nan"))
     with pytest.raises(UserError, match="not finite numbers"):

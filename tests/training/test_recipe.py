@@ -1,4 +1,4 @@
-"""Which recipe is chosen, and what lies between two states of a model."""
+"""The choice of the recipe, and the blend of two states of a model."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def test_few_images_for_many_parameters_start_from_the_probe(parameters, images,
     assert settle_recipe(None, "some/model", True, parameters, images).name == expected
 
 
-def test_what_is_asked_for_is_done_or_refused():
+def test_requested_recipe_is_used_or_refused():
     for name in RECIPES:
         assert settle_recipe(name, "some/model", True, 10, 10) == RECIPES[name]
     assert settle_recipe(None, "simple_cnn", True, 10, 10) == FROM_SCRATCH
@@ -26,13 +26,13 @@ def test_what_is_asked_for_is_done_or_refused():
         settle_recipe("lp_ft", "odd/head", False, 10, 10)
 
 
-def test_the_users_rate_and_epochs_replace_the_recipes():
+def test_learning_rate_and_epochs_of_the_user_replace_those_of_the_recipe():
     settled = settle_recipe("full", "some/model", True, 10, 10, learning_rate=0.5, num_train_epochs=7)
     assert settled == RECIPES["full"]._replace(learning_rate=0.5, num_train_epochs=7)
     assert RECIPES["full"].learning_rate != 0.5
 
 
-def test_blend():
+def test_blend_interpolates_between_two_states():
     start = {"weight": torch.zeros(3), "steps": torch.tensor(1)}
     end = {"weight": torch.ones(3), "steps": torch.tensor(5)}
     assert torch.equal(blend(start, end, 0.0)["weight"], start["weight"])

@@ -1,4 +1,4 @@
-"""Whole runs of each recipe: what they train, what they keep, and that a seed decides them."""
+"""Complete runs of each recipe: what they train, which weights they keep, and that the random seed decides them."""
 
 import contextlib
 import io
@@ -16,82 +16,82 @@ import train
 
 @pytest.fixture(scope="module")
 def recipes(timm_checkpoint, tmp_path_factory):
-    """A run of each recipe on the same images: what each wrote, and what it printed."""
+    """A run of each recipe on the same images: the folder of the runs, and what each run printed."""
     folder = tmp_path_factory.mktemp("recipes")
     draw_folder(folder / "images", per_class=12)
-    for seed in range(4):  # a few wrong labels: where all is clear the probe leaves nothing to learn
+    for seed in range(4):  # a few wrong labels, or the probe would leave nothing to learn
         draw("red", 5000 + seed).save(folder / f"images/blue/{seed}-red.png")
     printed = {}
     for recipe in ("probe", "head", "lp_ft", "full"):
         with contextlib.redirect_stdout(io.StringIO()) as stdout:
-            line = ["--data_dir", str(folder / "images"), "--model_name", str(timm_checkpoint)]
-            line += ["--recipe", recipe, "--disable_tqdm", "1", "--save_total_limit", "9"]
-            train.main([*line, "--output_dir", str(folder / recipe)])
+            args = ["--data_dir", str(folder / "images"), "--model_name", str(timm_checkpoint)]
+            args += ["--recipe", recipe, "--disable_tqdm", "1", "--save_total_limit", "9"]
+            train.main([*args, "--output_dir", str(folder / recipe)])
         printed[recipe] = stdout.getvalue()
     return folder, printed
 
 
-def test_every_recipe_stands_beside_its_probe(recipes):
+def test_every_recipe_reports_the_linear_probe_as_its_baseline(recipes):
     folder, printed = recipes
-    found = {name: json.loads((folder / name / "metrics.json").read_text()) for name in printed}
-    probes = [metrics["baselines"]["linear_probe"] for metrics in found.values()]
+    runs = {name: json.loads((folder / name / "metrics.json").read_text()) for name in printed}
+    probes = [metrics["baselines"]["linear_probe"] for metrics in runs.values()]
     assert all(probe == probes[0] for probe in probes)
     assert probes[0]["strength"] > 0 and {"validation", "test"} <= set(probes[0])
-    for name, metrics in found.items():
-        assert metrics["validation"]["log_loss"] <= found["probe"]["validation"]["log_loss"] + 1e-4, name
+    for name, metrics in runs.items():
+        assert metrics["validation"]["log_loss"] <= runs["probe"]["validation"]["log_loss"] + 1e-4, name
         assert "probe    validation" in printed[name] and re.search(r"time     \d+ s: start \d", printed[name])
         assert ("kept     " in printed[name]) == (name != "probe")
-    assert found["probe"]["test"]["log_loss"] == pytest.approx(probes[0]["test"]["log_loss"], rel=1e-3)
-    assert "features" in found["lp_ft"]["seconds"] and "train" not in found["probe"]["seconds"]
+    assert runs["probe"]["test"]["log_loss"] == pytest.approx(probes[0]["test"]["log_loss"], rel=1e-3)
+    assert "features" in runs["lp_ft"]["seconds"] and "train" not in runs["probe"]["seconds"]
 
 
-def test_recipes_train_what_they_say(recipes, timm_checkpoint):
+def test_each_recipe_trains_its_layers(recipes, timm_checkpoint):
     folder, _ = recipes
     original = load_file(timm_checkpoint / "model.safetensors")
     for recipe in ("head", "lp_ft", "full"):
         trained = load_file(max((folder / recipe).glob("checkpoint-?/model.safetensors")))
-        moved = [name for name, tensor in original.items() if not torch.equal(tensor, trained[name])]
-        moved = [name for name in moved if not name.startswith("fc.")]
-        assert bool(moved) == (recipe != "head")
-        assert ("conv1.0.weight" in moved) == (recipe == "full"), moved[:3]
+        changed = [name for name, tensor in original.items() if not torch.equal(tensor, trained[name])]
+        changed = [name for name in changed if not name.startswith("fc.")]
+        assert bool(changed) == (recipe != "head")
+        assert ("conv1.0.weight" in changed) == (recipe == "full"), changed[:3]
 
 
-def test_worse_than_its_probe_is_replaced_by_it(timm_checkpoint, tmp_path, monkeypatch, capsys):
+def test_model_that_is_worse_than_its_probe_is_replaced_by_it(timm_checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     draw_folder(Path("images"), per_class=8)
-    line = ["--data_dir", "images", "--model_name", str(timm_checkpoint), "--num_train_epochs", "1"]
-    train.main([*line, "--output_dir", "out", "--recipe", "full", "--learning_rate", "100", "--optim", "sgd"])
+    args = ["--data_dir", "images", "--model_name", str(timm_checkpoint), "--num_train_epochs", "1"]
+    train.main([*args, "--output_dir", "out", "--recipe", "full", "--learning_rate", "100", "--optim", "sgd"])
     assert "kept     the probe" in capsys.readouterr().out
     metrics = json.loads(Path("out/metrics.json").read_text())
     probe = metrics["baselines"]["linear_probe"]
     assert metrics["recipe"]["kept"].startswith("the probe")
     for split in ("validation", "test"):
         assert metrics[split]["log_loss"] == pytest.approx(probe[split]["log_loss"], rel=1e-3)
-    assert same(load_original(timm_checkpoint), load_file("out/model.safetensors"))
+    assert same(load_backbone(timm_checkpoint), load_file("out/model.safetensors"))
 
 
-def load_original(checkpoint: Path) -> dict[str, torch.Tensor]:
+def load_backbone(checkpoint: Path) -> dict[str, torch.Tensor]:
     weights = load_file(checkpoint / "model.safetensors")
     return {name: tensor for name, tensor in weights.items() if not name.startswith("fc.")}
 
 
-def test_frozen_backbone_is_saved_as_it_was(timm_checkpoint, tmp_path, monkeypatch):
+def test_frozen_backbone_is_saved_unchanged(timm_checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     draw_folder(Path("images"), per_class=5)
-    line = ["--data_dir", "images", "--model_name", str(timm_checkpoint), "--num_train_epochs", "1"]
-    train.main([*line, "--output_dir", "frozen", "--recipe", "head"])
+    args = ["--data_dir", "images", "--model_name", str(timm_checkpoint), "--num_train_epochs", "1"]
+    train.main([*args, "--output_dir", "frozen", "--recipe", "head"])
     weights = load_file("frozen/model.safetensors")
     original = load_file(timm_checkpoint / "model.safetensors")
     assert all(torch.equal(weights[n], t) for n, t in original.items() if not n.startswith("fc."))
 
 
-def test_same_seed_same_weights_with_features_from_the_cache_or_not(timm_checkpoint, tmp_path, monkeypatch):
+def test_same_seed_gives_the_same_weights_with_or_without_cached_features(timm_checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     draw_folder(Path("images"), per_class=5, first=300)
-    line = ["--data_dir", "images", "--model_name", str(timm_checkpoint), "--num_train_epochs", "1"]
-    line += ["--recipe", "full"]
+    args = ["--data_dir", "images", "--model_name", str(timm_checkpoint), "--num_train_epochs", "1"]
+    args += ["--recipe", "full"]
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        train.main([*line, "--output_dir", name, "--seed", str(seed)])
+        train.main([*args, "--output_dir", name, "--seed", str(seed)])
     a, b, c = (load_file(next(Path(name).glob("checkpoint-*/model.safetensors"))) for name in "abc")
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert any(not torch.equal(a[name], c[name]) for name in a)

@@ -1,4 +1,4 @@
-"""Runs that were cut short: the same to the last bit; signals, broken losses, full disks, too little memory."""
+"""Interrupted runs: exact resumption, signals, losses that are not finite, full disks, memory, several processes."""
 
 import errno
 import json
@@ -30,7 +30,7 @@ from luthier.training.trainer import SafeTrainer, explain_exhausted_memory
 from train import main
 
 SLOW = pytest.mark.slow
-TWO = {
+TWO_PROCESSES = {
     "compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_GPU", "use_cpu": True, "num_machines": 1,
     "num_processes": 2, "mixed_precision": "no",
 }  # fmt: skip
@@ -38,41 +38,41 @@ TWO = {
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """Every test runs beside drawn images: 15 to train on, which makes 4 steps an epoch."""
+    """Every test runs in a folder with drawn images: 15 training images, which makes 4 steps per epoch."""
     monkeypatch.chdir(tmp_path)
     draw_folder(Path("images"), per_class=8)
     return tmp_path
 
 
-def line(model: str, *more: str) -> list[str]:
+def flags(model: str, *more: str) -> list[str]:
     fixed = ["--data_dir", "images", "--model_name", model, "--num_train_epochs", "2", "--disable_tqdm", "1"]
     steps = ["--per_device_train_batch_size", "4", "--save_strategy", "steps", "--save_steps", "1"]
     return [*fixed, *steps, "--save_total_limit", "99", *more]
 
 
-def result(folder: str) -> tuple[dict, dict]:
+def load_result(folder: str) -> tuple[dict, dict]:
     metrics = json.loads(Path(folder, "metrics.json").read_text())
     return load_file(f"{folder}/model.safetensors"), {key: metrics[key] for key in ("validation", "test", "unsure")}
 
 
-def assert_resumes_exactly(options: list[str], cuts: tuple[int, ...]) -> None:
+def assert_resumes_exactly(options: list[str], interrupted_after: tuple[int, ...]) -> None:
     main([*options, "--output_dir", "whole"])
-    weights, scores = result("whole")
-    for step in cuts:
+    weights, scores = load_result("whole")
+    for step in interrupted_after:
         for checkpoint in Path("whole").glob("checkpoint-*"):
             if int(checkpoint.name.split("-")[1]) <= step:
                 shutil.copytree(checkpoint, Path(f"cut{step}", checkpoint.name))
         main([*options, "--output_dir", f"cut{step}", "--resume_from_checkpoint", "auto"])
-        again, same = result(f"cut{step}")
-        assert same == scores, step
-        assert all(torch.equal(tensor, again[name]) for name, tensor in weights.items()), step
+        resumed_weights, resumed_scores = load_result(f"cut{step}")
+        assert resumed_scores == scores, step
+        assert all(torch.equal(tensor, resumed_weights[name]) for name, tensor in weights.items()), step
 
 
 @pytest.mark.parametrize(
     "augmentation", [pytest.param("none", marks=SLOW), pytest.param("flip_crop", marks=SLOW), "trivial", "augmix"]
 )
 def test_resumes_exactly_for_every_augmentation(timm_checkpoint, augmentation):
-    options = line(str(timm_checkpoint), "--recipe", "full", "--keep", "trained", "--augmentation", augmentation)
+    options = flags(str(timm_checkpoint), "--recipe", "full", "--keep", "trained", "--augmentation", augmentation)
     assert_resumes_exactly(options, (3, 4))
 
 
@@ -80,18 +80,18 @@ def test_resumes_exactly_for_every_augmentation(timm_checkpoint, augmentation):
 def test_resumes_exactly_for_every_kind_of_model(vit_checkpoint, model):
     name = str(vit_checkpoint) if model == "vit" else model
     recipe = ["--recipe", "lp_ft", "--keep", "trained"] if model == "vit" else []
-    assert_resumes_exactly(line(name, *recipe, "--augmentation", "trivial"), (1, 6))
+    assert_resumes_exactly(flags(name, *recipe, "--augmentation", "trivial"), (1, 6))
 
 
 def test_resumes_exactly_with_data_workers_and_accumulated_gradients(timm_checkpoint):
     more = ["--augmentation", "trivial", "--dataloader_num_workers", "2", "--gradient_accumulation_steps", "2"]
     more += ["--dataloader_persistent_workers", "1", "--recipe", "full", "--keep", "trained"]
-    assert_resumes_exactly(line(str(timm_checkpoint), *more), (1, 3))
+    assert_resumes_exactly(flags(str(timm_checkpoint), *more), (1, 3))
 
 
-def test_auto_starts_afresh_falls_back_and_ends(timm_checkpoint, capsys, caplog):
+def test_auto_resume_starts_anew_falls_back_or_ends(timm_checkpoint, capsys, caplog):
     options = [
-        *line(str(timm_checkpoint), "--recipe", "full"),
+        *flags(str(timm_checkpoint), "--recipe", "full"),
         "--output_dir",
         "out",
         "--resume_from_checkpoint",
@@ -110,93 +110,95 @@ def test_auto_starts_afresh_falls_back_and_ends(timm_checkpoint, capsys, caplog)
     assert "optimizer.pt is not as it was written" in caplog.text
 
 
-def test_named_checkpoint_that_is_damaged_is_refused(timm_checkpoint, capsys):
-    options = [*line(str(timm_checkpoint), "--recipe", "full"), "--output_dir", "out"]
+def test_damaged_checkpoint_that_was_named_is_refused(timm_checkpoint, capsys):
+    options = [*flags(str(timm_checkpoint), "--recipe", "full"), "--output_dir", "out"]
     main(options)
     Path("out/checkpoint-2/scheduler.pt").unlink()
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         main([*options, "--resume_from_checkpoint", "out/checkpoint-2"])
-    assert ended.value.code == 2 and "scheduler.pt is missing" in capsys.readouterr().err
+    assert exit_info.value.code == 2 and "scheduler.pt is missing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_saves_at_the_end_of_the_step_and_resumes_exactly(timm_checkpoint, monkeypatch, capsys, number):
-    options = line(str(timm_checkpoint), "--recipe", "full", "--keep", "trained", "--save_strategy", "epoch")
+    options = flags(str(timm_checkpoint), "--recipe", "full", "--keep", "trained", "--save_strategy", "epoch")
     main([*options, "--output_dir", "whole"])
-    step = SafeTrainer.training_step
+    training_step = SafeTrainer.training_step
 
-    def struck(self, *arguments, **rest):
-        loss = step(self, *arguments, **rest)
+    def step_with_signal(self, *arguments, **rest):
+        loss = training_step(self, *arguments, **rest)
         if self.state.global_step == 5:
             os.kill(os.getpid(), number)
         return loss
 
     with monkeypatch.context() as patch:
-        patch.setattr(SafeTrainer, "training_step", struck)
-        with pytest.raises(SystemExit) as ended:
+        patch.setattr(SafeTrainer, "training_step", step_with_signal)
+        with pytest.raises(SystemExit) as exit_info:
             main([*options, "--output_dir", "cut"])
-    out = capsys.readouterr().out
-    assert ended.value.code == 128 + number and f"stopped  by {number.name}: cut/checkpoint-6" in out
+    output = capsys.readouterr().out
+    assert exit_info.value.code == 128 + number and f"stopped  by {number.name}: cut/checkpoint-6" in output
     assert not Path("cut/metrics.json").exists() and not Path("cut/model.safetensors").exists()
     main([*options, "--output_dir", "cut", "--resume_from_checkpoint", "auto"])
-    (weights, scores), (again, same) = result("whole"), result("cut")
-    assert same == scores and all(torch.equal(tensor, again[name]) for name, tensor in weights.items())
+    (weights, scores), (resumed_weights, resumed_scores) = load_result("whole"), load_result("cut")
+    assert resumed_scores == scores and all(
+        torch.equal(tensor, resumed_weights[name]) for name, tensor in weights.items()
+    )
 
 
-def test_second_ctrl_c_is_meant(monkeypatch):
+def test_second_ctrl_c_ends_at_once(monkeypatch):
     stop = Stop()
     stop.training = True
     stop._receive(signal.SIGINT, None)
-    stop._receive(signal.SIGINT, None)  # the same, by the terminal to all of its group
-    stop._receive(signal.SIGTERM, None)  # of the launcher that has gone
+    stop._receive(signal.SIGINT, None)  # the same Ctrl-C: the terminal sends it to the whole group
+    stop._receive(signal.SIGTERM, None)  # from the launcher as it exits
     assert stop.received == signal.SIGINT
     stop.since -= 2
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         stop._receive(signal.SIGINT, None)
-    assert ended.value.code == 130
+    assert exit_info.value.code == 130
 
 
 @pytest.mark.parametrize("recipe", ["full", "head"])
 def test_loss_that_is_not_finite_stops_the_run(timm_checkpoint, monkeypatch, capsys, recipe):
-    step = SafeTrainer.training_step
+    training_step = SafeTrainer.training_step
 
-    def spoiled(self, model, *arguments, **rest):
+    def step_with_nan_weights(self, model, *arguments, **rest):
         if self.state.global_step == 5:
             with torch.no_grad():
                 list(model.parameters())[-1].fill_(float("nan"))
-        return step(self, model, *arguments, **rest)
+        return training_step(self, model, *arguments, **rest)
 
-    monkeypatch.setattr(SafeTrainer, "training_step", spoiled)
-    with pytest.raises(SystemExit) as ended:
-        main([*line(str(timm_checkpoint), "--recipe", recipe), "--output_dir", "out"])
-    told = capsys.readouterr().err
-    assert ended.value.code == 2 and "not a finite number at step 6" in told and "Traceback" not in told
-    assert "out/checkpoint-5 is from before and whole" in told
+    monkeypatch.setattr(SafeTrainer, "training_step", step_with_nan_weights)
+    with pytest.raises(SystemExit) as exit_info:
+        main([*flags(str(timm_checkpoint), "--recipe", recipe), "--output_dir", "out"])
+    errors = capsys.readouterr().err
+    assert exit_info.value.code == 2 and "not a finite number at step 6" in errors and "Traceback" not in errors
+    assert "out/checkpoint-5 is from before and whole" in errors
     assert newest_whole(Path("out")) == Path("out/checkpoint-5")
     assert all(torch.isfinite(tensor).all() for tensor in load_file("out/checkpoint-5/model.safetensors").values())
 
 
-def test_full_disk_leaves_the_last_whole_checkpoint(timm_checkpoint, monkeypatch, capsys):
-    def full(written, name):
-        if name.name == "checkpoint-3":
+def test_full_disk_keeps_the_last_whole_checkpoint(timm_checkpoint, monkeypatch, capsys):
+    def seal_on_full_disk(partial, folder):
+        if folder.name == "checkpoint-3":
             raise OSError(errno.ENOSPC, "No space left on device")
-        return seal(written, name)
+        return seal(partial, folder)
 
     seal = trainer.seal
-    monkeypatch.setattr(trainer, "seal", full)
+    monkeypatch.setattr(trainer, "seal", seal_on_full_disk)
     monkeypatch.setattr(trainer, "check_disk_space", lambda *_: None)
-    with pytest.raises(SystemExit) as ended:
-        main([*line(str(timm_checkpoint), "--recipe", "full"), "--output_dir", "out"])
-    told = capsys.readouterr().err
+    with pytest.raises(SystemExit) as exit_info:
+        main([*flags(str(timm_checkpoint), "--recipe", "full"), "--output_dir", "out"])
+    errors = capsys.readouterr().err
     assert (
-        ended.value.code == 2
-        and "the disk is full: no checkpoint of step 3" in told
-        and "checkpoint-2 is whole" in told
+        exit_info.value.code == 2
+        and "the disk is full: no checkpoint of step 3" in errors
+        and "checkpoint-2 is whole" in errors
     )
     assert find_damage(Path("out/checkpoint-2")) is None and not Path("out/.partial").exists()
 
 
-def test_exhausted_memory_is_advice():
+def test_exhausted_memory_gives_advice():
     arguments = TrainingArguments(output_dir="x", per_device_train_batch_size=32, use_cpu=True)
     for error in (
         torch.OutOfMemoryError("CUDA out of memory."),
@@ -210,13 +212,13 @@ def test_exhausted_memory_is_advice():
         raise RuntimeError("something else")
 
 
-def started(config: dict | None, *more: str) -> subprocess.Popen:
+def start_training(config: dict | None, *more: str) -> subprocess.Popen:
     """Start a long run under `accelerate launch`, and wait until it trains."""
     launcher = [str(Path(sys.executable).parent / "accelerate"), "launch"]
     if config:
         Path("accelerate.yaml").write_text(yaml.safe_dump(config))
         launcher += ["--config_file", "accelerate.yaml"]
-    command = [*launcher, str(PROJECT / "train.py"), *line("simple_cnn", "--num_train_epochs", "100000", *more)]
+    command = [*launcher, str(PROJECT / "train.py"), *flags("simple_cnn", "--num_train_epochs", "100000", *more)]
     command += ["--output_dir", "out", "--save_strategy", "epoch", "--save_total_limit", "2"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for text in process.stdout:
@@ -226,96 +228,98 @@ def started(config: dict | None, *more: str) -> subprocess.Popen:
 
 
 @pytest.mark.parametrize("processes", [pytest.param(1, marks=SLOW), 2])
-def test_sigterm_to_the_launcher(processes):
-    process = started(TWO if processes == 2 else None)
+def test_sigterm_to_the_launcher_saves_one_checkpoint(processes):
+    process = start_training(TWO_PROCESSES if processes == 2 else None)
     start = time.monotonic()
     process.terminate()
-    told = process.stdout.read()  # until the last process that writes there has gone
+    output = process.stdout.read()  # until the last process that writes there has ended
     assert time.monotonic() - start < 10 and process.wait() != 0
-    assert told.count("stopped  by SIGTERM: out/checkpoint-") == 1, told
+    assert output.count("stopped  by SIGTERM: out/checkpoint-") == 1, output
     assert newest_whole(Path("out")) is not None and not Path("out/metrics.json").exists()
 
 
 @pytest.mark.slow
-def test_ctrl_c_to_the_whole_group():
-    process = started(None)
+def test_ctrl_c_to_the_whole_group_saves_a_checkpoint():
+    process = start_training(None)
     start = time.monotonic()
     os.kill(process.pid, signal.SIGINT)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     for child in children:
         os.kill(int(child), signal.SIGINT)
-    told = process.stdout.read()
-    assert time.monotonic() - start < 10 and "stopped  by SIG" in told and newest_whole(Path("out")) is not None
+    output = process.stdout.read()
+    assert time.monotonic() - start < 10 and "stopped  by SIG" in output and newest_whole(Path("out")) is not None
 
 
-def both(commands: list[list[str]], places: list[Path], environments: list[dict]) -> list[tuple[int, str]]:
-    """Run commands at the same time, each in its place; return exit codes and output."""
+def run_together(commands: list[list[str]], folders: list[Path], environments: list[dict]) -> list[tuple[int, str]]:
+    """Run commands at the same time, each in its own folder; return exit codes and outputs."""
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     running = [
-        subprocess.Popen(command, cwd=place, env=os.environ | environment, **streams)
-        for command, place, environment in zip(commands, places, environments, strict=True)
+        subprocess.Popen(command, cwd=folder, env=os.environ | variables, **streams)
+        for command, folder, variables in zip(commands, folders, environments, strict=True)
     ]
     outputs = [process.communicate(timeout=200)[0] for process in running]
     return [(process.returncode, output) for process, output in zip(running, outputs, strict=True)]
 
 
-def test_two_processes_score_every_image_once_and_write_one_set(timm_checkpoint, launch, folder):
-    """The same data order semantics: the probe, the splits and the scores of a lone process."""
-    Path("accelerate.yaml").write_text(yaml.safe_dump(TWO))
+def test_two_processes_score_every_image_once_and_write_one_set_of_files(timm_checkpoint, launch, folder):
+    """The probe, the splits and the scores are those of a single process."""
+    Path("accelerate.yaml").write_text(yaml.safe_dump(TWO_PROCESSES))
     options = ["--data_dir", "images", "--model_name", timm_checkpoint, "--recipe", "probe", "--disable_tqdm", "1"]
     launcher = ("accelerate", "launch", "--config_file", "accelerate.yaml")
-    two = launch("train.py", *options, "--output_dir", "two", cwd=folder, launcher=launcher)
-    assert two.returncode == 0 and two.stdout.count("probe    validation") == 1, two.stdout + two.stderr
-    assert "2 processes" in two.stdout and two.stdout.count("saved    two") == 1
+    result = launch("train.py", *options, "--output_dir", "two", cwd=folder, launcher=launcher)
+    assert result.returncode == 0 and result.stdout.count("probe    validation") == 1, result.stdout + result.stderr
+    assert "2 processes" in result.stdout and result.stdout.count("saved    two") == 1
     main([*map(str, options), "--output_dir", "one"])
-    (weights, scores), (others, same) = result("one"), result("two")
-    assert same["test"]["n"] == 6 and same["test"]["confusion_matrix"] == scores["test"]["confusion_matrix"]
-    assert same["validation"]["log_loss"] == pytest.approx(scores["validation"]["log_loss"], rel=1e-4)
-    assert all(torch.allclose(tensor, others[name], atol=1e-5) for name, tensor in weights.items())
+    (weights, scores), (two_weights, two_scores) = load_result("one"), load_result("two")
+    assert (
+        two_scores["test"]["n"] == 6 and two_scores["test"]["confusion_matrix"] == scores["test"]["confusion_matrix"]
+    )
+    assert two_scores["validation"]["log_loss"] == pytest.approx(scores["validation"]["log_loss"], rel=1e-4)
+    assert all(torch.allclose(tensor, two_weights[name], atol=1e-5) for name, tensor in weights.items())
 
 
 @pytest.mark.slow
-def test_two_machines_with_disks_of_their_own(timm_checkpoint, folder):
-    """Two launches on loopback addresses: one set of outputs, on the first."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    settings = TWO | {
+def test_two_machines_with_separate_disks(timm_checkpoint, folder):
+    """Two launches on loopback addresses: only the first writes outputs."""
+    with socket.socket() as free_socket:
+        free_socket.bind(("127.0.0.1", 0))
+        port = free_socket.getsockname()[1]
+    settings = TWO_PROCESSES | {
         "num_machines": 2, "main_process_ip": "127.0.0.1", "main_process_port": port, "rdzv_backend": "static",
         "same_network": True,
     }  # fmt: skip
-    commands, places = [], []
+    commands, folders = [], []
     for rank in range(2):
-        place = folder / f"machine{rank}"
-        shutil.copytree("images", place / "images")
-        (place / "accelerate.yaml").write_text(yaml.safe_dump(settings | {"machine_rank": rank}))
+        machine = folder / f"machine{rank}"
+        shutil.copytree("images", machine / "images")
+        (machine / "accelerate.yaml").write_text(yaml.safe_dump(settings | {"machine_rank": rank}))
         launcher = [str(Path(sys.executable).parent / "accelerate"), "launch", "--config_file", "accelerate.yaml"]
         more = ["--recipe", "full", "--keep", "trained", "--save_strategy", "epoch", "--output_dir", "out"]
-        commands.append([*launcher, str(PROJECT / "train.py"), *line(str(timm_checkpoint), *more)])
-        places.append(place)
-    environments = [{"HF_HOME": str(place / "home"), "GLOO_SOCKET_IFNAME": "lo"} for place in places]
-    (first, told), (second, other) = both(commands, places, environments)
-    assert first == 0 and second == 0, told + other
-    assert "2 processes" in told and told.count("saved    out") == 1 and "saved" not in other
-    assert (places[0] / "out/model.safetensors").exists() and not list(places[1].glob("out/*"))
+        commands.append([*launcher, str(PROJECT / "train.py"), *flags(str(timm_checkpoint), *more)])
+        folders.append(machine)
+    environments = [{"HF_HOME": str(machine / "home"), "GLOO_SOCKET_IFNAME": "lo"} for machine in folders]
+    (first_code, first_output), (second_code, second_output) = run_together(commands, folders, environments)
+    assert first_code == 0 and second_code == 0, first_output + second_output
+    assert "2 processes" in first_output and first_output.count("saved    out") == 1 and "saved" not in second_output
+    assert (folders[0] / "out/model.safetensors").exists() and not list(folders[1].glob("out/*"))
 
 
 @pytest.mark.slow
-def test_what_accelerate_does_in_silence_is_refused(launch, folder):
-    Path("accelerate.yaml").write_text(yaml.safe_dump(TWO | {"distributed_type": "MULTI_CPU"}))
+def test_single_process_that_accelerate_starts_silently_is_refused(launch, folder):
+    Path("accelerate.yaml").write_text(yaml.safe_dump(TWO_PROCESSES | {"distributed_type": "MULTI_CPU"}))
     launcher = ("accelerate", "launch", "--config_file", "accelerate.yaml")
-    ran = launch("train.py", "--data_dir", "images", cwd=folder, launcher=launcher)
-    assert ran.returncode != 0 and "asked for several processes and started one" in ran.stderr
+    result = launch("train.py", "--data_dir", "images", cwd=folder, launcher=launcher)
+    assert result.returncode != 0 and "asked for several processes and started one" in result.stderr
     assert not Path("outputs").exists()
 
 
-def test_processes_that_would_train_alone_are_refused(monkeypatch):
+def test_processes_that_would_each_train_alone_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="2 processes were started, and each would train alone"):
         check_processes(SimpleNamespace(world_size=1))
 
 
 @pytest.mark.parametrize("path", sorted((PROJECT / "cloud").glob("accelerate_*.yaml")), ids=lambda path: path.stem)
-def test_cloud_configs_are_read(path):
+def test_accelerate_configs_of_the_cloud_are_valid(path):
     config = load_config_from_file(str(path))
     assert config.num_processes > 1 and config.distributed_type.value == "MULTI_GPU"

@@ -1,4 +1,4 @@
-"""The Trainer of a run: what is refused before it trains, and a checkpoint of another model."""
+"""The Trainer of a run: settings and checkpoints that are refused before it trains."""
 
 from pathlib import Path
 
@@ -19,13 +19,13 @@ from models import build_model
         (["--report_to", "nonsense"], "nonsense is not supported"),
     ],
 )
-def test_wrong_settings_are_refused_before_the_training(tmp_path, monkeypatch, capsys, options, message):
+def test_wrong_settings_are_refused_before_training(tmp_path, monkeypatch, capsys, options, message):
     monkeypatch.chdir(tmp_path)
     draw_folder(Path("images"), per_class=4)
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         train.main(["--data_dir", "images", "--model_name", "simple_cnn", *options])
     errors = capsys.readouterr().err
-    assert ended.value.code == 2 and message in errors and "Traceback" not in errors
+    assert exit_info.value.code == 2 and message in errors and "Traceback" not in errors
     assert not Path("outputs").exists()
 
 
