@@ -10,6 +10,7 @@ wrong.
 
 import argparse
 import csv
+import gc
 import glob
 import json
 import os
@@ -36,8 +37,13 @@ BAR = 32  # columns
 def main(argv: list[str] | None = None) -> None:
     """Predict the inputs; see `python predict.py --help`."""
     args = build_parser().parse_args(argv)
-    from luthier.serving.classifier import Classifier  # takes seconds: mistakes in the options are answered before
+    # Mistakes in the options are answered before these imports, which take seconds. What they create stays: searching it
+    # for garbage, again and again and at exit, would take two seconds more.
+    gc.disable()
+    from luthier.serving.classifier import Classifier
 
+    gc.freeze()
+    gc.enable()
     accept_undecodable_names()
     classifier = Classifier(args.model, args.always_answer, args.allow_private_urls)
     failed = 0
