@@ -37,8 +37,8 @@ BAR = 32  # columns
 def main(argv: list[str] | None = None) -> None:
     """Predict the inputs; see `python predict.py --help`."""
     args = build_parser().parse_args(argv)
-    # Mistakes in the options are answered before these imports, which take seconds. What they create stays: searching it
-    # for garbage, again and again and at exit, would take two seconds more.
+    # Mistakes in the options are answered before these imports, which take seconds. What they create stays: searching
+    # it for garbage, again and again and at exit, would take two seconds more.
     gc.disable()
     from luthier.serving.classifier import Classifier
 
