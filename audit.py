@@ -6,7 +6,7 @@
 DATA is a folder of images, or the name of a dataset. The first command prints
 what it finds. With --output_dir it also writes audit.json, and audit.html, a
 page with the images. The features of --model_name tell which labels are likely
-wrong. Every run of train.py that has a linear probe does the same.
+wrong. Every run of train.py does the same.
 """
 
 import sys
@@ -64,7 +64,10 @@ def main(argv: list[str] | None = None) -> None:
     print(console.list_findings(findings))
     if "output_dir" in run_args.given:
         folder = Path(str(training_args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot create --output_dir {folder}: {error.strerror}. Give another") from error
         write_audit(folder / "audit.json", findings)
         write_audit_page(folder / "audit.html", data_args.name, findings, splits)
         print(f"\nwritten: {folder / 'audit.html'}")
@@ -74,7 +77,11 @@ def build_parser() -> "Parser":
     """Return the parser of train.py, with this command's help."""
     from luthier.arguments import build_parser
 
-    return build_parser("audit.py", "python audit.py DATA [--option value ...]", str(__doc__), SHOWN)
+    parser = build_parser("audit.py", "python audit.py DATA [--option value ...]", str(__doc__), SHOWN)
+    for action in parser._actions:
+        if action.dest == "output_dir":
+            action.help = "Where audit.json and audit.html are written; nothing is written if not given."
+    return parser
 
 
 def find_suspect_labels(splits: "DatasetDict", arguments: "Arguments") -> list[dict] | None:

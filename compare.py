@@ -12,6 +12,7 @@ import argparse
 import csv
 import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -110,7 +111,8 @@ def parse_line(argv: list[str]) -> tuple[argparse.Namespace, list[str], list[str
     args, rest = build_parser().parse_known_args(argv[len(configs) :])
     if args.seeds < 1 or (args.folds is not None and args.folds < 2):
         raise UserError("--seeds must be at least 1, --folds at least 2")
-    given = [word.split("=")[0].lstrip("-") for word in rest] + [setting.partition("=")[0] for setting in args.set]
+    given = [word.split("=")[0].lstrip("-") for word in rest if word.startswith("--")]
+    given += [setting.partition("=")[0] for setting in args.set]
     for option, instead in (("seed", "--seeds"), ("fold", "--folds"), ("output_dir", "--output_dir")):
         if option in given:
             raise UserError(f"compare.py sets {option} itself: use {instead}")
@@ -169,16 +171,16 @@ def is_finished(run: Run) -> bool:
     Raises:
         UserError: its folder holds a run with other settings, finished or not.
     """
-    settings, command = None, "an interrupted one"
+    settings = None
     finished = has_ended(run.folder)
     if finished:
         metrics = json.loads((run.folder / "metrics.json").read_text(encoding="utf-8"))
-        settings, command = metrics["settings"], metrics["command"]
+        settings = metrics["settings"]
     elif run.note.exists():
         settings = run.note.read_text(encoding="utf-8").strip()
     if settings != run.settings and run.folder.exists():
         raise UserError(
-            f"{run.folder} holds a run with other settings ({command}, or its config has changed): give another "
+            f"{run.folder} holds a run with other settings, or its config has changed since: give another "
             "--output_dir, or remove the folder"
         )
     return finished
@@ -192,10 +194,11 @@ def execute(run: Run) -> None:
     log = run.folder.with_name(f"{run.folder.name}.log")
     run.note.write_text(f"{run.settings}\n", encoding="utf-8")
     command = [shutil.which("accelerate") or "accelerate", "launch", "--quiet", str(PROJECT / "train.py"), *run.line]
+    environment = os.environ | {"PYTHONUTF8": "1"}  # class names may not fit into the code page of Windows
     with log.open("w", encoding="utf-8") as file:
-        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False).returncode
     if code:
-        last = "\n".join(log.read_text(encoding="utf-8").splitlines()[-5:])
+        last = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:])
         print(f"error: {run.experiment}, {run.part} failed; all it printed is in {log}:\n{last}", file=sys.stderr)
         sys.exit(1)
 

@@ -23,11 +23,11 @@ from luthier.images.folders import load_folder
 from luthier.images.inspection import (
     MAX_UNREADABLE,
     UnreadableImage,
-    forget,
     group_duplicates,
     inspect,
     leave_out_unreadable,
     listing,
+    remove_from_cache,
 )
 from luthier.images.openmoji import ATTRIBUTION, load_openmoji
 from luthier.images.splits import cut_missing_splits
@@ -96,10 +96,10 @@ def load_images(
     root = Path(data_dir).expanduser() if data_dir else None
     if root:
         splits = load_folder(root)
-    elif dataset_name is None or dataset_name == BUILT_IN:
+    elif dataset_name in (None, BUILT_IN):
         splits = DatasetDict(train=load_openmoji())
     else:
-        splits = load_named(dataset_name, dataset_config_name)
+        splits = load_named(str(dataset_name), dataset_config_name)
     splits = label_and_image(splits, image_column, label_column, label_names)
     names = splits["train"].features["label"].names
     if len(names) < min_classes:
@@ -183,7 +183,7 @@ def prepare(splits: DatasetDict, view: EvaluationView) -> DatasetDict:
         failed = [f"{split}: {error}" for error in result["error"][:] if error]
         if failed:
             errors += failed
-            forget(result)
+            remove_from_cache(result)
         prepared[split] = result.remove_columns("error")
     if errors:
         raise UserError(f"images that could be read before cannot be read now: {len(errors)}{listing(errors)}")

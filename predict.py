@@ -30,15 +30,15 @@ from luthier.terminal import plural
 if TYPE_CHECKING:
     from luthier.serving.classifier import Prediction
 
-BAR = 32  # columns
+BAR_WIDTH = 32  # columns
 
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     """Predict the inputs; see `python predict.py --help`."""
     args = build_parser().parse_args(argv)
-    # Mistakes in the options are answered before these imports, which take seconds. What they create stays: searching
-    # it for garbage, again and again and at exit, would take two seconds more.
+    # Slow imports come after the options, so that wrong ones are reported first. What they create stays: searching it
+    # for garbage, again and again and at exit, would take two seconds more.
     gc.disable()
     from luthier.serving.classifier import Classifier
 
@@ -164,7 +164,7 @@ def write_table(file: TextIO, top_k: int) -> Callable[["Prediction"], None]:
         print(f"{name}: unsure" if prediction.unsure else name, file=file)
         for label, share in prediction.top:
             short = escape_terminal(label if len(label) <= 24 else f"{label[:23]}…")
-            print(f"  {short:<24}  {share:6.1%}  {'█' * round(share * BAR)}".rstrip(), file=file)
+            print(f"  {short:<24}  {share:6.1%}  {'█' * round(share * BAR_WIDTH)}".rstrip(), file=file)
         file.flush()
 
     return write

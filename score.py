@@ -53,11 +53,13 @@ def main(argv: list[str] | None = None) -> None:
 
     from luthier.machine import set_up_process
     from luthier.output_dir import claim_output_dir
+    from luthier.training.signals import Stop, die_with_launcher
 
     training_args = arguments.training_args
+    die_with_launcher()
     set_up_process(training_args)
     output_dir, is_main_process = Path(str(training_args.output_dir)), training_args.process_index == 0
-    with claim_output_dir(output_dir, continues=False, enabled=is_main_process):
+    with Stop(), claim_output_dir(output_dir, continues=False, enabled=is_main_process):
         score_model(arguments, output_dir, stopwatch)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from luthier.errors import exit_on_user_error
 from luthier.terminal import Stopwatch, say
 
-# Imports that take seconds stand in the functions: mistakes in the arguments are answered before them.
+# Slow imports are inside the functions, so that wrong arguments are reported first.
 if TYPE_CHECKING:
     from datasets import DatasetDict
     from transformers import BaseImageProcessor
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Experiment(NamedTuple):
-    """What a run learns from, and with what."""
+    """What `set_up` prepares for `fine_tune`."""
 
     splits: "DatasetDict"  # as loaded
     prepared: "DatasetDict"  # decoded and stored
@@ -112,7 +112,7 @@ def set_up(arguments: "Arguments", stop: "Stop", stopwatch: Stopwatch) -> Experi
 
 
 def fine_tune(experiment: Experiment, arguments: "Arguments", stop: "Stop", stopwatch: Stopwatch) -> None:
-    """Train, keep the weights that are best on validation, score them once on test, and write it all down."""
+    """Train, keep the weights that are best on validation, score them once on test, and write the results."""
     from data import describe, feature_rows
     from luthier.reporting import console
     from luthier.reporting.card import write_model_card
@@ -123,9 +123,9 @@ def fine_tune(experiment: Experiment, arguments: "Arguments", stop: "Stop", stop
     from luthier.training.trainer import model_of, predict, train
     from models import save_model
 
-    data_args, model_args, training_args, run_args = arguments
+    data_args, model_args, _, run_args = arguments  # the complete training arguments are the trainer's
     splits, prepared, rows, findings, image_processor, view, recipe, trainer = experiment
-    output_dir, labels = Path(str(training_args.output_dir)), splits["train"].features["label"].names
+    output_dir, labels = Path(str(trainer.args.output_dir)), splits["train"].features["label"].names
     data = describe(prepared, data_args.name, data_args.is_built_in)
     setup = console.describe_setup(trainer, view.size, model_args.model_name, recipe, data_args.augmentation)
     console.say_setup(data, setup)

@@ -37,18 +37,22 @@ class DataArguments:
     dataset_config_name: str | None = field(
         default=None, metadata={"help": "The configuration of a Hub dataset that has several."}
     )
-    image_column: str | None = field(default=None, metadata={"help": "Its image column, where that is ambiguous."})
-    label_column: str | None = field(default=None, metadata={"help": "Its label column, where that is ambiguous."})
+    image_column: str | None = field(
+        default=None, metadata={"help": "The image column of a dataset, where it is ambiguous."}
+    )
+    label_column: str | None = field(
+        default=None, metadata={"help": "The label column of a dataset, where it is ambiguous."}
+    )
     label_names: list[str] | None = field(
         default=None, metadata={"help": "New names for the classes, in the order of their sorted old names."}
     )
     validation_fraction: float = field(
-        default=0.1, metadata={"help": "Share of each class cut for validation, where the data has no such split."}
+        default=0.1, metadata={"help": "Share of each class for the validation split, where the data has none."}
     )
     test_fraction: float = field(
-        default=0.2, metadata={"help": "Share of each class cut for test, where the data has no such split."}
+        default=0.2, metadata={"help": "Share of each class for the test split, where the data has none."}
     )
-    split_seed: int = field(default=1, metadata={"help": "Random seed of those cuts; --seed does not change them."})
+    split_seed: int = field(default=1, metadata={"help": "Random seed of these splits; --seed does not change them."})
     fold: str | None = field(
         default=None, metadata={"help": "Such as 2/5: test is the second of five folds, instead of --test_fraction."}
     )
@@ -213,7 +217,7 @@ COMMON = {
     "report_to": "Trackers, such as tensorboard.",
     "push_to_hub": "Publish the finished run on the Hub.",
     "hub_model_id": "The repository, such as me/instruments; the name of the output directory if not given.",
-    "disable_tqdm": "Print no progress.",
+    "disable_tqdm": "Print no progress of training and evaluation.",
 }
 
 # What would distort the score silently.
@@ -222,9 +226,9 @@ REFUSED = {
     "bf16_full_eval": "would round the weights before they are trained",
     "fp16_full_eval": "would round the weights before they are trained",
     "prediction_loss_only": "leaves no predictions to score",
-    "batch_eval_metrics": "scores batches, where the report needs the whole",
+    "batch_eval_metrics": "scores each batch alone, but the report needs all predictions",
     "hub_always_push": "pushes while training, where Luthier pushes the finished model",
-    "hub_revision": "is not used: Luthier pushes to the main branch",
+    "hub_revision": "has no effect, because Luthier pushes to the main branch",
 }
 
 # What the Trainer would accept, and fail with, or train nothing, after the data has been prepared.
@@ -295,7 +299,8 @@ def _check_options(options: dict) -> None:
     if fold and not re.fullmatch(r"[1-9]\d*/[1-9]\d*", fold):
         raise UserError(f"--fold {fold} is not a fold: give one such as 2/5, the second of five")
     if fold and not 2 <= (k := int(fold.split("/")[1])) >= int(fold.split("/")[0]):
-        raise UserError(f"--fold {fold} is none of {k}: give 1/{k} to {k}/{k}, of at least two folds")
+        advice = f"give 1/{k} to {k}/{k}" if k > 1 else "there must be at least two folds"
+        raise UserError(f"--fold {fold} is none of {k}: {advice}")
     for key, why in REFUSED.items():
         if options[key]:
             raise UserError(f"--{key} {why}: leave it out")

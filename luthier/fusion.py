@@ -34,7 +34,7 @@ def fuse_batchnorm(model: PreTrainedModel, size: tuple[int, int]) -> PreTrainedM
 
 
 def _fuse_in_place(model: PreTrainedModel, pixel_values: torch.Tensor) -> None:
-    """Fuse what a forward pass of this input shows to follow each other."""
+    """Fuse each BatchNorm with the convolution whose output it takes in a forward pass of this input."""
     outputs: dict[int, tuple[nn.Conv2d, torch.Tensor]] = {}
     sides: dict[nn.Conv2d, torch.Size] = {}
     pairs: dict[nn.BatchNorm2d, nn.Conv2d] = {}

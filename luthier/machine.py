@@ -44,6 +44,7 @@ def fill_in_machine_defaults(options: dict) -> None:
     defaults = {
         # A GPU starves where the process that feeds it decodes too; on a CPU the model needs the cores.
         "dataloader_num_workers": min(available_cores(), 8) if gpu else 0,
+        "dataloader_persistent_workers": gpu and options["dataloader_num_workers"] is None,
         "dataloader_pin_memory": gpu,  # it speeds up copies to a GPU
         "per_device_eval_batch_size": 64 if gpu else 16,  # larger batches do not fit into a CPU's caches
         # NVIDIA GPUs from Ampere on.
@@ -52,8 +53,6 @@ def fill_in_machine_defaults(options: dict) -> None:
     for name, value in defaults.items():
         if options[name] is None:
             options[name] = value
-    if options["dataloader_persistent_workers"] is None:
-        options["dataloader_persistent_workers"] = options["dataloader_num_workers"] > 0
 
 
 def set_up_process(training_args: TrainingArguments) -> None:

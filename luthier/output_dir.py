@@ -100,6 +100,8 @@ def _lock(output_dir: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.release()
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(
+            OSError
+        ):  # before the release, so that it is never another run's; Windows waits for it
             (output_dir / LOCK).unlink()
+        lock.release()

@@ -34,7 +34,9 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        has_default = action.option_strings and action.nargs != 0 and action.default not in (None, argparse.SUPPRESS)
+        has_default = (
+            action.option_strings and action.nargs != 0 and action.default not in (None, [], argparse.SUPPRESS)
+        )
         return f"{action.help or ''}{' (default: %(default)s)' if has_default else ''}"
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
@@ -45,6 +47,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 def value_of(action: argparse.Action) -> str:
     """Return what an option takes, as the help shows it."""
+    if action.metavar:
+        return str(action.metavar)
     choices = [str(choice) for choice in action.choices or ()]
     if 0 < len(choices) <= MAX_CHOICES:
         return "{" + ",".join(choices) + "}"

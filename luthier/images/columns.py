@@ -38,7 +38,7 @@ def load_named(dataset_name: str, dataset_config_name: str | None) -> DatasetDic
             f"there is no dataset {dataset_name!r} on the Hub, or it is private or gated. Check the name, and log in "
             "with `hf auth login` if it needs rights; for a folder of images use --data_dir"
         ) from error
-    except ValueError as error:  # several configurations, or none of this name
+    except (ValueError, RuntimeError, OSError) as error:  # such as several configurations, or the Hub's errors
         raise UserError(f"cannot load {dataset_name}: {' '.join(str(error).split())}") from error
     splits = DatasetDict()
     for name, dataset in loaded.items():

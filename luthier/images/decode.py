@@ -12,7 +12,7 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 # Raster formats that Pillow decodes itself; EPS, for one, would be handed to Ghostscript.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")
 EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif"}
-NOT_OPENED = "cannot be opened: "  # begins the reasons that may be gone the next time
+NOT_OPENED = "cannot be opened: "  # prefix of reasons that may be gone at the next try
 
 
 class Decoded(NamedTuple):
@@ -79,7 +79,7 @@ def read_bytes(source: dict | None) -> bytes:
 
 
 def is_hidden(name: str) -> bool:
-    """Tell whether a file or folder is hidden from its owner, or one that a system leaves behind."""
+    """Tell whether a file or folder is hidden, or one that an operating system leaves behind."""
     return name.startswith(".") or name in ("__MACOSX", "Thumbs.db", "desktop.ini")
 
 

@@ -50,7 +50,9 @@ def load_folder(root: Path) -> DatasetDict:
         )
     for split, listed in files.items():
         if not listed:
-            raise UserError(f"the split folder {roots[split]} has no images: fill it, or remove it to have one cut")
+            raise UserError(
+                f"the split folder {roots[split]} has no images: fill it, or remove it, and a split is cut from train"
+            )
     if skipped:
         few = ", ".join(list(skipped)[:3])
         logger.warning(

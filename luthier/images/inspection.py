@@ -14,6 +14,7 @@ from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets
 
 from luthier.cache import cache_key, library_versions, read_cached, write_cached
 from luthier.errors import UserError
+from luthier.escape import escape_terminal
 from luthier.images.decode import NOT_OPENED, decode_rgb, read_bytes, reason
 from luthier.images.duplicates import MAX_IMAGES, Fingerprint, connected_groups, fingerprint, near_duplicates
 from luthier.terminal import Tenths
@@ -67,7 +68,7 @@ def inspect(dataset: Dataset, split: str, root: Path | None = None) -> Dataset:
         desc=f"Inspecting {split}",
     )
     if any(error and error.startswith(NOT_OPENED) for error in inspected["error"][:]):
-        forget(inspected)
+        remove_from_cache(inspected)
     return concatenate_datasets([dataset, inspected], axis=1)
 
 
@@ -94,7 +95,7 @@ def _inspect_batch(batch: dict, indices: list[int], split: str, root: Path | Non
     return {column: [row[column] for row in rows] for column in rows[0]}
 
 
-def forget(dataset: Dataset) -> None:
+def remove_from_cache(dataset: Dataset) -> None:
     """Remove a result from the cache: what failed because of the disk or the rights may work the next time."""
     for file in dataset.cache_files:
         Path(file["filename"]).unlink(missing_ok=True)
@@ -141,7 +142,7 @@ def leave_out_unreadable(
 def listing(lines: list[str]) -> str:
     """Return the first lines of a list, each on a line of its own, for an error."""
     more = f"\n  ... and {len(lines) - MAX_LISTED} more" if len(lines) > MAX_LISTED else ""
-    return "".join(f"\n  {line}" for line in lines[:MAX_LISTED]) + more
+    return "".join(f"\n  {escape_terminal(line)}" for line in lines[:MAX_LISTED]) + more
 
 
 def group_duplicates(splits: DatasetDict) -> dict[str, np.ndarray]:

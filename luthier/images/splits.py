@@ -143,6 +143,6 @@ def _fill_empty(name: str, size: dict[int, int], split_of: dict[int, str], split
         if len(spare) < 2:
             raise UserError(
                 f"the images of the class {name!r} are so nearly the same that they cannot be divided into train, "
-                f"{' and '.join(splits)} without one standing on two sides: add others or remove the class"
+                f"{' and '.join(splits)} without duplicates across them: add different ones or remove the class"
             )
         split_of[spare[0]] = split

@@ -7,6 +7,7 @@ import torch
 from transformers import SchedulerType, Trainer
 from transformers.training_args import OptimizerNames
 
+from luthier.escape import escape_terminal
 from luthier.scoring.audit import KINDS, TINY
 from luthier.scoring.baselines import ProbeResults
 from luthier.scoring.comparison import Verdict
@@ -50,8 +51,8 @@ def describe_setup(
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type
     precision = {"no": "float32"}.get(trainer.accelerator.mixed_precision, trainer.accelerator.mixed_precision)
-    threads = f", {torch.get_num_threads()} threads" if args.device.type == "cpu" else ""
-    workers = f", {args.dataloader_num_workers} data workers" if args.dataloader_num_workers else ""
+    threads = f", {plural(torch.get_num_threads(), 'thread')}" if args.device.type == "cpu" else ""
+    workers = f", {plural(args.dataloader_num_workers, 'data worker')}" if args.dataloader_num_workers else ""
     processes = f", {args.world_size} processes" if args.world_size > 1 else ""
     name = f"{Path(model_name).name} at {size[0]} x {size[1]} px, {parameters:,} parameters"
     machine = f"{device}{threads}{processes}{workers}, {precision}"
@@ -169,7 +170,7 @@ def list_findings(findings: Mapping) -> str:
     lines = [f"{plural(findings['images'], 'image')} of {plural(len(classes), 'class', 'classes')}, {sizes}"]
     for kind in KINDS:
         if findings[kind] is None:
-            lines.append(f"\n{KIND_NAMES[kind]}: not checked")
+            lines.append("\nlabels: not checked")
         if not findings[kind]:
             continue
         lines.append(f"\n{KIND_NAMES[kind]}: {len(findings[kind])}")
@@ -182,9 +183,10 @@ def list_findings(findings: Mapping) -> str:
 def finding_in_words(finding: dict | list[dict]) -> str:
     """Return a finding in a line: an image and what is wrong with it, or the images that belong together."""
     if isinstance(finding, dict):
-        return f"{finding['name']} ({finding['label']}): {finding['why']}"
+        return escape_terminal(f"{finding['name']} ({finding['label']}): {finding['why']}")
     more = f" and {len(finding) - 4} more" if len(finding) > 4 else ""
-    return " = ".join(f"{image['name']} ({image['label']}, {image['split']})" for image in finding[:4]) + more
+    images = " = ".join(f"{image['name']} ({image['label']}, {image['split']})" for image in finding[:4])
+    return escape_terminal(images + more)
 
 
 # --- comparisons

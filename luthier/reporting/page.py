@@ -60,14 +60,13 @@ def most_telling(test: TestPredictions, labels: list[str]) -> tuple[list[dict], 
     predicted, confidence = probabilities.argmax(axis=-1), probabilities.max(axis=-1)
 
     def entry(row: int) -> dict:
-        correct = predicted[row] == test.references[row]
-        why = f"{confidence[row]:.0%} sure" if correct else f"{labels[predicted[row]]}, {confidence[row]:.0%} sure"
+        correct, sure = predicted[row] == test.references[row], f"{confidence[row]:.0%} sure"
         return {
             "split": "test",
             "row": row,
             "name": test.splits["test"][row]["name"],
             "label": labels[test.references[row]],
-            "why": why if correct else f"predicted {why}",
+            "why": sure if correct else f"predicted {labels[predicted[row]]}, {sure}",
         }
 
     rows = np.argsort(confidence, kind="stable")

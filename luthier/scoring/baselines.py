@@ -92,13 +92,15 @@ def probe_baseline(
 ) -> dict:
     """Return the probe's scores on validation and test, calibrated on validation as every model is, and its strength.
 
+    A split without features is left out.
+
     Args:
         probe: fitted on train.
         features: float32 [N, D] by split.
         references: class indices by split.
         labels: the classes' names.
     """
-    logits = {split: probe.logits(features[split]).numpy() for split in ("validation", "test")}
+    logits = {split: probe.logits(features[split]).numpy() for split in ("validation", "test") if split in features}
     truth = {split: np.array(references[split]) for split in logits}
     temperature = fit_temperature(logits["validation"], truth["validation"])
     scores = {split: score(logits[split] / temperature, truth[split], labels) for split in logits}

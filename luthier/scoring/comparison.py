@@ -53,11 +53,13 @@ def check_same_images(results: dict[str, dict[str, RunResult]], part: str) -> No
     Raises:
         UserError: that is so.
     """
-    prints = {name: parts[part].metrics["data"]["fingerprint"] for name, parts in results.items() if part in parts}
-    if len(set(prints.values())) > 1:
+    fingerprints = {
+        name: parts[part].metrics["data"]["fingerprint"] for name, parts in results.items() if part in parts
+    }
+    if len(set(fingerprints.values())) > 1:
         raise UserError(
-            f"{', '.join(prints)} do not have the same splits in {part}: name the data and the split once, for all of "
-            "them, on the command line of compare.py"
+            f"{', '.join(fingerprints)} do not have the same splits in {part}: name the data and the split once, for "
+            "all of them, on the command line of compare.py"
         )
 
 

@@ -16,7 +16,7 @@ from luthier.training.trainer import concatenate_batches
 
 BINS = 15  # of confidence, for the calibration error (Guo et al. 2017)
 TOP = 5  # classes among which the true one may be, for the top-5 accuracy
-GIVEN_UP = 0.05  # share of the correct answers that "unsure" may cost
+MAX_CORRECT_WITHHELD = 0.05  # share of the correct answers that "unsure" may cost
 
 
 @dataclass(frozen=True)
@@ -135,11 +135,12 @@ def reliability(logits: np.ndarray, references: np.ndarray) -> list[dict]:
 def choose_threshold(logits: np.ndarray, references: np.ndarray) -> float:
     """Return the confidence below which a model should say "unsure", from the logits [N, C] that chose the model.
 
-    The highest one that loses no more than `GIVEN_UP` of the correct answers, as detectors of unfamiliar inputs are
-    compared (at 95% true positives, Hendrycks and Gimpel 2017): there are no unfamiliar images to choose it by.
+    The highest one that loses no more than `MAX_CORRECT_WITHHELD` of the correct answers. Detectors of unfamiliar
+    inputs are compared in the same way (at 95% true positives, Hendrycks and Gimpel 2017). No unfamiliar images are
+    available to choose it with.
     """
     confidence, correct = _confidence_and_correct(logits, references)
-    return float(np.quantile(confidence[correct], GIVEN_UP, method="lower")) if correct.any() else 0.0
+    return float(np.quantile(confidence[correct], MAX_CORRECT_WITHHELD, method="lower")) if correct.any() else 0.0
 
 
 def selective(logits: np.ndarray, references: np.ndarray, threshold: float) -> dict:
@@ -173,8 +174,8 @@ def _confidence_and_correct(logits: np.ndarray, references: np.ndarray) -> tuple
 def fit_temperature(logits: np.ndarray, references: np.ndarray) -> float:
     """Return the temperature by which logits [N, C] must be divided for the lowest log loss (Guo et al. 2017).
 
-    One more image, of every class in equal parts, is counted with those that were seen, as Platt (1999) does. Where
-    all predictions are correct the lowest loss would otherwise be at temperature 0, and every answer would be certain.
+    One imaginary image with equal shares of every class is added, as Platt (1999) does. Where all predictions are
+    correct the lowest loss would otherwise be at temperature 0, and every answer would be certain.
     """
     n, classes = logits.shape
     targets = (np.eye(classes)[references] * n + 1 / classes) / (n + 1)

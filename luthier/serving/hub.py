@@ -89,8 +89,8 @@ def upload(staging: Path, repo_id: str, repo_type: str, message: str, ours: tupl
     """
     api = HfApi()
     say("push", f"to {repo_id}:")
-    for file in sorted(staging.iterdir()):
-        say("", f"{file.stat().st_size / 1e6:8.2f} MB  {file.name}")
+    for file in sorted(path for path in staging.rglob("*") if path.is_file()):
+        say("", f"{file.stat().st_size / 1e6:8.2f} MB  {file.relative_to(staging).as_posix()}")
     with_retries(
         lambda: api.upload_folder(
             repo_id=repo_id, repo_type=repo_type, folder_path=staging, commit_message=message,
@@ -129,9 +129,7 @@ def with_retries(call: Callable[[], Result], repo_id: str) -> Result:
     Raises:
         UserError: it failed for good; the message says why, and the remedy.
     """
-    waits = [*WAITS, None]
-    while True:
-        wait = waits.pop(0)
+    for wait in (*WAITS, None):
         try:
             return call()
         except Exception as raised:  # also those of the HTTP library, which differs by version
@@ -143,6 +141,7 @@ def with_retries(call: Callable[[], Result], repo_id: str) -> Result:
             pause = _retry_after(error) or wait
             print(f"hub      {_first_line(error)}; retrying in {pause:.0f} s", file=sys.stderr, flush=True)
             time.sleep(pause)
+    raise AssertionError  # the last try returns or raises
 
 
 def explain(error: Exception, status: int | None, repo_id: str) -> str:

@@ -80,7 +80,8 @@ def find_imports(script: str) -> tuple[list[str], set[str]]:
                 waiting += [own, *(str(p / "__init__.py") for p in parents if (PROJECT / p / "__init__.py").exists())]
             else:
                 packages.add(name.partition(".")[0])
-    return sorted(files), packages - set(sys.stdlib_module_names)
+    ours = {file.partition("/")[0].removesuffix(".py") for file in files}
+    return sorted(files), packages - ours - set(sys.stdlib_module_names)
 
 
 def find_requirements(packages: set[str]) -> list[str]:

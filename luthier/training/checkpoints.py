@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, and the newest whole one."""
+"""A checkpoint is whole or does not exist; the newest whole one is the one to resume from."""
 
 import hashlib
 import json
@@ -110,14 +110,18 @@ def load_weights(model: PreTrainedModel, checkpoint: Path) -> None:
     ViT and others as they were; `from_pretrained` renames what has to be renamed.
 
     Raises:
-        UserError: the checkpoint is of another model.
+        UserError: the checkpoint is of another model, or not whole.
     """
     other = UserError(
         f"{checkpoint} is of another model, or of other classes: resume with the options of the run that wrote it"
     )
-    if json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["model_type"] != model.config.model_type:
-        raise other
-    saved = type(model).from_pretrained(checkpoint)
+    try:
+        config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+        if config["model_type"] != model.config.model_type:
+            raise other
+        saved = type(model).from_pretrained(checkpoint)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{checkpoint} is not a whole checkpoint ({error}): use another") from error
     try:
         model.load_state_dict(saved.state_dict(), strict=True)
     except RuntimeError as error:

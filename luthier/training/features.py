@@ -37,9 +37,9 @@ def load_features(trainer: Trainer, head: str, rows: Any, key: str) -> torch.Ten
     if not cached:
         height, width = rows[0]["pixel_values"].shape[-2:]
         features = _compute_features(trainer, build_backbone(model, head, (height, width)), rows)
-        if main:
+        if features is not None:
             write_cached("features", key, features)
-    return features if main else None
+    return features
 
 
 def build_backbone(model: PreTrainedModel, head: str, size: tuple[int, int]) -> PreTrainedModel:
@@ -49,7 +49,7 @@ def build_backbone(model: PreTrainedModel, head: str, size: tuple[int, int]) -> 
     return fuse_batchnorm(backbone, size)
 
 
-def _compute_features(trainer: Trainer, backbone: PreTrainedModel, rows: Any) -> torch.Tensor:
+def _compute_features(trainer: Trainer, backbone: PreTrainedModel, rows: Any) -> torch.Tensor | None:
     model = model_of(trainer)
     trainer.model = trainer.model_wrapped = backbone
     try:
@@ -57,6 +57,8 @@ def _compute_features(trainer: Trainer, backbone: PreTrainedModel, rows: Any) ->
     finally:
         trainer.model = trainer.model_wrapped = model
         trainer.accelerator.free_memory()
+    if not trainer.is_world_process_zero():
+        return None
     features = torch.from_numpy(concatenate_batches(outputs)).float().contiguous()
     if not torch.isfinite(features).all():
         raise UserError(

@@ -16,7 +16,7 @@ def layer_numbers(model: PreTrainedModel) -> dict[str, int]:
     The names tell, in timm's models as in transformers': parameters form a layer if they share their name up to its
     first number (`blocks.3`, `encoder.layer.11`), or if they stand together without one (the stem).
     """
-    head = set(head_parameters(model))
+    head = head_parameters(model)
     numbers: dict[str, int] = {}
     last, number = None, -1
     for name, _ in model.named_parameters():
@@ -25,7 +25,7 @@ def layer_numbers(model: PreTrainedModel) -> dict[str, int]:
             layer = numbered[1] if numbered else ""
             number += layer != last
             numbers[name], last = number, layer
-    return numbers | dict.fromkeys(head_parameters(model), number + 1)
+    return numbers | dict.fromkeys(head, number + 1)
 
 
 def freeze(model: PreTrainedModel, share: float) -> None:

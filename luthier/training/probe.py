@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, Trainer
 # Penalties tried, from strong to weak; on 100 to 100,000 images the best was never at an end (docs/experiments.md).
 STRENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
 
-ROWS = 8192  # images at a time in a fit
+ROWS_PER_STEP = 8192  # images at a time in a fit
 
 
 class LinearProbe(NamedTuple):
@@ -124,7 +124,7 @@ def minimise(
         # times over.
         loss = strength / 2 * weight.square().sum()
         weight_grad, bias_grad = strength * weight, torch.zeros_like(bias)
-        for part, truth in zip(features.split(ROWS), labels.split(ROWS), strict=True):
+        for part, truth in zip(features.split(ROWS_PER_STEP), labels.split(ROWS_PER_STEP), strict=True):
             residuals = torch.log_softmax(nn.functional.linear(part, weight, bias), dim=1)
             loss -= residuals.gather(1, truth[:, None]).sum() / len(features)
             residuals.exp_().scatter_add_(1, truth[:, None], residuals.new_full((len(part), 1), -1.0))

@@ -49,8 +49,8 @@ RECIPES = {
 # For simple_cnn, which has no pretrained backbone.
 FROM_SCRATCH = Recipe("from scratch", 0.0, 2e-3, 1.0, 1.0, 25, candidates=(1.0,))
 
-# Parameters for each image above which the first layers stay frozen: a hundred images a class never pay for them, a
-# million images do.
+# Parameters for each image above which the first layers stay frozen. With a hundred images a class, training them did
+# not pay (docs/experiments.md).
 PARAMETERS_PER_IMAGE = 100
 
 

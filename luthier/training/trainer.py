@@ -53,8 +53,8 @@ class SafeTrainer(Trainer):
     """
 
     writing_to: str | None = None
-    postponed = False
-    broken_at: torch.Tensor | None = None  # step of the first loss or gradient that was not finite, or -1
+    save_postponed = False
+    not_finite_at: torch.Tensor | None = None  # step of the first loss or gradient that was not finite, or -1
 
     def _get_output_dir(self, trial) -> str:
         return self.writing_to or super()._get_output_dir(trial)
@@ -63,10 +63,10 @@ class SafeTrainer(Trainer):
         # A checkpoint of an epoch's last step waits for the epoch's evaluation, which a resume from it would not make.
         last_step = self.args.eval_strategy == "epoch" and float(self.state.epoch or 0).is_integer()
         if self.control.should_evaluate:
-            self.control.should_save |= self.postponed
-            self.postponed = False
+            self.control.should_save |= self.save_postponed
+            self.save_postponed = False
         elif last_step and self.control.should_save:
-            self.control.should_save, self.postponed = False, True
+            self.control.should_save, self.save_postponed = False, True
         super()._maybe_log_save_evaluate(*arguments, **options)
 
     def _save_checkpoint(self, model, trial) -> None:
@@ -125,10 +125,10 @@ class SafeTrainer(Trainer):
 
     def _watch(self, value: torch.Tensor | float) -> None:
         value = torch.as_tensor(value, device=self.args.device).detach()
-        if self.broken_at is None:
-            self.broken_at = torch.full((), -1, device=self.args.device)
-        broken = (self.broken_at < 0) & ~torch.isfinite(value).all()
-        self.broken_at = torch.where(broken, self.state.global_step + 1, self.broken_at)
+        if self.not_finite_at is None:
+            self.not_finite_at = torch.full((), -1, device=self.args.device)
+        broken = (self.not_finite_at < 0) & ~torch.isfinite(value).all()
+        self.not_finite_at = torch.where(broken, self.state.global_step + 1, self.not_finite_at)
         if self.args.device.type == "cpu":  # elsewhere reading it would make the device wait at every step
             self.stop_if_not_finite()
 
@@ -139,9 +139,9 @@ class SafeTrainer(Trainer):
 
     def stop_if_not_finite(self) -> None:
         """Raise UserError if a loss or a gradient was not finite."""
-        step = -1 if self.broken_at is None else int(self.broken_at)
+        step = -1 if self.not_finite_at is None else int(self.not_finite_at)
         if step >= 0:
-            self.broken_at = None
+            self.not_finite_at = None
             last = newest(Path(str(self.args.output_dir)))
             kept = f" {last} is from before and whole." if last else ""
             raise UserError(
@@ -206,8 +206,8 @@ def build_trainer(
     rate = training_args.learning_rate
     train_dataset = SeededAugmentation(rows["train"], training_args.seed, training_args.dataloader_num_workers)
     groups = parameter_groups(model, rate, rate * recipe.backbone_rate, recipe.layer_decay, training_args.weight_decay)
-    check_optimizer_and_scheduler(training_args)
-    optimizer_class, optimizer_kwargs = Trainer.get_optimizer_cls_and_kwargs(training_args, model)
+    optimizer_class, optimizer_kwargs = choose_optimizer(training_args, model)
+    check_scheduler(training_args)
     try:
         trainer = SafeTrainer(
             model=model,
@@ -246,28 +246,34 @@ def _replace_progress(trainer: Trainer) -> None:
         trainer.add_callback(ProgressBar() if has_terminal() else ProgressLines())
 
 
-def check_optimizer_and_scheduler(training_args: TrainingArguments) -> None:
-    """Try both, which the Trainer builds only when it begins to train.
+def choose_optimizer(training_args: TrainingArguments, model: PreTrainedModel) -> tuple[type, dict]:
+    """Return the class of the optimizer, and its arguments.
 
     Raises:
-        UserError: one is not available, or its settings are wrong.
+        UserError: it is not available, or its settings are wrong.
     """
-    name, settings = training_args.optim, training_args.optim_args
     try:
-        Trainer.get_optimizer_cls_and_kwargs(training_args)
+        return Trainer.get_optimizer_cls_and_kwargs(training_args, model)
     except (ImportError, RuntimeError, ValueError) as error:
-        raise UserError(
-            f"--optim {OptimizerNames(name).value} --optim_args {settings} cannot be used: {error}"
-        ) from error
+        settings = f" with --optim_args {training_args.optim_args}" if training_args.optim_args else ""
+        name = OptimizerNames(training_args.optim).value
+        raise UserError(f"--optim {name}{settings} cannot be used: {error}") from error
+
+
+def check_scheduler(training_args: TrainingArguments) -> None:
+    """Try the learning rate scheduler, which the Trainer builds only when it begins to train.
+
+    Raises:
+        UserError: its settings are wrong.
+    """
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     schedule, kwargs = SchedulerType(training_args.lr_scheduler_type), training_args.lr_scheduler_kwargs
     assert not isinstance(kwargs, str)  # TrainingArguments have parsed it
     try:
         get_scheduler(schedule, optimizer, num_warmup_steps=1, num_training_steps=10, scheduler_specific_kwargs=kwargs)
     except (TypeError, ValueError) as error:
-        raise UserError(
-            f"--lr_scheduler_type {schedule.value} --lr_scheduler_kwargs {kwargs} cannot be used: {error}"
-        ) from error
+        settings = f" with --lr_scheduler_kwargs {kwargs}" if kwargs else ""
+        raise UserError(f"--lr_scheduler_type {schedule.value}{settings} cannot be used: {error}") from error
 
 
 def train(trainer: SafeTrainer, recipe: Recipe, start: dict[str, torch.Tensor] | None, stop: Stop) -> None:

@@ -19,6 +19,7 @@ from hub_server import Hub
 
 import app
 import train
+from luthier.serving.space import find_imports, find_requirements
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +123,15 @@ def test_unsure_prediction_is_shown_as_unsure():
     assert answer == "Unsure. Most likely: a (40%)" and classes == {"a": 0.4, "b": 0.3}
 
 
+def test_files_of_a_space_follow_from_the_imports():
+    files, packages = find_imports("app.py")
+    assert {"app.py", "models.py", "luthier/serving/classifier.py", "luthier/images/views.py"} <= set(files)
+    assert not {"train.py", "data.py", "luthier/serving/space.py", "luthier/serving/hub.py"} & set(files)
+    assert {"torch", "PIL", "gradio"} <= packages and not {"luthier", "models", "sys", "pathlib"} & packages
+    names = {line.split(">=")[0] for line in find_requirements(packages)}
+    assert {"torch", "pillow", "transformers"} <= names and not {"matplotlib", "tensorboard"} & names
+
+
 @pytest.mark.slow
 def test_space_serves_the_pushed_model(model, tmp_path):
     with Hub() as server:
@@ -135,9 +145,10 @@ def test_space_serves_the_pushed_model(model, tmp_path):
         assert space.sdk == "gradio"
         card = yaml.safe_load(space.files["README.md"].decode().split("---")[1])
         assert card["app_file"] == "start.py" and card["models"] == ["me/colours"] and card["sdk"] == "gradio"
-        assert {line.split(">=")[0] for line in space.files["requirements.txt"].decode().split()} == set(app.PACKAGES)
+        packages = {line.split(">=")[0] for line in space.files["requirements.txt"].decode().split()}
+        assert {"torch", "torchvision", "transformers", "timm", "pillow", "numpy"} <= packages
         for name, data in space.files.items():
-            (tmp_path / "space").mkdir(exist_ok=True)
+            (tmp_path / "space" / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / "space" / name).write_bytes(data)
         space_environment = server.environment(tmp_path / "elsewhere") | {"PYTHONPATH": ""}
         with running_app("start.py", cwd=tmp_path / "space", environment=space_environment) as url:

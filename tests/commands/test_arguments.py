@@ -161,7 +161,6 @@ def test_training_arguments_are_complete_and_never_ask_the_trainer_to_push():
 def test_requested_persistent_workers_are_kept(value):
     args = ["--dataloader_num_workers", "2", "--dataloader_persistent_workers", value]
     assert parse_arguments(args).training_args.dataloader_persistent_workers is (value == "True")
-    assert parse_arguments(["--dataloader_num_workers", "2"]).training_args.dataloader_persistent_workers is True
     assert parse_arguments([]).training_args.dataloader_persistent_workers is False
 
 

@@ -95,7 +95,7 @@ def test_data_that_cannot_be_trained_on_is_still_audited(tmp_path, capsys):
     audit.main([str(images), "--disable_tqdm", "True"])
     output = capsys.readouterr().out
     assert "careful: the class 'blue' has 2 images, too few" in output and "unreadable, left out: 3" in output
-    assert "labels to check: not checked" in output
+    assert "labels: not checked" in output
 
 
 def test_audit_without_output_dir_writes_nothing(tmp_path, monkeypatch, timm_checkpoint, capsys):
@@ -130,3 +130,12 @@ def test_mistake_on_the_command_line_gives_one_message(args, message, capsys):
     with pytest.raises(SystemExit) as exit_info:
         audit.main(args)
     assert exit_info.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_data_with_a_validation_split_that_cannot_be_cut_further(tmp_path, timm_checkpoint, capsys):
+    """Two images a class are too few for a test split, but labels are checked with what is there."""
+    draw_folder(tmp_path / "p/train", 1)
+    draw_folder(tmp_path / "p/val", 4, first=50)
+    audit.main([str(tmp_path / "p"), "--model_name", str(timm_checkpoint), "--disable_tqdm", "True"])
+    output = capsys.readouterr().out
+    assert "careful: the class 'blue' has 1 image, too few" in output and "labels: not checked" not in output

@@ -19,7 +19,7 @@ import train
 from data import collate, evaluation_rows, load_splits, prepare
 from luthier.arguments import parse_arguments
 from luthier.images.views import EvaluationView
-from luthier.machine import configure_cpu
+from luthier.machine import available_cores, configure_cpu
 from luthier.parsing import describe_command
 from luthier.training.recipe import RECIPES
 from luthier.training.trainer import concatenate_batches
@@ -304,7 +304,7 @@ def test_cpu_threads_are_restored(monkeypatch, tmp_path):
     try:
         torch.set_num_threads(1)
         configure_cpu(training_args.device)
-        assert torch.get_num_threads() == os.cpu_count()
+        assert torch.get_num_threads() == available_cores()
         assert training_args.dataloader_pin_memory is False
     finally:
         torch.set_num_threads(threads)

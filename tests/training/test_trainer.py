@@ -14,8 +14,8 @@ from models import build_model
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--lr_scheduler_kwargs", '{"nonsense": 1}'], "--lr_scheduler_type cosine --lr_scheduler_kwargs"),
-        (["--optim_args", "nonsense"], "--optim adamw_torch_fused --optim_args nonsense cannot be used"),
+        (["--lr_scheduler_kwargs", '{"nonsense": 1}'], "--lr_scheduler_type cosine with --lr_scheduler_kwargs"),
+        (["--optim_args", "nonsense"], "--optim adamw_torch_fused with --optim_args nonsense cannot be used"),
         (["--report_to", "nonsense"], "nonsense is not supported"),
     ],
 )
