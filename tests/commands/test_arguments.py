@@ -1,7 +1,7 @@
 """Configs and command lines: which setting wins, and one clear message for every mistake."""
 
 import functools
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -155,6 +155,24 @@ def test_training_arguments_are_complete_and_never_ask_the_trainer_to_push():
     assert training_args.learning_rate is not None and training_args.num_train_epochs is not None
     assert run_args.learning_rate is None and run_args.num_train_epochs is None
     assert parse_arguments(["--learning_rate", "1e-2"]).run_args.learning_rate == 1e-2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--lr_scheduler_kwargs", '{"num_cycles": 2}'],
+        ["--optim", "sgd", "--optim_args", "momentum=0.9"],
+        ["--report_to", "tensorboard", "--logging_strategy", "steps", "--logging_steps", "0.1"],
+        ["--accelerator_config", '{"split_batches": false}', "--warmup_steps", "0.2"],
+    ],
+)
+def test_the_recipes_learning_rate_is_all_that_replace_changes(options):
+    """Building them a second time must not change what the first time made of the options."""
+    before = parse_arguments(options).training_args
+    after = replace(before, learning_rate=0.5)
+    changed = {o.name for o in fields(before) if str(getattr(before, o.name)) != str(getattr(after, o.name))}
+    assert changed == {"learning_rate"} and type(after) is type(before)
 
 
 @pytest.mark.parametrize("value", ["True", "False"])
