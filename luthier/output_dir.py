@@ -100,8 +100,7 @@ def _lock(output_dir: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(
-            OSError
-        ):  # before the release, so that it is never another run's; Windows waits for it
+        # Before the release, so that it is never another run's lock. Windows removes it only once it is released.
+        with contextlib.suppress(OSError):
             (output_dir / LOCK).unlink()
         lock.release()
