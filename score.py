@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from luthier.errors import UserError, exit_on_user_error
-from luthier.terminal import Stopwatch
+from luthier.terminal import Stopwatch, say
 
 if TYPE_CHECKING:
     from luthier.arguments import Arguments
@@ -26,8 +26,9 @@ SHOWN = (
 )  # fmt: skip
 # Options of train.py that mean nothing where nothing is trained.
 TRAINING_ONLY = (
-    "recipe", "image_size", "resume_from_checkpoint", "push_to_hub", "learning_curve", "keep", "augmentation",
-    "test_view", "fold", "split_seed", "validation_fraction", "test_fraction", "num_train_epochs", "learning_rate",
+    "recipe", "image_size", "resume_from_checkpoint", "push_to_hub", "learning_curve", "keep", "time_limit", "refit",
+    "milliseconds", "augmentation", "test_view", "fold", "split_seed", "validation_fraction", "test_fraction",
+    "num_train_epochs", "learning_rate",
 )  # fmt: skip
 
 
@@ -76,7 +77,7 @@ def score_model(arguments: "Arguments", output_dir: Path, stopwatch: Stopwatch) 
     from data import collate, describe, evaluation_rows, load_labelled, prepare
     from luthier.images.views import EvaluationView
     from luthier.reporting import console
-    from luthier.reporting.results import collect_metrics, write_results
+    from luthier.reporting.results import collect_metrics, count_learned, write_results
     from luthier.scoring.audit import audit_images
     from luthier.scoring.baselines import majority_baseline
     from luthier.scoring.metrics import TestPredictions
@@ -96,16 +97,19 @@ def score_model(arguments: "Arguments", output_dir: Path, stopwatch: Stopwatch) 
     stopwatch.stop("prepare")
     trainer = build_predictor(model, training_args, collate)
     data = describe(prepared, data_args.name, data_args.is_built_in)
-    setup = console.describe_setup(trainer, view.size, model_args.model_name, None)
+    setup = console.describe_setup(trainer, model_args.model_name, view.size)
     findings = audit_images(splits, unreadable)
-    console.say_setup(data, setup)
+    console.say_setup(splits, data_args.name, setup)
     console.say_audit(findings)
+    learned = count_learned(Path(model_args.model_name), splits["test"]["digest"][:])
+    if learned:
+        say("careful", f"the model has learned from {learned:,} of these images: its score on them means little")
     logits, references = predict(trainer, evaluation_rows(prepared["test"], view, ["label"]))
     stopwatch.stop("evaluate")
     if trainer.is_world_process_zero():
         metrics = collect_metrics(
             scores=score_test(logits, references, labels, threshold_of(model)), majority=majority_baseline(data),
-            data=data, recipe=setup, history=[], findings=findings,
+            data=data, recipe={**setup, "recipe": "nothing trained"}, findings=findings,
             command=run_args.command, settings=run_args.settings,
         )  # fmt: skip
         write_results(output_dir, metrics, TestPredictions(splits, logits, references), findings, stopwatch)

@@ -1,40 +1,21 @@
-"""Fine-tune an image classifier: data -> model -> probe -> train -> evaluate -> report.
+"""Fine-tune an image classifier: data -> model -> probe -> train -> evaluate -> refit -> report.
 
 accelerate launch train.py --data_dir my_photos
 accelerate launch train.py configs/simple_cnn_openmoji.yaml --num_train_epochs 3
 """
 
 import sys
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from luthier.errors import exit_on_user_error
 from luthier.terminal import Stopwatch, say
 
 # Slow imports are inside the functions, so that wrong arguments are reported first.
 if TYPE_CHECKING:
-    from datasets import DatasetDict
-    from transformers import BaseImageProcessor
-
     from luthier.arguments import Arguments
-    from luthier.images.views import EvaluationView
-    from luthier.training.recipe import Recipe
+    from luthier.scoring.experiment import Experiment, Result
     from luthier.training.signals import Stop
-    from luthier.training.trainer import SafeTrainer
-
-
-class Experiment(NamedTuple):
-    """What `set_up` prepares for `fine_tune`."""
-
-    splits: "DatasetDict"  # as loaded
-    prepared: "DatasetDict"  # decoded and stored
-    rows: "DatasetDict"  # transformed when they are accessed
-    findings: dict  # of the audit
-    image_processor: "BaseImageProcessor"
-    view: "EvaluationView"
-    recipe: "Recipe"
-    trainer: "SafeTrainer"  # holds the model
 
 
 @exit_on_user_error
@@ -62,105 +43,131 @@ def main(argv: list[str] | None = None) -> None:
         if resume == "auto" and has_ended(output_dir):
             say("done", f"{output_dir} holds a finished run: nothing is left to train")
         else:
-            fine_tune(set_up(arguments, stop, stopwatch), arguments, stop, stopwatch)
+            experiment = set_up(arguments, stopwatch)
+            finish(experiment, fine_tune(experiment, arguments, stop, stopwatch), arguments, stopwatch)
         if repo_id:  # of a finished run too: the push may have been what failed
             hub.publish(output_dir, repo_id, private)
 
 
-def set_up(arguments: "Arguments", stop: "Stop", stopwatch: Stopwatch) -> Experiment:
-    """Load the images, build the model, and bring them together in a Trainer."""
+def set_up(arguments: "Arguments", stopwatch: Stopwatch) -> "Experiment":
+    """Load the images, build the model, and prepare the images for it."""
     from transformers import set_seed
 
-    from data import collate, load_splits, prepare, with_transforms
+    from data import collate, cut_splits, load_images, prepare, sample_rows
     from luthier.images.views import EvaluationView
+    from luthier.reporting import console
     from luthier.scoring.audit import audit_images
-    from luthier.scoring.metrics import build_compute_metrics
-    from luthier.training.callbacks import StageTimes
-    from luthier.training.layers import freeze
-    from luthier.training.recipe import settle_recipe
-    from luthier.training.trainer import build_trainer
+    from luthier.scoring.experiment import Experiment
+    from luthier.scoring.screening import choose_backbone, choose_view, draw_sample
+    from luthier.training.layers import training_size
+    from luthier.training.recipe import choose_recipes
+    from luthier.training.trainer import build_predictor
     from models import build_model, linear_head
 
     data_args, model_args, training_args, run_args = arguments
+    name, image_size = model_args.model_name, model_args.image_size
     stopwatch.stop("start")
 
     # Data
     with training_args.main_process_first(desc="loading the images"):
-        splits, unreadable = load_splits(**data_args.for_splits())
-    labels = splits["train"].features["label"].names
+        images, unreadable = load_images(**data_args.for_images())
+    splits = cut_splits(images, **data_args.for_cut())
+    id2label = dict(enumerate(splits["train"].features["label"].names))
+    findings = audit_images(splits, unreadable)
 
     # Model
+    sample = draw_sample(splits["train"], sample_rows, lambda model: build_predictor(model, training_args, collate))
+    if name == "auto":
+        tried = choose_backbone(lambda name: build_model(name, id2label, image_size), sample, model_args.milliseconds)
+        console.say_backbones(tried)
+        name = tried[0].name
     set_seed(training_args.seed)  # decides the first weights of a new head
-    model, image_processor = build_model(model_args.model_name, dict(enumerate(labels)), model_args.image_size)
-    recipe = settle_recipe(
-        model_args.recipe, model_args.model_name, linear_head(model) is not None, model.num_parameters(),
-        len(splits["train"]), run_args.learning_rate, run_args.num_train_epochs,
-    )  # fmt: skip
-    rate, epochs = recipe.learning_rate, recipe.num_train_epochs
-    training_args = replace(training_args, learning_rate=rate, num_train_epochs=epochs)
-    freeze(model, recipe.frozen)
-    view = EvaluationView(image_processor)
+    model, image_processor = build_model(name, id2label, image_size)
+    recipes = choose_recipes(
+        model_args.recipe, name, linear_head(model) is not None, run_args.learning_rate, run_args.num_train_epochs
+    )
     stopwatch.stop("load")
+    image_processor, views = choose_view(model, image_processor, sample, recipes[0].is_pretrained, image_size is None)
+    view = EvaluationView(image_processor)
+    setup = console.describe_setup(sample.predictor(model), name, view.size, views)
+    console.say_setup(splits, data_args.name, setup)
     with training_args.main_process_first(desc="preparing the images"):
         prepared = prepare(splits, view)
+    size = training_size(model, view.size) if recipes[0].is_pretrained else view.size
     stopwatch.stop("prepare")
-    rows = with_transforms(prepared, view, data_args.augmentation, data_args.test_view)
-    callbacks = [StageTimes(stopwatch), stop]
-    trainer = build_trainer(model, recipe, training_args, rows, collate, build_compute_metrics(labels), callbacks)
-    findings = audit_images(splits, unreadable)
-    return Experiment(splits, prepared, rows, findings, image_processor, view, recipe, trainer)
+    return Experiment(splits, "test" in images, prepared, findings, model, view, size, recipes, setup)
 
 
-def fine_tune(experiment: Experiment, arguments: "Arguments", stop: "Stop", stopwatch: Stopwatch) -> None:
-    """Train, keep the weights that are best on validation, score them once on test, and write the results."""
-    from data import describe, feature_rows
+def fine_tune(experiment: "Experiment", arguments: "Arguments", stop: "Stop", stopwatch: Stopwatch) -> "Result":
+    """Race the recipes, keep the weights that are best on validation, and predict test with them, once."""
+    from data import collate, feature_rows, with_transforms
     from luthier.reporting import console
-    from luthier.reporting.card import write_model_card
-    from luthier.reporting.results import collect_metrics, write_results
-    from luthier.scoring.baselines import majority_baseline, measure_probe
-    from luthier.scoring.metrics import TestPredictions
-    from luthier.scoring.selection import keep_best, score_run
-    from luthier.training.trainer import model_of, predict, train
-    from models import save_model
+    from luthier.scoring.baselines import measure_probe
+    from luthier.scoring.experiment import Result
+    from luthier.scoring.metrics import build_compute_metrics
+    from luthier.scoring.race import Course, enter, keep_best, race
+    from luthier.scoring.selection import score_probe
+    from luthier.training.arms import Workshop
+    from luthier.training.callbacks import StageTimes
+    from luthier.training.trainer import model_of, predict
 
-    data_args, model_args, _, run_args = arguments  # the complete training arguments are the trainer's
-    splits, prepared, rows, findings, image_processor, view, recipe, trainer = experiment
-    output_dir, labels = Path(str(trainer.args.output_dir)), splits["train"].features["label"].names
-    data = describe(prepared, data_args.name, data_args.is_built_in)
-    setup = console.describe_setup(trainer, view.size, model_args.model_name, recipe, data_args.augmentation)
-    console.say_setup(data, setup)
+    data_args, model_args, training_args, _ = arguments
+    splits, prepared, view, recipes = experiment.splits, experiment.prepared, experiment.view, experiment.recipes
+    labels = splits["train"].features["label"].names
+    rows = with_transforms(prepared, view, data_args.augmentation, data_args.test_view, experiment.size)
+    metrics = build_compute_metrics(labels)
+    workshop = Workshop(experiment.model, training_args, collate, metrics, [StageTimes(stopwatch), stop])
 
     # Probe
-    probe = measure_probe(trainer, recipe, splits, feature_rows(prepared, view), data_args.learning_curve)
-    findings["suspect_labels"] = probe.suspect_labels
-    if probe.start:
-        stopwatch.stop("features")
+    images = feature_rows(prepared, view) if recipes[0].is_pretrained else {}
+    probe = measure_probe(workshop.predictor(), splits, images, data_args.learning_curve)
+    stopwatch.stop("features")
     console.say_probe(probe, data_args.learning_curve)
-    console.say_audit(findings)
-    say("recipe", setup["recipe"])
+    experiment.findings["suspect_labels"] = probe.suspect_labels
+    console.say_audit(experiment.findings)
 
     # Train
-    train(trainer, recipe, probe.start, stop)
+    run_dir, resume = Path(str(training_args.output_dir)), training_args.resume_from_checkpoint
+    only_trained = model_args.keep == "trained" and recipes[0].name != "probe"
+    course = Course(labels, stop, run_dir, stopwatch, model_args.time_limit, only_trained)
+    baseline = None if only_trained else score_probe(workshop, probe.starts, rows["validation"], labels)
+    outcome = race(enter(recipes, workshop, rows, probe.starts, run_dir), baseline, course, resume)
 
     # Evaluate
-    shares = recipe.candidates if model_args.keep == "best" else recipe.candidates[-1:]
-    kept, candidates = keep_best(trainer, probe.start, shares, labels)
-    console.say_selection(kept, candidates)
+    kept, trainer = keep_best(outcome, baseline, workshop, probe.starts)
+    console.say_race(outcome, baseline, kept)
     logits, references = predict(trainer, rows["test"])
     stopwatch.stop("evaluate")
+    return Result(workshop, course, probe, outcome, kept, model_of(trainer), logits, references)
+
+
+def finish(experiment: "Experiment", result: "Result", arguments: "Arguments", stopwatch: Stopwatch) -> None:
+    """Refit the model on all images that may be learned from, and write the results."""
+    from data import describe, join_for_training, training_rows
+    from luthier.reporting import console
+    from luthier.reporting.results import collect_run, write_run
+    from luthier.scoring.refit import plan_refit, refit
+
+    data_args, model_args, training_args, run_args = arguments
+    splits, view = experiment.splits, experiment.view
+
+    # Refit
+    plan, refitted = plan_refit(splits, experiment.own_test, result, model_args.refit), None
+    console.say_refit(plan)
+    if plan.pays:
+        images = join_for_training([splits[split] for split in plan.splits], view)
+        refitted = refit(plan, result, splits, training_rows(images, view, data_args.augmentation, experiment.size))
+        stopwatch.stop("refit")
 
     # Report
-    if trainer.is_world_process_zero():
-        custom_code = save_model(model_of(trainer), image_processor, output_dir)
-        metrics = collect_metrics(
-            scores=score_run(kept, logits, references, labels), majority=majority_baseline(data),
-            linear_probe=probe.baseline, learning_curve=probe.learning_curve, data=data, recipe=setup, kept=kept,
-            history=trainer.state.log_history, seeds=run_args.seeds, findings=findings,
-            command=run_args.command, settings=run_args.settings,
+    if training_args.process_index == 0:
+        data = describe(experiment.prepared, data_args.name, data_args.is_built_in)
+        recipe = experiment.setup | console.describe_recipe(result, data_args.augmentation)
+        metrics = collect_run(
+            experiment, result, plan, data=data, recipe=recipe, seeds=run_args.seeds, command=run_args.command,
+            settings=run_args.settings,
         )  # fmt: skip
-        write_results(output_dir, metrics, TestPredictions(splits, logits, references), findings, stopwatch)
-        write_model_card(output_dir / "README.md", metrics, custom_code)
-        console.say_results(output_dir, metrics, custom_code)
+        write_run(Path(str(training_args.output_dir)), experiment, result, plan, refitted, metrics, stopwatch)
 
 
 if __name__ == "__main__":

@@ -46,8 +46,12 @@ class DataArguments:
     label_names: list[str] | None = field(
         default=None, metadata={"help": "New names for the classes, in the order of their sorted old names."}
     )
-    validation_fraction: float = field(
-        default=0.1, metadata={"help": "Share of each class for the validation split, where the data has none."}
+    validation_fraction: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of each class for the validation split, where the data has none; a tenth, and up to a "
+            "quarter of few images, if not given."
+        },
     )
     test_fraction: float = field(
         default=0.2, metadata={"help": "Share of each class for the test split, where the data has none."}
@@ -111,26 +115,48 @@ class ModelArguments:
     model_name: str = field(
         default="efficientnet_lite0",
         metadata={
-            "help": "efficientnet_lite0, simple_cnn, a Hub model such as timm/resnet18.tv_in1k, or a folder with one."
+            "help": "efficientnet_lite0, efficientnet_lite2, simple_cnn, a Hub model such as timm/resnet18.tv_in1k, a "
+            "folder with one, or auto: the one of a few whose linear probe is best (docs/usage.md)."
         },
     )
     image_size: int | None = field(
         default=None,
-        metadata={"help": "Side in pixels of the square that the model sees; the model's own if not given."},
+        metadata={
+            "help": "Side in pixels of the square that the model sees; the model's own, or less where the images are "
+            "small, if not given."
+        },
     )
-    recipe: Literal["probe", "head", "lp_ft", "full"] | None = field(
+    recipe: Literal["probe", "head", "lp_ft", "full_from_probe", "full"] | None = field(
         default=None,
         metadata={
             "help": "How a pretrained model learns. probe: a logistic regression on its frozen features; head: a new "
-            "head on the frozen backbone; lp_ft: the upper layers, starting from the probe; full: all layers, with a "
-            "new head. Chosen by the sizes of data and model if not given (docs/usage.md)."
+            "head on the frozen backbone; lp_ft: the upper layers, starting from the probe; full_from_probe: all "
+            "layers, starting from a probe; full: all layers, with a new head. The last three are raced if not given "
+            "(docs/usage.md)."
         },
     )
     keep: Literal["best", "trained"] = field(
         default="best",
         metadata={
-            "help": "The weights of the result. best: the trained weights, the probe's, or (lp_ft) their mean, "
-            "whichever has the lowest validation loss; trained: the trained weights, to compare ways of training."
+            "help": "The weights of the result. best: the trained weights, the probe's, or (recipes that start from "
+            "a probe) a mean, whichever is best on validation; trained: the trained weights, to compare ways of "
+            "training."
+        },
+    )
+    milliseconds: float = field(
+        default=40.0,
+        metadata={"help": "With --model_name auto: the milliseconds that an image may take on this machine."},
+    )
+    time_limit: float | None = field(
+        default=None,
+        metadata={"help": "Minutes that the run may take; no heat and no refit begins that would end later."},
+    )
+    refit: Literal["auto", "none"] = field(
+        default="auto",
+        metadata={
+            "help": "auto: when the score has been taken, train the shipped model again on all images but a test "
+            "split of the data's own, if that takes at most as long again as the run has taken; none: ship the "
+            "weights that were scored."
         },
     )
 
@@ -205,7 +231,7 @@ COMMON = {
     "output_dir": "Where the run is written; the next free name under outputs/ if not given.",
     "resume_from_checkpoint": "auto continues an interrupted run; or a checkpoint to continue from.",
     "seed": "Random seed of the training; it does not change the splits.",
-    "num_train_epochs": "Epochs; the recipe's if not given.",
+    "num_train_epochs": "Most epochs; as many as pay if not given (docs/usage.md).",
     "learning_rate": "Learning rate of the head; the recipe's if not given.",
     "lr_scheduler_type": "How the learning rate changes.",
     "per_device_train_batch_size": "Images in a batch, on each device.",
@@ -239,6 +265,8 @@ POSITIVE = (
     "gradient_accumulation_steps",
     "learning_rate",
     "image_size",
+    "time_limit",
+    "milliseconds",
 )
 
 # Where a run goes, and how it is shown: not part of what it computes.
@@ -266,8 +294,6 @@ def parse_arguments(argv: list[str], command: str | None = None) -> Arguments:
     _check_options(options)
     if not data_args.data_dir and not data_args.dataset_name:
         data_args.dataset_name = "openmoji"
-    if data_args.is_built_in and model_args.model_name == "efficientnet_lite0" and model_args.image_size is None:
-        model_args.image_size = 160  # as large as the drawings are rendered
     run_args = RunArguments(
         command=command or describe_command("train.py", argv),
         settings=settings,

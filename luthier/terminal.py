@@ -67,7 +67,11 @@ class Stopwatch:
 
     def __init__(self):
         self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
+        self._begin = self._last = time.perf_counter()
+
+    def total(self) -> float:
+        """Return the seconds since the start."""
+        return time.perf_counter() - self._begin
 
     def stop(self, stage: str) -> None:
         """End a stage, or one more part of it."""

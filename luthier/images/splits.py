@@ -8,12 +8,14 @@ from datasets import DatasetDict
 from luthier.errors import UserError
 from luthier.terminal import plural
 
+MIN_VALIDATION, MAX_VALIDATION_SHARE = 150, 0.25
+
 
 def cut_missing_splits(
     splits: DatasetDict,
     groups: np.ndarray,
     split_seed: int,
-    validation_fraction: float,
+    validation_fraction: float | None,
     test_fraction: float,
     fold: tuple[int, int] | None = None,
 ) -> DatasetDict:
@@ -23,7 +25,7 @@ def cut_missing_splits(
         splits: have the column `label`.
         groups: int [N], for the rows of train: images of one group stay on one side.
         split_seed: decides the cut.
-        validation_fraction, test_fraction: share of each class to cut.
+        validation_fraction, test_fraction: share of each class to cut; see `validation_share` for None.
         fold: (i, k): test is the i-th of k parts, from 1 on, instead of `test_fraction`.
 
     Raises:
@@ -31,6 +33,8 @@ def cut_missing_splits(
     """
     if fold and "test" in splits:
         raise UserError("--fold cuts the test split, but the data has one of its own: leave the option out")
+    if validation_fraction is None:
+        validation_fraction = validation_share(len(splits["train"]))
     fractions = {"validation": validation_fraction, "test": 1 / fold[1] if fold else test_fraction}
     fractions = {split: fraction for split, fraction in fractions.items() if split not in splits}
     for split, fraction in fractions.items():
@@ -52,6 +56,15 @@ def cut_missing_splits(
         if not len(complete[split]):
             raise UserError(f"the {split} split is empty: fill it, or remove it to have one cut from train")
     return DatasetDict({split: complete[split] for split in ("train", "validation", "test")})
+
+
+def validation_share(images: int) -> float:
+    """Return the share of images to cut for validation: a tenth, or more where that is too few to choose by.
+
+    `MIN_VALIDATION` images tell accuracies apart that differ by five points or so. A refit learns from them too, so
+    that the shipped model loses nothing by a larger share.
+    """
+    return min(max(0.1, MIN_VALIDATION / images), MAX_VALIDATION_SHARE)
 
 
 def stratified_folds(labels: np.ndarray, groups: np.ndarray, k: int, seed: int) -> np.ndarray:

@@ -89,7 +89,9 @@ class EvaluationView:
         return np.stack([np.take(values[channel], levels[channel]) for channel in range(3)])
 
 
-def training_transform(view: EvaluationView, augmentation: str) -> Callable[[Image.Image], torch.Tensor]:
+def training_transform(
+    view: EvaluationView, augmentation: str, size: tuple[int, int] | None = None
+) -> Callable[[Image.Image], torch.Tensor]:
     """Return the function from an RGB image to the pixel values [3, H, W] that training sees.
 
     Args:
@@ -97,6 +99,7 @@ def training_transform(view: EvaluationView, augmentation: str) -> Callable[[Ima
         augmentation: `none`, the evaluation view; `flip_crop`, a random crop, flipped half of the time; `trivial`,
             flip_crop and one random operation of TrivialAugmentWide (Müller and Hutter 2021); `augmix`, AugMix
             (Hendrycks et al. 2020) on the evaluation view, as in the original experiment.
+        size: (height, width) of the random crops in pixels, if not the view's own.
     """
     if augmentation not in AUGMENTATIONS:
         raise ValueError(f"unknown augmentation {augmentation!r}")
@@ -109,7 +112,11 @@ def training_transform(view: EvaluationView, augmentation: str) -> Callable[[Ima
     return v2.Compose(
         [
             # At least 35% of the image, where torchvision's default is 8%: small crops lose the object.
-            v2.RandomResizedCrop(view.size, scale=(0.35, 1.0), interpolation=v2.InterpolationMode.BICUBIC),
+            v2.RandomResizedCrop(
+                size or view.size,
+                scale=(0.35, 1.0),
+                interpolation=v2.InterpolationMode.BICUBIC,
+            ),
             v2.RandomHorizontalFlip(),
             *([v2.TrivialAugmentWide()] if augmentation == "trivial" else []),
             v2.ToImage(),

@@ -1,9 +1,10 @@
 """Everything that is said in words: the lines of a run, findings, verdicts, and the sentences of page and card."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from transformers import SchedulerType, Trainer
 from transformers.training_args import OptimizerNames
 
@@ -11,9 +12,12 @@ from luthier.escape import escape_terminal
 from luthier.scoring.audit import KINDS, TINY
 from luthier.scoring.baselines import ProbeResults
 from luthier.scoring.comparison import Verdict
+from luthier.scoring.experiment import Result
+from luthier.scoring.race import Outcome
+from luthier.scoring.refit import Plan
+from luthier.scoring.screening import Backbone, View
 from luthier.scoring.selection import Candidate
 from luthier.terminal import percent_with_interval, plural, say
-from luthier.training.recipe import Recipe
 from luthier.training.trainer import model_of
 
 KIND_NAMES = {  # of findings
@@ -26,7 +30,7 @@ KIND_NAMES = {  # of findings
     "wrong_extension": "wrong extension",
     "tiny": f"smaller than {TINY} px",
 }
-KEPT = {0.0: "the probe", 0.5: "the mean of both", 1.0: "the trained weights"}  # by selection.Candidate.share
+FITS = {"own": "the model's own crop", "squeeze": "squeezed", "pad": "padded"}  # by screening.View.fit
 MAX_NAMED = 3  # images of a kind that a run names
 MAX_LISTED = 20  # findings of a kind that the audit lists
 
@@ -35,50 +39,76 @@ MAX_LISTED = 20  # findings of a kind that the audit lists
 
 
 def describe_setup(
-    trainer: Trainer, size: tuple[int, int], model_name: str, recipe: Recipe | None, augmentation: str = ""
+    trainer: Trainer, model_name: str, size: tuple[int, int], views: Sequence[View] = ()
 ) -> dict[str, str]:
-    """Return what is trained, where and how, each in a line.
+    """Return what is used, and where, each in a line: `model` and `device`.
 
     Args:
-        trainer: has the model, the device and the training arguments.
-        size: (height, width) of what the model sees, in pixels.
+        trainer: has the model and the device.
         model_name: as it was asked for.
-        recipe: None where nothing is trained.
-        augmentation: of the training images.
+        size: (height, width) of what the model sees, in pixels.
+        views: of `screening.choose_view`.
     """
-    args, model = trainer.args, model_of(trainer)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    args = trainer.args
+    parameters = sum(parameter.numel() for parameter in model_of(trainer).parameters())
     device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type
     precision = {"no": "float32"}.get(trainer.accelerator.mixed_precision, trainer.accelerator.mixed_precision)
     threads = f", {plural(torch.get_num_threads(), 'thread')}" if args.device.type == "cpu" else ""
     workers = f", {plural(args.dataloader_num_workers, 'data worker')}" if args.dataloader_num_workers else ""
     processes = f", {args.world_size} processes" if args.world_size > 1 else ""
-    name = f"{Path(model_name).name} at {size[0]} x {size[1]} px, {parameters:,} parameters"
-    machine = f"{device}{threads}{processes}{workers}, {precision}"
-    if recipe is None:
-        return {"model": name, "device": machine, "recipe": "nothing trained"}
-    share = "all trained" if trained == parameters else f"{trained:,} trained"
-    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    how = "probe: the logistic regression is the head"
-    if recipe.name != "probe":
-        epochs = f"{args.num_train_epochs:g} epoch{'' if args.num_train_epochs == 1 else 's'}"
-        steps = f"{epochs}, batch {batch}, {augmentation}, {OptimizerNames(args.optim).value}"
-        how = f"{recipe.name}: {steps} {args.learning_rate:g}, {SchedulerType(args.lr_scheduler_type).value}"
-    return {"model": f"{name}, {share}", "device": machine, "recipe": how}
+    losses = ", ".join(f"{view.side} px {FITS[view.fit]} {view.loss:.3f}" for view in views)
+    return {
+        "model": f"{Path(model_name).name} at {size[0]} x {size[1]} px, {parameters:,} parameters",
+        **({"view": f"{FITS[views[0].fit]}; loss of a probe on a sample: {losses}"} if views else {}),
+        "device": f"{device}{threads}{processes}{workers}, {precision}",
+    }
 
 
-def say_setup(data: Mapping, setup: Mapping[str, str]) -> None:
+def describe_recipe(result: Result, augmentation: str) -> dict[str, str]:
+    """Return how the model was trained, and which weights were kept, each in a line.
+
+    Args:
+        result: of the run.
+        augmentation: of the training images.
+    """
+    arm, how = result.outcome.arm, "probe: the logistic regression is the head"
+    if arm is not None:
+        args = arm.training_args
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        epochs = result.outcome.epochs_of(arm.recipe.name)
+        steps = f"{_epochs(epochs)}, batch {batch}, {augmentation}, {OptimizerNames(args.optim).value}"
+        schedule = SchedulerType(args.lr_scheduler_type).value
+        heats = f" in {plural(result.outcome.heats_of(arm.recipe.name), 'heat')}" if arm.schedule else ""
+        how = f"{arm.recipe.name}: {steps} {args.learning_rate:g}, {schedule}{heats}"
+    return {"recipe": how, "kept": kept_in_words(result.kept)}
+
+
+def kept_in_words(kept: Candidate) -> str:
+    """Return which weights these are."""
+    if kept.is_probe:
+        return "the probe"
+    return "the trained weights" if kept.share == 1 else "the mean of the trained weights and those at the start"
+
+
+def say_setup(splits: Mapping[str, Dataset], name: str, setup: Mapping[str, str]) -> None:
     """Say what is learned from, and what learns.
 
     Args:
-        data: of `data.describe`.
+        splits: the images.
+        name: of the dataset.
         setup: of `describe_setup`.
     """
-    counts = ", ".join(f"{split} {count['n']:,}" for split, count in data["splits"].items())
-    say("data", f"{data['name']}: {plural(len(data['labels']), 'class', 'classes')}; images: {counts}")
-    for topic in ("model", "device"):
-        say(topic, setup[topic])
+    classes = next(iter(splits.values())).features["label"].num_classes
+    counts = ", ".join(f"{split} {len(dataset):,}" for split, dataset in splits.items())
+    say("data", f"{name}: {plural(classes, 'class', 'classes')}; images: {counts}")
+    for topic, text in setup.items():
+        say(topic, text)
+
+
+def say_backbones(tried: Sequence[Backbone]) -> None:
+    """Say which backbone was chosen, and how the others did."""
+    listed = (f"{each.name} {each.loss:.3f}, {each.milliseconds:.0f} ms" for each in tried)
+    say("backbone", f"{tried[0].name}; loss of a probe, time an image: {'; '.join(listed)}")
 
 
 def say_probe(probe: ProbeResults, with_learning_curve: bool) -> None:
@@ -93,12 +123,39 @@ def say_probe(probe: ProbeResults, with_learning_curve: bool) -> None:
         say("curve", learning_curve_in_words(probe.learning_curve))
 
 
-def say_selection(best: Candidate, candidates: list[Candidate]) -> None:
-    """Say which weights a run ends with, and why."""
-    if len(candidates) > 1:
-        losses = ", ".join(f"{KEPT[c.share]} {c.validation['log_loss']:.3f}" for c in candidates)
-        say("kept", KEPT[best.share])
-        say("", f"validation loss: {losses}")
+def say_race(outcome: Outcome, probe: Candidate | None, kept: Candidate) -> None:
+    """Say what was tried, how it did, and what is kept, in three lines."""
+    tried = [f"the probe {probe.loss:.3f}"] if probe else []
+    for arm in dict.fromkeys(heat.arm for heat in outcome.heats):
+        last = [heat for heat in outcome.heats if heat.arm == arm][-1]
+        tried.append(f"{arm} {last.loss:.3f} ({_epochs(last.epochs)}, {outcome.seconds_of(arm):.0f} s)")
+    say("race", f"validation loss: {', '.join(tried)}")
+    if outcome.reason:
+        say("", f"it ended with {outcome.reason}")
+    arm_name = "" if kept.is_probe else f"{kept.arm}, "
+    say("kept", f"{arm_name}{kept_in_words(kept)}: {kept.loss:.3f}")
+
+
+def say_refit(plan: Plan) -> None:
+    """Say what the shipped weights learn from."""
+    if plan.pays:
+        say("refit", f"on {plan.images:,} images in the place of {plan.scored_on:,}")
+    else:
+        say("refit", f"not done: {plan.refusal}")
+
+
+def refit_in_words(refit: Mapping) -> str:
+    """Return what the scored weights and the shipped ones have learned from."""
+    if not refit["done"]:
+        return f"The shipped weights are the scored ones; they have learned from {refit['scored_on']:,} images"
+    return (
+        f"Scored as trained on {refit['scored_on']:,} images; the shipped weights were then refit on all "
+        f"{refit['images']:,}"
+    )
+
+
+def _epochs(epochs: float) -> str:
+    return f"{epochs:.3g} epoch{'' if epochs == 1 else 's'}"
 
 
 def say_results(output_dir: Path, metrics: Mapping, custom_code: bool | None = None) -> None:
@@ -120,6 +177,8 @@ def say_results(output_dir: Path, metrics: Mapping, custom_code: bool | None = N
     stages = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in metrics["seconds"].items() if stage != "total")
     say("time", f"{metrics['seconds']['total']:.0f} s: {stages}")
     say("saved", f"{output_dir}; open report.html in it")
+    if metrics.get("refit"):
+        say("", refit_in_words(metrics["refit"]))
     if custom_code is not None:
         say("next", f'pipeline("image-classification", "{output_dir}"{trust_remote_code(custom_code)})')
 

@@ -4,17 +4,51 @@ import csv
 import importlib.metadata
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from transformers import BaseImageProcessor, PreTrainedModel
 
 from luthier.escape import escape_cell
-from luthier.reporting.console import KEPT
+from luthier.reporting.card import write_model_card
+from luthier.reporting.console import say_results
 from luthier.scoring.audit import KINDS
+from luthier.scoring.baselines import majority_baseline
+from luthier.scoring.experiment import Experiment, Result
 from luthier.scoring.metrics import TestPredictions
-from luthier.scoring.selection import Candidate
+from luthier.scoring.refit import Plan
+from luthier.scoring.selection import score_run
 from luthier.terminal import Stopwatch
+from models import save_model
 
+SCORED = "scored"  # folder of the scored weights, where others are shipped
+LEARNED_FROM, DIGEST = "learned_from.txt", 16  # digests of a model's training images, their first hexadecimal digits
 PACKAGES = ("torch", "torchvision", "transformers", "timm", "datasets", "evaluate", "accelerate")
+
+
+def collect_run(experiment: Experiment, result: Result, plan: Plan, *, data: Mapping, **rest: Any) -> dict:
+    """Return what `metrics.json` holds of a run, without the seconds.
+
+    Args:
+        experiment, result: of the run.
+        plan: of the refit.
+        data: of `data.describe`.
+        rest: `recipe`, `seeds`, `command` and `settings` of `collect_metrics`.
+    """
+    outcome, labels = result.outcome, experiment.splits["train"].features["label"].names
+    return collect_metrics(
+        scores=score_run(result.kept, result.logits, result.references, labels),
+        majority=majority_baseline(data),
+        linear_probe=result.probe.baseline,
+        learning_curve=result.probe.learning_curve,
+        data=data,
+        race={"heats": [heat._asdict() for heat in outcome.heats], "ended": outcome.reason},
+        refit={**plan._asdict(), "done": plan.pays},
+        history=outcome.trainer.state.log_history if outcome.trainer else (),
+        findings=experiment.findings,
+        **rest,
+    )
 
 
 def collect_metrics(
@@ -25,8 +59,9 @@ def collect_metrics(
     learning_curve: Mapping | None = None,
     data: Mapping,
     recipe: Mapping[str, str],
-    kept: Candidate | None = None,
-    history: list[dict],
+    race: Mapping | None = None,
+    refit: Mapping | None = None,
+    history: Sequence[dict] = (),
     seeds: Mapping | None = None,
     findings: Mapping,
     command: str,
@@ -39,8 +74,9 @@ def collect_metrics(
         majority, linear_probe: the baselines; None where the model has no probe.
         learning_curve: of `learning_curve.learning_curve`.
         data: of `data.describe`.
-        recipe: of `console.describe_setup`.
-        kept: the weights that training ended with.
+        recipe: of `console.describe_setup` and `console.describe_recipe`.
+        race: its heats, and why it ended.
+        refit: what the shipped weights have learned from, see `refit.Plan`.
         history: the Trainer's log.
         seeds: of the training and the splits.
         findings: of `audit.audit_images`.
@@ -52,14 +88,44 @@ def collect_metrics(
         "baselines": baselines,
         "learning_curve": learning_curve,
         "data": data,
-        "recipe": {**recipe, **({"kept": KEPT[kept.share]} if kept else {})},
-        "history": history,
+        "recipe": recipe,
+        "race": race,
+        "refit": refit,
+        "history": list(history),
         **({"seeds": seeds} if seeds else {}),
         "audit": {kind: None if findings[kind] is None else len(findings[kind]) for kind in KINDS},
         "versions": _versions(),
         "command": command,
         "settings": settings,
     }
+
+
+def write_run(
+    output_dir: Path,
+    experiment: Experiment,
+    result: Result,
+    plan: Plan,
+    refitted: PreTrainedModel | None,
+    metrics: dict,
+    stopwatch: Stopwatch,
+) -> None:
+    """Save the model of a run, write its files, and say its score.
+
+    Args:
+        output_dir: of the run.
+        experiment, result: of the run.
+        plan: of the refit.
+        refitted: the model that is shipped; None where that is the scored one.
+        metrics: of `collect_run`.
+        stopwatch: of the run.
+    """
+    splits = experiment.splits
+    digests = [digest for split in plan.learned_from for digest in splits[split]["digest"][:]]
+    custom_code = save_models(result.model, refitted, experiment.view.image_processor, output_dir, digests)
+    predictions = TestPredictions(splits, result.logits, result.references)
+    write_results(output_dir, metrics, predictions, experiment.findings, stopwatch)
+    write_model_card(output_dir / "README.md", metrics, custom_code)
+    say_results(output_dir, metrics, custom_code)
 
 
 def write_results(
@@ -84,6 +150,38 @@ def write_results(
     stopwatch.stop("save")
     metrics["seconds"] = {**stopwatch.seconds, "total": round(sum(stopwatch.seconds.values()), 3)}
     write_metrics(output_dir / "metrics.json", metrics)
+
+
+def save_models(
+    scored: PreTrainedModel,
+    refitted: PreTrainedModel | None,
+    image_processor: BaseImageProcessor,
+    output_dir: Path,
+    learned_from: Sequence[str],
+) -> bool:
+    """Save the shipped model, and the scored one beside it where that is another.
+
+    Args:
+        scored: the model that was scored.
+        refitted: the model that is shipped; None where that is the scored one.
+        image_processor: of both.
+        output_dir: of the run; the scored model goes to `SCORED` in it.
+        learned_from: digests of the images that the shipped model has learned from.
+
+    Returns whether the model brings code of its own.
+    """
+    if refitted is not None:
+        save_model(scored, image_processor, output_dir / SCORED)
+    short = sorted({digest[:DIGEST] for digest in learned_from})
+    (output_dir / LEARNED_FROM).write_text("\n".join(short) + "\n", encoding="utf-8")
+    return save_model(scored if refitted is None else refitted, image_processor, output_dir)
+
+
+def count_learned(folder: Path, digests: Iterable[str]) -> int:
+    """Return how many images of these digests the model in a folder has learned from, as far as is known."""
+    path = folder / LEARNED_FROM
+    known = set(path.read_text(encoding="utf-8").split()) if path.is_file() else set()
+    return sum(digest[:DIGEST] in known for digest in digests)
 
 
 def write_metrics(path: Path, metrics: Mapping) -> None:

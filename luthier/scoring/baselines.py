@@ -1,6 +1,7 @@
 """What a score is compared with: the most frequent class, and the linear probe."""
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,8 +13,7 @@ from luthier.scoring.audit import suspect_labels
 from luthier.scoring.learning_curve import probe_learning_curve
 from luthier.scoring.metrics import fit_temperature, score, wilson_interval
 from luthier.training.features import load_features
-from luthier.training.probe import LinearProbe, fit_shared_probe, state_with_probe
-from luthier.training.recipe import Recipe
+from luthier.training.probe import LinearProbe, fit_shared_probes, state_with_probe
 from luthier.training.trainer import model_of
 from models import linear_head
 
@@ -22,13 +22,17 @@ class ProbeResults(NamedTuple):
     """What the linear probe of a model tells; all None where there is no probe, or not on the main process.
 
     Attributes:
-        start: the model's state with the probe as its head, on every process.
+        starts: the model's state with the probe as its head, on every process, by `recipe.Recipe.start`.
+        strength: the probe's penalty, on every process.
+        features: of every split, float32 [N, D].
         baseline: of `probe_baseline`.
         suspect_labels: of `audit.suspect_labels`.
         learning_curve: of `learning_curve.learning_curve`, where it was asked for.
     """
 
-    start: dict[str, torch.Tensor] | None = None
+    starts: Mapping[str, dict[str, torch.Tensor]] = MappingProxyType({})
+    strength: float | None = None
+    features: dict[str, torch.Tensor] | None = None
     baseline: dict | None = None
     suspect_labels: list[dict] | None = None
     learning_curve: dict | None = None
@@ -36,7 +40,6 @@ class ProbeResults(NamedTuple):
 
 def measure_probe(
     trainer: Trainer,
-    recipe: Recipe,
     splits: DatasetDict,
     rows: Mapping[str, tuple[Any, str]],
     with_learning_curve: bool,
@@ -45,9 +48,8 @@ def measure_probe(
 
     Args:
         trainer: runs the model, on its device and in its precision, over all of its processes.
-        recipe: a model that is trained from scratch has no probe.
         splits: as `data.load_splits` returns them.
-        rows: for each split its rows and their cache key, of `data.feature_rows`.
+        rows: for each split its rows and their cache key, of `data.feature_rows`; empty to measure nothing.
         with_learning_curve: estimate the accuracy with more images.
 
     Raises:
@@ -55,20 +57,20 @@ def measure_probe(
     """
     model = model_of(trainer)
     head = linear_head(model)
-    if head is None or not recipe.is_pretrained:
+    if head is None or not rows:
         return ProbeResults()
     features = {split: load_features(trainer, head, *rows[split]) for split in rows}
     references = {split: dataset["label"][:] for split, dataset in splits.items()}
-    probe = fit_shared_probe(trainer, features, references)
-    start = state_with_probe(model, head, probe)
-    if not trainer.is_world_process_zero():
-        return ProbeResults(start)
     known = {split: tensor for split, tensor in features.items() if tensor is not None}
+    probe, soft = fit_shared_probes(trainer, known or None, references)
+    starts = {"probe": state_with_probe(model, head, probe), "soft probe": state_with_probe(model, head, soft)}
+    if not trainer.is_world_process_zero():
+        return ProbeResults(starts, probe.strength)
     baseline = probe_baseline(probe, known, references, splits["train"].features["label"].names)
     everything, device = torch.cat(list(known.values())), trainer.args.device
     suspects = suspect_labels(splits, everything.to(device), probe.strength)
     curve = probe_learning_curve(splits, known, probe, device) if with_learning_curve else None
-    return ProbeResults(start, baseline, suspects, curve)
+    return ProbeResults(starts, probe.strength, known, baseline, suspects, curve)
 
 
 def majority_baseline(data: Mapping) -> dict:

@@ -1,27 +1,35 @@
 """Which weights a run ends with: those that are best on validation, calibrated."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from transformers import Trainer
+from scipy.special import log_softmax
+from transformers import PreTrainedModel, Trainer
 
 from luthier.scoring.metrics import choose_threshold, fit_temperature, reliability, score, selective
+from luthier.training.arms import State, Workshop
 from luthier.training.layers import divide_logits
 from luthier.training.recipe import blend
 from luthier.training.trainer import model_of, predict
 from models import linear_head
+
+# How many standard errors of the paired difference fine-tuned weights must be ahead of the probe on validation. It
+# is the doubt that a small validation split leaves; see docs/experiments.md.
+DOUBT = 0.5
 
 
 class Candidate(NamedTuple):
     """Weights that a run may end with, and how they do on validation.
 
     Attributes:
-        share: how far they are from the probe's weights (0) to the trained ones (1).
+        share: how far they are from the arm's start (0) to the trained ones (1).
         temperature: that calibrates them; 1 where the head is not one linear layer.
         threshold: the confidence below which they are unsure.
         validation: their score once calibrated, see `metrics.score`.
         uncalibrated: their score before.
+        losses: float64 [N], the calibrated cross-entropy of each validation image.
+        arm: name of the recipe that trained them.
     """
 
     share: float
@@ -29,40 +37,94 @@ class Candidate(NamedTuple):
     threshold: float
     validation: dict
     uncalibrated: dict
+    losses: np.ndarray
+    arm: str
+
+    @property
+    def loss(self) -> float:
+        """The calibrated validation loss."""
+        return self.validation["log_loss"]
+
+    @property
+    def is_probe(self) -> bool:
+        """Whether these are the pretrained weights with the probe as the head."""
+        return self.arm == "probe"
 
 
-def keep_best(
-    trainer: Trainer, start: dict[str, torch.Tensor] | None, shares: tuple[float, ...], labels: list[str]
-) -> tuple[Candidate, list[Candidate]]:
-    """Give the model the weights, from the probe's to the trained ones, with the lowest validation loss.
+def score_candidates(
+    trainer: Trainer,
+    rows: Any,
+    start: State | None,
+    shares: tuple[float, ...],
+    labels: list[str],
+    arm: str,
+) -> list[Candidate]:
+    """Score the weights on the way from an arm's start to the trained ones, each calibrated.
 
-    Each candidate is calibrated first, so that what it knows is compared, and not how sure it is. The temperature of
-    the best is then divided out of its head, so that whoever loads the model gets calibrated probabilities. The
-    confidence below which it is unsure goes into its config.
+    They are calibrated first, so that what they know is compared, and not how sure they are.
 
     Args:
-        trainer: holds the trained model, and the validation split.
-        start: the state with the probe as the head; None where there is no probe to compare with.
+        trainer: holds the trained model, and is left as it was.
+        rows: of validation.
+        start: the state that training began with; None where only share 1 makes sense.
         shares: the candidates, see `recipe.Recipe`.
         labels: the classes' names.
-
-    Returns the best candidate, and all of them.
+        arm: name of the recipe.
     """
     model = model_of(trainer)
     end = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     candidates = []
     for share in shares if start else (1.0,):
         model.load_state_dict(blend(start or end, end, share))
-        logits, references = predict(trainer, trainer.eval_dataset)
+        logits, references = predict(trainer, rows)
         temperature = fit_temperature(logits, references) if linear_head(model) else 1.0
-        validation, uncalibrated = (score(logits / divisor, references, labels) for divisor in (temperature, 1.0))
-        threshold = round(choose_threshold(logits / temperature, references), 4)
-        candidates.append(Candidate(share, temperature, threshold, validation, uncalibrated))
-    best = min(candidates, key=lambda candidate: candidate.validation["log_loss"])
-    model.load_state_dict(blend(start or end, end, best.share))
-    divide_logits(model, best.temperature)
-    model.config.unsure_below = best.threshold
-    return best, candidates
+        calibrated = logits / temperature
+        validation, uncalibrated = (score(each, references, labels) for each in (calibrated, logits))
+        threshold = round(choose_threshold(calibrated, references), 4)
+        losses = -log_softmax(calibrated.astype(np.float64), axis=-1)[np.arange(len(logits)), references]
+        candidates.append(Candidate(share, temperature, threshold, validation, uncalibrated, losses, arm))
+    model.load_state_dict(end)
+    return candidates
+
+
+def score_probe(workshop: Workshop, starts: Mapping[str, State], rows: Any, labels: list[str]) -> Candidate | None:
+    """Score the probe as the head of the model, on the rows of validation; None where there is no probe."""
+    if "probe" not in starts:
+        return None
+    (probe,) = score_candidates(workshop.predictor(starts["probe"]), rows, None, (1.0,), labels, "probe")
+    return probe
+
+
+def choose(candidates: list[Candidate]) -> Candidate:
+    """Return the candidate with the lowest validation loss; the probe unless another one is ahead beyond doubt.
+
+    Validation images are few, and the best of several candidates owes a part of its lead to chance. So fine-tuned
+    weights must be ahead of the probe by `DOUBT` standard errors of the mean difference, image by image.
+    """
+    best = min(candidates, key=lambda candidate: candidate.loss if np.isfinite(candidate.loss) else np.inf)
+    for probe in candidates:
+        if probe.is_probe and not best.is_probe:
+            lead = probe.losses - best.losses
+            if lead.mean() < DOUBT * lead.std() / np.sqrt(len(lead)):
+                return probe
+    return best
+
+
+def load_candidate(model: PreTrainedModel, start: State | None, kept: Candidate) -> None:
+    """Give a model a candidate's weights and what goes with them.
+
+    The temperature is divided out of the head, so that whoever loads the model gets calibrated probabilities. The
+    confidence below which it is unsure goes into the config.
+
+    Args:
+        model: as trained.
+        start: the state that its training began with; None where share 1 is kept.
+        kept: the candidate.
+    """
+    if start is not None:
+        model.load_state_dict(blend(start, model.state_dict(), kept.share))
+    divide_logits(model, kept.temperature)
+    model.config.unsure_below = kept.threshold
 
 
 def score_test(logits: np.ndarray, references: np.ndarray, labels: list[str], threshold: float) -> dict:

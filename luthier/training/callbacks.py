@@ -61,7 +61,7 @@ class EpochTable(TrainerCallback):
         self.train = {}
         self.epoch_start = time.perf_counter()
         self.hook = model.register_forward_hook(self._count, with_kwargs=True)
-        if state.is_world_process_zero:
+        if state.is_world_process_zero and state.global_step == 0 and args.eval_strategy != "no":
             tqdm.write(self.HEADER)
 
     def on_log(self, args, state, control, logs=None, **kwargs):

@@ -57,6 +57,11 @@ def checkpoints_by_step(output_dir: Path) -> dict[int, Path]:
     return dict(sorted(checkpoints.items(), reverse=True))
 
 
+def step_of(checkpoint: Path) -> int:
+    """Return the step that a checkpoint was written after."""
+    return int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
+
+
 def newest(output_dir: Path) -> Path | None:
     """Return the checkpoint of the latest step, if there is one."""
     return next(iter(checkpoints_by_step(output_dir).values()), None)
@@ -77,7 +82,7 @@ def newest_whole(output_dir: Path) -> Path | None:
 
 
 def find_checkpoint(output_dir: Path, resume: str | None, is_main_process: bool) -> Path | None:
-    """Return the checkpoint to resume from, and say which: the one that is named, or for "auto" the newest whole one.
+    """Return the checkpoint to resume from, and say so: the one that is named, or for "auto" the newest whole one.
 
     Args:
         output_dir: of the run.
@@ -99,7 +104,8 @@ def find_checkpoint(output_dir: Path, resume: str | None, is_main_process: bool)
         raise UserError(
             f"{checkpoint} is not on this machine: to resume, --output_dir must be on a disk that all machines share"
         )
-    say("resume", f"from {checkpoint}" if checkpoint else "there is no whole checkpoint: from the start")
+    if checkpoint:
+        say("resume", f"from {checkpoint}")
     return checkpoint
 
 

@@ -14,6 +14,15 @@ from luthier.fusion import fuse_batchnorm
 from luthier.training.trainer import concatenate_batches, model_of
 
 
+def compute_features(trainer: Trainer, head: str, rows: Any) -> torch.Tensor | None:
+    """Return what enters the head of the Trainer's model, float32 [N, D], for every row, and cache nothing.
+
+    The other arguments, the return value and the errors are those of `load_features`.
+    """
+    height, width = rows[0]["pixel_values"].shape[-2:]
+    return _compute_features(trainer, build_backbone(model_of(trainer), head, (height, width)), rows)
+
+
 def load_features(trainer: Trainer, head: str, rows: Any, key: str) -> torch.Tensor | None:
     """Return what enters the head, float32 [N, D], for every row; None on all but the main process.
 
@@ -35,8 +44,7 @@ def load_features(trainer: Trainer, head: str, rows: Any, key: str) -> torch.Ten
         features = None
     (cached,) = broadcast_object_list([features is not None])  # all processes compute, or none
     if not cached:
-        height, width = rows[0]["pixel_values"].shape[-2:]
-        features = _compute_features(trainer, build_backbone(model, head, (height, width)), rows)
+        features = compute_features(trainer, head, rows)
         if features is not None:
             write_cached("features", key, features)
     return features

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from models import head_parameters, keep_in_eval_mode, linear_head
+from models import head_parameters, keep_in_eval_mode, linear_head, takes_size
+
+TRAINING_SHARE = 0.75  # side of a random crop of training, in sides of the evaluation view
 
 
 def layer_numbers(model: PreTrainedModel) -> dict[str, int]:
@@ -65,6 +67,17 @@ def parameter_groups(
             group = groups.setdefault((rate, decay), {"params": [], "lr": rate, "weight_decay": decay})
             group["params"].append(parameter)
     return list(groups.values())
+
+
+def training_size(model: PreTrainedModel, size: tuple[int, int]) -> tuple[int, int]:
+    """Return the (height, width) of the random crops that go with an evaluation view of this size, in pixels.
+
+    A random crop shows objects larger than the evaluation view does. In smaller crops they have about the size that
+    they have in evaluation (Touvron et al. 2019, FixRes), and a step costs half as much. A model that takes one size
+    only, as most vision transformers do, keeps that.
+    """
+    side = max(32, round(TRAINING_SHARE * size[0] / 32) * 32)
+    return (side, side) if size[0] == size[1] > side and takes_size(model, side) else size
 
 
 def divide_logits(model: PreTrainedModel, temperature: float) -> None:

@@ -1,6 +1,6 @@
 """The linear probe: a logistic regression on frozen features, the baseline of every fine-tune and where it starts."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,6 +10,10 @@ from transformers import PreTrainedModel, Trainer
 
 # Penalties tried, from strong to weak; on 100 to 100,000 images the best was never at an end (docs/experiments.md).
 STRENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
+
+# The penalty of the probe that fine-tuning of all layers starts from: with a weaker one it fits the training images so
+# well that they teach the layers below nothing (docs/experiments.md).
+SOFT = 3.0
 
 ROWS_PER_STEP = 8192  # images at a time in a fit
 
@@ -34,34 +38,58 @@ class LinearProbe(NamedTuple):
         return nn.functional.linear(features, self.weight, self.bias)
 
 
-def fit_shared_probe(
-    trainer: Trainer, features: Mapping[str, torch.Tensor | None], labels: Mapping[str, Sequence[int]]
-) -> LinearProbe:
-    """Fit the probe on the main process, on the Trainer's device, and return it to all processes, on the CPU.
+def fit_shared_probes(
+    trainer: Trainer, features: Mapping[str, torch.Tensor] | None, labels: Mapping[str, Sequence[int]]
+) -> tuple[LinearProbe, LinearProbe]:
+    """Fit the probe that is best on validation, and the soft one, and return them to all processes.
 
     Args:
         trainer: knows the processes and the device.
-        features: of "train" and "validation", float32 [N, D]; None on other processes.
+        features: of "train" and "validation", float32 [N, D]; None on all but the main process.
         labels: class indices of both.
     """
-    answer: list[LinearProbe | None] = [None]
+
+    def fit(device: torch.device) -> list[LinearProbe]:
+        assert features is not None  # on the main process
+        train, validation = (
+            (features[split].to(device), torch.tensor(labels[split]).to(device)) for split in ("train", "validation")
+        )
+        return [fit_probe(*train, *validation), *fit_path(*train, int(train[1].max()) + 1, (SOFT,))]
+
+    best, soft = _on_main_process(trainer, fit)
+    return best, soft
+
+
+def fit_shared_probe(
+    trainer: Trainer, features: torch.Tensor | None, labels: Sequence[int], strength: float
+) -> LinearProbe:
+    """Fit the probe of one penalty, and return it to all processes.
+
+    Args:
+        trainer: knows the processes and the device.
+        features: float32 [N, D]; None on all but the main process.
+        labels: class indices [N].
+        strength: the penalty.
+    """
+
+    def fit(device: torch.device) -> list[LinearProbe]:
+        assert features is not None  # on the main process
+        return list(fit_path(features.to(device), torch.tensor(labels).to(device), max(labels) + 1, (strength,)))
+
+    (probe,) = _on_main_process(trainer, fit)
+    return probe
+
+
+def _on_main_process(trainer: Trainer, fit: Callable[[torch.device], list[LinearProbe]]) -> list[LinearProbe]:
+    """Fit on the main process, on the Trainer's device, and return the probes to all, on the CPU."""
+    answer: list[list[LinearProbe] | None] = [None]
     if trainer.is_world_process_zero():
-        device = trainer.args.device
-        data = [
-            part.to(device)
-            for split in ("train", "validation")
-            for part in (_present(features[split]), torch.tensor(labels[split]))
+        answer = [
+            [probe._replace(weight=probe.weight.cpu(), bias=probe.bias.cpu()) for probe in fit(trainer.args.device)]
         ]
-        probe = fit_probe(*data)
-        answer = [probe._replace(weight=probe.weight.cpu(), bias=probe.bias.cpu())]
     (shared,) = broadcast_object_list(answer)
     assert shared is not None  # the main process has sent it
     return shared
-
-
-def _present(features: torch.Tensor | None) -> torch.Tensor:
-    assert features is not None  # on the main process
-    return features
 
 
 def fit_probe(

@@ -1,9 +1,9 @@
-"""How a model learns: what is frozen, how fast each layer learns, which weights are candidates at the end.
+"""How a model learns: where it starts, what is frozen, how fast each layer learns, and for how long.
 
 docs/experiments.md has the figures behind each number.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -11,20 +11,30 @@ from luthier.errors import UserError
 
 
 class Recipe(NamedTuple):
-    """What a recipe fixes. Learning rate and epochs are defaults, which the user's own replace."""
+    """What a recipe fixes. Learning rate and epochs are defaults, which the user's own replace.
+
+    Attributes:
+        name: what `--recipe` calls it.
+        start: the head that training starts with: "new", "probe", or "soft probe", a probe of strong penalty. A probe
+            that fits the training images leaves little to learn from them; a soft one does not.
+        frozen: share of the layers below the head, counted from the input, that stay as they are.
+        learning_rate: of the head.
+        backbone_rate: the rate of the last layer below the head, as a multiple of the head's.
+        layer_decay: the rate of each layer below that, as a multiple of the next layer's.
+        heats: how many heats there are at most, each twice as long as the one before; see `heats`.
+        num_train_epochs: in the place of heats, for a single one of this length.
+        shares: weights to choose from at the end: 1 is the trained ones, 0.5 their mean with those at the start.
+    """
 
     name: str
-    frozen: float  # share of the layers below the head, counted from the input, that stay as they are
-    learning_rate: float  # of the head
-    backbone_rate: float  # the rate of the last layer below the head, as a multiple of the head's
-    layer_decay: float  # the rate of each layer below that, as a multiple of the next layer's
-    num_train_epochs: float
-    candidates: tuple[float, ...]  # weights to choose from: 0 is the probe's, 1 the trained ones, 0.5 their mean
-
-    @property
-    def starts_from_probe(self) -> bool:
-        """Whether training starts with the probe as the head; otherwise the head is new."""
-        return self.name in ("probe", "lp_ft")
+    start: Literal["new", "probe", "soft probe"]
+    frozen: float
+    learning_rate: float
+    backbone_rate: float
+    layer_decay: float
+    heats: int
+    num_train_epochs: float | None
+    shares: tuple[float, ...]
 
     @property
     def is_pretrained(self) -> bool:
@@ -36,42 +46,38 @@ RECIPES = {
     recipe.name: recipe
     for recipe in (
         # The logistic regression itself.
-        Recipe("probe", 1.0, 0.0, 0.0, 1.0, 0, candidates=(0.0,)),
+        Recipe("probe", "probe", 1.0, 0.0, 0.0, 1.0, 0, 0, ()),
         # A new head on the frozen backbone, on augmented views.
-        Recipe("head", 1.0, 1e-2, 0.0, 1.0, 5, candidates=(0.0, 1.0)),
-        # Fine-tuning that starts from the probe (Kumar et al. 2022); the result may be averaged with the start, as in
-        # WiSE-FT (Wortsman et al. 2022).
-        Recipe("lp_ft", 0.5, 3e-4, 1.0, 0.7, 3, candidates=(0.0, 0.5, 1.0)),
+        Recipe("head", "new", 1.0, 1e-2, 0.0, 1.0, 1, 5, (1.0,)),
+        # Fine-tuning the upper layers from the probe (Kumar et al. 2022). The result may be averaged with the start,
+        # as in WiSE-FT (Wortsman et al. 2022).
+        Recipe("lp_ft", "probe", 0.5, 3e-4, 1.0, 0.7, 3, None, (0.5, 1.0)),
         # Every layer, with a new head.
-        Recipe("full", 0.0, 2e-3, 0.1, 1.0, 5, candidates=(0.0, 1.0)),
+        Recipe("full", "new", 0.0, 2e-3, 0.1, 1.0, 4, None, (1.0,)),
+        # Every layer, from a probe.
+        Recipe("full_from_probe", "soft probe", 0.0, 2e-3, 0.1, 1.0, 4, None, (0.5, 1.0)),
     )
 }
+RACED = ("lp_ft", "full_from_probe", "full")
 # For simple_cnn, which has no pretrained backbone.
-FROM_SCRATCH = Recipe("from scratch", 0.0, 2e-3, 1.0, 1.0, 25, candidates=(1.0,))
-
-# Parameters for each image above which the first layers stay frozen. With a hundred images a class, training them did
-# not pay (docs/experiments.md).
-PARAMETERS_PER_IMAGE = 100
+FROM_SCRATCH = Recipe("from scratch", "new", 0.0, 2e-3, 1.0, 1.0, 1, 25, (1.0,))
 
 
-def settle_recipe(
+def choose_recipes(
     name: str | None,
     model_name: str,
     linear_head: bool,
-    parameters: int,
-    images: int,
     learning_rate: float | None = None,
     num_train_epochs: float | None = None,
-) -> Recipe:
-    """Return the recipe asked for, or the one that suits the sizes, with the user's learning rate and epochs.
+) -> list[Recipe]:
+    """Return the recipe asked for, or those that are raced, with the user's learning rate and epochs.
 
     Args:
         name: what the user asked for; None to have it chosen.
         model_name: `simple_cnn` is the one without a pretrained backbone; others appear in errors only.
         linear_head: the model's head is one linear layer, which a linear probe can replace.
-        parameters: of the model.
-        images: to train on.
-        learning_rate, num_train_epochs: the user's; None leaves the recipe's.
+        learning_rate, num_train_epochs: the user's; None leaves the recipe's. Epochs are a maximum for recipes of
+            several heats.
 
     Raises:
         UserError: the model cannot learn in the way asked for.
@@ -79,19 +85,22 @@ def settle_recipe(
     if model_name == "simple_cnn":
         if name:
             raise UserError(f"--recipe {name} needs a pretrained backbone, and simple_cnn has none: leave it out")
-        recipe = FROM_SCRATCH
-    elif not linear_head and name in ("probe", "lp_ft"):
+        recipes = [FROM_SCRATCH]
+    elif name and RECIPES[name].start != "new" and not linear_head:
         raise UserError(
             f"--recipe {name} needs a model whose head is one linear layer, which is not so in {model_name}: "
             "use --recipe full"
         )
     else:
-        few_images = linear_head and parameters > PARAMETERS_PER_IMAGE * images
-        recipe = RECIPES[name or ("lp_ft" if few_images else "full")]
-    return recipe._replace(
-        learning_rate=recipe.learning_rate if learning_rate is None else learning_rate,
-        num_train_epochs=recipe.num_train_epochs if num_train_epochs is None else num_train_epochs,
-    )
+        names = [name] if name else RACED if linear_head else ["full"]
+        recipes = [RECIPES[each] for each in names]
+    return [
+        recipe._replace(
+            learning_rate=recipe.learning_rate if learning_rate is None else learning_rate,
+            num_train_epochs=recipe.num_train_epochs if num_train_epochs is None else num_train_epochs,
+        )
+        for recipe in recipes
+    ]
 
 
 def blend(start: dict[str, torch.Tensor], end: dict[str, torch.Tensor], share: float) -> dict[str, torch.Tensor]:

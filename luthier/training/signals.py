@@ -97,9 +97,15 @@ def die_with_launcher() -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
-def exit_stopped(output_dir: Path, received: int) -> NoReturn:
-    """Say how to resume a run that was stopped, and exit as a shell expects of a process that a signal ended."""
-    last = newest(output_dir)
-    resume = f"{last}; resume with --output_dir {output_dir} --resume_from_checkpoint auto"
+def exit_stopped(checkpoints: Path, received: int, run_dir: Path) -> NoReturn:
+    """Say how to resume a run that was stopped, and exit as a shell expects of a process that a signal ended.
+
+    Args:
+        checkpoints: the folder of the checkpoints that were being written.
+        received: the signal.
+        run_dir: the directory of the run.
+    """
+    last = newest(checkpoints)
+    resume = f"{last}; resume with --output_dir {run_dir} --resume_from_checkpoint auto"
     say("stopped", f"by {signal.Signals(received).name}: {resume if last else 'there is no checkpoint yet'}")
     sys.exit(128 + received)

@@ -10,6 +10,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.distributed
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from transformers import (
     EvalPrediction,
@@ -19,6 +20,7 @@ from transformers import (
     SchedulerType,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
     get_scheduler,
     set_seed,
@@ -31,12 +33,13 @@ from luthier.training.callbacks import EpochTable, ProgressBar, ProgressLines, S
 from luthier.training.checkpoints import (
     PARTIAL,
     check_disk_space,
-    find_checkpoint,
     load_weights,
     newest,
     prune_checkpoints,
     seal,
+    step_of,
 )
+from luthier.training.heats import EndHeat, Schedule
 from luthier.training.layers import parameter_groups
 from luthier.training.recipe import Recipe
 from luthier.training.signals import Stop, StoppedInEvaluation, exit_stopped
@@ -52,9 +55,21 @@ class SafeTrainer(Trainer):
     does `_clip_grad_norm` still return the norm?
     """
 
+    schedule: Schedule | None = None  # of the learning rate, in the place of `lr_scheduler_type`
     writing_to: str | None = None
     save_postponed = False
     not_finite_at: torch.Tensor | None = None  # step of the first loss or gradient that was not finite, or -1
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        """Create the scheduler of the heats, or the one that the training arguments name."""
+        schedule = self.schedule
+        if schedule is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        if self.lr_scheduler is None:
+            # A function, because the state of any other callable would be saved and loaded.
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, lambda step: schedule(step))  # type: ignore[arg-type]
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
 
     def _get_output_dir(self, trial) -> str:
         return self.writing_to or super()._get_output_dir(trial)
@@ -188,6 +203,7 @@ def build_trainer(
     collate: Callable[[list[dict]], dict],
     compute_metrics: Callable[[EvalPrediction], dict[str, float]],
     callbacks: Sequence[TrainerCallback] = (),
+    schedule: Schedule | None = None,
 ) -> SafeTrainer:
     """Return the Trainer of a run, with the learning rates of the recipe's layers.
 
@@ -195,10 +211,11 @@ def build_trainer(
         model: with its frozen layers, see `layers.freeze`.
         recipe: decides how fast each layer learns.
         training_args: complete; its learning rate is the head's.
-        rows: "train" and "validation", whose rows `collate` takes.
+        rows: "train" and, if anything is evaluated, "validation"; `collate` takes their rows.
         collate: stacks rows to a batch.
         compute_metrics: of an evaluation.
         callbacks: besides the epoch table and the progress.
+        schedule: of the learning rate; None leaves it to the training arguments.
 
     Raises:
         UserError: a tracker, an optimizer or a scheduler is not available, or the checkpoints do not fit on the disk.
@@ -214,13 +231,14 @@ def build_trainer(
             args=training_args,
             data_collator=collate,
             train_dataset=train_dataset,
-            eval_dataset=rows["validation"],
+            eval_dataset=rows.get("validation"),
             compute_metrics=compute_metrics,
             optimizer_cls_and_kwargs=(optimizer_class, {**optimizer_kwargs, "params": groups}),
         )
     except (ImportError, RuntimeError, ValueError) as error:
         raise UserError(str(error)) from error
-    if training_args.save_strategy != "no" and trainer.is_world_process_zero():
+    trainer.schedule = schedule
+    if (training_args.save_strategy != "no" or schedule) and trainer.is_world_process_zero():
         limit = training_args.save_total_limit or round(training_args.num_train_epochs)
         check_disk_space(Path(str(training_args.output_dir)), trainer.checkpoint_size(), limit)
     _replace_progress(trainer)
@@ -276,32 +294,32 @@ def check_scheduler(training_args: TrainingArguments) -> None:
         raise UserError(f"--lr_scheduler_type {schedule.value}{settings} cannot be used: {error}") from error
 
 
-def train(trainer: SafeTrainer, recipe: Recipe, start: dict[str, torch.Tensor] | None, stop: Stop) -> None:
-    """Train by a recipe, from a checkpoint if asked to, and leave the model as it was after its best epoch.
+def train(trainer: SafeTrainer, end: int | None, checkpoint: Path | None, stop: Stop, run_dir: Path) -> None:
+    """Train up to a step, and leave the model as it was after its best evaluation so far.
 
     Args:
-        trainer: of `build_trainer`.
-        recipe: whether training starts from the probe; "probe" trains nothing more.
-        start: the model's state with the probe as its head; None where there is no probe.
+        trainer: of `build_trainer`; its model is where training starts without a checkpoint.
+        end: the last step; None is the end of the training arguments.
+        checkpoint: to continue from. One of the last step itself needs no more training.
         stop: the signal handler; after a signal the process ends here, with a checkpoint.
+        run_dir: the directory that a stopped run is resumed with.
 
     Raises:
         UserError: the checkpoint is damaged, memory does not suffice, the loss is not finite, or the disk is full.
     """
-    model = model_of(trainer)
-    if recipe.starts_from_probe and start is not None:
-        model.load_state_dict(start)
-    if recipe.name == "probe":
-        return
+    model, output_dir = model_of(trainer), Path(str(trainer.args.output_dir))
     set_seed(trainer.args.seed)  # the features may have come from the cache, which draws no random numbers
-    output_dir, resume = Path(str(trainer.args.output_dir)), trainer.args.resume_from_checkpoint
-    checkpoint = find_checkpoint(output_dir, resume, trainer.is_world_process_zero())
     if checkpoint:
         load_weights(model, checkpoint)
-    with explain_exhausted_memory(trainer.args), contextlib.suppress(StoppedInEvaluation):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if stop.received:
-        exit_stopped(output_dir, stop.received)
+    if checkpoint and end is not None and step_of(checkpoint) >= end:
+        trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    else:
+        if end is not None:
+            trainer.add_callback(EndHeat(end, evaluate=trainer.eval_dataset is not None))
+        with explain_exhausted_memory(trainer.args), contextlib.suppress(StoppedInEvaluation):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if stop.received:
+            exit_stopped(output_dir, stop.received, run_dir)
     trainer.accelerator.free_memory()  # its data workers too
     best = output_dir / f"checkpoint-{trainer.state.best_global_step}"
     if best.exists():  # chosen on validation

@@ -9,7 +9,6 @@ import luthier.scoring.baselines as module
 from data import collate, feature_rows, prepare
 from luthier.images.views import EvaluationView
 from luthier.scoring.baselines import ProbeResults, majority_baseline, measure_probe
-from luthier.training.recipe import FROM_SCRATCH, RECIPES
 from models import build_model
 
 LABELS = {0: "blue", 1: "green", 2: "red"}
@@ -30,17 +29,17 @@ def measure(images, timm_checkpoint, tmp_path):
     view = EvaluationView(image_processor)
     args = TrainingArguments(output_dir=str(tmp_path), report_to="none", remove_unused_columns=False, use_cpu=True)
     trainer, rows = Trainer(model, args, collate), feature_rows(prepare(splits, view), view)
-    return lambda recipe: measure_probe(trainer, recipe, splits, rows, with_learning_curve=False)
+    return lambda rows=rows: measure_probe(trainer, splits, rows, with_learning_curve=False)
 
 
 def test_probe_gives_a_baseline_starting_weights_and_suspect_labels(measure):
-    probe = measure(RECIPES["lp_ft"])
-    assert set(probe.baseline) == {"validation", "test", "strength"} and probe.start and probe.learning_curve is None
+    probe = measure()
+    assert set(probe.baseline) == {"validation", "test", "strength"} and set(probe.starts) == {"probe", "soft probe"} and probe.learning_curve is None
     assert isinstance(probe.suspect_labels, list)
 
 
 def test_model_from_scratch_has_no_probe(measure):
-    assert measure(FROM_SCRATCH) == ProbeResults()
+    assert measure({}) == ProbeResults()
 
 
 def test_labels_are_checked_on_the_device_of_the_run(measure, monkeypatch):
@@ -57,4 +56,4 @@ def test_labels_are_checked_on_the_device_of_the_run(measure, monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "to", recorded_to)
     monkeypatch.setattr(module, "suspect_labels", check_device)
-    assert measure(RECIPES["lp_ft"]).suspect_labels == []
+    assert measure().suspect_labels == []

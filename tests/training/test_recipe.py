@@ -4,31 +4,28 @@ import pytest
 import torch
 
 from luthier.errors import UserError
-from luthier.training.recipe import FROM_SCRATCH, RECIPES, blend, settle_recipe
+from luthier.training.recipe import FROM_SCRATCH, RACED, RECIPES, blend, choose_recipes
 
 
-@pytest.mark.parametrize(
-    ("parameters", "images", "expected"),
-    [(3_400_000, 883, "lp_ft"), (86_000_000, 100_000, "lp_ft"), (3_400_000, 100_000, "full")],
-)
-def test_few_images_for_many_parameters_start_from_the_probe(parameters, images, expected):
-    assert settle_recipe(None, "some/model", True, parameters, images).name == expected
-
-
-def test_requested_recipe_is_used_or_refused():
+def test_recipes_are_raced_unless_one_is_asked_for():
+    assert [recipe.name for recipe in choose_recipes(None, "some/model", True)] == list(RACED)
     for name in RECIPES:
-        assert settle_recipe(name, "some/model", True, 10, 10) == RECIPES[name]
-    assert settle_recipe(None, "simple_cnn", True, 10, 10) == FROM_SCRATCH
-    assert settle_recipe(None, "odd/head", False, 10**9, 10).name == "full"
+        assert choose_recipes(name, "some/model", True) == [RECIPES[name]]
+    assert choose_recipes(None, "simple_cnn", True) == [FROM_SCRATCH]
+    assert [recipe.name for recipe in choose_recipes(None, "odd/head", False)] == ["full"]
+
+
+def test_recipe_that_a_model_cannot_learn_by_is_refused():
     with pytest.raises(UserError, match="--recipe head needs a pretrained backbone"):
-        settle_recipe("head", "simple_cnn", True, 10, 10)
-    with pytest.raises(UserError, match=r"one linear layer, which is not so in odd/head: use --recipe full"):
-        settle_recipe("lp_ft", "odd/head", False, 10, 10)
+        choose_recipes("head", "simple_cnn", True)
+    for name in ("probe", "lp_ft", "full_from_probe"):
+        with pytest.raises(UserError, match=r"one linear layer, which is not so in odd/head: use --recipe full"):
+            choose_recipes(name, "odd/head", False)
 
 
 def test_learning_rate_and_epochs_of_the_user_replace_those_of_the_recipe():
-    settled = settle_recipe("full", "some/model", True, 10, 10, learning_rate=0.5, num_train_epochs=7)
-    assert settled == RECIPES["full"]._replace(learning_rate=0.5, num_train_epochs=7)
+    (chosen,) = choose_recipes("full", "some/model", True, learning_rate=0.5, num_train_epochs=7)
+    assert chosen == RECIPES["full"]._replace(learning_rate=0.5, num_train_epochs=7)
     assert RECIPES["full"].learning_rate != 0.5
 
 

@@ -1,0 +1,290 @@
+"""Test accuracy, seconds and regret of Luthier and of other tools on several data sets.
+
+    pip install -r requirements-bench.txt
+    python -m benchmarks.suite FOLDER [--also path/to/instruments] [--seeds 3]
+
+FOLDER holds data sets, each a folder with `train` and `test`. --also adds folders; one without a test split is cut as
+Luthier cuts it. OpenMoji is added unless --without_openmoji is given. Every run is a process of its own with empty
+caches, and is timed from its start. All tools start from the same ImageNet weights of EfficientNet-Lite0. The other
+tools get Luthier's cut of train and validation. Nothing is chosen by test images: they make the table only.
+
+Luthier's accuracy is that of the model it ships. `as scored` is that of the weights before the refit. A
+contestant's regret on a data set is how far its mean accuracy over the seeds is below the best contestant's. Finished
+runs are kept in --out and not run again. The tables go to suite.md, the runs to suite.csv, the chart to suite.png.
+"""
+
+import argparse
+import csv
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+from typing import NamedTuple
+
+from PIL import Image
+
+PROJECT = Path(__file__).parent.parent
+LUTHIER = {  # the options of train.py
+    "Luthier": [],
+    "probe": ["--recipe", "probe"],
+    "lp_ft": ["--recipe", "lp_ft"],
+    "full": ["--recipe", "full"],
+    "full, long": ["--recipe", "full", "--num_train_epochs", "30"],
+}
+OTHERS = {  # the tool and its setting, see benchmarks.time_to_accuracy
+    "plain Trainer": ("plain Trainer", {"size": 224, "epochs": 8, "lr": 5e-4, "batch": 32}),
+    "fastai": ("fastai", {"size": 224, "epochs": 5, "lr": 2e-3}),
+    "transformers example": ("transformers example", {"size": 224, "epochs": 3, "lr": 5e-5, "batch": 8}),
+}
+
+
+class Run(NamedTuple):
+    """One finished run.
+
+    Attributes:
+        data, contestant, seed: what was run.
+        accuracy: of the model that is shipped, on test.
+        scored: of the weights before the refit; the same where there is no refit.
+        seconds: of the whole process.
+        said: what the run said of its choice.
+    """
+
+    data: str
+    contestant: str
+    seed: int
+    accuracy: float
+    scored: float
+    seconds: float
+    said: str = ""
+
+
+def main() -> None:
+    """Run what is missing, print the tables, and write them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="a folder of data sets, each with train and test")
+    parser.add_argument("--also", type=Path, nargs="*", default=[], help="more data sets")
+    parser.add_argument("--without_openmoji", action="store_true", help="leave OpenMoji out")
+    parser.add_argument("--sets", nargs="*", help="which data sets, by name (default: all)")
+    parser.add_argument("--seeds", type=int, default=3, help="training seeds (default: 3)")
+    parser.add_argument("--only", nargs="*", choices=[*LUTHIER, *OTHERS], help="which contestants (default: all)")
+    parser.add_argument("--checkout", type=Path, default=PROJECT, help="the checkout of Luthier that is measured")
+    parser.add_argument("--out", type=Path, default=Path("outputs/suite"), help="where the runs are kept")
+    args = parser.parse_args()
+    out = args.out.resolve()
+    folders = collect_sets(args.folder, args.also, not args.without_openmoji, out / "data")
+    runs = []
+    for seed in range(1, args.seeds + 1):
+        for name, folder in folders.items():
+            if not args.sets or name in args.sets:
+                for contestant in args.only or [*LUTHIER, *OTHERS]:
+                    runs.append(run_once(name, folder, contestant, seed, out, args.checkout.resolve()))
+    tables = f"{accuracy_table(runs)}\n\n{summary_table(runs)}\n"
+    print(f"\n{tables}", end="")
+    (out / "suite.md").write_text(tables, encoding="utf-8")
+    write_csv(runs, out / "suite.csv")
+    plot_runs(runs, out / "suite.png")
+
+
+def collect_sets(folder: Path, also: list[Path], openmoji: bool, out: Path) -> dict[str, Path]:
+    """Return the data sets by name, each a folder with `train` and `test`."""
+    from data import load_splits
+
+    sets = {path.name: path for path in sorted(folder.iterdir()) if (path / "train").is_dir()}
+    whole = {path.name: {"data_dir": str(path)} for path in also if not (path / "test").is_dir()}
+    sets |= {path.name: path for path in also if path.name not in whole}
+    if openmoji:
+        whole["openmoji"] = {"dataset_name": "openmoji"}
+    for name, source in whole.items():
+        sets[name] = out / name
+        if not sets[name].exists():
+            link_splits(
+                load_splits(**source)[0], {"train": "train", "validation": "train", "test": "test"}, sets[name]
+            )
+    return {name: path.resolve() for name, path in sets.items()}
+
+
+def link_splits(splits: dict, names: dict[str, str], folder: Path) -> None:
+    """Write splits as folders of class folders, with links to the files where the images are files.
+
+    Args:
+        splits: of `data.load_splits`.
+        names: the folder of each split.
+        folder: where they go; it exists only once it is whole.
+    """
+    partial = folder.with_name(f".{folder.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    for split, dataset in splits.items():
+        for number, row in enumerate(dataset):
+            source, label = row["image"], dataset.features["label"].int2str(row["label"])
+            target = partial / names[split] / label
+            target.mkdir(parents=True, exist_ok=True)
+            if source["bytes"] is None:
+                path = Path(source["path"]).resolve()
+                (target / f"{split}{number}{path.suffix}").symlink_to(path)
+            else:
+                suffix = Image.open(io.BytesIO(source["bytes"])).format.lower()
+                (target / f"{split}{number}.{suffix}").write_bytes(source["bytes"])
+    partial.rename(folder)
+
+
+def run_once(data: str, folder: Path, contestant: str, seed: int, out: Path, checkout: Path) -> Run:
+    """Run a contestant on a data set; a run that was finished earlier is read from its file."""
+    kept = out / f"{data}-{contestant.replace(', ', '_').replace(' ', '_')}-seed{seed}.json"
+    if not kept.exists():
+        with tempfile.TemporaryDirectory() as temporary:
+            environment = os.environ | {"HF_HOME": f"{temporary}/cache", "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"}
+            start = run_luthier if contestant in LUTHIER else run_other
+            run = start(data, folder, contestant, seed, Path(temporary), checkout, environment, out)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(run._asdict(), indent=2))
+        print(f"{data}, {contestant}, seed {seed}: {run.accuracy:.1%}, {run.seconds:.0f} s  {run.said}", flush=True)
+    return Run(**json.loads(kept.read_text()))
+
+
+def run_luthier(
+    data: str, folder: Path, contestant: str, seed: int, temporary: Path, checkout: Path, environment: dict, out: Path
+) -> Run:
+    """Train as a user would, and score what is shipped."""
+    accelerate = [str(Path(sys.executable).parent / "accelerate"), "launch", "--quiet"]
+    line = [*accelerate, str(checkout / "train.py"), "--data_dir", str(folder), *LUTHIER[contestant]]
+    line += ["--seed", str(seed), "--output_dir", f"{temporary}/out", "--disable_tqdm", "1"]
+    if data == "openmoji":
+        line += ["--image_size", "160"] if not has_view_race(checkout) else []
+    _, seconds = timed(line, environment, checkout)
+    metrics = json.loads((temporary / "out/metrics.json").read_text())
+    scored = shipped = metrics["test"]["accuracy"]
+    if metrics.get("refit"):
+        line = [*accelerate, str(checkout / "score.py"), f"{temporary}/out", "--data_dir", str(folder)]
+        timed([*line, "--output_dir", f"{temporary}/score", "--disable_tqdm", "1"], environment, checkout)
+        shipped = json.loads((temporary / "score/metrics.json").read_text())["test"]["accuracy"]
+    return Run(data, contestant, seed, shipped, scored, seconds, metrics["recipe"].get("kept", ""))
+
+
+def run_other(
+    data: str, folder: Path, contestant: str, seed: int, temporary: Path, checkout: Path, environment: dict, out: Path
+) -> Run:
+    """Train with another tool on Luthier's cut of the images."""
+    from data import load_splits
+
+    cut = out / "cut" / data
+    if not cut.exists():
+        splits, _ = load_splits(data_dir=str(folder))
+        link_splits(splits, {split: split for split in splits}, cut)
+    tool, setting = OTHERS[contestant]
+    line = [sys.executable, "-m", "benchmarks.time_to_accuracy", str(cut), "--child", tool, json.dumps(setting)]
+    said, seconds = timed([*line, str(seed)], environment, PROJECT)
+    (accuracy,) = (float(words[1]) for line in said.splitlines() if (words := line.split())[:1] == ["TEST"])
+    return Run(data, contestant, seed, accuracy, accuracy, seconds)
+
+
+def has_view_race(checkout: Path) -> bool:
+    """Tell whether a checkout of Luthier chooses the resolution by itself."""
+    return (checkout / "luthier/scoring/race.py").exists()
+
+
+def timed(line: list[str], environment: dict, folder: Path) -> tuple[str, float]:
+    """Run a command; return what it prints and its seconds.
+
+    Exits where the command fails.
+    """
+    begin = time.perf_counter()
+    done = subprocess.run(line, env=environment, cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(line)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return done.stdout, time.perf_counter() - begin
+
+
+def average(runs: list[Run], data: str, contestant: str, value: Callable[[Run], float]) -> float | None:
+    """Return a mean over the seeds; None where nothing was run."""
+    values = [value(run) for run in runs if (run.data, run.contestant) == (data, contestant)]
+    return mean(values) if values else None
+
+
+def contestants(runs: list[Run]) -> list[str]:
+    """Return the contestants, in the order of the tables."""
+    return [name for name in (*LUTHIER, *OTHERS) if any(run.contestant == name for run in runs)]
+
+
+def regrets(runs: list[Run], contestant: str) -> dict[str, float]:
+    """Return by data set how far a contestant's mean accuracy is below the best contestant's."""
+    found = {}
+    for data in dict.fromkeys(run.data for run in runs):
+        accuracies = {name: average(runs, data, name, lambda run: run.accuracy) for name in contestants(runs)}
+        own = accuracies[contestant]
+        if own is not None:
+            found[data] = max(value for value in accuracies.values() if value is not None) - own
+    return found
+
+
+def accuracy_table(runs: list[Run]) -> str:
+    """Return the accuracy in % and the seconds of every contestant on every data set, in Markdown."""
+    names = contestants(runs)
+    lines = [f"| data | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for data in dict.fromkeys(run.data for run in runs):
+        cells = []
+        for name in names:
+            accuracy, seconds = (
+                average(runs, data, name, value) for value in (lambda run: run.accuracy, lambda run: run.seconds)
+            )
+            cells.append("" if accuracy is None else f"{100 * accuracy:.1f}, {seconds:.0f} s")
+        lines.append(f"| {data} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def summary_table(runs: list[Run]) -> str:
+    """Return each contestant's means over the data sets, and its regret, in Markdown."""
+    lines = [
+        "| contestant | runs | mean accuracy | as scored | mean regret | largest regret | mean seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in contestants(runs):
+        own, lost = [run for run in runs if run.contestant == name], regrets(runs, name)
+        worst = max(lost, key=lambda data: lost[data])
+        lines.append(
+            f"| {name} | {len(own)} | {mean(run.accuracy for run in own):.1%} | {mean(run.scored for run in own):.1%} "
+            f"| {100 * mean(lost.values()):.1f} | {100 * lost[worst]:.1f} ({worst}) "
+            f"| {mean(run.seconds for run in own):.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def write_csv(runs: list[Run], path: Path) -> None:
+    """Write a row for each run."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(Run._fields)
+        table.writerows(runs)
+
+
+def plot_runs(runs: list[Run], path: Path) -> None:
+    """Write the chart: mean accuracy over the data sets against mean seconds, a point for each contestant."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name in contestants(runs):
+        own = [run for run in runs if run.contestant == name]
+        seconds, accuracy = mean(run.seconds for run in own), mean(run.accuracy for run in own)
+        ours = name in LUTHIER
+        axes.plot(seconds, accuracy, "o" if ours else "s", color="#D55E00" if ours else "#0072B2", markersize=8)
+        label = name if name == "Luthier" or not ours else f"--recipe {name}"
+        axes.annotate(label, (seconds, accuracy), xytext=(7, 4), textcoords="offset points")
+    axes.set(
+        xlabel="seconds of the whole process, mean over the data sets", ylabel="test accuracy, mean", xlim=(0, None)
+    )
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.grid(alpha=0.3)
+    axes.margins(x=0.2, y=0.15)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""What a run prepares before it trains, and what it has found before it is written."""
+
+from typing import NamedTuple
+
+import numpy as np
+from datasets import DatasetDict
+from transformers import PreTrainedModel
+
+from luthier.images.views import EvaluationView
+from luthier.scoring.baselines import ProbeResults
+from luthier.scoring.race import Course, Outcome
+from luthier.scoring.selection import Candidate
+from luthier.training.arms import Workshop
+from luthier.training.recipe import Recipe
+
+
+class Experiment(NamedTuple):
+    """What a run prepares before it trains.
+
+    Attributes:
+        splits: as loaded.
+        own_test: the data brings a test split.
+        prepared: the splits, decoded and stored.
+        findings: of the audit.
+        model: as built.
+        view: that evaluation uses.
+        size: (height, width) of the random crops of training, in pixels.
+        recipes: that are raced.
+        setup: model, view and device, in words.
+    """
+
+    splits: DatasetDict
+    own_test: bool
+    prepared: DatasetDict
+    findings: dict
+    model: PreTrainedModel
+    view: EvaluationView
+    size: tuple[int, int]
+    recipes: list[Recipe]
+    setup: dict[str, str]
+
+
+class Result(NamedTuple):
+    """What a run has found before it is written.
+
+    Attributes:
+        workshop, course: for the refit.
+        probe: of `baselines.measure_probe`.
+        outcome: of the race.
+        kept: the weights that are scored.
+        model: with these weights.
+        logits: float [N, C] of test, calibrated.
+        references: int [N], the true classes of test.
+    """
+
+    workshop: Workshop
+    course: Course
+    probe: ProbeResults
+    outcome: Outcome
+    kept: Candidate
+    model: PreTrainedModel
+    logits: np.ndarray
+    references: np.ndarray

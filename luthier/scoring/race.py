@@ -1,0 +1,283 @@
+"""Which way of fine-tuning suits the images: arms run in heats, and go on as long as it pays.
+
+The probe comes first and is free of noise from training. After the first heat the worse half of the arms ends, after
+the second all but one (successive halving, Jamieson and Talwalkar 2016). From the second heat on, arms are compared by
+where a power law through their last two heats leads, and not by where they stand.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from accelerate.utils import broadcast_object_list
+from transformers import Trainer
+
+from luthier.scoring.selection import Candidate, choose, load_candidate, score_candidates
+from luthier.terminal import Stopwatch, say
+from luthier.training.arms import Arm, State, Workshop, plan_arm
+from luthier.training.checkpoints import checkpoints_by_step, find_checkpoint, newest, newest_whole, step_of
+from luthier.training.recipe import Recipe
+from luthier.training.signals import Stop
+from luthier.training.trainer import SafeTrainer, model_of, train
+
+RECORD = "race.json"  # in the directory of a run: its finished heats
+FAR = 3.0  # times the probe's loss that the arms may have after the first heat, and go on
+MIN_GAIN = 0.02  # share of the best loss so far that another heat must promise to save
+
+
+class Heat(NamedTuple):
+    """How an arm did in a heat.
+
+    Attributes:
+        arm: name of its recipe.
+        step: at which the heat ended.
+        epochs: that the arm has trained so far.
+        loss: calibrated validation loss of its best weights so far.
+        accuracy: on validation, of the same weights.
+        seconds: that the heat took, with its evaluation.
+    """
+
+    arm: str
+    step: int
+    epochs: float
+    loss: float
+    accuracy: float
+    seconds: float
+
+
+class Outcome(NamedTuple):
+    """What a race ends with.
+
+    Attributes:
+        arm: the winner; None where nothing was trained.
+        trainer: the winner's; its model has the best weights.
+        candidates: the winner's.
+        heats: all of them, in the order in which they were run.
+        reason: why the race ended, for people.
+    """
+
+    arm: Arm | None = None
+    trainer: SafeTrainer | None = None
+    candidates: Sequence[Candidate] = ()
+    heats: Sequence[Heat] = ()
+    reason: str = ""
+
+    def seconds_of(self, arm: str) -> float:
+        """Return the seconds that an arm has trained."""
+        return sum(heat.seconds for heat in self.heats if heat.arm == arm)
+
+    def epochs_of(self, arm: str) -> float:
+        """Return the epochs that an arm has trained."""
+        return max((heat.epochs for heat in self.heats if heat.arm == arm), default=0.0)
+
+    def heats_of(self, arm: str) -> int:
+        """Return how many heats an arm has run."""
+        return sum(heat.arm == arm for heat in self.heats)
+
+
+class Course(NamedTuple):
+    """What all arms of a race share.
+
+    Attributes:
+        labels: the classes' names.
+        stop: the signal handler.
+        run_dir: the directory of the run.
+        stopwatch: of the run.
+        time_limit: minutes that the run may take; None is no limit.
+        only_trained: the trained weights are the only candidates.
+    """
+
+    labels: list[str]
+    stop: Stop
+    run_dir: Path
+    stopwatch: Stopwatch
+    time_limit: float | None = None
+    only_trained: bool = False
+
+    def ends_in_time(self, seconds: float) -> bool:
+        """Tell, on every process alike, whether something that takes so long would end within the time limit."""
+        in_time = self.time_limit is None or self.stopwatch.total() + seconds <= 60 * self.time_limit
+        (shared,) = broadcast_object_list([in_time])
+        return shared
+
+
+def enter(
+    recipes: Sequence[Recipe],
+    workshop: Workshop,
+    rows: Mapping[str, Any],
+    starts: Mapping[str, State],
+    run_dir: Path,
+) -> list[Arm]:
+    """Return the arms of a race; the probe, which needs no training, is none of them.
+
+    Args:
+        recipes: of `recipe.choose_recipes`.
+        workshop: for the Trainers.
+        rows: "train" and "validation".
+        starts: of `baselines.measure_probe`.
+        run_dir: the directory of the run. Several arms have a folder each in it for their checkpoints.
+    """
+    trained = [recipe for recipe in recipes if recipe.name != "probe"]
+    folders = [run_dir / "race" / recipe.name if len(trained) > 1 else run_dir for recipe in trained]
+    return [
+        plan_arm(recipe, workshop, rows, folder, starts.get(recipe.start))
+        for recipe, folder in zip(trained, folders, strict=True)
+    ]
+
+
+def race(arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: str | None) -> Outcome:
+    """Run the arms in heats until more training does not pay; return the best one.
+
+    Every heat ends with a checkpoint and a line in `RECORD`. So a race that was interrupted goes on where it was, and
+    an arm goes on with its optimizer's state.
+
+    Args:
+        arms: a single one is not compared, and goes on as long as it pays.
+        probe: what the arms must beat; None where there is no probe.
+        course: what they share.
+        resume: None, `auto`, or for a single arm the checkpoint to continue from.
+
+    Raises:
+        UserError: see `trainer.train`.
+    """
+    heats = _resume(arms, course.run_dir, resume)
+    alive, reason, last = list(arms), "", None
+    for number in range(max((len(arm.ends) for arm in arms), default=0)):
+        running = [arm for arm in alive if number < len(arm.ends)]
+        for arm in running:
+            if _result(heats, arm, number):
+                continue
+            if (probe or heats) and not course.ends_in_time(_expected_seconds(heats, arm, number)):
+                reason = "the time limit"
+                break
+            last = None  # one model at a time in memory
+            begin = course.stopwatch.total()
+            last = _advance(arm, number, course, resume)
+            heats.append(_describe(last, arm, number, course.stopwatch.total() - begin))
+            _write_record(course.run_dir, heats, last[1])
+            if resume and (resume == "auto" or step_of(Path(resume)) < arm.ends[number]):
+                resume = "auto"  # and not from the checkpoint that was named, which is behind by now
+        if reason:
+            break
+        alive, reason = _who_goes_on(heats, running, number, probe)
+        if reason:
+            break
+    finished = [arm for arm in arms if _results(heats, arm)]
+    if not finished:  # there was nothing to train, or no time
+        return Outcome(heats=heats, reason=reason)
+    winner = min(finished, key=lambda arm: _results(heats, arm)[-1].loss)
+    if last is None or last[0] is not winner:
+        last = None
+        last = _advance(winner, len(_results(heats, winner)) - 1, course, "auto")
+    return Outcome(winner, last[1], last[2], heats, reason)
+
+
+def keep_best(
+    outcome: Outcome, probe: Candidate | None, workshop: Workshop, starts: Mapping[str, State]
+) -> tuple[Candidate, Trainer]:
+    """Return the weights that are best on validation, and a Trainer whose model has them; see `selection.choose`."""
+    candidates = [*([probe] if probe else []), *outcome.candidates]
+    kept = choose(candidates)
+    if kept.is_probe or outcome.arm is None or outcome.trainer is None:
+        trainer, start = workshop.predictor(starts["probe"]), None
+    else:
+        trainer, start = outcome.trainer, outcome.arm.start
+    load_candidate(model_of(trainer), start, kept)
+    return kept, trainer
+
+
+def predict_loss(before: Heat, now: Heat, epochs: float) -> float:
+    """Return the loss that a power law through two heats predicts after a number of epochs."""
+    slope = math.log(now.loss / before.loss) / math.log(now.epochs / before.epochs)
+    return now.loss * (epochs / now.epochs) ** min(slope, 0.0)
+
+
+def _who_goes_on(heats: list[Heat], running: list[Arm], number: int, probe: Candidate | None) -> tuple[list[Arm], str]:
+    """Return the arms that run the next heat, or none and why the race ends here."""
+    best = min([heat.loss for heat in heats] + ([probe.loss] if probe else []))
+    ahead = []
+    for arm in running:
+        results = _results(heats, arm)
+        if number + 1 == len(arm.ends):
+            continue
+        if number == 0:
+            predicted = results[-1].loss
+            if not probe or predicted < FAR * probe.loss:
+                ahead.append((predicted, arm))
+        else:
+            epochs = results[-1].epochs
+            predicted = predict_loss(results[-2], results[-1], epochs * arm.ends[number + 1] / arm.ends[number])
+            if predicted < (1 - MIN_GAIN) * best:
+                ahead.append((predict_loss(results[-2], results[-1], epochs * arm.ends[-1] / arm.ends[number]), arm))
+    if not ahead:
+        finished = any(number + 1 == len(arm.ends) for arm in running)
+        if finished:
+            return [], "its last heat"
+        return [], "the probe far ahead" if number == 0 else "no more gain in sight"
+    ahead.sort(key=lambda pair: pair[0])
+    places = math.ceil(len(running) / 2)
+    return [arm for _, arm in ahead[:places]], ""
+
+
+def _advance(arm: Arm, number: int, course: Course, resume: str | None) -> tuple[Arm, SafeTrainer, list[Candidate]]:
+    """Run a heat of an arm from where its checkpoints end; score its best weights so far."""
+    trainer = arm.trainer()
+    main = trainer.is_world_process_zero()
+    if number == 0 or resume:
+        checkpoint = find_checkpoint(arm.folder, resume, main)
+    else:
+        (checkpoint,) = broadcast_object_list([newest_whole(arm.folder) if main else None])
+    train(trainer, arm.ends[number] if arm.schedule else None, checkpoint, course.stop, course.run_dir)
+    shares = (1.0,) if course.only_trained else arm.recipe.shares
+    candidates = score_candidates(trainer, arm.rows["validation"], arm.start, shares, course.labels, arm.recipe.name)
+    return arm, trainer, candidates
+
+
+def _describe(advanced: tuple[Arm, SafeTrainer, list[Candidate]], arm: Arm, number: int, seconds: float) -> Heat:
+    _, trainer, candidates = advanced
+    best = min(candidates, key=lambda candidate: candidate.loss)
+    epochs = float(trainer.state.epoch or 0)
+    return Heat(arm.recipe.name, arm.ends[number], epochs, best.loss, best.validation["accuracy"], round(seconds, 3))
+
+
+def _results(heats: list[Heat], arm: Arm) -> list[Heat]:
+    return [heat for heat in heats if heat.arm == arm.recipe.name]
+
+
+def _result(heats: list[Heat], arm: Arm, number: int) -> Heat | None:
+    return next((heat for heat in _results(heats, arm) if heat.step == arm.ends[number]), None)
+
+
+def _expected_seconds(heats: list[Heat], arm: Arm, number: int) -> float:
+    """Return the seconds that a heat will take, by those of the arm's last one; 0 before the first."""
+    if number == 0:
+        return 0.0
+    lengths = [end - begin for begin, end in zip((0, *arm.ends), arm.ends, strict=False)]
+    return _results(heats, arm)[-1].seconds * lengths[number] / lengths[number - 1]
+
+
+def _resume(arms: Sequence[Arm], run_dir: Path, resume: str | None) -> list[Heat]:
+    """Return the heats that an earlier part of the run has finished, and say where it goes on."""
+    path = run_dir / RECORD
+    heats = []
+    if resume and path.exists():
+        heats = [Heat(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+    if resume not in (None, "auto"):
+        (arm,), named = arms, step_of(Path(resume))
+        heats = [heat for heat in heats if heat.step <= named]
+        for step, checkpoint in checkpoints_by_step(arm.folder).items():
+            if step > named:  # it is written again
+                shutil.rmtree(checkpoint)
+    elif resume and not any(newest(arm.folder) for arm in arms):
+        say("resume", "there is no whole checkpoint: from the start")
+    return heats
+
+
+def _write_record(run_dir: Path, heats: list[Heat], trainer: SafeTrainer) -> None:
+    if trainer.is_world_process_zero():
+        partial = run_dir / f".{RECORD}"
+        partial.write_text(json.dumps([heat._asdict() for heat in heats], indent=2) + "\n", encoding="utf-8")
+        partial.replace(run_dir / RECORD)

@@ -1,0 +1,119 @@
+"""The shipped model: the arm that was chosen, trained again on all images that may be learned from."""
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.utils import broadcast_object_list
+from datasets import DatasetDict
+from transformers import PreTrainedModel
+
+from luthier.scoring.experiment import Result
+from luthier.scoring.race import Course
+from luthier.scoring.selection import load_candidate
+from luthier.training.arms import Arm, State
+from luthier.training.checkpoints import newest_whole
+from luthier.training.probe import SOFT, fit_shared_probe, state_with_probe
+from luthier.training.trainer import model_of, train
+from models import linear_head
+
+
+class Plan(NamedTuple):
+    """Whether a model is refit, and on what.
+
+    Attributes:
+        splits: to learn from.
+        images: how many these are.
+        scored_on: how many images the scored weights have learned from.
+        seconds: that it takes, as far as can be foreseen.
+        refusal: why it is not done, for people; empty where it is.
+    """
+
+    splits: tuple[str, ...]
+    images: int
+    scored_on: int
+    seconds: float
+    refusal: str
+
+    @property
+    def pays(self) -> bool:
+        """Whether the model is refit."""
+        return not self.refusal
+
+    @property
+    def learned_from(self) -> tuple[str, ...]:
+        """The splits that the shipped weights have learned from."""
+        return self.splits if self.pays else ("train",)
+
+
+def plan_refit(splits: DatasetDict, own_test: bool, result: Result, option: str) -> Plan:
+    """Return whether the kept weights are refit, and on what.
+
+    Args:
+        splits: as loaded.
+        own_test: the user has set the test images apart.
+        result: of the run.
+        option: `none`, or `auto` to do it where it takes at most as long again as the run has taken.
+    """
+    used = ("train", "validation") if own_test else ("train", "validation", "test")
+    images, scored_on = sum(len(splits[split]) for split in used), len(splits["train"])
+    seconds, course = result.outcome.seconds_of(result.kept.arm) * images / scored_on, result.course
+    refusal = ""
+    (elapsed,) = broadcast_object_list([course.stopwatch.total()])
+    if option == "none":
+        refusal = "--refit none"
+    elif seconds > elapsed:
+        refusal = f"it would take about {seconds:.0f} s, longer than the run so far"
+    elif not course.ends_in_time(seconds):
+        refusal = "the time limit"
+    return Plan(used, images, scored_on, seconds, refusal)
+
+
+def refit(plan: Plan, result: Result, splits: DatasetDict, rows: Any) -> PreTrainedModel:
+    """Return the model that has learned from all images of a plan, for as many epochs as the kept weights.
+
+    The temperature and the threshold are those of the kept weights.
+
+    Args:
+        plan: of `plan_refit`.
+        result: of the run; checkpoints go to `refit` in its directory.
+        splits: as loaded.
+        rows: training rows of all images of the plan.
+
+    Raises:
+        UserError: see `trainer.train`.
+    """
+    kept, outcome, probe, workshop = result.kept, result.outcome, result.probe, result.workshop
+    arm = None if kept.is_probe else outcome.arm
+    kind, start = "probe" if arm is None else arm.recipe.start, None
+    if kind != "new":
+        features = torch.cat([probe.features[split] for split in plan.splits]) if probe.features else None
+        labels = [label for split in plan.splits for label in splits[split]["label"][:]]
+        strength = SOFT if kind == "soft probe" else probe.strength
+        head = linear_head(workshop.model)
+        assert head is not None and strength is not None  # there is a probe
+        fitted = fit_shared_probe(workshop.predictor(), features, labels, strength)
+        start = state_with_probe(workshop.model, head, fitted)
+    if arm is None:
+        model = workshop.copy(start)
+    else:
+        assert outcome.trainer is not None  # it has trained the arm
+        best = outcome.trainer.state.best_global_step or arm.ends[-1]
+        model = _train_again(arm, best, rows, start, result.course)
+    load_candidate(model, start, kept)
+    return model
+
+
+def _train_again(arm: Arm, best: int, rows: Any, start: State | None, course: Course) -> PreTrainedModel:
+    """Train an arm on other rows, to the step that is as many epochs as its best one."""
+    folder = str(course.run_dir / "refit")
+    training_args = replace(arm.training_args, output_dir=folder, eval_strategy="no", save_strategy="epoch")
+    again = arm._replace(rows={"train": rows}, start=start, training_args=training_args)
+    scale = again.steps_per_epoch / arm.steps_per_epoch
+    if arm.schedule:
+        ends = tuple(round(end * scale) for end in arm.ends)
+        again = again._replace(ends=ends, schedule=arm.schedule._replace(ends=ends))
+    trainer = again.trainer()
+    (checkpoint,) = broadcast_object_list([newest_whole(again.folder) if trainer.is_world_process_zero() else None])
+    train(trainer, max(1, round(best * scale)), checkpoint, course.stop, course.run_dir)
+    return model_of(trainer)

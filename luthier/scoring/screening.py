@@ -1,0 +1,235 @@
+"""What a probe on a few images tells before anything is trained: which view suits them, and which backbone."""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset
+from torch import nn
+from transformers import BaseImageProcessor, PreTrainedModel, Trainer
+
+from luthier.images.splits import stratified_folds
+from luthier.images.views import view_size
+from luthier.terminal import say
+from luthier.training.features import compute_features
+from luthier.training.probe import fit_path
+from models import EFFICIENTNETS, ModelError, change_view, linear_head, takes_size
+
+IMAGES = 240  # of train that are looked at, at most
+FOLDS = 4
+STRENGTHS = (0.3, 0.03, 0.003)
+LEAST_SIDE = 64  # pixels, of what a model sees
+# Besides the built-in ones, where the Hub can be reached; all of them under the Apache License 2.0 (docs/usage.md).
+HUB_BACKBONES = (
+    "timm/mobilenetv4_conv_medium.e500_r256_in1k",
+    "timm/convnext_nano.in12k_ft_in1k",
+    "timm/convnext_tiny.in12k_ft_in1k",
+    "timm/tiny_vit_21m_224.dist_in22k_ft_in1k",
+    "timm/vit_small_patch14_dinov2.lvd142m",
+)
+SQUARE = 1.05  # aspect ratio up to which an image counts as square
+
+
+class View(NamedTuple):
+    """A way to show images to a model.
+
+    Attributes:
+        fit: see `models.change_view`.
+        side: in pixels.
+        losses: float64 [N], the probe's cross-entropy of each image, by folds that did not learn from it.
+    """
+
+    fit: str
+    side: int
+    losses: np.ndarray
+
+    @property
+    def loss(self) -> float:
+        """The mean loss."""
+        return float(self.losses.mean())
+
+    def is_better(self, other: "View") -> bool:
+        """Tell whether the mean loss is lower by more than its standard error, image by image."""
+        return self.loss < other.loss - _standard_error(other.losses - self.losses)
+
+
+def choose_view(
+    model: PreTrainedModel, image_processor: BaseImageProcessor, sample: "Sample", enabled: bool, any_side: bool
+) -> tuple[BaseImageProcessor, list[View]]:
+    """Choose how a model sees the images; return its image processor, and what was tried, the choice first.
+
+    The model's own crop gives way to the whole image only where that is better beyond doubt. Where the images are
+    smaller than what the model sees, the smallest side is chosen that is not worse beyond doubt.
+
+    Args:
+        model: the config of a timm model is changed with the view.
+        image_processor: of the model.
+        sample: a few images.
+        enabled: False, or a model without a linear head, leaves the model's own view.
+        any_side: False leaves the model's own side.
+    """
+    side, wide = view_size(image_processor)
+    if not enabled or linear_head(model) is None or side != wide:
+        return image_processor, []
+    own, cfg = image_processor, getattr(model.config, "pretrained_cfg", None)
+
+    def show(fit: str, side: int) -> View:
+        try:
+            processor = own if (fit, side) == ("own", wide) else change_view(model, own, side, fit)
+            return View(fit, side, sample.losses(model, processor))
+        finally:
+            if cfg is not None:
+                model.config.pretrained_cfg = cfg
+
+    tried = [show("own", side)]
+    for fit in ("squeeze",) if sample.is_square else ("squeeze", "pad"):
+        with contextlib.suppress(ModelError):  # not every image processor can do it
+            tried.append(show(fit, side))
+    best = min(tried, key=lambda view: view.loss)
+    chosen = best if best.is_better(tried[0]) else tried[0]
+    for smaller in _smaller_sides(sample.shorter_side, side) if any_side else ():
+        if takes_size(model, smaller):
+            tried.append(show(chosen.fit, smaller))
+            if not chosen.is_better(tried[-1]):
+                chosen = tried[-1]
+                break
+    if chosen is not tried[0]:
+        image_processor = change_view(model, own, chosen.side, chosen.fit)
+    return image_processor, [chosen, *(view for view in tried if view is not chosen)]
+
+
+def _smaller_sides(shorter_side: int, side: int) -> list[int]:
+    """Return sides below that of the model's own view which show small images without waste, in pixels."""
+    least = max(LEAST_SIDE, 32 * math.ceil(shorter_side / 32))
+    return [candidate for candidate in (least, 32 * round(1.5 * least / 32)) if candidate <= 0.8 * side]
+
+
+class Sample:
+    """A few training images, for probes of many kinds.
+
+    Args:
+        rows: returns the rows of an image processor, which give `pixel_values`.
+        labels: class indices [N].
+        groups: int [N]; images of one group are in one fold.
+        sizes: (width, height) of each image in pixels.
+        predictor: returns a Trainer that only predicts with a model.
+
+    Attributes:
+        seconds: that the last features took.
+    """
+
+    def __init__(
+        self,
+        rows: Callable[[BaseImageProcessor], Any],
+        labels: Sequence[int],
+        groups: np.ndarray,
+        sizes: Sequence[tuple[int, int]],
+        predictor: Callable[[PreTrainedModel], Trainer],
+    ):
+        self.rows, self.predictor, self.seconds = rows, predictor, 0.0
+        self.labels = np.array(labels)
+        self.folds = stratified_folds(self.labels, groups, FOLDS, seed=1)
+        self.shorter_side = int(np.median([min(size) for size in sizes]))
+        self.is_square = bool(np.mean([max(size) <= SQUARE * min(size) for size in sizes]) > 0.9)
+
+    def losses(self, model: PreTrainedModel, image_processor: BaseImageProcessor) -> np.ndarray:
+        """Return the cross-fitted loss of a probe for each image, float64 [N], on every process."""
+        head = linear_head(model)
+        assert head is not None  # asked for before
+        rows, begin = self.rows(image_processor), time.perf_counter()
+        features = compute_features(self.predictor(model), head, rows)
+        self.seconds = time.perf_counter() - begin
+        losses = None
+        if features is not None:
+            losses = cross_fitted_losses(features, torch.from_numpy(self.labels), self.folds)
+        (shared,) = broadcast_object_list([losses])
+        return shared
+
+
+def draw_sample(
+    train: Dataset,
+    rows: Callable[[Dataset, BaseImageProcessor], Any],
+    predictor: Callable[[PreTrainedModel], Trainer],
+) -> Sample:
+    """Return a sample of the training images, the same in every run.
+
+    Args:
+        train: as loaded.
+        rows: see `data.sample_rows`.
+        predictor: returns a Trainer that only predicts with a model.
+    """
+    drawn = train.select(np.sort(np.random.default_rng(1).permutation(len(train))[:IMAGES]))
+    sizes = list(zip(drawn["width"][:], drawn["height"][:], strict=True))
+    groups = np.array(drawn["group"][:])
+    return Sample(lambda processor: rows(drawn, processor), drawn["label"][:], groups, sizes, predictor)
+
+
+class Backbone(NamedTuple):
+    """A candidate for the backbone.
+
+    Attributes:
+        name: as `--model_name` takes it.
+        loss: cross-fitted, of a probe.
+        milliseconds: that an image takes, with its preparation.
+    """
+
+    name: str
+    loss: float
+    milliseconds: float
+
+
+def choose_backbone(
+    build: Callable[[str], tuple[PreTrainedModel, BaseImageProcessor]], sample: Sample, milliseconds: float
+) -> list[Backbone]:
+    """Return the candidates that can be had, the chosen one first.
+
+    It is the one with the lowest loss of those that take no longer an image than the budget. The first candidate may.
+
+    Args:
+        build: as `models.build_model`, by name.
+        sample: a few images.
+        milliseconds: the budget for an image.
+    """
+    tried: list[Backbone] = []
+    for name in (*EFFICIENTNETS, *HUB_BACKBONES):
+        try:
+            model, image_processor = build(name)
+        except ModelError as error:
+            say("model", f"{name} is left out: {error}")
+            break  # without the Hub there is none of the others either
+        loss = float(sample.losses(model, image_processor).mean())
+        tried.append(Backbone(name, loss, 1000 * sample.seconds / len(sample.labels)))
+    affordable = [backbone for backbone in tried if backbone.milliseconds <= milliseconds] or tried[:1]
+    best = min(affordable, key=lambda backbone: backbone.loss)
+    (name,) = broadcast_object_list([best.name])
+    return sorted(tried, key=lambda backbone: (backbone.name != name, backbone.loss))
+
+
+def cross_fitted_losses(features: torch.Tensor, labels: torch.Tensor, folds: np.ndarray) -> np.ndarray:
+    """Return the cross-entropy of each image by a probe that has not learned from its fold, float64 [N].
+
+    Of several penalties the one with the lowest mean counts.
+
+    Args:
+        features: float32 [N, D].
+        labels: int64 [N].
+        folds: int [N].
+    """
+    classes = int(labels.max()) + 1
+    losses = np.empty((len(STRENGTHS), len(labels)))
+    for fold in np.unique(folds):
+        held_out = torch.from_numpy(folds == fold)
+        path = fit_path(features[~held_out], labels[~held_out], classes, STRENGTHS)
+        for number, probe in enumerate(path):
+            loss = nn.functional.cross_entropy(probe.logits(features[held_out]), labels[held_out], reduction="none")
+            losses[number, held_out.numpy()] = loss.double().numpy()
+    return losses[losses.mean(axis=1).argmin()]
+
+
+def _standard_error(differences: np.ndarray) -> float:
+    return float(differences.std() / math.sqrt(len(differences)))

@@ -1,0 +1,121 @@
+"""Arms: ways to fine-tune one model, each with its start, its heats and its folder of checkpoints."""
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import EvalPrediction, PreTrainedModel, SchedulerType, Trainer, TrainerCallback, TrainingArguments
+
+from luthier.training.heats import Schedule, first_heat, heat_ends
+from luthier.training.layers import freeze
+from luthier.training.recipe import Recipe
+from luthier.training.trainer import SafeTrainer, build_predictor, build_trainer
+
+State = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """What all Trainers of a run are built from.
+
+    Attributes:
+        model: as it was built; every Trainer gets a copy.
+        training_args: of the run.
+        collate: stacks rows to a batch.
+        compute_metrics: of an evaluation.
+        callbacks: of every training.
+    """
+
+    model: PreTrainedModel
+    training_args: TrainingArguments
+    collate: Callable[[list[dict]], dict]
+    compute_metrics: Callable[[EvalPrediction], dict[str, float]]
+    callbacks: Sequence[TrainerCallback] = ()
+
+    def predictor(self, state: State | None = None) -> Trainer:
+        """Return a Trainer that only predicts, with the model in a state, or as it was built."""
+        return build_predictor(self.copy(state), self.training_args, self.collate)
+
+    def copy(self, state: State | None = None) -> PreTrainedModel:
+        """Return a copy of the model in a state, or as it was built."""
+        model = copy.deepcopy(self.model)
+        if state is not None:
+            model.load_state_dict(state)
+        return model
+
+
+class Arm(NamedTuple):
+    """A recipe, and what it needs to train.
+
+    Attributes:
+        recipe: how it learns.
+        workshop: for its Trainers.
+        training_args: its own: learning rate, epochs, output directory.
+        rows: "train", and "validation" if it is evaluated.
+        ends: the step at which each heat ends.
+        schedule: of the learning rate; None leaves it to the training arguments.
+        start: the model's state at the start; None is the model as it was built.
+    """
+
+    recipe: Recipe
+    workshop: Workshop
+    training_args: TrainingArguments
+    rows: Mapping[str, Any]
+    ends: tuple[int, ...]
+    schedule: Schedule | None
+    start: State | None
+
+    @property
+    def folder(self) -> Path:
+        """Where its checkpoints are."""
+        return Path(str(self.training_args.output_dir))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The optimizer steps of an epoch."""
+        return count_steps(self.training_args, len(self.rows["train"]))
+
+    def trainer(self) -> SafeTrainer:
+        """Return a Trainer with a copy of the model, at the arm's start."""
+        model = self.workshop.copy(self.start)
+        freeze(model, self.recipe.frozen)
+        shop = self.workshop
+        return build_trainer(
+            model, self.recipe, self.training_args, self.rows, shop.collate, shop.compute_metrics, shop.callbacks,
+            self.schedule,
+        )  # fmt: skip
+
+
+def plan_arm(recipe: Recipe, workshop: Workshop, rows: Mapping[str, Any], folder: Path, start: State | None) -> Arm:
+    """Return an arm, with its heats.
+
+    Args:
+        recipe: with the user's learning rate and epochs.
+        workshop: for its Trainers.
+        rows: "train" and "validation".
+        folder: for its checkpoints.
+        start: see `Arm`.
+    """
+    args = workshop.training_args
+    per_epoch = count_steps(args, len(rows["train"]))
+    if args.max_steps > 0:
+        total = args.max_steps
+    elif recipe.num_train_epochs is not None:
+        total = math.ceil(recipe.num_train_epochs * per_epoch)
+    else:
+        total = (2**recipe.heats - 1) * first_heat(per_epoch)
+    in_heats = recipe.heats > 1 and args.lr_scheduler_type == SchedulerType.COSINE
+    ends = heat_ends(first_heat(per_epoch), total) if in_heats else (total,)
+    rate, epochs = recipe.learning_rate, total / per_epoch
+    own = replace(args, learning_rate=rate, num_train_epochs=epochs, output_dir=str(folder))
+    return Arm(recipe, workshop, own, rows, ends, Schedule(ends, args.warmup_steps) if in_heats else None, start)
+
+
+def count_steps(training_args: TrainingArguments, images: int) -> int:
+    """Return the optimizer steps of an epoch, as the Trainer counts them."""
+    batches = math.ceil(images / (training_args.train_batch_size * training_args.world_size))
+    return math.ceil(batches / training_args.gradient_accumulation_steps)

@@ -1,0 +1,75 @@
+"""Heats: training in parts, each about twice as long as the one before, with a learning rate that decays in each.
+
+These are warm restarts (SGDR, Loshchilov and Hutter 2017). At the end of every heat the weights are as good as the
+steps so far allow. So arms can be compared there, and training can end there, without a schedule that was cut off.
+"""
+
+import math
+from typing import NamedTuple
+
+from transformers import TrainerCallback
+
+MIN_STEPS, MAX_STEPS = 16, 400  # of the first heat, which is one epoch where that lies between them
+
+
+class Schedule(NamedTuple):
+    """When heats end, and how the learning rate changes in them.
+
+    Attributes:
+        ends: the optimizer step at which each heat ends.
+        warmup: steps in which the rate rises at the beginning of a heat, or their share of the heat if below 1.
+    """
+
+    ends: tuple[int, ...]
+    warmup: float = 0.0
+
+    def __call__(self, step: int) -> float:
+        """Return the learning rate of a step, from 0 on, as a share of the highest: a rise, then half a cosine."""
+        begin = 0
+        for end in self.ends:
+            if step < end:
+                length = end - begin
+                warmup = self.warmup * length if self.warmup < 1 else self.warmup
+                rise = (step - begin + 1) / max(1.0, warmup)
+                return min(rise, (1 + math.cos(math.pi * (step - begin) / length)) / 2)
+            begin = end
+        return 0.0
+
+
+def first_heat(steps_per_epoch: int) -> int:
+    """Return the steps of the first heat: an epoch, several of a small data set, or a part of a large one's."""
+    epochs = math.ceil(MIN_STEPS / steps_per_epoch)
+    return min(epochs * steps_per_epoch, max(MAX_STEPS, MIN_STEPS))
+
+
+def heat_ends(first: int, total: int) -> tuple[int, ...]:
+    """Return the step at which each heat ends: each is twice as long as the one before, the last one up to `total`.
+
+    Args:
+        first: steps of the first heat.
+        total: steps of all.
+    """
+    ends, length = [min(first, total)], first
+    while ends[-1] + 2 * length <= total:
+        length *= 2
+        ends.append(ends[-1] + length)
+    if total - ends[-1] >= 1.5 * length:
+        ends.append(total)
+    ends[-1] = total  # what is left is too short for a heat of its own
+    return tuple(ends)
+
+
+class EndHeat(TrainerCallback):
+    """Ends the training at a step, with a checkpoint and, if asked to, an evaluation, whatever the strategies are."""
+
+    def __init__(self, step: int, evaluate: bool):
+        self.step, self.evaluate = step, evaluate
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= self.step:
+            control.should_training_stop = True
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if state.global_step >= self.step:
+            control.should_log = control.should_save = True
+            control.should_evaluate = self.evaluate

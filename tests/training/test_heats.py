@@ -1,0 +1,39 @@
+"""When heats end, and the learning rate in them."""
+
+import math
+
+import pytest
+
+from luthier.training.heats import MAX_STEPS, MIN_STEPS, Schedule, first_heat, heat_ends
+
+
+@pytest.mark.parametrize(
+    ("steps_per_epoch", "expected"),
+    [(32, 32), (MIN_STEPS, MIN_STEPS), (5, 20), (1, MIN_STEPS), (31_250, MAX_STEPS)],
+)
+def test_first_heat_is_an_epoch_several_of_few_images_and_a_part_of_many(steps_per_epoch, expected):
+    assert first_heat(steps_per_epoch) == expected
+
+
+@pytest.mark.parametrize(
+    ("first", "total", "expected"),
+    [(10, 150, (10, 30, 70, 150)), (10, 4, (4,)), (10, 24, (24,)), (10, 26, (10, 26)), (10, 35, (10, 35))],
+)
+def test_each_heat_is_twice_as_long_as_the_one_before(first, total, expected):
+    assert heat_ends(first, total) == expected
+
+
+def test_last_heat_is_never_a_short_one():
+    for total in range(1, 400):
+        ends = (0, *heat_ends(10, total))
+        lengths = [b - a for a, b in zip(ends, ends[1:], strict=False)]
+        assert all(b >= 1.4 * a for a, b in zip(lengths, lengths[1:], strict=False)), (total, lengths)
+
+
+def test_learning_rate_rises_and_decays_in_each_heat():
+    schedule = Schedule((10, 30), warmup=0.2)
+    rates = [schedule(step) for step in range(30)]
+    assert rates[0] == 0.5 and rates[10] == 0.25  # of 2 and of 4 steps of warm-up
+    assert rates[9] < 0.03 and rates[29] < 0.01 and schedule(30) == 0.0
+    assert rates[20] == pytest.approx((1 + math.cos(math.pi / 2)) / 2)
+    assert Schedule((10,), warmup=5)(0) == 0.2 and Schedule((10,))(0) == 1.0
