@@ -294,9 +294,12 @@ def training_rows(
     return dataset.with_transform(batch_transform("image", training_transform(view, augmentation, size)))
 
 
-def join_for_training(splits: Sequence[Dataset], view: EvaluationView) -> Dataset:
-    """Return loaded splits as one prepared split "train", see `prepare`."""
-    return prepare(DatasetDict(train=concatenate_datasets(list(splits))), view)["train"]
+def join_for_training(
+    splits: Sequence[Dataset], view: EvaluationView, augmentation: str, size: tuple[int, int]
+) -> Dataset:
+    """Return the `training_rows` of several loaded splits together."""
+    joined = prepare(DatasetDict(train=concatenate_datasets(list(splits))), view)
+    return training_rows(joined["train"], view, augmentation, size)
 
 
 def sample_rows(dataset: Dataset, image_processor: BaseImageProcessor) -> Dataset:

@@ -27,7 +27,7 @@ SHOWN = (
 # Options of train.py that mean nothing where nothing is trained.
 TRAINING_ONLY = (
     "recipe", "image_size", "resume_from_checkpoint", "push_to_hub", "learning_curve", "keep", "time_limit", "refit",
-    "milliseconds", "augmentation", "test_view", "fold", "split_seed", "validation_fraction", "test_fraction",
+    "milliseconds", "augmentation", "test_view", "fold", "folds", "split_seed", "validation_fraction", "test_fraction",
     "num_train_epochs", "learning_rate",
 )  # fmt: skip
 

@@ -1,9 +1,9 @@
 """Fine-tune an image classifier: data -> model -> probe -> train -> evaluate -> refit -> report.
 
 accelerate launch train.py --data_dir my_photos
-accelerate launch train.py configs/simple_cnn_openmoji.yaml --num_train_epochs 3
 """
 
+import functools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,9 +25,9 @@ def main(argv: list[str] | None = None) -> None:
     from luthier.arguments import parse_arguments
 
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-
     from luthier.machine import set_up_process
     from luthier.output_dir import claim_output_dir, has_ended
+    from luthier.scoring.folds import pool
     from luthier.serving import hub
     from luthier.training.signals import Stop, die_with_launcher
 
@@ -43,8 +43,8 @@ def main(argv: list[str] | None = None) -> None:
         if resume == "auto" and has_ended(output_dir):
             say("done", f"{output_dir} holds a finished run: nothing is left to train")
         else:
-            experiment = set_up(arguments, stopwatch)
-            finish(experiment, fine_tune(experiment, arguments, stop, stopwatch), arguments, stopwatch)
+            parts = [fine_tune(part, stop, stopwatch) for part in arguments.folds()]
+            finish(*pool(parts), arguments, stopwatch)
         if repo_id:  # of a finished run too: the push may have been what failed
             hub.publish(output_dir, repo_id, private)
 
@@ -65,7 +65,6 @@ def set_up(arguments: "Arguments", stopwatch: Stopwatch) -> "Experiment":
     from models import build_model, linear_head
 
     data_args, model_args, training_args, run_args = arguments
-    name, image_size = model_args.model_name, model_args.image_size
     stopwatch.stop("start")
 
     # Data
@@ -77,28 +76,26 @@ def set_up(arguments: "Arguments", stopwatch: Stopwatch) -> "Experiment":
 
     # Model
     sample = draw_sample(splits["train"], sample_rows, lambda model: build_predictor(model, training_args, collate))
-    if name == "auto":
-        tried = choose_backbone(lambda name: build_model(name, id2label, image_size), sample, model_args.milliseconds)
-        console.say_backbones(tried)
-        name = tried[0].name
+    build = functools.partial(build_model, id2label=id2label, image_size=model_args.image_size)
+    name = choose_backbone(model_args.model_name, build, sample, model_args.milliseconds)
     set_seed(training_args.seed)  # decides the first weights of a new head
-    model, image_processor = build_model(name, id2label, image_size)
-    recipes = choose_recipes(
-        model_args.recipe, name, linear_head(model) is not None, run_args.learning_rate, run_args.num_train_epochs
-    )
+    model, image_processor = build(name)
+    rate, epochs = run_args.learning_rate, run_args.num_train_epochs
+    recipes = choose_recipes(model_args.recipe, name, linear_head(model) is not None, rate, epochs)
     stopwatch.stop("load")
-    image_processor, views = choose_view(model, image_processor, sample, recipes[0].is_pretrained, image_size is None)
+    any_side, enabled = model_args.image_size is None, recipes[0].is_pretrained
+    image_processor, views = choose_view(model, image_processor, sample, enabled, any_side)
     view = EvaluationView(image_processor)
     setup = console.describe_setup(sample.predictor(model), name, view.size, views)
     console.say_setup(splits, data_args.name, setup)
     with training_args.main_process_first(desc="preparing the images"):
         prepared = prepare(splits, view)
-    size = training_size(model, view.size) if recipes[0].is_pretrained else view.size
+    size = training_size(model, view.size)
     stopwatch.stop("prepare")
     return Experiment(splits, "test" in images, prepared, findings, model, view, size, recipes, setup)
 
 
-def fine_tune(experiment: "Experiment", arguments: "Arguments", stop: "Stop", stopwatch: Stopwatch) -> "Result":
+def fine_tune(arguments: "Arguments", stop: "Stop", stopwatch: Stopwatch) -> tuple["Experiment", "Result"]:
     """Race the recipes, keep the weights that are best on validation, and predict test with them, once."""
     from data import collate, feature_rows, with_transforms
     from luthier.reporting import console
@@ -112,11 +109,12 @@ def fine_tune(experiment: "Experiment", arguments: "Arguments", stop: "Stop", st
     from luthier.training.trainer import model_of, predict
 
     data_args, model_args, training_args, _ = arguments
+    experiment = set_up(arguments, stopwatch)
     splits, prepared, view, recipes = experiment.splits, experiment.prepared, experiment.view, experiment.recipes
     labels = splits["train"].features["label"].names
     rows = with_transforms(prepared, view, data_args.augmentation, data_args.test_view, experiment.size)
-    metrics = build_compute_metrics(labels)
-    workshop = Workshop(experiment.model, training_args, collate, metrics, [StageTimes(stopwatch), stop])
+    callbacks = [StageTimes(stopwatch), stop]
+    workshop = Workshop(experiment.model, training_args, collate, build_compute_metrics(labels), callbacks)
 
     # Probe
     images = feature_rows(prepared, view) if recipes[0].is_pretrained else {}
@@ -138,36 +136,34 @@ def fine_tune(experiment: "Experiment", arguments: "Arguments", stop: "Stop", st
     console.say_race(outcome, baseline, kept)
     logits, references = predict(trainer, rows["test"])
     stopwatch.stop("evaluate")
-    return Result(workshop, course, probe, outcome, kept, model_of(trainer), logits, references)
+    result = Result(workshop, course, len(rows["train"]), probe, outcome, kept, model_of(trainer), logits, references)
+    return experiment, result
 
 
 def finish(experiment: "Experiment", result: "Result", arguments: "Arguments", stopwatch: Stopwatch) -> None:
     """Refit the model on all images that may be learned from, and write the results."""
-    from data import describe, join_for_training, training_rows
+    from data import describe, join_for_training
     from luthier.reporting import console
     from luthier.reporting.results import collect_run, write_run
     from luthier.scoring.refit import plan_refit, refit
 
     data_args, model_args, training_args, run_args = arguments
-    splits, view = experiment.splits, experiment.view
+    splits, view, output_dir = experiment.splits, experiment.view, Path(str(training_args.output_dir))
 
     # Refit
     plan, refitted = plan_refit(splits, experiment.own_test, result, model_args.refit), None
     console.say_refit(plan)
     if plan.pays:
-        images = join_for_training([splits[split] for split in plan.splits], view)
-        refitted = refit(plan, result, splits, training_rows(images, view, data_args.augmentation, experiment.size))
+        images = [splits[split] for split in plan.splits]
+        rows = join_for_training(images, view, data_args.augmentation, experiment.size)
+        refitted = refit(plan, result, splits, rows)
         stopwatch.stop("refit")
 
     # Report
     if training_args.process_index == 0:
         data = describe(experiment.prepared, data_args.name, data_args.is_built_in)
-        recipe = experiment.setup | console.describe_recipe(result, data_args.augmentation)
-        metrics = collect_run(
-            experiment, result, plan, data=data, recipe=recipe, seeds=run_args.seeds, command=run_args.command,
-            settings=run_args.settings,
-        )  # fmt: skip
-        write_run(Path(str(training_args.output_dir)), experiment, result, plan, refitted, metrics, stopwatch)
+        record = collect_run(experiment, result, plan, data, data_args.augmentation, run_args.for_record())
+        write_run(output_dir, experiment, result, plan, refitted, record, stopwatch)
 
 
 if __name__ == "__main__":

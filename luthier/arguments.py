@@ -6,159 +6,17 @@ import json
 import math
 import re
 from collections.abc import Collection
-from dataclasses import dataclass, field, fields
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import TrainingArguments
 
 from luthier.errors import UserError
 from luthier.machine import OneGPUTrainingArguments, fill_in_machine_defaults
+from luthier.options import DATA_KEYS, DataArguments, ModelArguments
 from luthier.output_dir import free_output_dir
 from luthier.parsing import HelpFormatter, Parser, describe_command, read_options
-
-
-@dataclass
-class DataArguments:
-    """What to learn from."""
-
-    _argument_group_name: ClassVar[str] = "data"
-
-    data_dir: str | None = field(
-        default=None,
-        metadata={"help": "Your images: a folder of class folders, or one that holds train, validation and test."},
-    )
-    dataset_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "A Hub dataset such as someone/their-set, or the built-in openmoji (used without --data_dir)."
-        },
-    )
-    dataset_config_name: str | None = field(
-        default=None, metadata={"help": "The configuration of a Hub dataset that has several."}
-    )
-    image_column: str | None = field(
-        default=None, metadata={"help": "The image column of a dataset, where it is ambiguous."}
-    )
-    label_column: str | None = field(
-        default=None, metadata={"help": "The label column of a dataset, where it is ambiguous."}
-    )
-    label_names: list[str] | None = field(
-        default=None, metadata={"help": "New names for the classes, in the order of their sorted old names."}
-    )
-    validation_fraction: float | None = field(
-        default=None,
-        metadata={
-            "help": "Share of each class for the validation split, where the data has none; a tenth, and up to a "
-            "quarter of few images, if not given."
-        },
-    )
-    test_fraction: float = field(
-        default=0.2, metadata={"help": "Share of each class for the test split, where the data has none."}
-    )
-    split_seed: int = field(default=1, metadata={"help": "Random seed of these splits; --seed does not change them."})
-    fold: str | None = field(
-        default=None, metadata={"help": "Such as 2/5: test is the second of five folds, instead of --test_fraction."}
-    )
-    on_bad_image: Literal["drop", "error"] = field(
-        default="drop",
-        metadata={"help": "Images that cannot be read: drop leaves them out and names them, error stops."},
-    )
-    augmentation: Literal["none", "flip_crop", "trivial", "augmix"] = field(
-        default="flip_crop",
-        metadata={
-            "help": "Transform of training images. none: the evaluation view; flip_crop: a random crop, flipped half "
-            "of the time; trivial: flip_crop and one random operation of TrivialAugmentWide; augmix: AugMix on the "
-            "evaluation view."
-        },
-    )
-    test_view: Literal["evaluation", "random_crop"] = field(
-        default="evaluation",
-        metadata={"help": "Test transform. random_crop shows how testing on random crops distorts the score."},
-    )
-    learning_curve: bool = field(
-        default=False, metadata={"help": "Estimate the accuracy with twice as many training images."}
-    )
-
-    def for_images(self) -> dict:
-        """Return what `data.load_images` takes."""
-        return {key: getattr(self, key) for key in (*DATA_KEYS, "on_bad_image")}
-
-    def for_cut(self) -> dict:
-        """Return what `splits.cut_missing_splits` takes."""
-        fold = tuple(map(int, self.fold.split("/"))) if self.fold else None
-        cut = {key: getattr(self, key) for key in ("split_seed", "validation_fraction", "test_fraction")}
-        return {**cut, "fold": fold}
-
-    def for_splits(self) -> dict:
-        """Return what `data.load_splits` takes."""
-        return self.for_images() | self.for_cut()
-
-    @property
-    def name(self) -> str:
-        """The name of the data: as on the Hub; of a folder the last part, because the rest tells of a machine."""
-        name = self.data_dir or self.dataset_name or "openmoji"
-        return Path(name).resolve().name if self.data_dir or Path(name).is_dir() else name
-
-    @property
-    def is_built_in(self) -> bool:
-        """Whether the data is OpenMoji."""
-        return self.dataset_name == "openmoji"
-
-
-@dataclass
-class ModelArguments:
-    """What to train."""
-
-    _argument_group_name: ClassVar[str] = "model"
-
-    model_name: str = field(
-        default="efficientnet_lite0",
-        metadata={
-            "help": "efficientnet_lite0, efficientnet_lite2, simple_cnn, a Hub model such as timm/resnet18.tv_in1k, a "
-            "folder with one, or auto: the one of a few whose linear probe is best (docs/usage.md)."
-        },
-    )
-    image_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Side in pixels of the square that the model sees; the model's own, or less where the images are "
-            "small, if not given."
-        },
-    )
-    recipe: Literal["probe", "head", "lp_ft", "full_from_probe", "full"] | None = field(
-        default=None,
-        metadata={
-            "help": "How a pretrained model learns. probe: a logistic regression on its frozen features; head: a new "
-            "head on the frozen backbone; lp_ft: the upper layers, starting from the probe; full_from_probe: all "
-            "layers, starting from a probe; full: all layers, with a new head. The last three are raced if not given "
-            "(docs/usage.md)."
-        },
-    )
-    keep: Literal["best", "trained"] = field(
-        default="best",
-        metadata={
-            "help": "The weights of the result. best: the trained weights, the probe's, or (recipes that start from "
-            "a probe) a mean, whichever is best on validation; trained: the trained weights, to compare ways of "
-            "training."
-        },
-    )
-    milliseconds: float = field(
-        default=40.0,
-        metadata={"help": "With --model_name auto: the milliseconds that an image may take on this machine."},
-    )
-    time_limit: float | None = field(
-        default=None,
-        metadata={"help": "Minutes that the run may take; no heat and no refit begins that would end later."},
-    )
-    refit: Literal["auto", "none"] = field(
-        default="auto",
-        metadata={
-            "help": "auto: when the score has been taken, train the shipped model again on all images but a test "
-            "split of the data's own, if that takes at most as long again as the run has taken; none: ship the "
-            "weights that were scored."
-        },
-    )
 
 
 class RunArguments(NamedTuple):
@@ -181,6 +39,10 @@ class RunArguments(NamedTuple):
     num_train_epochs: float | None
     push_to_hub: bool
 
+    def for_record(self) -> dict:
+        """Return what `results.collect_run` records of a run."""
+        return {"command": self.command, "settings": self.settings, "seeds": self.seeds}
+
 
 class Arguments(NamedTuple):
     """All options of a run."""
@@ -189,6 +51,26 @@ class Arguments(NamedTuple):
     model_args: ModelArguments
     training_args: TrainingArguments
     run_args: RunArguments
+
+    def folds(self) -> list["Arguments"]:
+        """Return the arguments of each fold, or these where there are no folds.
+
+        Each fold has a directory and a share of the time limit of its own.
+        """
+        data_args, model_args, training_args, run_args = self
+        k = data_args.folds
+        if k is None:
+            return [self]
+        return [
+            Arguments(
+                replace(data_args, fold=f"{i}/{k}"),
+                # The refit has the last share.
+                replace(model_args, time_limit=model_args.time_limit and model_args.time_limit * i / (k + 1)),
+                replace(training_args, output_dir=str(Path(str(training_args.output_dir)) / f"fold-{i}")),
+                run_args,
+            )
+            for i in range(1, k + 1)
+        ]
 
 
 # DataArguments.label_names, the names of the classes, replaces that of TrainingArguments, which the Trainer fills by
@@ -223,8 +105,6 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "report_to": "none",
     "output_dir": None,
 }
-# What a config says of its data, and what is replaced with it when the command line names other data.
-DATA_KEYS = ("data_dir", "dataset_name", "dataset_config_name", "image_column", "label_column", "label_names")
 
 # The options of TrainingArguments that people use, which --help shows; --help-all shows all of them.
 COMMON = {
@@ -327,6 +207,11 @@ def _check_options(options: dict) -> None:
     if fold and not 2 <= (k := int(fold.split("/")[1])) >= int(fold.split("/")[0]):
         advice = f"give 1/{k} to {k}/{k}" if k > 1 else "there must be at least two folds"
         raise UserError(f"--fold {fold} is none of {k}: {advice}")
+    if options["folds"] is not None:
+        if options["folds"] < 2:
+            raise UserError(f"--folds is {options['folds']}, but there must be at least two")
+        if fold or resume not in (None, "auto"):
+            raise UserError("--folds runs every fold: leave --fold out, and resume with --resume_from_checkpoint auto")
     for key, why in REFUSED.items():
         if options[key]:
             raise UserError(f"--{key} {why}: leave it out")

@@ -15,7 +15,7 @@ from luthier.scoring.comparison import Verdict
 from luthier.scoring.experiment import Result
 from luthier.scoring.race import Outcome
 from luthier.scoring.refit import Plan
-from luthier.scoring.screening import Backbone, View
+from luthier.scoring.screening import View
 from luthier.scoring.selection import Candidate
 from luthier.terminal import percent_with_interval, plural, say
 from luthier.training.trainer import model_of
@@ -103,12 +103,6 @@ def say_setup(splits: Mapping[str, Dataset], name: str, setup: Mapping[str, str]
     say("data", f"{name}: {plural(classes, 'class', 'classes')}; images: {counts}")
     for topic, text in setup.items():
         say(topic, text)
-
-
-def say_backbones(tried: Sequence[Backbone]) -> None:
-    """Say which backbone was chosen, and how the others did."""
-    listed = (f"{each.name} {each.loss:.3f}, {each.milliseconds:.0f} ms" for each in tried)
-    say("backbone", f"{tried[0].name}; loss of a probe, time an image: {'; '.join(listed)}")
 
 
 def say_probe(probe: ProbeResults, with_learning_curve: bool) -> None:

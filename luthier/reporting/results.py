@@ -12,7 +12,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from luthier.escape import escape_cell
 from luthier.reporting.card import write_model_card
-from luthier.reporting.console import say_results
+from luthier.reporting.console import describe_recipe, say_results
 from luthier.scoring.audit import KINDS
 from luthier.scoring.baselines import majority_baseline
 from luthier.scoring.experiment import Experiment, Result
@@ -27,14 +27,17 @@ LEARNED_FROM, DIGEST = "learned_from.txt", 16  # digests of a model's training i
 PACKAGES = ("torch", "torchvision", "transformers", "timm", "datasets", "evaluate", "accelerate")
 
 
-def collect_run(experiment: Experiment, result: Result, plan: Plan, *, data: Mapping, **rest: Any) -> dict:
+def collect_run(
+    experiment: Experiment, result: Result, plan: Plan, data: Mapping, augmentation: str, record: Mapping[str, Any]
+) -> dict:
     """Return what `metrics.json` holds of a run, without the seconds.
 
     Args:
         experiment, result: of the run.
         plan: of the refit.
         data: of `data.describe`.
-        rest: `recipe`, `seeds`, `command` and `settings` of `collect_metrics`.
+        augmentation: of the training images.
+        record: `seeds`, `command` and `settings` of `collect_metrics`.
     """
     outcome, labels = result.outcome, experiment.splits["train"].features["label"].names
     return collect_metrics(
@@ -43,11 +46,12 @@ def collect_run(experiment: Experiment, result: Result, plan: Plan, *, data: Map
         linear_probe=result.probe.baseline,
         learning_curve=result.probe.learning_curve,
         data=data,
+        recipe=experiment.setup | describe_recipe(result, augmentation),
         race={"heats": [heat._asdict() for heat in outcome.heats], "ended": outcome.reason},
         refit={**plan._asdict(), "done": plan.pays},
-        history=outcome.trainer.state.log_history if outcome.trainer else (),
+        history=outcome.history,
         findings=experiment.findings,
-        **rest,
+        **record,
     )
 
 

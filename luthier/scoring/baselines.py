@@ -26,6 +26,7 @@ class ProbeResults(NamedTuple):
         strength: the probe's penalty, on every process.
         features: of every split, float32 [N, D].
         baseline: of `probe_baseline`.
+        logits: float [N, C] of test, calibrated.
         suspect_labels: of `audit.suspect_labels`.
         learning_curve: of `learning_curve.learning_curve`, where it was asked for.
     """
@@ -34,6 +35,7 @@ class ProbeResults(NamedTuple):
     strength: float | None = None
     features: dict[str, torch.Tensor] | None = None
     baseline: dict | None = None
+    logits: np.ndarray | None = None
     suspect_labels: list[dict] | None = None
     learning_curve: dict | None = None
 
@@ -66,11 +68,11 @@ def measure_probe(
     starts = {"probe": state_with_probe(model, head, probe), "soft probe": state_with_probe(model, head, soft)}
     if not trainer.is_world_process_zero():
         return ProbeResults(starts, probe.strength)
-    baseline = probe_baseline(probe, known, references, splits["train"].features["label"].names)
+    baseline, logits = probe_baseline(probe, known, references, splits["train"].features["label"].names)
     everything, device = torch.cat(list(known.values())), trainer.args.device
     suspects = suspect_labels(splits, everything.to(device), probe.strength)
     curve = probe_learning_curve(splits, known, probe, device) if with_learning_curve else None
-    return ProbeResults(starts, probe.strength, known, baseline, suspects, curve)
+    return ProbeResults(starts, probe.strength, known, baseline, logits, suspects, curve)
 
 
 def majority_baseline(data: Mapping) -> dict:
@@ -91,10 +93,10 @@ def probe_baseline(
     features: Mapping[str, torch.Tensor],
     references: Mapping[str, Sequence[int]],
     labels: list[str],
-) -> dict:
-    """Return the probe's scores on validation and test, calibrated on validation as every model is, and its strength.
+) -> tuple[dict, np.ndarray | None]:
+    """Return the probe's scores on validation and test, with its strength, and its logits on test.
 
-    A split without features is left out.
+    They are calibrated on validation as those of every model are. A split without features is left out.
 
     Args:
         probe: fitted on train.
@@ -106,4 +108,4 @@ def probe_baseline(
     truth = {split: np.array(references[split]) for split in logits}
     temperature = fit_temperature(logits["validation"], truth["validation"])
     scores = {split: score(logits[split] / temperature, truth[split], labels) for split in logits}
-    return scores | {"strength": probe.strength}
+    return scores | {"strength": probe.strength}, logits["test"] / temperature if "test" in logits else None

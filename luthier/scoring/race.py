@@ -54,6 +54,8 @@ class Outcome(NamedTuple):
     Attributes:
         arm: the winner; None where nothing was trained.
         trainer: the winner's; its model has the best weights.
+        best_step: of the winner, after which its weights were best.
+        history: of the winner's training, see `TrainerState.log_history`.
         candidates: the winner's.
         heats: all of them, in the order in which they were run.
         reason: why the race ended, for people.
@@ -61,6 +63,8 @@ class Outcome(NamedTuple):
 
     arm: Arm | None = None
     trainer: SafeTrainer | None = None
+    best_step: int = 0
+    history: Sequence[dict] = ()
     candidates: Sequence[Candidate] = ()
     heats: Sequence[Heat] = ()
     reason: str = ""
@@ -172,7 +176,9 @@ def race(arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: s
     if last is None or last[0] is not winner:
         last = None
         last = _advance(winner, len(_results(heats, winner)) - 1, course, "auto")
-    return Outcome(winner, last[1], last[2], heats, reason)
+    _, trainer, candidates = last
+    best_step = trainer.state.best_global_step or winner.ends[-1]
+    return Outcome(winner, trainer, best_step, trainer.state.log_history, candidates, heats, reason)
 
 
 def keep_best(

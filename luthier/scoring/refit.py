@@ -43,7 +43,7 @@ class Plan(NamedTuple):
     @property
     def learned_from(self) -> tuple[str, ...]:
         """The splits that the shipped weights have learned from."""
-        return self.splits if self.pays else ("train",)
+        return tuple(split for split in self.splits if self.pays or split == "train")
 
 
 def plan_refit(splits: DatasetDict, own_test: bool, result: Result, option: str) -> Plan:
@@ -55,8 +55,8 @@ def plan_refit(splits: DatasetDict, own_test: bool, result: Result, option: str)
         result: of the run.
         option: `none`, or `auto` to do it where it takes at most as long again as the run has taken.
     """
-    used = ("train", "validation") if own_test else ("train", "validation", "test")
-    images, scored_on = sum(len(splits[split]) for split in used), len(splits["train"])
+    used = tuple(str(split) for split in splits if split != "test" or not own_test)
+    images, scored_on = sum(len(splits[split]) for split in used), result.learned
     seconds, course = result.outcome.seconds_of(result.kept.arm) * images / scored_on, result.course
     refusal = ""
     (elapsed,) = broadcast_object_list([course.stopwatch.total()])
@@ -94,12 +94,7 @@ def refit(plan: Plan, result: Result, splits: DatasetDict, rows: Any) -> PreTrai
         assert head is not None and strength is not None  # there is a probe
         fitted = fit_shared_probe(workshop.predictor(), features, labels, strength)
         start = state_with_probe(workshop.model, head, fitted)
-    if arm is None:
-        model = workshop.copy(start)
-    else:
-        assert outcome.trainer is not None  # it has trained the arm
-        best = outcome.trainer.state.best_global_step or arm.ends[-1]
-        model = _train_again(arm, best, rows, start, result.course)
+    model = _train_again(arm, outcome.best_step, rows, start, result.course) if arm else workshop.copy(start)
     load_candidate(model, start, kept)
     return model
 
@@ -108,7 +103,8 @@ def _train_again(arm: Arm, best: int, rows: Any, start: State | None, course: Co
     """Train an arm on other rows, to the step that is as many epochs as its best one."""
     folder = str(course.run_dir / "refit")
     training_args = replace(arm.training_args, output_dir=folder, eval_strategy="no", save_strategy="epoch")
-    again = arm._replace(rows={"train": rows}, start=start, training_args=training_args)
+    shop = replace(arm.workshop, callbacks=(course.stop,))  # its seconds are a stage of their own
+    again = arm._replace(workshop=shop, rows={"train": rows}, start=start, training_args=training_args)
     scale = again.steps_per_epoch / arm.steps_per_epoch
     if arm.schedule:
         ends = tuple(round(end * scale) for end in arm.ends)

@@ -184,17 +184,20 @@ class Backbone(NamedTuple):
 
 
 def choose_backbone(
-    build: Callable[[str], tuple[PreTrainedModel, BaseImageProcessor]], sample: Sample, milliseconds: float
-) -> list[Backbone]:
-    """Return the candidates that can be had, the chosen one first.
+    name: str, build: Callable[[str], tuple[PreTrainedModel, BaseImageProcessor]], sample: Sample, milliseconds: float
+) -> str:
+    """Return the name that is given, or for `auto` that of the backbone with the lowest loss within a budget of time.
 
-    It is the one with the lowest loss of those that take no longer an image than the budget. The first candidate may.
+    Candidates of the Hub are left out where it cannot be reached. The first candidate may exceed the budget.
 
     Args:
+        name: `--model_name`.
         build: as `models.build_model`, by name.
         sample: a few images.
         milliseconds: the budget for an image.
     """
+    if name != "auto":
+        return name
     tried: list[Backbone] = []
     for name in (*EFFICIENTNETS, *HUB_BACKBONES):
         try:
@@ -206,8 +209,10 @@ def choose_backbone(
         tried.append(Backbone(name, loss, 1000 * sample.seconds / len(sample.labels)))
     affordable = [backbone for backbone in tried if backbone.milliseconds <= milliseconds] or tried[:1]
     best = min(affordable, key=lambda backbone: backbone.loss)
-    (name,) = broadcast_object_list([best.name])
-    return sorted(tried, key=lambda backbone: (backbone.name != name, backbone.loss))
+    (name,) = broadcast_object_list([best.name])  # seconds differ between processes
+    listed = (f"{each.name} {each.loss:.3f}, {each.milliseconds:.0f} ms" for each in tried)
+    say("backbone", f"{name}; loss of a probe, time an image: {'; '.join(listed)}")
+    return name
 
 
 def cross_fitted_losses(features: torch.Tensor, labels: torch.Tensor, folds: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from transformers import TrainerCallback
 
-MIN_STEPS, MAX_STEPS = 16, 400  # of the first heat, which is one epoch where that lies between them
+MIN_STEPS, MAX_STEPS = 8, 400  # of the first heat, which is one epoch where that lies between them
 
 
 class Schedule(NamedTuple):

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -251,7 +252,8 @@ def build_predictor(
     model: PreTrainedModel, training_args: TrainingArguments, collate: Callable[[list[dict]], dict]
 ) -> Trainer:
     """Return a Trainer that only predicts."""
-    trainer = Trainer(model, training_args, collate)
+    # With evaluations the Trainer would ask for the rows of one.
+    trainer = Trainer(model, replace(training_args, eval_strategy="no"), collate)
     _replace_progress(trainer)
     return trainer
 

@@ -34,7 +34,8 @@ def measure(images, timm_checkpoint, tmp_path):
 
 def test_probe_gives_a_baseline_starting_weights_and_suspect_labels(measure):
     probe = measure()
-    assert set(probe.baseline) == {"validation", "test", "strength"} and set(probe.starts) == {"probe", "soft probe"} and probe.learning_curve is None
+    assert set(probe.baseline) == {"validation", "test", "strength"}
+    assert set(probe.starts) == {"probe", "soft probe"} and probe.learning_curve is None
     assert isinstance(probe.suspect_labels, list)
 
 

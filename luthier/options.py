@@ -1,0 +1,157 @@
+"""Luthier's own options, besides those of `TrainingArguments`: the data, and the model."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Literal
+
+# What a config says of its data, and what is replaced with it when the command line names other data.
+DATA_KEYS = ("data_dir", "dataset_name", "dataset_config_name", "image_column", "label_column", "label_names")
+
+
+@dataclass
+class DataArguments:
+    """What to learn from."""
+
+    _argument_group_name: ClassVar[str] = "data"
+
+    data_dir: str | None = field(
+        default=None,
+        metadata={"help": "Your images: a folder of class folders, or one that holds train, validation and test."},
+    )
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "A Hub dataset such as someone/their-set, or the built-in openmoji (used without --data_dir)."
+        },
+    )
+    dataset_config_name: str | None = field(
+        default=None, metadata={"help": "The configuration of a Hub dataset that has several."}
+    )
+    image_column: str | None = field(
+        default=None, metadata={"help": "The image column of a dataset, where it is ambiguous."}
+    )
+    label_column: str | None = field(
+        default=None, metadata={"help": "The label column of a dataset, where it is ambiguous."}
+    )
+    label_names: list[str] | None = field(
+        default=None, metadata={"help": "New names for the classes, in the order of their sorted old names."}
+    )
+    validation_fraction: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of each class for the validation split, where the data has none; a tenth, and up to a "
+            "quarter of few images, if not given."
+        },
+    )
+    test_fraction: float = field(
+        default=0.2, metadata={"help": "Share of each class for the test split, where the data has none."}
+    )
+    split_seed: int = field(default=1, metadata={"help": "Random seed of these splits; --seed does not change them."})
+    fold: str | None = field(
+        default=None, metadata={"help": "Such as 2/5: test is the second of five folds, instead of --test_fraction."}
+    )
+    folds: int | None = field(
+        default=None,
+        metadata={
+            "help": "Cross-validate: score every image once, by models of this many folds that have not seen it."
+        },
+    )
+    on_bad_image: Literal["drop", "error"] = field(
+        default="drop",
+        metadata={"help": "Images that cannot be read: drop leaves them out and names them, error stops."},
+    )
+    augmentation: Literal["none", "flip_crop", "trivial", "augmix"] = field(
+        default="flip_crop",
+        metadata={
+            "help": "Transform of training images. none: the evaluation view; flip_crop: a random crop, flipped half "
+            "of the time; trivial: flip_crop and one random operation of TrivialAugmentWide; augmix: AugMix on the "
+            "evaluation view."
+        },
+    )
+    test_view: Literal["evaluation", "random_crop"] = field(
+        default="evaluation",
+        metadata={"help": "Test transform. random_crop shows how testing on random crops distorts the score."},
+    )
+    learning_curve: bool = field(
+        default=False, metadata={"help": "Estimate the accuracy with twice as many training images."}
+    )
+
+    def for_images(self) -> dict:
+        """Return what `data.load_images` takes."""
+        return {key: getattr(self, key) for key in (*DATA_KEYS, "on_bad_image")}
+
+    def for_cut(self) -> dict:
+        """Return what `splits.cut_missing_splits` takes."""
+        fold = tuple(map(int, self.fold.split("/"))) if self.fold else None
+        cut = {key: getattr(self, key) for key in ("split_seed", "validation_fraction", "test_fraction")}
+        return {**cut, "fold": fold}
+
+    def for_splits(self) -> dict:
+        """Return what `data.load_splits` takes."""
+        return self.for_images() | self.for_cut()
+
+    @property
+    def name(self) -> str:
+        """The name of the data: as on the Hub; of a folder the last part, because the rest tells of a machine."""
+        name = self.data_dir or self.dataset_name or "openmoji"
+        return Path(name).resolve().name if self.data_dir or Path(name).is_dir() else name
+
+    @property
+    def is_built_in(self) -> bool:
+        """Whether the data is OpenMoji."""
+        return self.dataset_name == "openmoji"
+
+
+@dataclass
+class ModelArguments:
+    """What to train."""
+
+    _argument_group_name: ClassVar[str] = "model"
+
+    model_name: str = field(
+        default="efficientnet_lite0",
+        metadata={
+            "help": "efficientnet_lite0, efficientnet_lite2, simple_cnn, a Hub model such as timm/resnet18.tv_in1k, a "
+            "folder with one, or auto: the one of a few whose linear probe is best (docs/usage.md)."
+        },
+    )
+    image_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Side in pixels of the square that the model sees; the model's own, or less where the images are "
+            "small, if not given."
+        },
+    )
+    recipe: Literal["probe", "head", "lp_ft", "full_from_probe", "full"] | None = field(
+        default=None,
+        metadata={
+            "help": "How a pretrained model learns. probe: a logistic regression on its frozen features; head: a new "
+            "head on the frozen backbone; lp_ft: the upper layers, starting from the probe; full_from_probe: all "
+            "layers, starting from a probe; full: all layers, with a new head. The last three are raced if not given "
+            "(docs/usage.md)."
+        },
+    )
+    keep: Literal["best", "trained"] = field(
+        default="best",
+        metadata={
+            "help": "The weights of the result. best: the trained weights, the probe's, or (recipes that start from "
+            "a probe) a mean, whichever is best on validation; trained: the trained weights, to compare ways of "
+            "training."
+        },
+    )
+    milliseconds: float = field(
+        default=40.0,
+        metadata={"help": "With --model_name auto: the milliseconds that an image may take on this machine."},
+    )
+    time_limit: float | None = field(
+        default=None,
+        metadata={"help": "Minutes that the run may take; no heat and no refit begins that would end later."},
+    )
+    refit: Literal["auto", "none"] = field(
+        default="auto",
+        metadata={
+            "help": "auto: when the score has been taken, train the shipped model again on all images but a test "
+            "split of the data's own, if that takes at most as long again as the run has taken; none: ship the "
+            "weights that were scored."
+        },
+    )

@@ -1,0 +1,72 @@
+"""Cross-validation: every image is scored once, by a model that has seen neither it nor its duplicates."""
+
+from collections import Counter
+from collections.abc import Sequence
+from statistics import mean
+
+import numpy as np
+import torch
+from datasets import DatasetDict, concatenate_datasets
+
+from luthier.scoring.audit import audit_images
+from luthier.scoring.baselines import ProbeResults
+from luthier.scoring.experiment import Experiment, Result
+from luthier.scoring.metrics import choose_threshold, fit_temperature, score
+
+
+def pool(parts: Sequence[tuple[Experiment, Result]]) -> tuple[Experiment, Result]:
+    """Return the folds of a run as one experiment whose test split is all images, and its result.
+
+    What has no folds, but one part, is returned as it is.
+
+    The shipped model is of the kind that most folds kept, and of the lowest validation loss among equals. Its
+    temperature and its threshold are fitted on the predictions of all folds.
+
+    Args:
+        parts: what each fold has prepared and found.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    results = [result for _, result in parts]
+    votes = Counter(result.kept.arm for result in results)
+
+    def rank(name: str) -> tuple[int, float]:
+        return votes[name], -mean(result.kept.loss for result in results if result.kept.arm == name)
+
+    arm = max(votes, key=rank)
+    experiment, leader = min((part for part in parts if part[1].kept.arm == arm), key=lambda part: part[1].kept.loss)
+    logits = np.concatenate([result.logits * result.kept.temperature for result in results])  # as before calibration
+    references = np.concatenate([result.references for result in results])
+    temperature = fit_temperature(logits, references) if leader.kept.temperature != 1 else 1.0
+    threshold = round(choose_threshold(logits / temperature, references), 4)
+    kept = leader.kept._replace(temperature=temperature, threshold=threshold)
+
+    splits, prepared = (
+        DatasetDict(test=concatenate_datasets([dataset["test"] for dataset in datasets]))
+        for datasets in ([each.splits for each, _ in parts], [each.prepared for each, _ in parts])
+    )
+    findings = audit_images(splits, []) | {"unreadable": experiment.findings["unreadable"]}
+    findings["suspect_labels"] = _in_pool(leader.probe.suspect_labels, splits)
+    result = leader._replace(
+        probe=_pool_probes(results, splits), kept=kept, logits=logits / temperature, references=references,
+    )  # fmt: skip
+    return experiment._replace(splits=splits, own_test=False, prepared=prepared, findings=findings), result
+
+
+def _pool_probes(results: Sequence[Result], splits: DatasetDict) -> ProbeResults:
+    probes, leader = [result.probe for result in results], results[0].probe
+    if leader.logits is None or leader.features is None or leader.baseline is None:
+        return leader
+    labels = splits["test"].features["label"].names
+    logits = np.concatenate([probe.logits for probe in probes if probe.logits is not None])
+    scored = score(logits, np.array(splits["test"]["label"][:]), labels)
+    features = torch.cat([probe.features["test"] for probe in probes if probe.features])
+    return leader._replace(baseline=leader.baseline | {"test": scored}, features={"test": features})
+
+
+def _in_pool(suspects: list[dict] | None, splits: DatasetDict) -> list[dict] | None:
+    """Return the images of a finding with their rows in the pool."""
+    if suspects is None:
+        return None
+    rows = {name: row for row, name in enumerate(splits["test"]["name"][:])}
+    return [image | {"split": "test", "row": rows[image["name"]]} for image in suspects]
