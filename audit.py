@@ -98,13 +98,12 @@ def find_suspect_labels(splits: "DatasetDict", arguments: "Arguments") -> list[d
     _, model_args, training_args, _ = arguments
     labels = dict(enumerate(splits["train"].features["label"].names))
     model, image_processor = build_model(model_args.model_name, labels, model_args.image_size)
-    if not choose_recipes(None, model_args.model_name, linear_head(model) is not None)[0].is_pretrained:
-        return None
+    is_pretrained = choose_recipes(None, model_args.model_name, linear_head(model) is not None)[0].is_pretrained
     view = EvaluationView(image_processor)
     with tempfile.TemporaryDirectory() as folder:  # the Trainer creates its output directory
         trainer = build_predictor(model, replace(training_args, output_dir=folder), collate)
         rows = feature_rows(prepare(splits, view), view)
-        return measure_probe(trainer, splits, rows, with_learning_curve=False).suspect_labels
+        return measure_probe(trainer, is_pretrained, splits, rows, with_learning_curve=False).suspect_labels
 
 
 if __name__ == "__main__":

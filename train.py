@@ -117,8 +117,8 @@ def fine_tune(arguments: "Arguments", stop: "Stop", stopwatch: Stopwatch) -> tup
     workshop = Workshop(experiment.model, training_args, collate, build_compute_metrics(labels), callbacks)
 
     # Probe
-    images = feature_rows(prepared, view) if recipes[0].is_pretrained else {}
-    probe = measure_probe(workshop.predictor(), splits, images, data_args.learning_curve)
+    predictor, images = workshop.predictor(), feature_rows(prepared, view)
+    probe = measure_probe(predictor, recipes[0].is_pretrained, splits, images, data_args.learning_curve)
     stopwatch.stop("features")
     console.say_probe(probe, data_args.learning_curve)
     experiment.findings["suspect_labels"] = probe.suspect_labels

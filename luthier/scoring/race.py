@@ -25,7 +25,7 @@ from luthier.training.trainer import SafeTrainer, model_of, train
 
 RECORD = "race.json"  # in the directory of a run: its finished heats
 FAR = 3.0  # times the probe's loss that the arms may have after the first heat, and go on
-MIN_GAIN = 0.02  # share of the best loss so far that another heat must promise to save
+MIN_GAIN, LEAST_GAIN = 0.02, 0.005  # that another heat must promise: a share of the best loss so far, and in nats
 
 
 class Heat(NamedTuple):
@@ -216,7 +216,7 @@ def _who_goes_on(heats: list[Heat], running: list[Arm], number: int, probe: Cand
         else:
             epochs = results[-1].epochs
             predicted = predict_loss(results[-2], results[-1], epochs * arm.ends[number + 1] / arm.ends[number])
-            if predicted < (1 - MIN_GAIN) * best:
+            if predicted < best - max(MIN_GAIN * best, LEAST_GAIN):
                 ahead.append((predict_loss(results[-2], results[-1], epochs * arm.ends[-1] / arm.ends[number]), arm))
     if not ahead:
         finished = any(number + 1 == len(arm.ends) for arm in running)

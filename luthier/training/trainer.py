@@ -252,8 +252,8 @@ def build_predictor(
     model: PreTrainedModel, training_args: TrainingArguments, collate: Callable[[list[dict]], dict]
 ) -> Trainer:
     """Return a Trainer that only predicts."""
-    # With evaluations the Trainer would ask for the rows of one.
-    trainer = Trainer(model, replace(training_args, eval_strategy="no"), collate)
+    # With evaluations the Trainer would ask for their rows. Trackers follow the training alone.
+    trainer = Trainer(model, replace(training_args, eval_strategy="no", report_to="none"), collate)
     _replace_progress(trainer)
     return trainer
 

@@ -27,7 +27,7 @@ def test_images_are_rendered_once(monkeypatch, view):
     load_openmoji()
     monkeypatch.setattr(resvg_py, "svg_to_bytes", lambda **options: pytest.fail("rendered again"))
     splits = prepare(load_splits(dataset_name="openmoji")[0], view)
-    assert {split: len(dataset) for split, dataset in splits.items()} == {"train": 732, "validation": 104, "test": 209}
+    assert {split: len(dataset) for split, dataset in splits.items()} == {"train": 688, "validation": 148, "test": 209}
 
 
 def test_attribution_names_author_and_licence():

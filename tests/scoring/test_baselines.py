@@ -29,7 +29,7 @@ def measure(images, timm_checkpoint, tmp_path):
     view = EvaluationView(image_processor)
     args = TrainingArguments(output_dir=str(tmp_path), report_to="none", remove_unused_columns=False, use_cpu=True)
     trainer, rows = Trainer(model, args, collate), feature_rows(prepare(splits, view), view)
-    return lambda rows=rows: measure_probe(trainer, splits, rows, with_learning_curve=False)
+    return lambda is_pretrained=True: measure_probe(trainer, is_pretrained, splits, rows, with_learning_curve=False)
 
 
 def test_probe_gives_a_baseline_starting_weights_and_suspect_labels(measure):
@@ -40,7 +40,7 @@ def test_probe_gives_a_baseline_starting_weights_and_suspect_labels(measure):
 
 
 def test_model_from_scratch_has_no_probe(measure):
-    assert measure({}) == ProbeResults()
+    assert measure(False) == ProbeResults()
 
 
 def test_labels_are_checked_on_the_device_of_the_run(measure, monkeypatch):

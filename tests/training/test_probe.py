@@ -7,18 +7,18 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import draw, draw_folder
+from conftest import draw, draw_folder, load
 from datasets import DatasetDict
 from sklearn.linear_model import LogisticRegression
 from timm.layers import Conv2dSame
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from data import collate, feature_rows, load_splits, prepare
+from data import collate, feature_rows, prepare
 from luthier.errors import UserError
 from luthier.fusion import _with_even_padding
 from luthier.images.views import EvaluationView
 from luthier.training.features import build_backbone, load_features
-from luthier.training.probe import STRENGTHS, LinearProbe, fit_probe, fit_shared_probe, minimise, state_with_probe
+from luthier.training.probe import STRENGTHS, LinearProbe, fit_probe, fit_shared_probes, minimise, state_with_probe
 from models import build_model, linear_head
 
 NAMES = {0: "blue", 1: "green", 2: "red"}
@@ -73,14 +73,15 @@ def build_probe(
     """Fit the probe on train and validation as a run does; return the probe and the features."""
     rows = feature_rows(splits, view)
     features = {split: load_features(trainer, head, *rows[split]) for split in ("train", "validation")}
-    return fit_shared_probe(trainer, features, {split: splits[split]["label"][:] for split in features}), features
+    probe, _ = fit_shared_probes(trainer, features, {split: splits[split]["label"][:] for split in features})
+    return probe, features
 
 
 @pytest.fixture(params=["timm_checkpoint", "vit_checkpoint", "resnet_checkpoint"])
 def probe_setup(request, images, tmp_path):
     model, image_processor = build_model(str(request.getfixturevalue(request.param)), NAMES)
     view, trainer = EvaluationView(image_processor), build_trainer(model, tmp_path)
-    return trainer, prepare(load_splits(data_dir=str(images))[0], view), view
+    return trainer, prepare(load(data_dir=str(images)), view), view
 
 
 def test_network_with_the_probe_as_head_has_the_logits_of_the_probe(probe_setup):
@@ -103,7 +104,7 @@ def test_features_are_cached_for_images_weights_and_view(timm_checkpoint, tmp_pa
         view, trainer = EvaluationView(image_processor), build_trainer(model, tmp_path)
         calls, predict = [], trainer.predict
         monkeypatch.setattr(trainer, "predict", lambda *a, **k: calls.append(1) or predict(*a, **k))
-        probe, _ = build_probe(trainer, linear_head(model), prepare(load_splits(data_dir=folder)[0], view), view)
+        probe, _ = build_probe(trainer, linear_head(model), prepare(load(data_dir=folder), view), view)
         return len(calls), probe.weight
 
     folder, name = str(draw_folder(tmp_path / "p", 9)), str(timm_checkpoint)
