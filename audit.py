@@ -41,10 +41,11 @@ def main(argv: list[str] | None = None) -> None:
     from luthier.arguments import parse_arguments
 
     data_option = "--data_dir" if Path(argv[0]).expanduser().exists() else "--dataset_name"
-    arguments = parse_arguments([data_option, *argv, "--eval_strategy", "no"])
+    # Validation chooses the penalty of the probe that checks labels, and nothing else: a tenth is enough.
+    line = [data_option, argv[0], "--validation_fraction", "0.1", *argv[1:], "--eval_strategy", "no"]
+    arguments = parse_arguments(line)
 
-    from data import load_images
-    from luthier.images.splits import cut_missing_splits
+    from data import cut_splits, load_images
     from luthier.machine import set_up_process
     from luthier.reporting import console
     from luthier.reporting.page import write_audit_page
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     set_up_process(training_args)
     splits, unreadable = load_images(**data_args.for_images(), max_unreadable=1.0)
     try:
-        splits = cut_missing_splits(splits, splits["train"].with_format("numpy")["group"][:], **data_args.for_cut())
+        splits = cut_splits(splits, **data_args.for_cut())
     except UserError as error:  # it cannot be trained on as it is, but what is wrong with it can still be found
         print(f"careful: {error}\n")
     findings = audit_images(splits, unreadable)

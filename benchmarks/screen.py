@@ -26,12 +26,12 @@ from data import load_splits, prepare
 from luthier.images.splits import stratified_cut
 from luthier.images.views import EvaluationView, training_transform
 from luthier.machine import configure_cpu, configure_logging
+from luthier.training.heats import Schedule, heat_ends
 from luthier.training.layers import freeze, parameter_groups
-from luthier.training.probe import fit_probe, state_with_probe
+from luthier.training.probe import SOFT, fit_path, fit_probe, state_with_probe
 from luthier.training.recipe import RECIPES, blend
 from models import build_model, linear_head
 
-DEFAULT = RECIPES["lp_ft"]
 BATCH = 32
 
 
@@ -43,9 +43,11 @@ class Variant(NamedTuple):
     mixup: float = 0.0  # alpha of Zhang et al. (2018); 0 is none
     smoothing: float = 0.0
     ema: float = 0.0  # decay of the averaged weights, which replace the trained ones at the end; 0 is none
-    epochs: int = int(DEFAULT.num_train_epochs)
-    learning_rate: float = DEFAULT.learning_rate
-    frozen: float = DEFAULT.frozen
+    epochs: int = 3
+    recipe: str = "lp_ft"
+    learning_rate: float | None = None  # of the head, if not the recipe's
+    frozen: float | None = None  # if not the recipe's
+    heats: bool = False  # of 1, 2, 4, ... epochs, in the place of one cosine
     sizes: tuple[int, ...] = ()  # of the training view in pixels, one for each epoch; () is the evaluation view's
 
 
@@ -66,6 +68,10 @@ VARIANTS = {
     "nothing frozen": Variant(frozen=0.0),
     "trained at 192 px": Variant(sizes=(192, 192, 192)),
     "rising 160, 208, 256 px": Variant(sizes=(160, 208, 256)),
+    "full, 15 epochs": Variant(recipe="full", epochs=15, sizes=(192,) * 15),
+    "full, 15 epochs in heats": Variant(recipe="full", epochs=15, heats=True, sizes=(192,) * 15),
+    "full, 7 epochs in heats": Variant(recipe="full", epochs=7, heats=True, sizes=(192,) * 7),
+    "from the probe, 7 epochs in heats": Variant(recipe="full_from_probe", epochs=7, heats=True, sizes=(192,) * 7),
 }
 
 
@@ -73,7 +79,7 @@ class Start(NamedTuple):
     """What every variant starts from."""
 
     build: Callable[[], PreTrainedModel]
-    state: dict[str, torch.Tensor]  # with the probe as the head
+    states: dict[str, dict[str, torch.Tensor]]  # by what training starts from, see `Recipe.start`
     view: EvaluationView
     images: list[Image.Image]
     labels: torch.Tensor
@@ -130,15 +136,17 @@ def prepare_start(splits: DatasetDict, size: int) -> tuple[Start, str]:
     train, head = torch.stack([view(image) for image in images]), linear_head(model)
     train_features, validation_features = (compute_features(model, head, views) for views in (train, validation))
     probe = fit_probe(train_features, labels, validation_features, validation_labels)
-    state = state_with_probe(model, head, probe)
+    (soft,) = fit_path(train_features, labels, len(names), (SOFT,))
+    states = {"new": {name: tensor.clone() for name, tensor in model.state_dict().items()}}
+    states |= {"probe": state_with_probe(model, head, probe), "soft probe": state_with_probe(model, head, soft)}
     row = spread([score(probe.logits(validation_features), validation_labels)])
 
     def build() -> PreTrainedModel:
         model = build_model("efficientnet_lite0", names, size)[0]
-        model.load_state_dict(state)
+        model.load_state_dict(states["probe"])
         return model
 
-    start = Start(build, state, view, images, labels, validation, validation_labels)
+    start = Start(build, states, view, images, labels, validation, validation_labels)
     return start, f"| the probe at {size} px | {row} | | | {time.perf_counter() - begin:.0f} |"
 
 
@@ -173,16 +181,18 @@ def screen_augmented_views(start: Start, n: int) -> str:
 def fine_tune(start: Start, variant: Variant, seed: int) -> tuple[tuple[float, float], ...]:
     """Train from the probe; return the scores trained, halfway and trained with flips averaged, and the seconds."""
     torch.manual_seed(seed)
-    model = start.build()
-    freeze(model, variant.frozen)
-    rate = variant.learning_rate
+    model, recipe = start.build(), RECIPES[variant.recipe]
+    first_state = start.states[recipe.start]
+    model.load_state_dict(first_state)
+    freeze(model, recipe.frozen if variant.frozen is None else variant.frozen)
+    rate = variant.learning_rate or recipe.learning_rate
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, rate, rate * DEFAULT.backbone_rate, DEFAULT.layer_decay, 0.01), fused=True
+        parameter_groups(model, rate, rate * recipe.backbone_rate, recipe.layer_decay, 0.01), fused=True
     )
-    steps = math.ceil(len(start.images) / BATCH) * variant.epochs
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / (0.1 * steps), (1 + math.cos(math.pi * step / steps)) / 2)
-    )
+    per_epoch = math.ceil(len(start.images) / BATCH)
+    steps = per_epoch * variant.epochs
+    ends = heat_ends(per_epoch, steps) if variant.heats else (steps,)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: Schedule(ends, 0.1)(step))
     transform = training_transform(start.view, variant.augmentation)
     if variant.augmentation in ("flip_crop", "trivial"):
         transform.transforms[0].scale = (variant.crop, 1.0)
@@ -206,13 +216,13 @@ def fine_tune(start: Start, variant: Variant, seed: int) -> tuple[tuple[float, f
             optimizer.zero_grad()
             schedule.step()
             if variant.ema:
-                average = blend(average or start.state, model.state_dict(), 1 - variant.ema)
+                average = blend(average or first_state, model.state_dict(), 1 - variant.ema)
     seconds = time.perf_counter() - begin
     trained = average or {name: tensor.clone() for name, tensor in model.state_dict().items()}
     logits = []
     for state, validation in (
         (trained, start.validation),
-        (blend(start.state, trained, 0.5), start.validation),
+        (blend(first_state, trained, 0.5), start.validation),
         (trained, start.validation.flip(3)),
     ):
         model.load_state_dict(state)

@@ -26,6 +26,7 @@ def train_model(model_name: str, folder: Path) -> Path:
     if not (folder / "images").exists():
         draw_folder(folder / "images", per_class=8)
     args = ["--data_dir", str(folder / "images"), "--model_name", model_name, "--num_train_epochs", "1"]
+    args += ["--refit", "none"]
     train.main([*args, "--output_dir", str(folder / "out"), "--disable_tqdm", "1"])
     return folder / "out"
 

@@ -21,15 +21,14 @@ from luthier.arguments import parse_arguments
 from luthier.images.views import EvaluationView
 from luthier.machine import available_cores, configure_cpu
 from luthier.parsing import describe_command
-from luthier.training.recipe import RECIPES
 from luthier.training.trainer import concatenate_batches
 from models import build_model
 
 ACCELERATE = ("accelerate", "launch", "--config_file", str(PROJECT / "accelerate_config.yaml"))
 FILES = {
     "README.md", "audit.json", "config.json", "confusion_matrix.png", "confusion_matrix_rows.png", "coverage.png",
-    "curves.png", "metrics.json", "model.safetensors", "models.py", "predictions.csv", "preprocessor_config.json",
-    "reliability.png", "report.html",
+    "curves.png", "learned_from.txt", "metrics.json", "model.safetensors", "models.py", "predictions.csv",
+    "preprocessor_config.json", "race.json", "refit", "reliability.png", "report.html", "scored",
 }  # fmt: skip
 
 
@@ -56,20 +55,31 @@ def test_outputs_are_complete(run):
     output = folder / "outputs/tiny"
     assert {path.name for path in output.iterdir() if not path.name.startswith("checkpoint-")} == FILES
     metrics = json.loads((output / "metrics.json").read_text())
-    for split, n in (("validation", 6), ("test", 12)):
+    for split, n in (("validation", 15), ("test", 12)):
         scores = metrics[split]
         assert scores["n"] == n and 0 <= scores["accuracy_ci95"][0] <= scores["accuracy"] <= scores["accuracy_ci95"][1]
         assert set(scores["per_class"]) == {"blue", "green", "red"} and 0 <= scores["macro_f1"] <= 1
     assert metrics["test"]["accuracy"] > 0.6  # three colours are easy
     assert metrics["baselines"]["majority"]["accuracy"] == pytest.approx(1 / 3)
-    assert set(metrics["seconds"]) == {"start", "load", "prepare", "data", "train", "evaluate", "save", "total"}
-    assert metrics["data"]["splits"]["train"] == {"n": 42, "per_class": {"blue": 14, "green": 14, "red": 14}}
+    assert set(metrics["seconds"]) == {
+        "start",
+        "load",
+        "prepare",
+        "features",
+        "data",
+        "train",
+        "evaluate",
+        "save",
+        "refit",
+        "total",
+    }
+    assert metrics["data"]["splits"]["train"] == {"n": 33, "per_class": {"blue": 11, "green": 11, "red": 11}}
     assert re.fullmatch(r"[0-9a-f]{64}", metrics["data"]["fingerprint"])
     assert metrics["seeds"] == {"seed": 42, "split_seed": 1, "fold": None} and "torch" in metrics["versions"]
     assert metrics["command"] == "accelerate launch train.py tiny.yaml --data_dir 'my images' --num_train_epochs 3"
     epochs = [entry for entry in metrics["history"] if "eval_accuracy" in entry]
     assert len(epochs) == 3 and any("train_accuracy" in entry for entry in metrics["history"])
-    best = min(epochs, key=lambda entry: entry["eval_loss"])
+    best = min(epochs, key=lambda entry: entry["eval_calibrated_loss"])
     assert metrics["validation"]["accuracy"] == pytest.approx(best["eval_accuracy"])
     assert metrics["audit"] == dict.fromkeys(metrics["audit"], 0) | {"suspect_labels": None}
 
@@ -96,7 +106,7 @@ def test_saved_model_is_calibrated(run):
     metrics = json.loads((output / "metrics.json").read_text())
     temperature = metrics["calibration"]["temperature"]
     assert temperature != 1
-    classify = pipeline("image-classification", model=str(output), trust_remote_code=True, top_k=3)
+    classify = pipeline("image-classification", model=str(output / "scored"), trust_remote_code=True, top_k=3)
     with (output / "predictions.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     answers = [{a["label"]: a["score"] for a in classify(str(folder / "my images" / row["name"]))} for row in rows]
@@ -133,7 +143,7 @@ def test_run_with_tensorboard_fold_learning_curve_and_trained_weights(timm_check
     ]
     train.main([*args, "--output_dir", "out"])
     output = capsys.readouterr().out
-    assert "curve    With twice the training images" in output and "kept " not in output
+    assert "curve    With twice the training images" in output and "kept     full, the trained weights" in output
     metrics = json.loads(Path("out/metrics.json").read_text())
     assert metrics["recipe"]["kept"] == "the trained weights" and metrics["seeds"]["fold"] == "2/5"
     assert (
@@ -147,18 +157,18 @@ def test_terminal_output_is_short(run):
     _, result = run
     lines = result.stdout.splitlines()
     assert [line.split()[0] for line in lines if line[:1].strip() and line[0].isalpha()] == [
-        "data", "model", "device", "audit", "recipe", "epoch", "test", "time", "saved", "next",
+        "data", "model", "device", "audit", "epoch", "race", "kept", "refit", "test", "time", "saved", "next",
     ]  # fmt: skip
-    assert len(lines) <= 18 and max(map(len, lines)) <= 120
+    assert len(lines) <= 22 and max(map(len, lines)) <= 120
     assert "interval" in result.stdout and "trained" in result.stdout
     assert "Warning" not in result.stderr and "[transformers]" not in result.stderr, result.stderr
 
 
-def test_saved_model_gives_the_scores_of_the_run(run):
+def test_scored_model_gives_the_scores_of_the_run(run):
     folder, _ = run
     output = folder / "outputs/tiny"
     metrics = json.loads((output / "metrics.json").read_text())
-    classify = pipeline("image-classification", model=str(output), trust_remote_code=True)
+    classify = pipeline("image-classification", model=str(output / "scored"), trust_remote_code=True)
     correct = 0
     dataset = load_splits(data_dir=str(folder / "my images"))[0]["test"]
     for row in dataset:
@@ -253,8 +263,7 @@ def vit_run(vit_checkpoint, tmp_path, monkeypatch):
     args = ["--data_dir", "images", "--model_name", str(vit_checkpoint), "--optim", "sgd", "--learning_rate", "3"]
     args += ["--lr_scheduler_type", "constant", "--warmup_steps", "0", "--num_train_epochs", "4"]
     args += ["--save_total_limit", "9", "--augmentation", "none", "--recipe", "full", "--seed", "1"]
-    # The trained weights are kept even if the probe is better.
-    monkeypatch.setitem(RECIPES, "full", RECIPES["full"]._replace(candidates=(1.0,)))
+    args += ["--keep", "trained", "--refit", "none", "--metric_for_best_model", "loss"]
     train.main([*args, "--output_dir", "out"])
     return args
 

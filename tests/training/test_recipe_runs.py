@@ -22,10 +22,10 @@ def recipes(timm_checkpoint, tmp_path_factory):
     for seed in range(4):  # a few wrong labels, or the probe would leave nothing to learn
         draw("red", 5000 + seed).save(folder / f"images/blue/{seed}-red.png")
     printed = {}
-    for recipe in ("probe", "head", "lp_ft", "full"):
+    for recipe in ("probe", "head", "lp_ft", "full_from_probe", "full"):
         with contextlib.redirect_stdout(io.StringIO()) as stdout:
             args = ["--data_dir", str(folder / "images"), "--model_name", str(timm_checkpoint)]
-            args += ["--recipe", recipe, "--disable_tqdm", "1", "--save_total_limit", "9"]
+            args += ["--recipe", recipe, "--disable_tqdm", "1", "--save_total_limit", "9", "--refit", "none"]
             train.main([*args, "--output_dir", str(folder / recipe)])
         printed[recipe] = stdout.getvalue()
     return folder, printed
@@ -40,7 +40,7 @@ def test_every_recipe_reports_the_linear_probe_as_its_baseline(recipes):
     for name, metrics in runs.items():
         assert metrics["validation"]["log_loss"] <= runs["probe"]["validation"]["log_loss"] + 1e-4, name
         assert "probe    validation" in printed[name] and re.search(r"time     \d+ s: start \d", printed[name])
-        assert ("kept     " in printed[name]) == (name != "probe")
+        assert "kept     " in printed[name] and "race     validation loss: the probe" in printed[name]
     assert runs["probe"]["test"]["log_loss"] == pytest.approx(probes[0]["test"]["log_loss"], rel=1e-3)
     assert "features" in runs["lp_ft"]["seconds"] and "train" not in runs["probe"]["seconds"]
 
@@ -59,7 +59,7 @@ def test_each_recipe_trains_its_layers(recipes, timm_checkpoint):
 def test_model_that_is_worse_than_its_probe_is_replaced_by_it(timm_checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     draw_folder(Path("images"), per_class=8)
-    args = ["--data_dir", "images", "--model_name", str(timm_checkpoint), "--num_train_epochs", "1"]
+    args = ["--data_dir", "images", "--model_name", str(timm_checkpoint), "--num_train_epochs", "1", "--refit", "none"]
     train.main([*args, "--output_dir", "out", "--recipe", "full", "--learning_rate", "100", "--optim", "sgd"])
     assert "kept     the probe" in capsys.readouterr().out
     metrics = json.loads(Path("out/metrics.json").read_text())
