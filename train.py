@@ -75,7 +75,8 @@ def set_up(arguments: "Arguments", stopwatch: Stopwatch) -> "Experiment":
     findings = audit_images(splits, unreadable)
 
     # Model
-    sample = draw_sample(splits["train"], sample_rows, lambda model: build_predictor(model, training_args, collate))
+    drawn_from = images["train"] if data_args.folds else splits["train"]  # the same view for all folds
+    sample = draw_sample(drawn_from, sample_rows, lambda model: build_predictor(model, training_args, collate))
     build = functools.partial(build_model, id2label=id2label, image_size=model_args.image_size)
     name = choose_backbone(model_args.model_name, build, sample, model_args.milliseconds)
     set_seed(training_args.seed)  # decides the first weights of a new head
@@ -148,7 +149,7 @@ def finish(experiment: "Experiment", result: "Result", arguments: "Arguments", s
     from luthier.scoring.refit import plan_refit, refit
 
     data_args, model_args, training_args, run_args = arguments
-    splits, view, output_dir = experiment.splits, experiment.view, Path(str(training_args.output_dir))
+    splits, view = experiment.splits, experiment.view
 
     # Refit
     plan, refitted = plan_refit(splits, experiment.own_test, result, model_args.refit), None
@@ -163,7 +164,7 @@ def finish(experiment: "Experiment", result: "Result", arguments: "Arguments", s
     if training_args.process_index == 0:
         data = describe(experiment.prepared, data_args.name, data_args.is_built_in)
         record = collect_run(experiment, result, plan, data, data_args.augmentation, run_args.for_record())
-        write_run(output_dir, experiment, result, plan, refitted, record, stopwatch)
+        write_run(Path(str(training_args.output_dir)), experiment, result, plan, refitted, record, stopwatch)
 
 
 if __name__ == "__main__":

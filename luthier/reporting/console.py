@@ -56,7 +56,7 @@ def describe_setup(
     threads = f", {plural(torch.get_num_threads(), 'thread')}" if args.device.type == "cpu" else ""
     workers = f", {plural(args.dataloader_num_workers, 'data worker')}" if args.dataloader_num_workers else ""
     processes = f", {args.world_size} processes" if args.world_size > 1 else ""
-    losses = ", ".join(f"{view.side} px {FITS[view.fit]} {view.loss:.3f}" for view in views)
+    losses = ", ".join(f"{view.side} px {FITS[view.fit]} {view.loss:.3f}" for view in views[1:])
     return {
         "model": f"{Path(model_name).name} at {size[0]} x {size[1]} px, {parameters:,} parameters",
         **({"view": f"{FITS[views[0].fit]}; loss of a probe on a sample: {losses}"} if views else {}),

@@ -39,7 +39,7 @@ def collect_run(
         augmentation: of the training images.
         record: `seeds`, `command` and `settings` of `collect_metrics`.
     """
-    outcome, labels = result.outcome, experiment.splits["train"].features["label"].names
+    outcome, labels = result.outcome, experiment.splits["test"].features["label"].names
     return collect_metrics(
         scores=score_run(result.kept, result.logits, result.references, labels),
         majority=majority_baseline(data),

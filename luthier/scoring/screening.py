@@ -20,10 +20,11 @@ from luthier.training.features import compute_features
 from luthier.training.probe import fit_path
 from models import EFFICIENTNETS, ModelError, change_view, linear_head, takes_size
 
-IMAGES = 240  # of train that are looked at, at most
+IMAGES = 192  # of train that are looked at, at most
 FOLDS = 4
 STRENGTHS = (0.3, 0.03, 0.003)
-LEAST_SIDE = 64  # pixels, of what a model sees
+LEAST_SIDE = 32  # pixels; what a model sees is a multiple of it
+COARSE = 0.625  # side at which fits are compared, in sides of the model's own view
 # Besides the built-in ones, where the Hub can be reached; all of them under the Apache License 2.0 (docs/usage.md).
 HUB_BACKBONES = (
     "timm/mobilenetv4_conv_medium.e500_r256_in1k",
@@ -41,30 +42,33 @@ class View(NamedTuple):
     Attributes:
         fit: see `models.change_view`.
         side: in pixels.
-        losses: float64 [N], the probe's cross-entropy of each image, by folds that did not learn from it.
+        losses: float64 [N], the probe's cross-entropy of each image, by folds that did not learn from it; None where
+            it was not tried at this side.
     """
 
     fit: str
     side: int
-    losses: np.ndarray
+    losses: np.ndarray | None
 
     @property
     def loss(self) -> float:
-        """The mean loss."""
-        return float(self.losses.mean())
+        """The mean loss; NaN where there is none."""
+        return math.nan if self.losses is None else float(self.losses.mean())
 
     def is_better(self, other: "View") -> bool:
         """Tell whether the mean loss is lower by more than its standard error, image by image."""
+        if self.losses is None or other.losses is None:
+            return False
         return self.loss < other.loss - _standard_error(other.losses - self.losses)
 
 
 def choose_view(
     model: PreTrainedModel, image_processor: BaseImageProcessor, sample: "Sample", enabled: bool, any_side: bool
 ) -> tuple[BaseImageProcessor, list[View]]:
-    """Choose how a model sees the images; return its image processor, and what was tried, the choice first.
+    """Choose how a model sees the images; return its image processor, the choice, and after it all that was tried.
 
     The model's own crop gives way to the whole image only where that is better beyond doubt. Where the images are
-    smaller than what the model sees, the smallest side is chosen that is not worse beyond doubt.
+    smaller than what the model sees, it sees them at about their own size, unless more is better beyond doubt.
 
     Args:
         model: the config of a timm model is changed with the view.
@@ -86,27 +90,22 @@ def choose_view(
             if cfg is not None:
                 model.config.pretrained_cfg = cfg
 
-    tried = [show("own", side)]
+    coarse = LEAST_SIDE * round(COARSE * side / LEAST_SIDE)  # enough to compare the fits, in half of the time
+    coarse = coarse if takes_size(model, coarse) else side
+    fits = [show("own", coarse)]
     for fit in ("squeeze",) if sample.is_square else ("squeeze", "pad"):
         with contextlib.suppress(ModelError):  # not every image processor can do it
-            tried.append(show(fit, side))
-    best = min(tried, key=lambda view: view.loss)
-    chosen = best if best.is_better(tried[0]) else tried[0]
-    for smaller in _smaller_sides(sample.shorter_side, side) if any_side else ():
-        if takes_size(model, smaller):
-            tried.append(show(chosen.fit, smaller))
-            if not chosen.is_better(tried[-1]):
-                chosen = tried[-1]
-                break
-    if chosen is not tried[0]:
+            fits.append(show(fit, coarse))
+    best = min(fits, key=lambda view: view.loss)
+    fit = best.fit if best.is_better(fits[0]) else "own"
+    chosen, tried = View(fit, side, None), fits
+    least = LEAST_SIDE * math.ceil(sample.shorter_side / LEAST_SIDE)
+    if any_side and least <= 0.75 * side and takes_size(model, least):
+        small, large = show(fit, least), show(fit, side)
+        chosen, tried = large if large.is_better(small) else small, [*fits, small, large]
+    if (chosen.fit, chosen.side) != ("own", side):
         image_processor = change_view(model, own, chosen.side, chosen.fit)
-    return image_processor, [chosen, *(view for view in tried if view is not chosen)]
-
-
-def _smaller_sides(shorter_side: int, side: int) -> list[int]:
-    """Return sides below that of the model's own view which show small images without waste, in pixels."""
-    least = max(LEAST_SIDE, 32 * math.ceil(shorter_side / 32))
-    return [candidate for candidate in (least, 32 * round(1.5 * least / 32)) if candidate <= 0.8 * side]
+    return image_processor, [chosen, *tried]
 
 
 class Sample:
