@@ -80,13 +80,12 @@ def set_up(arguments: "Arguments", stopwatch: Stopwatch) -> "Experiment":
     build = functools.partial(build_model, id2label=id2label, image_size=model_args.image_size)
     name = choose_backbone(model_args.model_name, build, sample, model_args.milliseconds)
     set_seed(training_args.seed)  # decides the first weights of a new head
-    model, image_processor = build(name)
+    model, processor = build(name)
     rate, epochs = run_args.learning_rate, run_args.num_train_epochs
     recipes = choose_recipes(model_args.recipe, name, linear_head(model) is not None, rate, epochs)
     stopwatch.stop("load")
-    any_side, enabled = model_args.image_size is None, recipes[0].is_pretrained
-    image_processor, views = choose_view(model, image_processor, sample, enabled, any_side)
-    view = EvaluationView(image_processor)
+    processor, views = choose_view(model, processor, sample, recipes[0].is_pretrained, not model_args.image_size)
+    view = EvaluationView(processor)
     setup = console.describe_setup(sample.predictor(model), name, view.size, views)
     console.say_setup(splits, data_args.name, setup)
     with training_args.main_process_first(desc="preparing the images"):
