@@ -76,8 +76,9 @@ def test_log_file_has_progress_lines_and_no_carriage_returns(tmp_path, timm_chec
     draw_folder(tmp_path / "images", per_class=8)
     args = ["--data_dir", "images", "--model_name", str(timm_checkpoint), "--num_train_epochs", "5"]
     command = [sys.executable, str(PROJECT / "train.py"), *args, "--per_device_train_batch_size", "4"]
+    command += ["--recipe", "full", "--refit", "none"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True)
     assert result.returncode == 0, result.stderr
     assert b"\r" not in result.stdout + result.stderr
     lines = [text for text in result.stderr.decode().splitlines() if text.startswith("train    ")]
-    assert len(lines) == 10 and lines[-1].startswith("train    20 of 20 steps"), result.stderr
+    assert len(lines) == 10 and lines[-1].startswith("train    15 of 15 steps"), result.stderr

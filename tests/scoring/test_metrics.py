@@ -48,7 +48,8 @@ def test_wilson_interval(correct, n, low, high):
 
 
 def test_compute_metrics_takes_logits_or_a_tuple_of_outputs():
-    expected = {"accuracy": pytest.approx(4 / 6), "macro_f1": pytest.approx(0.625)}
+    calibrated = log_loss(LOGITS / fit_temperature(LOGITS, REFERENCES), REFERENCES)
+    expected = {"accuracy": pytest.approx(4 / 6), "macro_f1": pytest.approx(0.625), "calibrated_loss": calibrated}
     assert build_compute_metrics(LABELS)(EvalPrediction(LOGITS, REFERENCES)) == expected
     assert concatenate_batches((LOGITS, np.zeros(1))) is LOGITS
     batches = [(LOGITS[:4], np.zeros(1)), (LOGITS[4:], np.zeros(1))]

@@ -1,0 +1,168 @@
+"""Complete runs of the race, the refit, cross-validation, the time limit, and the choice of a view."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import draw, draw_folder
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import pipeline
+
+import train
+from luthier.scoring.refit import Plan
+from luthier.scoring.screening import cross_fitted_losses
+
+SCORED_KEYS = ("validation", "test", "unsure")
+
+
+def run(folder: Path, checkpoint: Path, *more: str, out: str = "out") -> dict:
+    """Run train.py on the images of a folder, all quiet; return its metrics."""
+    args = ["--data_dir", str(folder / "images"), "--model_name", str(checkpoint), "--disable_tqdm", "1"]
+    train.main([*args, "--num_train_epochs", "9", "--output_dir", str(folder / out), *more])
+    return json.loads((folder / out / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def raced(timm_checkpoint, tmp_path_factory):
+    """A run of the race on images with a few wrong labels: its folder and its metrics."""
+    folder = tmp_path_factory.mktemp("raced")
+    draw_folder(folder / "images", per_class=30)
+    for seed in range(8):  # or the probe would leave nothing to learn
+        draw("red", 5000 + seed).save(folder / f"images/blue/{seed}-red.png")
+    return folder, run(folder, timm_checkpoint)
+
+
+def test_race_runs_every_recipe_and_stops_the_losers_early(raced):
+    _, metrics = raced
+    heats = metrics["race"]["heats"]
+    tried = {heat["arm"] for heat in heats}
+    assert tried == {"lp_ft", "full_from_probe", "full"}
+    counts = [sum(heat["arm"] == arm for heat in heats) for arm in tried]
+    assert min(counts) == 1 and metrics["race"]["ended"]
+    assert all(heat["loss"] > 0 and heat["seconds"] > 0 for heat in heats)
+    assert metrics["validation"]["log_loss"] <= metrics["baselines"]["linear_probe"]["validation"]["log_loss"] + 1e-4
+
+
+def test_report_shows_what_was_tried(raced):
+    folder, metrics = raced
+    page = (folder / "out/report.html").read_text()
+    assert "What was tried" in page and all(heat["arm"] in page for heat in metrics["race"]["heats"])
+    assert "the shipped weights were then refit on all 98" in page
+    assert "the shipped weights were then refit on all 98" in (folder / "out/README.md").read_text()
+
+
+def test_interrupted_race_ends_like_an_uninterrupted_one(raced, timm_checkpoint):
+    """Cut after the first heat of the first recipe, and in the middle of the race."""
+    folder, whole = raced
+    first = whole["race"]["heats"][0]
+    for name, kept in (("cut", 1), ("cut later", 3)):
+        shutil.rmtree(folder / name, ignore_errors=True)
+        for heat in whole["race"]["heats"][:kept]:
+            source = folder / f"out/race/{heat['arm']}/checkpoint-{heat['step']}"
+            shutil.copytree(source, folder / name / "race" / heat["arm"] / source.name)
+        record = json.loads((folder / "out/race.json").read_text())[:kept]
+        (folder / name / "race.json").write_text(json.dumps(record))
+        again = run(folder, timm_checkpoint, "--resume_from_checkpoint", "auto", out=name)
+        assert [heat["arm"] for heat in again["race"]["heats"]] == [heat["arm"] for heat in whole["race"]["heats"]]
+        assert again["race"]["heats"][0]["seconds"] == first["seconds"]  # it was not run again
+        assert all(again[key] == whole[key] for key in SCORED_KEYS)
+        weights, expected = (load_file(folder / each / "model.safetensors") for each in (name, "out"))
+        assert all(torch.equal(weights[key], tensor) for key, tensor in expected.items())
+
+
+def test_scored_weights_stay_and_shipped_ones_have_learned_from_all_images(raced):
+    folder, metrics = raced
+    shipped, scored = (load_file(folder / name / "model.safetensors") for name in ("out", "out/scored"))
+    assert any(not torch.equal(shipped[key], scored[key]) for key in scored)
+    assert metrics["refit"]["done"] and metrics["refit"]["images"] == 98
+    assert len((folder / "out/learned_from.txt").read_text().split()) == 98
+    configs = [json.loads((folder / name / "config.json").read_text()) for name in ("out", "out/scored")]
+    assert configs[0]["unsure_below"] == configs[1]["unsure_below"]
+    correct = [
+        pipeline("image-classification", str(folder / "out"))(str(path), top_k=1)[0]["label"] == "green"
+        for path in sorted((folder / "images/green").iterdir())[:5]
+    ]
+    assert all(correct)
+
+
+def test_test_images_of_the_users_own_are_not_learned_from(timm_checkpoint, tmp_path):
+    draw_folder(tmp_path / "images/train", per_class=12)
+    draw_folder(tmp_path / "images/test", per_class=4, first=500)
+    metrics = run(tmp_path, timm_checkpoint, "--recipe", "probe")
+    assert metrics["refit"]["images"] == 36 and metrics["data"]["splits"]["test"]["n"] == 12
+
+
+def test_time_limit_leaves_the_probe(timm_checkpoint, tmp_path, capsys):
+    draw_folder(tmp_path / "images", per_class=10)
+    metrics = run(tmp_path, timm_checkpoint, "--time_limit", "0.001")
+    assert metrics["race"] == {"heats": [], "ended": "the time limit"}
+    assert metrics["recipe"]["kept"] == "the probe" and not metrics["refit"]["done"]
+    assert "refit    not done: the time limit" in capsys.readouterr().out
+
+
+def test_folds_score_every_image_once(timm_checkpoint, tmp_path):
+    draw_folder(tmp_path / "images", per_class=15)
+    metrics = run(tmp_path, timm_checkpoint, "--folds", "3", "--recipe", "probe")
+    assert metrics["test"]["n"] == 45 and metrics["baselines"]["linear_probe"]["test"]["n"] == 45
+    assert metrics["refit"]["images"] == 45 and len((tmp_path / "out/learned_from.txt").read_text().split()) == 45
+    names = [line.split(",")[0] for line in (tmp_path / "out/predictions.csv").read_text().splitlines()[1:]]
+    assert len(set(names)) == 45
+    again = run(tmp_path, timm_checkpoint, "--folds", "3", "--recipe", "full", out="trained")
+    assert again["test"]["n"] == 45 and {path.name for path in (tmp_path / "trained").glob("fold-*")} == {
+        "fold-1",
+        "fold-2",
+        "fold-3",
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--folds", "1"], "--folds is 1, but there must be at least two"),
+        (["--folds", "3", "--fold", "1/3"], "--folds runs every fold: leave --fold out"),
+        (["--time_limit", "0"], "--time_limit is 0.0, but must be a number above 0"),
+    ],
+)
+def test_wrong_options_are_refused(tmp_path, timm_checkpoint, options, message, capsys):
+    draw_folder(tmp_path / "images", per_class=5)
+    with pytest.raises(SystemExit) as ended:
+        run(tmp_path, timm_checkpoint, *options)
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_view_shows_what_a_crop_would_hide(tmp_path, timm_checkpoint):
+    """The class is at the left and right ends of wide images; the centre is the same for all."""
+    generator = np.random.default_rng(1)
+    for name, colour in (("blue", (40, 60, 200)), ("red", (210, 50, 40)), ("green", (30, 180, 60))):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(30):
+            pixels = generator.integers(0, 60, (40, 120, 3), dtype=np.uint8)
+            pixels[:, :30] = pixels[:, 90:] = np.array(colour, np.uint8) - generator.integers(0, 20, dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{number}.png")
+    metrics = run(tmp_path, timm_checkpoint, "--recipe", "probe")
+    assert metrics["recipe"]["view"].split(";")[0] in ("squeezed", "padded")
+    assert metrics["test"]["accuracy"] > 0.9
+    classify = pipeline("image-classification", str(tmp_path / "out"))
+    assert classify(str(tmp_path / "images/red/0.png"), top_k=1)[0]["label"] == "red"
+
+
+def test_cross_fitted_losses_are_those_of_images_that_were_not_learned_from():
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.arange(60) % 3
+    noise = torch.randn(60, 20, generator=generator)
+    folds = np.arange(60) % 4
+    assert (
+        cross_fitted_losses(noise, labels, folds).mean() > 0.9
+    )  # nothing to learn, though 60 images are easily fitted
+    telling = noise + 5 * torch.nn.functional.one_hot(labels, 20)
+    assert cross_fitted_losses(telling, labels, folds).mean() < 0.6
+
+
+def test_refit_that_is_refused_learns_from_train_alone():
+    plan = Plan(("train", "validation"), 50, 40, 1.0, "the time limit")
+    assert not plan.pays and plan.learned_from == ("train",)
+    assert plan._replace(refusal="").learned_from == ("train", "validation")
