@@ -30,7 +30,7 @@ KIND_NAMES = {  # of findings
     "wrong_extension": "wrong extension",
     "tiny": f"smaller than {TINY} px",
 }
-FITS = {"own": "the model's own crop", "squeeze": "squeezed", "pad": "padded"}  # by screening.View.fit
+FITS = {"own": "cropped", "squeeze": "squeezed", "pad": "padded"}  # by screening.View.fit
 MAX_NAMED = 3  # images of a kind that a run names
 MAX_LISTED = 20  # findings of a kind that the audit lists
 
@@ -59,7 +59,7 @@ def describe_setup(
     losses = ", ".join(f"{view.side} px {FITS[view.fit]} {view.loss:.3f}" for view in views[1:])
     return {
         "model": f"{Path(model_name).name} at {size[0]} x {size[1]} px, {parameters:,} parameters",
-        **({"view": f"{FITS[views[0].fit]}; loss of a probe on a sample: {losses}"} if views else {}),
+        **({"view": f"{FITS[views[0].fit]}; loss of a probe: {losses}"} if views else {}),
         "device": f"{device}{threads}{processes}{workers}, {precision}",
     }
 

@@ -202,7 +202,7 @@ def choose_backbone(
         try:
             model, image_processor = build(name)
         except ModelError as error:
-            say("model", f"{name} is left out: {error}")
+            say("backbone", f"{name} and those after it are left out: {str(error).split(':')[0].split(',')[0]}")
             break  # without the Hub there is none of the others either
         loss = float(sample.losses(model, image_processor).mean())
         tried.append(Backbone(name, loss, 1000 * sample.seconds / len(sample.labels)))
