@@ -117,10 +117,10 @@ def fine_tune(arguments: "Arguments", stop: "Stop", stopwatch: Stopwatch) -> tup
     workshop = Workshop(experiment.model, training_args, collate, build_compute_metrics(labels), callbacks)
 
     # Probe
-    predictor, images = workshop.predictor(), feature_rows(prepared, view)
-    probe = measure_probe(predictor, recipes[0].is_pretrained, splits, images, data_args.learning_curve)
+    predictor, images, curve = workshop.predictor(), feature_rows(prepared, view), data_args.learning_curve
+    probe = measure_probe(predictor, recipes[0].is_pretrained, splits, images, curve, console.say_probe)
     stopwatch.stop("features")
-    console.say_probe(probe, data_args.learning_curve)
+    console.say_learning_curve(probe, curve)
     experiment.findings["suspect_labels"] = probe.suspect_labels
     console.say_audit(experiment.findings)
 

@@ -105,15 +105,14 @@ def say_setup(splits: Mapping[str, Dataset], name: str, setup: Mapping[str, str]
         say(topic, text)
 
 
-def say_probe(probe: ProbeResults, with_learning_curve: bool) -> None:
-    """Say how the linear probe does on validation, and its learning curve if that was asked for."""
-    if probe.baseline:
-        scored = probe.baseline["validation"]
-        say(
-            "probe",
-            f"validation accuracy {scored['accuracy']:.1%}, loss {scored['log_loss']:.3f} (on frozen features)",
-        )
-    if with_learning_curve:
+def say_probe(scored: Mapping) -> None:
+    """Say how the linear probe does on validation."""
+    say("probe", f"validation accuracy {scored['accuracy']:.1%}, loss {scored['log_loss']:.3f} (on frozen features)")
+
+
+def say_learning_curve(probe: ProbeResults, wanted: bool) -> None:
+    """Say what more images would bring, if that was asked for."""
+    if wanted:
         say("curve", learning_curve_in_words(probe.learning_curve))
 
 

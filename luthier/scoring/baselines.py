@@ -1,6 +1,6 @@
 """What a score is compared with: the most frequent class, and the linear probe."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -46,6 +46,7 @@ def measure_probe(
     splits: DatasetDict,
     rows: Mapping[str, tuple[Any, str]],
     with_learning_curve: bool,
+    announce: Callable[[Mapping], None] | None = None,
 ) -> ProbeResults:
     """Fit the linear probe of a model and return what it tells; its strength is chosen on validation.
 
@@ -55,6 +56,7 @@ def measure_probe(
         splits: as `data.load_splits` returns them.
         rows: for each split its rows and their cache key, of `data.feature_rows`.
         with_learning_curve: estimate the accuracy with more images.
+        announce: is called with the probe's score on validation as soon as that is known.
 
     Raises:
         UserError: the features are not finite, or a class is too small for a learning curve.
@@ -63,14 +65,22 @@ def measure_probe(
     head = linear_head(model)
     if head is None or not is_pretrained:
         return ProbeResults()
-    features = {split: load_features(trainer, head, *rows[split]) for split in rows}
     references = {split: dataset["label"][:] for split, dataset in splits.items()}
-    known = {split: tensor for split, tensor in features.items() if tensor is not None}
+    labels = splits["train"].features["label"].names
+    known: dict[str, torch.Tensor] = {}
+    for split in ("train", "validation"):
+        features = load_features(trainer, head, *rows[split])
+        known |= {} if features is None else {split: features}
     probe, soft = fit_shared_probes(trainer, known or None, references)
+    if announce and known:
+        announce(probe_baseline(probe, known, references, labels)[0]["validation"])
+    features = load_features(trainer, head, *rows["test"])
     starts = {"probe": state_with_probe(model, head, probe), "soft probe": state_with_probe(model, head, soft)}
     if not trainer.is_world_process_zero():
         return ProbeResults(starts, probe.strength)
-    baseline, logits = probe_baseline(probe, known, references, splits["train"].features["label"].names)
+    assert features is not None  # on the main process
+    known["test"] = features
+    baseline, logits = probe_baseline(probe, known, references, labels)
     everything, device = torch.cat(list(known.values())), trainer.args.device
     suspects = suspect_labels(splits, everything.to(device), probe.strength)
     curve = probe_learning_curve(splits, known, probe, device) if with_learning_curve else None
