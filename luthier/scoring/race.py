@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from accelerate.utils import broadcast_object_list
 from transformers import Trainer
 
+from luthier.errors import UserError
 from luthier.scoring.selection import Candidate, choose, load_candidate, score_candidates
 from luthier.terminal import Stopwatch, say
 from luthier.training.arms import Arm, State, Workshop, plan_arm
@@ -236,6 +237,11 @@ def _advance(arm: Arm, number: int, course: Course, resume: str | None) -> tuple
         checkpoint = find_checkpoint(arm.folder, resume, main)
     else:
         (checkpoint,) = broadcast_object_list([newest_whole(arm.folder) if main else None])
+        if checkpoint and not checkpoint.exists():
+            raise UserError(
+                f"{checkpoint} is not on this machine: to train in heats, --output_dir must be on a disk that all "
+                "machines share. Or train in one: --recipe full --lr_scheduler_type linear"
+            )
     train(trainer, arm.ends[number] if arm.schedule else None, checkpoint, course.stop, course.run_dir)
     shares = (1.0,) if course.only_trained else arm.recipe.shares
     candidates = score_candidates(trainer, arm.rows["validation"], arm.start, shares, course.labels, arm.recipe.name)
