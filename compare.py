@@ -159,18 +159,8 @@ def build_runs(experiments: list[Experiment], args: argparse.Namespace, rest: li
     runs = []
     for (part, words), experiment in itertools.product(parts, experiments):
         folder = args.output_dir / f"{experiment.name}-{part.replace(' ', '-')}"
-        # Nothing is shipped, so nothing is refit.
-        line = [
-            *experiment.line,
-            "--refit",
-            "none",
-            *rest,
-            *words,
-            "--disable_tqdm",
-            "True",
-            "--output_dir",
-            str(folder),
-        ]
+        line = [*experiment.line, "--refit", "none", *rest, *words]  # nothing is shipped, so nothing is refit
+        line += ["--disable_tqdm", "True", "--output_dir", str(folder)]
         line += ["--resume_from_checkpoint", "auto"]  # from the start where there is nothing to resume
         runs.append(Run(experiment.name, part, folder, line, parse_arguments(line).run_args.settings))
     return runs

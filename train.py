@@ -136,8 +136,8 @@ def fine_tune(arguments: "Arguments", stop: "Stop", stopwatch: Stopwatch) -> tup
     console.say_race(outcome, baseline, kept)
     logits, references = predict(trainer, rows["test"])
     stopwatch.stop("evaluate")
-    result = Result(workshop, course, len(rows["train"]), probe, outcome, kept, model_of(trainer), logits, references)
-    return experiment, result
+    digests, model = splits["train"]["digest"][:], model_of(trainer)
+    return experiment, Result(workshop, course, digests, probe, outcome, kept, model, logits, references)
 
 
 def finish(experiment: "Experiment", result: "Result", arguments: "Arguments", stopwatch: Stopwatch) -> None:
@@ -148,15 +148,14 @@ def finish(experiment: "Experiment", result: "Result", arguments: "Arguments", s
     from luthier.scoring.refit import plan_refit, refit
 
     data_args, model_args, training_args, run_args = arguments
-    splits, view = experiment.splits, experiment.view
+    splits = experiment.splits
 
     # Refit
     plan, refitted = plan_refit(splits, experiment.own_test, result, model_args.refit), None
     console.say_refit(plan)
     if plan.pays:
-        images = [splits[split] for split in plan.splits]
-        rows = join_for_training(images, view, data_args.augmentation, experiment.size)
-        refitted = refit(plan, result, splits, rows)
+        options = (experiment.view, data_args.augmentation, experiment.size)
+        refitted = refit(plan, result, splits, lambda images: join_for_training(images, *options))
         stopwatch.stop("refit")
 
     # Report

@@ -35,6 +35,7 @@ LUTHIER = {  # the options of train.py
     "Luthier": [],
     "probe": ["--recipe", "probe"],
     "lp_ft": ["--recipe", "lp_ft"],
+    "full_from_probe": ["--recipe", "full_from_probe"],
     "full": ["--recipe", "full"],
     "full, long": ["--recipe", "full", "--num_train_epochs", "30"],
 }
@@ -138,10 +139,13 @@ def run_once(data: str, folder: Path, contestant: str, seed: int, out: Path, che
     """Run a contestant on a data set; a run that was finished earlier is read from its file."""
     kept = out / f"{data}-{contestant.replace(', ', '_').replace(' ', '_')}-seed{seed}.json"
     if not kept.exists():
-        with tempfile.TemporaryDirectory() as temporary:
+        with tempfile.TemporaryDirectory() as folder_of_run:
+            temporary = Path(folder_of_run)
             environment = os.environ | {"HF_HOME": f"{temporary}/cache", "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"}
-            start = run_luthier if contestant in LUTHIER else run_other
-            run = start(data, folder, contestant, seed, Path(temporary), checkout, environment, out)
+            if contestant in LUTHIER:
+                run = run_luthier(data, folder, contestant, seed, temporary, checkout, environment)
+            else:
+                run = run_other(data, cut(data, folder, out), contestant, seed, environment)
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps(run._asdict(), indent=2))
         print(f"{data}, {contestant}, seed {seed}: {run.accuracy:.1%}, {run.seconds:.0f} s  {run.said}", flush=True)
@@ -149,14 +153,12 @@ def run_once(data: str, folder: Path, contestant: str, seed: int, out: Path, che
 
 
 def run_luthier(
-    data: str, folder: Path, contestant: str, seed: int, temporary: Path, checkout: Path, environment: dict, out: Path
+    data: str, folder: Path, contestant: str, seed: int, temporary: Path, checkout: Path, environment: dict
 ) -> Run:
     """Train as a user would, and score what is shipped."""
     accelerate = [str(Path(sys.executable).parent / "accelerate"), "launch", "--quiet"]
     line = [*accelerate, str(checkout / "train.py"), "--data_dir", str(folder), *LUTHIER[contestant]]
     line += ["--seed", str(seed), "--output_dir", f"{temporary}/out", "--disable_tqdm", "1"]
-    if data == "openmoji":
-        line += ["--image_size", "160"] if not has_view_race(checkout) else []
     _, seconds = timed(line, environment, checkout)
     metrics = json.loads((temporary / "out/metrics.json").read_text())
     scored = shipped = metrics["test"]["accuracy"]
@@ -167,26 +169,24 @@ def run_luthier(
     return Run(data, contestant, seed, shipped, scored, seconds, metrics["recipe"].get("kept", ""))
 
 
-def run_other(
-    data: str, folder: Path, contestant: str, seed: int, temporary: Path, checkout: Path, environment: dict, out: Path
-) -> Run:
-    """Train with another tool on Luthier's cut of the images."""
+def cut(data: str, folder: Path, out: Path) -> Path:
+    """Return a folder with Luthier's cut of a data set."""
     from data import load_splits
 
-    cut = out / "cut" / data
-    if not cut.exists():
+    target = out / "cut" / data
+    if not target.exists():
         splits, _ = load_splits(data_dir=str(folder))
-        link_splits(splits, {split: split for split in splits}, cut)
+        link_splits(splits, {split: split for split in splits}, target)
+    return target
+
+
+def run_other(data: str, folder: Path, contestant: str, seed: int, environment: dict) -> Run:
+    """Train with another tool on Luthier's cut of the images."""
     tool, setting = OTHERS[contestant]
-    line = [sys.executable, "-m", "benchmarks.time_to_accuracy", str(cut), "--child", tool, json.dumps(setting)]
+    line = [sys.executable, "-m", "benchmarks.time_to_accuracy", str(folder), "--child", tool, json.dumps(setting)]
     said, seconds = timed([*line, str(seed)], environment, PROJECT)
     (accuracy,) = (float(words[1]) for line in said.splitlines() if (words := line.split())[:1] == ["TEST"])
     return Run(data, contestant, seed, accuracy, accuracy, seconds)
-
-
-def has_view_race(checkout: Path) -> bool:
-    """Tell whether a checkout of Luthier chooses the resolution by itself."""
-    return (checkout / "luthier/scoring/race.py").exists()
 
 
 def timed(line: list[str], environment: dict, folder: Path) -> tuple[str, float]:

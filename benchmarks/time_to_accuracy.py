@@ -70,16 +70,12 @@ def main() -> None:
 
 def link_split(data: Path, folder: Path) -> Path:
     """Return a folder with Luthier's split as train / validation / test, so that all tools read the same files."""
+    from benchmarks.suite import link_splits
     from data import load_splits
 
     if not folder.exists():
         splits, _ = load_splits(data_dir=str(data))
-        for split, dataset in splits.items():
-            for row in dataset:
-                path = Path(row["image"]["path"]).resolve()
-                link = folder / split / dataset.features["label"].int2str(row["label"]) / path.name
-                link.parent.mkdir(parents=True, exist_ok=True)
-                link.symlink_to(path)
+        link_splits(splits, {split: split for split in splits}, folder)
     return folder
 
 

@@ -216,6 +216,11 @@ def _check_options(options: dict) -> None:
     for key, why in REFUSED.items():
         if options[key]:
             raise UserError(f"--{key} {why}: leave it out")
+    if resume not in (None, "auto") and not options["recipe"] and options["model_name"] != "simple_cnn":
+        raise UserError(
+            "a race of recipes resumes with --resume_from_checkpoint auto, because a checkpoint is of one of them. To "
+            "go on with that one alone, name it: --recipe NAME"
+        )
     if options["recipe"] == "probe" and resume not in (None, "auto"):
         raise UserError("--recipe probe trains nothing that could be resumed: leave --resume_from_checkpoint out")
     for key in POSITIVE:

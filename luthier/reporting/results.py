@@ -124,7 +124,9 @@ def write_run(
         stopwatch: of the run.
     """
     splits = experiment.splits
-    digests = [digest for split in plan.learned_from for digest in splits[split]["digest"][:]]
+    digests = result.learned_from
+    if plan.pays:
+        digests = [digest for split in plan.splits for digest in splits[split]["digest"][:]]
     custom_code = save_models(result.model, refitted, experiment.view.image_processor, output_dir, digests)
     predictions = TestPredictions(splits, result.logits, result.references)
     write_results(output_dir, metrics, predictions, experiment.findings, stopwatch)

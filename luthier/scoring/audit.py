@@ -9,7 +9,7 @@ from datasets import DatasetDict
 
 from luthier.images.inspection import UnreadableImage
 from luthier.images.splits import stratified_folds
-from luthier.training.probe import fit_path
+from luthier.training.probe import cross_fit
 
 # What Pillow calls a format, and the extensions that files of it may have.
 EXTENSIONS_OF = {
@@ -99,13 +99,10 @@ def suspect_labels(splits: DatasetDict, features: torch.Tensor, strength: float)
         return None
     folds = stratified_folds(labels, groups, FOLDS, seed=0)
     truth = torch.as_tensor(labels, device=features.device)
-    probabilities = np.zeros((len(labels), len(names)))
-    known = np.zeros(len(labels), dtype=bool)
-    for fold in range(FOLDS):
-        rows, held_out = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
-        (probe,) = fit_path(features[rows], truth[rows], len(names), (strength,))
-        probabilities[held_out] = probe.logits(features[held_out]).softmax(dim=1).cpu().numpy()
-        known[held_out] = np.isin(labels[held_out], labels[rows])  # its class has others to judge it by
+    (logits,) = cross_fit(features, truth, folds, len(names), (strength,))
+    probabilities = logits.softmax(dim=1).double().cpu().numpy()
+    # Its class has others to judge it by.
+    known = np.array([(labels[folds != fold] == label).any() for fold, label in zip(folds, labels, strict=True)])
     given = probabilities[np.arange(len(labels)), labels]
     usual = np.array([given[labels == index].mean() if (labels == index).any() else 1 for index in range(len(names))])
     likelier = probabilities.argmax(axis=1)

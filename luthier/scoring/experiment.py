@@ -45,7 +45,7 @@ class Result(NamedTuple):
 
     Attributes:
         workshop, course: for the refit.
-        learned: how many images the scored weights have learned from.
+        learned_from: digests of the images that the scored weights have learned from.
         probe: of `baselines.measure_probe`.
         outcome: of the race.
         kept: the weights that are scored.
@@ -56,7 +56,7 @@ class Result(NamedTuple):
 
     workshop: Workshop
     course: Course
-    learned: int
+    learned_from: list[str]
     probe: ProbeResults
     outcome: Outcome
     kept: Candidate

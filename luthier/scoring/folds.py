@@ -47,14 +47,13 @@ def pool(parts: Sequence[tuple[Experiment, Result]]) -> tuple[Experiment, Result
     )
     findings = audit_images(splits, []) | {"unreadable": experiment.findings["unreadable"]}
     findings["suspect_labels"] = _in_pool(leader.probe.suspect_labels, splits)
-    result = leader._replace(
-        probe=_pool_probes(results, splits), kept=kept, logits=logits / temperature, references=references,
-    )  # fmt: skip
+    probe = _pool_probes(leader.probe, [each.probe for each in results], splits)
+    result = leader._replace(probe=probe, kept=kept, logits=logits / temperature, references=references)
     return experiment._replace(splits=splits, own_test=False, prepared=prepared, findings=findings), result
 
 
-def _pool_probes(results: Sequence[Result], splits: DatasetDict) -> ProbeResults:
-    probes, leader = [result.probe for result in results], results[0].probe
+def _pool_probes(leader: ProbeResults, probes: Sequence[ProbeResults], splits: DatasetDict) -> ProbeResults:
+    """Return the shipped model's probe, with the features of all images, and the score of all folds' probes."""
     if leader.logits is None or leader.features is None or leader.baseline is None:
         return leader
     labels = splits["test"].features["label"].names

@@ -115,6 +115,11 @@ def score(logits: np.ndarray, references: np.ndarray, labels: list[str]) -> dict
     }
 
 
+def standard_error(values: np.ndarray) -> float:
+    """Return the standard error of the mean of values [N]."""
+    return float(values.std() / math.sqrt(len(values)))
+
+
 def log_loss(logits: np.ndarray, references: np.ndarray) -> float:
     """Return the mean cross-entropy of logits [N, C], in nats."""
     with np.errstate(invalid="ignore"):  # a diverged model's loss is NaN, which needs no warning as well

@@ -15,11 +15,10 @@ from typing import Any, NamedTuple
 from accelerate.utils import broadcast_object_list
 from transformers import Trainer
 
-from luthier.errors import UserError
 from luthier.scoring.selection import Candidate, choose, load_candidate, score_candidates
-from luthier.terminal import Stopwatch, say
+from luthier.terminal import Stopwatch, plural, say
 from luthier.training.arms import Arm, State, Workshop, plan_arm
-from luthier.training.checkpoints import checkpoints_by_step, find_checkpoint, newest, newest_whole, step_of
+from luthier.training.checkpoints import check_named, checkpoints_by_step, newest_shared, step_of
 from luthier.training.recipe import Recipe
 from luthier.training.signals import Stop
 from luthier.training.trainer import SafeTrainer, model_of, train
@@ -55,8 +54,6 @@ class Outcome(NamedTuple):
     Attributes:
         arm: the winner; None where nothing was trained.
         trainer: the winner's; its model has the best weights.
-        best_step: of the winner, after which its weights were best.
-        history: of the winner's training, see `TrainerState.log_history`.
         candidates: the winner's.
         heats: all of them, in the order in which they were run.
         reason: why the race ended, for people.
@@ -64,11 +61,20 @@ class Outcome(NamedTuple):
 
     arm: Arm | None = None
     trainer: SafeTrainer | None = None
-    best_step: int = 0
-    history: Sequence[dict] = ()
     candidates: Sequence[Candidate] = ()
     heats: Sequence[Heat] = ()
     reason: str = ""
+
+    @property
+    def best_step(self) -> int:
+        """The step after which the winner's weights were best."""
+        assert self.trainer is not None  # something was trained
+        return self.trainer.state.best_global_step or self.trainer.state.global_step
+
+    @property
+    def history(self) -> list[dict]:
+        """The log of the winner's training, see `TrainerState.log_history`."""
+        return self.trainer.state.log_history if self.trainer else []
 
     def seconds_of(self, arm: str) -> float:
         """Return the seconds that an arm has trained."""
@@ -148,8 +154,21 @@ def race(arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: s
     Raises:
         UserError: see `trainer.train`.
     """
-    heats = _resume(arms, course.run_dir, resume)
-    alive, reason, last = list(arms), "", None
+    named = Path(resume) if resume and resume != "auto" else None
+    heats = _read_record(course.run_dir, named) if resume else []
+    if named:
+        check_named(named)
+        _drop_later(arms[0], named)
+    alive, reason, last, said = list(arms), "", None, resume is None
+
+    def advance(arm: Arm, number: int) -> tuple[Arm, SafeTrainer, list[Candidate]]:
+        nonlocal said, named
+        checkpoint = named or newest_shared(arm.folder, arm.is_main_process)
+        if not said:
+            say("resume", _where(checkpoint, heats))
+        said, named = True, named if named and step_of(named) >= arm.ends[number] else None
+        return _advance(arm, number, course, checkpoint)
+
     for number in range(max((len(arm.ends) for arm in arms), default=0)):
         running = [arm for arm in alive if number < len(arm.ends)]
         for arm in running:
@@ -158,13 +177,10 @@ def race(arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: s
             if (probe or heats) and not course.ends_in_time(_expected_seconds(heats, arm, number)):
                 reason = "the time limit"
                 break
-            last = None  # one model at a time in memory
-            begin = course.stopwatch.total()
-            last = _advance(arm, number, course, resume)
+            last, begin = None, course.stopwatch.total()  # one model at a time in memory
+            last = advance(arm, number)
             heats.append(_describe(last, arm, number, course.stopwatch.total() - begin))
-            _write_record(course.run_dir, heats, last[1])
-            if resume and (resume == "auto" or step_of(Path(resume)) < arm.ends[number]):
-                resume = "auto"  # and not from the checkpoint that was named, which is behind by now
+            _write_record(course.run_dir, heats, arm.is_main_process)
         if reason:
             break
         alive, reason = _who_goes_on(heats, running, number, probe)
@@ -176,10 +192,8 @@ def race(arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: s
     winner = min(finished, key=lambda arm: _results(heats, arm)[-1].loss)
     if last is None or last[0] is not winner:
         last = None
-        last = _advance(winner, len(_results(heats, winner)) - 1, course, "auto")
-    _, trainer, candidates = last
-    best_step = trainer.state.best_global_step or winner.ends[-1]
-    return Outcome(winner, trainer, best_step, trainer.state.log_history, candidates, heats, reason)
+        last = advance(winner, len(_results(heats, winner)) - 1)
+    return Outcome(*last, heats, reason)
 
 
 def keep_best(
@@ -229,19 +243,11 @@ def _who_goes_on(heats: list[Heat], running: list[Arm], number: int, probe: Cand
     return [arm for _, arm in ahead[:places]], ""
 
 
-def _advance(arm: Arm, number: int, course: Course, resume: str | None) -> tuple[Arm, SafeTrainer, list[Candidate]]:
-    """Run a heat of an arm from where its checkpoints end; score its best weights so far."""
+def _advance(
+    arm: Arm, number: int, course: Course, checkpoint: Path | None
+) -> tuple[Arm, SafeTrainer, list[Candidate]]:
+    """Run a heat of an arm from a checkpoint, or from the arm's start; score its best weights so far."""
     trainer = arm.trainer()
-    main = trainer.is_world_process_zero()
-    if number == 0 or resume:
-        checkpoint = find_checkpoint(arm.folder, resume, main)
-    else:
-        (checkpoint,) = broadcast_object_list([newest_whole(arm.folder) if main else None])
-        if checkpoint and not checkpoint.exists():
-            raise UserError(
-                f"{checkpoint} is not on this machine: to train in heats, --output_dir must be on a disk that all "
-                "machines share. Or train in one: --recipe full --lr_scheduler_type linear"
-            )
     train(trainer, arm.ends[number] if arm.schedule else None, checkpoint, course.stop, course.run_dir)
     shares = (1.0,) if course.only_trained else arm.recipe.shares
     candidates = score_candidates(trainer, arm.rows["validation"], arm.start, shares, course.labels, arm.recipe.name)
@@ -271,25 +277,30 @@ def _expected_seconds(heats: list[Heat], arm: Arm, number: int) -> float:
     return _results(heats, arm)[-1].seconds * lengths[number] / lengths[number - 1]
 
 
-def _resume(arms: Sequence[Arm], run_dir: Path, resume: str | None) -> list[Heat]:
-    """Return the heats that an earlier part of the run has finished, and say where it goes on."""
+def _where(checkpoint: Path | None, heats: list[Heat]) -> str:
+    """Return where an interrupted run goes on."""
+    if checkpoint:
+        return f"from {checkpoint}"
+    return f"after {plural(len(heats), 'heat')}" if heats else "there is no whole checkpoint: from the start"
+
+
+def _read_record(run_dir: Path, named: Path | None) -> list[Heat]:
+    """Return the heats that an earlier part of the run has finished, up to the checkpoint that is named."""
     path = run_dir / RECORD
-    heats = []
-    if resume and path.exists():
-        heats = [Heat(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
-    if resume not in (None, "auto"):
-        (arm,), named = arms, step_of(Path(resume))
-        heats = [heat for heat in heats if heat.step <= named]
+    heats = [Heat(**row) for row in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []
+    return [heat for heat in heats if named is None or heat.step <= step_of(named)]
+
+
+def _drop_later(arm: Arm, named: Path) -> None:
+    """Remove the checkpoints after the one that is named: they are written again."""
+    if arm.is_main_process:
         for step, checkpoint in checkpoints_by_step(arm.folder).items():
-            if step > named:  # it is written again
+            if step > step_of(named):
                 shutil.rmtree(checkpoint)
-    elif resume and not any(newest(arm.folder) for arm in arms):
-        say("resume", "there is no whole checkpoint: from the start")
-    return heats
 
 
-def _write_record(run_dir: Path, heats: list[Heat], trainer: SafeTrainer) -> None:
-    if trainer.is_world_process_zero():
+def _write_record(run_dir: Path, heats: list[Heat], is_main_process: bool) -> None:
+    if is_main_process:
         partial = run_dir / f".{RECORD}"
         partial.write_text(json.dumps([heat._asdict() for heat in heats], indent=2) + "\n", encoding="utf-8")
         partial.replace(run_dir / RECORD)

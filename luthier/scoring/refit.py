@@ -1,18 +1,19 @@
 """The shipped model: the arm that was chosen, trained again on all images that may be learned from."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import broadcast_object_list
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from transformers import PreTrainedModel
 
 from luthier.scoring.experiment import Result
 from luthier.scoring.race import Course
 from luthier.scoring.selection import load_candidate
 from luthier.training.arms import Arm, State
-from luthier.training.checkpoints import newest_whole
+from luthier.training.checkpoints import newest_shared
 from luthier.training.probe import SOFT, fit_shared_probe, state_with_probe
 from luthier.training.trainer import model_of, train
 from models import linear_head
@@ -40,11 +41,6 @@ class Plan(NamedTuple):
         """Whether the model is refit."""
         return not self.refusal
 
-    @property
-    def learned_from(self) -> tuple[str, ...]:
-        """The splits that the shipped weights have learned from."""
-        return tuple(split for split in self.splits if self.pays or split == "train")
-
 
 def plan_refit(splits: DatasetDict, own_test: bool, result: Result, option: str) -> Plan:
     """Return whether the kept weights are refit, and on what.
@@ -56,7 +52,7 @@ def plan_refit(splits: DatasetDict, own_test: bool, result: Result, option: str)
         option: `none`, or `auto` to do it where it takes at most as long again as the run has taken.
     """
     used = tuple(str(split) for split in splits if split != "test" or not own_test)
-    images, scored_on = sum(len(splits[split]) for split in used), result.learned
+    images, scored_on = sum(len(splits[split]) for split in used), len(result.learned_from)
     seconds, course = result.outcome.seconds_of(result.kept.arm) * images / scored_on, result.course
     refusal = ""
     (elapsed,) = broadcast_object_list([course.stopwatch.total()])
@@ -69,7 +65,7 @@ def plan_refit(splits: DatasetDict, own_test: bool, result: Result, option: str)
     return Plan(used, images, scored_on, seconds, refusal)
 
 
-def refit(plan: Plan, result: Result, splits: DatasetDict, rows: Any) -> PreTrainedModel:
+def refit(plan: Plan, result: Result, splits: DatasetDict, prepare: Callable[[list[Dataset]], Any]) -> PreTrainedModel:
     """Return the model that has learned from all images of a plan, for as many epochs as the kept weights.
 
     The temperature and the threshold are those of the kept weights.
@@ -78,7 +74,7 @@ def refit(plan: Plan, result: Result, splits: DatasetDict, rows: Any) -> PreTrai
         plan: of `plan_refit`.
         result: of the run; checkpoints go to `refit` in its directory.
         splits: as loaded.
-        rows: training rows of all images of the plan.
+        prepare: returns the training rows of several splits together; not called where the probe is kept.
 
     Raises:
         UserError: see `trainer.train`.
@@ -94,7 +90,12 @@ def refit(plan: Plan, result: Result, splits: DatasetDict, rows: Any) -> PreTrai
         assert head is not None and strength is not None  # there is a probe
         fitted = fit_shared_probe(workshop.predictor(), features, labels, strength)
         start = state_with_probe(workshop.model, head, fitted)
-    model = _train_again(arm, outcome.best_step, rows, start, result.course) if arm else workshop.copy(start)
+    if arm is None:
+        model = workshop.copy(start)
+    else:
+        with workshop.training_args.main_process_first(desc="preparing the images"):
+            rows = prepare([splits[split] for split in plan.splits])
+        model = _train_again(arm, outcome.best_step, rows, start, result.course)
     load_candidate(model, start, kept)
     return model
 
@@ -110,6 +111,6 @@ def _train_again(arm: Arm, best: int, rows: Any, start: State | None, course: Co
         ends = tuple(round(end * scale) for end in arm.ends)
         again = again._replace(ends=ends, schedule=arm.schedule._replace(ends=ends))
     trainer = again.trainer()
-    (checkpoint,) = broadcast_object_list([newest_whole(again.folder) if trainer.is_world_process_zero() else None])
+    checkpoint = newest_shared(again.folder, again.is_main_process)
     train(trainer, max(1, round(best * scale)), checkpoint, course.stop, course.run_dir)
     return model_of(trainer)

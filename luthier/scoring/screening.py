@@ -15,9 +15,10 @@ from transformers import BaseImageProcessor, PreTrainedModel, Trainer
 
 from luthier.images.splits import stratified_folds
 from luthier.images.views import view_size
+from luthier.scoring.metrics import standard_error
 from luthier.terminal import say
 from luthier.training.features import compute_features
-from luthier.training.probe import fit_path
+from luthier.training.probe import cross_fit
 from models import EFFICIENTNETS, ModelError, change_view, linear_head, takes_size
 
 IMAGES = 192  # of train that are looked at, at most
@@ -59,7 +60,7 @@ class View(NamedTuple):
         """Tell whether the mean loss is lower by more than its standard error, image by image."""
         if self.losses is None or other.losses is None:
             return False
-        return self.loss < other.loss - _standard_error(other.losses - self.losses)
+        return self.loss < other.loss - standard_error(other.losses - self.losses)
 
 
 def choose_view(
@@ -82,10 +83,10 @@ def choose_view(
         return image_processor, []
     own, cfg = image_processor, getattr(model.config, "pretrained_cfg", None)
 
-    def show(fit: str, side: int) -> View:
+    def show(fit: str, pixels: int) -> View:
         try:
-            processor = own if (fit, side) == ("own", wide) else change_view(model, own, side, fit)
-            return View(fit, side, sample.losses(model, processor))
+            processor = own if (fit, pixels) == ("own", side) else change_view(model, own, pixels, fit)
+            return View(fit, pixels, sample.losses(model, processor))
         finally:
             if cfg is not None:
                 model.config.pretrained_cfg = cfg
@@ -224,16 +225,6 @@ def cross_fitted_losses(features: torch.Tensor, labels: torch.Tensor, folds: np.
         labels: int64 [N].
         folds: int [N].
     """
-    classes = int(labels.max()) + 1
-    losses = np.empty((len(STRENGTHS), len(labels)))
-    for fold in np.unique(folds):
-        held_out = torch.from_numpy(folds == fold)
-        path = fit_path(features[~held_out], labels[~held_out], classes, STRENGTHS)
-        for number, probe in enumerate(path):
-            loss = nn.functional.cross_entropy(probe.logits(features[held_out]), labels[held_out], reduction="none")
-            losses[number, held_out.numpy()] = loss.double().numpy()
-    return losses[losses.mean(axis=1).argmin()]
-
-
-def _standard_error(differences: np.ndarray) -> float:
-    return float(differences.std() / math.sqrt(len(differences)))
+    logits = cross_fit(features, labels, folds, int(labels.max()) + 1, STRENGTHS)
+    losses = [nn.functional.cross_entropy(each, labels, reduction="none").double().numpy() for each in logits]
+    return min(losses, key=lambda each: each.mean())

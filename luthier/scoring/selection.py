@@ -7,7 +7,7 @@ import numpy as np
 from scipy.special import log_softmax
 from transformers import PreTrainedModel, Trainer
 
-from luthier.scoring.metrics import choose_threshold, fit_temperature, reliability, score, selective
+from luthier.scoring.metrics import choose_threshold, fit_temperature, reliability, score, selective, standard_error
 from luthier.training.arms import State, Workshop
 from luthier.training.layers import divide_logits
 from luthier.training.recipe import blend
@@ -105,7 +105,7 @@ def choose(candidates: list[Candidate]) -> Candidate:
     for probe in candidates:
         if probe.is_probe and not best.is_probe:
             lead = probe.losses - best.losses
-            if lead.mean() < DOUBT * lead.std() / np.sqrt(len(lead)):
+            if lead.mean() < DOUBT * standard_error(lead):
                 return probe
     return best
 

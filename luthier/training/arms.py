@@ -75,6 +75,11 @@ class Arm(NamedTuple):
         return Path(str(self.training_args.output_dir))
 
     @property
+    def is_main_process(self) -> bool:
+        """Whether this process writes."""
+        return self.training_args.process_index == 0
+
+    @property
     def steps_per_epoch(self) -> int:
         """The optimizer steps of an epoch."""
         return count_steps(self.training_args, len(self.rows["train"]))

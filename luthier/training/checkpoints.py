@@ -12,7 +12,6 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
 from luthier.errors import UserError
-from luthier.terminal import say
 
 logger = logging.getLogger(__name__)
 
@@ -81,32 +80,30 @@ def newest_whole(output_dir: Path) -> Path | None:
     return None
 
 
-def find_checkpoint(output_dir: Path, resume: str | None, is_main_process: bool) -> Path | None:
-    """Return the checkpoint to resume from, and say so: the one that is named, or for "auto" the newest whole one.
-
-    Args:
-        output_dir: of the run.
-        resume: `--resume_from_checkpoint`.
-        is_main_process: it chooses for all processes.
+def newest_shared(output_dir: Path, is_main_process: bool) -> Path | None:
+    """Return the newest whole checkpoint of a directory, as the main process sees it, to all processes.
 
     Raises:
-        UserError: the one that is named is damaged, or is not on this machine.
+        UserError: it is not on this machine.
     """
-    if resume is None:
-        return None
-    if resume != "auto":
-        damage = find_damage(Path(resume)) if Path(resume, HASHES).exists() else None
-        if damage:
-            raise UserError(f"{resume} is damaged: {damage}. Use another, or --resume_from_checkpoint auto")
-        return Path(resume)
     (checkpoint,) = broadcast_object_list([newest_whole(output_dir) if is_main_process else None])
     if checkpoint and not checkpoint.exists():
         raise UserError(
-            f"{checkpoint} is not on this machine: to resume, --output_dir must be on a disk that all machines share"
+            f"{checkpoint} is not on this machine: to resume, and to train in heats, --output_dir must be on a disk "
+            "that all machines share. Or train in one: --recipe full --lr_scheduler_type linear"
         )
-    if checkpoint:
-        say("resume", f"from {checkpoint}")
     return checkpoint
+
+
+def check_named(checkpoint: Path) -> None:
+    """Refuse a checkpoint that is not as it was written.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    damage = find_damage(checkpoint) if (checkpoint / HASHES).exists() else None
+    if damage:
+        raise UserError(f"{checkpoint} is damaged: {damage}. Use another, or --resume_from_checkpoint auto")
 
 
 def load_weights(model: PreTrainedModel, checkpoint: Path) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
@@ -131,6 +132,26 @@ def fit_path(
         minimise(standardised, labels, weight, bias, strength)
         folded = weight.detach() / scale
         yield LinearProbe(folded, bias.detach() - folded @ mean, strength, float("nan"))
+
+
+def cross_fit(
+    features: torch.Tensor, labels: torch.Tensor, folds: np.ndarray, classes: int, strengths: tuple[float, ...]
+) -> torch.Tensor:
+    """Return logits [S, N, C] by probes of each strength that have not learned from the row's fold.
+
+    Args:
+        features: float32 [N, D], on the device of the fits.
+        labels: int64 [N], on the same device.
+        folds: int [N].
+        classes: how many there are, C.
+        strengths: the penalties, S of them.
+    """
+    logits = features.new_zeros((len(strengths), len(labels), classes))
+    for fold in np.unique(folds):
+        rows, held_out = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
+        for number, probe in enumerate(fit_path(features[rows], labels[rows], classes, strengths)):
+            logits[number, held_out] = probe.logits(features[held_out])
+    return logits
 
 
 def minimise(

@@ -139,10 +139,11 @@ def test_output_dir_that_is_not_empty_is_refused():
     with pytest.raises(UserError, match="already holds something"):
         parse_arguments(["--output_dir", "mine/thesis.txt"])
     Path("mine/checkpoint-5").mkdir()
+    line = ["--recipe", "full", "--output_dir", "mine", "--resume_from_checkpoint", "mine/checkpoint-5"]
     with pytest.raises(UserError, match="checkpoint-5 is not a checkpoint"):
-        parse_arguments(["--output_dir", "mine", "--resume_from_checkpoint", "mine/checkpoint-5"])
+        parse_arguments(line)
     Path("mine/checkpoint-5/trainer_state.json").write_text("{}")
-    resumed = parse_arguments(["--output_dir", "mine", "--resume_from_checkpoint", "mine/checkpoint-5"])
+    resumed = parse_arguments(line)
     assert resumed[2].output_dir == "mine"
 
 

@@ -124,6 +124,10 @@ def test_folds_score_every_image_once(timm_checkpoint, tmp_path):
     [
         (["--folds", "1"], "--folds is 1, but there must be at least two"),
         (["--folds", "3", "--fold", "1/3"], "--folds runs every fold: leave --fold out"),
+        (
+            ["--resume_from_checkpoint", "out/checkpoint-5"],
+            "a race of recipes resumes with --resume_from_checkpoint auto",
+        ),
         (["--time_limit", "0"], "--time_limit is 0.0, but must be a number above 0"),
     ],
 )
@@ -162,7 +166,16 @@ def test_cross_fitted_losses_are_those_of_images_that_were_not_learned_from():
     assert cross_fitted_losses(telling, labels, folds).mean() < 0.6
 
 
-def test_refit_that_is_refused_learns_from_train_alone():
+def test_refit_is_done_unless_it_is_refused():
     plan = Plan(("train", "validation"), 50, 40, 1.0, "the time limit")
-    assert not plan.pays and plan.learned_from == ("train",)
-    assert plan._replace(refusal="").learned_from == ("train", "validation")
+    assert not plan.pays and plan._replace(refusal="").pays
+
+
+def test_weights_that_are_not_refit_have_learned_from_train_alone(timm_checkpoint, tmp_path):
+    draw_folder(tmp_path / "images", per_class=12)
+    metrics = run(tmp_path, timm_checkpoint, "--recipe", "probe", "--refit", "none")
+    learned = (tmp_path / "out/learned_from.txt").read_text().split()
+    assert len(learned) == metrics["data"]["splits"]["train"]["n"] < 36
+    assert not (tmp_path / "out/scored").exists() and metrics["refit"]["done"] is False
+    folds = run(tmp_path, timm_checkpoint, "--recipe", "probe", "--refit", "none", "--folds", "3", out="folds")
+    assert 0 < len((tmp_path / "folds/learned_from.txt").read_text().split()) < folds["test"]["n"]
