@@ -51,6 +51,10 @@ class ModelError(Exception):
     """A model that the user can mend: its name, its files or its image size; the message says how."""
 
 
+class HubUnreachable(ModelError):
+    """A model of the Hub, which cannot be reached from here."""
+
+
 class SimpleCNNConfig(PreTrainedConfig):
     """Configuration of `SimpleCNNForImageClassification`; only the labels vary."""
 
@@ -293,23 +297,24 @@ def _from_pretrained(
             trust_remote_code=False,
         )
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelError(_why_not_loaded(model_name, error)) from error
+        raise _explain(model_name, error) from error
     finally:
         logging.set_verbosity(verbosity)
     fresh = set(loading["missing_keys"]) | {entry[0] for entry in loading["mismatched_keys"]}
     return model, image_processor, fresh, own
 
 
-def _why_not_loaded(model_name: str, error: Exception) -> str:
+def _explain(model_name: str, error: Exception) -> ModelError:
+    """Return what went wrong in words, with advice."""
     first_line = str(error).strip().splitlines()[0]
     if Path(model_name).is_dir():
-        return f"cannot load a model from the folder {model_name}: {first_line}"
+        return ModelError(f"cannot load a model from the folder {model_name}: {first_line}")
     if "connect" in str(error):
-        return (
+        return HubUnreachable(
             f"cannot reach the Hub for the model {model_name}, and there is no such folder or cached model. Connect "
             "this machine, or give a folder with a saved model; to train, efficientnet_lite0 needs no network"
         )
-    return (
+    return ModelError(
         f"cannot load {model_name} from the Hub as an image classifier: {first_line} "
         "Check the name on the Hub; a private or gated model needs `hf auth login`"
     )

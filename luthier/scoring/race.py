@@ -1,8 +1,8 @@
 """Which way of fine-tuning suits the images: arms run in heats, and go on as long as it pays.
 
-The probe comes first and is free of noise from training. After the first heat the worse half of the arms ends, after
-the second all but one (successive halving, Jamieson and Talwalkar 2016). From the second heat on, arms are compared by
-where a power law through their last two heats leads, and not by where they stand.
+The probe comes first and is free of noise from training. From the second heat on, arms are compared by where a power
+law through their last two heats leads at the end of the longest training, and not by where they stand. After each of
+these heats the worst arm ends, and every arm that does not lead beyond the best loss so far.
 """
 
 import json
@@ -25,7 +25,9 @@ from luthier.training.trainer import SafeTrainer, model_of, train
 
 RECORD = "race.json"  # in the directory of a run: its finished heats
 FAR = 3.0  # times the probe's loss that the arms may have after the first heat, and go on
-MIN_GAIN, LEAST_GAIN = 0.02, 0.005  # that another heat must promise: a share of the best loss so far, and in nats
+MIN_GAIN, LEAST_GAIN = 0.05, 0.005  # that the rest of an arm must promise: a share of the best loss, and in nats
+
+TINY = 1e-9  # a loss that is as good as none
 
 
 class Heat(NamedTuple):
@@ -183,7 +185,8 @@ def race(arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: s
             _write_record(course.run_dir, heats, arm.is_main_process)
         if reason:
             break
-        alive, reason = _who_goes_on(heats, running, number, probe)
+        # An arm that was asked for is compared with itself alone.
+        alive, reason = _who_goes_on(heats, running, number, probe if len(arms) > 1 else None)
         if reason:
             break
     finished = [arm for arm in arms if _results(heats, arm)]
@@ -212,35 +215,31 @@ def keep_best(
 
 def predict_loss(before: Heat, now: Heat, epochs: float) -> float:
     """Return the loss that a power law through two heats predicts after a number of epochs."""
-    slope = math.log(now.loss / before.loss) / math.log(now.epochs / before.epochs)
+    ratio = max(now.loss, TINY) / max(before.loss, TINY)
+    slope = math.log(ratio) / math.log(now.epochs / before.epochs)
     return now.loss * (epochs / now.epochs) ** min(slope, 0.0)
 
 
 def _who_goes_on(heats: list[Heat], running: list[Arm], number: int, probe: Candidate | None) -> tuple[list[Arm], str]:
     """Return the arms that run the next heat, or none and why the race ends here."""
-    best = min([heat.loss for heat in heats] + ([probe.loss] if probe else []))
-    ahead = []
-    for arm in running:
-        results = _results(heats, arm)
-        if number + 1 == len(arm.ends):
-            continue
-        if number == 0:
-            predicted = results[-1].loss
-            if not probe or predicted < FAR * probe.loss:
-                ahead.append((predicted, arm))
-        else:
-            epochs = results[-1].epochs
-            predicted = predict_loss(results[-2], results[-1], epochs * arm.ends[number + 1] / arm.ends[number])
-            if predicted < best - max(MIN_GAIN * best, LEAST_GAIN):
-                ahead.append((predict_loss(results[-2], results[-1], epochs * arm.ends[-1] / arm.ends[number]), arm))
+    left = [arm for arm in running if number + 1 < len(arm.ends)]
+    if not left:
+        return [], "its last heat"
+    losses = [heat.loss for heat in heats if math.isfinite(heat.loss)]
+    if number == 0:  # too early for more: a new head starts far behind, and often comes out ahead
+        near = not probe or any(loss < FAR * probe.loss for loss in losses)
+        return (left, "") if near else ([], "the probe far ahead")
+    best = min([*losses, probe.loss if probe else math.inf])
+    predicted = {}
+    for arm in left:
+        before, now = _results(heats, arm)[-2:]
+        predicted[arm.recipe.name] = predict_loss(before, now, now.epochs * arm.ends[-1] / arm.ends[number])
+    wanted = best - max(MIN_GAIN * best, LEAST_GAIN)
+    ahead = [arm for arm in left if predicted[arm.recipe.name] < wanted]
     if not ahead:
-        finished = any(number + 1 == len(arm.ends) for arm in running)
-        if finished:
-            return [], "its last heat"
-        return [], "the probe far ahead" if number == 0 else "no more gain in sight"
-    ahead.sort(key=lambda pair: pair[0])
-    places = math.ceil(len(running) / 2)
-    return [arm for _, arm in ahead[:places]], ""
+        return [], "no more gain in sight"
+    ahead.sort(key=lambda arm: predicted[arm.recipe.name])
+    return ahead[: max(1, len(running) - 1)], ""
 
 
 def _advance(

@@ -19,7 +19,7 @@ from luthier.scoring.metrics import standard_error
 from luthier.terminal import say
 from luthier.training.features import compute_features
 from luthier.training.probe import cross_fit
-from models import EFFICIENTNETS, ModelError, change_view, linear_head, takes_size
+from models import EFFICIENTNETS, HubUnreachable, ModelError, change_view, linear_head, takes_size
 
 IMAGES = 192  # of train that are looked at, at most
 FOLDS = 4
@@ -202,9 +202,12 @@ def choose_backbone(
     for name in (*EFFICIENTNETS, *HUB_BACKBONES):
         try:
             model, image_processor = build(name)
+        except HubUnreachable:
+            say("backbone", "the Hub cannot be reached: only the built-in ones are compared")
+            break
         except ModelError as error:
-            say("backbone", f"{name} and those after it are left out: {str(error).split(':')[0].split(',')[0]}")
-            break  # without the Hub there is none of the others either
+            say("backbone", f"{name} is left out: {error}")
+            continue
         loss = float(sample.losses(model, image_processor).mean())
         tried.append(Backbone(name, loss, 1000 * sample.seconds / len(sample.labels)))
     affordable = [backbone for backbone in tried if backbone.milliseconds <= milliseconds] or tried[:1]

@@ -51,7 +51,7 @@ RECIPES = {
         Recipe("head", "new", 1.0, 1e-2, 0.0, 1.0, 1, 5, (1.0,)),
         # Fine-tuning the upper layers from the probe (Kumar et al. 2022). The result may be averaged with the start,
         # as in WiSE-FT (Wortsman et al. 2022).
-        Recipe("lp_ft", "probe", 0.5, 3e-4, 1.0, 0.7, 3, None, (0.5, 1.0)),
+        Recipe("lp_ft", "probe", 0.5, 3e-4, 1.0, 0.7, 4, None, (0.5, 1.0)),
         # Every layer, with a new head.
         Recipe("full", "new", 0.0, 2e-3, 0.1, 1.0, 4, None, (1.0,)),
         # Every layer, from a probe.

@@ -30,10 +30,21 @@ def candidate(losses: list[float], name: str = "full") -> Candidate:
 ARMS = [arm("lp_ft"), arm("full"), arm("full_from_probe")]
 
 
-def test_worse_half_ends_after_the_first_heat():
-    tried = heats(lp_ft=[0.4], full=[1.0], full_from_probe=[0.5])
-    alive, reason = _who_goes_on(tried, ARMS, 0, candidate([0.45, 0.45], "probe"))
-    assert [each.recipe.name for each in alive] == ["lp_ft", "full_from_probe"] and not reason
+def test_no_arm_ends_after_the_first_heat():
+    tried = heats(lp_ft=[0.4], full=[4.0], full_from_probe=[0.5])
+    assert _who_goes_on(tried, ARMS, 0, candidate([0.45, 0.45], "probe")) == (ARMS, "")
+
+
+def test_worst_arm_ends_after_each_later_heat():
+    probe, tried = (
+        candidate([0.45, 0.45], "probe"),
+        heats(lp_ft=[0.4, 0.38], full=[1.0, 0.4], full_from_probe=[0.5, 0.3]),
+    )
+    alive, _ = _who_goes_on(tried, ARMS, 1, probe)
+    assert {each.recipe.name for each in alive} == {"full_from_probe", "full"}
+    tried += heats(full=[1.0, 0.4, 0.15], full_from_probe=[0.5, 0.3, 0.2])[2::3]
+    alive, _ = _who_goes_on(tried, alive, 2, probe)
+    assert [each.recipe.name for each in alive] == ["full"]
 
 
 def test_probe_that_is_far_ahead_ends_the_race():

@@ -1,0 +1,96 @@
+"""Which backbone `--model_name auto` takes, with a local stand-in for the Hub and random weights."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import PROJECT, draw_folder
+from hub_server import Hub
+from safetensors.torch import save_file
+from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
+
+from luthier.scoring.screening import HUB_BACKBONES, choose_backbone
+from models import EFFICIENTNETS, HubUnreachable, ModelError
+
+CANDIDATES = (*EFFICIENTNETS, *HUB_BACKBONES)
+
+
+class FakeSample:
+    """A sample whose losses and seconds are given, by the name that `build` has returned as the model."""
+
+    labels = np.zeros(10)
+
+    def __init__(self, losses: dict[str, float], seconds: dict[str, float]):
+        self.given, self.seconds_of, self.seconds = losses, seconds, 0.0
+
+    def losses(self, model: str, image_processor: None) -> np.ndarray:
+        self.seconds = self.seconds_of.get(model, 0.1)
+        return np.full(10, self.given.get(model, 1.0))
+
+
+def choose(losses: dict[str, float], seconds: dict[str, float] | None = None, missing: dict | None = None) -> str:
+    def build(name: str) -> tuple[str, None]:
+        if name in (missing or {}):
+            raise missing[name]
+        return name, None
+
+    return choose_backbone("auto", build, FakeSample(losses, seconds or {}), milliseconds=40)
+
+
+def test_auto_takes_the_lowest_loss_within_the_budget():
+    losses = {CANDIDATES[1]: 0.5, CANDIDATES[3]: 0.4, CANDIDATES[4]: 0.3}
+    assert choose(losses) == CANDIDATES[4]
+    assert choose(losses, {CANDIDATES[4]: 0.41}) == CANDIDATES[3]
+    assert choose({}, dict.fromkeys(CANDIDATES, 9.0)) == CANDIDATES[0], "the first one may exceed the budget"
+
+
+def test_auto_without_some_or_all_of_the_hub(capsys):
+    losses = {CANDIDATES[1]: 0.5, CANDIDATES[4]: 0.3}
+    assert choose(losses, missing={CANDIDATES[2]: ModelError("gone")}) == CANDIDATES[4]
+    assert f"{CANDIDATES[2]} is left out: gone" in capsys.readouterr().out
+    assert choose(losses, missing={CANDIDATES[2]: HubUnreachable("no network")}) == CANDIDATES[1]
+    assert "only the built-in ones are compared" in capsys.readouterr().out
+
+
+def test_name_that_is_given_is_kept():
+    assert choose_backbone("simple_cnn", None, None, 40) == "simple_cnn"
+
+
+def add_backbone(server: Hub, name: str, architecture: str, folder: Path) -> None:
+    """Add a tiny timm model with random weights to the server, in the layout of timm's repositories."""
+    cfg = {"input_size": [3, 64, 64], "interpolation": "bicubic", "crop_pct": 0.9, "crop_mode": "center"}
+    cfg |= {"mean": [0.5] * 3, "std": [0.5] * 3, "num_classes": 5, "architecture": architecture}
+    torch.manual_seed(0)
+    config = TimmWrapperConfig(architecture=architecture, num_labels=5, pretrained_cfg=dict(cfg))
+    folder.mkdir(parents=True)
+    weights = TimmWrapperForImageClassification(config).timm_model.state_dict()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = {"architecture": architecture, "num_classes": 5, "pretrained_cfg": cfg}
+    (folder / "config.json").write_text(json.dumps(settings))
+    server.add("models", name, folder)
+
+
+@pytest.mark.slow
+def test_auto_loads_the_backbones_of_the_hub(tmp_path):
+    draw_folder(tmp_path / "images", per_class=12)
+    there = dict(zip(HUB_BACKBONES[:3], ("test_efficientnet", "test_convnext", "test_resnet"), strict=True))
+    with Hub() as server:
+        for name, architecture in there.items():
+            add_backbone(server, name, architecture, tmp_path / "hub" / architecture)
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+        line = [sys.executable, str(PROJECT / "train.py"), "--data_dir", "images", "--model_name", "auto"]
+        done = subprocess.run(
+            [*line, "--recipe", "probe", "--milliseconds", "10000", "--output_dir", "out"],
+            cwd=tmp_path, env=inherited | server.environment(tmp_path / "home"), capture_output=True, text=True,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (said,) = (line for line in done.stdout.splitlines() if "loss of a probe, time an image" in line)
+    assert all(f"{name} 0." in said or f"{name} 1." in said for name in (*EFFICIENTNETS, *there))
+    assert all(f"{name} is left out: " in done.stdout for name in HUB_BACKBONES[3:])
+    losses = {part.split()[0]: float(part.split()[1][:-1]) for part in said.split("time an image: ")[1].split("; ")}
+    assert said.split()[1].rstrip(";") == min(losses, key=losses.get)
