@@ -9,8 +9,11 @@ caches, and is timed from its start. All tools start from the same ImageNet weig
 tools get Luthier's cut of train and validation. Nothing is chosen by test images: they make the table only.
 
 Luthier's accuracy is that of the model it ships. `as scored` is that of the weights before the refit. A
-contestant's regret on a data set is how far its mean accuracy over the seeds is below the best contestant's. Finished
-runs are kept in --out and not run again. The tables go to suite.md, the runs to suite.csv, the chart to suite.png.
+contestant's regret on a data set is how far its mean accuracy over the seeds is below the best contestant's. A
+seed also decides which of the images that are not test are for validation.
+
+Finished runs are kept in --out and not run again. The tables go to suite.md, the runs to suite.csv, the chart to
+suite.png. `--runs suite.csv` adds runs that were made elsewhere, which are not run again either.
 """
 
 import argparse
@@ -73,20 +76,23 @@ def main() -> None:
     parser.add_argument("--also", type=Path, nargs="*", default=[], help="more data sets")
     parser.add_argument("--without_openmoji", action="store_true", help="leave OpenMoji out")
     parser.add_argument("--sets", nargs="*", help="which data sets, by name (default: all)")
-    parser.add_argument("--seeds", type=int, default=3, help="training seeds (default: 3)")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of training and of the cut (default: 3)")
     parser.add_argument("--only", nargs="*", choices=[*LUTHIER, *OTHERS], help="which contestants (default: all)")
     parser.add_argument("--checkout", type=Path, default=PROJECT, help="the checkout of Luthier that is measured")
+    parser.add_argument("--runs", type=Path, nargs="*", default=[], help="suite.csv of earlier times")
     parser.add_argument("--out", type=Path, default=Path("outputs/suite"), help="where the runs are kept")
     args = parser.parse_args()
     out = args.out.resolve()
     folders = collect_sets(args.folder, args.also, not args.without_openmoji, out / "data")
+    known = {(run.data, run.contestant, run.seed): run for path in args.runs for run in read_csv(path)}
     runs = []
     for seed in range(1, args.seeds + 1):
         for name, folder in folders.items():
             if not args.sets or name in args.sets:
                 for contestant in args.only or [*LUTHIER, *OTHERS]:
-                    runs.append(run_once(name, folder, contestant, seed, out, args.checkout.resolve()))
-    tables = f"{accuracy_table(runs)}\n\n{summary_table(runs)}\n"
+                    run = known.get((name, contestant, seed))
+                    runs.append(run or run_once(name, folder, contestant, seed, out, args.checkout.resolve()))
+    tables = f"{accuracy_table(runs)}\n\n{summary_table(runs)}\n\n{refit_sentence(runs)}\n"
     print(f"\n{tables}", end="")
     (out / "suite.md").write_text(tables, encoding="utf-8")
     write_csv(runs, out / "suite.csv")
@@ -145,7 +151,7 @@ def run_once(data: str, folder: Path, contestant: str, seed: int, out: Path, che
             if contestant in LUTHIER:
                 run = run_luthier(data, folder, contestant, seed, temporary, checkout, environment)
             else:
-                run = run_other(data, cut(data, folder, out), contestant, seed, environment)
+                run = run_other(data, cut(data, folder, seed, out), contestant, seed, environment)
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps(run._asdict(), indent=2))
         print(f"{data}, {contestant}, seed {seed}: {run.accuracy:.1%}, {run.seconds:.0f} s  {run.said}", flush=True)
@@ -158,7 +164,7 @@ def run_luthier(
     """Train as a user would, and score what is shipped."""
     accelerate = [str(Path(sys.executable).parent / "accelerate"), "launch", "--quiet"]
     line = [*accelerate, str(checkout / "train.py"), "--data_dir", str(folder), *LUTHIER[contestant]]
-    line += ["--seed", str(seed), "--output_dir", f"{temporary}/out", "--disable_tqdm", "1"]
+    line += ["--seed", str(seed), "--split_seed", str(seed), "--output_dir", f"{temporary}/out", "--disable_tqdm", "1"]
     _, seconds = timed(line, environment, checkout)
     metrics = json.loads((temporary / "out/metrics.json").read_text())
     scored = shipped = metrics["test"]["accuracy"]
@@ -169,13 +175,13 @@ def run_luthier(
     return Run(data, contestant, seed, shipped, scored, seconds, metrics["recipe"].get("kept", ""))
 
 
-def cut(data: str, folder: Path, out: Path) -> Path:
+def cut(data: str, folder: Path, seed: int, out: Path) -> Path:
     """Return a folder with Luthier's cut of a data set."""
     from data import load_splits
 
-    target = out / "cut" / data
+    target = out / "cut" / f"{data}-seed{seed}"
     if not target.exists():
-        splits, _ = load_splits(data_dir=str(folder))
+        splits, _ = load_splits(data_dir=str(folder), split_seed=seed)
         link_splits(splits, {split: split for split in splits}, target)
     return target
 
@@ -253,6 +259,28 @@ def summary_table(runs: list[Run]) -> str:
             f"| {mean(run.seconds for run in own):.0f} |"
         )
     return "\n".join(lines)
+
+
+def refit_sentence(runs: list[Run]) -> str:
+    """Return what the refit gains over the weights that were scored, with a 95% interval over the runs."""
+    import numpy as np
+
+    gains = np.array([100 * (run.accuracy - run.scored) for run in runs if run.contestant in LUTHIER])
+    if len(gains) < 2:
+        return "Too few runs to tell what the refit gains."
+    drawn = np.random.default_rng(0).choice(gains, (10_000, len(gains))).mean(axis=1)
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return f"The refit gains {gains.mean():+.1f} points ({low:+.1f} to {high:+.1f}; paired, {len(gains)} runs)."
+
+
+def read_csv(path: Path) -> list[Run]:
+    """Return the runs of a file of `write_csv`."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return [
+        Run(**row | {"seed": int(row["seed"])} | {key: float(row[key]) for key in ("accuracy", "scored", "seconds")})
+        for row in rows
+    ]
 
 
 def write_csv(runs: list[Run], path: Path) -> None:
