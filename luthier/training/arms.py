@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import EvalPrediction, PreTrainedModel, SchedulerType, Trainer, TrainerCallback, TrainingArguments
 
+from luthier.fusion import fuse_for_training
 from luthier.training.heats import Schedule, first_heat, heat_ends
 from luthier.training.layers import freeze
 from luthier.training.recipe import Recipe
@@ -88,6 +89,8 @@ class Arm(NamedTuple):
         """Return a Trainer with a copy of the model, at the arm's start."""
         model = self.workshop.copy(self.start)
         freeze(model, self.recipe.frozen)
+        height, width = self.rows["train"][0]["pixel_values"].shape[-2:]
+        model = fuse_for_training(model, (height, width))
         shop = self.workshop
         return build_trainer(
             model, self.recipe, self.training_args, self.rows, shop.collate, shop.compute_metrics, shop.callbacks,
