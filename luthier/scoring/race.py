@@ -2,7 +2,7 @@
 
 The probe comes first and is free of noise from training. From the second heat on, arms are compared by where a power
 law through their last two heats leads at the end of the longest training, and not by where they stand. After each of
-these heats the worst arm ends, and every arm that does not lead beyond the best loss so far.
+these heats the worst arm ends, and every arm that does not lead beyond the probe and the best arm so far.
 """
 
 import json
@@ -18,6 +18,7 @@ from transformers import Trainer
 from luthier.scoring.selection import Candidate, choose, load_candidate, score_candidates
 from luthier.terminal import Stopwatch, plural, say
 from luthier.training.arms import Arm, State, Workshop, plan_arm
+from luthier.training.callbacks import EpochTable
 from luthier.training.checkpoints import check_named, checkpoints_by_step, newest_shared, step_of
 from luthier.training.recipe import Recipe
 from luthier.training.signals import Stop
@@ -161,14 +162,16 @@ def race(arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: s
     if named:
         check_named(named)
         _drop_later(arms[0], named)
-    alive, reason, last, said = list(arms), "", None, resume is None
+    alive, reason, last, begun = list(arms), "", None, False
 
     def advance(arm: Arm, number: int) -> tuple[Arm, SafeTrainer, list[Candidate]]:
-        nonlocal said, named
+        nonlocal begun, named
         checkpoint = named or newest_shared(arm.folder, arm.is_main_process)
-        if not said:
+        if resume and not begun:
             say("resume", _where(checkpoint, heats))
-        said, named = True, named if named and step_of(named) >= arm.ends[number] else None
+        if not begun:
+            EpochTable.write_header(arm.training_args)
+        begun, named = True, named if named and step_of(named) >= arm.ends[number] else None
         return _advance(arm, number, course, checkpoint)
 
     for number in range(max((len(arm.ends) for arm in arms), default=0)):
@@ -229,12 +232,12 @@ def _who_goes_on(heats: list[Heat], running: list[Arm], number: int, probe: Cand
     if number == 0:  # too early for more: a new head starts far behind, and often comes out ahead
         near = not probe or any(loss < FAR * probe.loss for loss in losses)
         return (left, "") if near else ([], "the probe far ahead")
-    best = min([*losses, probe.loss if probe else math.inf])
     predicted = {}
     for arm in left:
         before, now = _results(heats, arm)[-2:]
         predicted[arm.recipe.name] = predict_loss(before, now, now.epochs * arm.ends[-1] / arm.ends[number])
-    wanted = best - max(MIN_GAIN * best, LEAST_GAIN)
+    best = min(losses, default=math.inf)
+    wanted = min(best - max(MIN_GAIN * best, LEAST_GAIN), probe.loss if probe else math.inf)
     ahead = [arm for arm in left if predicted[arm.recipe.name] < wanted]
     if not ahead:
         return [], "no more gain in sight"
@@ -269,9 +272,9 @@ def _result(heats: list[Heat], arm: Arm, number: int) -> Heat | None:
 
 
 def _expected_seconds(heats: list[Heat], arm: Arm, number: int) -> float:
-    """Return the seconds that a heat will take, by those of the arm's last one; 0 before the first."""
+    """Return the seconds that a heat will take, by those of the arm's last one, or by another arm's first one."""
     if number == 0:
-        return 0.0
+        return max((heat.seconds for heat in heats), default=0.0)
     lengths = [end - begin for begin, end in zip((0, *arm.ends), arm.ends, strict=False)]
     return _results(heats, arm)[-1].seconds * lengths[number] / lengths[number - 1]
 

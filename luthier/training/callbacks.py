@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 
 from tqdm.auto import tqdm
-from transformers import ProgressCallback, TrainerCallback
+from transformers import ProgressCallback, TrainerCallback, TrainingArguments
 
 from luthier.terminal import Stopwatch, Tenths
 
@@ -49,20 +49,30 @@ class EpochTable(TrainerCallback):
 
     It also measures the training accuracy, on the augmented views and while the weights change, and adds it to the
     Trainer's log history as `train_accuracy`.
+
+    Args:
+        recipe: name in the rows.
     """
 
     HEADER = (
-        "         ------ train ------   --------- validation ---------\n"
-        "epoch        loss   accuracy        loss   accuracy   macro F1   seconds"
+        "       ----- train -----   ------- validation --------\n"
+        "epoch    loss   accuracy     loss  accuracy   macro F1  seconds  recipe"
     )
+
+    def __init__(self, recipe: str):
+        self.recipe = recipe
+
+    @classmethod
+    def write_header(cls, args: TrainingArguments) -> None:
+        """Print the names of the columns, where rows will follow."""
+        if args.process_index == 0 and args.eval_strategy != "no":
+            tqdm.write(cls.HEADER)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.correct, self.seen = 0, 0
         self.train = {}
         self.epoch_start = time.perf_counter()
         self.hook = model.register_forward_hook(self._count, with_kwargs=True)
-        if state.is_world_process_zero and state.global_step == 0 and args.eval_strategy != "no":
-            tqdm.write(self.HEADER)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
@@ -73,9 +83,10 @@ class EpochTable(TrainerCallback):
         if "eval_loss" in logs and state.is_world_process_zero:
             now = time.perf_counter()
             tqdm.write(
-                f"{state.epoch:5.4g}  {self.train.get('loss', float('nan')):10.3f}"
-                f"  {self.train.get('accuracy', float('nan')):9.1%}  {logs['eval_loss']:10.3f}"
-                f"  {logs['eval_accuracy']:9.1%}  {logs['eval_macro_f1']:9.3f}  {now - self.epoch_start:8.1f}"
+                f"{state.epoch:5.4g}  {self.train.get('loss', float('nan')):6.3f}"
+                f"  {self.train.get('accuracy', float('nan')):9.1%}  {logs['eval_loss']:7.3f}"
+                f"  {logs['eval_accuracy']:8.1%}  {logs['eval_macro_f1']:9.3f}  {now - self.epoch_start:7.1f}"
+                f"  {self.recipe}"
             )
             self.epoch_start = now
 

@@ -243,7 +243,7 @@ def build_trainer(
         limit = training_args.save_total_limit or round(training_args.num_train_epochs)
         check_disk_space(Path(str(training_args.output_dir)), trainer.checkpoint_size(), limit)
     _replace_progress(trainer)
-    for callback in (SetEpoch(train_dataset.set_epoch), EpochTable(), *callbacks):
+    for callback in (SetEpoch(train_dataset.set_epoch), EpochTable(recipe.name), *callbacks):
         trainer.add_callback(callback)
     return trainer
 

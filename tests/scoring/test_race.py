@@ -81,11 +81,12 @@ def test_power_law_goes_through_both_heats_and_never_rises():
     assert predict_loss(second, first._replace(epochs=7.0), 15.0) == 0.8
 
 
-def test_weights_must_be_ahead_of_the_probe_beyond_doubt():
-    probe = candidate([0.4, 0.6, 0.5, 0.5], "probe")
-    ahead, doubtful = candidate([0.3, 0.5, 0.4, 0.4]), candidate([1.9, 0.01, 0.04, 0.01])
-    assert choose([probe, ahead]) is ahead
-    assert doubtful.loss < probe.loss and choose([probe, doubtful]) is probe
+def test_probe_must_be_ahead_beyond_doubt():
+    probe, better = candidate([0.4, 0.6, 0.5, 0.5], "probe"), candidate([0.3, 0.5, 0.4, 0.4])
+    worse, doubtful = candidate([0.5, 0.7, 0.6, 0.65]), candidate([2.1, 0.01, 0.04, 0.01])
+    assert choose([probe, better]) is better and choose([probe, worse]) is probe
+    assert doubtful.loss > probe.loss and choose([probe, doubtful]) is doubtful
+    assert choose([probe, worse, doubtful]) is doubtful
     assert choose([doubtful, candidate([5.0, 5.0, 5.0, 5.0])]) is doubtful  # without a probe the best one
 
 
