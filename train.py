@@ -127,8 +127,8 @@ def fine_tune(arguments: "Arguments", stop: "Stop", stopwatch: Stopwatch) -> tup
     # Train
     run_dir, resume = Path(str(training_args.output_dir)), training_args.resume_from_checkpoint
     only_trained = model_args.keep == "trained" and recipes[0].name != "probe"
-    course = Course(labels, stop, run_dir, stopwatch, model_args.time_limit, only_trained)
-    baseline = None if only_trained else score_probe(workshop, probe.starts, rows["validation"], labels)
+    course = Course(labels, probe.yardstick, stop, run_dir, stopwatch, model_args.time_limit, only_trained)
+    baseline = None if only_trained else score_probe(workshop, probe, rows["validation"], labels)
     outcome = race(enter(recipes, workshop, rows, probe.starts, run_dir), baseline, course, resume)
 
     # Evaluate

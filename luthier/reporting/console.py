@@ -122,7 +122,7 @@ def say_race(outcome: Outcome, probe: Candidate | None, kept: Candidate) -> None
     for arm in dict.fromkeys(heat.arm for heat in outcome.heats):
         last = [heat for heat in outcome.heats if heat.arm == arm][-1]
         tried.append(f"{arm} {last.loss:.3f} ({_epochs(last.epochs)}, {outcome.seconds_of(arm):.0f} s)")
-    say("race", f"validation loss: {', '.join(tried)}")
+    say("race", f"validation loss, corrected: {', '.join(tried)}")
     if outcome.reason:
         say("", f"it ended with {outcome.reason}")
     arm_name = "" if kept.is_probe else f"{kept.arm}, "

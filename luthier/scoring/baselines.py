@@ -6,16 +6,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import DatasetDict
+from torch import nn
 from transformers import Trainer
 
-from luthier.scoring.audit import suspect_labels
+from luthier.images.splits import stratified_folds
+from luthier.scoring.audit import MAX_CELLS, suspect_labels
 from luthier.scoring.learning_curve import probe_learning_curve
-from luthier.scoring.metrics import fit_temperature, score, wilson_interval
+from luthier.scoring.metrics import Yardstick, fit_temperature, score, wilson_interval
 from luthier.training.features import load_features
-from luthier.training.probe import LinearProbe, fit_shared_probes, state_with_probe
+from luthier.training.probe import LinearProbe, cross_fit, fit_shared_probes, state_with_probe
 from luthier.training.trainer import model_of
 from models import linear_head
+
+FOLDS = 4  # of the yardstick: as many images as the probe learns from where validation is a quarter
 
 
 class ProbeResults(NamedTuple):
@@ -24,6 +29,7 @@ class ProbeResults(NamedTuple):
     Attributes:
         starts: the model's state with the probe as its head, on every process, by `recipe.Recipe.start`.
         strength: the probe's penalty, on every process.
+        yardstick: corrects validation losses, on every process; None where there are too many images and classes.
         features: of every split, float32 [N, D].
         baseline: of `probe_baseline`.
         logits: float [N, C] of test, calibrated.
@@ -33,6 +39,7 @@ class ProbeResults(NamedTuple):
 
     starts: Mapping[str, dict[str, torch.Tensor]] = MappingProxyType({})
     strength: float | None = None
+    yardstick: Yardstick | None = None
     features: dict[str, torch.Tensor] | None = None
     baseline: dict | None = None
     logits: np.ndarray | None = None
@@ -74,16 +81,41 @@ def measure_probe(
     probe, soft = fit_shared_probes(trainer, known or None, references)
     if announce and known:
         announce(probe_baseline(probe, known, references, labels)[0]["validation"])
+    corrects = build_yardstick(known, splits, probe.strength, trainer.args.device) if known else None
+    (yardstick,) = broadcast_object_list([corrects])
     features = load_features(trainer, head, *rows["test"]) if "test" in rows else None  # an audit may have no test
     starts = {"probe": state_with_probe(model, head, probe), "soft probe": state_with_probe(model, head, soft)}
     if not trainer.is_world_process_zero():
-        return ProbeResults(starts, probe.strength)
+        return ProbeResults(starts, probe.strength, yardstick)
     known |= {} if features is None else {"test": features}
     baseline, logits = probe_baseline(probe, known, references, labels)
     everything, device = torch.cat(list(known.values())), trainer.args.device
     suspects = suspect_labels(splits, everything.to(device), probe.strength)
     curve = probe_learning_curve(splits, known, probe, device) if with_learning_curve else None
-    return ProbeResults(starts, probe.strength, known, baseline, logits, suspects, curve)
+    return ProbeResults(starts, probe.strength, yardstick, known, baseline, logits, suspects, curve)
+
+
+def build_yardstick(
+    features: Mapping[str, torch.Tensor], splits: DatasetDict, strength: float, device: torch.device
+) -> Yardstick | None:
+    """Return what corrects validation losses; None where there are too many images and classes for it.
+
+    Args:
+        features: float32 [N, D] of train and validation.
+        splits: as loaded.
+        strength: of the probes.
+        device: of the fits.
+    """
+    both = [splits[split] for split in ("train", "validation")]
+    labels, groups = (np.concatenate([dataset[column][:] for dataset in both]) for column in ("label", "group"))
+    classes = both[0].features["label"].num_classes
+    if len(labels) * classes > MAX_CELLS:
+        return None
+    everything, truth = torch.cat([features["train"], features["validation"]]).to(device), torch.tensor(labels)
+    folds = stratified_folds(labels, groups, FOLDS, seed=0)
+    (logits,) = cross_fit(everything, truth.to(device), folds, classes, (strength,))
+    losses = nn.functional.cross_entropy(logits.cpu(), truth, reduction="none").double().numpy()
+    return Yardstick(losses[len(both[0]) :], float(losses.mean()))
 
 
 def majority_baseline(data: Mapping) -> dict:

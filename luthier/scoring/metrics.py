@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import evaluate
 import numpy as np
@@ -118,6 +118,28 @@ def score(logits: np.ndarray, references: np.ndarray, labels: list[str]) -> dict
 def standard_error(values: np.ndarray) -> float:
     """Return the standard error of the mean of values [N]."""
     return float(values.std() / math.sqrt(len(values)))
+
+
+class Yardstick(NamedTuple):
+    """What corrects the losses of validation images that happen to be easier or harder than others.
+
+    It is a control variate: the losses of linear probes that have learned neither from an image nor from its
+    duplicates, which are known for the images of train too.
+
+    Attributes:
+        losses: float64 [N], of the validation images.
+        mean: over the images of train and validation.
+    """
+
+    losses: np.ndarray
+    mean: float
+
+    def correct(self, losses: np.ndarray) -> np.ndarray:
+        """Return losses [N] with the mean to expect of images as hard as those of train and validation together."""
+        deviations = self.losses - self.losses.mean()
+        spread = (deviations**2).mean()
+        slope = ((losses - losses.mean()) * deviations).mean() / spread if spread > 0 else 0.0
+        return losses + np.clip(slope, 0, 1) * (self.mean - self.losses)
 
 
 def log_loss(logits: np.ndarray, references: np.ndarray) -> float:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from accelerate.utils import broadcast_object_list
 from transformers import Trainer
 
+from luthier.scoring.metrics import Yardstick
 from luthier.scoring.selection import Candidate, choose, load_candidate, score_candidates
 from luthier.terminal import Stopwatch, plural, say
 from luthier.training.arms import Arm, State, Workshop, plan_arm
@@ -38,7 +39,7 @@ class Heat(NamedTuple):
         arm: name of its recipe.
         step: at which the heat ended.
         epochs: that the arm has trained so far.
-        loss: calibrated validation loss of its best weights so far.
+        loss: of its best weights so far, see `selection.Candidate.loss`.
         accuracy: on validation, of the same weights.
         seconds: that the heat took, with its evaluation.
     """
@@ -97,6 +98,7 @@ class Course(NamedTuple):
 
     Attributes:
         labels: the classes' names.
+        yardstick: of `baselines.measure_probe`.
         stop: the signal handler.
         run_dir: the directory of the run.
         stopwatch: of the run.
@@ -105,6 +107,7 @@ class Course(NamedTuple):
     """
 
     labels: list[str]
+    yardstick: Yardstick | None
     stop: Stop
     run_dir: Path
     stopwatch: Stopwatch
@@ -252,7 +255,9 @@ def _advance(
     trainer = arm.trainer()
     train(trainer, arm.ends[number] if arm.schedule else None, checkpoint, course.stop, course.run_dir)
     shares = (1.0,) if course.only_trained else arm.recipe.shares
-    candidates = score_candidates(trainer, arm.rows["validation"], arm.start, shares, course.labels, arm.recipe.name)
+    candidates = score_candidates(
+        trainer, arm.rows["validation"], arm.start, shares, course.labels, course.yardstick, arm.recipe.name
+    )
     return arm, trainer, candidates
 
 

@@ -1,13 +1,21 @@
 """Which weights a run ends with: those that are best on validation, calibrated."""
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.special import log_softmax
 from transformers import PreTrainedModel, Trainer
 
-from luthier.scoring.metrics import choose_threshold, fit_temperature, reliability, score, selective, standard_error
+from luthier.scoring.baselines import ProbeResults
+from luthier.scoring.metrics import (
+    Yardstick,
+    choose_threshold,
+    fit_temperature,
+    reliability,
+    score,
+    selective,
+    standard_error,
+)
 from luthier.training.arms import State, Workshop
 from luthier.training.layers import divide_logits
 from luthier.training.recipe import blend
@@ -29,7 +37,7 @@ class Candidate(NamedTuple):
         threshold: the confidence below which they are unsure.
         validation: their score once calibrated, see `metrics.score`.
         uncalibrated: their score before.
-        losses: float64 [N], the calibrated cross-entropy of each validation image.
+        losses: float64 [N], the calibrated cross-entropy of each validation image, corrected by a yardstick.
         arm: name of the recipe that trained them.
     """
 
@@ -43,8 +51,8 @@ class Candidate(NamedTuple):
 
     @property
     def loss(self) -> float:
-        """The calibrated validation loss."""
-        return self.validation["log_loss"]
+        """What is compared: the mean of the corrected losses."""
+        return max(float(self.losses.mean()), 0.0)
 
     @property
     def is_probe(self) -> bool:
@@ -58,6 +66,7 @@ def score_candidates(
     start: State | None,
     shares: tuple[float, ...],
     labels: list[str],
+    yardstick: Yardstick | None,
     arm: str,
 ) -> list[Candidate]:
     """Score the weights on the way from an arm's start to the trained ones, each calibrated.
@@ -70,6 +79,7 @@ def score_candidates(
         start: the state that training began with; None where only share 1 makes sense.
         shares: the candidates, see `recipe.Recipe`.
         labels: the classes' names.
+        yardstick: of `baselines.measure_probe`; None corrects nothing.
         arm: name of the recipe.
     """
     model = model_of(trainer)
@@ -83,17 +93,19 @@ def score_candidates(
         validation, uncalibrated = (score(each, references, labels) for each in (calibrated, logits))
         threshold = round(choose_threshold(calibrated, references), 4)
         losses = -log_softmax(calibrated.astype(np.float64), axis=-1)[np.arange(len(logits)), references]
+        losses = yardstick.correct(losses) if yardstick else losses
         candidates.append(Candidate(share, temperature, threshold, validation, uncalibrated, losses, arm))
     model.load_state_dict(end)
     return candidates
 
 
-def score_probe(workshop: Workshop, starts: Mapping[str, State], rows: Any, labels: list[str]) -> Candidate | None:
+def score_probe(workshop: Workshop, probe: ProbeResults, rows: Any, labels: list[str]) -> Candidate | None:
     """Score the probe as the head of the model, on the rows of validation; None where there is no probe."""
-    if "probe" not in starts:
+    if "probe" not in probe.starts:
         return None
-    (probe,) = score_candidates(workshop.predictor(starts["probe"]), rows, None, (1.0,), labels, "probe")
-    return probe
+    trainer = workshop.predictor(probe.starts["probe"])
+    (candidate,) = score_candidates(trainer, rows, None, (1.0,), labels, probe.yardstick, "probe")
+    return candidate
 
 
 def choose(candidates: list[Candidate]) -> Candidate:

@@ -37,6 +37,12 @@ def test_probe_gives_a_baseline_starting_weights_and_suspect_labels(measure):
     assert set(probe.baseline) == {"validation", "test", "strength"}
     assert set(probe.starts) == {"probe", "soft probe"} and probe.learning_curve is None
     assert isinstance(probe.suspect_labels, list)
+    assert len(probe.yardstick.losses) == probe.baseline["validation"]["n"] and 0 < probe.yardstick.mean < 10
+
+
+def test_yardstick_is_left_out_where_it_would_take_minutes(measure, monkeypatch):
+    monkeypatch.setattr(module, "MAX_CELLS", 10)
+    assert measure().yardstick is None
 
 
 def test_model_from_scratch_has_no_probe(measure):

@@ -7,6 +7,7 @@ import pytest
 from transformers import EvalPrediction
 
 from luthier.scoring.metrics import (
+    Yardstick,
     build_compute_metrics,
     fit_temperature,
     log_loss,
@@ -90,3 +91,20 @@ def test_temperature_stays_moderate_if_every_prediction_is_correct():
     assert 0.3 < temperature < 3
     assert log_loss(logits / temperature, references) < 0.2
     assert fit_temperature(np.full((3, 3), np.nan), np.arange(3)) == 1
+
+
+def test_yardstick_corrects_for_easy_images():
+    rng = np.random.default_rng(0)
+    hardness = rng.exponential(size=20_000)
+    losses = 0.5 * hardness + rng.exponential(0.1, size=20_000)
+    easy = np.argsort(hardness + rng.normal(size=20_000))[:5000]  # as a validation split may be by bad luck
+    yardstick = Yardstick(hardness[easy], hardness.mean())
+    assert losses[easy].mean() < 0.8 * losses.mean()
+    assert yardstick.correct(losses[easy]).mean() == pytest.approx(losses.mean(), rel=0.02)
+
+
+def test_yardstick_changes_nothing_where_it_knows_nothing():
+    losses = np.array([0.1, 0.9, 0.4])
+    assert np.array_equal(Yardstick(np.full(3, 0.2), 0.5).correct(losses), losses)  # all images alike
+    unrelated = Yardstick(np.array([1.0, 0.0, 1.0]), 0.5)  # the slope is below zero
+    assert np.array_equal(unrelated.correct(losses), losses)
