@@ -29,6 +29,7 @@ RECORD = "race.json"  # in the directory of a run: its finished heats
 FAR = 3.0  # times the probe's loss that the arms may have after the first heat, and go on
 MIN_GAIN, LEAST_GAIN = 0.05, 0.005  # that the rest of an arm must promise: a share of the best loss, and in nats
 
+ENOUGH = 0.04  # nats, the probe's loss below which there is no race: about one error in a hundred images
 TINY = 1e-9  # a loss that is as good as none
 
 
@@ -61,6 +62,7 @@ class Outcome(NamedTuple):
         candidates: the winner's.
         heats: all of them, in the order in which they were run.
         reason: why the race ended, for people.
+        earlier: seconds of the heats that an interrupted part of the run had finished.
     """
 
     arm: Arm | None = None
@@ -68,6 +70,7 @@ class Outcome(NamedTuple):
     candidates: Sequence[Candidate] = ()
     heats: Sequence[Heat] = ()
     reason: str = ""
+    earlier: float = 0.0
 
     @property
     def best_step(self) -> int:
@@ -160,8 +163,11 @@ def race(arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: s
     Raises:
         UserError: see `trainer.train`.
     """
+    if probe and len(arms) > 1 and probe.loss < ENOUGH:
+        return Outcome(reason="the probe, which leaves little to gain")
     named = Path(resume) if resume and resume != "auto" else None
     heats = _read_record(course.run_dir, named) if resume else []
+    earlier = sum(heat.seconds for heat in heats)
     if named:
         check_named(named)
         _drop_later(arms[0], named)
@@ -189,20 +195,18 @@ def race(arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: s
             last = advance(arm, number)
             heats.append(_describe(last, arm, number, course.stopwatch.total() - begin))
             _write_record(course.run_dir, heats, arm.is_main_process)
-        if reason:
-            break
-        # An arm that was asked for is compared with itself alone.
-        alive, reason = _who_goes_on(heats, running, number, probe if len(arms) > 1 else None)
+        if not reason:  # an arm that was asked for is compared with itself alone
+            alive, reason = _who_goes_on(heats, running, number, probe if len(arms) > 1 else None)
         if reason:
             break
     finished = [arm for arm in arms if _results(heats, arm)]
     if not finished:  # there was nothing to train, or no time
-        return Outcome(heats=heats, reason=reason)
+        return Outcome(heats=heats, reason=reason, earlier=earlier)
     winner = min(finished, key=lambda arm: _results(heats, arm)[-1].loss)
     if last is None or last[0] is not winner:
         last = None
         last = advance(winner, len(_results(heats, winner)) - 1)
-    return Outcome(*last, heats, reason)
+    return Outcome(*last, heats, reason, earlier)
 
 
 def keep_best(

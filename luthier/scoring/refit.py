@@ -55,7 +55,7 @@ def plan_refit(splits: DatasetDict, own_test: bool, result: Result, option: str)
     images, scored_on = sum(len(splits[split]) for split in used), len(result.learned_from)
     seconds, course = result.outcome.seconds_of(result.kept.arm) * images / scored_on, result.course
     refusal = ""
-    (elapsed,) = broadcast_object_list([course.stopwatch.total()])
+    (elapsed,) = broadcast_object_list([course.stopwatch.total() + result.outcome.earlier])
     if option == "none":
         refusal = "--refit none"
     elif seconds > elapsed:

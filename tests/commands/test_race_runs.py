@@ -1,7 +1,6 @@
 """Complete runs of the race, the refit, cross-validation, the time limit, and the choice of a view."""
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +11,14 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import pipeline
 
+import luthier.scoring.race as race
 import train
 from luthier.scoring.refit import Plan
 from luthier.scoring.screening import cross_fitted_losses
 
+# The probe is out of the race: random features of a tiny model suit colours better than any training.
+RACE = ["--per_device_train_batch_size", "16", "--num_train_epochs", "14"]
+RACE += ["--keep", "trained", "--learning_rate", "2e-3"]
 SCORED_KEYS = ("validation", "test", "unsure")
 
 
@@ -33,7 +36,7 @@ def raced(timm_checkpoint, tmp_path_factory):
     draw_folder(folder / "images", per_class=30)
     for seed in range(8):  # or the probe would leave nothing to learn
         draw("red", 5000 + seed).save(folder / f"images/blue/{seed}-red.png")
-    return folder, run(folder, timm_checkpoint)
+    return folder, run(folder, timm_checkpoint, *RACE)
 
 
 def test_race_runs_every_recipe_and_stops_the_losers_early(raced):
@@ -41,10 +44,11 @@ def test_race_runs_every_recipe_and_stops_the_losers_early(raced):
     heats = metrics["race"]["heats"]
     tried = {heat["arm"] for heat in heats}
     assert tried == {"lp_ft", "full_from_probe", "full"}
-    counts = [sum(heat["arm"] == arm for heat in heats) for arm in tried]
-    assert min(counts) == 1 and metrics["race"]["ended"]
+    counts = sorted(sum(heat["arm"] == arm for heat in heats) for arm in tried)
+    assert counts[0] == 2 < counts[-1] and metrics["race"]["ended"] == "its last heat"
     assert all(heat["loss"] > 0 and heat["seconds"] > 0 for heat in heats)
-    assert metrics["validation"]["log_loss"] <= metrics["baselines"]["linear_probe"]["validation"]["log_loss"] + 1e-4
+    winner = min(tried, key=lambda arm: [heat["loss"] for heat in heats if heat["arm"] == arm][-1])
+    assert metrics["recipe"]["recipe"].startswith(f"{winner}: ")
 
 
 def test_report_shows_what_was_tried(raced):
@@ -55,20 +59,25 @@ def test_report_shows_what_was_tried(raced):
     assert "the shipped weights were then refit on all 98" in (folder / "out/README.md").read_text()
 
 
-def test_interrupted_race_ends_like_an_uninterrupted_one(raced, timm_checkpoint):
-    """Cut after the first heat of the first recipe, and in the middle of the race."""
+def test_interrupted_race_ends_like_an_uninterrupted_one(raced, timm_checkpoint, monkeypatch):
+    """Cut after the first heat of the first recipe, and in the second heats."""
     folder, whole = raced
-    first = whole["race"]["heats"][0]
-    for name, kept in (("cut", 1), ("cut later", 3)):
-        shutil.rmtree(folder / name, ignore_errors=True)
-        for heat in whole["race"]["heats"][:kept]:
-            source = folder / f"out/race/{heat['arm']}/checkpoint-{heat['step']}"
-            shutil.copytree(source, folder / name / "race" / heat["arm"] / source.name)
-        record = json.loads((folder / "out/race.json").read_text())[:kept]
-        (folder / name / "race.json").write_text(json.dumps(record))
-        again = run(folder, timm_checkpoint, "--resume_from_checkpoint", "auto", out=name)
+    write_record = race._write_record
+    for name, kept in (("cut", 1), ("cut later", 5)):
+
+        def cut(run_dir: Path, heats: list[race.Heat], is_main_process: bool, kept: int = kept) -> None:
+            write_record(run_dir, heats, is_main_process)
+            if len(heats) == kept:
+                raise SystemExit
+
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr(race, "_write_record", cut)
+            run(folder, timm_checkpoint, *RACE, out=name)
+        assert not (folder / name / "metrics.json").exists()
+        begun = json.loads((folder / name / "race.json").read_text())
+        again = run(folder, timm_checkpoint, *RACE, "--resume_from_checkpoint", "auto", out=name)
         assert [heat["arm"] for heat in again["race"]["heats"]] == [heat["arm"] for heat in whole["race"]["heats"]]
-        assert again["race"]["heats"][0]["seconds"] == first["seconds"]  # it was not run again
+        assert again["race"]["heats"][:kept] == begun  # with the same seconds: they were not run again
         assert all(again[key] == whole[key] for key in SCORED_KEYS)
         weights, expected = (load_file(folder / each / "model.safetensors") for each in (name, "out"))
         assert all(torch.equal(weights[key], tensor) for key, tensor in expected.items())

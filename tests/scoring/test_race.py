@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from luthier.scoring.race import FAR, Heat, _who_goes_on, predict_loss
+from luthier.scoring.race import FAR, Heat, _who_goes_on, predict_loss, race
 from luthier.scoring.selection import Candidate, choose
 
 
@@ -93,3 +93,8 @@ def test_probe_must_be_ahead_beyond_doubt():
 def test_weights_that_diverged_are_not_kept():
     broken, probe = candidate([math.nan] * 4), candidate([0.5] * 4, "probe")
     assert choose([broken, probe]) is probe and choose([probe, broken]) is probe
+
+
+def test_no_race_where_the_probe_leaves_little_to_gain():
+    outcome = race(ARMS, candidate([0.01] * 4, "probe"), None, None)
+    assert outcome.arm is None and not outcome.heats and "little to gain" in outcome.reason
