@@ -199,7 +199,8 @@ def test_page_in_a_browser(page, name, width, scheme):
 def test_readme_image_has_the_shape_of_the_default_runs_report(tmp_path, launch):
     from benchmarks.screenshot import take
 
-    result = launch("train.py", "--output_dir", "efficientnet_lite0_openmoji", "--learning_curve", cwd=tmp_path)
+    options = ["--output_dir", "efficientnet_lite0_openmoji", "--learning_curve", "--time_limit", "1"]
+    result = launch("train.py", *options, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     report = tmp_path / "efficientnet_lite0_openmoji/report.html"
     assert "All emojis designed by OpenMoji" in report.read_text(encoding="utf-8")
