@@ -64,8 +64,8 @@ def test_there_is_one_word_for_an_image():
 
 def test_readme_begins_with_a_sentence_an_image_and_a_table():
     text = (PROJECT / "README.md").read_text()
-    assert [text.index(part) for part in ("Fine-tune an image", "![", "| model |", "## Start")] == sorted(
-        text.index(part) for part in ("Fine-tune an image", "![", "| model |", "## Start")
+    assert [text.index(part) for part in ("Fine-tune an image", "![", "| images |", "## Start")] == sorted(
+        text.index(part) for part in ("Fine-tune an image", "![", "| images |", "## Start")
     )
     assert "pip install -r requirements.txt\naccelerate launch train.py\n" in text
     assert "CC BY-SA 4.0" in text and "OpenMoji" in text
