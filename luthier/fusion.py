@@ -104,7 +104,7 @@ def _fuse_forward(model: PreTrainedModel, pixel_values: torch.Tensor) -> None:
             continue
         # Not by hooks, which cannot replace a forward pass. A partial is copied with the modules that it holds.
         vars(convolution)["forward"] = functools.partial(_convolve_and_norm, convolution, norm)
-        vars(norm)["forward"] = functools.partial(_after_norm(norm))
+        vars(norm)["forward"] = _after_norm(norm)
 
 
 def _convolve_and_norm(convolution: nn.Conv2d, norm: nn.BatchNorm2d, features: torch.Tensor) -> torch.Tensor:
