@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel, Trainer
 
 from luthier.images.splits import stratified_folds
@@ -23,7 +22,8 @@ from models import EFFICIENTNETS, HubUnreachable, ModelError, change_view, linea
 
 IMAGES = 192  # of train that are looked at, at most
 FOLDS = 4
-STRENGTHS = (0.3, 0.03, 0.003)
+STRENGTHS = (3.0, 0.3, 0.03, 0.003)
+GUESS = 0.05  # share of a prediction that is a guess at random, so that no single surprise decides
 LEAST_SIDE = 32  # pixels; what a model sees is a multiple of it
 COARSE = 0.625  # side at which fits are compared, in sides of the model's own view
 # Besides the built-in ones, where the Hub can be reached; all of them under the Apache License 2.0 (docs/usage.md).
@@ -43,8 +43,7 @@ class View(NamedTuple):
     Attributes:
         fit: see `models.change_view`.
         side: in pixels.
-        losses: float64 [N], the probe's cross-entropy of each image, by folds that did not learn from it; None where
-            it was not tried at this side.
+        losses: float64 [N], of a probe, see `cross_fitted_losses`; None where it was not tried at this side.
     """
 
     fit: str
@@ -58,8 +57,7 @@ class View(NamedTuple):
 
     def is_better(self, other: "View") -> bool:
         """Tell whether the mean loss is lower by more than its standard error, image by image."""
-        if self.losses is None or other.losses is None:
-            return False
+        assert self.losses is not None and other.losses is not None  # both were tried
         return self.loss < other.loss - standard_error(other.losses - self.losses)
 
 
@@ -69,7 +67,7 @@ def choose_view(
     """Choose how a model sees the images; return its image processor, the choice, and after it all that was tried.
 
     The model's own crop gives way to the whole image only where that is better beyond doubt. Where the images are
-    smaller than what the model sees, it sees them at about their own size, unless more is better beyond doubt.
+    smaller than what the model sees, their own size, twice that, and so on are tried too, and the best one is taken.
 
     Args:
         model: the config of a timm model is changed with the view.
@@ -82,14 +80,17 @@ def choose_view(
     if not enabled or linear_head(model) is None or side != wide:
         return image_processor, []
     own, cfg = image_processor, getattr(model.config, "pretrained_cfg", None)
+    tried: dict[tuple[str, int], View] = {}
 
     def show(fit: str, pixels: int) -> View:
-        try:
-            processor = own if (fit, pixels) == ("own", side) else change_view(model, own, pixels, fit)
-            return View(fit, pixels, sample.losses(model, processor))
-        finally:
-            if cfg is not None:
-                model.config.pretrained_cfg = cfg
+        if (fit, pixels) not in tried:
+            try:
+                processor = own if (fit, pixels) == ("own", side) else change_view(model, own, pixels, fit)
+                tried[fit, pixels] = View(fit, pixels, sample.losses(model, processor))
+            finally:
+                if cfg is not None:
+                    model.config.pretrained_cfg = cfg
+        return tried[fit, pixels]
 
     coarse = LEAST_SIDE * round(COARSE * side / LEAST_SIDE)  # enough to compare the fits, in half of the time
     coarse = coarse if takes_size(model, coarse) else side
@@ -99,14 +100,21 @@ def choose_view(
             fits.append(show(fit, coarse))
     best = min(fits, key=lambda view: view.loss)
     fit = best.fit if best.is_better(fits[0]) else "own"
-    chosen, tried = View(fit, side, None), fits
-    least = LEAST_SIDE * math.ceil(sample.shorter_side / LEAST_SIDE)
-    if any_side and least <= 0.75 * side and takes_size(model, least):
-        small, large = show(fit, least), show(fit, side)
-        chosen, tried = large if large.is_better(small) else small, [*fits, small, large]
+    chosen = View(fit, side, None)
+    smaller = [pixels for pixels in _smaller_sides(sample.shorter_side, side) if takes_size(model, pixels)]
+    if any_side and smaller:
+        chosen = min((show(fit, pixels) for pixels in (*smaller, side)), key=lambda view: view.loss)
     if (chosen.fit, chosen.side) != ("own", side):
         image_processor = change_view(model, own, chosen.side, chosen.fit)
-    return image_processor, [chosen, *tried]
+    return image_processor, [chosen, *tried.values()]
+
+
+def _smaller_sides(shorter_side: int, side: int) -> list[int]:
+    """Return the images' own size in pixels, twice that, and so on, as far as it is well below a model's own side."""
+    sides = [LEAST_SIDE * math.ceil(shorter_side / LEAST_SIDE)]
+    while sides[-1] <= 0.75 * side:
+        sides.append(2 * sides[-1])
+    return sides[:-1]
 
 
 class Sample:
@@ -221,13 +229,16 @@ def choose_backbone(
 def cross_fitted_losses(features: torch.Tensor, labels: torch.Tensor, folds: np.ndarray) -> np.ndarray:
     """Return the cross-entropy of each image by a probe that has not learned from its fold, float64 [N].
 
-    Of several penalties the one with the lowest mean counts.
+    Of several penalties the one with the lowest mean counts. A probability is mixed with a guess, or a few images of
+    which a probe is wrongly sure would outweigh all others.
 
     Args:
         features: float32 [N, D].
         labels: int64 [N].
         folds: int [N].
     """
-    logits = cross_fit(features, labels, folds, int(labels.max()) + 1, STRENGTHS)
-    losses = [nn.functional.cross_entropy(each, labels, reduction="none").double().numpy() for each in logits]
-    return min(losses, key=lambda each: each.mean())
+    classes = int(labels.max()) + 1
+    logits = cross_fit(features, labels, folds, classes, STRENGTHS)
+    true = logits.double().softmax(dim=-1)[:, torch.arange(len(labels)), labels]
+    losses = -torch.log((1 - GUESS) * true + GUESS / classes)
+    return losses[losses.mean(dim=1).argmin()].numpy()

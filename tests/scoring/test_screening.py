@@ -14,8 +14,8 @@ from hub_server import Hub
 from safetensors.torch import save_file
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
-from luthier.scoring.screening import HUB_BACKBONES, choose_backbone
-from models import EFFICIENTNETS, HubUnreachable, ModelError
+from luthier.scoring.screening import HUB_BACKBONES, choose_backbone, choose_view, cross_fitted_losses
+from models import EFFICIENTNETS, HubUnreachable, ModelError, build_model
 
 CANDIDATES = (*EFFICIENTNETS, *HUB_BACKBONES)
 
@@ -59,6 +59,39 @@ def test_auto_without_some_or_all_of_the_hub(capsys):
 
 def test_name_that_is_given_is_kept():
     assert choose_backbone("simple_cnn", None, None, 40) == "simple_cnn"
+
+
+@pytest.mark.parametrize(
+    "shorter_side, best, tried",
+    [(28, 128, {32, 64, 128, 256}), (28, 256, {32, 64, 128, 256}), (150, 160, {160, 256}), (200, 256, set())],
+)
+def test_small_images_are_tried_at_their_own_size_and_its_doubles(shorter_side, best, tried):
+    class Recorder:
+        is_square = True
+
+        def __init__(self):
+            self.shorter_side, self.sides = shorter_side, []
+
+        def losses(self, model: object, image_processor: object) -> np.ndarray:
+            self.sides.append(image_processor.data_config["input_size"][-1])
+            return np.full(10, 1.0 if self.sides[-1] == best else 2.0)
+
+    model, image_processor = build_model("efficientnet_lite0", {0: "a", 1: "b"})
+    sample = Recorder()
+    processor, views = choose_view(model, image_processor, sample, enabled=True, any_side=True)
+    assert processor.data_config["input_size"][-1] == views[0].side == best
+    assert set(sample.sides) == tried | {160} and len(sample.sides) == len(views) - 1, (
+        "the fits at 160 px, each view once"
+    )
+
+
+def test_one_surprise_does_not_decide():
+    """A feature tells the classes of all images but one, of which the probe is then wrongly sure."""
+    labels = torch.arange(60) % 2
+    telling = 20 * torch.nn.functional.one_hot(labels, 8).float() + torch.randn(60, 8)
+    telling[0] = telling[1]
+    losses = cross_fitted_losses(telling, labels, np.arange(60) % 4)
+    assert losses.argmax() == 0 and 2 < losses[0] < np.log(2 / 0.05) + 1e-6 and losses[1:].mean() < 0.1
 
 
 def add_backbone(server: Hub, name: str, architecture: str, folder: Path) -> None:
