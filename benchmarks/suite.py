@@ -8,18 +8,24 @@ Luthier cuts it. OpenMoji is added unless --without_openmoji is given. Every run
 caches, and is timed from its start. All tools start from the same ImageNet weights of EfficientNet-Lite0. The other
 tools get Luthier's cut of train and validation. Nothing is chosen by test images: they make the table only.
 
+    python -m benchmarks.suite FOLDER --only probe "probe of lite2" "probe of auto"
+
+compares backbones, and what `--model_name auto` chooses, by their probes.
+
 Luthier's accuracy is that of the model it ships. `as scored` is that of the weights before the refit. A
 contestant's regret on a data set is how far its mean accuracy over the seeds is below the best contestant's. A
 seed also decides which of the images that are not test are for validation.
 
 Finished runs are kept in --out and not run again. The tables go to suite.md, the runs to suite.csv, the chart to
-suite.png. `--runs suite.csv` adds runs that were made elsewhere, which are not run again either.
+suite.png. `--runs suite.csv` adds runs that were made elsewhere, which are not run again either; their seconds may be
+left empty where they do not compare with those measured here.
 """
 
 import argparse
 import csv
 import io
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -42,6 +48,10 @@ LUTHIER = {  # the options of train.py
     "full": ["--recipe", "full"],
     "full, long": ["--recipe", "full", "--num_train_epochs", "30"],
 }
+BACKBONES = {  # the same; not run unless asked for
+    "probe of lite2": ["--recipe", "probe", "--model_name", "efficientnet_lite2"],
+    "probe of auto": ["--recipe", "probe", "--model_name", "auto"],
+}
 OTHERS = {  # the tool and its setting, see benchmarks.time_to_accuracy
     "plain Trainer": ("plain Trainer", {"size": 224, "epochs": 8, "lr": 5e-4, "batch": 32}),
     "fastai": ("fastai", {"size": 224, "epochs": 5, "lr": 2e-3}),
@@ -56,7 +66,7 @@ class Run(NamedTuple):
         data, contestant, seed: what was run.
         accuracy: of the model that is shipped, on test.
         scored: of the weights before the refit; the same where there is no refit.
-        seconds: of the whole process.
+        seconds: of the whole process; NaN where they are not known.
         said: what the run said of its choice.
     """
 
@@ -77,7 +87,7 @@ def main() -> None:
     parser.add_argument("--without_openmoji", action="store_true", help="leave OpenMoji out")
     parser.add_argument("--sets", nargs="*", help="which data sets, by name (default: all)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of training and of the cut (default: 3)")
-    parser.add_argument("--only", nargs="*", choices=[*LUTHIER, *OTHERS], help="which contestants (default: all)")
+    parser.add_argument("--only", nargs="*", choices=[*LUTHIER, *BACKBONES, *OTHERS], help="which contestants")
     parser.add_argument("--checkout", type=Path, default=PROJECT, help="the checkout of Luthier that is measured")
     parser.add_argument("--runs", type=Path, nargs="*", default=[], help="suite.csv of earlier times")
     parser.add_argument("--out", type=Path, default=Path("outputs/suite"), help="where the runs are kept")
@@ -148,7 +158,7 @@ def run_once(data: str, folder: Path, contestant: str, seed: int, out: Path, che
         with tempfile.TemporaryDirectory() as folder_of_run:
             temporary = Path(folder_of_run)
             environment = os.environ | {"HF_HOME": f"{temporary}/cache", "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"}
-            if contestant in LUTHIER:
+            if contestant in LUTHIER | BACKBONES:
                 run = run_luthier(data, folder, contestant, seed, temporary, checkout, environment)
             else:
                 run = run_other(data, cut(data, folder, seed, out), contestant, seed, environment)
@@ -163,7 +173,7 @@ def run_luthier(
 ) -> Run:
     """Train as a user would, and score what is shipped."""
     accelerate = [str(Path(sys.executable).parent / "accelerate"), "launch", "--quiet"]
-    line = [*accelerate, str(checkout / "train.py"), "--data_dir", str(folder), *LUTHIER[contestant]]
+    line = [*accelerate, str(checkout / "train.py"), "--data_dir", str(folder), *(LUTHIER | BACKBONES)[contestant]]
     line += ["--seed", str(seed), "--split_seed", str(seed), "--output_dir", f"{temporary}/out", "--disable_tqdm", "1"]
     _, seconds = timed(line, environment, checkout)
     metrics = json.loads((temporary / "out/metrics.json").read_text())
@@ -215,7 +225,7 @@ def average(runs: list[Run], data: str, contestant: str, value: Callable[[Run], 
 
 def contestants(runs: list[Run]) -> list[str]:
     """Return the contestants, in the order of the tables."""
-    return [name for name in (*LUTHIER, *OTHERS) if any(run.contestant == name for run in runs)]
+    return [name for name in (*LUTHIER, *BACKBONES, *OTHERS) if any(run.contestant == name for run in runs)]
 
 
 def regrets(runs: list[Run], contestant: str) -> dict[str, float]:
@@ -239,7 +249,7 @@ def accuracy_table(runs: list[Run]) -> str:
             accuracy, seconds = (
                 average(runs, data, name, value) for value in (lambda run: run.accuracy, lambda run: run.seconds)
             )
-            cells.append("" if accuracy is None else f"{100 * accuracy:.1f}, {seconds:.0f} s")
+            cells.append("" if accuracy is None else f"{100 * accuracy:.1f}{_say_seconds(seconds, ', ')}")
         lines.append(f"| {data} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -253,19 +263,27 @@ def summary_table(runs: list[Run]) -> str:
     for name in contestants(runs):
         own, lost = [run for run in runs if run.contestant == name], regrets(runs, name)
         worst = max(lost, key=lambda data: lost[data])
+        accuracy, scored = (
+            mean(average(own, data, name, value) or 0.0 for data in lost)  # a seed that is missing has no weight
+            for value in (lambda run: run.accuracy, lambda run: run.scored)
+        )
         lines.append(
-            f"| {name} | {len(own)} | {mean(run.accuracy for run in own):.1%} | {mean(run.scored for run in own):.1%} "
+            f"| {name} | {len(own)} | {accuracy:.1%} | {scored:.1%} "
             f"| {100 * mean(lost.values()):.1f} | {100 * lost[worst]:.1f} ({worst}) "
-            f"| {mean(run.seconds for run in own):.0f} |"
+            f"| {_say_seconds(mean(run.seconds for run in own))} |"
         )
     return "\n".join(lines)
+
+
+def _say_seconds(seconds: float, before: str = "") -> str:
+    return "" if math.isnan(seconds) else f"{before}{seconds:.0f} s"
 
 
 def refit_sentence(runs: list[Run]) -> str:
     """Return what the refit gains over the weights that were scored, with a 95% interval over the runs."""
     import numpy as np
 
-    gains = np.array([100 * (run.accuracy - run.scored) for run in runs if run.contestant in LUTHIER])
+    gains = np.array([100 * (run.accuracy - run.scored) for run in runs if run.contestant not in OTHERS])
     if len(gains) < 2:
         return "Too few runs to tell what the refit gains."
     drawn = np.random.default_rng(0).choice(gains, (10_000, len(gains))).mean(axis=1)
@@ -278,7 +296,11 @@ def read_csv(path: Path) -> list[Run]:
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     return [
-        Run(**row | {"seed": int(row["seed"])} | {key: float(row[key]) for key in ("accuracy", "scored", "seconds")})
+        Run(
+            **row
+            | {"seed": int(row["seed"])}
+            | {key: float(row[key] or "nan") for key in ("accuracy", "scored", "seconds")}
+        )
         for row in rows
     ]
 
@@ -301,10 +323,11 @@ def plot_runs(runs: list[Run], path: Path) -> None:
     for name in contestants(runs):
         own = [run for run in runs if run.contestant == name]
         seconds, accuracy = mean(run.seconds for run in own), mean(run.accuracy for run in own)
-        ours = name in LUTHIER
+        if math.isnan(seconds):
+            continue
+        ours = name not in OTHERS
         axes.plot(seconds, accuracy, "o" if ours else "s", color="#D55E00" if ours else "#0072B2", markersize=8)
-        label = name if name == "Luthier" or not ours else f"--recipe {name}"
-        axes.annotate(label, (seconds, accuracy), xytext=(7, 4), textcoords="offset points")
+        axes.annotate(name, (seconds, accuracy), xytext=(7, 4), textcoords="offset points")
     axes.set(
         xlabel="seconds of the whole process, mean over the data sets", ylabel="test accuracy, mean", xlim=(0, None)
     )
