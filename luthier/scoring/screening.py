@@ -66,8 +66,8 @@ def choose_view(
 ) -> tuple[BaseImageProcessor, list[View]]:
     """Choose how a model sees the images; return its image processor, the choice, and after it all that was tried.
 
-    The model's own crop gives way to the whole image only where that is better beyond doubt. Where the images are
-    smaller than what the model sees, their own size, twice that, and so on are tried too, and the best one is taken.
+    The model's own crop gives way to the whole image, and its own side to a smaller one, only where that is better
+    beyond doubt. Smaller sides are tried for small images: their own size, twice that, and so on.
 
     Args:
         model: the config of a timm model is changed with the view.
@@ -80,17 +80,14 @@ def choose_view(
     if not enabled or linear_head(model) is None or side != wide:
         return image_processor, []
     own, cfg = image_processor, getattr(model.config, "pretrained_cfg", None)
-    tried: dict[tuple[str, int], View] = {}
 
     def show(fit: str, pixels: int) -> View:
-        if (fit, pixels) not in tried:
-            try:
-                processor = own if (fit, pixels) == ("own", side) else change_view(model, own, pixels, fit)
-                tried[fit, pixels] = View(fit, pixels, sample.losses(model, processor))
-            finally:
-                if cfg is not None:
-                    model.config.pretrained_cfg = cfg
-        return tried[fit, pixels]
+        try:
+            processor = own if (fit, pixels) == ("own", side) else change_view(model, own, pixels, fit)
+            return View(fit, pixels, sample.losses(model, processor))
+        finally:
+            if cfg is not None:
+                model.config.pretrained_cfg = cfg
 
     coarse = LEAST_SIDE * round(COARSE * side / LEAST_SIDE)  # enough to compare the fits, in half of the time
     coarse = coarse if takes_size(model, coarse) else side
@@ -100,21 +97,24 @@ def choose_view(
             fits.append(show(fit, coarse))
     best = min(fits, key=lambda view: view.loss)
     fit = best.fit if best.is_better(fits[0]) else "own"
-    chosen = View(fit, side, None)
+    chosen, tried = View(fit, side, None), fits
     smaller = [pixels for pixels in _smaller_sides(sample.shorter_side, side) if takes_size(model, pixels)]
     if any_side and smaller:
-        chosen = min((show(fit, pixels) for pixels in (*smaller, side)), key=lambda view: view.loss)
+        large, small = show(fit, side), [show(fit, pixels) for pixels in smaller]
+        best = min(small, key=lambda view: view.loss)
+        chosen, tried = best if best.is_better(large) else large, [*fits, *small, large]
     if (chosen.fit, chosen.side) != ("own", side):
         image_processor = change_view(model, own, chosen.side, chosen.fit)
-    return image_processor, [chosen, *tried.values()]
+    return image_processor, [chosen, *tried]
 
 
 def _smaller_sides(shorter_side: int, side: int) -> list[int]:
-    """Return the images' own size in pixels, twice that, and so on, as far as it is well below a model's own side."""
-    sides = [LEAST_SIDE * math.ceil(shorter_side / LEAST_SIDE)]
-    while sides[-1] <= 0.75 * side:
-        sides.append(2 * sides[-1])
-    return sides[:-1]
+    """Return the images' own size in pixels, twice that, and so on up to half of a model's own side."""
+    sides, pixels = [], LEAST_SIDE * math.ceil(shorter_side / LEAST_SIDE)
+    while pixels <= side / 2:
+        sides.append(pixels)
+        pixels *= 2
+    return sides
 
 
 class Sample:
