@@ -22,10 +22,11 @@ from models import EFFICIENTNETS, HubUnreachable, ModelError, change_view, linea
 
 IMAGES = 192  # of train that are looked at, at most
 FOLDS = 4
-STRENGTHS = (3.0, 0.3, 0.03, 0.003)
+STRENGTHS = (1.0, 0.03)
 GUESS = 0.05  # share of a prediction that is a guess at random, so that no single surprise decides
 LEAST_SIDE = 32  # pixels; what a model sees is a multiple of it
-COARSE = 0.625  # side at which fits are compared, in sides of the model's own view
+COARSE = 0.5  # side at which fits are compared, in sides of the model's own view
+TINY = 0.25  # side of images for which smaller sides are tried, likewise
 # Besides the built-in ones, where the Hub can be reached; all of them under the Apache License 2.0 (docs/usage.md).
 HUB_BACKBONES = (
     "timm/mobilenetv4_conv_medium.e500_r256_in1k",
@@ -67,7 +68,7 @@ def choose_view(
     """Choose how a model sees the images; return its image processor, the choice, and after it all that was tried.
 
     The model's own crop gives way to the whole image, and its own side to a smaller one, only where that is better
-    beyond doubt. Smaller sides are tried for small images: their own size, twice that, and so on.
+    beyond doubt. Smaller sides are tried for tiny images: their own size, twice that, and so on.
 
     Args:
         model: the config of a timm model is changed with the view.
@@ -80,16 +81,19 @@ def choose_view(
     if not enabled or linear_head(model) is None or side != wide:
         return image_processor, []
     own, cfg = image_processor, getattr(model.config, "pretrained_cfg", None)
+    tried: dict[tuple[str, int], View] = {}
 
     def show(fit: str, pixels: int) -> View:
-        try:
-            processor = own if (fit, pixels) == ("own", side) else change_view(model, own, pixels, fit)
-            return View(fit, pixels, sample.losses(model, processor))
-        finally:
-            if cfg is not None:
-                model.config.pretrained_cfg = cfg
+        if (fit, pixels) not in tried:
+            try:
+                processor = own if (fit, pixels) == ("own", side) else change_view(model, own, pixels, fit)
+                tried[fit, pixels] = View(fit, pixels, sample.losses(model, processor))
+            finally:
+                if cfg is not None:
+                    model.config.pretrained_cfg = cfg
+        return tried[fit, pixels]
 
-    coarse = LEAST_SIDE * round(COARSE * side / LEAST_SIDE)  # enough to compare the fits, in half of the time
+    coarse = LEAST_SIDE * round(COARSE * side / LEAST_SIDE)  # enough to compare the fits, in a quarter of the time
     coarse = coarse if takes_size(model, coarse) else side
     fits = [show("own", coarse)]
     for fit in ("squeeze",) if sample.is_square else ("squeeze", "pad"):
@@ -97,21 +101,20 @@ def choose_view(
             fits.append(show(fit, coarse))
     best = min(fits, key=lambda view: view.loss)
     fit = best.fit if best.is_better(fits[0]) else "own"
-    chosen, tried = View(fit, side, None), fits
+    chosen = View(fit, side, None)
     smaller = [pixels for pixels in _smaller_sides(sample.shorter_side, side) if takes_size(model, pixels)]
     if any_side and smaller:
-        large, small = show(fit, side), [show(fit, pixels) for pixels in smaller]
-        best = min(small, key=lambda view: view.loss)
-        chosen, tried = best if best.is_better(large) else large, [*fits, *small, large]
+        large, small = show(fit, side), min((show(fit, pixels) for pixels in smaller), key=lambda view: view.loss)
+        chosen = small if small.is_better(large) else large
     if (chosen.fit, chosen.side) != ("own", side):
         image_processor = change_view(model, own, chosen.side, chosen.fit)
-    return image_processor, [chosen, *tried]
+    return image_processor, [chosen, *tried.values()]
 
 
 def _smaller_sides(shorter_side: int, side: int) -> list[int]:
-    """Return the images' own size in pixels, twice that, and so on up to half of a model's own side."""
+    """Return the sides below a model's own to try: of tiny images their own size in pixels, twice that, and so on."""
     sides, pixels = [], LEAST_SIDE * math.ceil(shorter_side / LEAST_SIDE)
-    while pixels <= side / 2:
+    while shorter_side <= TINY * side and pixels <= side / 2:
         sides.append(pixels)
         pixels *= 2
     return sides
