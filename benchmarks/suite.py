@@ -217,10 +217,10 @@ def timed(line: list[str], environment: dict, folder: Path) -> tuple[str, float]
     return done.stdout, time.perf_counter() - begin
 
 
-def average(runs: list[Run], data: str, contestant: str, value: Callable[[Run], float]) -> float | None:
-    """Return a mean over the seeds; None where nothing was run."""
+def average(runs: list[Run], data: str, contestant: str, value: Callable[[Run], float]) -> float:
+    """Return a mean over the seeds; NaN where nothing was run."""
     values = [value(run) for run in runs if (run.data, run.contestant) == (data, contestant)]
-    return mean(values) if values else None
+    return mean(values) if values else math.nan
 
 
 def contestants(runs: list[Run]) -> list[str]:
@@ -234,8 +234,8 @@ def regrets(runs: list[Run], contestant: str) -> dict[str, float]:
     for data in dict.fromkeys(run.data for run in runs):
         accuracies = {name: average(runs, data, name, lambda run: run.accuracy) for name in contestants(runs)}
         own = accuracies[contestant]
-        if own is not None:
-            found[data] = max(value for value in accuracies.values() if value is not None) - own
+        if not math.isnan(own):
+            found[data] = max(value for value in accuracies.values() if not math.isnan(value)) - own
     return found
 
 
@@ -249,7 +249,7 @@ def accuracy_table(runs: list[Run]) -> str:
             accuracy, seconds = (
                 average(runs, data, name, value) for value in (lambda run: run.accuracy, lambda run: run.seconds)
             )
-            cells.append("" if accuracy is None else f"{100 * accuracy:.1f}{_say_seconds(seconds, ', ')}")
+            cells.append("" if math.isnan(accuracy) else f"{100 * accuracy:.1f}{_say_seconds(seconds, ', ')}")
         lines.append(f"| {data} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -264,7 +264,7 @@ def summary_table(runs: list[Run]) -> str:
         own, lost = [run for run in runs if run.contestant == name], regrets(runs, name)
         worst = max(lost, key=lambda data: lost[data])
         accuracy, scored = (
-            mean(average(own, data, name, value) or 0.0 for data in lost)  # a seed that is missing has no weight
+            mean(average(own, data, name, value) for data in lost)
             for value in (lambda run: run.accuracy, lambda run: run.scored)
         )
         lines.append(
