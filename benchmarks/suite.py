@@ -92,6 +92,8 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, nargs="*", default=[], help="suite.csv of earlier times")
     parser.add_argument("--out", type=Path, default=Path("outputs/suite"), help="where the runs are kept")
     args = parser.parse_args()
+    if not args.folder.is_dir():
+        parser.error(f"there is no folder {args.folder}")
     out = args.out.resolve()
     folders = collect_sets(args.folder, args.also, not args.without_openmoji, out / "data")
     known = {(run.data, run.contestant, run.seed): run for path in args.runs for run in read_csv(path)}
