@@ -160,10 +160,10 @@ def run_once(data: str, folder: Path, contestant: str, seed: int, out: Path, che
         with tempfile.TemporaryDirectory() as folder_of_run:
             temporary = Path(folder_of_run)
             environment = os.environ | {"HF_HOME": f"{temporary}/cache", "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"}
-            if contestant in LUTHIER | BACKBONES:
-                run = run_luthier(data, folder, contestant, seed, temporary, checkout, environment)
-            else:
+            if contestant in OTHERS:
                 run = run_other(data, cut(data, folder, seed, out), contestant, seed, environment)
+            else:
+                run = run_luthier(data, folder, contestant, seed, temporary, checkout, environment)
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps(run._asdict(), indent=2))
         print(f"{data}, {contestant}, seed {seed}: {run.accuracy:.1%}, {run.seconds:.0f} s  {run.said}", flush=True)

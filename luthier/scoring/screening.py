@@ -113,8 +113,10 @@ def choose_view(
 
 def _smaller_sides(shorter_side: int, side: int) -> list[int]:
     """Return the sides below a model's own to try: of tiny images their own size in pixels, twice that, and so on."""
+    if shorter_side > TINY * side:
+        return []
     sides, pixels = [], LEAST_SIDE * math.ceil(shorter_side / LEAST_SIDE)
-    while shorter_side <= TINY * side and pixels <= side / 2:
+    while pixels <= side / 2:
         sides.append(pixels)
         pixels *= 2
     return sides
