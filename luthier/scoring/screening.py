@@ -16,7 +16,7 @@ from luthier.images.splits import stratified_folds
 from luthier.images.views import view_size
 from luthier.scoring.metrics import standard_error
 from luthier.terminal import say
-from luthier.training.features import compute_features
+from luthier.training.features import build_backbone, compute_features, size_of
 from luthier.training.probe import cross_fit
 from models import EFFICIENTNETS, HubUnreachable, ModelError, change_view, linear_head, takes_size
 
@@ -83,28 +83,29 @@ def choose_view(
     own, cfg = image_processor, getattr(model.config, "pretrained_cfg", None)
     tried: dict[tuple[str, int], View] = {}
 
-    def show(fit: str, pixels: int) -> View:
-        if (fit, pixels) not in tried:
-            try:
-                processor = own if (fit, pixels) == ("own", side) else change_view(model, own, pixels, fit)
-                tried[fit, pixels] = View(fit, pixels, sample.losses(model, processor))
-            finally:
-                if cfg is not None:
-                    model.config.pretrained_cfg = cfg
-        return tried[fit, pixels]
+    def show(fits: Sequence[str], pixels: int) -> list[View]:
+        """Try views of one side; leave out what the image processor cannot do."""
+        processors = {}
+        for fit in fits:
+            with contextlib.suppress(ModelError):
+                processors[fit] = own if (fit, pixels) == ("own", side) else change_view(model, own, pixels, fit)
+        if cfg is not None:
+            model.config.pretrained_cfg = cfg
+        all_losses = sample.losses(model, *processors.values())
+        views = [View(fit, pixels, losses) for fit, losses in zip(processors, all_losses, strict=True)]
+        tried.update({(view.fit, view.side): view for view in views})
+        return views
 
     coarse = LEAST_SIDE * round(COARSE * side / LEAST_SIDE)  # enough to compare the fits, in a quarter of the time
     coarse = coarse if takes_size(model, coarse) else side
-    fits = [show("own", coarse)]
-    for fit in ("squeeze",) if sample.is_square else ("squeeze", "pad"):
-        with contextlib.suppress(ModelError):  # not every image processor can do it
-            fits.append(show(fit, coarse))
+    fits = show(("own", "squeeze") if sample.is_square else ("own", "squeeze", "pad"), coarse)
     best = min(fits, key=lambda view: view.loss)
     fit = best.fit if best.is_better(fits[0]) else "own"
     chosen = View(fit, side, None)
     smaller = [pixels for pixels in _smaller_sides(sample.shorter_side, side) if takes_size(model, pixels)]
     if any_side and smaller:
-        large, small = show(fit, side), min((show(fit, pixels) for pixels in smaller), key=lambda view: view.loss)
+        large, *others = (tried.get((fit, pixels)) or show([fit], pixels)[0] for pixels in (side, *smaller))
+        small = min(others, key=lambda view: view.loss)
         chosen = small if small.is_better(large) else large
     if (chosen.fit, chosen.side) != ("own", side):
         image_processor = change_view(model, own, chosen.side, chosen.fit)
@@ -133,7 +134,7 @@ class Sample:
         predictor: returns a Trainer that only predicts with a model.
 
     Attributes:
-        seconds: that the last features took.
+        seconds: that the features of the last image processors took, each.
     """
 
     def __init__(
@@ -150,16 +151,19 @@ class Sample:
         self.shorter_side = int(np.median([min(size) for size in sizes]))
         self.is_square = bool(np.mean([max(size) <= SQUARE * min(size) for size in sizes]) > 0.9)
 
-    def losses(self, model: PreTrainedModel, image_processor: BaseImageProcessor) -> np.ndarray:
-        """Return the cross-fitted loss of a probe for each image, float64 [N], on every process."""
+    def losses(self, model: PreTrainedModel, *image_processors: BaseImageProcessor) -> list[np.ndarray]:
+        """Return for each image processor the cross-fitted loss of each image, float64 [N], on every process.
+
+        All show the images at one size.
+        """
         head = linear_head(model)
         assert head is not None  # asked for before
-        rows, begin = self.rows(image_processor), time.perf_counter()
-        features = compute_features(self.predictor(model), head, rows)
-        self.seconds = time.perf_counter() - begin
-        losses = None
-        if features is not None:
-            losses = cross_fitted_losses(features, torch.from_numpy(self.labels), self.folds)
+        each_rows, begin = [self.rows(each) for each in image_processors], time.perf_counter()
+        trainer, backbone = self.predictor(model), build_backbone(model, head, size_of(each_rows[0]))
+        features = [compute_features(trainer, backbone, rows) for rows in each_rows]
+        self.seconds = (time.perf_counter() - begin) / len(features)
+        labels = torch.from_numpy(self.labels)
+        losses = [cross_fitted_losses(each, labels, self.folds) for each in features if each is not None]
         (shared,) = broadcast_object_list([losses])
         return shared
 
@@ -221,8 +225,8 @@ def choose_backbone(
         except ModelError as error:
             say("backbone", f"{name} is left out: {error}")
             continue
-        loss = float(sample.losses(model, image_processor).mean())
-        tried.append(Backbone(name, loss, 1000 * sample.seconds / len(sample.labels)))
+        (losses,) = sample.losses(model, image_processor)
+        tried.append(Backbone(name, float(losses.mean()), 1000 * sample.seconds / len(sample.labels)))
     affordable = [backbone for backbone in tried if backbone.milliseconds <= milliseconds] or tried[:1]
     best = min(affordable, key=lambda backbone: backbone.loss)
     (name,) = broadcast_object_list([best.name])  # seconds differ between processes

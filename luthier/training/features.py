@@ -14,15 +14,6 @@ from luthier.fusion import fuse_batchnorm
 from luthier.training.trainer import concatenate_batches, model_of
 
 
-def compute_features(trainer: Trainer, head: str, rows: Any) -> torch.Tensor | None:
-    """Return what enters the head of the Trainer's model, float32 [N, D], for every row, and cache nothing.
-
-    The other arguments, the return value and the errors are those of `load_features`.
-    """
-    height, width = rows[0]["pixel_values"].shape[-2:]
-    return _compute_features(trainer, build_backbone(model_of(trainer), head, (height, width)), rows)
-
-
 def load_features(trainer: Trainer, head: str, rows: Any, key: str) -> torch.Tensor | None:
     """Return what enters the head, float32 [N, D], for every row; None on all but the main process.
 
@@ -44,7 +35,7 @@ def load_features(trainer: Trainer, head: str, rows: Any, key: str) -> torch.Ten
         features = None
     (cached,) = broadcast_object_list([features is not None])  # all processes compute, or none
     if not cached:
-        features = compute_features(trainer, head, rows)
+        features = compute_features(trainer, build_backbone(model, head, size_of(rows)), rows)
         if features is not None:
             write_cached("features", key, features)
     return features
@@ -57,7 +48,20 @@ def build_backbone(model: PreTrainedModel, head: str, size: tuple[int, int]) -> 
     return fuse_batchnorm(backbone, size)
 
 
-def _compute_features(trainer: Trainer, backbone: PreTrainedModel, rows: Any) -> torch.Tensor | None:
+def size_of(rows: Any) -> tuple[int, int]:
+    """Return the (height, width) of the `pixel_values` of rows in pixels."""
+    height, width = rows[0]["pixel_values"].shape[-2:]
+    return height, width
+
+
+def compute_features(trainer: Trainer, backbone: PreTrainedModel, rows: Any) -> torch.Tensor | None:
+    """Return what a backbone makes of every row, float32 [N, D], and cache nothing.
+
+    Args:
+        trainer: runs the backbone in the place of its own model.
+        backbone: see `build_backbone`.
+        rows, the return value and the errors: see `load_features`.
+    """
     model = model_of(trainer)
     trainer.model = trainer.model_wrapped = backbone
     try:
