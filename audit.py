@@ -88,21 +88,26 @@ def build_parser() -> "Parser":
 def find_suspect_labels(splits: "DatasetDict", arguments: "Arguments") -> list[dict] | None:
     """Return the images whose label is likely wrong; None where the model has no linear probe to tell."""
     from dataclasses import replace
+    from functools import partial
 
-    from data import collate, feature_rows, prepare
+    from data import collate, feature_rows, prepare, sample_rows
     from luthier.images.views import EvaluationView
     from luthier.scoring.baselines import measure_probe
+    from luthier.scoring.screening import choose_backbone, draw_sample
     from luthier.training.recipe import choose_recipes
     from luthier.training.trainer import build_predictor
     from models import build_model, linear_head
 
     _, model_args, training_args, _ = arguments
     labels = dict(enumerate(splits["train"].features["label"].names))
-    model, image_processor = build_model(model_args.model_name, labels, model_args.image_size)
-    is_pretrained = choose_recipes(None, model_args.model_name, linear_head(model) is not None)[0].is_pretrained
-    view = EvaluationView(image_processor)
+    build = partial(build_model, id2label=labels, image_size=model_args.image_size)
     with tempfile.TemporaryDirectory() as folder:  # the Trainer creates its output directory
-        trainer = build_predictor(model, replace(training_args, output_dir=folder), collate)
+        predictor = partial(build_predictor, training_args=replace(training_args, output_dir=folder), collate=collate)
+        sample = draw_sample(splits["train"], sample_rows, predictor)
+        name = choose_backbone(model_args.model_name, build, sample, model_args.milliseconds)
+        model, image_processor = build(name)
+        is_pretrained = choose_recipes(None, name, linear_head(model) is not None)[0].is_pretrained
+        view, trainer = EvaluationView(image_processor), predictor(model)
         rows = feature_rows(prepare(splits, view), view)
         return measure_probe(trainer, is_pretrained, splits, rows, with_learning_curve=False).suspect_labels
 

@@ -345,7 +345,10 @@ def change_view(
     square = {"height": image_size, "width": image_size}
     edge, crop = settings["size"].get("shortest_edge"), settings.get("crop_size")
     if fit == "squeeze":
-        return type(image_processor).from_dict(settings | {"size": square, "do_center_crop": False})
+        squeezed = type(image_processor).from_dict(settings | {"size": square, "do_center_crop": False})
+        if not _shows_square(squeezed, image_size):
+            raise ModelError(f"the image processor of {type(model).__name__} cannot squeeze images to a square")
+        return squeezed
     if fit == "pad":
         raise ModelError(f"the image processor of {type(model).__name__} cannot pad images to a square")
     settings["size"] = (
@@ -354,6 +357,15 @@ def change_view(
     if crop:
         settings["crop_size"] = square
     return type(image_processor).from_dict(settings)
+
+
+def _shows_square(image_processor: BaseImageProcessor, side: int) -> bool:
+    """Tell whether a wide image becomes a square of `side` pixels; ConvNeXt's image processor can only crop."""
+    try:
+        shown = image_processor(torch.zeros(3, 64, 96, dtype=torch.uint8), return_tensors="pt")
+    except Exception:  # each family refuses settings in a way of its own
+        return False
+    return tuple(shown["pixel_values"].shape[-2:]) == (side, side)
 
 
 def _check_image_size(model: PreTrainedModel, model_name: str, image_size: int) -> None:

@@ -78,7 +78,7 @@ def set_up(arguments: "Arguments", stopwatch: Stopwatch) -> "Experiment":
     drawn_from = images["train"] if data_args.folds else splits["train"]  # the same view for all folds
     sample = draw_sample(drawn_from, sample_rows, lambda model: build_predictor(model, training_args, collate))
     build = functools.partial(build_model, id2label=id2label, image_size=model_args.image_size)
-    name = choose_backbone(model_args.model_name, build, sample, model_args.milliseconds)
+    name = choose_backbone(model_args.model_name, build, sample, model_args.milliseconds, arguments.run_dir)
     set_seed(training_args.seed)  # decides the first weights of a new head
     model, processor = build(name)
     rate, epochs = run_args.learning_rate, run_args.num_train_epochs
@@ -127,7 +127,8 @@ def fine_tune(arguments: "Arguments", stop: "Stop", stopwatch: Stopwatch) -> tup
     # Train
     run_dir, resume = Path(str(training_args.output_dir)), training_args.resume_from_checkpoint
     only_trained = model_args.keep == "trained" and recipes[0].name != "probe"
-    course = Course(labels, probe.yardstick, stop, run_dir, stopwatch, model_args.time_limit, only_trained)
+    dirs = (run_dir, arguments.run_dir)
+    course = Course(labels, probe.yardstick, stop, *dirs, stopwatch, model_args.time_limit, only_trained)
     baseline = None if only_trained else score_probe(workshop, probe, rows["validation"], labels)
     outcome = race(enter(recipes, workshop, rows, probe.starts, run_dir), baseline, course, resume)
 
@@ -151,7 +152,7 @@ def finish(experiment: "Experiment", result: "Result", arguments: "Arguments", s
     splits = experiment.splits
 
     # Refit
-    plan, refitted = plan_refit(splits, experiment.own_test, result, model_args.refit), None
+    plan, refitted = plan_refit(splits, experiment.own_test, result, model_args.refit, model_args.time_limit), None
     console.say_refit(plan)
     if plan.pays:
         options = (experiment.view, data_args.augmentation, experiment.size)

@@ -68,6 +68,7 @@ class Run(NamedTuple):
         scored: of the weights before the refit; the same where there is no refit.
         seconds: of the whole process; NaN where they are not known.
         said: what the run said of its choice.
+        alone: the seconds without the heats of recipes that were not kept; NaN where they are not known.
     """
 
     data: str
@@ -77,6 +78,7 @@ class Run(NamedTuple):
     scored: float
     seconds: float
     said: str = ""
+    alone: float = math.nan
 
 
 def main() -> None:
@@ -104,7 +106,7 @@ def main() -> None:
                 for contestant in args.only or [*LUTHIER, *OTHERS]:
                     run = known.get((name, contestant, seed))
                     runs.append(run or run_once(name, folder, contestant, seed, out, args.checkout.resolve()))
-    tables = f"{accuracy_table(runs)}\n\n{summary_table(runs)}\n\n{refit_sentence(runs)}\n"
+    tables = f"{accuracy_table(runs)}\n\n{summary_table(runs)}\n\n{refit_sentence(runs)}\n{choice_sentence(runs)}\n"
     print(f"\n{tables}", end="")
     (out / "suite.md").write_text(tables, encoding="utf-8")
     write_csv(runs, out / "suite.csv")
@@ -184,7 +186,10 @@ def run_luthier(
         line = [*accelerate, str(checkout / "score.py"), f"{temporary}/out", "--data_dir", str(folder)]
         timed([*line, "--output_dir", f"{temporary}/score", "--disable_tqdm", "1"], environment, checkout)
         shipped = json.loads((temporary / "score/metrics.json").read_text())["test"]["accuracy"]
-    return Run(data, contestant, seed, shipped, scored, seconds, metrics["recipe"].get("kept", ""))
+    kept, (winner, _, _) = metrics["recipe"].get("kept", ""), metrics["recipe"]["recipe"].partition(":")
+    heats, arm = (metrics.get("race") or {}).get("heats", []), "probe" if kept == "the probe" else winner
+    lost = sum(heat["seconds"] for heat in heats if heat["arm"] != arm)
+    return Run(data, contestant, seed, shipped, scored, seconds, f"{arm}: {kept}", seconds - lost)
 
 
 def cut(data: str, folder: Path, seed: int, out: Path) -> Path:
@@ -293,6 +298,17 @@ def refit_sentence(runs: list[Run]) -> str:
     return f"The refit gains {gains.mean():+.1f} points ({low:+.1f} to {high:+.1f}; paired, {len(gains)} runs)."
 
 
+def choice_sentence(runs: list[Run]) -> str:
+    """Return what the choice of a recipe costs: the seconds of whole runs to those without the recipes that lost."""
+    shares = [run.seconds / run.alone for run in runs if run.contestant == "Luthier" and not math.isnan(run.alone)]
+    if not shares:
+        return "What the choice costs is not known."
+    return (
+        f"A run takes {mean(shares):.2f} times as long as it would without the recipes that were not kept "
+        f"({min(shares):.2f} to {max(shares):.2f}; {len(shares)} runs)."
+    )
+
+
 def read_csv(path: Path) -> list[Run]:
     """Return the runs of a file of `write_csv`."""
     with path.open(newline="", encoding="utf-8") as file:
@@ -301,7 +317,7 @@ def read_csv(path: Path) -> list[Run]:
         Run(
             **row
             | {"seed": int(row["seed"])}
-            | {key: float(row[key] or "nan") for key in ("accuracy", "scored", "seconds")}
+            | {key: float(row.get(key) or "nan") for key in ("accuracy", "scored", "seconds", "alone")}
         )
         for row in rows
     ]

@@ -52,6 +52,12 @@ class Arguments(NamedTuple):
     training_args: TrainingArguments
     run_args: RunArguments
 
+    @property
+    def run_dir(self) -> Path:
+        """The directory of the whole run, of which a fold has a part."""
+        own = Path(str(self.training_args.output_dir))
+        return own.parent if self.data_args.folds and self.data_args.fold else own
+
     def folds(self) -> list["Arguments"]:
         """Return the arguments of each fold, or these where there are no folds.
 
@@ -135,8 +141,12 @@ REFUSED = {
     "prediction_loss_only": "leaves no predictions to score",
     "batch_eval_metrics": "scores each batch alone, but the report needs all predictions",
     "hub_always_push": "pushes while training, where Luthier pushes the finished model",
+    "save_only_model": "would keep checkpoints that nothing can be resumed from",
+    "load_best_model_at_end": "has no effect, because Luthier keeps the best weights by itself",
     "hub_revision": "has no effect, because Luthier pushes to the main branch",
 }
+
+NEED_EVALUATION = ("reduce_lr_on_plateau", "greedy")  # learning rate schedulers
 
 # What the Trainer would accept, and fail with, or train nothing, after the data has been prepared.
 POSITIVE = (
@@ -223,6 +233,11 @@ def _check_options(options: dict) -> None:
         )
     if options["recipe"] == "probe" and resume not in (None, "auto"):
         raise UserError("--recipe probe trains nothing that could be resumed: leave --resume_from_checkpoint out")
+    if options["lr_scheduler_type"] in NEED_EVALUATION:
+        raise UserError(
+            f"--lr_scheduler_type {options['lr_scheduler_type']} follows the evaluations, and a refit has none: use "
+            "another, such as cosine or linear"
+        )
     for key in POSITIVE:
         if options[key] is not None and not 0 < options[key] < math.inf:
             raise UserError(f"--{key} is {options[key]}, but must be a number above 0")

@@ -12,10 +12,13 @@ from luthier.scoring.audit import audit_images
 from luthier.scoring.baselines import ProbeResults
 from luthier.scoring.experiment import Experiment, Result
 from luthier.scoring.metrics import choose_threshold, fit_temperature, score
+from luthier.training.layers import divide_logits
 
 
 def pool(parts: Sequence[tuple[Experiment, Result]]) -> tuple[Experiment, Result]:
     """Return the folds of a run as one experiment whose test split is all images, and its result.
+
+    A validation split that the data brings stays beside them.
 
     What has no folds, but one part, is returned as it is.
 
@@ -45,9 +48,14 @@ def pool(parts: Sequence[tuple[Experiment, Result]]) -> tuple[Experiment, Result
         DatasetDict(test=concatenate_datasets([dataset["test"] for dataset in datasets]))
         for datasets in ([each.splits for each, _ in parts], [each.prepared for each, _ in parts])
     )
+    own = experiment.splits["validation"]
+    if not set(own["name"][:]) & set(splits["test"]["name"][:]):  # the data brings it
+        splits["validation"], prepared["validation"] = own, experiment.prepared["validation"]
     findings = audit_images(splits, []) | {"unreadable": experiment.findings["unreadable"]}
     findings["suspect_labels"] = _in_pool(leader.probe.suspect_labels, splits)
     probe = _pool_probes(leader.probe, [each.probe for each in results], splits)
+    divide_logits(leader.model, temperature / leader.kept.temperature)
+    leader.model.config.unsure_below = threshold
     result = leader._replace(probe=probe, kept=kept, logits=logits / temperature, references=references)
     return experiment._replace(splits=splits, own_test=False, prepared=prepared, findings=findings), result
 
@@ -59,13 +67,14 @@ def _pool_probes(leader: ProbeResults, probes: Sequence[ProbeResults], splits: D
     labels = splits["test"].features["label"].names
     logits = np.concatenate([probe.logits for probe in probes if probe.logits is not None])
     scored = score(logits, np.array(splits["test"]["label"][:]), labels)
-    features = torch.cat([probe.features["test"] for probe in probes if probe.features])
-    return leader._replace(baseline=leader.baseline | {"test": scored}, features={"test": features})
+    features = {"test": torch.cat([probe.features["test"] for probe in probes if probe.features])}
+    features |= {split: leader.features[split] for split in splits if split != "test"}
+    return leader._replace(baseline=leader.baseline | {"test": scored}, features=features)
 
 
 def _in_pool(suspects: list[dict] | None, splits: DatasetDict) -> list[dict] | None:
-    """Return the images of a finding with their rows in the pool."""
+    """Return the images of a finding with their places in the pool."""
     if suspects is None:
         return None
-    rows = {name: row for row, name in enumerate(splits["test"]["name"][:])}
-    return [image | {"split": "test", "row": rows[image["name"]]} for image in suspects]
+    places = {name: (split, row) for split in splits for row, name in enumerate(splits[split]["name"][:])}
+    return [image | dict(zip(("split", "row"), places[image["name"]], strict=True)) for image in suspects]

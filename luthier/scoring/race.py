@@ -103,7 +103,8 @@ class Course(NamedTuple):
         labels: the classes' names.
         yardstick: of `baselines.measure_probe`.
         stop: the signal handler.
-        run_dir: the directory of the run.
+        run_dir: the directory of the run, or of its fold.
+        whole_run_dir: what a stopped run is resumed with: that of the run, not of its fold.
         stopwatch: of the run.
         time_limit: minutes that the run may take; None is no limit.
         only_trained: the trained weights are the only candidates.
@@ -113,6 +114,7 @@ class Course(NamedTuple):
     yardstick: Yardstick | None
     stop: Stop
     run_dir: Path
+    whole_run_dir: Path
     stopwatch: Stopwatch
     time_limit: float | None = None
     only_trained: bool = False
@@ -166,7 +168,7 @@ def race(arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: s
     if probe and len(arms) > 1 and probe.loss < ENOUGH:
         return Outcome(reason="the probe, which leaves little to gain")
     named = Path(resume) if resume and resume != "auto" else None
-    heats = _read_record(course.run_dir, named) if resume else []
+    heats = _read_record(course.run_dir, arms, named) if resume else []
     earlier = sum(heat.seconds for heat in heats)
     if named:
         check_named(named)
@@ -186,7 +188,8 @@ def race(arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: s
     for number in range(max((len(arm.ends) for arm in arms), default=0)):
         running = [arm for arm in alive if number < len(arm.ends)]
         for arm in running:
-            if _result(heats, arm, number):
+            passed = named and arm.ends[number] < step_of(named) and number + 1 < len(arm.ends)
+            if passed or _result(heats, arm, number):
                 continue
             if (probe or heats) and not course.ends_in_time(_expected_seconds(heats, arm, number)):
                 reason = "the time limit"
@@ -236,7 +239,7 @@ def _who_goes_on(heats: list[Heat], running: list[Arm], number: int, probe: Cand
     if not left:
         return [], "its last heat"
     losses = [heat.loss for heat in heats if math.isfinite(heat.loss)]
-    if number == 0:  # too early for more: a new head starts far behind, and often comes out ahead
+    if any(len(_results(heats, arm)) < 2 for arm in left):  # too early: a new head starts far behind
         near = not probe or any(loss < FAR * probe.loss for loss in losses)
         return (left, "") if near else ([], "the probe far ahead")
     predicted = {}
@@ -257,7 +260,7 @@ def _advance(
 ) -> tuple[Arm, SafeTrainer, list[Candidate]]:
     """Run a heat of an arm from a checkpoint, or from the arm's start; score its best weights so far."""
     trainer = arm.trainer()
-    train(trainer, arm.ends[number] if arm.schedule else None, checkpoint, course.stop, course.run_dir)
+    train(trainer, arm.ends[number] if arm.schedule else None, checkpoint, course.stop, course.whole_run_dir)
     shares = (1.0,) if course.only_trained else arm.recipe.shares
     candidates = score_candidates(
         trainer, arm.rows["validation"], arm.start, shares, course.labels, course.yardstick, arm.recipe.name
@@ -295,11 +298,11 @@ def _where(checkpoint: Path | None, heats: list[Heat]) -> str:
     return f"after {plural(len(heats), 'heat')}" if heats else "there is no whole checkpoint: from the start"
 
 
-def _read_record(run_dir: Path, named: Path | None) -> list[Heat]:
-    """Return the heats that an earlier part of the run has finished, up to the checkpoint that is named."""
-    path = run_dir / RECORD
+def _read_record(run_dir: Path, arms: Sequence[Arm], named: Path | None) -> list[Heat]:
+    """Return these arms' heats that an earlier part of the run has finished, up to the checkpoint that is named."""
+    path, names = run_dir / RECORD, {arm.recipe.name for arm in arms}
     heats = [Heat(**row) for row in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []
-    return [heat for heat in heats if named is None or heat.step <= step_of(named)]
+    return [heat for heat in heats if heat.arm in names and (named is None or heat.step <= step_of(named))]
 
 
 def _drop_later(arm: Arm, named: Path) -> None:

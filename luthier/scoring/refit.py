@@ -42,7 +42,9 @@ class Plan(NamedTuple):
         return not self.refusal
 
 
-def plan_refit(splits: DatasetDict, own_test: bool, result: Result, option: str) -> Plan:
+def plan_refit(
+    splits: DatasetDict, own_test: bool, result: Result, option: str, time_limit: float | None = None
+) -> Plan:
     """Return whether the kept weights are refit, and on what.
 
     Args:
@@ -50,12 +52,16 @@ def plan_refit(splits: DatasetDict, own_test: bool, result: Result, option: str)
         own_test: the user has set the test images apart.
         result: of the run.
         option: `none`, or `auto` to do it where it takes at most as long again as the run has taken.
+        time_limit: minutes that the whole run may take; None is no limit.
     """
     used = tuple(str(split) for split in splits if split != "test" or not own_test)
     images, scored_on = sum(len(splits[split]) for split in used), len(result.learned_from)
-    seconds, course = result.outcome.seconds_of(result.kept.arm) * images / scored_on, result.course
+    course, outcome = result.course._replace(time_limit=time_limit), result.outcome
+    seconds = outcome.seconds_of(result.kept.arm) * images / scored_on
+    if outcome.trainer is not None:  # it ends at the best step
+        seconds *= outcome.best_step / max(1, outcome.trainer.state.global_step)
     refusal = ""
-    (elapsed,) = broadcast_object_list([course.stopwatch.total() + result.outcome.earlier])
+    (elapsed,) = broadcast_object_list([course.stopwatch.total() + outcome.earlier])
     if option == "none":
         refusal = "--refit none"
     elif seconds > elapsed:
@@ -102,8 +108,10 @@ def refit(plan: Plan, result: Result, splits: DatasetDict, prepare: Callable[[li
 
 def _train_again(arm: Arm, best: int, rows: Any, start: State | None, course: Course) -> PreTrainedModel:
     """Train an arm on other rows, to the step that is as many epochs as its best one."""
-    folder = str(course.run_dir / "refit")
-    training_args = replace(arm.training_args, output_dir=folder, eval_strategy="no", save_strategy="epoch")
+    folder = str(course.run_dir / "refit" / f"{arm.recipe.name}-{best}")  # a resumed run may have another winner
+    training_args = replace(
+        arm.training_args, output_dir=folder, eval_strategy="no", save_strategy="epoch", max_steps=-1
+    )
     shop = replace(arm.workshop, callbacks=(course.stop,))  # its seconds are a stage of their own
     again = arm._replace(workshop=shop, rows={"train": rows}, start=start, training_args=training_args)
     scale = again.steps_per_epoch / arm.steps_per_epoch
@@ -112,5 +120,5 @@ def _train_again(arm: Arm, best: int, rows: Any, start: State | None, course: Co
         again = again._replace(ends=ends, schedule=arm.schedule._replace(ends=ends))
     trainer = again.trainer()
     checkpoint = newest_shared(again.folder, again.is_main_process)
-    train(trainer, max(1, round(best * scale)), checkpoint, course.stop, course.run_dir)
+    train(trainer, max(1, round(best * scale)), checkpoint, course.stop, course.whole_run_dir)
     return model_of(trainer)

@@ -4,10 +4,12 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from transformers import BaseImageProcessor, PreTrainedModel, Trainer
@@ -20,7 +22,7 @@ from luthier.training.features import build_backbone, compute_features, size_of
 from luthier.training.probe import cross_fit
 from models import EFFICIENTNETS, HubUnreachable, ModelError, change_view, linear_head, takes_size
 
-IMAGES = 192  # of train that are looked at, at most
+IMAGES, CLASSES = 192, 24  # of train that are looked at, at most: eight images of a class, where classes are even
 FOLDS = 4
 STRENGTHS = (1.0, 0.03)
 GUESS = 0.05  # share of a prediction that is a guess at random, so that no single surprise decides
@@ -35,6 +37,7 @@ HUB_BACKBONES = (
     "timm/tiny_vit_21m_224.dist_in22k_ft_in1k",
     "timm/vit_small_patch14_dinov2.lvd142m",
 )
+CHOICE = "backbone.txt"  # in the directory of a run with `--model_name auto`
 SQUARE = 1.05  # aspect ratio up to which an image counts as square
 
 
@@ -146,7 +149,7 @@ class Sample:
         predictor: Callable[[PreTrainedModel], Trainer],
     ):
         self.rows, self.predictor, self.seconds = rows, predictor, 0.0
-        self.labels = np.array(labels)
+        _, self.labels = np.unique(labels, return_inverse=True)  # without gaps
         self.folds = stratified_folds(self.labels, groups, FOLDS, seed=1)
         self.shorter_side = int(np.median([min(size) for size in sizes]))
         self.is_square = bool(np.mean([max(size) <= SQUARE * min(size) for size in sizes]) > 0.9)
@@ -180,7 +183,11 @@ def draw_sample(
         rows: see `data.sample_rows`.
         predictor: returns a Trainer that only predicts with a model.
     """
-    drawn = train.select(np.sort(np.random.default_rng(1).permutation(len(train))[:IMAGES]))
+    generator, labels = np.random.default_rng(1), np.array(train["label"][:])
+    order, present = generator.permutation(len(train)), np.unique(labels)
+    if len(present) > CLASSES:  # one image of each of many classes would tell nothing
+        order = order[np.isin(labels[order], generator.permutation(present)[:CLASSES])]
+    drawn = train.select(np.sort(order[:IMAGES]))
     sizes = list(zip(drawn["width"][:], drawn["height"][:], strict=True))
     groups = np.array(drawn["group"][:])
     return Sample(lambda processor: rows(drawn, processor), drawn["label"][:], groups, sizes, predictor)
@@ -201,7 +208,11 @@ class Backbone(NamedTuple):
 
 
 def choose_backbone(
-    name: str, build: Callable[[str], tuple[PreTrainedModel, BaseImageProcessor]], sample: Sample, milliseconds: float
+    name: str,
+    build: Callable[[str], tuple[PreTrainedModel, BaseImageProcessor]],
+    sample: Sample,
+    milliseconds: float,
+    run_dir: Path | None = None,
 ) -> str:
     """Return the name that is given, or for `auto` that of the backbone with the lowest loss within a budget of time.
 
@@ -212,9 +223,14 @@ def choose_backbone(
         build: as `models.build_model`, by name.
         sample: a few images.
         milliseconds: the budget for an image.
+        run_dir: keeps the choice, which depends on the clock, for the other folds and for a resumed run.
     """
     if name != "auto":
         return name
+    record = run_dir / CHOICE if run_dir else None
+    (known,) = broadcast_object_list([record.read_text(encoding="utf-8") if record and record.exists() else None])
+    if known:
+        return known
     tried: list[Backbone] = []
     for name in (*EFFICIENTNETS, *HUB_BACKBONES):
         try:
@@ -231,6 +247,8 @@ def choose_backbone(
     best = min(affordable, key=lambda backbone: backbone.loss)
     (name,) = broadcast_object_list([best.name])  # seconds differ between processes
     listed = (f"{each.name} {each.loss:.3f}, {each.milliseconds:.0f} ms" for each in tried)
+    if record and PartialState().is_main_process:
+        record.write_text(name, encoding="utf-8")
     say("backbone", f"{name}; loss of a probe, time an image: {'; '.join(listed)}")
     return name
 

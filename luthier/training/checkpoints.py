@@ -155,7 +155,7 @@ def check_disk_space(output_dir: Path, size: int, limit: int) -> None:
     if free + there < needed:
         raise UserError(
             f"{output_dir} has {free / 1e9:.2f} GB left, and this run's checkpoints need up to {needed / 1e9:.2f} GB: "
-            "free some space, give another --output_dir, or keep fewer (--save_total_limit 1, --save_only_model)"
+            "free some space, give another --output_dir, or keep fewer (--save_total_limit 1)"
         )
 
 

@@ -149,6 +149,8 @@ def cross_fit(
     logits = features.new_zeros((len(strengths), len(labels), classes))
     for fold in np.unique(folds):
         rows, held_out = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
+        if len(rows) < 2:  # nothing to learn from, or to standardise: all classes stay equally likely
+            continue
         for number, probe in enumerate(fit_path(features[rows], labels[rows], classes, strengths)):
             logits[number, held_out] = probe.logits(features[held_out])
     return logits

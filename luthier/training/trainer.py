@@ -11,6 +11,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.distributed
+from accelerate.utils import broadcast_object_list
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from transformers import (
@@ -125,7 +126,7 @@ class SafeTrainer(Trainer):
         model = model_of(self)
         weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
         trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-        return weights + (0 if self.args.save_only_model else 2 * trained)
+        return weights + 2 * trained
 
     def training_step(self, *arguments, **options) -> torch.Tensor:
         """Do a step, and check that its loss is finite."""
@@ -323,9 +324,14 @@ def train(trainer: SafeTrainer, end: int | None, checkpoint: Path | None, stop: 
         if stop.received:
             exit_stopped(output_dir, stop.received, run_dir)
     trainer.accelerator.free_memory()  # its data workers too
-    best = output_dir / f"checkpoint-{trainer.state.best_global_step}"
-    if best.exists():  # chosen on validation
-        load_weights(model, best)
+    # The best step was chosen on validation. With other strategies than Luthier's it may have no checkpoint.
+    folders = [output_dir, *([checkpoint.parent] if checkpoint else [])]
+    best = [folder / f"checkpoint-{trainer.state.best_global_step}" for folder in folders]
+    (found,) = broadcast_object_list([next((path for path in best if path.exists()), None)])
+    if found is None:
+        trainer.state.best_global_step = None
+    elif found.exists():  # on this machine
+        load_weights(model, found)
     if trainer.args.world_size > 1:  # the checkpoint may be on the main process's machine alone
         for tensor in model.state_dict().values():
             whole = tensor.contiguous()

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from transformers import pipeline
 
 import luthier.scoring.race as race
 import train
-from luthier.scoring.refit import Plan
+from luthier.scoring.refit import Plan, plan_refit
 from luthier.scoring.screening import cross_fitted_losses
 
 # The probe is out of the race: random features of a tiny model suit colours better than any training.
@@ -128,6 +129,40 @@ def test_folds_score_every_image_once(timm_checkpoint, tmp_path):
     }
 
 
+def test_folds_leave_a_validation_split_of_the_users_own_as_it_is(timm_checkpoint, tmp_path):
+    draw_folder(tmp_path / "images/train", per_class=12)
+    draw_folder(tmp_path / "images/validation", per_class=4, first=500)
+    draw("red", 7000).save(tmp_path / "images/validation/blue/red.png")  # a suspect label
+    metrics = run(tmp_path, timm_checkpoint, "--folds", "3", "--recipe", "probe")
+    assert {split: count["n"] for split, count in metrics["data"]["splits"].items()} == {"test": 36, "validation": 13}
+    assert metrics["refit"]["images"] == 49
+    page = (tmp_path / "out/report.html").read_text()
+    assert "Each was scored once, by a model" in page and "fitted on these predictions" in page
+
+
+def test_refit_trains_as_many_epochs_where_the_steps_are_limited(timm_checkpoint, tmp_path):
+    draw_folder(tmp_path / "images", per_class=12)
+    options = ["--recipe", "full", "--keep", "trained", "--max_steps", "6", "--eval_strategy", "no"]
+    metrics = run(tmp_path, timm_checkpoint, *options, "--per_device_train_batch_size", "16")
+    assert metrics["data"]["splits"]["train"]["n"] <= 32 and metrics["refit"]["images"] == 36
+    assert [path.name for path in (tmp_path / "out/refit/full-6").glob("checkpoint-9")] == ["checkpoint-9"]
+
+
+def test_checkpoint_is_continued_in_another_directory(timm_checkpoint, tmp_path):
+    draw_folder(tmp_path / "images", per_class=12)
+    options = ["--recipe", "full", *RACE]
+    whole = run(tmp_path, timm_checkpoint, *options)
+    last = max((tmp_path / "out").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    again = run(tmp_path, timm_checkpoint, *options, "--resume_from_checkpoint", str(last), out="again")
+    assert len(whole["race"]["heats"]) > 1 and all(again[key] == whole[key] for key in SCORED_KEYS)
+
+
+def test_image_processor_that_can_only_crop_is_left_as_it_is(resnet_checkpoint, tmp_path):
+    draw_folder(tmp_path / "images", per_class=12)
+    metrics = run(tmp_path, resnet_checkpoint, "--recipe", "full", "--num_train_epochs", "1")
+    assert metrics["recipe"]["view"].startswith("cropped; ") and "squeezed" not in metrics["recipe"]["view"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -138,6 +173,9 @@ def test_folds_score_every_image_once(timm_checkpoint, tmp_path):
             "a race of recipes resumes with --resume_from_checkpoint auto",
         ),
         (["--time_limit", "0"], "--time_limit is 0.0, but must be a number above 0"),
+        (["--save_only_model", "1"], "--save_only_model would keep checkpoints that nothing can be resumed from"),
+        (["--load_best_model_at_end", "1"], "--load_best_model_at_end has no effect"),
+        (["--lr_scheduler_type", "reduce_lr_on_plateau"], "reduce_lr_on_plateau follows the evaluations"),
     ],
 )
 def test_wrong_options_are_refused(tmp_path, timm_checkpoint, options, message, capsys):
@@ -175,6 +213,21 @@ def test_cross_fitted_losses_are_those_of_images_that_were_not_learned_from():
     assert cross_fitted_losses(telling, labels, folds).mean() < 0.6
 
 
+def test_refit_has_the_time_limit_of_the_whole_run(tmp_path):
+    stopwatch = SimpleNamespace(total=lambda: 100.0)
+    course = race.Course([], None, None, tmp_path, tmp_path, stopwatch, time_limit=1.0)  # a fold's, in minutes
+    heats = [race.Heat("full", 10, 1.0, 0.5, 0.9, 30.0)]
+    trainer = SimpleNamespace(state=SimpleNamespace(best_global_step=5, global_step=10))
+    result = SimpleNamespace(
+        course=course, outcome=race.Outcome(trainer=trainer, heats=heats), kept=SimpleNamespace(arm="full"),
+        learned_from=["digest"] * 10,
+    )  # fmt: skip
+    splits = {"train": range(10), "validation": range(10)}
+    assert plan_refit(splits, True, result, "auto", time_limit=1.0).refusal == "the time limit"
+    plan = plan_refit(splits, True, result, "auto", time_limit=3.0)
+    assert plan.pays and plan.seconds == 30.0, "half of the steps on twice the images"
+
+
 def test_refit_is_done_unless_it_is_refused():
     plan = Plan(("train", "validation"), 50, 40, 1.0, "the time limit")
     assert not plan.pays and plan._replace(refusal="").pays
@@ -188,3 +241,5 @@ def test_weights_that_are_not_refit_have_learned_from_train_alone(timm_checkpoin
     assert not (tmp_path / "out/scored").exists() and metrics["refit"]["done"] is False
     folds = run(tmp_path, timm_checkpoint, "--recipe", "probe", "--refit", "none", "--folds", "3", out="folds")
     assert 0 < len((tmp_path / "folds/learned_from.txt").read_text().split()) < folds["test"]["n"]
+    config = json.loads((tmp_path / "folds/config.json").read_text())
+    assert config["unsure_below"] == folds["unsure"]["threshold"]

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import PROJECT, draw_folder
+from datasets import Dataset
 from hub_server import Hub
 from safetensors.torch import save_file
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
-from luthier.scoring.screening import HUB_BACKBONES, choose_backbone, choose_view, cross_fitted_losses
+from luthier.scoring.screening import HUB_BACKBONES, choose_backbone, choose_view, cross_fitted_losses, draw_sample
 from models import EFFICIENTNETS, HubUnreachable, ModelError, build_model
 
 CANDIDATES = (*EFFICIENTNETS, *HUB_BACKBONES)
@@ -57,6 +58,13 @@ def test_auto_without_some_or_all_of_the_hub(capsys):
     assert "only the built-in ones are compared" in capsys.readouterr().out
 
 
+def test_choice_is_kept_for_the_next_fold(tmp_path):
+    def choose_in(losses: dict[str, float]) -> str:
+        return choose_backbone("auto", lambda name: (name, None), FakeSample(losses, {}), 40, tmp_path)
+
+    assert choose_in({CANDIDATES[3]: 0.1}) == choose_in({CANDIDATES[1]: 0.1}) == CANDIDATES[3]
+
+
 def test_name_that_is_given_is_kept():
     assert choose_backbone("simple_cnn", None, None, 40) == "simple_cnn"
 
@@ -84,6 +92,20 @@ def test_small_images_are_tried_at_their_own_size_and_its_doubles(shorter_side, 
     assert set(sample.sides) == tried | {128} and len(sample.sides) == len(tried | {128}) + 1 == len(views) - 1, (
         "the fits at 128 px, and each side once"
     )
+
+
+def test_sample_of_many_classes_has_several_images_of_each():
+    labels = [number % 100 for number in range(3000)]
+    train = Dataset.from_dict(
+        dict.fromkeys(("label", "group"), labels) | dict.fromkeys(("width", "height"), [64] * 3000)
+    )
+    sample = draw_sample(train, lambda drawn, processor: None, None)
+    assert len(sample.labels) == 192 and set(sample.labels) == set(range(24)) and np.bincount(sample.labels).min() > 1
+
+
+def test_an_image_of_each_class_tells_nothing():
+    losses = cross_fitted_losses(torch.randn(3, 8), torch.arange(3), np.zeros(3, dtype=int))
+    assert losses == pytest.approx(np.log(3))
 
 
 def test_one_surprise_does_not_decide():
