@@ -21,6 +21,7 @@ from luthier.terminal import Stopwatch, plural, say
 from luthier.training.arms import Arm, State, Workshop, plan_arm
 from luthier.training.callbacks import EpochTable
 from luthier.training.checkpoints import check_named, checkpoints_by_step, newest_shared, step_of
+from luthier.training.heats import EndInTime
 from luthier.training.recipe import Recipe
 from luthier.training.signals import Stop
 from luthier.training.trainer import SafeTrainer, model_of, train
@@ -188,8 +189,7 @@ def race(arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: s
     for number in range(max((len(arm.ends) for arm in arms), default=0)):
         running = [arm for arm in alive if number < len(arm.ends)]
         for arm in running:
-            passed = named and arm.ends[number] < step_of(named) and number + 1 < len(arm.ends)
-            if passed or _result(heats, arm, number):
+            if _is_past(heats, arm, number, named):
                 continue
             if (probe or heats) and not course.ends_in_time(_expected_seconds(heats, arm, number)):
                 reason = "the time limit"
@@ -198,6 +198,7 @@ def race(arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: s
             last = advance(arm, number)
             heats.append(_describe(last, arm, number, course.stopwatch.total() - begin))
             _write_record(course.run_dir, heats, arm.is_main_process)
+            reason = "the time limit" if last[1].state.global_step < arm.ends[number] else ""
         if not reason:  # an arm that was asked for is compared with itself alone
             alive, reason = _who_goes_on(heats, running, number, probe if len(arms) > 1 else None)
         if reason:
@@ -208,7 +209,7 @@ def race(arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: s
     winner = min(finished, key=lambda arm: _results(heats, arm)[-1].loss)
     if last is None or last[0] is not winner:
         last = None
-        last = advance(winner, len(_results(heats, winner)) - 1)
+        last = advance(winner, winner.ends.index(_results(heats, winner)[-1].step))
     return Outcome(*last, heats, reason, earlier)
 
 
@@ -260,6 +261,8 @@ def _advance(
 ) -> tuple[Arm, SafeTrainer, list[Candidate]]:
     """Run a heat of an arm from a checkpoint, or from the arm's start; score its best weights so far."""
     trainer = arm.trainer()
+    if arm.schedule is None:
+        trainer.add_callback(EndInTime(course.ends_in_time))
     train(trainer, arm.ends[number] if arm.schedule else None, checkpoint, course.stop, course.whole_run_dir)
     shares = (1.0,) if course.only_trained else arm.recipe.shares
     candidates = score_candidates(
@@ -279,8 +282,11 @@ def _results(heats: list[Heat], arm: Arm) -> list[Heat]:
     return [heat for heat in heats if heat.arm == arm.recipe.name]
 
 
-def _result(heats: list[Heat], arm: Arm, number: int) -> Heat | None:
-    return next((heat for heat in _results(heats, arm) if heat.step == arm.ends[number]), None)
+def _is_past(heats: list[Heat], arm: Arm, number: int, named: Path | None) -> bool:
+    """Tell whether an arm has run a heat, or starts from a checkpoint after it."""
+    if named and arm.ends[number] < step_of(named) and number + 1 < len(arm.ends):
+        return True
+    return any(heat.step >= arm.ends[number] for heat in _results(heats, arm))
 
 
 def _expected_seconds(heats: list[Heat], arm: Arm, number: int) -> float:

@@ -18,6 +18,8 @@ from luthier.training.probe import SOFT, fit_shared_probe, state_with_probe
 from luthier.training.trainer import model_of, train
 from models import linear_head
 
+REFIT = "refit"  # in the directory of a run: checkpoints
+
 
 class Plan(NamedTuple):
     """Whether a model is refit, and on what.
@@ -60,11 +62,11 @@ def plan_refit(
     seconds = outcome.seconds_of(result.kept.arm) * images / scored_on
     if outcome.trainer is not None:  # it ends at the best step
         seconds *= outcome.best_step / max(1, outcome.trainer.state.global_step)
-    refusal = ""
-    (elapsed,) = broadcast_object_list([course.stopwatch.total() + outcome.earlier])
+    refusal, begun = "", (course.run_dir / REFIT).exists()  # an interrupted one goes on
+    elapsed, begun = broadcast_object_list([course.stopwatch.total() + outcome.earlier, begun])
     if option == "none":
         refusal = "--refit none"
-    elif seconds > elapsed:
+    elif seconds > elapsed and not begun:
         refusal = f"it would take about {seconds:.0f} s, longer than the run so far"
     elif not course.ends_in_time(seconds):
         refusal = "the time limit"
@@ -108,7 +110,7 @@ def refit(plan: Plan, result: Result, splits: DatasetDict, prepare: Callable[[li
 
 def _train_again(arm: Arm, best: int, rows: Any, start: State | None, course: Course) -> PreTrainedModel:
     """Train an arm on other rows, to the step that is as many epochs as its best one."""
-    folder = str(course.run_dir / "refit" / f"{arm.recipe.name}-{best}")  # a resumed run may have another winner
+    folder = str(course.run_dir / REFIT / f"{arm.recipe.name}-{best}")  # a resumed run may have another winner
     training_args = replace(
         arm.training_args, output_dir=folder, eval_strategy="no", save_strategy="epoch", max_steps=-1
     )

@@ -5,6 +5,8 @@ steps so far allow. So arms can be compared there, and training can end there, w
 """
 
 import math
+import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 from transformers import TrainerCallback
@@ -73,3 +75,21 @@ class EndHeat(TrainerCallback):
         if state.global_step >= self.step:
             control.should_log = control.should_save = True
             control.should_evaluate = self.evaluate
+
+
+class EndInTime(TrainerCallback):
+    """Ends a training without heats before the epoch that would end too late.
+
+    Args:
+        ends_in_time: tells whether something that takes so many seconds would.
+    """
+
+    def __init__(self, ends_in_time: Callable[[float], bool]):
+        self.ends_in_time, self.begin = ends_in_time, 0.0
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.begin = time.perf_counter()
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if not self.ends_in_time(time.perf_counter() - self.begin):
+            control.should_training_stop = True

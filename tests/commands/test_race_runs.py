@@ -114,6 +114,13 @@ def test_time_limit_leaves_the_probe(timm_checkpoint, tmp_path, capsys):
     assert "refit    not done: the time limit" in capsys.readouterr().out
 
 
+def test_time_limit_ends_a_training_without_heats_after_an_epoch(tmp_path):
+    draw_folder(tmp_path / "images", per_class=10)
+    metrics = run(tmp_path, Path("simple_cnn"), "--time_limit", "0.001")
+    (heat,) = metrics["race"]["heats"]
+    assert heat["epochs"] == 1 and metrics["race"]["ended"] == "the time limit" and metrics["test"]["n"] == 6
+
+
 def test_folds_score_every_image_once(timm_checkpoint, tmp_path):
     draw_folder(tmp_path / "images", per_class=15)
     metrics = run(tmp_path, timm_checkpoint, "--folds", "3", "--recipe", "probe")
@@ -155,6 +162,9 @@ def test_checkpoint_is_continued_in_another_directory(timm_checkpoint, tmp_path)
     last = max((tmp_path / "out").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     again = run(tmp_path, timm_checkpoint, *options, "--resume_from_checkpoint", str(last), out="again")
     assert len(whole["race"]["heats"]) > 1 and all(again[key] == whole[key] for key in SCORED_KEYS)
+    (tmp_path / "again/metrics.json").unlink()  # as if it had been killed before the end
+    again = run(tmp_path, timm_checkpoint, *options, "--resume_from_checkpoint", "auto", out="again")
+    assert len(again["race"]["heats"]) == 1 and all(again[key] == whole[key] for key in SCORED_KEYS)
 
 
 def test_image_processor_that_can_only_crop_is_left_as_it_is(resnet_checkpoint, tmp_path):
