@@ -346,11 +346,10 @@ def change_view(
     edge, crop = settings["size"].get("shortest_edge"), settings.get("crop_size")
     if fit == "squeeze":
         squeezed = type(image_processor).from_dict(settings | {"size": square, "do_center_crop": False})
-        if not _shows_square(squeezed, image_size):
-            raise ModelError(f"the image processor of {type(model).__name__} cannot squeeze images to a square")
-        return squeezed
-    if fit == "pad":
-        raise ModelError(f"the image processor of {type(model).__name__} cannot pad images to a square")
+        if _shows_square(squeezed, image_size):
+            return squeezed
+    if fit != "own":
+        raise ModelError(f"the image processor of {type(model).__name__} cannot {fit} images to a square")
     settings["size"] = (
         {"shortest_edge": round(image_size * edge / (crop["height"] if crop else edge))} if edge else square
     )

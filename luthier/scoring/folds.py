@@ -18,9 +18,8 @@ from luthier.training.layers import divide_logits
 def pool(parts: Sequence[tuple[Experiment, Result]]) -> tuple[Experiment, Result]:
     """Return the folds of a run as one experiment whose test split is all images, and its result.
 
-    A validation split that the data brings stays beside them.
-
-    What has no folds, but one part, is returned as it is.
+    What has no folds, but one part, is returned as it is. A validation split that the data brings stays a split
+    of its own.
 
     The shipped model is of the kind that most folds kept, and of the lowest validation loss among equals. Its
     temperature and its threshold are fitted on the predictions of all folds.

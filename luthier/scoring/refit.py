@@ -44,9 +44,7 @@ class Plan(NamedTuple):
         return not self.refusal
 
 
-def plan_refit(
-    splits: DatasetDict, own_test: bool, result: Result, option: str, time_limit: float | None = None
-) -> Plan:
+def plan_refit(splits: DatasetDict, own_test: bool, result: Result, option: str, time_limit: float | None) -> Plan:
     """Return whether the kept weights are refit, and on what.
 
     Args:
