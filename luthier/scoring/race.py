@@ -1,8 +1,9 @@
 """Which way of fine-tuning suits the images: arms run in heats, and go on as long as it pays.
 
-The probe comes first and is free of noise from training. From the second heat on, arms are compared by where a power
-law through their last two heats leads at the end of the longest training, and not by where they stand. After each of
-these heats the worst arm ends, and every arm that does not lead beyond the probe and the best arm so far.
+The probe comes first and is free of noise from training. Then every arm runs two heats. From there on, arms are
+compared by where a power law through their last two heats leads at the end of the longest training, and not by where
+they stand. The arm that promises most runs its next heat. If it breaks its promise, another one may promise more. The
+race ends when no arm leads beyond the probe and the best weights so far, or when one has run its last heat.
 """
 
 import json
@@ -174,7 +175,7 @@ def race(arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: s
     if named:
         check_named(named)
         _drop_later(arms[0], named)
-    alive, reason, last, begun = list(arms), "", None, False
+    reason, last, begun = "", None, False
 
     def advance(arm: Arm, number: int) -> tuple[Arm, SafeTrainer, list[Candidate]]:
         nonlocal begun, named
@@ -186,23 +187,19 @@ def race(arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: s
         begun, named = True, named if named and step_of(named) >= arm.ends[number] else None
         return _advance(arm, number, course, checkpoint)
 
-    for number in range(max((len(arm.ends) for arm in arms), default=0)):
-        running = [arm for arm in alive if number < len(arm.ends)]
-        for arm in running:
-            if _is_past(heats, arm, number, named):
-                continue
-            if (probe or heats) and not course.ends_in_time(_expected_seconds(heats, arm, number)):
-                reason = "the time limit"
-                break
-            last, begin = None, course.stopwatch.total()  # one model at a time in memory
-            last = advance(arm, number)
-            heats.append(_describe(last, arm, number, course.stopwatch.total() - begin))
-            _write_record(course.run_dir, heats, arm.is_main_process)
-            reason = "the time limit" if last[1].state.global_step < arm.ends[number] else ""
-        if not reason:  # an arm that was asked for is compared with itself alone
-            alive, reason = _who_goes_on(heats, running, number, probe if len(arms) > 1 else None)
-        if reason:
+    while arms and not reason:  # an arm that was asked for is compared with itself alone
+        arm, reason = _choose_next(heats, arms, probe if len(arms) > 1 else None, named)
+        if arm is None:
             break
+        number = _next_heat(heats, arm, named)
+        if (probe or heats) and not course.ends_in_time(_expected_seconds(heats, arm, number)):
+            reason = "the time limit"
+            break
+        last, begin = None, course.stopwatch.total()  # one model at a time in memory
+        last = advance(arm, number)
+        heats.append(_describe(last, arm, number, course.stopwatch.total() - begin))
+        _write_record(course.run_dir, heats, arm.is_main_process)
+        reason = "the time limit" if last[1].state.global_step < arm.ends[number] else ""
     finished = [arm for arm in arms if _results(heats, arm)]
     if not finished:  # there was nothing to train, or no time
         return Outcome(heats=heats, reason=reason, earlier=earlier)
@@ -234,26 +231,32 @@ def predict_loss(before: Heat, now: Heat, epochs: float) -> float:
     return now.loss * (epochs / now.epochs) ** min(slope, 0.0)
 
 
-def _who_goes_on(heats: list[Heat], running: list[Arm], number: int, probe: Candidate | None) -> tuple[list[Arm], str]:
-    """Return the arms that run the next heat, or none and why the race ends here."""
-    left = [arm for arm in running if number + 1 < len(arm.ends)]
-    if not left:
-        return [], "its last heat"
+def _choose_next(
+    heats: list[Heat], arms: Sequence[Arm], probe: Candidate | None, named: Path | None = None
+) -> tuple[Arm | None, str]:
+    """Return the arm that runs the next heat, or none and why the race ends here."""
+    following = {arm.recipe.name: _next_heat(heats, arm, named) for arm in arms}
+    left = [arm for arm in arms if following[arm.recipe.name] < len(arm.ends)]
+    early = [arm for arm in left if len(_results(heats, arm)) < 2]
     losses = [heat.loss for heat in heats if math.isfinite(heat.loss)]
-    if any(len(_results(heats, arm)) < 2 for arm in left):  # too early: a new head starts far behind
-        near = not probe or any(loss < FAR * probe.loss for loss in losses)
-        return (left, "") if near else ([], "the probe far ahead")
-    predicted = {}
-    for arm in left:
-        before, now = _results(heats, arm)[-2:]
-        predicted[arm.recipe.name] = predict_loss(before, now, now.epochs * arm.ends[-1] / arm.ends[number])
+    if early:  # every arm is seen twice: a new head starts far behind
+        arm = min(early, key=lambda arm: following[arm.recipe.name])
+        far = probe and _results(heats, arm) and all(loss >= FAR * probe.loss for loss in losses)
+        return (None, "the probe far ahead") if far else (arm, "")
+    if len(left) < len(arms):
+        return None, "its last heat"
     best = min(losses, default=math.inf)
     wanted = min(best - max(MIN_GAIN * best, LEAST_GAIN), probe.loss if probe else math.inf)
-    ahead = [arm for arm in left if predicted[arm.recipe.name] < wanted]
-    if not ahead:
-        return [], "no more gain in sight"
-    ahead.sort(key=lambda arm: predicted[arm.recipe.name])
-    return ahead[: max(1, len(running) - 1)], ""
+    promising = [arm for arm in arms if _promise(heats, arm) < wanted]
+    if not promising:
+        return None, "no more gain in sight"
+    return min(promising, key=lambda arm: _promise(heats, arm)), ""
+
+
+def _promise(heats: list[Heat], arm: Arm) -> float:
+    """Return the loss where an arm's last two heats lead at the end of its training."""
+    before, now = _results(heats, arm)[-2:]
+    return predict_loss(before, now, now.epochs * arm.ends[-1] / now.step)
 
 
 def _advance(
@@ -282,11 +285,12 @@ def _results(heats: list[Heat], arm: Arm) -> list[Heat]:
     return [heat for heat in heats if heat.arm == arm.recipe.name]
 
 
-def _is_past(heats: list[Heat], arm: Arm, number: int, named: Path | None) -> bool:
-    """Tell whether an arm has run a heat, or starts from a checkpoint after it."""
-    if named and arm.ends[number] < step_of(named) and number + 1 < len(arm.ends):
-        return True
-    return any(heat.step >= arm.ends[number] for heat in _results(heats, arm))
+def _next_heat(heats: list[Heat], arm: Arm, named: Path | None) -> int:
+    """Return the number of the heat that an arm runs next, from 0 on; a checkpoint may be past the first ones."""
+    begun = step_of(named) if named else 0
+    done = max((heat.step for heat in _results(heats, arm)), default=0)
+    past = [end <= done or (end < begun and end < arm.ends[-1]) for end in arm.ends]
+    return sum(past)
 
 
 def _expected_seconds(heats: list[Heat], arm: Arm, number: int) -> float:

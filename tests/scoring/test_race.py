@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from luthier.scoring.race import FAR, Heat, _who_goes_on, predict_loss, race
+from luthier.scoring.race import FAR, Heat, _choose_next, predict_loss, race
 from luthier.scoring.selection import Candidate, choose
 
 
@@ -30,48 +30,55 @@ def candidate(losses: list[float], name: str = "full") -> Candidate:
 ARMS = [arm("lp_ft"), arm("full"), arm("full_from_probe")]
 
 
-def test_no_arm_ends_after_the_first_heat():
-    tried = heats(lp_ft=[0.4], full=[4.0], full_from_probe=[0.5])
-    assert _who_goes_on(tried, ARMS, 0, candidate([0.45, 0.45], "probe")) == (ARMS, "")
+def next_one(tried: list[Heat], arms: list[SimpleNamespace], probe: float | None) -> tuple[str | None, str]:
+    chosen, reason = _choose_next(tried, arms, None if probe is None else candidate([probe] * 4, "probe"))
+    return chosen and chosen.recipe.name, reason
 
 
-def test_worst_arm_ends_after_each_later_heat():
-    probe, tried = (
-        candidate([0.45, 0.45], "probe"),
-        heats(lp_ft=[0.4, 0.38], full=[1.0, 0.4], full_from_probe=[0.5, 0.3]),
-    )
-    alive, _ = _who_goes_on(tried, ARMS, 1, probe)
-    assert {each.recipe.name for each in alive} == {"full_from_probe", "full"}
-    tried += heats(full=[1.0, 0.4, 0.15], full_from_probe=[0.5, 0.3, 0.2])[2::3]
-    alive, _ = _who_goes_on(tried, alive, 2, probe)
-    assert [each.recipe.name for each in alive] == ["full"]
+def test_every_arm_runs_two_heats_in_turns():
+    order, tried = [], []
+    losses = {"lp_ft": [0.4, 0.4], "full": [4.0, 4.0], "full_from_probe": [0.5, 0.5]}
+    while (name := next_one(tried, ARMS, 0.45)[0]) and len(order) < 9:
+        order.append(name)
+        tried = heats(**{arm.recipe.name: losses[arm.recipe.name][: order.count(arm.recipe.name)] for arm in ARMS})
+    assert order == ["lp_ft", "full", "full_from_probe"] * 2
+
+
+def test_arm_that_promises_most_goes_on_and_others_only_where_it_breaks_its_promise():
+    seen_twice = {"lp_ft": [0.4, 0.38], "full": [1.0, 0.4], "full_from_probe": [0.5, 0.3]}
+    assert next_one(heats(**seen_twice), ARMS, 0.45)[0] == "full"
+    assert next_one(heats(**seen_twice | {"full": [1.0, 0.4, 0.2]}), ARMS, 0.45)[0] == "full"
+    assert next_one(heats(**seen_twice | {"full": [1.0, 0.4, 0.4]}), ARMS, 0.45)[0] == "full_from_probe"
 
 
 def test_probe_that_is_far_ahead_ends_the_race():
     tried = heats(lp_ft=[0.4], full=[1.0])
-    probe = candidate([0.4 / FAR - 0.01] * 4, "probe")
-    assert _who_goes_on(tried, ARMS[:2], 0, probe) == ([], "the probe far ahead")
+    assert next_one(tried, ARMS[:2], 0.4 / FAR - 0.01) == (None, "the probe far ahead")
+    assert next_one(tried, ARMS[:2], 0.4 / FAR + 0.01) == ("lp_ft", "")
+    assert next_one(tried[:1], ARMS[:2], 0.01) == ("full", ""), "each arm is seen once"
 
 
-def test_second_heat_is_judged_by_where_it_leads():
-    tried = heats(lp_ft=[0.42, 0.40], full=[1.2, 0.45])
-    alive, _ = _who_goes_on(tried, ARMS[:2], 1, candidate([0.5, 0.5], "probe"))
-    assert [each.recipe.name for each in alive] == ["full"]
-
-
-@pytest.mark.parametrize(("last", "goes_on"), [(0.30, True), (0.399, False), (0.45, False)])
+@pytest.mark.parametrize(("last", "goes_on"), [(0.30, True), (0.399, False), (0.45, False), (math.nan, False)])
 def test_race_ends_when_another_heat_promises_nothing(last, goes_on):
-    alive, reason = _who_goes_on(heats(full=[0.6, 0.4, last]), [arm("full")], 2, candidate([0.5, 0.5], "probe"))
-    assert bool(alive) is goes_on and (reason == "") is goes_on
+    expected = ("full", "") if goes_on else (None, "no more gain in sight")
+    assert next_one(heats(full=[0.6, 0.4, last]), [arm("full")], 0.5) == expected
 
 
-def test_race_ends_with_its_last_heat():
-    tried = heats(full=[0.6, 0.5, 0.4, 0.3])
-    assert _who_goes_on(tried, [arm("full")], 3, None) == ([], "its last heat")
+def test_race_ends_with_the_last_heat_of_an_arm():
+    assert next_one(heats(full=[0.6, 0.5, 0.4, 0.3]), [arm("full")], None) == (None, "its last heat")
+    tried = heats(full=[0.6, 0.5, 0.4, 0.3], lp_ft=[0.6, 0.3])
+    assert next_one(tried, ARMS[:2], 0.5) == (None, "its last heat")
+    single = [arm("lp_ft", (10,)), arm("full", (10,))]
+    assert next_one(heats(lp_ft=[0.4]), single, 0.5) == ("full", "")
+    assert next_one(heats(lp_ft=[0.4], full=[0.5]), single, 0.5) == (None, "its last heat")
+
+
+def test_arm_that_diverged_does_not_keep_others_from_going_on():
+    assert next_one(heats(lp_ft=[math.nan, math.nan], full=[0.6, 0.4]), ARMS[:2], 0.5)[0] == "full"
 
 
 def test_arm_that_leads_to_less_than_the_probe_does_not_go_on():
-    assert not _who_goes_on(heats(full=[0.60, 0.58]), [arm("full")], 1, candidate([0.3, 0.3], "probe"))[0]
+    assert next_one(heats(full=[0.60, 0.58]), [arm("full")], 0.3) == (None, "no more gain in sight")
 
 
 def test_power_law_goes_through_both_heats_and_never_rises():
