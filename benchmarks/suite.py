@@ -332,26 +332,38 @@ def write_csv(runs: list[Run], path: Path) -> None:
 
 
 def plot_runs(runs: list[Run], path: Path) -> None:
-    """Write the chart: mean accuracy over the data sets against mean seconds, a point for each contestant."""
+    """Write the chart: test accuracy of every contestant on every data set, and its mean."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    names = [*contestants(runs)[1:], *contestants(runs)[:1]]  # Luthier on top of the others
+    sets = list(dict.fromkeys(run.data for run in runs))
+    figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for name in contestants(runs):
-        own = [run for run in runs if run.contestant == name]
-        seconds, accuracy = mean(run.seconds for run in own), mean(run.accuracy for run in own)
-        if math.isnan(seconds):
-            continue
-        ours = name not in OTHERS
-        axes.plot(seconds, accuracy, "o" if ours else "s", color="#D55E00" if ours else "#0072B2", markersize=8)
-        axes.annotate(name, (seconds, accuracy), xytext=(7, 4), textcoords="offset points")
-    axes.set(
-        xlabel="seconds of the whole process, mean over the data sets", ylabel="test accuracy, mean", xlim=(0, None)
-    )
-    axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.grid(alpha=0.3)
-    axes.margins(x=0.2, y=0.15)
+    others = iter((("s", "#0072B2"), ("^", "#009E73"), ("v", "#CC79A7")))
+    for name in names:
+        lost = regrets(runs, name)
+        accuracies = [average(runs, data, name, lambda run: run.accuracy) for data in sets]
+        accuracies.append(mean(accuracies))
+        if name == "Luthier":
+            style = {"marker": "o", "color": "#D55E00", "markersize": 10}
+        elif name in OTHERS:
+            marker, color = next(others)
+            style = {"marker": marker, "color": color, "markersize": 7}
+        else:
+            style = {"marker": "|", "color": "0.5", "markersize": 12}
+        label = f"{name} ({accuracies[-1]:.1%}, regret {100 * mean(lost.values()):.1f})"
+        axes.plot(accuracies, range(len(accuracies)), linestyle="", label=label, **style)
+    axes.axhline(len(sets) - 0.5, color="0.7", linewidth=0.8)
+    axes.set_yticks(range(len(sets) + 1), [*sets, "mean"])
+    axes.set(xlabel="test accuracy")
+    axes.invert_yaxis()
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.grid(axis="x", alpha=0.3)
+    figure.legend(
+        title="mean test accuracy; regret: mean points below the best on a data set", loc="outside lower center",
+        ncols=3, fontsize="small", title_fontsize="small",
+    )  # fmt: skip
     figure.savefig(path, dpi=110)
 
 
