@@ -24,12 +24,13 @@ from luthier.images.folders import load_folder
 from luthier.images.inspection import (
     MAX_UNREADABLE,
     UnreadableImage,
-    group_duplicates,
+    group_images,
     inspect,
     leave_out_unreadable,
     listing,
     remove_from_cache,
 )
+from luthier.images.metadata import Columns, find_tables, load_tables
 from luthier.images.openmoji import ATTRIBUTION, load_openmoji
 from luthier.images.splits import cut_missing_splits
 from luthier.images.views import EvaluationView, random_crop_transform, training_transform
@@ -80,8 +81,11 @@ def load_images(
     data_dir: str | None = None,
     dataset_name: str | None = None,
     dataset_config_name: str | None = None,
+    labels: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    split_column: str | None = None,
+    group_column: str | None = None,
     label_names: list[str] | None = None,
     on_bad_image: str = "drop",
     max_unreadable: float = MAX_UNREADABLE,
@@ -90,10 +94,14 @@ def load_images(
     """Load a labelled dataset in the splits that it has, at least train.
 
     Args:
-        data_dir: a folder of class folders, or one that holds train / validation|val|valid|dev / test.
+        data_dir: a folder of class folders, or one that holds train / validation|val|valid|dev / test, or one with a
+            metadata file, see `metadata.find_tables`.
         dataset_name: `openmoji` or what `datasets.load_dataset` takes: a Hub name or a local dataset folder.
         dataset_config_name: the configuration of a Hub dataset that has several.
-        image_column, label_column: columns of a dataset, where their types or names do not tell them.
+        labels: a table of the images below `data_dir`, in the place of class folders.
+        image_column, label_column: columns of a dataset or a table, where types, names or values do not tell them.
+        split_column: of a table; `split` if there is one.
+        group_column: of what images belong to, such as a patient: a cut keeps them on one side.
         label_names: new class names, in the order of the old ones when sorted.
         on_bad_image: `drop` leaves out images that cannot be read, `error` refuses them.
         max_unreadable: share of the images that may be left out.
@@ -107,19 +115,28 @@ def load_images(
         UserError: nothing usable is there; the message says what, where and what to do.
     """
     root = Path(data_dir).expanduser() if data_dir else None
-    if root:
+    columns = Columns(image_column, label_column, split_column, group_column)
+    tables = find_tables(root, labels) if root else {}
+    if root and tables:
+        splits, columns = load_tables(root, tables, columns), Columns()
+    elif split_column or labels:
+        raise UserError(
+            f"--{'labels' if labels else 'split_column'} is for a table of the images in a folder: give --data_dir, "
+            "and a table with --labels or as metadata.csv in the folder"
+        )
+    elif root:
         splits = load_folder(root)
     elif dataset_name in (None, BUILT_IN):
         splits = DatasetDict(train=load_openmoji())
     else:
         splits = load_named(str(dataset_name), dataset_config_name)
-    splits = label_and_image(splits, image_column, label_column, label_names)
+    splits = label_and_image(splits, columns.image, columns.label, columns.group, label_names)
     names = splits["train"].features["label"].names
     if len(names) < min_classes:
         raise UserError(f"all images have the one class {names[0]!r}: a classifier needs at least two")
     splits = DatasetDict({split: inspect(dataset, split, root) for split, dataset in splits.items()})
     splits, unreadable = leave_out_unreadable(splits, 0.0 if on_bad_image == "error" else max_unreadable)
-    groups = group_duplicates(splits)
+    groups = group_images(splits)
     grouped = {split: dataset.add_column("group", groups[str(split)]) for split, dataset in splits.items()}
     return DatasetDict(grouped), unreadable
 

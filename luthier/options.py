@@ -5,7 +5,10 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 # What a config says of its data, and what is replaced with it when the command line names other data.
-DATA_KEYS = ("data_dir", "dataset_name", "dataset_config_name", "image_column", "label_column", "label_names")
+DATA_KEYS = (
+    "data_dir", "dataset_name", "dataset_config_name", "labels", "image_column", "label_column", "split_column",
+    "group_column", "label_names",
+)  # fmt: skip
 
 
 @dataclass
@@ -16,7 +19,10 @@ class DataArguments:
 
     data_dir: str | None = field(
         default=None,
-        metadata={"help": "Your images: a folder of class folders, or one that holds train, validation and test."},
+        metadata={
+            "help": "Your images: a folder of class folders, or one that holds train, validation and test, or one "
+            "with a metadata.csv (docs/usage.md)."
+        },
     )
     dataset_name: str | None = field(
         default=None,
@@ -27,11 +33,28 @@ class DataArguments:
     dataset_config_name: str | None = field(
         default=None, metadata={"help": "The configuration of a Hub dataset that has several."}
     )
+    labels: str | None = field(
+        default=None,
+        metadata={
+            "help": "A table of the images below --data_dir: CSV, TSV, JSON lines or Parquet, with a column of file "
+            "names and one of labels."
+        },
+    )
     image_column: str | None = field(
-        default=None, metadata={"help": "The image column of a dataset, where it is ambiguous."}
+        default=None, metadata={"help": "The image column of a dataset or table, where it is ambiguous."}
     )
     label_column: str | None = field(
-        default=None, metadata={"help": "The label column of a dataset, where it is ambiguous."}
+        default=None, metadata={"help": "The label column of a dataset or table, where it is ambiguous."}
+    )
+    split_column: str | None = field(
+        default=None, metadata={"help": "The column of a table that says train, validation or test, if not split."}
+    )
+    group_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "The column of a dataset or table that says what an image belongs to, such as a patient or a "
+            "video: those of one group are never on two sides of a split."
+        },
     )
     label_names: list[str] | None = field(
         default=None, metadata={"help": "New names for the classes, in the order of their sorted old names."}

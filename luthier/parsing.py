@@ -16,7 +16,7 @@ from luthier.errors import UserError
 from luthier.machine import is_launched
 
 MAX_CHOICES = 5  # that the help lists
-PATH_OPTIONS = ("data_dir", "output_dir", "resume_from_checkpoint")
+PATH_OPTIONS = ("data_dir", "labels", "output_dir", "resume_from_checkpoint")
 
 
 class Parser(HfArgumentParser):

@@ -13,6 +13,7 @@ from luthier.terminal import plural
 logger = logging.getLogger(__name__)
 
 ENCODED_IMAGE = {"bytes": Value("binary"), "path": Value("string")}  # an image column that lost its type
+GIVEN_GROUP = "given_group"  # the column of what an image belongs to, where the user has told it
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "fine_label")
 
 
@@ -55,15 +56,22 @@ def load_named(dataset_name: str, dataset_config_name: str | None) -> DatasetDic
 
 
 def label_and_image(
-    splits: DatasetDict, image_column: str | None, label_column: str | None, label_names: list[str] | None
+    splits: DatasetDict,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    group_column: str | None = None,
+    label_names: list[str] | None = None,
 ) -> DatasetDict:
     """Return the splits with the columns `image` (not decoded) and `label` (one ClassLabel, sorted, then renamed).
+
+    With a group column they have `given_group` too, a text.
 
     A split other than train whose rows have no labels is left out.
 
     Args:
         splits: train and others, with any columns.
         image_column, label_column: where types and names do not tell them.
+        group_column: of what images belong to, such as a patient.
         label_names: new class names, in the order of the old ones when sorted.
 
     Raises:
@@ -88,11 +96,17 @@ def label_and_image(
     if missing:
         raise UserError(f"no training image has the class {', '.join(map(repr, missing))}: add some, or remove it")
     label = ClassLabel(names=_rename_labels(list(index_of), label_names))
+    renamed = {image_column: "image"}
+    if group_column:
+        renamed[_find_column("group", group_column, features, [])] = GIVEN_GROUP
+        splits = DatasetDict({name: rows.cast_column(group_column, Value("string")) for name, rows in splits.items()})
+    elif GIVEN_GROUP in features:
+        renamed[GIVEN_GROUP] = GIVEN_GROUP
     return DatasetDict(
         {
             split: splits[split]
-            .select_columns([image_column])
-            .rename_columns({} if image_column == "image" else {image_column: "image"})
+            .select_columns(list(renamed))
+            .rename_columns({old: new for old, new in renamed.items() if old != new})
             .cast_column("image", Image(decode=False))
             .add_column("label", [index_of[name_of[value]] for value in labels], feature=label)
             for split, labels in values.items()

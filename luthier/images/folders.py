@@ -10,6 +10,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, NamedSplit, Value
 
@@ -29,11 +30,18 @@ SPLIT_OF_FOLDER = {
 }
 
 
+class ListedImage(NamedTuple):
+    """An image file, its class, and what it belongs to, such as a patient; an empty group is none."""
+
+    path: str
+    label: str
+    group: str = ""
+
+
 def load_folder(root: Path) -> DatasetDict:
     """Load the splits that a folder holds, or all of it as `train`.
 
-    Returns splits with the columns `image` (a path, not decoded), `label` (ClassLabel, sorted and the same in all
-    splits), `size` in bytes and `mtime` in nanoseconds.
+    Returns the splits as `load_listed` does.
 
     Raises:
         UserError: there are no images in class folders, or the splits are not what they seem.
@@ -58,21 +66,32 @@ def load_folder(root: Path) -> DatasetDict:
         logger.warning(
             f"Not used, because not an image in a class folder: {plural(len(skipped), 'file')}, such as {few}"
         )
+    return load_listed(files)
+
+
+def load_listed(files: dict[str, list[ListedImage]]) -> DatasetDict:
+    """Return the listed images of each split as a dataset.
+
+    Its columns are `image` (a path, not decoded), `label` (ClassLabel, sorted and the same in all splits), `size` in
+    bytes, `mtime` in nanoseconds and, if an image has a group, `given_group`.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
     # Names come from all splits together, so that a class keeps its number wherever it appears.
-    names = sorted({label for listed in files.values() for _, label in listed})
-    features = Features(
-        {
-            "image": Image(decode=False),
-            "label": ClassLabel(names=names),
-            "size": Value("int64"),
-            "mtime": Value("int64"),
-        }
-    )
+    names = sorted({image.label for listed in files.values() for image in listed})
+    columns = {"image": Image(decode=False), "label": ClassLabel(names=names)}
+    columns |= dict.fromkeys(("size", "mtime"), Value("int64"))
+    if any(image.group for listed in files.values() for image in listed):
+        columns["given_group"] = Value("string")
     return DatasetDict(
         {
             # The generator's arguments are its key in the cache, so a changed file is read again.
             split: Dataset.from_generator(
-                _file_rows, features=features, gen_kwargs={"files": _with_stat(listed)}, split=NamedSplit(split)
+                _file_rows,
+                features=Features(columns),
+                gen_kwargs={"files": _with_stat(listed), "columns": tuple(columns)},
+                split=NamedSplit(split),
             )
             for split, listed in files.items()
         }
@@ -81,7 +100,7 @@ def load_folder(root: Path) -> DatasetDict:
 
 def _split_folders(root: Path) -> dict[str, Path]:
     """Return the folder of each split, or nothing where the folders are classes."""
-    folders = _subfolders(root)
+    folders = subfolders(root)
     named = [folder for folder in folders if folder.name.lower() in SPLIT_OF_FOLDER]
     splits = {SPLIT_OF_FOLDER[folder.name.lower()]: folder for folder in named}
     if "train" not in splits or (len(named) == 1 and len(folders) > 1):
@@ -89,7 +108,7 @@ def _split_folders(root: Path) -> dict[str, Path]:
     names = ", ".join(folder.name for folder in named)
     if len(splits) < len(named):
         raise UserError(f"{root} holds two folders for one split: {names}. Merge or remove one")
-    with_classes = any(_subfolders(folder) for folder in named)
+    with_classes = any(subfolders(folder) for folder in named)
     if len(named) == len(folders) and not with_classes:
         raise UserError(
             f"{root} has the splits {names}, but no class folders in them: put the images in folders such as "
@@ -103,17 +122,18 @@ def _split_folders(root: Path) -> dict[str, Path]:
     return splits if with_classes else {}
 
 
-def _subfolders(folder: Path) -> list[Path]:
+def subfolders(folder: Path) -> list[Path]:
+    """Return the folders in a folder, sorted, without hidden ones."""
     return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not is_hidden(entry.name))
 
 
-def _list_class_folders(split_root: Path, root: Path, skipped: Counter) -> list[tuple[str, str]]:
-    """Return (path, class) of every image, at any depth below a class folder; count other files in `skipped`."""
+def _list_class_folders(split_root: Path, root: Path, skipped: Counter) -> list[ListedImage]:
+    """Return every image, at any depth below a class folder; count other files in `skipped`."""
     listed = []
     skipped.update(
         str(entry.relative_to(root)) for entry in split_root.iterdir() if entry.is_file() and not is_hidden(entry.name)
     )
-    for folder in _subfolders(split_root):
+    for folder in subfolders(split_root):
         # macOS and Linux write an accented letter differently; a model must not see two classes in that.
         label = unicodedata.normalize("NFC", folder.name)
         files = []
@@ -121,7 +141,7 @@ def _list_class_folders(split_root: Path, root: Path, skipped: Counter) -> list[
             subdirectories[:] = sorted(name for name in subdirectories if not is_hidden(name))
             for path in (Path(directory, name) for name in sorted(names) if not is_hidden(name)):
                 if is_image(path.name):
-                    files.append((_as_text(path), label))
+                    files.append(ListedImage(_as_text(path), label))
                 else:
                     skipped[str(path.relative_to(root))] += 1
         if not files and split_root.name.lower() not in ("validation", "val", "valid", "dev", "test"):
@@ -137,17 +157,19 @@ def _as_text(path: Path) -> str:
         raise UserError(f"the file name {os.fsencode(path)!r} is not valid UTF-8: rename the file") from None
 
 
-def _with_stat(files: list[tuple[str, str]]) -> tuple[tuple[str, str, int, int], ...]:
+def _with_stat(files: list[ListedImage]) -> tuple[tuple, ...]:
     rows = []
-    for path, label in files:
+    for image in files:
         try:
-            status = Path(path).stat()
+            status = Path(image.path).stat()
         except OSError as error:  # a link to nowhere
-            raise UserError(f"{path} cannot be read: {error.strerror}. Replace or remove it") from error
-        rows.append((path, label, status.st_size, status.st_mtime_ns))
+            raise UserError(f"{image.path} cannot be read: {error.strerror}. Replace or remove it") from error
+        rows.append((*image, status.st_size, status.st_mtime_ns))
     return tuple(rows)
 
 
-def _file_rows(files: tuple[tuple[str, str, int, int], ...]) -> Iterator[dict]:
-    for path, label, size, mtime in files:
-        yield {"image": {"bytes": None, "path": path}, "label": label, "size": size, "mtime": mtime}
+def _file_rows(files: tuple[tuple, ...], columns: tuple[str, ...]) -> Iterator[dict]:
+    for path, label, group, size, mtime in files:
+        image = {"bytes": None, "path": path}
+        row = {"image": image, "label": label, "size": size, "mtime": mtime, "given_group": group}
+        yield {column: row[column] for column in columns}

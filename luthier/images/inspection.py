@@ -145,10 +145,11 @@ def listing(lines: list[str]) -> str:
     return "".join(f"\n  {escape_terminal(line)}" for line in lines[:MAX_LISTED]) + more
 
 
-def group_duplicates(splits: DatasetDict) -> dict[str, np.ndarray]:
+def group_images(splits: DatasetDict) -> dict[str, np.ndarray]:
     """Return the group of each image of each split, int64 [N]: the same for images with equal or nearly equal pixels.
 
-    The pairs of near-duplicates are cached. Among more than `duplicates.MAX_IMAGES` images only equal ones are found.
+    Images of one `given_group` are in one group too. The pairs of near-duplicates are cached. Among more than
+    `duplicates.MAX_IMAGES` images only equal ones are found.
     """
 
     def column(name: str) -> list:
@@ -163,6 +164,9 @@ def group_duplicates(splits: DatasetDict) -> dict[str, np.ndarray]:
     else:
         fingerprints = [Fingerprint(*parts) for parts in zip(column("hashes"), column("thumbnail"), strict=True)]
         pairs += [(rows[i], rows[j]) for i, j in _cached_near_duplicates([fingerprints[row] for row in rows])]
+    if "given_group" in splits["train"].column_names:
+        given: dict[str, int] = {}
+        pairs += [(given.setdefault(name, row), row) for row, name in enumerate(column("given_group")) if name]
     groups = connected_groups(len(all_pixels), pairs).astype(np.int64)
     ends = np.cumsum([len(dataset) for dataset in splits.values()])
     return dict(zip(splits, np.split(groups, ends[:-1]), strict=True))

@@ -1,0 +1,326 @@
+"""The splits that a table of image files describes: its columns and files are found, no row is lost in silence."""
+
+import logging
+import os
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from datasets import DatasetDict
+
+from luthier.errors import UserError
+from luthier.images.columns import LABEL_COLUMNS
+from luthier.images.decode import EXTENSIONS, is_hidden, is_image
+from luthier.images.folders import SPLIT_OF_FOLDER, ListedImage, load_listed, subfolders
+from luthier.images.inspection import listing
+from luthier.images.tables import METADATA, Table, read_table
+from luthier.terminal import plural
+
+logger = logging.getLogger(__name__)
+
+# Names of an image column, where several columns name image files.
+IMAGE_COLUMNS = ("file_name", "filename", "file", "image", "image_path", "path", "filepath", "image_id", "id")
+SPLIT_COLUMN = "split"
+SAMPLE = 1000  # rows by which columns are told apart
+WHOLE_NUMBER = re.compile(r"(-?\d+)\.0+")
+
+
+class Columns(NamedTuple):
+    """The columns of a table; None where there is none, or where it is to be found."""
+
+    image: str | None = None
+    label: str | None = None
+    split: str | None = None
+    group: str | None = None
+
+
+def find_tables(root: Path, labels: str | None) -> dict[str, Path]:
+    """Return the table of each split, or one for `all`; nothing where the labels are class folders.
+
+    Args:
+        root: the folder with the images.
+        labels: a file that the user has named; otherwise metadata files in the folder, or in its split folders.
+
+    Raises:
+        UserError: a folder holds two metadata files, or not every split folder has one.
+    """
+    if labels:
+        return {"all": Path(labels).expanduser()}
+    if not root.is_dir():
+        return {}
+    found = _metadata_of(root)
+    if found:
+        return {"all": found}
+    folders = [folder for folder in subfolders(root) if folder.name.lower() in SPLIT_OF_FOLDER]
+    tables = {SPLIT_OF_FOLDER[folder.name.lower()]: table for folder in folders if (table := _metadata_of(folder))}
+    if tables and len(tables) < len(folders):
+        missing = next(folder for folder in folders if _metadata_of(folder) not in tables.values())
+        raise UserError(f"{missing} has no metadata file, but another split has one: add it, or remove the others")
+    return tables
+
+
+def _metadata_of(folder: Path) -> Path | None:
+    found = [folder / name for name in METADATA if (folder / name).is_file()]
+    if len(found) > 1:
+        raise UserError(f"{folder} holds {' and '.join(path.name for path in found)}: remove all but one")
+    return found[0] if found else None
+
+
+def load_tables(root: Path, tables: dict[str, Path], given: Columns) -> DatasetDict:
+    """Load the images that tables name, with their labels; without a split column all of them are `train`.
+
+    Args:
+        root: the folder that holds the images, at any depth.
+        tables: of `find_tables`.
+        given: the columns that the user has named.
+
+    Returns what `folders.load_folder` returns, with the column `given_group` if there is a group column.
+
+    Raises:
+        UserError: a table cannot be read, or a row of it cannot be used; the message names rows and columns.
+    """
+    if not root.is_dir():
+        raise UserError(f"--data_dir {root} is not a folder: give the one that holds the images of the table")
+    listed: dict[str, list[ListedImage]] = defaultdict(list)
+    for split, path in tables.items():
+        folder = root if split == "all" else path.parent
+        for name, images in _read_split(folder, read_table(path), given, None if split == "all" else split).items():
+            listed[name] += images
+    if "train" not in listed:
+        raise UserError(f"{next(iter(tables.values()))} has no row of the split train: there is nothing to learn from")
+    return load_listed({split: listed[split] for split in ("train", "validation", "test") if split in listed})
+
+
+class Entry(NamedTuple):
+    """What a row says: the number of the row, and the values of its columns."""
+
+    number: int
+    name: str
+    label: str
+    split: str
+    group: str
+
+
+def _read_split(root: Path, table: Table, given: Columns, split: str | None) -> dict[str, list[ListedImage]]:
+    """Return the images of a table by split."""
+    files = ImageFiles(root)
+    columns = _find_columns(table, files, given)
+    entries = _read_entries(table, columns, split)
+    skip = files.folders_to_skip([entry.name for entry in entries[:SAMPLE]])
+    with_labels = {entry.split for entry in entries if entry.label} | {"train"}
+    for name in sorted({entry.split for entry in entries} - with_labels):
+        logger.warning(f"Not used: the {name} split of {table.path.name}, which has no labels")
+    faults: list[str] = []
+    named: set[Path | str] = set()
+    first: dict[Path, Entry] = {}  # that names an image
+    again = 0
+    for entry in entries:
+        found = files.find(entry.name, skip)
+        named.add(found)
+        if entry.split in with_labels:
+            earlier = first.setdefault(found, entry) if isinstance(found, Path) else entry
+            faults += _faults_of(entry, found, earlier, columns)
+            again += earlier is not entry
+    if faults:
+        raise UserError(
+            f"{table.path}: {plural(len(faults), 'value')} cannot be used. Mend them, or remove their rows:"
+            f"{listing(faults)}"
+        )
+    if again:
+        logger.warning(f"{table.path.name} names {plural(again, 'image')} more than once: each is used once")
+    rest = [str(path) for path in files.paths if root / path not in named]
+    if rest:
+        logger.warning(
+            f"Not used, because without a row in {table.path.name}: {plural(len(rest), 'image')}, such as "
+            f"{', '.join(rest[:3])}"
+        )
+    images: dict[str, list[ListedImage]] = defaultdict(list)
+    for path, entry in first.items():
+        images[entry.split].append(ListedImage(str(path), entry.label, entry.group))
+    return images
+
+
+def _read_entries(table: Table, columns: Columns, split: str | None) -> list[Entry]:
+    assert columns.image and columns.label  # they have been found
+    names, labels = (_without_points(table.column(name)) for name in (columns.image, columns.label))
+    labels = [unicodedata.normalize("NFC", label) for label in labels]
+    splits = table.column(columns.split) if columns.split else [split or "train"] * len(names)
+    splits = [SPLIT_OF_FOLDER.get(name.lower(), name) for name in splits]
+    groups = _without_points(table.column(columns.group)) if columns.group else [""] * len(names)
+    if columns.group and not any(groups):
+        raise UserError(f"the column {columns.group!r} of {table.path} is empty: leave --group_column out, or fill it")
+    return [Entry(*values) for values in zip(table.numbers, names, labels, splits, groups, strict=True)]
+
+
+def _faults_of(entry: Entry, found: Path | str, earlier: Entry, columns: Columns) -> list[str]:
+    """Return what is wrong with a row, with its number and column.
+
+    Args:
+        entry: the row.
+        found: its image, or why there is none.
+        earlier: the first row with this image.
+        columns: of the table.
+    """
+    faults = []
+    if isinstance(found, str):
+        faults.append((columns.image, found))
+    if not entry.label:
+        faults.append((columns.label, "there is no label"))
+    if entry.split not in SPLIT_OF_FOLDER.values():
+        faults.append((columns.split, f"{entry.split!r} is not train, validation or test"))
+    if entry[2:] != earlier[2:]:
+        where = f"{entry.name!r} is in row {earlier.number} too"
+        faults.append((columns.image, f"{where}, with another label, split or group"))
+    return [f"row {entry.number}, column {column!r}: {what}" for column, what in faults]
+
+
+def _find_columns(table: Table, files: "ImageFiles", given: Columns) -> Columns:
+    """Return the columns of a table: those that are given, and the others by their names and what they hold.
+
+    Raises:
+        UserError: there is no such column, or more than one could be meant.
+    """
+    for kind, name in given._asdict().items():
+        if name and name not in table.columns:
+            raise UserError(
+                f"there is no column {name!r} (--{kind}_column) in {table.path}; the columns are "
+                f"{', '.join(table.columns)}"
+            )
+    first = next((name for name in table.columns if is_image(name) and files.matches(name, 0)), None)
+    if first:
+        raise UserError(
+            f"the first row of {table.path} names an image, {first!r}: put a row with the names of the columns above "
+            "it, such as file_name,label"
+        )
+    split = given.split or next((name for name in table.columns if name.lower() == SPLIT_COLUMN), None)
+    rest = [name for name in table.columns if name not in (given.image, given.label, split, given.group)]
+    named = [name for name in rest if name.lower() in LABEL_COLUMNS]
+    image = given.image or _find_image_column(table, files, [name for name in rest if name not in named] or rest)
+    rest = [name for name in rest if name != image]
+    likely = named if len(named) == 1 else rest
+    if not given.label and len(likely) != 1:
+        raise UserError(
+            f"which column of {table.path} holds the labels? Name it with --label_column; the columns are "
+            f"{', '.join(table.columns)}"
+        )
+    return Columns(image, given.label or likely[0], split, given.group)
+
+
+def _find_image_column(table: Table, files: "ImageFiles", names: list[str]) -> str:
+    """Return the column most of whose values name image files; where several do, the one that tells most apart."""
+    shares = {}
+    for name in names:
+        values = _without_points(table.column(name)[:SAMPLE])
+        skip = files.folders_to_skip(values)
+        shares[name] = sum(bool(files.matches(value, skip)) for value in values) / len(values)
+
+    def rank(name: str) -> tuple:
+        known = IMAGE_COLUMNS.index(name.lower()) if name.lower() in IMAGE_COLUMNS else len(IMAGE_COLUMNS)
+        return round(shares[name], 1), len(set(table.column(name)[:SAMPLE])), -known
+
+    best = max(names, key=rank)
+    if not shares[best]:
+        known = [name for name in names if name.lower() in IMAGE_COLUMNS]
+        example = table.column(known[0] if known else names[0])[0]
+        raise UserError(
+            f"no column of {table.path} names image files below {files.root} ({example!r} is none). Is --data_dir the "
+            f"folder of the images? Name the column with --image_column; the columns are {', '.join(table.columns)}"
+        )
+    return best
+
+
+def _without_points(values: list[str]) -> list[str]:
+    """Return numbers that a table has as 1.0, 2.0, ... as 1, 2, ...; other values as they are."""
+    if all(WHOLE_NUMBER.fullmatch(value) for value in values if value):
+        return [value.partition(".")[0] for value in values]
+    return values
+
+
+class ImageFiles:
+    """The image files below a folder, found by what a table calls them.
+
+    A name may lack its extension, or the folders above it. It may have folders that are not here, such as those of
+    another machine.
+
+    Attributes:
+        root: the folder.
+        paths: of the image files, relative to it, sorted.
+    """
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.paths = sorted(_list_images(root))
+        self.by_stem: dict[str, list[PurePosixPath]] = defaultdict(list)
+        for path in self.paths:
+            self.by_stem[_stem(path.name)].append(path)
+
+    def find(self, name: str, skip: int) -> Path | str:
+        """Return the path of an image, or why there is none.
+
+        Args:
+            name: as in a table.
+            skip: how many folders at its beginning are not here.
+        """
+        if not name:
+            return "there is no file name"
+        parts = _parts(name)
+        if parts is None:
+            return f"{name!r} leads out of the folder"
+        found = self.matches(name, skip)
+        if not found:
+            return f"there is no image {name!r} below {self.root}"
+        if len(found) > 1:
+            return f"{name!r} could be {found[0]} or {found[1]}: write the folder too"
+        return self.root / found[0]
+
+    def matches(self, name: str, skip: int) -> list[PurePosixPath]:
+        """Return the image files that a name could mean."""
+        wanted = (_parts(name) or [])[skip:]
+        if not wanted:
+            return []
+        *folders, last = [part.casefold() for part in wanted]
+        found = [
+            path
+            for path in self.by_stem.get(_stem(last), [])
+            if (not is_image(last) or path.name.casefold() == last)
+            and [part.casefold() for part in path.parts[:-1]][len(path.parts) - len(wanted) :] == folders
+        ]
+        exact = [path for path in found if "/".join(wanted) in (str(path), str(path.with_suffix("")))]
+        return exact if len(found) > 1 and len(exact) == 1 else found
+
+    def folders_to_skip(self, names: Sequence[str]) -> int:
+        """Return how many folders at the beginning of the names are not here: so many that most names are found."""
+        depth = max((len(_parts(name) or []) for name in names), default=0)
+        found = [sum(bool(self.matches(name, skip)) for name in names) for skip in range(max(1, depth))]
+        return found.index(max(found))
+
+
+def _list_images(root: Path) -> list[PurePosixPath]:
+    found = []
+    for directory, subdirectories, names in os.walk(root):
+        subdirectories[:] = [name for name in subdirectories if not is_hidden(name)]
+        folder = PurePosixPath(Path(directory).relative_to(root).as_posix())
+        found += [folder / name for name in names if is_image(name) and not is_hidden(name)]
+    return found
+
+
+def _parts(name: str) -> list[str] | None:
+    """Return the folders and the file of a name, on any system; None where it leads out of the folder."""
+    parts: list[str] = []
+    for part in unicodedata.normalize("NFC", name).replace("\\", "/").split("/"):
+        if part == ".." and not parts:
+            return None
+        if part == "..":
+            parts.pop()
+        elif part not in ("", "."):
+            parts.append(part)
+    return parts
+
+
+def _stem(name: str) -> str:
+    """Return a file name without the extension of an image, as it is compared."""
+    path = PurePosixPath(unicodedata.normalize("NFC", name).casefold())
+    return path.stem if path.suffix in EXTENSIONS else path.name

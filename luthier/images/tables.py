@@ -1,0 +1,155 @@
+"""Tables of image files and labels: CSV, TSV, JSON lines and Parquet as text, row by row."""
+
+import csv
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet
+
+from luthier.errors import UserError
+from luthier.terminal import say
+
+SUFFIXES = {".csv": ",", ".tsv": "\t", ".jsonl": None, ".ndjson": None, ".parquet": None}
+DELIMITERS = ",;\t|"
+METADATA = ("metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.parquet")  # as `datasets` names them, and TSV
+
+
+class Table(NamedTuple):
+    """The text of a table.
+
+    Attributes:
+        path: of the file.
+        columns: names, each of them once.
+        rows: the values of each row, without white space around them; an empty text where there is none.
+        numbers: of the rows, as an editor or a spreadsheet shows them.
+    """
+
+    path: Path
+    columns: list[str]
+    rows: list[list[str]]
+    numbers: list[int]
+
+    def column(self, name: str) -> list[str]:
+        """Return the values of a column."""
+        index = self.columns.index(name)
+        return [row[index] for row in self.rows]
+
+
+def read_table(path: Path) -> Table:
+    """Read a CSV, TSV, JSON lines or Parquet file; rows without any value are left out.
+
+    Raises:
+        UserError: it is not such a file, or not a table.
+    """
+    suffix = path.suffix.lower()
+    if not path.is_file():
+        raise UserError(f"--labels {path} is not a file: give a table ({', '.join(SUFFIXES)})")
+    if suffix in (".xlsx", ".xls", ".ods"):
+        raise UserError(f"{path} is a spreadsheet: save it as CSV, and give that file")
+    if suffix not in SUFFIXES:
+        raise UserError(f"{path} is not a table that can be read: give one of {', '.join(SUFFIXES)}")
+    if suffix == ".parquet":
+        columns, rows = _read_parquet(path)
+    elif SUFFIXES[suffix] is None:
+        columns, rows = _read_json_lines(path)
+    else:
+        columns, rows = _read_delimited(path)
+    _check_columns(path, columns)
+    filled = [(number, row) for number, row in rows if any(row)]
+    if not filled:
+        raise UserError(f"{path} has no rows: give a table with a row for each image")
+    return Table(path, columns, [row for _, row in filled], [number for number, _ in filled])
+
+
+def _check_columns(path: Path, columns: list[str]) -> None:
+    twice = sorted({name for name in columns if columns.count(name) > 1})
+    if twice:
+        raise UserError(f"{path} has two columns {twice[0]!r}: rename or remove one")
+    if len(columns) < 2:
+        raise UserError(
+            f"{path} has the one column {columns[0]!r}: it needs one for the image files and one for the labels, "
+            f"with a name for each in the first row, divided by one of {' '.join(map(repr, DELIMITERS))}"
+        )
+
+
+def _read_text(path: Path) -> str:
+    """Return the text of a file in UTF-8 or UTF-16, or else in Windows' Western European encoding."""
+    data = path.read_bytes()
+    encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError:
+        say("table", f"{path.name} is not in UTF-8: it is read as Latin-1 (Windows-1252)")
+        return data.decode("cp1252", errors="replace")
+
+
+def _read_delimited(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    text = _read_text(path)
+    if "\0" in text:
+        raise UserError(f"{path} holds binary data: save it as CSV in UTF-8")
+    first, begin = text.partition("\n")[0], 1
+    if first.startswith("sep="):  # Excel's own line
+        text, begin = text.partition("\n")[2], 2
+        first = text.partition("\n")[0]
+    own = SUFFIXES[path.suffix.lower()] or ","
+    delimiter = max(own + DELIMITERS, key=first.count)
+    # Strict, or one quote too many would take the rest of the file for a value.
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
+    rows, last = [], 0
+    try:
+        columns = [name.strip() for name in next(reader, [])]
+        while len(columns) > 1 and not columns[-1]:
+            columns.pop()  # a delimiter at the end of the line
+        last = reader.line_num
+        for values in reader:
+            number, last = last + begin, reader.line_num
+            row = [value.strip() for value in values]
+            if any(row[len(columns) :]) or (0 < len(row) < len(columns) and any(row)):
+                raise UserError(
+                    f"{path}, row {number} has {len(row)} values, but there are {len(columns)} columns "
+                    f"({', '.join(columns)}): mend the row; a value that holds {delimiter!r} needs quotes around it"
+                )
+            rows.append((number, row[: len(columns)]))
+    except csv.Error as error:
+        raise UserError(f"{path}, row {last + begin} cannot be read: {error}") from error
+    return columns or [""], rows
+
+
+def _read_json_lines(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    found: list[tuple[int, dict]] = []
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if line.strip():
+            try:
+                values = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{path}, row {number} is not JSON: {error}. Each line holds one object") from error
+            if not isinstance(values, dict):
+                raise UserError(f"{path}, row {number} is not an object in curly brackets: each line holds one")
+            found.append((number, values))
+    columns = list(dict.fromkeys(name for _, values in found for name in values)) or [""]
+    return columns, [(number, [_as_text(values.get(name)) for name in columns]) for number, values in found]
+
+
+def _read_parquet(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} is not a Parquet file that can be read: {str(error).splitlines()[0]}") from error
+    if any(pa.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0 for field in table.schema):
+        raise UserError(f"{path} holds the images themselves: load it with --dataset_name {path.parent}")
+    values = [map(_as_text, column.to_pylist()) for column in table.columns]
+    rows = [(number, list(row)) for number, row in enumerate(zip(*values, strict=True), start=1)]
+    return table.column_names or [""], rows
+
+
+def _as_text(value: Any) -> str:
+    """Return a value as a spreadsheet shows it; a whole number that was read as a float without its point."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value).strip()

@@ -1,0 +1,222 @@
+"""Tables of images as people have them: what is found in each, and what each mistake is told."""
+
+import json
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas
+import pytest
+from conftest import draw
+
+from data import load_images
+from luthier.errors import UserError
+
+CLASSES = ("blue", "green", "red")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Twelve images, four of each class, named a0.png to a11.png, in one folder."""
+    for number in range(12):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        draw(CLASSES[number % 3], number).save(tmp_path / f"images/a{number}.png")
+    return tmp_path / "images"
+
+
+def pairs(name: Callable[[int], str] = lambda number: f"a{number}.png") -> list[tuple[str, str]]:
+    return [(name(number), CLASSES[number % 3]) for number in range(12)]
+
+
+def text(rows: list[tuple], header: str = "file,label", delimiter: str = ",") -> str:
+    return "\n".join([header, *(delimiter.join(map(str, row)) for row in rows)]) + "\n"
+
+
+def load(root: Path, content: str | bytes, name: str = "labels.csv", **options) -> dict[str, dict[str, str]]:
+    """Write a table beside the images and load it; return the class of each image by split and name."""
+    path = root.parent / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    splits, _ = load_images(data_dir=str(root), labels=str(path), **options)
+    return {
+        split: dict(zip(rows["name"][:], rows.features["label"].int2str(rows["label"][:]), strict=True))
+        for split, rows in splits.items()
+    }
+
+
+EXPECTED = {"train": dict(pairs())}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "options"),
+    [
+        ("labels.csv", text(pairs()), {}),
+        ("id_label.csv", text(pairs(lambda number: f"a{number}"), "id,label"), {}),
+        ("folder.csv", text(pairs(lambda number: f"images/a{number}.png")), {}),
+        ("windows.csv", text(pairs(lambda number: f"C:\\Users\\me\\images\\a{number}.png")), {}),
+        ("other_machine.csv", text(pairs(lambda number: f"/home/other/data/a{number}.png")), {}),
+        ("dots.csv", text(pairs(lambda number: f"./x/../a{number}.png")), {}),
+        ("upper.csv", text(pairs(lambda number: f"A{number}.PNG")), {}),
+        ("spaces.csv", text(pairs(lambda number: f"  a{number}.png "), " file , label"), {}),
+        ("bom.csv", b"\xef\xbb\xbf" + text(pairs()).encode(), {}),
+        ("utf16.csv", text(pairs()).encode("utf-16"), {}),
+        ("semicolons.csv", text(pairs(), "file;label", ";"), {}),
+        ("excel.csv", "sep=;\r\n" + text(pairs(), "file;label", ";").replace("\n", "\r\n"), {}),
+        ("old_mac.csv", text(pairs()).replace("\n", "\r"), {}),
+        ("pipes.csv", text(pairs(), "file|label", "|"), {}),
+        ("tabs.tsv", text(pairs(), "file\tlabel", "\t"), {}),
+        ("quotes.csv", text([(f'"{file}"', f'"{label}"') for file, label in pairs()]), {}),
+        ("empty_lines.csv", text(pairs()).replace("\n", "\n\n,\n"), {}),
+        ("comment_column.csv", text([(*pair, '"a, b\nc"') for pair in pairs()], "file,label,comment"), {}),
+        ("index_column.csv", text([(row, *pair) for row, pair in enumerate(pairs())], ",file,label"), {}),
+        ("other_names.csv", text(pairs(), "photo,breed"), {}),
+        ("named.csv", text([(*pair, "x") for pair in pairs()], "file,kind,label"), {"label_column": "kind"}),
+        ("twice.csv", text(pairs() + pairs()[:2]), {}),
+        ("lines.jsonl", "\n".join(json.dumps({"file_name": file, "label": label}) for file, label in pairs()), {}),
+    ],
+)  # fmt: skip
+def test_awkward_table_is_read(root, name, content, options):
+    assert load(root, content, name, **options) == EXPECTED
+
+
+def test_parquet_is_read(root):
+    path = root.parent / "labels.parquet"
+    pandas.DataFrame(pairs(), columns=["file", "label"]).to_parquet(path)
+    splits, _ = load_images(data_dir=str(root), labels=str(path))
+    assert len(splits["train"]) == 12
+
+
+def test_numbers_that_became_floats_are_whole_again(root):
+    for number in range(12):
+        (root / f"a{number}.png").rename(root / f"{number}.png")
+    rows = [(f"{number}.0", f"{number % 3}.0") for number in range(12)]
+    assert load(root, text(rows, "id,target")) == {"train": {f"{n}.png": str(n % 3) for n in range(12)}}
+
+
+def test_latin_1_and_both_ways_to_write_an_accent(root):
+    rows = [(file, label.replace("red", "rosé")) for file, label in pairs()]
+    expected = {"train": dict(rows)}
+    assert load(root, text(rows).encode("latin-1")) == expected
+    assert load(root, unicodedata.normalize("NFD", text(rows))) == expected
+
+
+def test_leading_zeros_stay(root):
+    rows = [(file, f"00{CLASSES.index(label)}") for file, label in pairs()]
+    assert set(load(root, text(rows))["train"].values()) == {"000", "001", "002"}
+
+
+def test_split_column_makes_splits(root):
+    rows = [(*pair, "Val" if number < 3 else "train") for number, pair in enumerate(pairs())]
+    splits = load(root, text(rows, "file,label,split"))
+    assert {split: len(images) for split, images in splits.items()} == {"train": 9, "validation": 3}
+    assert load(root, text(rows, "file,label,part"), split_column="part", label_column="label") == splits
+
+
+def test_split_without_labels_and_images_without_rows_are_named(root, caplog):
+    rows = [(file, "" if number < 3 else label, "test" if number < 3 else "train") for number, (file, label) in
+            enumerate(pairs()[:11])]  # fmt: skip
+    assert load(root, text(rows, "file,label,split")) == {"train": dict(pairs()[3:11])}
+    assert "the test split of labels.csv, which has no labels" in caplog.text
+    assert "without a row in labels.csv: 1 image, such as a11.png" in caplog.text
+
+
+def test_metadata_is_found_in_the_folder_or_in_its_split_folders(root, tmp_path):
+    (root / "metadata.csv").write_text(text(pairs(), "file_name,label"))
+    splits, _ = load_images(data_dir=str(root))
+    assert len(splits["train"]) == 12
+    for split, chosen in (("train", pairs()[:9]), ("test", pairs()[9:])):
+        (tmp_path / "splits" / split).mkdir(parents=True)
+        for file, _ in chosen:
+            (root / file).rename(tmp_path / "splits" / split / file)
+        (tmp_path / "splits" / split / "metadata.csv").write_text(text(chosen, "file_name,label"))
+    splits, _ = load_images(data_dir=str(tmp_path / "splits"))
+    assert {split: len(rows) for split, rows in splits.items()} == {"train": 9, "test": 3}
+
+
+def test_images_of_one_group_are_in_one_group(root):
+    path = root.parent / "labels.csv"
+    path.write_text(text([(*pair, f"p{number // 4}") for number, pair in enumerate(pairs())], "file,label,patient"))
+    splits, _ = load_images(data_dir=str(root), labels=str(path), group_column="patient")
+    rows = splits["train"]
+    group_of = dict(zip(rows["name"][:], rows["group"][:], strict=True))
+    for number in range(12):
+        assert group_of[f"a{number}.png"] == group_of[f"a{number // 4 * 4}.png"]
+    assert len(set(group_of.values())) == 3
+
+
+def rows_with(**changes: tuple) -> str:
+    """Return the table with some rows (row5=...) replaced; the first row below the header is row 2."""
+    rows: list[tuple] = list(pairs())
+    for row, values in changes.items():
+        rows[int(row.removeprefix("row")) - 2] = values
+    return text(rows)
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        (rows_with(row5=("b.png", "red")), {}, "row 5, column 'file': there is no image 'b.png' below"),
+        (rows_with(row5=("../a3.png", "red")), {}, "row 5, column 'file': '../a3.png' leads out of the folder"),
+        (rows_with(row5=("a3.png", "")), {}, "row 5, column 'label': there is no label"),
+        (rows_with(row5=("", "red")), {}, "row 5, column 'file': there is no file name"),
+        (rows_with(row5=("a0.png", "red")), {}, "row 5, column 'file': 'a0.png' is in row 2 too, with another label"),
+        (rows_with(row5=("a3.png",)), {}, "row 5 has 1 values, but there are 2 columns (file, label)"),
+        (rows_with(row5=("a3.png", "red", "x")), {}, "row 5 has 3 values, but there are 2 columns (file, label)"),
+        (rows_with(row5=('"a3.png', "red")), {}, "row 5 cannot be read: unexpected end of data"),
+        (text([(*pair, "dev" if pair[0] == "a3.png" else "fold 1" if pair[0] == "a4.png" else "train")
+               for pair in pairs()], "file,label,split"), {}, "row 6, column 'split': 'fold 1' is not train"),
+        (text(pairs()), {"label_column": "kind"}, "there is no column 'kind' (--label_column)"),
+        (text(pairs()), {"group_column": "patient"}, "there is no column 'patient' (--group_column)"),
+        (text([(*pair, "x") for pair in pairs()], "file,kind,note"), {}, "which column of"),
+        (text(pairs(lambda number: f"b{number}.png")), {}, "no column of"),
+        (text(pairs(), "a0.png,blue"), {}, "names an image, 'a0.png': put a row with the names of the columns"),
+        (text(pairs(), "file,file"), {}, "has two columns 'file'"),
+        ("file\na0.png\n", {}, "has the one column 'file'"),
+        ("file,label\n", {}, "has no rows"),
+        ("", {}, "has the one column ''"),
+        (b"file,label\n\0\1\2", {}, "holds binary data"),
+    ],
+)  # fmt: skip
+def test_mistake_in_a_table_has_one_message_with_row_and_column(root, content, options, message):
+    with pytest.raises(UserError) as raised:
+        load(root, content, **options)
+    assert message in str(raised.value), str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("labels.xlsx", "", "is a spreadsheet: save it as CSV"),
+        ("labels.doc", "", "is not a table that can be read"),
+        ("labels.jsonl", '{"file_name": "a0.png", "label": "red"}\n[1]\n', "row 2 is not an object"),
+        ("labels.jsonl", "{'file_name'}\n", "row 1 is not JSON"),
+        ("labels.parquet", "no", "is not a Parquet file"),
+    ],
+)
+def test_file_that_is_no_table_is_refused(root, name, content, message):
+    with pytest.raises(UserError, match=message):
+        load(root, content, name)
+
+
+def test_name_that_two_images_have_needs_its_folder(root):
+    for folder in ("left", "right"):
+        (root / folder).mkdir()
+        draw("red", 99).save(root / folder / "b.png")
+    with pytest.raises(UserError, match=r"row 14, column 'file': 'b' could be left/b\.png or right/b\.png"):
+        load(root, text([*pairs(), ("b", "red")]))
+    assert load(root, text([*pairs(), ("left/b", "red"), ("right/b", "red")]))["train"]["left/b.png"] == "red"
+
+
+def test_every_fault_is_counted_and_the_first_ones_are_listed(root):
+    with pytest.raises(UserError, match="11 values cannot be used") as raised:
+        load(root, text([pairs()[0], *((f"b{number}.png", "red") for number in range(11))]))
+    assert str(raised.value).count("there is no image") == 10 and "... and 1 more" in str(raised.value)
+
+
+def test_table_needs_a_folder(root):
+    (root.parent / "labels.csv").write_text(text(pairs()))
+    with pytest.raises(UserError, match="--labels is for a table of the images in a folder"):
+        load_images(labels=str(root.parent / "labels.csv"))
+    with pytest.raises(UserError, match=r"nowhere\.csv is not a file"):
+        load_images(data_dir=str(root), labels="nowhere.csv")
+    with pytest.raises(UserError, match="--split_column is for a table"):
+        load_images(data_dir=str(root), split_column="split")
