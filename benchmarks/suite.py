@@ -67,7 +67,7 @@ class Run(NamedTuple):
         accuracy: of the model that is shipped, on test.
         scored: of the weights before the refit; the same where there is no refit.
         seconds: of the whole process; NaN where they are not known.
-        said: what the run said of its choice.
+        said: what the run said of its choice, and the epochs of what was tried.
         alone: the seconds without the heats of recipes that were not kept; NaN where they are not known.
     """
 
@@ -189,7 +189,9 @@ def run_luthier(
     kept, (winner, _, _) = metrics["recipe"].get("kept", ""), metrics["recipe"]["recipe"].partition(":")
     heats, arm = (metrics.get("race") or {}).get("heats", []), "probe" if kept == "the probe" else winner
     lost = sum(heat["seconds"] for heat in heats if heat["arm"] != arm)
-    return Run(data, contestant, seed, shipped, scored, seconds, f"{arm}: {kept}", seconds - lost)
+    epochs = {heat["arm"]: heat["epochs"] for heat in heats}  # of the last heat
+    said = f"{arm}: {kept}; {', '.join(f'{name} {count:g}' for name, count in epochs.items()) or 'no'} epochs"
+    return Run(data, contestant, seed, shipped, scored, seconds, said, seconds - lost)
 
 
 def cut(data: str, folder: Path, seed: int, out: Path) -> Path:
