@@ -21,10 +21,10 @@ from luthier.errors import UserError
 from luthier.images.columns import label_and_image, load_named
 from luthier.images.decode import decode_rgb, read_bytes, reason
 from luthier.images.folders import load_folder
+from luthier.images.groups import add_groups, build_grouping, check_groups
 from luthier.images.inspection import (
     MAX_UNREADABLE,
     UnreadableImage,
-    group_images,
     inspect,
     leave_out_unreadable,
     listing,
@@ -86,6 +86,7 @@ def load_images(
     label_column: str | None = None,
     split_column: str | None = None,
     group_column: str | None = None,
+    group_by: str | None = None,
     label_names: list[str] | None = None,
     on_bad_image: str = "drop",
     max_unreadable: float = MAX_UNREADABLE,
@@ -102,6 +103,7 @@ def load_images(
         image_column, label_column: columns of a dataset or a table, where types, names or values do not tell them.
         split_column: of a table; `split` if there is one.
         group_column: of what images belong to, such as a patient: a cut keeps them on one side.
+        group_by: the same by the files' names, see `groups.build_grouping`.
         label_names: new class names, in the order of the old ones when sorted.
         on_bad_image: `drop` leaves out images that cannot be read, `error` refuses them.
         max_unreadable: share of the images that may be left out.
@@ -109,7 +111,7 @@ def load_images(
 
     Returns the splits, and the images that were left out. The splits' columns are `image` (bytes or path, not
     decoded), `label` (a `ClassLabel` whose names are sorted and the same in all of them), what `inspection.inspect`
-    adds, and `group` (int64, the same for images that are equal or nearly so, which a cut keeps on one side).
+    adds, and those of `groups.add_groups`.
 
     Raises:
         UserError: nothing usable is there; the message says what, where and what to do.
@@ -117,28 +119,32 @@ def load_images(
     root = Path(data_dir).expanduser() if data_dir else None
     columns = Columns(image_column, label_column, split_column, group_column)
     tables = find_tables(root, labels) if root else {}
+    if group_by and (group_column or not root):
+        raise UserError(
+            "--group_by reads the names of the files in --data_dir: use it with one, and without --group_column"
+        )
     if root and tables:
-        splits, columns = load_tables(root, tables, columns), Columns()
+        splits, columns = load_tables(root, tables, columns, build_grouping(group_by)), Columns()
     elif split_column or labels:
         raise UserError(
             f"--{'labels' if labels else 'split_column'} is for a table of the images in a folder: give --data_dir, "
             "and a table with --labels or as metadata.csv in the folder"
         )
     elif root:
-        splits = load_folder(root)
+        splits = load_folder(root, build_grouping(group_by))
     elif dataset_name in (None, BUILT_IN):
         splits = DatasetDict(train=load_openmoji())
     else:
         splits = load_named(str(dataset_name), dataset_config_name)
+    if group_by:
+        check_groups(splits, group_by)
     splits = label_and_image(splits, columns.image, columns.label, columns.group, label_names)
     names = splits["train"].features["label"].names
     if len(names) < min_classes:
         raise UserError(f"all images have the one class {names[0]!r}: a classifier needs at least two")
     splits = DatasetDict({split: inspect(dataset, split, root) for split, dataset in splits.items()})
     splits, unreadable = leave_out_unreadable(splits, 0.0 if on_bad_image == "error" else max_unreadable)
-    groups = group_images(splits)
-    grouped = {split: dataset.add_column("group", groups[str(split)]) for split, dataset in splits.items()}
-    return DatasetDict(grouped), unreadable
+    return add_groups(splits), unreadable
 
 
 def load_labelled(names: list[str], **options) -> tuple[DatasetDict, list[UnreadableImage]]:

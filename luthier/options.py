@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 # What a config says of its data, and what is replaced with it when the command line names other data.
 DATA_KEYS = (
     "data_dir", "dataset_name", "dataset_config_name", "labels", "image_column", "label_column", "split_column",
-    "group_column", "label_names",
+    "group_column", "group_by", "label_names",
 )  # fmt: skip
 
 
@@ -54,6 +54,13 @@ class DataArguments:
         metadata={
             "help": "The column of a dataset or table that says what an image belongs to, such as a patient or a "
             "video: those of one group are never on two sides of a split."
+        },
+    )
+    group_by: str | None = field(
+        default=None,
+        metadata={
+            "help": "The same by file names: folder, the folder below the class folder, or a regular expression such "
+            "as '^[^_]+' (docs/usage.md)."
         },
     )
     label_names: list[str] | None = field(

@@ -8,8 +8,8 @@ import logging
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, NamedSplit, Value
@@ -29,6 +29,8 @@ SPLIT_OF_FOLDER = {
     "test": "test",
 }
 
+Grouping = Callable[[PurePosixPath], str]  # the group of an image; an empty one is none
+
 
 class ListedImage(NamedTuple):
     """An image file, its class, and what it belongs to, such as a patient; an empty group is none."""
@@ -38,8 +40,17 @@ class ListedImage(NamedTuple):
     group: str = ""
 
 
-def load_folder(root: Path) -> DatasetDict:
+def no_group(path: PurePosixPath) -> str:
+    """Give no image a group."""
+    return ""
+
+
+def load_folder(root: Path, grouping: Grouping = no_group) -> DatasetDict:
     """Load the splits that a folder holds, or all of it as `train`.
+
+    Args:
+        root: the folder.
+        grouping: gives an image's group by its path below the class folder, see `groups.build_grouping`.
 
     Returns the splits as `load_listed` does.
 
@@ -50,7 +61,7 @@ def load_folder(root: Path) -> DatasetDict:
         raise UserError(f"--data_dir {root} is not a folder: give one with a folder of images for each class")
     roots = _split_folders(root) or {"train": root}
     skipped: Counter[str] = Counter()
-    files = {split: _list_class_folders(folder, root, skipped) for split, folder in roots.items()}
+    files = {split: _list_class_folders(folder, root, skipped, grouping) for split, folder in roots.items()}
     if not any(files.values()):
         raise UserError(
             f"{root} has no images in class folders. Expected {root}/CLASS/image.jpg, in the formats "
@@ -127,7 +138,7 @@ def subfolders(folder: Path) -> list[Path]:
     return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not is_hidden(entry.name))
 
 
-def _list_class_folders(split_root: Path, root: Path, skipped: Counter) -> list[ListedImage]:
+def _list_class_folders(split_root: Path, root: Path, skipped: Counter, grouping: Grouping) -> list[ListedImage]:
     """Return every image, at any depth below a class folder; count other files in `skipped`."""
     listed = []
     skipped.update(
@@ -141,7 +152,8 @@ def _list_class_folders(split_root: Path, root: Path, skipped: Counter) -> list[
             subdirectories[:] = sorted(name for name in subdirectories if not is_hidden(name))
             for path in (Path(directory, name) for name in sorted(names) if not is_hidden(name)):
                 if is_image(path.name):
-                    files.append(ListedImage(_as_text(path), label))
+                    below = PurePosixPath(path.relative_to(folder).as_posix())
+                    files.append(ListedImage(_as_text(path), label, grouping(below)))
                 else:
                     skipped[str(path.relative_to(root))] += 1
         if not files and split_root.name.lower() not in ("validation", "val", "valid", "dev", "test"):

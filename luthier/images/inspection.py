@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets
 
@@ -16,7 +15,7 @@ from luthier.cache import cache_key, library_versions, read_cached, write_cached
 from luthier.errors import UserError
 from luthier.escape import escape_terminal
 from luthier.images.decode import NOT_OPENED, decode_rgb, read_bytes, reason
-from luthier.images.duplicates import MAX_IMAGES, Fingerprint, connected_groups, fingerprint, near_duplicates
+from luthier.images.duplicates import MAX_IMAGES, Fingerprint, fingerprint, near_duplicates
 from luthier.terminal import Tenths
 
 logger = logging.getLogger(__name__)
@@ -145,11 +144,10 @@ def listing(lines: list[str]) -> str:
     return "".join(f"\n  {escape_terminal(line)}" for line in lines[:MAX_LISTED]) + more
 
 
-def group_images(splits: DatasetDict) -> dict[str, np.ndarray]:
-    """Return the group of each image of each split, int64 [N]: the same for images with equal or nearly equal pixels.
+def duplicate_pairs(splits: DatasetDict) -> list[tuple[int, int]]:
+    """Return pairs of images with equal or nearly equal pixels, by their rows in all splits together.
 
-    Images of one `given_group` are in one group too. The pairs of near-duplicates are cached. Among more than
-    `duplicates.MAX_IMAGES` images only equal ones are found.
+    The pairs of near-duplicates are cached. Among more than `duplicates.MAX_IMAGES` images only equal ones are found.
     """
 
     def column(name: str) -> list:
@@ -164,12 +162,7 @@ def group_images(splits: DatasetDict) -> dict[str, np.ndarray]:
     else:
         fingerprints = [Fingerprint(*parts) for parts in zip(column("hashes"), column("thumbnail"), strict=True)]
         pairs += [(rows[i], rows[j]) for i, j in _cached_near_duplicates([fingerprints[row] for row in rows])]
-    if "given_group" in splits["train"].column_names:
-        given: dict[str, int] = {}
-        pairs += [(given.setdefault(name, row), row) for row, name in enumerate(column("given_group")) if name]
-    groups = connected_groups(len(all_pixels), pairs).astype(np.int64)
-    ends = np.cumsum([len(dataset) for dataset in splits.values()])
-    return dict(zip(splits, np.split(groups, ends[:-1]), strict=True))
+    return pairs
 
 
 def _cached_near_duplicates(fingerprints: list[Fingerprint]) -> list[tuple[int, int]]:

@@ -14,7 +14,7 @@ from datasets import DatasetDict
 from luthier.errors import UserError
 from luthier.images.columns import LABEL_COLUMNS
 from luthier.images.decode import EXTENSIONS, is_hidden, is_image
-from luthier.images.folders import SPLIT_OF_FOLDER, ListedImage, load_listed, subfolders
+from luthier.images.folders import SPLIT_OF_FOLDER, Grouping, ListedImage, load_listed, no_group, subfolders
 from luthier.images.inspection import listing
 from luthier.images.tables import METADATA, Table, read_table
 from luthier.terminal import plural
@@ -69,13 +69,14 @@ def _metadata_of(folder: Path) -> Path | None:
     return found[0] if found else None
 
 
-def load_tables(root: Path, tables: dict[str, Path], given: Columns) -> DatasetDict:
+def load_tables(root: Path, tables: dict[str, Path], given: Columns, grouping: Grouping = no_group) -> DatasetDict:
     """Load the images that tables name, with their labels; without a split column all of them are `train`.
 
     Args:
         root: the folder that holds the images, at any depth.
         tables: of `find_tables`.
         given: the columns that the user has named.
+        grouping: gives an image's group by its path below the folder, where there is no group column.
 
     Returns what `folders.load_folder` returns, with the column `given_group` if there is a group column.
 
@@ -86,8 +87,8 @@ def load_tables(root: Path, tables: dict[str, Path], given: Columns) -> DatasetD
         raise UserError(f"--data_dir {root} is not a folder: give the one that holds the images of the table")
     listed: dict[str, list[ListedImage]] = defaultdict(list)
     for split, path in tables.items():
-        folder = root if split == "all" else path.parent
-        for name, images in _read_split(folder, read_table(path), given, None if split == "all" else split).items():
+        folder, only = (root, None) if split == "all" else (path.parent, split)
+        for name, images in _read_images(folder, read_table(path), given, grouping, only).items():
             listed[name] += images
     if "train" not in listed:
         raise UserError(f"{next(iter(tables.values()))} has no row of the split train: there is nothing to learn from")
@@ -104,7 +105,9 @@ class Entry(NamedTuple):
     group: str
 
 
-def _read_split(root: Path, table: Table, given: Columns, split: str | None) -> dict[str, list[ListedImage]]:
+def _read_images(
+    root: Path, table: Table, given: Columns, grouping: Grouping, split: str | None
+) -> dict[str, list[ListedImage]]:
     """Return the images of a table by split."""
     files = ImageFiles(root)
     columns = _find_columns(table, files, given)
@@ -139,7 +142,8 @@ def _read_split(root: Path, table: Table, given: Columns, split: str | None) -> 
         )
     images: dict[str, list[ListedImage]] = defaultdict(list)
     for path, entry in first.items():
-        images[entry.split].append(ListedImage(str(path), entry.label, entry.group))
+        group = entry.group if columns.group else grouping(PurePosixPath(path.relative_to(root).as_posix()))
+        images[entry.split].append(ListedImage(str(path), entry.label, group))
     return images
 
 

@@ -23,6 +23,7 @@ from luthier.training.trainer import model_of
 KIND_NAMES = {  # of findings
     "unreadable": "unreadable, left out",
     "between_splits": "duplicates across splits",
+    "groups_between_splits": "groups across splits",
     "between_classes": "duplicates across classes",
     "exact_duplicates": "exact duplicates",
     "near_duplicates": "near-duplicates",
@@ -200,7 +201,8 @@ def learning_curve_in_words(curve: Mapping | None) -> str:
 def say_audit(findings: Mapping) -> None:
     """Say how much was found of each kind, and name what costs images or distorts the score."""
     say("audit", findings_in_words(findings))
-    for kind, topic in (("unreadable", "left out"), ("between_splits", "careful")):
+    distorting = ("between_splits", "groups_between_splits")
+    for kind, topic in (("unreadable", "left out"), *((kind, "careful") for kind in distorting)):
         for finding in findings[kind][:MAX_NAMED]:
             say(topic, finding_in_words(finding))
         if len(findings[kind]) > MAX_NAMED:

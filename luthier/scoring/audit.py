@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from datasets import DatasetDict
 
+from luthier.images.columns import GIVEN_GROUP
 from luthier.images.inspection import UnreadableImage
 from luthier.images.splits import stratified_folds
 from luthier.training.probe import cross_fit
@@ -23,6 +24,7 @@ MAX_CELLS = 20_000_000  # images times classes up to which labels are checked: a
 KINDS = (
     "unreadable",
     "between_splits",
+    "groups_between_splits",
     "between_classes",
     "exact_duplicates",
     "near_duplicates",
@@ -37,31 +39,37 @@ def audit_images(splits: DatasetDict, unreadable: list[UnreadableImage]) -> dict
 
     Each kind of `KINDS` is a list of findings; of duplicates a list of lists of images that belong together. An image
     is a dict of `split`, `row` (None if it was left out), `name`, `label`, and `why`. `between_splits` and
-    `between_classes` repeat those duplicates that distort a score. `suspect_labels` is None until `suspect_labels`
+    `between_classes` repeat those duplicates that distort a score. `groups_between_splits` has an image of each split
+    for each given group that is in several splits of the data's own. `suspect_labels` is None until `suspect_labels`
     has filled it in. `images` is how many there are, `classes` how many of each class.
     """
     names = next(iter(splits.values())).features["label"].names
-    images, groups = [], defaultdict(list)
+    images, duplicates, groups = [], defaultdict(list), defaultdict(list)
     findings: dict = {kind: [] for kind in KINDS} | {"suspect_labels": None}
     findings["unreadable"] = [
         {"split": image.split, "row": None, "name": image.name, "label": image.label, "why": image.reason}
         for image in unreadable
     ]
-    columns = ("name", "label", "group", "pixels", "format", "width", "height")
+    columns = ("name", "label", "duplicates", "pixels", "format", "width", "height")
     for split, dataset in splits.items():
-        values = zip(*(dataset[column][:] for column in columns), strict=True)
-        for row, (name, label, group, pixels, file_format, width, height) in enumerate(values):
+        given = dataset[GIVEN_GROUP][:] if GIVEN_GROUP in dataset.column_names else [""] * len(dataset)
+        values = zip(given, *(dataset[column][:] for column in columns), strict=True)
+        for row, (group, name, label, alike, pixels, file_format, width, height) in enumerate(values):
             image = {"split": split, "row": row, "name": name, "label": names[label]}
             images.append(image)
-            groups[group].append((pixels, image))
+            duplicates[alike].append((pixels, image))
+            groups[group].append(image)
             suffix = Path(name).suffix.lower()
             if suffix and suffix not in EXTENSIONS_OF.get(file_format, {f".{file_format.lower()}"}):
                 findings["wrong_extension"].append(image | {"why": f"it is {file_format}"})
             if min(width, height) < TINY:
                 findings["tiny"].append(image | {"why": f"{width} x {height} px"})
-    for members in groups.values():
+    for members in duplicates.values():
         if len(members) > 1:
             _add_duplicates(findings, members)
+    groups.pop("", None)
+    first_of_split = [{image["split"]: image for image in reversed(members)} for members in groups.values()]
+    findings["groups_between_splits"] = [list(first.values()) for first in first_of_split if len(first) > 1]
     counts = Counter(image["label"] for image in images)
     return findings | {"images": len(images), "classes": {name: counts[name] for name in names}}
 

@@ -220,3 +220,34 @@ def test_table_needs_a_folder(root):
         load_images(data_dir=str(root), labels="nowhere.csv")
     with pytest.raises(UserError, match="--split_column is for a table"):
         load_images(data_dir=str(root), split_column="split")
+
+
+def test_groups_by_the_names_of_files_and_folders(tmp_path):
+    for number in range(12):
+        folder = tmp_path / "images" / CLASSES[number % 3] / f"p{number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        draw(CLASSES[number % 3], number).save(folder / f"s{number // 4}_{number}.png")
+
+    def groups(group_by: str) -> dict[str, int]:
+        rows = load_images(data_dir=str(tmp_path / "images"), group_by=group_by)[0]["train"]
+        return dict(zip(rows["name"][:], rows["group"][:], strict=True))
+
+    by_folder, by_name = groups("folder"), groups("^(s[0-9])_")
+    assert len(set(by_folder.values())) == 2 and len(set(by_name.values())) == 3
+    assert all((group == by_folder["blue/p0/s0_0.png"]) == ("/p0/" in name) for name, group in by_folder.items())
+    assert all((group == by_name["blue/p0/s0_0.png"]) == ("/s0_" in name) for name, group in by_name.items())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"group_by": "["}, "is neither 'folder' nor a regular expression"),
+        ({"group_by": "^x"}, "finds no group in any file"),
+        ({"group_by": "^a"}, "puts all images into one group, 'a'"),
+        ({"group_by": "folder"}, "finds no group in any file"),
+        ({"group_by": "^a", "group_column": "label"}, "and without --group_column"),
+    ],
+)
+def test_groups_that_are_none_are_refused(root, options, message):
+    with pytest.raises(UserError, match=message):
+        load(root, text(pairs()), **options)

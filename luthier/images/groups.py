@@ -1,0 +1,88 @@
+"""What belongs together: images that are nearly the same, and those of one patient, video or place."""
+
+import re
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from datasets import DatasetDict
+
+from luthier.errors import UserError
+from luthier.images.columns import GIVEN_GROUP
+from luthier.images.duplicates import connected_groups
+from luthier.images.folders import Grouping, no_group
+from luthier.images.inspection import duplicate_pairs
+from luthier.terminal import plural, say
+
+
+def build_grouping(group_by: str | None) -> Grouping:
+    """Return the function from an image's path, below its class folder or the folder of a table, to its group.
+
+    An empty group is none.
+
+    Args:
+        group_by: `folder`, the first folder of the path; or a regular expression that is searched in the file name:
+            its first group in brackets, or else what it matches. None groups nothing.
+
+    Raises:
+        UserError: it is not a regular expression.
+    """
+    if group_by is None:
+        return no_group
+    if group_by == "folder":
+        return lambda path: path.parts[0] if len(path.parts) > 1 else ""
+    try:
+        pattern = re.compile(group_by)
+    except re.error as error:
+        raise UserError(
+            f"--group_by {group_by!r} is neither 'folder' nor a regular expression: {error}. One for names such as "
+            "patient12_3.jpg is '^[^_]+'"
+        ) from error
+
+    def search(path: PurePosixPath) -> str:
+        found = pattern.search(path.name)
+        return "" if found is None else (found.group(1) if pattern.groups else found.group()) or ""
+
+    return search
+
+
+def check_groups(splits: DatasetDict, group_by: str) -> None:
+    """Say how many of the loaded images have no group.
+
+    Raises:
+        UserError: none has one, or all have the same.
+    """
+    known = GIVEN_GROUP in splits["train"].column_names
+    groups = [group for dataset in splits.values() for group in dataset[GIVEN_GROUP][:]] if known else []
+    alone, distinct = sum(not group for group in groups), len(set(groups) - {""})
+    example = Path(splits["train"][0]["image"]["path"]).name
+    if not distinct:
+        raise UserError(
+            f"--group_by {group_by!r} finds no group in any file, such as {example}: mend it, or leave it out"
+        )
+    if distinct == 1 and not alone:
+        raise UserError(
+            f"--group_by {group_by!r} puts all images into one group, {groups[0]!r}: mend it, or leave it out"
+        )
+    if alone:
+        say("groups", f"{plural(alone, 'image')} without a group, each of them on its own")
+
+
+def add_groups(splits: DatasetDict) -> DatasetDict:
+    """Return the inspected splits with the columns `duplicates` and `group`, int64.
+
+    `duplicates` is the same for images that are equal or nearly so. `group` is the same for those too, and for images
+    of one given group: a cut keeps them on one side.
+    """
+    pairs, ends = duplicate_pairs(splits), np.cumsum([len(dataset) for dataset in splits.values()])
+    columns = {"duplicates": connected_groups(int(ends[-1]), pairs)}
+    if GIVEN_GROUP in splits["train"].column_names:
+        names = [name for dataset in splits.values() for name in dataset[GIVEN_GROUP][:]]
+        first: dict[str, int] = {}
+        pairs = pairs + [(first.setdefault(name, row), row) for row, name in enumerate(names) if name]
+    columns["group"] = connected_groups(int(ends[-1]), pairs)
+    for name, values in columns.items():
+        parts = np.split(values.astype(np.int64), ends[:-1])
+        splits = DatasetDict(
+            {split: rows.add_column(name, part) for (split, rows), part in zip(splits.items(), parts, strict=True)}
+        )
+    return splits
