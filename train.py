@@ -120,7 +120,7 @@ def fine_tune(arguments: "Arguments", stop: "Stop", stopwatch: Stopwatch) -> tup
     predictor, images, curve = workshop.predictor(), feature_rows(prepared, view), data_args.learning_curve
     probe = measure_probe(predictor, recipes[0].is_pretrained, splits, images, curve, console.say_probe)
     stopwatch.stop("features")
-    console.say_learning_curve(probe, curve)
+    console.say_estimates(probe, curve)
     experiment.findings["suspect_labels"] = probe.suspect_labels
     console.say_audit(experiment.findings)
 

@@ -7,7 +7,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from luthier.escape import escape_markdown
-from luthier.reporting.console import learning_curve_in_words, refit_in_words, trust_remote_code
+from luthier.reporting.console import inflation_in_words, learning_curve_in_words, refit_in_words, trust_remote_code
 from luthier.terminal import percent_with_interval
 
 FIGURES = {  # that a model card shows
@@ -58,6 +58,7 @@ def write_model_card(path: Path, metrics: dict, custom_code: bool, repo_id: str 
         trust=trust_remote_code(custom_code),
         metrics=metrics,
         learning_curve=metrics["learning_curve"] and learning_curve_in_words(metrics["learning_curve"]),
+        groups=metrics.get("groups") and inflation_in_words(metrics["groups"]),
         refit=refit_in_words(metrics["refit"]) if metrics.get("refit") else "",
         figures={file: title for file, title in FIGURES.items() if (path.parent / file).exists()},
         command=" ".join(metrics["command"].split()),

@@ -111,9 +111,11 @@ def say_probe(scored: Mapping) -> None:
     say("probe", f"validation accuracy {scored['accuracy']:.1%}, loss {scored['log_loss']:.3f} (on frozen features)")
 
 
-def say_learning_curve(probe: ProbeResults, wanted: bool) -> None:
-    """Say what more images would bring, if that was asked for."""
-    if wanted:
+def say_estimates(probe: ProbeResults, curve: bool) -> None:
+    """Say what ignoring the groups would add to a score, and what more images would bring, if that was asked for."""
+    if probe.inflation:
+        say("groups", inflation_in_words(probe.inflation))
+    if curve:
         say("curve", learning_curve_in_words(probe.learning_curve))
 
 
@@ -180,6 +182,17 @@ def say_results(output_dir: Path, metrics: Mapping, custom_code: bool | None = N
 def trust_remote_code(custom_code: bool) -> str:
     """Return the argument that loading a model takes which brings its own code."""
     return ", trust_remote_code=True" if custom_code else ""
+
+
+def inflation_in_words(inflation: Mapping) -> str:
+    """Return what a score would be that ignores the groups."""
+    low, high = (100 * gain for gain in inflation["ci95"])
+    return (
+        f"{inflation['images']:,} images of train and validation in {plural(inflation['groups'], 'group')}. A linear "
+        f"probe scores {inflation['accuracy']:.1%} on groups that it has not seen. With splits that ignore the groups "
+        f"it would seem to score {inflation['ignoring']:.1%}: {100 * inflation['inflation']:+.1f} points (95% "
+        f"interval {low:+.1f} to {high:+.1f})"
+    )
 
 
 def learning_curve_in_words(curve: Mapping | None) -> str:

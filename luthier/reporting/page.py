@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader
 
 from luthier.images.decode import decode_rgb, read_bytes
 from luthier.reporting import figures
-from luthier.reporting.console import KIND_NAMES, learning_curve_in_words, refit_in_words
+from luthier.reporting.console import KIND_NAMES, inflation_in_words, learning_curve_in_words, refit_in_words
 from luthier.scoring.metrics import TestPredictions
 
 THUMBNAIL = 160  # pixels: longer side of the images in a page
@@ -50,6 +50,7 @@ def write_report(output_dir: Path, metrics: dict, findings: dict, test: TestPred
         wrong=wrong,
         correct=correct,
         learning_curve_in_words=learning_curve_in_words,
+        inflation_in_words=inflation_in_words,
         refit_in_words=refit_in_words,
         attribution=re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", metrics["data"]["attribution"]),
     )

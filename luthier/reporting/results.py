@@ -45,6 +45,7 @@ def collect_run(
         majority=majority_baseline(data),
         linear_probe=result.probe.baseline,
         learning_curve=result.probe.learning_curve,
+        groups=result.probe.inflation,
         data=data,
         recipe=experiment.setup | describe_recipe(result, augmentation),
         race={"heats": [heat._asdict() for heat in outcome.heats], "ended": outcome.reason},
@@ -61,6 +62,7 @@ def collect_metrics(
     majority: Mapping,
     linear_probe: Mapping | None = None,
     learning_curve: Mapping | None = None,
+    groups: Mapping | None = None,
     data: Mapping,
     recipe: Mapping[str, str],
     race: Mapping | None = None,
@@ -77,6 +79,7 @@ def collect_metrics(
         scores: of `selection.score_run` or `selection.score_test`.
         majority, linear_probe: the baselines; None where the model has no probe.
         learning_curve: of `learning_curve.learning_curve`.
+        groups: of `grouping.measure_inflation`.
         data: of `data.describe`.
         recipe: of `console.describe_setup` and `console.describe_recipe`.
         race: its heats, and why it ended.
@@ -91,6 +94,7 @@ def collect_metrics(
         **scores,
         "baselines": baselines,
         "learning_curve": learning_curve,
+        "groups": groups,
         "data": data,
         "recipe": recipe,
         "race": race,

@@ -11,8 +11,10 @@ from datasets import DatasetDict
 from torch import nn
 from transformers import Trainer
 
+from luthier.images.columns import GIVEN_GROUP
 from luthier.images.splits import stratified_folds
 from luthier.scoring.audit import MAX_CELLS, suspect_labels
+from luthier.scoring.grouping import measure_inflation
 from luthier.scoring.learning_curve import probe_learning_curve
 from luthier.scoring.metrics import Yardstick, fit_temperature, score, wilson_interval
 from luthier.training.features import load_features
@@ -35,6 +37,7 @@ class ProbeResults(NamedTuple):
         logits: float [N, C] of test, calibrated.
         suspect_labels: of `audit.suspect_labels`.
         learning_curve: of `learning_curve.learning_curve`, where it was asked for.
+        inflation: of `grouping.measure_inflation`, where the data has groups.
     """
 
     starts: Mapping[str, dict[str, torch.Tensor]] = MappingProxyType({})
@@ -45,6 +48,7 @@ class ProbeResults(NamedTuple):
     logits: np.ndarray | None = None
     suspect_labels: list[dict] | None = None
     learning_curve: dict | None = None
+    inflation: dict | None = None
 
 
 def measure_probe(
@@ -92,7 +96,31 @@ def measure_probe(
     everything, device = torch.cat(list(known.values())), trainer.args.device
     suspects = suspect_labels(splits, everything.to(device), probe.strength)
     curve = probe_learning_curve(splits, known, probe, device) if with_learning_curve else None
-    return ProbeResults(starts, probe.strength, yardstick, known, baseline, logits, suspects, curve)
+    inflation = probe_inflation(splits, known, probe.strength, device)
+    return ProbeResults(starts, probe.strength, yardstick, known, baseline, logits, suspects, curve, inflation)
+
+
+def probe_inflation(
+    splits: DatasetDict, features: Mapping[str, torch.Tensor], strength: float, device: torch.device
+) -> dict | None:
+    """Return what ignoring the given groups would add to a probe's accuracy, see `grouping.measure_inflation`.
+
+    None where there are no given groups, or too many images and classes.
+
+    Args:
+        splits: as loaded.
+        features: float32 [N, D] of train and validation.
+        strength: of the probe.
+        device: of the fits.
+    """
+    both = [splits[split] for split in ("train", "validation")]
+    classes = both[0].features["label"].num_classes
+    if GIVEN_GROUP not in both[0].column_names or sum(map(len, both)) * classes > MAX_CELLS:
+        return None
+    columns = ("label", "duplicates", "group")
+    values = (np.concatenate([dataset[column][:] for dataset in both]) for column in columns)
+    everything = torch.cat([features["train"], features["validation"]]).to(device)
+    return measure_inflation(everything, *values, classes, strength)
 
 
 def build_yardstick(

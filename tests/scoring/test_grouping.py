@@ -1,0 +1,30 @@
+"""What ignoring groups would add to a score."""
+
+import numpy as np
+import torch
+
+from luthier.scoring.grouping import measure_inflation
+
+
+def measure(shared: float) -> dict:
+    """Measure 200 images in bursts of five, whose features have a part in common that says nothing of the class."""
+    generator = np.random.default_rng(0)
+    groups = np.repeat(np.arange(40), 5)
+    labels = np.repeat(generator.integers(0, 2, 40), 5)
+    burst = np.repeat(generator.normal(size=(40, 30)), 5, axis=0)
+    features = generator.normal(size=(200, 30)) + shared * burst
+    features[:, 0] += labels
+    return measure_inflation(torch.tensor(features).float(), labels, np.arange(200), groups, 2, 0.01)
+
+
+def test_bursts_inflate_a_score_that_ignores_them():
+    found = measure(shared=5.0)
+    assert found["groups"] == 40 and found["images"] == 200
+    assert found["ignoring"] > 0.9 > found["accuracy"] + 0.1
+    assert abs(found["inflation"] - (found["ignoring"] - found["accuracy"])) < 1e-9
+    assert 0 < found["ci95"][0] < found["inflation"] < found["ci95"][1]
+
+
+def test_groups_that_share_nothing_inflate_nothing():
+    found = measure(shared=0.0)
+    assert found["ci95"][0] < 0.06 and abs(found["inflation"]) < 0.08
