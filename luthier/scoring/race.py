@@ -2,9 +2,9 @@
 
 The probe comes first and is free of noise from training. Then every arm runs two heats. From there on, arms are
 compared by where a power law through their last two heats leads at the end of the longest training, and not by where
-they stand. The arm that promises most runs its next heat; its last one only if it is not behind by then. If it breaks its
-promise, another one may promise more. The race ends when no arm leads beyond the probe and the best weights so far,
-or when one has run its last heat.
+they stand. The arm that promises most runs its next heat; its last one only if it is not behind by then. If it breaks
+its promise, another one may promise more. The race ends when no arm leads beyond the probe and the best weights so
+far, or when one has run its last heat.
 """
 
 import json
