@@ -2,9 +2,9 @@
 
 The probe comes first and is free of noise from training. Then every arm runs two heats. From there on, arms are
 compared by where a power law through their last two heats leads at the end of the longest training, and not by where
-they stand. The arm that promises most runs its next heat; its last one only if it is ahead by then. If it breaks its
-promise, another one may promise more. The race ends when no arm leads beyond the probe and the best weights so far,
-or when one has run its last heat.
+they stand. The arm that promises most runs its next heat; its last one only if it is not behind by then. If it breaks
+its promise, another one may promise more. The race ends when no arm leads beyond the probe and the best weights so
+far, or when one has run its last heat.
 """
 
 import json
@@ -252,8 +252,8 @@ def _choose_next(
         arm
         for arm in arms
         if _promise(heats, arm) < wanted
-        # The last heat is half of all training: the arm that is ahead runs it, and no other.
-        and (following[arm.recipe.name] + 1 < len(arm.ends) or _results(heats, arm)[-1].loss <= best)
+        # The last heat is half of all training: an arm that is behind by then does not run it.
+        and (following[arm.recipe.name] + 1 < len(arm.ends) or _results(heats, arm)[-1].loss < (1 + MIN_GAIN) * best)
     ]
     if not promising:
         return None, "no more gain in sight"

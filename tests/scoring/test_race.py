@@ -51,10 +51,10 @@ def test_arm_that_promises_most_goes_on_and_others_only_where_it_breaks_its_prom
     assert next_one(heats(**seen_twice | {"full": [1.0, 0.4, 0.4]}), ARMS, 0.45)[0] == "full_from_probe"
 
 
-def test_last_heat_is_for_the_arm_that_is_ahead():
+def test_last_heat_is_for_an_arm_that_is_not_behind():
     seen = {"lp_ft": [0.30, 0.299], "full": [1.2, 0.6, 0.32]}
     assert next_one(heats(**seen), ARMS[:2], 0.45) == (None, "no more gain in sight")
-    assert next_one(heats(**seen | {"full": [1.2, 0.6, 0.28]}), ARMS[:2], 0.45)[0] == "full"
+    assert next_one(heats(**seen | {"full": [1.2, 0.6, 0.31]}), ARMS[:2], 0.45)[0] == "full"
 
 
 def test_probe_that_is_far_ahead_ends_the_race():
