@@ -20,8 +20,7 @@ from luthier.cache import cache_key, library_versions
 from luthier.errors import UserError
 from luthier.images.columns import label_and_image, load_named
 from luthier.images.decode import decode_rgb, read_bytes, reason
-from luthier.images.folders import load_folder
-from luthier.images.groups import add_groups, build_grouping, check_groups
+from luthier.images.groups import add_groups
 from luthier.images.inspection import (
     MAX_UNREADABLE,
     UnreadableImage,
@@ -30,7 +29,7 @@ from luthier.images.inspection import (
     listing,
     remove_from_cache,
 )
-from luthier.images.metadata import Columns, find_tables, load_tables
+from luthier.images.metadata import Columns, load_directory
 from luthier.images.openmoji import ATTRIBUTION, load_openmoji
 from luthier.images.splits import cut_missing_splits
 from luthier.images.views import EvaluationView, random_crop_transform, training_transform
@@ -118,26 +117,15 @@ def load_images(
     """
     root = Path(data_dir).expanduser() if data_dir else None
     columns = Columns(image_column, label_column, split_column, group_column)
-    tables = find_tables(root, labels) if root else {}
-    if group_by and (group_column or not root):
-        raise UserError(
-            "--group_by reads the names of the files in --data_dir: use it with one, and without --group_column"
-        )
-    if root and tables:
-        splits, columns = load_tables(root, tables, columns, build_grouping(group_by)), Columns()
-    elif split_column or labels:
-        raise UserError(
-            f"--{'labels' if labels else 'split_column'} is for a table of the images in a folder: give --data_dir, "
-            "and a table with --labels or as metadata.csv in the folder"
-        )
-    elif root:
-        splits = load_folder(root, build_grouping(group_by))
+    if root:
+        splits = load_directory(root, labels, columns, group_by, to_train=min_classes > 1)
+        columns = Columns()
+    elif labels or split_column or group_by:
+        raise UserError("--labels, --split_column and --group_by are for images in a folder: give --data_dir")
     elif dataset_name in (None, BUILT_IN):
         splits = DatasetDict(train=load_openmoji())
     else:
         splits = load_named(str(dataset_name), dataset_config_name)
-    if group_by:
-        check_groups(splits, group_by)
     splits = label_and_image(splits, columns.image, columns.label, columns.group, label_names)
     names = splits["train"].features["label"].names
     if len(names) < min_classes:

@@ -7,7 +7,7 @@ from datasets import ClassLabel, DatasetDict, Features, Image, Value, load_datas
 from datasets.exceptions import DatasetNotFoundError
 
 from luthier.errors import UserError
-from luthier.images.folders import SPLIT_OF_FOLDER
+from luthier.images.folders import SPLIT_OF_FOLDER, sort_names
 from luthier.terminal import plural
 
 logger = logging.getLogger(__name__)
@@ -96,22 +96,35 @@ def label_and_image(
     if missing:
         raise UserError(f"no training image has the class {', '.join(map(repr, missing))}: add some, or remove it")
     label = ClassLabel(names=_rename_labels(list(index_of), label_names))
-    renamed = {image_column: "image"}
-    if group_column:
-        renamed[_find_column("group", group_column, features, [])] = GIVEN_GROUP
-        splits = DatasetDict({name: rows.cast_column(group_column, Value("string")) for name, rows in splits.items()})
-    elif GIVEN_GROUP in features:
-        renamed[GIVEN_GROUP] = GIVEN_GROUP
+    groups = _groups_of_splits(splits, group_column, image_column) if group_column else {}
+    kept = [image_column, *([GIVEN_GROUP] if GIVEN_GROUP in features else [])]
+    labelled = {
+        split: splits[split]
+        .select_columns(kept)
+        .rename_columns({} if image_column == "image" else {image_column: "image"})
+        .cast_column("image", Image(decode=False))
+        .add_column("label", [index_of[name_of[value]] for value in labels], feature=label)
+        for split, labels in values.items()
+    }
+    text = Value("string")
     return DatasetDict(
         {
-            split: splits[split]
-            .select_columns(list(renamed))
-            .rename_columns({old: new for old, new in renamed.items() if old != new})
-            .cast_column("image", Image(decode=False))
-            .add_column("label", [index_of[name_of[value]] for value in labels], feature=label)
-            for split, labels in values.items()
+            split: dataset.add_column(GIVEN_GROUP, groups[split], feature=text) if groups else dataset
+            for split, dataset in labelled.items()
         }
     )
+
+
+def _groups_of_splits(splits: DatasetDict, group_column: str, image_column: str) -> dict[str, list[str]]:
+    """Return what each image belongs to, as text; an empty one where there is nothing."""
+    features = splits["train"].features
+    _find_column("group", group_column, features, [])
+    if group_column == image_column or not isinstance(features[group_column], (Value, ClassLabel)):
+        raise UserError(f"the column {group_column!r} (--group_column) holds {features[group_column]} and no names")
+    return {
+        split: ["" if value is None else str(value) for value in rows[group_column][:]]
+        for split, rows in splits.items()
+    }
 
 
 def _labels_of_splits(splits: DatasetDict, label_column: str) -> dict[str, list]:
@@ -135,7 +148,7 @@ def _labels_of_splits(splits: DatasetDict, label_column: str) -> dict[str, list]
 def _names_of_labels(feature: object, values: set, label_column: str) -> dict:
     """Return the class name of each label value, in the order of the classes."""
     if isinstance(feature, ClassLabel):
-        return {feature.str2int(name): name for name in sorted(feature.names)}
+        return {feature.str2int(name): name for name in sort_names(feature.names)}
     if all(isinstance(value, (str, int)) for value in values):
         return {value: str(value) for value in sorted(values)}
     raise UserError(f"the column {label_column!r} holds {feature} where class names or numbers were expected")

@@ -8,7 +8,7 @@ import logging
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -43,6 +43,12 @@ class ListedImage(NamedTuple):
 def no_group(path: PurePosixPath) -> str:
     """Give no image a group."""
     return ""
+
+
+def sort_names(names: Iterable[str]) -> list[str]:
+    """Return names of classes in order, numbers by value."""
+    names = sorted(names)
+    return sorted(names, key=int) if all(name.isascii() and name.isdecimal() for name in names) else names
 
 
 def load_folder(root: Path, grouping: Grouping = no_group) -> DatasetDict:
@@ -90,7 +96,7 @@ def load_listed(files: dict[str, list[ListedImage]]) -> DatasetDict:
         UserError: a file cannot be read.
     """
     # Names come from all splits together, so that a class keeps its number wherever it appears.
-    names = sorted({image.label for listed in files.values() for image in listed})
+    names = sort_names({image.label for listed in files.values() for image in listed})
     columns = {"image": Image(decode=False), "label": ClassLabel(names=names)}
     columns |= dict.fromkeys(("size", "mtime"), Value("int64"))
     if any(image.group for listed in files.values() for image in listed):

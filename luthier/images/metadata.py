@@ -1,5 +1,6 @@
 """The splits that a table of image files describes: its columns and files are found, no row is lost in silence."""
 
+import itertools
 import logging
 import os
 import re
@@ -14,10 +15,11 @@ from datasets import DatasetDict
 from luthier.errors import UserError
 from luthier.images.columns import LABEL_COLUMNS
 from luthier.images.decode import EXTENSIONS, is_hidden, is_image
-from luthier.images.folders import SPLIT_OF_FOLDER, Grouping, ListedImage, load_listed, no_group, subfolders
+from luthier.images.folders import SPLIT_OF_FOLDER, Grouping, ListedImage, load_folder, load_listed, subfolders
+from luthier.images.groups import build_grouping, check_groups
 from luthier.images.inspection import listing
 from luthier.images.tables import METADATA, Table, read_table
-from luthier.terminal import plural
+from luthier.terminal import plural, say
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +27,12 @@ logger = logging.getLogger(__name__)
 IMAGE_COLUMNS = ("file_name", "filename", "file", "image", "image_path", "path", "filepath", "image_id", "id")
 SPLIT_COLUMN = "split"
 SAMPLE = 1000  # rows by which columns are told apart
-WHOLE_NUMBER = re.compile(r"(-?\d+)\.0+")
+MAX_NAME = 1000  # characters of a file's name with its folders
+WHOLE_NUMBER = re.compile(r"-?\d+(\.0+)?")
+
+
+class UnclearTableError(UserError):
+    """A table whose columns cannot be told from their names and values."""
 
 
 class Columns(NamedTuple):
@@ -35,6 +42,49 @@ class Columns(NamedTuple):
     label: str | None = None
     split: str | None = None
     group: str | None = None
+
+
+def load_directory(
+    root: Path, labels: str | None, given: Columns, group_by: str | None, to_train: bool
+) -> DatasetDict:
+    """Load the images of a folder, with the labels of a table or of class folders.
+
+    Args:
+        root: the folder.
+        labels: a table that the user has named.
+        given: the columns that the user has named.
+        group_by: see `groups.build_grouping`.
+        to_train: False takes all images for `train` where a table has none, because a model is scored only.
+
+    Returns the splits as `folders.load_listed` does.
+
+    Raises:
+        UserError: see `load_tables` and `folders.load_folder`.
+    """
+    if group_by and given.group:
+        raise UserError("--group_by and --group_column both say what belongs together: give one of them")
+    grouping, tables = build_grouping(group_by), find_tables(root, labels)
+    named = [f"--{kind}_column" for kind, name in given._asdict().items() if name]
+    if tables:
+        try:
+            splits = load_tables(root, tables, given, grouping, to_train)
+        except UnclearTableError as error:
+            if labels or named:
+                raise
+            try:
+                splits = load_folder(root, grouping)
+            except UserError:
+                raise error from None
+            logger.warning(f"Not used: {next(iter(tables.values()))}. The labels are those of class folders; {error}")
+    elif named:
+        raise UserError(
+            f"{named[0]} names a column of a table, but {root} has no metadata.csv: give one with --labels"
+        )
+    else:
+        splits = load_folder(root, grouping)
+    if group_by:
+        check_groups(splits, group_by)
+    return splits
 
 
 def find_tables(root: Path, labels: str | None) -> dict[str, Path]:
@@ -69,7 +119,9 @@ def _metadata_of(folder: Path) -> Path | None:
     return found[0] if found else None
 
 
-def load_tables(root: Path, tables: dict[str, Path], given: Columns, grouping: Grouping = no_group) -> DatasetDict:
+def load_tables(
+    root: Path, tables: dict[str, Path], given: Columns, grouping: Grouping, to_train: bool
+) -> DatasetDict:
     """Load the images that tables name, with their labels; without a split column all of them are `train`.
 
     Args:
@@ -77,6 +129,7 @@ def load_tables(root: Path, tables: dict[str, Path], given: Columns, grouping: G
         tables: of `find_tables`.
         given: the columns that the user has named.
         grouping: gives an image's group by its path below the folder, where there is no group column.
+        to_train: see `load_directory`.
 
     Returns what `folders.load_folder` returns, with the column `given_group` if there is a group column.
 
@@ -87,10 +140,13 @@ def load_tables(root: Path, tables: dict[str, Path], given: Columns, grouping: G
         raise UserError(f"--data_dir {root} is not a folder: give the one that holds the images of the table")
     listed: dict[str, list[ListedImage]] = defaultdict(list)
     for split, path in tables.items():
+        say("labels", f"of {path}")
         folder, only = (root, None) if split == "all" else (path.parent, split)
         for name, images in _read_images(folder, read_table(path), given, grouping, only).items():
             listed[name] += images
-    if "train" not in listed:
+    if "train" not in listed and not to_train:
+        listed = {"train": [image for images in listed.values() for image in images]}
+    if not listed.get("train"):
         raise UserError(f"{next(iter(tables.values()))} has no row of the split train: there is nothing to learn from")
     return load_listed({split: listed[split] for split in ("train", "validation", "test") if split in listed})
 
@@ -112,7 +168,10 @@ def _read_images(
     files = ImageFiles(root)
     columns = _find_columns(table, files, given)
     entries = _read_entries(table, columns, split)
-    skip = files.folders_to_skip([entry.name for entry in entries[:SAMPLE]])
+    skip = files.folders_to_skip([entry.name for entry in entries])
+    found_of = [files.find(entry.name, skip) for entry in entries]
+    if not columns.split and not split:
+        entries = _split_by_folders(entries, found_of, root)
     with_labels = {entry.split for entry in entries if entry.label} | {"train"}
     for name in sorted({entry.split for entry in entries} - with_labels):
         logger.warning(f"Not used: the {name} split of {table.path.name}, which has no labels")
@@ -120,8 +179,7 @@ def _read_images(
     named: set[Path | str] = set()
     first: dict[Path, Entry] = {}  # that names an image
     again = 0
-    for entry in entries:
-        found = files.find(entry.name, skip)
+    for entry, found in zip(entries, found_of, strict=True):
         named.add(found)
         if entry.split in with_labels:
             earlier = first.setdefault(found, entry) if isinstance(found, Path) else entry
@@ -147,13 +205,26 @@ def _read_images(
     return images
 
 
+def _split_by_folders(entries: list[Entry], found: list[Path | str], root: Path) -> list[Entry]:
+    """Return the rows with the splits whose folders their images are in, where all are in such folders."""
+    folders = [path.relative_to(root).parts[0] for path in found if isinstance(path, Path)]
+    splits = {SPLIT_OF_FOLDER.get(folder.lower()) for folder in folders}
+    if "train" not in splits or None in splits:
+        return entries
+    split_of = {
+        path: SPLIT_OF_FOLDER[path.relative_to(root).parts[0].lower()] for path in found if isinstance(path, Path)
+    }
+    return [entry._replace(split=split_of.get(path, entry.split)) for entry, path in zip(entries, found, strict=True)]
+
+
 def _read_entries(table: Table, columns: Columns, split: str | None) -> list[Entry]:
     assert columns.image and columns.label  # they have been found
     names, labels = (_without_points(table.column(name)) for name in (columns.image, columns.label))
-    labels = [unicodedata.normalize("NFC", label) for label in labels]
+    labels = [unicodedata.normalize("NFC", label) for label in labels]  # as of class folders
     splits = table.column(columns.split) if columns.split else [split or "train"] * len(names)
     splits = [SPLIT_OF_FOLDER.get(name.lower(), name) for name in splits]
     groups = _without_points(table.column(columns.group)) if columns.group else [""] * len(names)
+    groups = [unicodedata.normalize("NFC", group) for group in groups]
     if columns.group and not any(groups):
         raise UserError(f"the column {columns.group!r} of {table.path} is empty: leave --group_column out, or fill it")
     return [Entry(*values) for values in zip(table.numbers, names, labels, splits, groups, strict=True)]
@@ -193,20 +264,20 @@ def _find_columns(table: Table, files: "ImageFiles", given: Columns) -> Columns:
                 f"there is no column {name!r} (--{kind}_column) in {table.path}; the columns are "
                 f"{', '.join(table.columns)}"
             )
-    first = next((name for name in table.columns if is_image(name) and files.matches(name, 0)), None)
-    if first:
-        raise UserError(
-            f"the first row of {table.path} names an image, {first!r}: put a row with the names of the columns above "
-            "it, such as file_name,label"
-        )
     split = given.split or next((name for name in table.columns if name.lower() == SPLIT_COLUMN), None)
     rest = [name for name in table.columns if name not in (given.image, given.label, split, given.group)]
     named = [name for name in rest if name.lower() in LABEL_COLUMNS]
     image = given.image or _find_image_column(table, files, [name for name in rest if name not in named] or rest)
-    rest = [name for name in rest if name != image]
+    skip = files.folders_to_skip([image, *table.column(image)])
+    if image.lower() not in IMAGE_COLUMNS and files.matches(image, skip):
+        raise UserError(
+            f"the first row of {table.path} names an image, {image!r}: put a row with the names of the columns above "
+            "it, such as file_name,label"
+        )
+    rest = [name for name in rest if name != image and not _is_index(name)]
     likely = named if len(named) == 1 else rest
     if not given.label and len(likely) != 1:
-        raise UserError(
+        raise UnclearTableError(
             f"which column of {table.path} holds the labels? Name it with --label_column; the columns are "
             f"{', '.join(table.columns)}"
         )
@@ -214,30 +285,37 @@ def _find_columns(table: Table, files: "ImageFiles", given: Columns) -> Columns:
 
 
 def _find_image_column(table: Table, files: "ImageFiles", names: list[str]) -> str:
-    """Return the column most of whose values name image files; where several do, the one that tells most apart."""
-    shares = {}
-    for name in names:
-        values = _without_points(table.column(name)[:SAMPLE])
-        skip = files.folders_to_skip(values)
-        shares[name] = sum(bool(files.matches(value, skip)) for value in values) / len(values)
+    """Return the column whose values name image files; of several the one with extensions, then one of a known name.
 
-    def rank(name: str) -> tuple:
-        known = IMAGE_COLUMNS.index(name.lower()) if name.lower() in IMAGE_COLUMNS else len(IMAGE_COLUMNS)
-        return round(shares[name], 1), len(set(table.column(name)[:SAMPLE])), -known
-
-    best = max(names, key=rank)
-    if not shares[best]:
-        known = [name for name in names if name.lower() in IMAGE_COLUMNS]
-        example = table.column(known[0] if known else names[0])[0]
-        raise UserError(
-            f"no column of {table.path} names image files below {files.root} ({example!r} is none). Is --data_dir the "
-            f"folder of the images? Name the column with --image_column; the columns are {', '.join(table.columns)}"
+    Raises:
+        UnclearTableError: no column does, or several do.
+    """
+    ranks = {}
+    for name in (name for name in names if not _is_index(name)):
+        values = _without_points(table.column(name))
+        skip, sample = files.folders_to_skip(values), values[:SAMPLE]
+        share = sum(bool(files.matches(value, skip)) for value in sample) / len(sample)
+        if share:
+            with_extension = sum(map(is_image, sample)) / len(sample)
+            known = IMAGE_COLUMNS.index(name.lower()) if name.lower() in IMAGE_COLUMNS else len(IMAGE_COLUMNS)
+            ranks[name] = (round(share, 1), round(with_extension, 1), -known)
+    best = [name for name, rank in ranks.items() if rank == max(ranks.values())]
+    if len(best) != 1:
+        which = f"{' and '.join(best)} both name" if best else "none of them names"
+        raise UnclearTableError(
+            f"which column of {table.path} holds the image files? The columns are {', '.join(table.columns)}, and "
+            f"{which} files below {files.root}. Name the column with --image_column, and the folder with --data_dir"
         )
-    return best
+    return best[0]
+
+
+def _is_index(name: str) -> bool:
+    """Tell whether a column is the number of the row, as pandas writes it."""
+    return not name or name.startswith("Unnamed: ")
 
 
 def _without_points(values: list[str]) -> list[str]:
-    """Return numbers that a table has as 1.0, 2.0, ... as 1, 2, ...; other values as they are."""
+    """Return whole numbers that a table has as 1.0, 2.0, ... as 1, 2, ...; other values as they are."""
     if all(WHOLE_NUMBER.fullmatch(value) for value in values if value):
         return [value.partition(".")[0] for value in values]
     return values
@@ -246,8 +324,8 @@ def _without_points(values: list[str]) -> list[str]:
 class ImageFiles:
     """The image files below a folder, found by what a table calls them.
 
-    A name may lack its extension, or the folders above it. It may have folders that are not here, such as those of
-    another machine.
+    A name may lack its extension, or the folders above it. It may begin with folders that are not here, such as those
+    of another machine.
 
     Attributes:
         root: the folder.
@@ -256,10 +334,13 @@ class ImageFiles:
 
     def __init__(self, root: Path):
         self.root = root
-        self.paths = sorted(_list_images(root))
-        self.by_stem: dict[str, list[PurePosixPath]] = defaultdict(list)
+        self.paths = sorted(_list_images(root), key=str)
+        self.by_name: dict[tuple[str, ...], list[PurePosixPath]] = defaultdict(list)
         for path in self.paths:
-            self.by_stem[_stem(path.name)].append(path)
+            *folders, file = _compared(path.parts)
+            # By the file alone, and with the folder that it is in: many folders may have files of the same names.
+            self.by_name[(_stem(file),)].append(path)
+            self.by_name[(*folders[-1:], _stem(file))].append(path) if folders else None
 
     def find(self, name: str, skip: int) -> Path | str:
         """Return the path of an image, or why there is none.
@@ -270,8 +351,7 @@ class ImageFiles:
         """
         if not name:
             return "there is no file name"
-        parts = _parts(name)
-        if parts is None:
+        if _parts(name) is None:
             return f"{name!r} leads out of the folder"
         found = self.matches(name, skip)
         if not found:
@@ -282,30 +362,36 @@ class ImageFiles:
 
     def matches(self, name: str, skip: int) -> list[PurePosixPath]:
         """Return the image files that a name could mean."""
-        wanted = (_parts(name) or [])[skip:]
+        wanted = _compared((_parts(name) or [])[skip:])
         if not wanted:
             return []
-        *folders, last = [part.casefold() for part in wanted]
-        found = [
-            path
-            for path in self.by_stem.get(_stem(last), [])
-            if (not is_image(last) or path.name.casefold() == last)
-            and [part.casefold() for part in path.parts[:-1]][len(path.parts) - len(wanted) :] == folders
-        ]
-        exact = [path for path in found if "/".join(wanted) in (str(path), str(path.with_suffix("")))]
-        return exact if len(found) > 1 and len(exact) == 1 else found
+        *folders, file = wanted
+        found = []
+        for path in self.by_name.get((*folders[-1:], _stem(file)), []):
+            *above, own = _compared(path.parts)
+            if above[len(above) - len(folders) :] == folders and file in (own, _stem(own)):
+                found.append(path)
+        exact = [path for path in found if len(path.parts) == len(wanted)]
+        return exact if len(exact) == 1 else found
 
     def folders_to_skip(self, names: Sequence[str]) -> int:
-        """Return how many folders at the beginning of the names are not here: so many that most names are found."""
-        depth = max((len(_parts(name) or []) for name in names), default=0)
-        found = [sum(bool(self.matches(name, skip)) for name in names) for skip in range(max(1, depth))]
+        """Return how many folders at the beginning of all names are not here: so many that most names are found."""
+        folders = [parts[:-1] for name in names if (parts := _parts(name))]
+        shared = sum(1 for _ in itertools.takewhile(lambda each: len(set(each)) == 1, zip(*folders, strict=False)))
+        sample = names[:SAMPLE]
+        found = [sum(bool(self.matches(name, skip)) for name in sample) for skip in range(shared + 1)]
         return found.index(max(found))
 
 
 def _list_images(root: Path) -> list[PurePosixPath]:
-    found = []
-    for directory, subdirectories, names in os.walk(root):
-        subdirectories[:] = [name for name in subdirectories if not is_hidden(name)]
+    found, seen = [], set()
+    for directory, subdirectories, names in os.walk(root, followlinks=True):
+        seen.add(os.path.realpath(directory))
+        subdirectories[:] = [
+            name
+            for name in subdirectories
+            if not is_hidden(name) and os.path.realpath(Path(directory, name)) not in seen  # a link in a ring
+        ]
         folder = PurePosixPath(Path(directory).relative_to(root).as_posix())
         found += [folder / name for name in names if is_image(name) and not is_hidden(name)]
     return found
@@ -314,7 +400,7 @@ def _list_images(root: Path) -> list[PurePosixPath]:
 def _parts(name: str) -> list[str] | None:
     """Return the folders and the file of a name, on any system; None where it leads out of the folder."""
     parts: list[str] = []
-    for part in unicodedata.normalize("NFC", name).replace("\\", "/").split("/"):
+    for part in name[:MAX_NAME].replace("\\", "/").split("/"):
         if part == ".." and not parts:
             return None
         if part == "..":
@@ -324,7 +410,12 @@ def _parts(name: str) -> list[str] | None:
     return parts
 
 
+def _compared(parts: Sequence[str]) -> list[str]:
+    """Return the parts of a path as they are compared: systems write capital and accented letters differently."""
+    return [unicodedata.normalize("NFC", part).casefold() for part in parts]
+
+
 def _stem(name: str) -> str:
-    """Return a file name without the extension of an image, as it is compared."""
-    path = PurePosixPath(unicodedata.normalize("NFC", name).casefold())
+    """Return a file name without the extension of an image."""
+    path = PurePosixPath(name)
     return path.stem if path.suffix in EXTENSIONS else path.name

@@ -141,8 +141,8 @@ def stratified_cut(
     for index, name in enumerate(names):
         if index not in present:
             raise UserError(
-                f"the images of the class {name!r} are copies of other classes' images, or too few, so that none is "
-                "left to train on: add some or remove the class"
+                f"the images of the class {name!r} are too few, or copies of other classes' images, or in groups "
+                "with them: none is left to train on. Add some or remove the class"
             )
     return {split: np.sort(np.array(part, dtype=int)) for split, part in parts.items()}
 
@@ -155,7 +155,7 @@ def _fill_empty(name: str, size: dict[int, int], split_of: dict[int, str], split
         spare = sorted((group for group in size if split_of[group] == "train"), key=lambda group: size[group])
         if len(spare) < 2:
             raise UserError(
-                f"the images of the class {name!r} are so nearly the same that they cannot be divided into train, "
-                f"{' and '.join(splits)} without duplicates across them: add different ones or remove the class"
+                f"the images of the class {name!r} form {plural(len(size), 'group')} of near-duplicates or of your "
+                f"own. These are too few for train, {' and '.join(splits)}: add different ones or remove the class"
             )
         split_of[spare[0]] = split

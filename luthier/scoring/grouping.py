@@ -42,8 +42,11 @@ def measure_inflation(
     _, index = np.unique(groups, return_inverse=True)
     sizes = np.bincount(index)
     gains = np.bincount(index, weights=correct["ignoring"] - correct["accuracy"])
-    drawn = np.random.default_rng(0).integers(len(sizes), size=(RESAMPLES, len(sizes)))
-    resampled = gains[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
+    generator = np.random.default_rng(0)
+    resampled = []
+    for _ in range(RESAMPLES):
+        drawn = generator.integers(len(sizes), size=len(sizes))
+        resampled.append(gains[drawn].sum() / sizes[drawn].sum())
     return {
         "images": len(labels),
         "groups": len(sizes),

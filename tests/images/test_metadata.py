@@ -167,7 +167,7 @@ def rows_with(**changes: tuple) -> str:
         (text(pairs()), {"label_column": "kind"}, "there is no column 'kind' (--label_column)"),
         (text(pairs()), {"group_column": "patient"}, "there is no column 'patient' (--group_column)"),
         (text([(*pair, "x") for pair in pairs()], "file,kind,note"), {}, "which column of"),
-        (text(pairs(lambda number: f"b{number}.png")), {}, "no column of"),
+        (text(pairs(lambda number: f"b{number}.png")), {}, "and none of them names files below"),
         (text(pairs(), "a0.png,blue"), {}, "names an image, 'a0.png': put a row with the names of the columns"),
         (text(pairs(), "file,file"), {}, "has two columns 'file'"),
         ("file\na0.png\n", {}, "has the one column 'file'"),
@@ -214,11 +214,11 @@ def test_every_fault_is_counted_and_the_first_ones_are_listed(root):
 
 def test_table_needs_a_folder(root):
     (root.parent / "labels.csv").write_text(text(pairs()))
-    with pytest.raises(UserError, match="--labels is for a table of the images in a folder"):
+    with pytest.raises(UserError, match="are for images in a folder"):
         load_images(labels=str(root.parent / "labels.csv"))
     with pytest.raises(UserError, match=r"nowhere\.csv is not a file"):
         load_images(data_dir=str(root), labels="nowhere.csv")
-    with pytest.raises(UserError, match="--split_column is for a table"):
+    with pytest.raises(UserError, match="--split_column names a column of a table, but"):
         load_images(data_dir=str(root), split_column="split")
 
 
@@ -245,9 +245,70 @@ def test_groups_by_the_names_of_files_and_folders(tmp_path):
         ({"group_by": "^x"}, "finds no group in any file"),
         ({"group_by": "^a"}, "puts all images into one group, 'a'"),
         ({"group_by": "folder"}, "finds no group in any file"),
-        ({"group_by": "^a", "group_column": "label"}, "and without --group_column"),
+        ({"group_by": "^a", "group_column": "label"}, "give one of them"),
     ],
 )
 def test_groups_that_are_none_are_refused(root, options, message):
     with pytest.raises(UserError, match=message):
         load(root, text(pairs()), **options)
+
+
+def test_index_of_pandas_is_no_image_and_no_label(root):
+    for number in range(12):
+        (root / f"a{number}.png").rename(root / f"{number}.png")
+    rows = [(row, f"{11 - row}.png", CLASSES[row % 3]) for row in range(12)]
+    expected = {"train": {name: label for _, name, label in rows}}
+    assert load(root, text(rows, ",img,label")) == expected
+    assert load(root, text(rows, "id,img,label")) == expected
+    with pytest.raises(UserError, match="first and second both name files below"):
+        load(root, text([(row, 11 - row, label) for row, _, label in rows], "first,second,label"))
+
+
+def test_split_folders_are_kept_where_a_table_has_no_splits(root):
+    for split, numbers in (("train", range(8)), ("test", range(8, 12))):
+        (root / split).mkdir()
+        for number in numbers:
+            (root / f"a{number}.png").rename(root / split / f"a{number}.png")
+    splits = load(root, text(pairs()))
+    assert {split: len(images) for split, images in splits.items()} == {"train": 8, "test": 4}
+
+
+def test_first_folders_that_differ_are_not_skipped(root):
+    rows = [("left/a0.png", "blue"), *((f"right/{name}", label) for name, label in pairs()[1:])]
+    with pytest.raises(UserError, match="and none of them names files below"):
+        load(root, text(rows))
+
+
+def test_accents_in_file_names_may_be_written_in_two_ways(root):
+    (root / "a0.png").rename(root / unicodedata.normalize("NFD", "rosé.png"))
+    rows = [("rosé.png", "blue"), *pairs()[1:]]
+    assert (
+        len(load(root, text(rows))["train"])
+        == len(load(root, unicodedata.normalize("NFD", text(rows)))["train"])
+        == 12
+    )
+
+
+def test_class_folders_go_on_beside_a_table_of_something_else(tmp_path, caplog):
+    for number in range(12):
+        (tmp_path / CLASSES[number % 3]).mkdir(exist_ok=True)
+        draw(CLASSES[number % 3], number).save(tmp_path / CLASSES[number % 3] / f"{number}.png")
+    (tmp_path / "metadata.csv").write_text("camera,place\nx,y\n")
+    assert load_images(data_dir=str(tmp_path))[0]["train"].features["label"].names == list(CLASSES)
+    assert "Not used: " in caplog.text and "metadata.csv" in caplog.text
+
+
+def test_numbers_of_classes_are_sorted_by_value(root):
+    rows = [(name, row % 11 + 1) for row, (name, _) in enumerate(pairs())]
+    (root.parent / "labels.csv").write_text(text(rows))
+    splits, _ = load_images(data_dir=str(root), labels=str(root.parent / "labels.csv"))
+    assert splits["train"].features["label"].names == [str(number) for number in range(1, 12)]
+
+
+def test_linked_folders_are_searched(root, tmp_path):
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked/images").symlink_to(root, target_is_directory=True)
+    (root / "ring").symlink_to(root, target_is_directory=True)
+    (tmp_path / "labels.csv").write_text(text(pairs()))
+    splits, _ = load_images(data_dir=str(tmp_path / "linked"), labels=str(tmp_path / "labels.csv"))
+    assert len(splits["train"]) == 12

@@ -48,7 +48,7 @@ def test_class_of_duplicate_pairs_is_in_every_split():
 
 def test_class_of_copies_of_one_image_is_refused():
     labels, groups = np.array([0] * 9 + [1] * 9), np.array([0] * 9 + list(range(1, 10)))
-    with pytest.raises(UserError, match="'a' are so nearly the same"):
+    with pytest.raises(UserError, match="'a' form 1 group of near-duplicates"):
         stratified_cut(labels, NAMES, FRACTIONS, 1, groups)
 
 
