@@ -1,6 +1,8 @@
 """What belongs together: images that are nearly the same, and those of one patient, video or place."""
 
 import re
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -12,6 +14,11 @@ from luthier.images.duplicates import connected_groups
 from luthier.images.folders import Grouping, no_group
 from luthier.images.inspection import duplicate_pairs
 from luthier.terminal import plural, say
+
+# What file names of bursts, videos and subjects look like: IMG_001_2.jpg, video3_frame_0001.jpg, patient12_left.jpg.
+PATTERNS = (r"^(.+)[_-][0-9]+\.", r"^([A-Za-z]+[_-]?[0-9]+)[_-]")
+MIN_NAMED = 0.8  # share of the files that a pattern must match
+MAX_SHARE = 0.2  # of the files that one group may have
 
 
 def build_grouping(group_by: str | None) -> Grouping:
@@ -65,6 +72,28 @@ def check_groups(splits: DatasetDict, group_by: str) -> None:
         )
     if alone:
         say("groups", f"{plural(alone, 'image')} without a group, each of them on its own")
+
+
+def propose_grouping(names: Sequence[str], classes: int) -> str | None:
+    """Return a regular expression for `--group_by` where file names look like groups of several images each.
+
+    There must be more than twice as many groups as classes, because many people write the class into the name.
+
+    Args:
+        names: of the files, with or without folders.
+        classes: how many there are.
+    """
+    files = [PurePosixPath(name).name for name in names]
+    for pattern in PATTERNS:
+        sizes = Counter(found.group(1) for file in files if (found := re.search(pattern, file)))
+        matched = sum(sizes.values())
+        if (
+            matched >= MIN_NAMED * len(files)
+            and 2 * classes < len(sizes) <= matched / 2
+            and max(sizes.values()) <= MAX_SHARE * len(files)
+        ):
+            return pattern
+    return None
 
 
 def add_groups(splits: DatasetDict) -> DatasetDict:

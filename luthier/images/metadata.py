@@ -211,7 +211,7 @@ def _split_by_folders(entries: list[Entry], found: list[Path | str], root: Path)
     splits = {SPLIT_OF_FOLDER.get(folder.lower()) for folder in folders}
     if "train" not in splits or None in splits:
         return entries
-    split_of = {
+    split_of: dict[Path | str, str] = {
         path: SPLIT_OF_FOLDER[path.relative_to(root).parts[0].lower()] for path in found if isinstance(path, Path)
     }
     return [entry._replace(split=split_of.get(path, entry.split)) for entry, path in zip(entries, found, strict=True)]
@@ -339,8 +339,9 @@ class ImageFiles:
         for path in self.paths:
             *folders, file = _compared(path.parts)
             # By the file alone, and with the folder that it is in: many folders may have files of the same names.
-            self.by_name[(_stem(file),)].append(path)
-            self.by_name[(*folders[-1:], _stem(file))].append(path) if folders else None
+            for folder in ([], folders[-1:]) if folders else ([],):
+                key = (*folder, _stem(file))
+                self.by_name[key].append(path)
 
     def find(self, name: str, skip: int) -> Path | str:
         """Return the path of an image, or why there is none.

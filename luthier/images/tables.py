@@ -7,10 +7,11 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet
+from datasets import Dataset, Image
+from datasets.exceptions import DatasetGenerationError
 
 from luthier.errors import UserError
+from luthier.images.columns import ENCODED_IMAGE
 from luthier.terminal import say
 
 SUFFIXES = {".csv": ",", ".tsv": "\t", ".jsonl": None, ".ndjson": None, ".parquet": None}
@@ -136,12 +137,12 @@ def _read_json_lines(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]
 
 def _read_parquet(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     try:
-        table = pyarrow.parquet.read_table(path)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} is not a Parquet file that can be read: {str(error).splitlines()[0]}") from error
-    if any(pa.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0 for field in table.schema):
+        table = Dataset.from_parquet(str(path), keep_in_memory=True)
+    except (DatasetGenerationError, OSError, ValueError) as error:
+        raise UserError(f"{path} is not a Parquet file that can be read: write it anew, or save it as CSV") from error
+    if any(feature == ENCODED_IMAGE or isinstance(feature, Image) for feature in table.features.values()):
         raise UserError(f"{path} holds the images themselves: load it with --dataset_name {path.parent}")
-    values = [map(_as_text, column.to_pylist()) for column in table.columns]
+    values = [map(_as_text, table[name][:]) for name in table.column_names]
     rows = [(number, list(row)) for number, row in enumerate(zip(*values, strict=True), start=1)]
     return table.column_names or [""], rows
 
@@ -152,4 +153,4 @@ def _as_text(value: Any) -> str:
         return ""
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
-    return str(value).strip()
+    return (value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)).strip()

@@ -1,5 +1,6 @@
 """Everything that is said in words: the lines of a run, findings, verdicts, and the sentences of page and card."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -220,6 +221,16 @@ def say_audit(findings: Mapping) -> None:
             say(topic, finding_in_words(finding))
         if len(findings[kind]) > MAX_NAMED:
             say("", f"and {len(findings[kind]) - MAX_NAMED} more: see report.html")
+    if findings["grouping"]:
+        say("groups?", grouping_in_words(findings["grouping"]))
+
+
+def grouping_in_words(pattern: str) -> str:
+    """Return that file names look like groups, and what to do."""
+    return (
+        "the names of the files look as if several images belonged together. If those show the same subject, the "
+        f"score is too high: use --group_by {shlex.quote(pattern)}"
+    )
 
 
 def findings_in_words(findings: Mapping) -> str:
@@ -235,6 +246,7 @@ def list_findings(findings: Mapping) -> str:
     (largest, most), (smallest, fewest) = classes[0], classes[-1]
     sizes = f"from {fewest:,} ({smallest}) to {most:,} ({largest}) each"
     lines = [f"{plural(findings['images'], 'image')} of {plural(len(classes), 'class', 'classes')}, {sizes}"]
+    lines += [f"\ngroups: {grouping_in_words(findings['grouping'])}"] if findings["grouping"] else []
     for kind in KINDS:
         if findings[kind] is None:
             lines.append("\nlabels: not checked")

@@ -13,7 +13,13 @@ from jinja2 import Environment, FileSystemLoader
 
 from luthier.images.decode import decode_rgb, read_bytes
 from luthier.reporting import figures
-from luthier.reporting.console import KIND_NAMES, inflation_in_words, learning_curve_in_words, refit_in_words
+from luthier.reporting.console import (
+    KIND_NAMES,
+    grouping_in_words,
+    inflation_in_words,
+    learning_curve_in_words,
+    refit_in_words,
+)
 from luthier.scoring.metrics import TestPredictions
 
 THUMBNAIL = 160  # pixels: longer side of the images in a page
@@ -51,6 +57,7 @@ def write_report(output_dir: Path, metrics: dict, findings: dict, test: TestPred
         correct=correct,
         learning_curve_in_words=learning_curve_in_words,
         inflation_in_words=inflation_in_words,
+        grouping_in_words=grouping_in_words,
         refit_in_words=refit_in_words,
         attribution=re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", metrics["data"]["attribution"]),
     )
@@ -79,7 +86,7 @@ def most_telling(test: TestPredictions, labels: list[str]) -> tuple[list[dict], 
 
 def write_audit_page(path: Path, name: str, findings: dict, splits: DatasetDict) -> None:
     """Write the page of an audit without a run."""
-    _render("audit.html", path, splits, name=name, findings=findings)
+    _render("audit.html", path, splits, name=name, findings=findings, grouping_in_words=grouping_in_words)
 
 
 def _render(template: str, path: Path, splits: DatasetDict, **values) -> None:

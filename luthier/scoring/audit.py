@@ -8,6 +8,7 @@ import torch
 from datasets import DatasetDict
 
 from luthier.images.columns import GIVEN_GROUP
+from luthier.images.groups import propose_grouping
 from luthier.images.inspection import UnreadableImage
 from luthier.images.splits import stratified_folds
 from luthier.training.probe import cross_fit
@@ -41,7 +42,8 @@ def audit_images(splits: DatasetDict, unreadable: list[UnreadableImage]) -> dict
     is a dict of `split`, `row` (None if it was left out), `name`, `label`, and `why`. `between_splits` and
     `between_classes` repeat those duplicates that distort a score. `groups_between_splits` has an image of each split
     for each given group that is in several splits of the data's own. `suspect_labels` is None until `suspect_labels`
-    has filled it in. `images` is how many there are, `classes` how many of each class.
+    has filled it in. `images` is how many there are, `classes` how many of each class. `grouping` is what
+    `groups.propose_grouping` proposes where no groups are given.
     """
     names = next(iter(splits.values())).features["label"].names
     images, duplicates, groups = [], defaultdict(list), defaultdict(list)
@@ -71,7 +73,12 @@ def audit_images(splits: DatasetDict, unreadable: list[UnreadableImage]) -> dict
     first_of_split = [{image["split"]: image for image in reversed(members)} for members in groups.values()]
     findings["groups_between_splits"] = [list(first.values()) for first in first_of_split if len(first) > 1]
     counts = Counter(image["label"] for image in images)
-    return findings | {"images": len(images), "classes": {name: counts[name] for name in names}}
+    grouping = None if groups else propose_grouping([image["name"] for image in images], len(names))
+    return findings | {
+        "images": len(images),
+        "classes": {name: counts[name] for name in names},
+        "grouping": grouping,
+    }
 
 
 def _add_duplicates(findings: dict, members: list[tuple[str, dict]]) -> None:

@@ -117,10 +117,11 @@ def probe_inflation(
     classes = both[0].features["label"].num_classes
     if GIVEN_GROUP not in both[0].column_names or sum(map(len, both)) * classes > MAX_CELLS:
         return None
-    columns = ("label", "duplicates", "group")
-    values = (np.concatenate([dataset[column][:] for dataset in both]) for column in columns)
+    labels, duplicates, groups = (
+        np.concatenate([dataset[column][:] for dataset in both]) for column in ("label", "duplicates", "group")
+    )
     everything = torch.cat([features["train"], features["validation"]]).to(device)
-    return measure_inflation(everything, *values, classes, strength)
+    return measure_inflation(everything, labels, duplicates, groups, classes, strength)
 
 
 def build_yardstick(

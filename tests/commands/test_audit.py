@@ -10,6 +10,7 @@ from PIL import Image
 import audit
 from benchmarks.plant import draw_scene, draw_set, find, plant
 from data import load_splits
+from luthier.images.groups import propose_grouping
 from luthier.reporting.console import findings_in_words, list_findings
 from luthier.scoring.audit import audit_images, suspect_labels
 
@@ -66,6 +67,39 @@ def test_wrong_extensions_and_tiny_images_are_reported(tmp_path):
     assert [(entry["name"], entry["why"]) for entry in findings["tiny"]] == [("red/small.png", "40 x 20 px")]
     assert findings["classes"] == {"blue": 20, "green": 20, "red": 22} and findings["images"] == 62
     assert "from 20 (green) to 22 (red)" in list_findings(findings)
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [
+        ("IMG_{group:03}_{number}.png", r"^(.+)[_-][0-9]+\."),
+        ("patient{group}_{side}.png", r"^([A-Za-z]+[_-]?[0-9]+)[_-]"),
+        ("IMG_{index:04}.png", None),
+        ("{label}_{index}.png", None),
+        ("{index}.png", None),
+    ],
+)
+def test_names_that_look_like_groups_are_noticed(name, pattern):
+    names = [
+        name.format(group=index // 4, number=index % 4, side="abcd"[index % 4], index=index, label="xyz"[index // 40])
+        for index in range(120)
+    ]
+    assert propose_grouping(names, classes=3) == pattern
+
+
+def test_audit_proposes_groups_and_names_those_on_two_sides(tmp_path):
+    for split, first in (("train", 0), ("test", 10)):
+        for number in range(first, first + 12):  # the two last bursts of train are the first ones of test
+            for label in ("blue", "red"):
+                folder = tmp_path / "p" / split / label
+                folder.mkdir(parents=True, exist_ok=True)
+                draw(label, 100 * first + number).save(folder / f"s{number // 2}_{number % 2}.png")
+    findings = audit_images(*load_splits(data_dir=str(tmp_path / "p")))
+    assert findings["grouping"] and "--group_by '^(.+)" in list_findings(findings)
+    findings = audit_images(*load_splits(data_dir=str(tmp_path / "p"), group_by="^(s[0-9]+)_"))
+    assert findings["grouping"] is None and "groups across splits: 1" in findings_in_words(findings)
+    (shared,) = findings["groups_between_splits"]
+    assert {image["split"] for image in shared} in ({"train", "test"}, {"validation", "test"})
 
 
 def test_audit_without_findings_says_so(tmp_path):

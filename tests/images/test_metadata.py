@@ -5,9 +5,9 @@ import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
-import pandas
 import pytest
 from conftest import draw
+from datasets import Dataset
 
 from data import load_images
 from luthier.errors import UserError
@@ -80,7 +80,7 @@ def test_awkward_table_is_read(root, name, content, options):
 
 def test_parquet_is_read(root):
     path = root.parent / "labels.parquet"
-    pandas.DataFrame(pairs(), columns=["file", "label"]).to_parquet(path)
+    Dataset.from_list([{"file": name, "label": label} for name, label in pairs()]).to_parquet(str(path))
     splits, _ = load_images(data_dir=str(root), labels=str(path))
     assert len(splits["train"]) == 12
 
