@@ -1,0 +1,114 @@
+"""The image files below a folder, found by what a table calls them."""
+
+import itertools
+import os
+import unicodedata
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+from luthier.images.decode import EXTENSIONS, is_hidden, is_image
+
+SAMPLE = 1000  # names by which the folders to skip are found
+MAX_NAME = 1000  # characters of a file's name with its folders
+
+
+class ImageFiles:
+    """The image files below a folder, found by what a table calls them.
+
+    A name may lack its extension, or the folders above it. It may begin with folders that are not here, such as those
+    of another machine.
+
+    Attributes:
+        root: the folder.
+        paths: of the image files, relative to it, sorted.
+    """
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.paths = sorted(_list_images(root), key=str)
+        self.by_name: dict[tuple[str, ...], list[PurePosixPath]] = defaultdict(list)
+        for path in self.paths:
+            *folders, file = _compared(path.parts)
+            # By the file alone, and with the folder that it is in: many folders may have files of the same names.
+            for folder in ([], folders[-1:]) if folders else ([],):
+                key = (*folder, _stem(file))
+                self.by_name[key].append(path)
+
+    def find(self, name: str, skip: int) -> Path | str:
+        """Return the path of an image, or why there is none.
+
+        Args:
+            name: as in a table.
+            skip: how many folders at its beginning are not here.
+        """
+        if not name:
+            return "there is no file name"
+        if _parts(name) is None:
+            return f"{name!r} leads out of the folder"
+        found = self.matches(name, skip)
+        if not found:
+            return f"there is no image {name!r} below {self.root}"
+        if len(found) > 1:
+            return f"{name!r} could be {found[0]} or {found[1]}: write the folder too"
+        return self.root / found[0]
+
+    def matches(self, name: str, skip: int) -> list[PurePosixPath]:
+        """Return the image files that a name could mean."""
+        wanted = _compared((_parts(name) or [])[skip:])
+        if not wanted:
+            return []
+        *folders, file = wanted
+        found = []
+        for path in self.by_name.get((*folders[-1:], _stem(file)), []):
+            *above, own = _compared(path.parts)
+            if above[len(above) - len(folders) :] == folders and file in (own, _stem(own)):
+                found.append(path)
+        exact = [path for path in found if len(path.parts) == len(wanted)]
+        return exact if len(exact) == 1 else found
+
+    def folders_to_skip(self, names: Sequence[str]) -> int:
+        """Return how many folders at the beginning of all names are not here: so many that most names are found."""
+        folders = [parts[:-1] for name in names if (parts := _parts(name))]
+        shared = sum(1 for _ in itertools.takewhile(lambda each: len(set(each)) == 1, zip(*folders, strict=False)))
+        sample = names[:SAMPLE]
+        found = [sum(bool(self.matches(name, skip)) for name in sample) for skip in range(shared + 1)]
+        return found.index(max(found))
+
+
+def _list_images(root: Path) -> list[PurePosixPath]:
+    found, seen = [], set()
+    for directory, subdirectories, names in os.walk(root, followlinks=True):
+        seen.add(os.path.realpath(directory))
+        subdirectories[:] = [
+            name
+            for name in subdirectories
+            if not is_hidden(name) and os.path.realpath(Path(directory, name)) not in seen  # a link in a ring
+        ]
+        folder = PurePosixPath(Path(directory).relative_to(root).as_posix())
+        found += [folder / name for name in names if is_image(name) and not is_hidden(name)]
+    return found
+
+
+def _parts(name: str) -> list[str] | None:
+    """Return the folders and the file of a name, on any system; None where it leads out of the folder."""
+    parts: list[str] = []
+    for part in name[:MAX_NAME].replace("\\", "/").split("/"):
+        if part == ".." and not parts:
+            return None
+        if part == "..":
+            parts.pop()
+        elif part not in ("", "."):
+            parts.append(part)
+    return parts
+
+
+def _compared(parts: Sequence[str]) -> list[str]:
+    """Return the parts of a path as they are compared: systems write capital and accented letters differently."""
+    return [unicodedata.normalize("NFC", part).casefold() for part in parts]
+
+
+def _stem(name: str) -> str:
+    """Return a file name without the extension of an image."""
+    path = PurePosixPath(name)
+    return path.stem if path.suffix in EXTENSIONS else path.name
