@@ -18,7 +18,7 @@ seed also decides which of the images that are not test are for validation.
 
 Finished runs are kept in --out and not run again. The tables go to suite.md, the runs to suite.csv, the chart to
 suite.png. `--runs suite.csv` adds runs that were made elsewhere, which are not run again either; their seconds may be
-left empty where they do not compare with those measured here.
+left empty where they do not compare with those measured here. `--seeds 0` runs nothing: the tables are of --runs.
 """
 
 import argparse
@@ -97,9 +97,10 @@ def main() -> None:
     if not args.folder.is_dir():
         parser.error(f"there is no folder {args.folder}")
     out = args.out.resolve()
-    folders = collect_sets(args.folder, args.also, not args.without_openmoji, out / "data")
+    out.mkdir(parents=True, exist_ok=True)
+    folders = collect_sets(args.folder, args.also, not args.without_openmoji, out / "data") if args.seeds else {}
     known = {(run.data, run.contestant, run.seed): run for path in args.runs for run in read_csv(path)}
-    runs = []
+    runs = [] if args.seeds else [run for run in known.values() if run.contestant in (args.only or LUTHIER | OTHERS)]
     for seed in range(1, args.seeds + 1):
         for name, folder in folders.items():
             if not args.sets or name in args.sets:
