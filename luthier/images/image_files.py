@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from luthier.images.decode import EXTENSIONS, is_hidden, is_image
 
-SAMPLE = 1000  # names by which the folders to skip are found
+SAMPLE = 1000  # rows by which columns, and the folders to skip, are found
 MAX_NAME = 1000  # characters of a file's name with its folders
 
 

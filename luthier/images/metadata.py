@@ -14,7 +14,7 @@ from luthier.images.columns import LABEL_COLUMNS
 from luthier.images.decode import is_image
 from luthier.images.folders import SPLIT_OF_FOLDER, Grouping, ListedImage, load_folder, load_listed, subfolders
 from luthier.images.groups import build_grouping, check_groups
-from luthier.images.image_files import ImageFiles
+from luthier.images.image_files import SAMPLE, ImageFiles
 from luthier.images.inspection import listing
 from luthier.images.tables import METADATA, Table, read_table
 from luthier.terminal import plural, say
@@ -24,7 +24,6 @@ logger = logging.getLogger(__name__)
 # Names of an image column, where several columns name image files.
 IMAGE_COLUMNS = ("file_name", "filename", "file", "image", "image_path", "path", "filepath", "image_id", "id")
 SPLIT_COLUMN = "split"
-SAMPLE = 1000  # rows by which columns are told apart
 WHOLE_NUMBER = re.compile(r"-?\d+(\.0+)?")
 
 
@@ -51,7 +50,8 @@ def load_directory(
         labels: a table that the user has named.
         given: the columns that the user has named.
         group_by: see `groups.build_grouping`.
-        to_train: False takes all images for `train` where a table has none, because a model is scored only.
+        to_train: False takes those of test (or validation) for `train` where a table has none, because a model is
+            scored only.
 
     Returns the splits as `folders.load_listed` does.
 
@@ -142,7 +142,7 @@ def load_tables(
         for name, images in _read_images(folder, read_table(path), given, grouping, only).items():
             listed[name] += images
     if "train" not in listed and not to_train:
-        listed = {"train": [image for images in listed.values() for image in images]}
+        listed = {"train": listed.get("test") or listed["validation"]}
     if not listed.get("train"):
         raise UserError(f"{next(iter(tables.values()))} has no row of the split train: there is nothing to learn from")
     return load_listed({split: listed[split] for split in ("train", "validation", "test") if split in listed})

@@ -43,9 +43,9 @@ def test_report_and_card_say_what_the_groups_keep_apart(run):
     assert str(folder) not in metrics["command"] and "--labels labels.csv" in metrics["command"]
 
 
-def test_model_is_scored_on_a_table_that_has_test_rows_only(run):
+def test_model_is_scored_on_the_test_rows_of_a_table_without_train(run):
     folder, _ = run
-    (folder / "test.csv").write_text("file,class,split\n000.png,blue,test\n003.png,green,test\n")
+    (folder / "test.csv").write_text("file,class,split\n000.png,blue,test\n003.png,green,test\n006.png,red,val\n")
     data = ["--data_dir", str(folder / "images"), "--labels", str(folder / "test.csv")]
     score.main([str(folder / "out"), *data, "--output_dir", str(folder / "score"), "--disable_tqdm", "1"])
     assert json.loads((folder / "score/metrics.json").read_text())["test"]["n"] == 2
