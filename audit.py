@@ -106,10 +106,11 @@ def find_suspect_labels(splits: "DatasetDict", arguments: "Arguments") -> list[d
         sample = draw_sample(splits["train"], sample_rows, predictor)
         name = choose_backbone(model_args.model_name, build, sample, model_args.milliseconds)
         model, image_processor = build(name)
-        is_pretrained = choose_recipes(None, name, linear_head(model) is not None)[0].is_pretrained
+        if not choose_recipes(None, name, linear_head(model) is not None)[0].is_pretrained:
+            return None
         view, trainer = EvaluationView(image_processor), predictor(model)
         rows = feature_rows(prepare(splits, view), view)
-        return measure_probe(trainer, is_pretrained, splits, rows, with_learning_curve=False).suspect_labels
+        return measure_probe(trainer, splits, rows).suspect_labels
 
 
 if __name__ == "__main__":

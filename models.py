@@ -180,6 +180,12 @@ def threshold_of(model: PreTrainedModel) -> float:
     return float(value) if isinstance(value, (int, float)) else 0.0
 
 
+def class_shares_of(model: PreTrainedModel) -> list[float] | None:
+    """Return the share of each class in the training images, where a model's answers make up for them; or None."""
+    shares = getattr(model.config, "class_shares", None)
+    return [float(share) for share in shares] if isinstance(shares, list) else None
+
+
 def head_parameters(model: PreTrainedModel) -> list[str]:
     """Return the names of the parameters whose shape depends on the number of labels: the classification head.
 

@@ -21,14 +21,15 @@ if TYPE_CHECKING:
 
 # Options of train.py that have a meaning here too, and that people use.
 SHOWN = (
-    "data_dir", "dataset_name", "dataset_config_name", "image_column", "label_column", "label_names", "on_bad_image",
-    "output_dir", "bf16", "dataloader_num_workers", "disable_tqdm",
+    "data_dir", "dataset_name", "dataset_config_name", "labels", "image_column", "label_column", "split_column",
+    "group_column", "group_by", "label_names", "on_bad_image", "output_dir", "bf16",
+    "dataloader_num_workers", "disable_tqdm",
 )  # fmt: skip
 # Options of train.py that mean nothing where nothing is trained.
 TRAINING_ONLY = (
     "recipe", "image_size", "resume_from_checkpoint", "push_to_hub", "learning_curve", "keep", "time_limit", "refit",
     "milliseconds", "augmentation", "test_view", "fold", "folds", "split_seed", "validation_fraction", "test_fraction",
-    "num_train_epochs", "learning_rate",
+    "num_train_epochs", "learning_rate", "metric", "balance",
 )  # fmt: skip
 
 
@@ -83,7 +84,7 @@ def score_model(arguments: "Arguments", output_dir: Path, stopwatch: Stopwatch) 
     from luthier.scoring.metrics import TestPredictions
     from luthier.scoring.selection import score_test
     from luthier.training.trainer import build_predictor, predict
-    from models import labels_of, load_trained, threshold_of
+    from models import class_shares_of, labels_of, load_trained, threshold_of
 
     data_args, model_args, training_args, run_args = arguments
     stopwatch.stop("start")
@@ -107,12 +108,13 @@ def score_model(arguments: "Arguments", output_dir: Path, stopwatch: Stopwatch) 
     logits, references = predict(trainer, evaluation_rows(prepared["test"], view, ["label"]))
     stopwatch.stop("evaluate")
     if trainer.is_world_process_zero():
+        test = TestPredictions(splits, logits, references, class_shares_of(model))
         metrics = collect_metrics(
-            scores=score_test(logits, references, labels, threshold_of(model)), majority=majority_baseline(data),
-            data=data, recipe={**setup, "recipe": "nothing trained"}, findings=findings,
-            command=run_args.command, settings=run_args.settings,
+            scores=score_test(test, threshold_of(model)), majority=majority_baseline(data),
+            class_shares=test.class_shares, data=data, recipe={**setup, "recipe": "nothing trained"},
+            findings=findings, command=run_args.command, settings=run_args.settings,
         )  # fmt: skip
-        write_results(output_dir, metrics, TestPredictions(splits, logits, references), findings, stopwatch)
+        write_results(output_dir, metrics, test, findings, stopwatch)
         console.say_results(output_dir, metrics)
 
 

@@ -57,6 +57,7 @@ def set_up(arguments: "Arguments", stopwatch: Stopwatch) -> "Experiment":
     from luthier.images.views import EvaluationView
     from luthier.reporting import console
     from luthier.scoring.audit import audit_images
+    from luthier.scoring.criterion import build_judge
     from luthier.scoring.experiment import Experiment
     from luthier.scoring.screening import choose_backbone, choose_view, draw_sample
     from luthier.training.layers import training_size
@@ -81,27 +82,26 @@ def set_up(arguments: "Arguments", stopwatch: Stopwatch) -> "Experiment":
     name = choose_backbone(model_args.model_name, build, sample, model_args.milliseconds, arguments.run_dir)
     set_seed(training_args.seed)  # decides the first weights of a new head
     model, processor = build(name)
-    rate, epochs = run_args.learning_rate, run_args.num_train_epochs
-    recipes = choose_recipes(model_args.recipe, name, linear_head(model) is not None, rate, epochs)
+    recipes = choose_recipes(model_args.recipe, name, linear_head(model) is not None, *run_args.pace)
+    judge = build_judge(model_args.metric, model_args.balance, model, splits)
     stopwatch.stop("load")
     processor, views = choose_view(model, processor, sample, recipes[0].is_pretrained, not model_args.image_size)
     view = EvaluationView(processor)
-    setup = console.describe_setup(sample.predictor(model), name, view.size, views)
+    setup = console.describe_setup(sample.predictor(model), name, view.size, views, judge.criterion)
     console.say_setup(splits, data_args.name, setup)
     with training_args.main_process_first(desc="preparing the images"):
         prepared = prepare(splits, view)
     size = training_size(model, view.size)
     stopwatch.stop("prepare")
-    return Experiment(splits, "test" in images, prepared, findings, model, view, size, recipes, setup)
+    return Experiment(splits, "test" in images, prepared, findings, model, view, size, recipes, judge, setup)
 
 
 def fine_tune(arguments: "Arguments", stop: "Stop", stopwatch: Stopwatch) -> tuple["Experiment", "Result"]:
     """Race the recipes, keep the weights that are best on validation, and predict test with them, once."""
     from data import collate, feature_rows, with_transforms
     from luthier.reporting import console
-    from luthier.scoring.baselines import measure_probe
+    from luthier.scoring.baselines import ProbeResults, measure_probe
     from luthier.scoring.experiment import Result
-    from luthier.scoring.metrics import build_compute_metrics
     from luthier.scoring.race import Course, enter, keep_best, race
     from luthier.scoring.selection import score_probe
     from luthier.training.arms import Workshop
@@ -111,14 +111,14 @@ def fine_tune(arguments: "Arguments", stop: "Stop", stopwatch: Stopwatch) -> tup
     data_args, model_args, training_args, _ = arguments
     experiment = set_up(arguments, stopwatch)
     splits, prepared, view, recipes = experiment.splits, experiment.prepared, experiment.view, experiment.recipes
-    labels = splits["train"].features["label"].names
     rows = with_transforms(prepared, view, data_args.augmentation, data_args.test_view, experiment.size)
-    callbacks = [StageTimes(stopwatch), stop]
-    workshop = Workshop(experiment.model, training_args, collate, build_compute_metrics(labels), callbacks)
+    model, judge, callbacks = experiment.model, experiment.judge, [StageTimes(stopwatch), stop]
+    workshop = Workshop(model, training_args, collate, judge.compute_metrics, callbacks, judge.class_weights)
 
     # Probe
-    predictor, images, curve = workshop.predictor(), feature_rows(prepared, view), data_args.learning_curve
-    probe = measure_probe(predictor, recipes[0].is_pretrained, splits, images, curve, console.say_probe)
+    probe, images, curve = ProbeResults(), feature_rows(prepared, view), data_args.learning_curve
+    if recipes[0].is_pretrained:
+        probe = measure_probe(workshop.predictor(), splits, images, judge.criterion, curve, console.say_probe)
     stopwatch.stop("features")
     console.say_estimates(probe, curve)
     experiment.findings["suspect_labels"] = probe.suspect_labels
@@ -127,14 +127,14 @@ def fine_tune(arguments: "Arguments", stop: "Stop", stopwatch: Stopwatch) -> tup
     # Train
     run_dir, resume = Path(str(training_args.output_dir)), training_args.resume_from_checkpoint
     only_trained = model_args.keep == "trained" and recipes[0].name != "probe"
-    dirs = (run_dir, arguments.run_dir)
-    course = Course(labels, probe.yardstick, stop, *dirs, stopwatch, model_args.time_limit, only_trained)
-    baseline = None if only_trained else score_probe(workshop, probe, rows["validation"], labels)
+    judge = judge._replace(yardstick=probe.yardstick)
+    course = Course(judge, stop, run_dir, arguments.run_dir, stopwatch, model_args.time_limit, only_trained)
+    baseline = None if only_trained else score_probe(workshop, probe, rows["validation"], judge)
     outcome = race(enter(recipes, workshop, rows, probe.starts, run_dir), baseline, course, resume)
 
     # Evaluate
     kept, trainer = keep_best(outcome, baseline, workshop, probe.starts)
-    console.say_race(outcome, baseline, kept)
+    console.say_race(outcome, kept)
     logits, references = predict(trainer, rows["test"])
     stopwatch.stop("evaluate")
     digests, model = splits["train"]["digest"][:], model_of(trainer)

@@ -18,7 +18,7 @@ from luthier.images.views import EvaluationView
 from luthier.machine import set_up_process
 from luthier.scoring.learning_curve import FOLDS, learning_curve
 from luthier.training.features import load_features
-from luthier.training.probe import fit_shared_probe
+from luthier.training.probe import fit_shared_probes
 from luthier.training.trainer import build_predictor
 from models import build_model, linear_head
 
@@ -42,7 +42,7 @@ def main() -> None:
         rows = feature_rows(prepare(splits, view), view)
         trainer, head = build_predictor(model, training_args, collate), linear_head(model)
         features = {split: load_features(trainer, head, *rows[split]) for split in USED}
-        probe = fit_shared_probe(trainer, features, {split: splits[split]["label"][:] for split in USED})
+        probe, _ = fit_shared_probes(trainer, features, {split: splits[split]["label"][:] for split in USED})
     labels, groups = (np.concatenate([splits[split][column][:] for split in USED]) for column in ("label", "group"))
     pool = torch.cat([features[split] for split in USED])
     n = round(len(labels) * (1 - 1 / FOLDS))

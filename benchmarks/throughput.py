@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, TimmWrapperConfig, TimmWrapperForImage
 from data import collate
 from luthier.arguments import parse_arguments
 from luthier.machine import set_up_process
-from luthier.scoring.metrics import build_compute_metrics
+from luthier.scoring.criterion import Judge
 from luthier.training.callbacks import EpochTable
 from luthier.training.layers import parameter_groups
 from luthier.training.recipe import RECIPES
@@ -82,7 +82,7 @@ def compare(name: str, size: int, rounds: int, steps: int, batch: int) -> tuple[
         set_up_process(training_args)
         model, step_ends = build(name, size), StepEnds()
         data = {"train": rows, "validation": rows[:1]}
-        compute_metrics = build_compute_metrics(list(LABELS.values()))
+        compute_metrics = Judge(list(LABELS.values())).compute_metrics
         trainer = build_trainer(model, RECIPES["full"], training_args, data, collate, compute_metrics, [step_ends])
         trainer.remove_callback(EpochTable)  # its table would stand inside this one
         bare = BareLoop(build(name, size), rows, batch, training_args.device)

@@ -39,6 +39,11 @@ class RunArguments(NamedTuple):
     num_train_epochs: float | None
     push_to_hub: bool
 
+    @property
+    def pace(self) -> tuple[float | None, float | None]:
+        """Learning rate and epochs, as `recipe.choose_recipes` takes them."""
+        return self.learning_rate, self.num_train_epochs
+
     def for_record(self) -> dict:
         """Return what `results.collect_run` records of a run."""
         return {"command": self.command, "settings": self.settings, "seeds": self.seeds}

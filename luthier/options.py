@@ -161,6 +161,21 @@ class ModelArguments:
             "(docs/usage.md)."
         },
     )
+    metric: Literal["log_loss", "accuracy", "balanced_accuracy", "macro_f1"] = field(
+        default="log_loss",
+        metadata={
+            "help": "What validation chooses by. log_loss: how probable the true classes are; accuracy; "
+            "balanced_accuracy: the mean recall of the classes; macro_f1: their mean F1."
+        },
+    )
+    balance: Literal["auto", "none", "logit_adjusted", "weighted"] = field(
+        default="auto",
+        metadata={
+            "help": "How answers make up for rare classes. logit_adjusted: as if all classes were equally frequent; "
+            "weighted: the same, and images of rare classes count more in training; none; auto: logit_adjusted if "
+            "--metric is balanced_accuracy or macro_f1 (docs/usage.md)."
+        },
+    )
     keep: Literal["best", "trained"] = field(
         default="best",
         metadata={

@@ -25,7 +25,17 @@ def plural(n: int, noun: str, nouns: str | None = None) -> str:
 def percent_with_interval(scored: Mapping) -> str:
     """Return an accuracy with its interval and n: `71.8% (95% interval 65.3% to 77.4%, n = 209)`."""
     low, high = scored["accuracy_ci95"]
-    return f"{scored['accuracy']:.1%} (95% interval {low:.1%} to {high:.1%}, n = {scored['n']})"
+    groups = f" in {plural(scored['groups'], 'group')}" if "groups" in scored else ""
+    return f"{scored['accuracy']:.1%} (95% interval {low:.1%} to {high:.1%}, n = {scored['n']}{groups})"
+
+
+def balance_with_intervals(scored: Mapping) -> str:
+    """Return balanced accuracy and macro F1: `balanced accuracy 70.9% (64.2% to 76.8%), macro F1 0.702 (...)`."""
+    (low, high), (lowest, highest) = scored["balanced_accuracy_ci95"], scored["macro_f1_ci95"]
+    return (
+        f"balanced accuracy {scored['balanced_accuracy']:.1%} ({low:.1%} to {high:.1%}), "
+        f"macro F1 {scored['macro_f1']:.3f} ({lowest:.3f} to {highest:.3f})"
+    )
 
 
 def has_terminal() -> bool:

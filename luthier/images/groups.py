@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 
 from luthier.errors import UserError
 from luthier.images.columns import GIVEN_GROUP
@@ -72,6 +72,11 @@ def check_groups(splits: DatasetDict, group_by: str) -> None:
         )
     if alone:
         say("groups", f"{plural(alone, 'image')} without a group, each of them on its own")
+
+
+def groups_of(dataset: Dataset) -> np.ndarray | None:
+    """Return the group of each image of a loaded split, int [N]; None where the user has given no groups."""
+    return np.array(dataset["group"][:]) if GIVEN_GROUP in dataset.column_names else None
 
 
 def propose_grouping(names: Sequence[str], classes: int) -> str | None:

@@ -8,7 +8,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from luthier.escape import escape_markdown
 from luthier.reporting.console import inflation_in_words, learning_curve_in_words, refit_in_words, trust_remote_code
-from luthier.terminal import percent_with_interval
+from luthier.terminal import balance_with_intervals, percent_with_interval
 
 FIGURES = {  # that a model card shows
     "confusion_matrix.png": "Confusion matrix",
@@ -50,6 +50,7 @@ def write_model_card(path: Path, metrics: dict, custom_code: bool, repo_id: str 
         "text": escape_markdown,
         "percent": lambda share: f"{share:.1%}",
         "interval": percent_with_interval,
+        "balance": balance_with_intervals,
     }
     card = environment.get_template("card.md").render(
         metadata=metadata.to_yaml(),
@@ -58,6 +59,7 @@ def write_model_card(path: Path, metrics: dict, custom_code: bool, repo_id: str 
         trust=trust_remote_code(custom_code),
         metrics=metrics,
         learning_curve=metrics["learning_curve"] and learning_curve_in_words(metrics["learning_curve"]),
+        class_shares=metrics.get("class_shares"),
         groups=metrics.get("groups") and inflation_in_words(metrics["groups"]),
         refit=refit_in_words(metrics["refit"]) if metrics.get("refit") else "",
         figures={file: title for file, title in FIGURES.items() if (path.parent / file).exists()},

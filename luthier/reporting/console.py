@@ -13,12 +13,13 @@ from luthier.escape import escape_terminal
 from luthier.scoring.audit import KINDS, TINY
 from luthier.scoring.baselines import ProbeResults
 from luthier.scoring.comparison import Verdict
+from luthier.scoring.criterion import LOG_LOSS, Criterion
 from luthier.scoring.experiment import Result
 from luthier.scoring.race import Outcome
 from luthier.scoring.refit import Plan
 from luthier.scoring.screening import View
 from luthier.scoring.selection import Candidate
-from luthier.terminal import percent_with_interval, plural, say
+from luthier.terminal import balance_with_intervals, percent_with_interval, plural, say
 from luthier.training.trainer import model_of
 
 KIND_NAMES = {  # of findings
@@ -41,7 +42,11 @@ MAX_LISTED = 20  # findings of a kind that the audit lists
 
 
 def describe_setup(
-    trainer: Trainer, model_name: str, size: tuple[int, int], views: Sequence[View] = ()
+    trainer: Trainer,
+    model_name: str,
+    size: tuple[int, int],
+    views: Sequence[View] = (),
+    criterion: Criterion = LOG_LOSS,
 ) -> dict[str, str]:
     """Return what is used, and where, each in a line: `model` and `device`.
 
@@ -50,6 +55,7 @@ def describe_setup(
         model_name: as it was asked for.
         size: (height, width) of what the model sees, in pixels.
         views: of `screening.choose_view`.
+        criterion: what validation chooses by.
     """
     args = trainer.args
     parameters = sum(parameter.numel() for parameter in model_of(trainer).parameters())
@@ -62,8 +68,19 @@ def describe_setup(
     return {
         "model": f"{Path(model_name).name} at {size[0]} x {size[1]} px, {parameters:,} parameters",
         **({"view": f"{FITS[views[0].fit]}; loss of a probe: {losses}"} if views else {}),
+        **({} if criterion == LOG_LOSS else {"metric": criterion_in_words(criterion)}),
         "device": f"{device}{threads}{processes}{workers}, {precision}",
     }
+
+
+def criterion_in_words(criterion: Criterion) -> str:
+    """Return what validation chooses by, and how answers make up for rare classes."""
+    metric, balance = criterion.metric.replace("_", " ").replace("f1", "F1"), criterion.balance
+    if balance is None:
+        return metric
+    low, high = min(balance.shares), max(balance.shares)
+    weights = ", and rare classes count more in training" if balance.weighted else ""
+    return f"{metric}; answers as if all classes were equally frequent ({low:.1%} to {high:.1%}){weights}"
 
 
 def describe_recipe(result: Result, augmentation: str) -> dict[str, str]:
@@ -120,9 +137,9 @@ def say_estimates(probe: ProbeResults, curve: bool) -> None:
         say("curve", learning_curve_in_words(probe.learning_curve))
 
 
-def say_race(outcome: Outcome, probe: Candidate | None, kept: Candidate) -> None:
+def say_race(outcome: Outcome, kept: Candidate) -> None:
     """Say what was tried, how it did, and what is kept, in three lines."""
-    tried = [f"the probe {probe.loss:.3f}"] if probe else []
+    tried = [f"the probe {outcome.probe.loss:.3f}"] if outcome.probe else []
     for arm in dict.fromkeys(heat.arm for heat in outcome.heats):
         last = [heat for heat in outcome.heats if heat.arm == arm][-1]
         tried.append(f"{arm} {last.loss:.3f} ({_epochs(last.epochs)}, {outcome.seconds_of(arm):.0f} s)")
@@ -168,7 +185,8 @@ def say_results(output_dir: Path, metrics: Mapping, custom_code: bool | None = N
     baselines = [f"linear probe {probe['test']['accuracy']:.1%}"] if probe else []
     baselines.append(f"always {majority['label']!r} {majority['accuracy']:.1%}")
     say("test", f"accuracy {percent_with_interval(test)}")
-    say("", f"macro F1 {test['macro_f1']:.3f}; {'; '.join(baselines)}")
+    say("", balance_with_intervals(test))
+    say("", f"compare: {'; '.join(baselines)}")
     uncalibrated = f", before calibration {before['test']['ece']:.1%}" if before else ""
     say("", f"calibration error {test['ece']:.1%}{uncalibrated}")
     stages = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in metrics["seconds"].items() if stage != "total")

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from luthier.escape import escape_cell
@@ -39,16 +40,21 @@ def collect_run(
         augmentation: of the training images.
         record: `seeds`, `command` and `settings` of `collect_metrics`.
     """
-    outcome, labels = result.outcome, experiment.splits["test"].features["label"].names
+    outcome = result.outcome
     return collect_metrics(
-        scores=score_run(result.kept, result.logits, result.references, labels),
+        scores=score_run(result.kept, result.predictions(experiment.splits)),
         majority=majority_baseline(data),
         linear_probe=result.probe.baseline,
         learning_curve=result.probe.learning_curve,
         groups=result.probe.inflation,
+        class_shares=result.kept.class_shares,
         data=data,
         recipe=experiment.setup | describe_recipe(result, augmentation),
-        race={"heats": [heat._asdict() for heat in outcome.heats], "ended": outcome.reason},
+        race={
+            "probe": outcome.probe and {"loss": outcome.probe.loss, "accuracy": outcome.probe.validation["accuracy"]},
+            "heats": [heat._asdict() for heat in outcome.heats],
+            "ended": outcome.reason,
+        },
         refit={**plan._asdict(), "done": plan.pays},
         history=outcome.history,
         findings=experiment.findings,
@@ -63,6 +69,7 @@ def collect_metrics(
     linear_probe: Mapping | None = None,
     learning_curve: Mapping | None = None,
     groups: Mapping | None = None,
+    class_shares: Sequence[float] | np.ndarray | None = None,
     data: Mapping,
     recipe: Mapping[str, str],
     race: Mapping | None = None,
@@ -80,6 +87,7 @@ def collect_metrics(
         majority, linear_probe: the baselines; None where the model has no probe.
         learning_curve: of `learning_curve.learning_curve`.
         groups: of `grouping.measure_inflation`.
+        class_shares: of `criterion.Balance`, where the answers make up for rare classes.
         data: of `data.describe`.
         recipe: of `console.describe_setup` and `console.describe_recipe`.
         race: its heats, and why it ended.
@@ -95,6 +103,7 @@ def collect_metrics(
         "baselines": baselines,
         "learning_curve": learning_curve,
         "groups": groups,
+        "class_shares": None if class_shares is None else list(map(float, class_shares)),
         "data": data,
         "recipe": recipe,
         "race": race,
@@ -132,8 +141,7 @@ def write_run(
     if plan.pays:
         digests = [digest for split in plan.splits for digest in splits[split]["digest"][:]]
     custom_code = save_models(result.model, refitted, experiment.view.image_processor, output_dir, digests)
-    predictions = TestPredictions(splits, result.logits, result.references)
-    write_results(output_dir, metrics, predictions, experiment.findings, stopwatch)
+    write_results(output_dir, metrics, result.predictions(splits), experiment.findings, stopwatch)
     write_model_card(output_dir / "README.md", metrics, custom_code)
     say_results(output_dir, metrics, custom_code)
 

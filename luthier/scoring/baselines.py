@@ -1,6 +1,6 @@
 """What a score is compared with: the most frequent class, and the linear probe."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -8,15 +8,17 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import DatasetDict
-from torch import nn
 from transformers import Trainer
 
 from luthier.images.columns import GIVEN_GROUP
+from luthier.images.groups import groups_of
 from luthier.images.splits import stratified_folds
 from luthier.scoring.audit import MAX_CELLS, suspect_labels
+from luthier.scoring.criterion import LOG_LOSS, Criterion
 from luthier.scoring.grouping import measure_inflation
+from luthier.scoring.intervals import wilson_interval
 from luthier.scoring.learning_curve import probe_learning_curve
-from luthier.scoring.metrics import Yardstick, fit_temperature, score, wilson_interval
+from luthier.scoring.metrics import Yardstick, fit_temperature, score
 from luthier.training.features import load_features
 from luthier.training.probe import LinearProbe, cross_fit, fit_shared_probes, state_with_probe
 from luthier.training.trainer import model_of
@@ -53,19 +55,19 @@ class ProbeResults(NamedTuple):
 
 def measure_probe(
     trainer: Trainer,
-    is_pretrained: bool,
     splits: DatasetDict,
     rows: Mapping[str, tuple[Any, str]],
-    with_learning_curve: bool,
+    criterion: Criterion = LOG_LOSS,
+    with_learning_curve: bool = False,
     announce: Callable[[Mapping], None] | None = None,
 ) -> ProbeResults:
     """Fit the linear probe of a model and return what it tells; its strength is chosen on validation.
 
     Args:
         trainer: runs the model, on its device and in its precision, over all of its processes.
-        is_pretrained: a model that is not has no features worth a probe.
         splits: as `data.load_splits` returns them.
         rows: for each split its rows and their cache key, of `data.feature_rows`.
+        criterion: what validation chooses by; the probe's strength is chosen by its loss.
         with_learning_curve: estimate the accuracy with more images.
         announce: is called with the probe's score on validation as soon as that is known.
 
@@ -74,25 +76,24 @@ def measure_probe(
     """
     model = model_of(trainer)
     head = linear_head(model)
-    if head is None or not is_pretrained:
+    if head is None:
         return ProbeResults()
     references = {split: dataset["label"][:] for split, dataset in splits.items()}
-    labels = splits["train"].features["label"].names
     known: dict[str, torch.Tensor] = {}
     for split in ("train", "validation"):
         features = load_features(trainer, head, *rows[split])
         known |= {} if features is None else {split: features}
-    probe, soft = fit_shared_probes(trainer, known or None, references)
+    probe, soft = fit_shared_probes(trainer, known or None, references, criterion.class_weights)
     if announce and known:
-        announce(probe_baseline(probe, known, references, labels)[0]["validation"])
-    corrects = build_yardstick(known, splits, probe.strength, trainer.args.device) if known else None
+        announce(probe_baseline(probe, known, splits, criterion)[0]["validation"])
+    corrects = build_yardstick(known, splits, probe.strength, criterion, trainer.args.device) if known else None
     (yardstick,) = broadcast_object_list([corrects])
     features = load_features(trainer, head, *rows["test"]) if "test" in rows else None  # an audit may have no test
     starts = {"probe": state_with_probe(model, head, probe), "soft probe": state_with_probe(model, head, soft)}
     if not trainer.is_world_process_zero():
         return ProbeResults(starts, probe.strength, yardstick)
     known |= {} if features is None else {"test": features}
-    baseline, logits = probe_baseline(probe, known, references, labels)
+    baseline, logits = probe_baseline(probe, known, splits, criterion)
     everything, device = torch.cat(list(known.values())), trainer.args.device
     suspects = suspect_labels(splits, everything.to(device), probe.strength)
     curve = probe_learning_curve(splits, known, probe, device) if with_learning_curve else None
@@ -125,7 +126,11 @@ def probe_inflation(
 
 
 def build_yardstick(
-    features: Mapping[str, torch.Tensor], splits: DatasetDict, strength: float, device: torch.device
+    features: Mapping[str, torch.Tensor],
+    splits: DatasetDict,
+    strength: float,
+    criterion: Criterion,
+    device: torch.device,
 ) -> Yardstick | None:
     """Return what corrects validation losses; None where there are too many images and classes for it.
 
@@ -133,6 +138,7 @@ def build_yardstick(
         features: float32 [N, D] of train and validation.
         splits: as loaded.
         strength: of the probes.
+        criterion: has the losses.
         device: of the fits.
     """
     both = [splits[split] for split in ("train", "validation")]
@@ -143,7 +149,7 @@ def build_yardstick(
     everything, truth = torch.cat([features["train"], features["validation"]]).to(device), torch.tensor(labels)
     folds = stratified_folds(labels, groups, FOLDS, seed=0)
     (logits,) = cross_fit(everything, truth.to(device), folds, classes, (strength,))
-    losses = nn.functional.cross_entropy(logits.cpu(), truth, reduction="none").double().numpy()
+    losses = criterion.losses(logits.cpu().numpy(), labels)
     return Yardstick(losses[len(both[0]) :], float(losses.mean()))
 
 
@@ -161,10 +167,7 @@ def majority_baseline(data: Mapping) -> dict:
 
 
 def probe_baseline(
-    probe: LinearProbe,
-    features: Mapping[str, torch.Tensor],
-    references: Mapping[str, Sequence[int]],
-    labels: list[str],
+    probe: LinearProbe, features: Mapping[str, torch.Tensor], splits: DatasetDict, criterion: Criterion
 ) -> tuple[dict, np.ndarray | None]:
     """Return the probe's scores on validation and test, with its strength, and its logits on test.
 
@@ -173,11 +176,16 @@ def probe_baseline(
     Args:
         probe: fitted on train.
         features: float32 [N, D] by split.
-        references: class indices by split.
-        labels: the classes' names.
+        splits: as loaded.
+        criterion: tells the probe's answers.
     """
     logits = {split: probe.logits(features[split]).numpy() for split in ("validation", "test") if split in features}
-    truth = {split: np.array(references[split]) for split in logits}
+    truth = {split: np.array(splits[split]["label"][:]) for split in logits}
     temperature = fit_temperature(logits["validation"], truth["validation"])
-    scores = {split: score(logits[split] / temperature, truth[split], labels) for split in logits}
-    return scores | {"strength": probe.strength}, logits["test"] / temperature if "test" in logits else None
+    answers = {split: criterion.answers(logits[split] / temperature) for split in logits}
+    labels = splits["train"].features["label"].names
+    scores = {
+        split: score(answers[split], truth[split], labels, groups_of(splits[split]), criterion.class_shares)
+        for split in answers
+    }
+    return scores | {"strength": probe.strength}, answers.get("test")

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from scipy.stats import binomtest
 
 from luthier.errors import UserError
-from luthier.scoring.metrics import wilson_interval
+from luthier.scoring.intervals import wilson_interval
 
 LEVEL = 0.05  # of the tests, over all pairs together
 

@@ -8,6 +8,8 @@ from transformers import PreTrainedModel
 
 from luthier.images.views import EvaluationView
 from luthier.scoring.baselines import ProbeResults
+from luthier.scoring.criterion import Judge
+from luthier.scoring.metrics import TestPredictions
 from luthier.scoring.race import Course, Outcome
 from luthier.scoring.selection import Candidate
 from luthier.training.arms import Workshop
@@ -26,6 +28,7 @@ class Experiment(NamedTuple):
         view: that evaluation uses.
         size: (height, width) of the random crops of training, in pixels.
         recipes: that are raced.
+        judge: scores weights on validation, without a yardstick.
         setup: model, view and device, in words.
     """
 
@@ -37,6 +40,7 @@ class Experiment(NamedTuple):
     view: EvaluationView
     size: tuple[int, int]
     recipes: list[Recipe]
+    judge: Judge
     setup: dict[str, str]
 
 
@@ -63,3 +67,7 @@ class Result(NamedTuple):
     model: PreTrainedModel
     logits: np.ndarray
     references: np.ndarray
+
+    def predictions(self, splits: DatasetDict) -> TestPredictions:
+        """Return what the scored model predicts on the test split of loaded splits."""
+        return TestPredictions(splits, self.logits, self.references, self.kept.class_shares)

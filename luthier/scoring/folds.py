@@ -11,8 +11,8 @@ from datasets import DatasetDict, concatenate_datasets
 from luthier.scoring.audit import audit_images
 from luthier.scoring.baselines import ProbeResults
 from luthier.scoring.experiment import Experiment, Result
-from luthier.scoring.metrics import choose_threshold, fit_temperature, score
-from luthier.training.layers import divide_logits
+from luthier.scoring.metrics import TestPredictions, choose_threshold, fit_temperature
+from luthier.training.layers import divide_logits, shift_logits
 
 
 def pool(parts: Sequence[tuple[Experiment, Result]]) -> tuple[Experiment, Result]:
@@ -37,10 +37,13 @@ def pool(parts: Sequence[tuple[Experiment, Result]]) -> tuple[Experiment, Result
 
     arm = max(votes, key=rank)
     experiment, leader = min((part for part in parts if part[1].kept.arm == arm), key=lambda part: part[1].kept.loss)
-    logits = np.concatenate([result.logits * result.kept.temperature for result in results])  # as before calibration
+    log_shares = _log_shares(leader)
+    # As before calibration.
+    logits = np.concatenate([(result.logits + _log_shares(result)) * result.kept.temperature for result in results])
     references = np.concatenate([result.references for result in results])
     temperature = fit_temperature(logits, references) if leader.kept.temperature != 1 else 1.0
-    threshold = round(choose_threshold(logits / temperature, references), 4)
+    answers = logits / temperature - log_shares
+    threshold = round(choose_threshold(answers, references), 4)
     kept = leader.kept._replace(temperature=temperature, threshold=threshold)
 
     splits, prepared = (
@@ -52,20 +55,31 @@ def pool(parts: Sequence[tuple[Experiment, Result]]) -> tuple[Experiment, Result
         splits["validation"], prepared["validation"] = own, experiment.prepared["validation"]
     findings = audit_images(splits, []) | {"unreadable": experiment.findings["unreadable"]}
     findings["suspect_labels"] = _in_pool(leader.probe.suspect_labels, splits)
-    probe = _pool_probes(leader.probe, [each.probe for each in results], splits)
+    probe = _pool_probes(leader, [each.probe for each in results], splits)
+    if kept.class_shares is not None:
+        shift_logits(leader.model, np.log(kept.class_shares))
     divide_logits(leader.model, temperature / leader.kept.temperature)
+    if kept.class_shares is not None:
+        shift_logits(leader.model, -np.log(kept.class_shares))
     leader.model.config.unsure_below = threshold
-    result = leader._replace(probe=probe, kept=kept, logits=logits / temperature, references=references)
+    result = leader._replace(probe=probe, kept=kept, logits=answers, references=references)
     return experiment._replace(splits=splits, own_test=False, prepared=prepared, findings=findings), result
 
 
-def _pool_probes(leader: ProbeResults, probes: Sequence[ProbeResults], splits: DatasetDict) -> ProbeResults:
+def _log_shares(result: Result) -> np.ndarray | float:
+    """Return what the answers of a result lack of the logits of data like its own."""
+    shares = result.kept.class_shares
+    return 0.0 if shares is None else np.log(shares)
+
+
+def _pool_probes(result: Result, probes: Sequence[ProbeResults], splits: DatasetDict) -> ProbeResults:
     """Return the shipped model's probe, with the features of all images, and the score of all folds' probes."""
+    leader = result.probe
     if leader.logits is None or leader.features is None or leader.baseline is None:
         return leader
-    labels = splits["test"].features["label"].names
     logits = np.concatenate([probe.logits for probe in probes if probe.logits is not None])
-    scored = score(logits, np.array(splits["test"]["label"][:]), labels)
+    references = np.array(splits["test"]["label"][:])
+    scored = TestPredictions(splits, logits, references, result.kept.class_shares).score()
     features = {"test": torch.cat([probe.features["test"] for probe in probes if probe.features])}
     features |= {split: leader.features[split] for split in splits if split != "test"}
     return leader._replace(baseline=leader.baseline | {"test": scored}, features=features)

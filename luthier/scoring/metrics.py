@@ -1,7 +1,7 @@
 """What a classifier scores, computed through the `evaluate` library without the network."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -10,9 +10,9 @@ import numpy as np
 from datasets import DatasetDict, Features, Value
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
-from transformers import EvalPrediction
 
-from luthier.training.trainer import concatenate_batches
+from luthier.images.groups import groups_of
+from luthier.scoring.intervals import balanced_accuracy, bootstrap_intervals, interval_of_share, macro_f1
 
 BINS = 15  # of confidence, for the calibration error (Guo et al. 2017)
 TOP = 5  # classes among which the true one may be, for the top-5 accuracy
@@ -25,8 +25,9 @@ class TestPredictions:
 
     Attributes:
         splits: as `data.load_splits` returns them.
-        logits: float [N, C] for the split "test".
+        logits: float [N, C] for the split "test", calibrated.
         references: int [N], the true classes.
+        class_shares: see `score`.
     """
 
     __test__: ClassVar[bool] = False  # not a test class, whatever its name tells pytest
@@ -34,6 +35,25 @@ class TestPredictions:
     splits: DatasetDict
     logits: np.ndarray
     references: np.ndarray
+    class_shares: Sequence[float] | np.ndarray | None = None
+
+    @property
+    def labels(self) -> list[str]:
+        """The classes' names."""
+        return self.splits["test"].features["label"].names
+
+    @property
+    def groups(self) -> np.ndarray | None:
+        """What the images belong to, int [N]; None where each stands alone."""
+        return groups_of(self.splits["test"])
+
+    def score(self, temperature: float = 1.0) -> dict:
+        """Return all scores, see `score`; with a temperature those of the model before it was calibrated with it."""
+        logits = self.logits
+        if temperature != 1:
+            log_shares = 0 if self.class_shares is None else np.log(self.class_shares)
+            logits = (logits + log_shares) * temperature - log_shares
+        return score(logits, self.references, self.labels, self.groups, self.class_shares)
 
     @property
     def probabilities(self) -> np.ndarray:
@@ -42,10 +62,10 @@ class TestPredictions:
 
 
 class Classification(evaluate.Metric):
-    """Accuracy, macro F1, per-class precision / recall / F1 / support, and the confusion matrix.
+    """Accuracy, balanced accuracy, macro F1, per-class precision / recall / F1 / support, and the confusion matrix.
 
-    The same figures as the Hub's metrics accuracy, f1, precision, recall and confusion_matrix, which would have to be
-    downloaded. `compute(predictions, references, num_labels)` takes class indices.
+    The same figures as scikit-learn's, and as the Hub's metrics accuracy, f1, precision, recall and confusion_matrix,
+    which would have to be downloaded. `compute(predictions, references, num_labels)` takes class indices.
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -64,10 +84,10 @@ class Classification(evaluate.Metric):
         precision = correct / np.maximum(predicted, 1)
         recall = correct / np.maximum(support, 1)
         f1 = 2 * correct / np.maximum(predicted + support, 1)
-        occurs = (predicted + support) > 0
         return {
             "accuracy": float(correct.sum() / matrix.sum()),
-            "macro_f1": float(f1[occurs].mean()),
+            "balanced_accuracy": float(balanced_accuracy(correct, support)),
+            "macro_f1": float(macro_f1(correct, support, predicted)),
             "precision": precision.tolist(),
             "recall": recall.tolist(),
             "f1": f1.tolist(),
@@ -76,37 +96,51 @@ class Classification(evaluate.Metric):
         }
 
 
-def wilson_interval(correct: int, n: int, z: float = 1.959964) -> list[float]:
-    """Return both ends of Wilson's (1927) score interval for `correct` in `n`; 95% by default."""
-    share = correct / n
-    centre = share + z * z / (2 * n)
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return [max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)]
-
-
-def score(logits: np.ndarray, references: np.ndarray, labels: list[str]) -> dict:
+def score(
+    logits: np.ndarray,
+    references: np.ndarray,
+    labels: list[str],
+    groups: np.ndarray | None = None,
+    class_shares: Sequence[float] | np.ndarray | None = None,
+) -> dict:
     """Score logits [N, C] against the true class indices [N].
 
-    Returns `accuracy` and `accuracy_ci95` (Wilson), the same of `top_5_accuracy` where there are more than 5 classes,
-    `macro_f1` (over the classes that occur), `log_loss` (mean cross-entropy in nats), `ece` (expected calibration
-    error, see `reliability`), `n`, `per_class` by class name, and `confusion_matrix` (rows are true classes).
+    Args:
+        logits, references: of the images.
+        labels: the classes' names.
+        groups: int [N], the same for images that belong together; None where each stands alone. The intervals are
+            then those of so many groups.
+        class_shares: float [C], where the highest logit is not the likeliest class, but the one that would be
+            likeliest if all were equally frequent; see `criterion.Balance`. Log loss and calibration error are of the
+            probabilities that take the shares into account.
+
+    Returns `accuracy`, and `top_5_accuracy` where there are more than 5 classes; `balanced_accuracy` (the mean recall
+    of the classes that occur) and `macro_f1` (over the classes that occur or are predicted); the 95% interval of each
+    as `..._ci95`; `log_loss` (mean cross-entropy in nats), `ece` (expected calibration error, see `reliability`), `n`,
+    `groups` (how many, where there are any), `per_class` by class name, and `confusion_matrix` (by true class).
     """
+    predictions = logits.argmax(axis=-1)
     result = Classification(keep_in_memory=True).compute(
-        predictions=logits.argmax(axis=-1), references=references, num_labels=len(labels)
+        predictions=predictions, references=references, num_labels=len(labels)
     )
     assert result is not None  # as this process is the main one of the metric
     n = len(references)
-    scored = {"accuracy": result["accuracy"], "accuracy_ci95": wilson_interval(round(result["accuracy"] * n), n)}
+    shares = {"accuracy": predictions == references}
     if len(labels) > TOP:
-        correct = int((np.argsort(logits, axis=-1)[:, -TOP:] == references[:, None]).sum())
-        scored |= {"top_5_accuracy": correct / n, "top_5_accuracy_ci95": wilson_interval(correct, n)}
+        shares["top_5_accuracy"] = (np.argsort(logits, axis=-1)[:, -TOP:] == references[:, None]).any(axis=-1)
+    scored: dict = {}
+    for name, correct in shares.items():
+        scored |= {name: float(correct.mean()), f"{name}_ci95": interval_of_share(correct, groups)}
+    logits = logits if class_shares is None else logits + np.log(class_shares)
     bins = reliability(logits, references)
     return scored | {
+        "balanced_accuracy": result["balanced_accuracy"],
         "macro_f1": result["macro_f1"],
+        **bootstrap_intervals(references, predictions, len(labels), groups),
         "log_loss": log_loss(logits, references),
         "ece": sum(b["n"] * abs(b["accuracy"] - b["confidence"]) for b in bins) / n,
         "n": n,
+        **({} if groups is None else {"groups": len(np.unique(groups))}),
         "per_class": {
             name: {key: result[key][index] for key in ("precision", "recall", "f1", "support")}
             for index, name in enumerate(labels)
@@ -214,19 +248,3 @@ def fit_temperature(logits: np.ndarray, references: np.ndarray) -> float:
         return -(targets * log_softmax(logits / np.exp(log_temperature), axis=-1)).sum(axis=-1).mean()
 
     return float(np.exp(minimize_scalar(loss, bounds=(np.log(0.05), np.log(20)), method="bounded").x))
-
-
-def build_compute_metrics(labels: list[str]) -> Callable[[EvalPrediction], dict[str, float]]:
-    """Return the Trainer's `compute_metrics`: accuracy, macro F1 and calibrated loss of one evaluation.
-
-    The calibrated loss is the log loss at the best temperature: long training makes a model too sure of itself, which
-    a temperature mends, before it makes it worse.
-    """
-
-    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-        logits, references = (concatenate_batches(p) for p in (prediction.predictions, prediction.label_ids))
-        result = score(logits, references, labels)
-        calibrated = log_loss(logits / fit_temperature(logits, references), references)
-        return {"accuracy": result["accuracy"], "macro_f1": result["macro_f1"], "calibrated_loss": calibrated}
-
-    return compute_metrics

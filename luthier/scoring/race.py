@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from accelerate.utils import broadcast_object_list
 from transformers import Trainer
 
-from luthier.scoring.metrics import Yardstick
+from luthier.scoring.criterion import Judge
 from luthier.scoring.selection import Candidate, choose, load_candidate, score_candidates
 from luthier.terminal import Stopwatch, plural, say
 from luthier.training.arms import Arm, State, Workshop, plan_arm
@@ -32,7 +32,6 @@ RECORD = "race.json"  # in the directory of a run: its finished heats
 FAR = 3.0  # times the probe's loss that the arms may have after the first heat, and go on
 MIN_GAIN, LEAST_GAIN = 0.05, 0.005  # that the rest of an arm must promise: a share of the best loss, and in nats
 
-ENOUGH = 0.04  # nats, the probe's loss below which there is no race: about one error in a hundred images
 TINY = 1e-9  # a loss that is as good as none
 
 
@@ -66,6 +65,7 @@ class Outcome(NamedTuple):
         heats: all of them, in the order in which they were run.
         reason: why the race ended, for people.
         earlier: seconds of the heats that an interrupted part of the run had finished.
+        probe: what the arms had to beat; None where there is no probe.
     """
 
     arm: Arm | None = None
@@ -74,6 +74,7 @@ class Outcome(NamedTuple):
     heats: Sequence[Heat] = ()
     reason: str = ""
     earlier: float = 0.0
+    probe: Candidate | None = None
 
     @property
     def best_step(self) -> int:
@@ -103,8 +104,7 @@ class Course(NamedTuple):
     """What all arms of a race share.
 
     Attributes:
-        labels: the classes' names.
-        yardstick: of `baselines.measure_probe`.
+        judge: scores weights on validation.
         stop: the signal handler.
         run_dir: the directory of the run, or of its fold.
         whole_run_dir: what a stopped run is resumed with: that of the run, not of its fold.
@@ -113,8 +113,7 @@ class Course(NamedTuple):
         only_trained: the trained weights are the only candidates.
     """
 
-    labels: list[str]
-    yardstick: Yardstick | None
+    judge: Judge
     stop: Stop
     run_dir: Path
     whole_run_dir: Path
@@ -168,8 +167,8 @@ def race(arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: s
     Raises:
         UserError: see `trainer.train`.
     """
-    if probe and len(arms) > 1 and probe.loss < ENOUGH:
-        return Outcome(reason="the probe, which leaves little to gain")
+    if probe and len(arms) > 1 and probe.loss < course.judge.criterion.enough:
+        return Outcome(reason="the probe, which leaves little to gain", probe=probe)
     named = Path(resume) if resume and resume != "auto" else None
     heats = _read_record(course.run_dir, arms, named) if resume else []
     earlier = sum(heat.seconds for heat in heats)
@@ -203,12 +202,12 @@ def race(arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: s
         reason = "the time limit" if last[1].state.global_step < arm.ends[number] else ""
     finished = [arm for arm in arms if _results(heats, arm)]
     if not finished:  # there was nothing to train, or no time
-        return Outcome(heats=heats, reason=reason, earlier=earlier)
+        return Outcome(heats=heats, reason=reason, earlier=earlier, probe=probe)
     winner = min(finished, key=lambda arm: _results(heats, arm)[-1].loss)
     if last is None or last[0] is not winner:
         last = None
         last = advance(winner, winner.ends.index(_results(heats, winner)[-1].step))
-    return Outcome(*last, heats, reason, earlier)
+    return Outcome(*last, heats, reason, earlier, probe)
 
 
 def keep_best(
@@ -275,9 +274,7 @@ def _advance(
         trainer.add_callback(EndInTime(course.ends_in_time))
     train(trainer, arm.ends[number] if arm.schedule else None, checkpoint, course.stop, course.whole_run_dir)
     shares = (1.0,) if course.only_trained else arm.recipe.shares
-    candidates = score_candidates(
-        trainer, arm.rows["validation"], arm.start, shares, course.labels, course.yardstick, arm.recipe.name
-    )
+    candidates = score_candidates(trainer, arm.rows["validation"], arm.start, shares, course.judge, arm.recipe.name)
     return arm, trainer, candidates
 
 

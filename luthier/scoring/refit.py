@@ -94,7 +94,7 @@ def refit(plan: Plan, result: Result, splits: DatasetDict, prepare: Callable[[li
         strength = SOFT if kind == "soft probe" else probe.strength
         head = linear_head(workshop.model)
         assert head is not None and strength is not None  # there is a probe
-        fitted = fit_shared_probe(workshop.predictor(), features, labels, strength)
+        fitted = fit_shared_probe(workshop.predictor(), features, labels, strength, workshop.class_weights)
         start = state_with_probe(workshop.model, head, fitted)
     if arm is None:
         model = workshop.copy(start)

@@ -3,21 +3,20 @@
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.special import log_softmax
 from transformers import PreTrainedModel, Trainer
 
 from luthier.scoring.baselines import ProbeResults
+from luthier.scoring.criterion import Judge
 from luthier.scoring.metrics import (
-    Yardstick,
+    TestPredictions,
     choose_threshold,
     fit_temperature,
     reliability,
-    score,
     selective,
     standard_error,
 )
 from luthier.training.arms import State, Workshop
-from luthier.training.layers import divide_logits
+from luthier.training.layers import divide_logits, shift_logits
 from luthier.training.recipe import blend
 from luthier.training.trainer import model_of, predict
 from models import linear_head
@@ -37,8 +36,9 @@ class Candidate(NamedTuple):
         threshold: the confidence below which they are unsure.
         validation: their score once calibrated, see `metrics.score`.
         uncalibrated: their score before.
-        losses: float64 [N], the calibrated cross-entropy of each validation image, corrected by a yardstick.
+        losses: float64 [N], of each validation image, calibrated, see `criterion.Judge.losses`.
         arm: name of the recipe that trained them.
+        class_shares: float64 [C], where their answers make up for rare classes, see `criterion.Balance`.
     """
 
     share: float
@@ -48,6 +48,7 @@ class Candidate(NamedTuple):
     uncalibrated: dict
     losses: np.ndarray
     arm: str
+    class_shares: np.ndarray | None = None
 
     @property
     def loss(self) -> float:
@@ -65,8 +66,7 @@ def score_candidates(
     rows: Any,
     start: State | None,
     shares: tuple[float, ...],
-    labels: list[str],
-    yardstick: Yardstick | None,
+    judge: Judge,
     arm: str,
 ) -> list[Candidate]:
     """Score the weights on the way from an arm's start to the trained ones, each calibrated.
@@ -78,8 +78,7 @@ def score_candidates(
         rows: of validation.
         start: the state that training began with; None where only share 1 makes sense.
         shares: the candidates, see `recipe.Recipe`.
-        labels: the classes' names.
-        yardstick: of `baselines.measure_probe`; None corrects nothing.
+        judge: scores them.
         arm: name of the recipe.
     """
     model = model_of(trainer)
@@ -90,21 +89,22 @@ def score_candidates(
         logits, references = predict(trainer, rows)
         temperature = fit_temperature(logits, references) if linear_head(model) else 1.0
         calibrated = logits / temperature
-        validation, uncalibrated = (score(each, references, labels) for each in (calibrated, logits))
-        threshold = round(choose_threshold(calibrated, references), 4)
-        losses = -log_softmax(calibrated.astype(np.float64), axis=-1)[np.arange(len(logits)), references]
-        losses = yardstick.correct(losses) if yardstick else losses
-        candidates.append(Candidate(share, temperature, threshold, validation, uncalibrated, losses, arm))
+        validation, uncalibrated = (judge.score(each, references) for each in (calibrated, logits))
+        threshold = round(choose_threshold(judge.criterion.answers(calibrated), references), 4)
+        losses, class_shares = judge.losses(calibrated, references), judge.criterion.class_shares
+        candidates.append(
+            Candidate(share, temperature, threshold, validation, uncalibrated, losses, arm, class_shares)
+        )
     model.load_state_dict(end)
     return candidates
 
 
-def score_probe(workshop: Workshop, probe: ProbeResults, rows: Any, labels: list[str]) -> Candidate | None:
+def score_probe(workshop: Workshop, probe: ProbeResults, rows: Any, judge: Judge) -> Candidate | None:
     """Score the probe as the head of the model, on the rows of validation; None where there is no probe."""
     if "probe" not in probe.starts:
         return None
     trainer = workshop.predictor(probe.starts["probe"])
-    (candidate,) = score_candidates(trainer, rows, None, (1.0,), labels, probe.yardstick, "probe")
+    (candidate,) = score_candidates(trainer, rows, None, (1.0,), judge, "probe")
     return candidate
 
 
@@ -127,8 +127,9 @@ def choose(candidates: list[Candidate]) -> Candidate:
 def load_candidate(model: PreTrainedModel, start: State | None, kept: Candidate) -> None:
     """Give a model a candidate's weights and what goes with them.
 
-    The temperature is divided out of the head, so that whoever loads the model gets calibrated probabilities. The
-    confidence below which it is unsure goes into the config.
+    The temperature is divided out of the head, so that whoever loads the model gets calibrated probabilities. Where
+    its answers make up for rare classes, the head's bias does it. The confidence below which it is unsure, and the
+    shares of the classes, go into the config.
 
     Args:
         model: as trained.
@@ -138,29 +139,32 @@ def load_candidate(model: PreTrainedModel, start: State | None, kept: Candidate)
     if start is not None:
         model.load_state_dict(blend(start, model.state_dict(), kept.share))
     divide_logits(model, kept.temperature)
+    if kept.class_shares is not None:
+        shift_logits(model, -np.log(kept.class_shares))
+        model.config.class_shares = kept.class_shares.tolist()
     model.config.unsure_below = kept.threshold
 
 
-def score_test(logits: np.ndarray, references: np.ndarray, labels: list[str], threshold: float) -> dict:
+def score_test(test: TestPredictions, threshold: float) -> dict:
     """Return all scores of a model on test: `test`, `unsure` and `calibration`.
 
     Args:
-        logits: float [N, C], calibrated.
-        references: int [N], the true classes.
-        labels: the classes' names.
+        test: what it predicts.
         threshold: the confidence below which the model is unsure.
     """
+    shares, logits = test.class_shares, test.logits
+    likely = logits if shares is None else logits + np.log(shares)
     return {
-        "test": score(logits, references, labels),
-        "unsure": selective(logits, references, threshold),
-        "calibration": {"reliability": reliability(logits, references)},
+        "test": test.score(),
+        "unsure": selective(logits, test.references, threshold),
+        "calibration": {"reliability": reliability(likely, test.references)},
     }
 
 
-def score_run(kept: Candidate, logits: np.ndarray, references: np.ndarray, labels: list[str]) -> dict:
+def score_run(kept: Candidate, test: TestPredictions) -> dict:
     """Return all scores of a run: those of `score_test`, validation, and what calibration changed."""
-    scores = score_test(logits, references, labels, kept.threshold)
-    before = {"validation": kept.uncalibrated, "test": score(logits * kept.temperature, references, labels)}
+    scores = score_test(test, kept.threshold)
+    before = {"validation": kept.uncalibrated, "test": test.score(kept.temperature)}
     scores["calibration"] |= {
         "temperature": kept.temperature,
         "before": {split: {key: scored[key] for key in ("log_loss", "ece")} for split, scored in before.items()},

@@ -29,6 +29,7 @@ class Workshop:
         collate: stacks rows to a batch.
         compute_metrics: of an evaluation.
         callbacks: of every training.
+        class_weights: of `criterion.Balance`; None counts all images alike.
     """
 
     model: PreTrainedModel
@@ -36,6 +37,7 @@ class Workshop:
     collate: Callable[[list[dict]], dict]
     compute_metrics: Callable[[EvalPrediction], dict[str, float]]
     callbacks: Sequence[TrainerCallback] = ()
+    class_weights: list[float] | None = None
 
     def predictor(self, state: State | None = None) -> Trainer:
         """Return a Trainer that only predicts, with the model in a state, or as it was built."""
@@ -94,7 +96,7 @@ class Arm(NamedTuple):
         shop = self.workshop
         return build_trainer(
             model, self.recipe, self.training_args, self.rows, shop.collate, shop.compute_metrics, shop.callbacks,
-            self.schedule,
+            self.schedule, shop.class_weights,
         )  # fmt: skip
 
 

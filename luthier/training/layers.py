@@ -3,6 +3,7 @@
 import math
 import re
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -82,10 +83,23 @@ def training_size(model: PreTrainedModel, size: tuple[int, int]) -> tuple[int, i
 
 def divide_logits(model: PreTrainedModel, temperature: float) -> None:
     """Divide all logits of a model by a temperature, in the weights of its linear head; 1 changes nothing."""
-    name = linear_head(model)
-    if temperature != 1 and name is not None:
-        head = model.get_submodule(name)
-        assert isinstance(head, nn.Linear)
+    head = _linear_head(model)
+    if temperature != 1 and head is not None:
         with torch.no_grad():
             head.weight.div_(temperature)
             head.bias.div_(temperature)
+
+
+def shift_logits(model: PreTrainedModel, shift: np.ndarray) -> None:
+    """Add a number [C] to the logit of each class, in the bias of a model's linear head; it has one."""
+    head = _linear_head(model)
+    assert head is not None  # see criterion.choose_balance
+    with torch.no_grad():
+        head.bias.add_(torch.as_tensor(shift, dtype=head.bias.dtype, device=head.bias.device))
+
+
+def _linear_head(model: PreTrainedModel) -> nn.Linear | None:
+    name = linear_head(model)
+    head = None if name is None else model.get_submodule(name)
+    assert head is None or isinstance(head, nn.Linear)
+    return head

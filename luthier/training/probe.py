@@ -40,7 +40,10 @@ class LinearProbe(NamedTuple):
 
 
 def fit_shared_probes(
-    trainer: Trainer, features: Mapping[str, torch.Tensor] | None, labels: Mapping[str, Sequence[int]]
+    trainer: Trainer,
+    features: Mapping[str, torch.Tensor] | None,
+    labels: Mapping[str, Sequence[int]],
+    class_weights: list[float] | None = None,
 ) -> tuple[LinearProbe, LinearProbe]:
     """Fit the probe that is best on validation, and the soft one, and return them to all processes.
 
@@ -48,6 +51,7 @@ def fit_shared_probes(
         trainer: knows the processes and the device.
         features: of "train" and "validation", float32 [N, D]; None on all but the main process.
         labels: class indices of both.
+        class_weights: see `fit_path`.
     """
 
     def fit(device: torch.device) -> list[LinearProbe]:
@@ -55,14 +59,19 @@ def fit_shared_probes(
         train, validation = (
             (features[split].to(device), torch.tensor(labels[split]).to(device)) for split in ("train", "validation")
         )
-        return [fit_probe(*train, *validation), *fit_path(*train, int(train[1].max()) + 1, (SOFT,))]
+        soft = fit_path(*train, int(train[1].max()) + 1, (SOFT,), class_weights)
+        return [fit_probe(*train, *validation, class_weights), *soft]
 
     best, soft = _on_main_process(trainer, fit)
     return best, soft
 
 
 def fit_shared_probe(
-    trainer: Trainer, features: torch.Tensor | None, labels: Sequence[int], strength: float
+    trainer: Trainer,
+    features: torch.Tensor | None,
+    labels: Sequence[int],
+    strength: float,
+    class_weights: list[float] | None = None,
 ) -> LinearProbe:
     """Fit the probe of one penalty, and return it to all processes.
 
@@ -71,11 +80,13 @@ def fit_shared_probe(
         features: float32 [N, D]; None on all but the main process.
         labels: class indices [N].
         strength: the penalty.
+        class_weights: see `fit_path`.
     """
 
     def fit(device: torch.device) -> list[LinearProbe]:
         assert features is not None  # on the main process
-        return list(fit_path(features.to(device), torch.tensor(labels).to(device), max(labels) + 1, (strength,)))
+        truth = torch.tensor(labels).to(device)
+        return list(fit_path(features.to(device), truth, max(labels) + 1, (strength,), class_weights))
 
     (probe,) = _on_main_process(trainer, fit)
     return probe
@@ -94,7 +105,11 @@ def _on_main_process(trainer: Trainer, fit: Callable[[torch.device], list[Linear
 
 
 def fit_probe(
-    features: torch.Tensor, labels: torch.Tensor, validation: torch.Tensor, validation_labels: torch.Tensor
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    validation: torch.Tensor,
+    validation_labels: torch.Tensor,
+    class_weights: list[float] | None = None,
 ) -> LinearProbe:
     """Fit multinomial logistic regressions and return the one with the lowest validation loss.
 
@@ -104,9 +119,10 @@ def fit_probe(
     Args:
         features, validation: float32 [N, D], on the device of the fit.
         labels, validation_labels: int64 [N], every class among `labels`.
+        class_weights: see `fit_path`.
     """
     best: LinearProbe | None = None
-    for probe in fit_path(features, labels, int(labels.max()) + 1, STRENGTHS):
+    for probe in fit_path(features, labels, int(labels.max()) + 1, STRENGTHS, class_weights):
         loss = nn.functional.cross_entropy(probe.logits(validation), validation_labels).item()
         if best is not None and loss > best.loss:
             break
@@ -116,22 +132,37 @@ def fit_probe(
 
 
 def fit_path(
-    features: torch.Tensor, labels: torch.Tensor, classes: int, strengths: tuple[float, ...]
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    classes: int,
+    strengths: tuple[float, ...],
+    class_weights: list[float] | None = None,
 ) -> Iterator[LinearProbe]:
     """Yield the probe of each strength, one after the other; its `loss` is NaN.
 
     The features are standardised. The penalty is strength / 2 times the squared weights beside the *mean*
     cross-entropy, so that a strength means the same for any number of images (scikit-learn's C is 1 / (N strength)).
     The standardisation is then folded into the weights.
+
+    Args:
+        features: float32 [N, D], on the device of the fit.
+        labels: int64 [N].
+        classes: how many there are, C.
+        strengths: the penalties.
+        class_weights: of `criterion.Balance`, how much an image of each class counts; None counts all alike. The
+            logits still tell the probabilities in data like these: a probe that has learned from weighted images
+            lacks the shares of the classes, and its bias gets them.
     """
     mean, scale = features.mean(dim=0), features.std(dim=0).clamp_min(1e-6)
     standardised = (features - mean) / scale
     weight = torch.zeros(classes, features.shape[1], device=features.device, requires_grad=True)
     bias = torch.zeros(classes, device=features.device, requires_grad=True)
+    weights = None if class_weights is None else torch.tensor(class_weights, device=features.device)
+    log_shares = 0 if weights is None else -(classes * weights).log()
     for strength in strengths:
-        minimise(standardised, labels, weight, bias, strength)
+        minimise(standardised, labels, weight, bias, strength, weights)
         folded = weight.detach() / scale
-        yield LinearProbe(folded, bias.detach() - folded @ mean, strength, float("nan"))
+        yield LinearProbe(folded, bias.detach() - folded @ mean + log_shares, strength, float("nan"))
 
 
 def cross_fit(
@@ -162,6 +193,7 @@ def minimise(
     weight: torch.Tensor,
     bias: torch.Tensor,
     strength: float,
+    class_weights: torch.Tensor | None = None,
     iterations: int = 200,
 ) -> None:
     """Fit one logistic regression in place, by full-batch L-BFGS."""
@@ -177,8 +209,9 @@ def minimise(
         weight_grad, bias_grad = strength * weight, torch.zeros_like(bias)
         for part, truth in zip(features.split(ROWS_PER_STEP), labels.split(ROWS_PER_STEP), strict=True):
             residuals = torch.log_softmax(nn.functional.linear(part, weight, bias), dim=1)
-            loss -= residuals.gather(1, truth[:, None]).sum() / len(features)
-            residuals.exp_().scatter_add_(1, truth[:, None], residuals.new_full((len(part), 1), -1.0))
+            counts = 1.0 if class_weights is None else class_weights[truth][:, None]
+            loss -= (counts * residuals.gather(1, truth[:, None])).sum() / len(features)
+            residuals.exp_().scatter_add_(1, truth[:, None], residuals.new_full((len(part), 1), -1.0)).mul_(counts)
             weight_grad.addmm_(residuals.T, part, alpha=1 / len(features))
             bias_grad += residuals.sum(dim=0) / len(features)
         weight.grad, bias.grad = weight_grad, bias_grad

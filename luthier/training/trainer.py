@@ -58,6 +58,7 @@ class SafeTrainer(Trainer):
     """
 
     schedule: Schedule | None = None  # of the learning rate, in the place of `lr_scheduler_type`
+    class_weights: torch.Tensor | None = None  # [C]; see `criterion.Balance`
     writing_to: str | None = None
     save_postponed = False
     not_finite_at: torch.Tensor | None = None  # step of the first loss or gradient that was not finite, or -1
@@ -127,6 +128,19 @@ class SafeTrainer(Trainer):
         weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
         trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
         return weights + 2 * trained
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Return the model's own loss, or while it trains with class weights the mean of the weighted losses.
+
+        The weighted loss is that of the answers, which lack the shares of the classes; see `criterion.Balance`.
+        """
+        weights = self.class_weights
+        if weights is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs, labels = model(**inputs), inputs["labels"]
+        answers = outputs.logits + (len(weights) * weights).log()
+        losses = torch.nn.functional.cross_entropy(answers, labels, weight=weights, reduction="none")
+        return (losses.mean(), outputs) if return_outputs else losses.mean()
 
     def training_step(self, *arguments, **options) -> torch.Tensor:
         """Do a step, and check that its loss is finite."""
@@ -206,6 +220,7 @@ def build_trainer(
     compute_metrics: Callable[[EvalPrediction], dict[str, float]],
     callbacks: Sequence[TrainerCallback] = (),
     schedule: Schedule | None = None,
+    class_weights: list[float] | None = None,
 ) -> SafeTrainer:
     """Return the Trainer of a run, with the learning rates of the recipe's layers.
 
@@ -218,6 +233,7 @@ def build_trainer(
         compute_metrics: of an evaluation.
         callbacks: besides the epoch table and the progress.
         schedule: of the learning rate; None leaves it to the training arguments.
+        class_weights: of `criterion.Balance`; None counts all images alike.
 
     Raises:
         UserError: a tracker, an optimizer or a scheduler is not available, or the checkpoints do not fit on the disk.
@@ -240,6 +256,7 @@ def build_trainer(
     except (ImportError, RuntimeError, ValueError) as error:
         raise UserError(str(error)) from error
     trainer.schedule = schedule
+    trainer.class_weights = None if class_weights is None else torch.tensor(class_weights, device=training_args.device)
     if (training_args.save_strategy != "no" or schedule) and trainer.is_world_process_zero():
         limit = training_args.save_total_limit or round(training_args.num_train_epochs)
         check_disk_space(Path(str(training_args.output_dir)), trainer.checkpoint_size(), limit)

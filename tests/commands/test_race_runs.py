@@ -14,6 +14,7 @@ from transformers import pipeline
 
 import luthier.scoring.race as race
 import train
+from luthier.scoring.criterion import Judge
 from luthier.scoring.refit import Plan, plan_refit
 from luthier.scoring.screening import cross_fitted_losses
 
@@ -225,7 +226,7 @@ def test_cross_fitted_losses_are_those_of_images_that_were_not_learned_from():
 
 def test_refit_has_the_time_limit_of_the_whole_run(tmp_path):
     stopwatch = SimpleNamespace(total=lambda: 100.0)
-    course = race.Course([], None, None, tmp_path, tmp_path, stopwatch, time_limit=1.0)  # a fold's, in minutes
+    course = race.Course(Judge([]), None, tmp_path, tmp_path, stopwatch, time_limit=1.0)  # a fold's, in minutes
     heats = [race.Heat("full", 10, 1.0, 0.5, 0.9, 30.0)]
     trainer = SimpleNamespace(state=SimpleNamespace(best_global_step=5, global_step=10))
     result = SimpleNamespace(

@@ -8,7 +8,7 @@ from transformers import Trainer, TrainingArguments
 import luthier.scoring.baselines as module
 from data import collate, feature_rows, prepare
 from luthier.images.views import EvaluationView
-from luthier.scoring.baselines import ProbeResults, majority_baseline, measure_probe
+from luthier.scoring.baselines import majority_baseline, measure_probe
 from models import build_model
 
 LABELS = {0: "blue", 1: "green", 2: "red"}
@@ -29,7 +29,7 @@ def measure(images, timm_checkpoint, tmp_path):
     view = EvaluationView(image_processor)
     args = TrainingArguments(output_dir=str(tmp_path), report_to="none", remove_unused_columns=False, use_cpu=True)
     trainer, rows = Trainer(model, args, collate), feature_rows(prepare(splits, view), view)
-    return lambda is_pretrained=True: measure_probe(trainer, is_pretrained, splits, rows, with_learning_curve=False)
+    return lambda **options: measure_probe(trainer, splits, rows, **options)
 
 
 def test_probe_gives_a_baseline_starting_weights_and_suspect_labels(measure):
@@ -43,10 +43,6 @@ def test_probe_gives_a_baseline_starting_weights_and_suspect_labels(measure):
 def test_yardstick_is_left_out_where_it_would_take_minutes(measure, monkeypatch):
     monkeypatch.setattr(module, "MAX_CELLS", 10)
     assert measure().yardstick is None
-
-
-def test_model_from_scratch_has_no_probe(measure):
-    assert measure(False) == ProbeResults()
 
 
 def test_labels_are_checked_on_the_device_of_the_run(measure, monkeypatch):

@@ -4,18 +4,9 @@ import math
 
 import numpy as np
 import pytest
-from transformers import EvalPrediction
 
-from luthier.scoring.metrics import (
-    Yardstick,
-    build_compute_metrics,
-    fit_temperature,
-    log_loss,
-    reliability,
-    score,
-    wilson_interval,
-)
-from luthier.training.trainer import concatenate_batches
+from luthier.scoring.intervals import wilson_interval
+from luthier.scoring.metrics import Yardstick, fit_temperature, log_loss, reliability, score
 
 LABELS = ["a", "b", "c"]
 REFERENCES = np.array([0, 0, 0, 0, 1, 1])
@@ -30,6 +21,7 @@ def test_score_equals_values_worked_out_by_hand():
     assert metrics["per_class"]["a"] == {"precision": 0.75, "recall": 0.75, "f1": 0.75, "support": 4}
     assert metrics["per_class"]["b"] == {"precision": 0.5, "recall": 0.5, "f1": 0.5, "support": 2}
     assert metrics["per_class"]["c"] == {"precision": 0, "recall": 0, "f1": 0, "support": 0}
+    assert metrics["balanced_accuracy"] == pytest.approx((0.75 + 0.5) / 2)  # the same by chance
     assert metrics["macro_f1"] == pytest.approx((0.75 + 0.5) / 2)  # c does not occur and does not count
     correct, wrong = math.log(math.e + 2) - 1, math.log(math.e + 2)
     assert metrics["log_loss"] == pytest.approx((4 * correct + 2 * wrong) / 6)
@@ -38,23 +30,6 @@ def test_score_equals_values_worked_out_by_hand():
 def test_perfect_and_worst_scores():
     assert score(np.eye(3)[REFERENCES], REFERENCES, LABELS)["macro_f1"] == 1
     assert score(np.eye(3)[(REFERENCES + 1) % 3], REFERENCES, LABELS)["accuracy"] == 0
-
-
-@pytest.mark.parametrize(
-    ("correct", "n", "low", "high"),
-    [(154, 200, 0.7069, 0.8229), (181, 200, 0.8564, 0.9383), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0)],
-)
-def test_wilson_interval(correct, n, low, high):
-    assert wilson_interval(correct, n) == pytest.approx([low, high], abs=1e-4)
-
-
-def test_compute_metrics_takes_logits_or_a_tuple_of_outputs():
-    calibrated = log_loss(LOGITS / fit_temperature(LOGITS, REFERENCES), REFERENCES)
-    expected = {"accuracy": pytest.approx(4 / 6), "macro_f1": pytest.approx(0.625), "calibrated_loss": calibrated}
-    assert build_compute_metrics(LABELS)(EvalPrediction(LOGITS, REFERENCES)) == expected
-    assert concatenate_batches((LOGITS, np.zeros(1))) is LOGITS
-    batches = [(LOGITS[:4], np.zeros(1)), (LOGITS[4:], np.zeros(1))]
-    assert np.array_equal(concatenate_batches(batches), LOGITS)
 
 
 def test_top_5_accuracy_if_there_are_more_than_five_classes():

@@ -1,0 +1,184 @@
+"""What validation chooses by, and how answers make up for rare classes."""
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+from datasets import DatasetDict
+from scipy.special import log_softmax
+from transformers import EvalPrediction, PreTrainedModel
+
+from luthier.errors import UserError
+from luthier.images.groups import groups_of
+from luthier.scoring.metrics import Classification, Yardstick, fit_temperature, score
+from luthier.training.layers import shift_logits
+from luthier.training.trainer import concatenate_batches
+from models import linear_head
+
+Metric = Literal["log_loss", "accuracy", "balanced_accuracy", "macro_f1"]
+BalanceOption = Literal["auto", "none", "logit_adjusted", "weighted"]
+ASKS_FOR_BALANCE = ("balanced_accuracy", "macro_f1")
+ENOUGH = {"log_loss": 0.04}  # the probe's loss below which nothing else is tried; about one error in a hundred images
+ENOUGH_ERRORS = 0.01
+SHOWN = ("accuracy", "balanced_accuracy", "macro_f1")  # of an evaluation
+TIE = 1e-3  # weight of the log loss beside counts of errors, which are often equal
+
+
+class Balance(NamedTuple):
+    """How a model learns that rare classes count as much as frequent ones.
+
+    While it trains and where its loss is measured, a model's logits tell the probabilities in data like its own. Its
+    answers are those that would be likeliest if all classes were equally frequent: the highest logit minus the
+    logarithm of the class's share. That is how Menon et al. (2021) adjust logits. A trained model has this difference
+    in the bias of its head, so that whoever loads it gets these answers.
+
+    Attributes:
+        shares: of each class among the training images, float64 [C].
+        weighted: each image's loss is divided by its class's share, too.
+    """
+
+    shares: np.ndarray
+    weighted: bool = False
+
+    @property
+    def log_shares(self) -> np.ndarray:
+        """The logarithms of the shares, float64 [C]."""
+        return np.log(self.shares)
+
+    @property
+    def class_weights(self) -> list[float] | None:
+        """The weight of an image of each class, 1 in the mean over the images; None where all have the same."""
+        return (1 / (len(self.shares) * self.shares)).tolist() if self.weighted else None
+
+
+class Criterion(NamedTuple):
+    """What is compared on validation.
+
+    Attributes:
+        metric: what is to be good.
+        balance: None where the likeliest class is the answer.
+    """
+
+    metric: Metric = "log_loss"
+    balance: Balance | None = None
+
+    @property
+    def class_shares(self) -> np.ndarray | None:
+        """The shares of the classes, float64 [C], where answers make up for them."""
+        return self.balance.shares if self.balance else None
+
+    @property
+    def class_weights(self) -> list[float] | None:
+        """How much an image of each class counts in training; None where all count alike."""
+        return self.balance.class_weights if self.balance else None
+
+    @property
+    def enough(self) -> float:
+        """The loss below which there is little to gain."""
+        return ENOUGH.get(self.metric, ENOUGH_ERRORS)
+
+    def answers(self, logits: np.ndarray) -> np.ndarray:
+        """Return the logits [N, C] whose highest is the answer."""
+        return logits - self.balance.log_shares if self.balance else logits
+
+    def losses(self, logits: np.ndarray, references: np.ndarray) -> np.ndarray:
+        """Return a loss for each image, float64 [N], whose mean is what is to be low.
+
+        That is the log loss, or how much is missing of the metric, with a thousandth of the log loss beside it.
+
+        Args:
+            logits: float [N, C], calibrated, of data like the training images.
+            references: int [N], the true classes.
+        """
+        rows = np.arange(len(references))
+        log_losses = -log_softmax(logits.astype(np.float64), axis=-1)[rows, references]
+        if self.metric == "log_loss":
+            return log_losses
+        predictions = self.answers(logits).argmax(axis=-1)
+        worth = np.ones(len(references))  # of a correct answer: these add up to the metric's highest value
+        if self.metric != "accuracy":
+            classes = logits.shape[1]
+            support, predicted = (np.bincount(of, minlength=classes) for of in (references, predictions))
+            size = support if self.metric == "balanced_accuracy" else (support + predicted) / 2
+            occurs = support > 0 if self.metric == "balanced_accuracy" else size > 0
+            worth = len(references) / (occurs.sum() * size[references])
+        return 1 - worth * (predictions == references) + TIE * log_losses
+
+
+LOG_LOSS = Criterion()
+
+
+class Judge(NamedTuple):
+    """Scores weights on validation.
+
+    Attributes:
+        labels: the classes' names.
+        criterion: what is compared.
+        groups: int [N], what the images of validation belong to; None where each stands alone.
+        yardstick: corrects the losses; None corrects nothing.
+    """
+
+    labels: list[str]
+    criterion: Criterion = LOG_LOSS
+    groups: np.ndarray | None = None
+    yardstick: Yardstick | None = None
+
+    @property
+    def class_weights(self) -> list[float] | None:
+        """How much an image of each class counts in training; None where all count alike."""
+        return self.criterion.class_weights
+
+    def losses(self, logits: np.ndarray, references: np.ndarray) -> np.ndarray:
+        """Return the loss of each image, float64 [N], corrected by the yardstick; see `Criterion.losses`."""
+        losses = self.criterion.losses(logits, references)
+        return self.yardstick.correct(losses) if self.yardstick else losses
+
+    def score(self, logits: np.ndarray, references: np.ndarray) -> dict:
+        """Return the scores of the answers, see `metrics.score`."""
+        answers = self.criterion.answers(logits)
+        return score(answers, references, self.labels, self.groups, self.criterion.class_shares)
+
+    def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        """Return what the Trainer's log has of an evaluation: accuracy, balanced accuracy, macro F1, calibrated loss.
+
+        The loss is that of the criterion at the best temperature: long training makes a model too sure of itself,
+        which a temperature mends, before it makes it worse.
+        """
+        logits, references = (concatenate_batches(p) for p in (prediction.predictions, prediction.label_ids))
+        result = Classification(keep_in_memory=True).compute(
+            predictions=self.criterion.answers(logits).argmax(axis=-1),
+            references=references,
+            num_labels=len(self.labels),
+        )
+        assert result is not None  # as this process is the main one of the metric
+        calibrated = logits / fit_temperature(logits, references)
+        loss = float(self.criterion.losses(calibrated, references).mean())
+        return {name: result[name] for name in SHOWN} | {"calibrated_loss": loss}
+
+
+def build_judge(metric: Metric, option: BalanceOption, model: PreTrainedModel, splits: DatasetDict) -> Judge:
+    """Return what scores weights on validation, without a yardstick.
+
+    Where answers are to make up for rare classes, the model's new head is given the shares of the classes, which it
+    would otherwise have to learn.
+
+    Args:
+        metric: what is to be good.
+        option: how answers make up for rare classes; `auto` is `logit_adjusted` where the metric asks for it.
+        model: as built.
+        splits: as loaded; train has at least one image of each class.
+
+    Raises:
+        UserError: the head is not one linear layer, whose bias could be changed.
+    """
+    train, linear, balance = splits["train"], linear_head(model) is not None, None
+    labels = train.features["label"].names
+    if option in ("logit_adjusted", "weighted") and not linear:
+        raise UserError(
+            f"--balance {option} changes the bias of the last layer, and this model's head is not one linear layer: "
+            "use --balance none, or another model"
+        )
+    if option != "none" and linear and (option != "auto" or metric in ASKS_FOR_BALANCE):
+        shares = np.bincount(train["label"][:], minlength=len(labels)) / len(train)
+        balance = Balance(shares, weighted=option == "weighted")
+        shift_logits(model, balance.log_shares)
+    return Judge(labels, Criterion(metric, balance), groups_of(splits["validation"]))

@@ -1,0 +1,90 @@
+"""How far a score can be trusted: 95% intervals, which know what images belong together."""
+
+import math
+
+import numpy as np
+from scipy.sparse import csr_matrix
+
+RESAMPLES = 1000
+MAX_DRAWS = 20_000_000  # of all resamples together; more cells or groups than that allows get fewer resamples
+MIN_RESAMPLES = 200
+
+
+def wilson_interval(correct: float, n: float, z: float = 1.959964) -> list[float]:
+    """Return both ends of Wilson's (1927) score interval for `correct` in `n`; 95% by default."""
+    share = correct / n
+    centre = share + z * z / (2 * n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return [max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)]
+
+
+def interval_of_share(correct: np.ndarray, groups: np.ndarray | None = None) -> list[float]:
+    """Return the interval of a share of images, such as the accuracy.
+
+    It is Wilson's, with the number of images that would tell as much if each stood alone (Kish 1965): ten images of
+    one patient that are right or wrong together count as one.
+
+    Args:
+        correct: bool [N].
+        groups: int [N], the same for images that belong together; None where each stands alone.
+    """
+    n, share = len(correct), float(correct.mean())
+    effective: float = n
+    if groups is not None:
+        _, index = np.unique(groups, return_inverse=True)
+        count = int(index.max()) + 1
+        deviations = np.bincount(index, weights=correct - share)
+        variance = count / max(1, count - 1) * float((deviations**2).sum()) / n**2
+        effective = min(n, share * (1 - share) / variance) if variance > 0 and 0 < share < 1 else count
+        effective = max(effective, 1.0)
+    return wilson_interval(share * effective, effective)
+
+
+def balanced_accuracy(correct: np.ndarray, support: np.ndarray) -> np.ndarray:
+    """Return the mean recall of the classes that occur [...], from correct answers and images by class [..., C]."""
+    occurs = support > 0
+    return (correct / np.maximum(support, 1)).sum(axis=-1) / np.maximum(occurs.sum(axis=-1), 1)
+
+
+def macro_f1(correct: np.ndarray, support: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """Return the mean F1 of the classes that occur or are predicted [...], from counts by class [..., C]."""
+    occurs = (support + predicted) > 0
+    f1 = 2 * correct / np.maximum(support + predicted, 1)
+    return f1.sum(axis=-1) / np.maximum(occurs.sum(axis=-1), 1)
+
+
+def bootstrap_intervals(
+    references: np.ndarray, predictions: np.ndarray, classes: int, groups: np.ndarray | None = None
+) -> dict[str, list[float]]:
+    """Return the intervals of balanced accuracy and macro F1, by the bootstrap (Efron and Tibshirani 1993).
+
+    Images are drawn again with replacement, or whole groups of them.
+
+    Args:
+        references, predictions: int [N], true and predicted classes.
+        classes: how many there are.
+        groups: int [N], the same for images that belong together; None where each stands alone.
+
+    Returns `balanced_accuracy_ci95` and `macro_f1_ci95`.
+    """
+    # Images alike in what is counted are drawn together: the unit is a pair of classes, or a group.
+    keys = references * classes + predictions if groups is None else groups
+    _, first, units, sizes = np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
+    shares = sizes / len(keys) if groups is None else np.full(len(first), 1 / len(first))
+    rows = first if groups is None else np.arange(len(keys))
+    hits = rows[references[rows] == predictions[rows]]
+    correct, support, predicted = (
+        csr_matrix((np.ones(len(chosen)), (units[chosen], column[chosen])), shape=(len(first), classes))
+        for chosen, column in ((hits, references), (rows, references), (rows, predictions))
+    )
+    draws = len(keys) if groups is None else len(first)
+    resamples = int(np.clip(MAX_DRAWS / len(first), MIN_RESAMPLES, RESAMPLES))
+    generator = np.random.default_rng(0)
+    found: dict[str, list[float]] = {"balanced_accuracy": [], "macro_f1": []}
+    for _ in range(resamples):
+        counts = generator.multinomial(draws, shares)
+        right, truth, answers = (counts @ matrix for matrix in (correct, support, predicted))
+        found["balanced_accuracy"].append(float(balanced_accuracy(right, truth)))
+        found["macro_f1"].append(float(macro_f1(right, truth, answers)))
+    return {f"{name}_ci95": np.quantile(values, (0.025, 0.975)).tolist() for name, values in found.items()}

@@ -1,0 +1,74 @@
+"""Complete runs on classes of unequal size, with a metric that asks for balance."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import draw
+from transformers import AutoModelForImageClassification
+
+import score
+import train
+
+COUNTS = {"blue": 24, "green": 12, "red": 4}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rare")
+    for number, label in enumerate(label for label, count in COUNTS.items() for _ in range(count)):
+        (folder / "images" / label).mkdir(parents=True, exist_ok=True)
+        draw(label, number).save(folder / "images" / label / f"{number}.png")
+    return folder
+
+
+def run(folder, timm_checkpoint, name: str, *options: str) -> dict:
+    line = ["--data_dir", str(folder / "images"), "--model_name", str(timm_checkpoint), "--disable_tqdm", "1"]
+    train.main([*line, "--output_dir", str(folder / name), "--metric", "balanced_accuracy", *options])
+    return json.loads((folder / name / "metrics.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("probe", ["--recipe", "probe"]),
+        ("weighted", ["--recipe", "full", "--balance", "weighted", "--num_train_epochs", "2"]),
+        ("folds", ["--recipe", "probe", "--folds", "3"]),
+    ],
+)
+def test_shipped_model_answers_as_the_scored_one(folder, timm_checkpoint, name, options, capsys):
+    metrics = run(folder, timm_checkpoint, name, "--refit", "none", *options)
+    shares = metrics["class_shares"]
+    assert sum(shares) == pytest.approx(1) and shares[0] > shares[1] > shares[2] > 0
+    assert "answers as if all classes were equally frequent" in capsys.readouterr().out
+    model = AutoModelForImageClassification.from_pretrained(folder / name)
+    assert model.config.class_shares == shares
+    if name != "folds":  # in which several models are scored
+        data = ["--data_dir", str(folder / "images"), "--output_dir", str(folder / f"{name}-score")]
+        score.main([str(folder / name), *data, "--disable_tqdm", "1"])
+        rows = {}
+        for path in (folder / name, folder / f"{name}-score"):
+            lines = (path / "predictions.csv").read_text().splitlines()[1:]
+            rows[path.name] = {line.split(",")[1]: line.split(",")[3:] for line in lines}
+        for digest, answer in rows[name].items():
+            scored = rows[f"{name}-score"][digest]
+            assert scored[0] == answer[0] and float(scored[1]) == pytest.approx(float(answer[1]), abs=1e-4)
+
+
+def test_report_and_card_say_how_answers_make_up_for_rare_classes(folder, timm_checkpoint):
+    metrics = run(folder, timm_checkpoint, "refit", "--recipe", "probe")
+    assert metrics["refit"]["done"] and metrics["recipe"]["metric"].startswith("balanced accuracy; answers as if")
+    for name in ("report.html", "README.md"):
+        assert "answers make up for rare classes" in (folder / "refit" / name).read_text()
+    assert AutoModelForImageClassification.from_pretrained(folder / "refit").config.class_shares
+
+
+def test_balance_changes_the_answers_by_the_shares_alone(folder, timm_checkpoint):
+    run(folder, timm_checkpoint, "plain", "--recipe", "probe", "--balance", "none", "--refit", "none")
+    plain, balanced = (
+        AutoModelForImageClassification.from_pretrained(folder / name).timm_model.get_classifier()
+        for name in ("plain", "probe")
+    )
+    shares = json.loads((folder / "probe/metrics.json").read_text())["class_shares"]
+    assert np.allclose(plain.weight.detach(), balanced.weight.detach(), atol=1e-5)
+    assert np.allclose((plain.bias - balanced.bias).detach(), np.log(shares), atol=1e-5)

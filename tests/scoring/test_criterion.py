@@ -1,0 +1,129 @@
+"""What validation chooses by, and how answers make up for rare classes."""
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from torch.nn import functional
+from transformers import EvalPrediction
+
+from luthier.errors import UserError
+from luthier.scoring import criterion as module
+from luthier.scoring.criterion import TIE, Balance, Criterion, Judge, build_judge
+from luthier.scoring.metrics import Classification, fit_temperature, log_loss, score
+from luthier.training.probe import fit_path
+from luthier.training.trainer import concatenate_batches
+from models import build_model
+
+LABELS = ["a", "b", "c"]
+RNG = np.random.default_rng(0)
+REFERENCES = RNG.choice(3, 200, p=[0.7, 0.25, 0.05])
+LOGITS = RNG.normal(size=(200, 3)) + 2 * np.eye(3)[REFERENCES]
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "balanced_accuracy", "macro_f1"])
+def test_losses_have_the_mean_that_is_missing_of_the_metric(metric):
+    losses = Criterion(metric).losses(LOGITS, REFERENCES)
+    scored = score(LOGITS, REFERENCES, LABELS)
+    assert losses.shape == (200,)
+    assert losses.mean() == pytest.approx(1 - scored[metric] + TIE * scored["log_loss"])
+
+
+def test_losses_are_the_log_loss_by_default():
+    assert Criterion().losses(LOGITS, REFERENCES).mean() == pytest.approx(log_loss(LOGITS, REFERENCES))
+
+
+def test_equal_counts_of_errors_are_decided_by_the_log_loss():
+    better, worse = (Criterion("accuracy").losses(LOGITS * factor, REFERENCES).mean() for factor in (1, 0.01))
+    assert better < worse < better + 0.005  # less than an error
+
+
+def test_classes_that_do_not_occur_do_not_count():
+    logits = np.eye(3)[[0, 1, 0, 0]] * 9
+    references = np.array([0, 1, 1, 0])
+    assert Criterion("balanced_accuracy").losses(logits, references).mean() == pytest.approx(0.25, abs=0.01)
+    assert Criterion("macro_f1").losses(logits, references).mean() == pytest.approx(1 - (0.8 + 2 / 3) / 2, abs=0.01)
+
+
+def test_answers_make_up_for_rare_classes():
+    shares = np.array([0.9, 0.1])
+    likely = np.log([[0.8, 0.2], [0.95, 0.05]])  # 0.2 is twice the share of the second class, 0.05 half of it
+    criterion = Criterion("balanced_accuracy", Balance(shares))
+    assert criterion.answers(likely).argmax(axis=1).tolist() == [1, 0]
+    judged = Judge(["a", "b"], criterion).score(likely, np.array([1, 0]))
+    assert judged["accuracy"] == 1
+    assert judged["log_loss"] == pytest.approx(-np.log([0.2, 0.95]).mean())  # of the data's own probabilities
+    assert Criterion("balanced_accuracy").answers(likely) is likely
+
+
+def test_compute_metrics_takes_logits_or_a_tuple_of_outputs():
+    scored = score(LOGITS, REFERENCES, LABELS)
+    expected = {name: pytest.approx(scored[name]) for name in ("accuracy", "balanced_accuracy", "macro_f1")}
+    calibrated = log_loss(LOGITS / fit_temperature(LOGITS, REFERENCES), REFERENCES)
+    judge = Judge(LABELS)
+    assert judge.compute_metrics(EvalPrediction(LOGITS, REFERENCES)) == {**expected, "calibrated_loss": calibrated}
+    assert concatenate_batches((LOGITS, np.zeros(1))) is LOGITS
+    batches = [(LOGITS[:4], np.zeros(1)), (LOGITS[4:], np.zeros(1))]
+    assert np.array_equal(concatenate_batches(batches), LOGITS)
+
+
+def test_figures_are_those_of_scikit_learn():
+    sklearn = pytest.importorskip("sklearn.metrics")
+    predictions = LOGITS.argmax(axis=1)
+    ours = Classification().compute(predictions=predictions, references=REFERENCES, num_labels=3)
+    assert ours["balanced_accuracy"] == pytest.approx(sklearn.balanced_accuracy_score(REFERENCES, predictions))
+    assert ours["macro_f1"] == pytest.approx(sklearn.f1_score(REFERENCES, predictions, average="macro"))
+
+
+@pytest.fixture
+def splits():
+    features = Features({"label": ClassLabel(names=LABELS), "image": Value("string")})
+    split = Dataset.from_dict({"label": [0, 0, 0, 0, 0, 1, 1, 1, 2, 2], "image": [""] * 10}, features)
+    return DatasetDict(train=split, validation=split)
+
+
+def test_new_head_begins_with_the_shares_of_the_classes(splits, timm_checkpoint):
+    model, _ = build_model(str(timm_checkpoint), dict(enumerate(LABELS)))
+    before = model.timm_model.get_classifier().bias.detach().clone()
+    judge = build_judge("balanced_accuracy", "auto", model, splits)
+    assert judge.criterion.class_shares.tolist() == [0.5, 0.3, 0.2] and judge.criterion.class_weights is None
+    change = model.timm_model.get_classifier().bias.detach() - before
+    assert change.tolist() == pytest.approx(np.log([0.5, 0.3, 0.2]).tolist())
+
+
+@pytest.mark.parametrize(
+    ("metric", "option", "balanced", "weighted"),
+    [
+        ("log_loss", "auto", False, False),
+        ("accuracy", "auto", False, False),
+        ("macro_f1", "auto", True, False),
+        ("macro_f1", "none", False, False),
+        ("log_loss", "logit_adjusted", True, False),
+        ("log_loss", "weighted", True, True),
+    ],
+)
+def test_balance_is_for_metrics_that_ask_for_it(splits, timm_checkpoint, metric, option, balanced, weighted):
+    model, _ = build_model(str(timm_checkpoint), dict(enumerate(LABELS)))
+    criterion = build_judge(metric, option, model, splits).criterion
+    assert (criterion.class_shares is not None, criterion.class_weights is not None) == (balanced, weighted)
+    if weighted:
+        assert np.dot(criterion.class_weights, criterion.class_shares) == pytest.approx(1)
+
+
+def test_balance_needs_a_head_with_a_bias(splits, monkeypatch):
+    monkeypatch.setattr(module, "linear_head", lambda model: None)
+    assert build_judge("macro_f1", "auto", None, splits).criterion.balance is None
+    with pytest.raises(UserError, match="--balance weighted changes the bias"):
+        build_judge("macro_f1", "weighted", None, splits)
+
+
+def test_weighted_probe_tells_the_probabilities_of_data_like_its_own():
+    generator = torch.Generator().manual_seed(0)
+    labels = (torch.rand(4000, generator=generator) < 0.1).long()
+    features = torch.randn(4000, 3, generator=generator) + 1.5 * functional.one_hot(labels, 3)
+    shares = np.bincount(labels) / 4000
+    weights = Balance(shares, weighted=True).class_weights
+    (plain,), (weighted,) = (fit_path(features, labels, 2, (1e-4,), given) for given in (None, weights))
+    probabilities = [probe.logits(features).softmax(dim=1)[:, 1].mean() for probe in (plain, weighted)]
+    assert probabilities == pytest.approx([shares[1]] * 2, abs=0.02)
+    assert not torch.equal(plain.weight, weighted.weight)

@@ -1,0 +1,70 @@
+"""Intervals: compared with known values, and with how far scores really scatter."""
+
+import numpy as np
+import pytest
+
+from luthier.scoring.intervals import bootstrap_intervals, interval_of_share, wilson_interval
+from luthier.scoring.metrics import score
+
+
+@pytest.mark.parametrize(
+    ("correct", "n", "low", "high"),
+    [(154, 200, 0.7069, 0.8229), (181, 200, 0.8564, 0.9383), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0)],
+)
+def test_wilson_interval(correct, n, low, high):
+    assert wilson_interval(correct, n) == pytest.approx([low, high], abs=1e-4)
+
+
+def test_interval_without_groups_is_wilsons():
+    correct = np.arange(200) < 154
+    assert interval_of_share(correct) == wilson_interval(154, 200)
+    # Where each image is a group of its own, only the n - 1 of the variance is left.
+    assert interval_of_share(correct, np.arange(200)) == pytest.approx(wilson_interval(154, 200), abs=1e-3)
+
+
+def test_images_that_are_right_or_wrong_together_count_as_one():
+    correct, groups = np.repeat(np.arange(20) < 15, 10), np.repeat(np.arange(20), 10)
+    assert interval_of_share(correct, groups) == pytest.approx(wilson_interval(15, 20), abs=0.02)
+    assert interval_of_share(np.ones(200, bool), groups) == wilson_interval(20, 20)
+    low, high = interval_of_share(correct, np.zeros(200, int))  # one patient tells little
+    assert high - low > 0.7
+
+
+def test_interval_covers_the_truth_as_often_as_it_says():
+    generator, covered = np.random.default_rng(0), 0
+    groups = np.repeat(np.arange(40), 5)
+    for _ in range(500):
+        patients = generator.beta(4, 1, 40)  # 80% in the mean
+        low, high = interval_of_share(generator.random(200) < patients[groups], groups)
+        covered += low <= 0.8 <= high
+    assert 0.92 < covered / 500 < 0.98
+
+
+def test_bootstrap_scatters_as_the_scores_do():
+    generator = np.random.default_rng(0)
+
+    def draw(n: int = 300) -> tuple[np.ndarray, np.ndarray]:
+        references = (generator.random(n) < 0.1).astype(int)
+        wrong = generator.random(n) < np.where(references, 0.4, 0.1)
+        return references, np.where(wrong, 1 - references, references)
+
+    scored = [
+        score(np.eye(2)[predictions], references, ["a", "b"]) for references, predictions in map(draw, [300] * 60)
+    ]
+    for name in ("balanced_accuracy", "macro_f1"):
+        widths = [one[f"{name}_ci95"][1] - one[f"{name}_ci95"][0] for one in scored]
+        assert np.mean(widths) == pytest.approx(2 * 1.96 * np.std([one[name] for one in scored]), rel=0.3)
+
+
+def test_bootstrap_draws_whole_groups():
+    generator = np.random.default_rng(0)
+    references, groups = np.repeat([0, 1] * 10, 10), np.repeat(np.arange(20), 10)
+    predictions = np.where(np.repeat(generator.random(20) < 0.3, 10), 1 - references, references)
+    alone, together = (bootstrap_intervals(references, predictions, 2, given) for given in (None, groups))
+    for name in ("balanced_accuracy_ci95", "macro_f1_ci95"):
+        assert np.diff(together[name]) > 2 * np.diff(alone[name])
+
+
+def test_score_says_how_many_groups_there_are():
+    scored = score(np.eye(2)[[0, 1, 1, 0]], np.array([0, 1, 0, 0]), ["a", "b"], np.array([7, 7, 3, 3]))
+    assert scored["groups"] == 2 and "groups" not in score(np.eye(2), np.arange(2), ["a", "b"])
