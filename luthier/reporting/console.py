@@ -308,8 +308,10 @@ def comparison_table(rows: list[dict]) -> str:
 def verdict_in_words(verdict: Verdict) -> str:
     """Return which of two experiments is better, or that the difference is too small to tell."""
     a, b = verdict.a, verdict.b
+    groups = f" in {plural(verdict.groups, 'group')}" if verdict.groups else ""
     votes = (
-        f"{verdict.for_a} for {a}, {verdict.for_b} for {b}, of {plural(verdict.n, 'test image')}; p = {verdict.p:.2g}"
+        f"{verdict.for_a} for {a}, {verdict.for_b} for {b}, of {plural(verdict.n, 'test image')}{groups}; "
+        f"p = {verdict.p:.2g}"
     )
     if not verdict.is_clear:
         return f"- {a} and {b}: too close to call at n = {verdict.n} ({votes})."

@@ -214,22 +214,29 @@ def write_audit(path: Path, findings: Mapping) -> None:
 
 
 def write_predictions(path: Path, labels: list[str], test: TestPredictions) -> None:
-    """Write `predictions.csv`, a row for each test image: its name and digest, its class, the prediction."""
-    images, probabilities = test.splits["test"], test.probabilities
+    """Write `predictions.csv`, a row for each test image: its name and digest, its class, the prediction.
+
+    Where there are groups, a last column has the number of the image's.
+    """
+    images, probabilities, groups = test.splits["test"], test.probabilities, test.groups
+    numbers: list[list] = [[]] * len(images) if groups is None else [[int(group)] for group in groups]
     with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
-        table.writerow(["name", "digest", "label", "predicted", "confidence", "probability_of_label"])
-        for name, digest, row, label in zip(
-            images["name"][:], images["digest"][:], probabilities, test.references, strict=True
+        header = ["name", "digest", "label", "predicted", "confidence", "probability_of_label"]
+        table.writerow(header if groups is None else [*header, "group"])
+        for name, digest, row, label, group in zip(
+            images["name"][:], images["digest"][:], probabilities, test.references, numbers, strict=True
         ):
             words = [escape_cell(word) for word in (name, digest, labels[label], labels[row.argmax()])]
-            table.writerow([*words, f"{row.max():.6f}", f"{row[label]:.6f}"])
+            table.writerow([*words, f"{row.max():.6f}", f"{row[label]:.6f}", *group])
 
 
-def read_correct(path: Path) -> list[tuple[str, bool]]:
-    """Return the digest of each image of a `predictions.csv` and whether it is correct, sorted by digest."""
+def read_correct(path: Path) -> list[tuple[str, bool, str]]:
+    """Return of each image of a `predictions.csv` its digest, whether it is correct, and its group, if any; sorted."""
     with path.open(newline="", encoding="utf-8") as file:
-        return sorted((row["digest"], row["label"] == row["predicted"]) for row in csv.DictReader(file))
+        return sorted(
+            (row["digest"], row["label"] == row["predicted"], row.get("group", "")) for row in csv.DictReader(file)
+        )
 
 
 def _versions() -> dict[str, str]:

@@ -2,14 +2,17 @@
 
 import itertools
 import statistics
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 from scipy.stats import binomtest
 
 from luthier.errors import UserError
-from luthier.scoring.intervals import wilson_interval
+from luthier.scoring.intervals import interval_of_share
 
 LEVEL = 0.05  # of the tests, over all pairs together
+EXACT, FLIPS = 14, 20_000  # groups whose signs are all tried, and random flips of more groups
 
 
 class RunResult(NamedTuple):
@@ -17,11 +20,11 @@ class RunResult(NamedTuple):
 
     Attributes:
         metrics: what `metrics.json` holds.
-        correct: (digest of the image, whether it was correct), in the order of the digests.
+        correct: (digest of the image, whether it was correct, its group or ""), in the order of the digests.
     """
 
     metrics: dict
-    correct: list[tuple[str, bool]]
+    correct: list[tuple[str, bool, str]]
 
 
 class Verdict(NamedTuple):
@@ -31,7 +34,8 @@ class Verdict(NamedTuple):
         a, b: their names.
         for_a, for_b: test images that a, or b, predicts correctly in more of its runs.
         n: test images.
-        p: of the exact McNemar test, adjusted for all pairs by Holm (1979).
+        p: of `vote_p_value`, adjusted for all pairs by Holm (1979).
+        groups: how many the test images are in; None where each stands alone.
     """
 
     a: str
@@ -40,6 +44,7 @@ class Verdict(NamedTuple):
     for_b: int
     n: int
     p: float
+    groups: int | None = None
 
     @property
     def is_clear(self) -> bool:
@@ -67,33 +72,64 @@ def summarise_experiment(name: str, parts: dict[str, RunResult]) -> dict[str, st
     """Return an experiment's row of the table. The interval is of one test set, or of all folds together."""
     metrics = [result.metrics for result in parts.values()]
     accuracies = [m["test"]["accuracy"] for m in metrics]
-    tested = {m["data"]["fingerprint"]: m["test"]["n"] for m in metrics}
-    n = sum(tested.values())
-    mean = sum(m["test"]["accuracy"] * m["test"]["n"] for m in metrics) / sum(m["test"]["n"] for m in metrics)
-    low, high = wilson_interval(round(mean * n), n)
+    counts, groups = count_correct(parts)
+    correct = counts * len(counts) / sum(len(result.correct) for result in parts.values())  # share of the runs
+    low, high = interval_of_share(correct, np.array(groups) if any(groups) else None)
     return {
-        "experiment": name, "runs": len(parts), "test accuracy": mean, "lowest": min(accuracies),
-        "highest": max(accuracies), "interval low": low, "interval high": high, "n": n,
+        "experiment": name, "runs": len(parts), "test accuracy": float(correct.mean()), "lowest": min(accuracies),
+        "highest": max(accuracies), "interval low": low, "interval high": high, "n": len(counts),
         "validation accuracy": statistics.mean(m["validation"]["accuracy"] for m in metrics),
         "seconds": statistics.mean(m["seconds"]["total"] for m in metrics),
     }  # fmt: skip
 
 
-def count_votes(a: dict[str, RunResult], b: dict[str, RunResult]) -> list[int]:
-    """Return for each test image in how many more of its runs experiment a predicts it correctly than b does.
+def count_correct(parts: dict[str, RunResult]) -> tuple[np.ndarray, list[str]]:
+    """Return in how many runs of an experiment each test image is predicted correctly, int [N], and its group.
 
     Runs of several seeds have one test set, runs of several folds one each.
     """
-    votes: dict[tuple, int] = {}
-    for part, result in a.items():
-        for row, ((digest, first), (_, second)) in enumerate(zip(result.correct, b[part].correct, strict=True)):
+    counts: dict[tuple, int] = {}
+    groups: dict[tuple, str] = {}
+    for result in parts.values():
+        for row, (digest, is_correct, group) in enumerate(result.correct):
             key = result.metrics["data"]["fingerprint"], digest, row
-            votes[key] = votes.get(key, 0) + first - second
-    return list(votes.values())
+            counts[key] = counts.get(key, 0) + is_correct
+            groups[key] = group
+    return np.array(list(counts.values())), list(groups.values())
+
+
+def vote_p_value(votes: np.ndarray, groups: Sequence[str]) -> float:
+    """Return the p-value of the votes of images for one experiment (above 0) or another (below 0).
+
+    An image counts once, whatever the number of runs. Without groups this is the exact McNemar test. With groups whole
+    groups change sides: the sign-flip permutation test of the groups' sums, exact or on `FLIPS` random flips.
+
+    Args:
+        votes: int [N], in how many more of its runs the first predicts an image correctly.
+        groups: of each image; "" stands alone.
+    """
+    signs = np.sign(votes)
+    names = [group or f"alone {row}" for row, group in enumerate(groups)]
+    _, index = np.unique(names, return_inverse=True)
+    sums = np.bincount(index, weights=signs)
+    sums = sums[sums != 0]
+    if len(sums) == 0:
+        return 1.0
+    if (np.abs(sums) == 1).all():
+        return float(binomtest(int((sums > 0).sum()), len(sums)).pvalue)
+    if len(sums) <= EXACT:
+        flips = np.array(list(itertools.product((-1, 1), repeat=len(sums))))
+        return float((np.abs(flips @ sums) >= abs(sums.sum())).mean())
+    generator = np.random.default_rng(0)
+    extreme = sum(
+        int((np.abs(generator.choice((-1, 1), (1000, len(sums))) @ sums) >= abs(sums.sum())).sum())
+        for _ in range(FLIPS // 1000)
+    )
+    return (extreme + 1) / (FLIPS + 1)
 
 
 def compare_pairs(results: dict[str, dict[str, RunResult]]) -> list[Verdict]:
-    """Compare each pair of experiments by the exact McNemar test on the same images.
+    """Compare each pair of experiments on the same images, see `vote_p_value`.
 
     With several seeds an image counts for the experiment that predicts it correctly in more of them. With several
     pairs the p-values are adjusted by Holm (1979), so that the chance of any wrong verdict stays below `LEVEL`. A
@@ -102,10 +138,11 @@ def compare_pairs(results: dict[str, dict[str, RunResult]]) -> list[Verdict]:
     """
     verdicts = []
     for a, b in itertools.combinations(results, 2):
-        votes = count_votes(results[a], results[b])
-        for_a, for_b = sum(vote > 0 for vote in votes), sum(vote < 0 for vote in votes)
-        p = binomtest(for_a, for_a + for_b).pvalue if for_a + for_b else 1.0
-        verdicts.append(Verdict(a, b, for_a, for_b, len(votes), p))
+        (first, groups), (second, _) = count_correct(results[a]), count_correct(results[b])
+        votes = first - second
+        for_a, for_b = int((votes > 0).sum()), int((votes < 0).sum())
+        together = len(set(groups)) if any(groups) else None
+        verdicts.append(Verdict(a, b, for_a, for_b, len(votes), vote_p_value(votes, groups), together))
     adjusted, highest = {}, 0.0
     for rank, verdict in enumerate(sorted(verdicts, key=lambda verdict: verdict.p)):
         highest = max(highest, min(1.0, verdict.p * (len(verdicts) - rank)))

@@ -6,16 +6,23 @@ from conftest import draw_folder
 from compare import Run, build_experiments, build_runs, is_finished, main, parse_line
 from luthier.errors import UserError
 from luthier.reporting.console import verdict_in_words
-from luthier.scoring.comparison import RunResult, check_same_images, compare_pairs
+from luthier.scoring.comparison import RunResult, check_same_images, compare_pairs, summarise_experiment
+from luthier.scoring.intervals import wilson_interval
 
 
-def results(*experiments: tuple[str, list[list[bool]]], folds: bool = False) -> dict:
-    """Make up results: for each experiment, which predictions are correct with each random seed (or in each fold)."""
+def results(*experiments: tuple[str, list[list[bool]]], folds: bool = False, together: int = 0) -> dict:
+    """Make up results: for each experiment, which predictions are correct with each random seed (or in each fold).
+
+    So many images in a row are together in a group; 0 is none.
+    """
     return {
         name: {
             str(number): RunResult(
                 {"data": {"fingerprint": str(number) if folds else "x"}},
-                [(f"{row:03}", is_correct) for row, is_correct in enumerate(correct)],
+                [
+                    (f"{row:03}", is_correct, str(row // together) if together else "")
+                    for row, is_correct in enumerate(correct)
+                ],
             )
             for number, correct in enumerate(runs)
         }
@@ -37,6 +44,26 @@ def test_verdict_is_that_of_the_exact_mcnemar_test():
     assert "b is worse than a" in sentence
     (sentence,) = verdicts(results(("a", [a[:50]]), ("b", [b[:50]])))
     assert "too close to call at n = 50" in sentence and "p = 1" in sentence
+
+
+def test_groups_change_sides_as_a_whole():
+    a, b = [True] * 60, [True] * 50 + [False] * 10
+    (alone,) = compare_pairs(results(("a", [a]), ("b", [b])))
+    (grouped,) = compare_pairs(results(("a", [a]), ("b", [b]), together=5))
+    (pairs,) = compare_pairs(results(("a", [a]), ("b", [[False] * 60]), together=2))
+    assert alone.p == pytest.approx(2**-9) and alone.groups is None
+    assert grouped.p == 0.5 and grouped.groups == 12  # two groups, of which either could have been for b
+    assert "10 for a, 0 for b, of 60 test images in 12 groups; p = 0.5" in verdict_in_words(grouped)
+    assert pairs.p < 0.001  # 30 groups for a, by random flips
+
+
+def test_interval_is_of_images_or_of_groups():
+    parts = results(("a", [[True] * 45 + [False] * 15] * 2), together=5)["a"]
+    for result in parts.values():
+        result.metrics.update(test={"accuracy": 0.75}, validation={"accuracy": 0.7}, seconds={"total": 1})
+    row = summarise_experiment("a", parts)
+    assert row["n"] == 60 and row["test accuracy"] == 0.75 and row["runs"] == 2
+    assert [row["interval low"], row["interval high"]] == pytest.approx(wilson_interval(9, 12), abs=0.02)
 
 
 def test_folds_are_pooled_and_seeds_are_not():
