@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 # Options of train.py that have a meaning here too, and that people use.
 SHOWN = (
-    "dataset_config_name", "image_column", "label_column", "label_names", "validation_fraction", "test_fraction",
-    "split_seed", "model_name", "image_size", "output_dir",
+    "dataset_config_name", "labels", "image_column", "label_column", "split_column", "group_column", "group_by",
+    "label_names", "validation_fraction", "test_fraction", "split_seed", "model_name", "image_size", "output_dir",
 )  # fmt: skip
 
 
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"careful: {error}\n")
     findings = audit_images(splits, unreadable)
     if "validation" in splits:
-        findings["suspect_labels"] = find_suspect_labels(splits, arguments)
+        findings |= ask_probe(splits, arguments)
     print(console.list_findings(findings))
     if "output_dir" in run_args.given:
         folder = Path(str(training_args.output_dir))
@@ -85,8 +85,8 @@ def build_parser() -> "Parser":
     return parser
 
 
-def find_suspect_labels(splits: "DatasetDict", arguments: "Arguments") -> list[dict] | None:
-    """Return the images whose label is likely wrong; None where the model has no linear probe to tell."""
+def ask_probe(splits: "DatasetDict", arguments: "Arguments") -> dict:
+    """Return `suspect_labels` and `inflation` as far as a linear probe tells them, see `baselines.ProbeResults`."""
     from dataclasses import replace
     from functools import partial
 
@@ -107,10 +107,11 @@ def find_suspect_labels(splits: "DatasetDict", arguments: "Arguments") -> list[d
         name = choose_backbone(model_args.model_name, build, sample, model_args.milliseconds)
         model, image_processor = build(name)
         if not choose_recipes(None, name, linear_head(model) is not None)[0].is_pretrained:
-            return None
+            return {}
         view, trainer = EvaluationView(image_processor), predictor(model)
         rows = feature_rows(prepare(splits, view), view)
-        return measure_probe(trainer, splits, rows).suspect_labels
+        probe = measure_probe(trainer, splits, rows)
+    return {"suspect_labels": probe.suspect_labels, "inflation": probe.inflation}
 
 
 if __name__ == "__main__":

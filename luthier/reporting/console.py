@@ -265,6 +265,7 @@ def list_findings(findings: Mapping) -> str:
     sizes = f"from {fewest:,} ({smallest}) to {most:,} ({largest}) each"
     lines = [f"{plural(findings['images'], 'image')} of {plural(len(classes), 'class', 'classes')}, {sizes}"]
     lines += [f"\ngroups: {grouping_in_words(findings['grouping'])}"] if findings["grouping"] else []
+    lines += [f"\ngroups: {inflation_in_words(findings['inflation'])}"] if findings.get("inflation") else []
     for kind in KINDS:
         if findings[kind] is None:
             lines.append("\nlabels: not checked")

@@ -55,10 +55,6 @@ def write_report(output_dir: Path, metrics: dict, findings: dict, test: TestPred
         figures={path.name: _data_uri(path.read_bytes(), "png") for path in output_dir.glob("*.png")},
         wrong=wrong,
         correct=correct,
-        learning_curve_in_words=learning_curve_in_words,
-        inflation_in_words=inflation_in_words,
-        grouping_in_words=grouping_in_words,
-        refit_in_words=refit_in_words,
         attribution=re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", metrics["data"]["attribution"]),
     )
 
@@ -86,7 +82,7 @@ def most_telling(test: TestPredictions, labels: list[str]) -> tuple[list[dict], 
 
 def write_audit_page(path: Path, name: str, findings: dict, splits: DatasetDict) -> None:
     """Write the page of an audit without a run."""
-    _render("audit.html", path, splits, name=name, findings=findings, grouping_in_words=grouping_in_words)
+    _render("audit.html", path, splits, name=name, findings=findings)
 
 
 def _render(template: str, path: Path, splits: DatasetDict, **values) -> None:
@@ -96,6 +92,8 @@ def _render(template: str, path: Path, splits: DatasetDict, **values) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    words = (grouping_in_words, inflation_in_words, learning_curve_in_words, refit_in_words)
+    environment.globals |= {function.__name__: function for function in words}
     page = environment.get_template(template).render(kinds=KIND_NAMES, thumbnail=_thumbnails(splits), **values)
     path.write_text(page, encoding="utf-8")
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import draw
 
+import audit
 import score
 import train
 
@@ -41,6 +42,21 @@ def test_report_and_card_say_what_the_groups_keep_apart(run):
     for name in ("report.html", "README.md"):
         assert "With splits that ignore the groups" in (folder / "out" / name).read_text()
     assert str(folder) not in metrics["command"] and "--labels labels.csv" in metrics["command"]
+
+
+def test_audit_says_what_the_groups_keep_apart(run, timm_checkpoint, capsys):
+    folder, _ = run
+    data = [str(folder / "images"), "--labels", str(folder / "labels.csv"), "--group_column", "patient"]
+    audit.main([*data, "--model_name", str(timm_checkpoint), "--output_dir", str(folder / "audit")])
+    for text in (capsys.readouterr().out, (folder / "audit/audit.html").read_text()):
+        assert "With splits that ignore the groups" in text
+
+
+def test_intervals_and_predictions_know_the_groups(run):
+    folder, metrics = run
+    assert metrics["test"]["groups"] == metrics["test"]["n"] / 3
+    rows = (folder / "out/predictions.csv").read_text().splitlines()
+    assert rows[0].endswith(",group") and len({row.split(",")[-1] for row in rows[1:]}) == metrics["test"]["groups"]
 
 
 def test_model_is_scored_on_the_test_rows_of_a_table_without_train(run):
