@@ -6,8 +6,9 @@ import numpy as np
 from datasets import DatasetDict
 
 from luthier.errors import UserError
-from luthier.terminal import plural
+from luthier.terminal import plural, say
 
+MAX_NAMED = 5  # classes that a message names
 MIN_VALIDATION, MAX_VALIDATION_SHARE = 150, 0.25
 
 
@@ -47,15 +48,43 @@ def cut_missing_splits(
     cut = {}
     if fold:
         folds = stratified_folds(labels, groups, fold[1], split_seed)
-        cut["test"], rows = np.flatnonzero(folds == fold[0] - 1), np.flatnonzero(folds != fold[0] - 1)
+        tested = (folds == fold[0] - 1) & ~_alone(labels, groups)
+        cut["test"], rows = np.flatnonzero(tested), np.flatnonzero(~tested)
         del fractions["test"]
     rest = stratified_cut(labels[rows], names, fractions, split_seed, groups[rows])
     cut |= {split: rows[part] for split, part in rest.items()}
+    _report_missing(labels, names, cut)
     complete = {**splits, **{split: splits["train"].select(part) for split, part in cut.items()}}
     for split in ("validation", "test"):
         if not len(complete[split]):
             raise UserError(f"the {split} split is empty: fill it, or remove it to have one cut from train")
     return DatasetDict({split: complete[split] for split in ("train", "validation", "test")})
+
+
+def _alone(labels: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Return whether all images of a row's class are in one group, bool [N]: such a class is needed in train."""
+    pairs = np.unique(np.stack([labels, groups]), axis=1)
+    return (np.bincount(pairs[0]) == 1)[labels]
+
+
+def _report_missing(labels: np.ndarray, names: list[str], cut: dict[str, np.ndarray]) -> None:
+    """Say which classes are too small to be in every split.
+
+    Raises:
+        UserError: no class is in one of the splits.
+    """
+    sizes = np.bincount(labels, minlength=len(names))
+    for split, rows in cut.items():
+        missing = [name for index, name in enumerate(names) if index not in set(labels[rows])]
+        if len(missing) == len(names):
+            largest = int(sizes.argmax())
+            raise UserError(
+                f"the class {names[largest]!r} has {plural(int(sizes[largest]), 'image')}, too few for one each in "
+                f"{', '.join(sorted(cut))}, or in too few groups, and no other class has more: add images"
+            )
+        if missing:
+            more = f" and {len(missing) - MAX_NAMED} more" if len(missing) > MAX_NAMED else ""
+            say("careful", f"too few images to be in {split} too: {', '.join(map(repr, missing[:MAX_NAMED]))}{more}")
 
 
 def validation_share(images: int) -> float:
@@ -101,7 +130,8 @@ def stratified_cut(
     Args:
         labels: int [N], the class of each row.
         names: the classes' names, for the error.
-        fractions: share of each class to cut, by split; at least one image of each class is cut.
+        fractions: share of each class to cut, by split; at least one image of each class is cut. A class with too
+            few images or groups is not in validation, if there is another split, and with one not in test either.
         seed: decides the shuffle.
         groups: int [N]; rows of the same number go to the same split. A group that is larger than what a split still
             lacks goes to the next one, and at last to train. Without it every row is a group of its own.
@@ -109,21 +139,19 @@ def stratified_cut(
     Returns the sorted row numbers of each split.
 
     Raises:
-        UserError: a class is too small to be in every split.
+        UserError: a class has no image that could be in train.
     """
     generator = np.random.default_rng(seed)
     groups = np.arange(len(labels)) if groups is None else groups
     members = _members(groups)
     split_of: dict[int, str] = {}  # by group
-    for index, name in enumerate(names):
+    for index in range(len(names)):
         rows = generator.permutation(np.flatnonzero(labels == index))
         lacking = {split: max(1, round(fraction * len(rows))) for split, fraction in fractions.items()}
-        if sum(lacking.values()) >= len(rows):
-            raise UserError(
-                f"the class {name!r} has {plural(len(rows), 'image')}, too few for one each in train, "
-                f"{' and '.join(fractions)}: it needs at least {len(fractions) + 1}, and more to be learned. "
-                "Add some or remove the class"
-            )
+        for split in sorted(fractions, reverse=True):  # validation first: test is what the score is of
+            if sum(lacking.values()) >= len(rows):
+                del lacking[split]
+        wanted = sorted(lacking)
         size = {group: sum(labels[row] == index for row in members[group]) for group in dict.fromkeys(groups[rows])}
         for group, split in split_of.items():  # a group that has images of an earlier class too
             if group in size and split in lacking:
@@ -133,7 +161,7 @@ def stratified_cut(
             split_of[group] = split
             if split in lacking:
                 lacking[split] -= size[group]
-        _fill_empty(name, size, split_of, list(fractions))
+        _fill_empty(size, split_of, wanted)
     parts: dict[str, list[int]] = {split: [] for split in (*fractions, "train")}
     for group, split in split_of.items():
         parts[split] += members[group]
@@ -147,15 +175,11 @@ def stratified_cut(
     return {split: np.sort(np.array(part, dtype=int)) for split, part in parts.items()}
 
 
-def _fill_empty(name: str, size: dict[int, int], split_of: dict[int, str], splits: list[str]) -> None:
-    """Give each split that got no image of a class the smallest of the class's groups in train."""
+def _fill_empty(size: dict[int, int], split_of: dict[int, str], splits: list[str]) -> None:
+    """Give each split that got no image of a class the smallest of the class's groups in train, except the last."""
     for split in splits:
         if any(split_of[group] == split for group in size):
             continue
         spare = sorted((group for group in size if split_of[group] == "train"), key=lambda group: size[group])
-        if len(spare) < 2:
-            raise UserError(
-                f"the images of the class {name!r} form {plural(len(size), 'group')} of near-duplicates or of your "
-                f"own. These are too few for train, {' and '.join(splits)}: add different ones or remove the class"
-            )
-        split_of[spare[0]] = split
+        if len(spare) > 1:
+            split_of[spare[0]] = split

@@ -1,7 +1,7 @@
 """Cross-validation: every image is scored once, by a model that has seen neither it nor its duplicates."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import mean
 
 import numpy as np
@@ -14,12 +14,15 @@ from luthier.scoring.experiment import Experiment, Result
 from luthier.scoring.metrics import TestPredictions, choose_threshold, fit_temperature
 from luthier.training.layers import divide_logits, shift_logits
 
+# Splits of images that no fold tests: what the data brings, and classes whose images are one or belong together.
+UNTESTED = {"validation": "validation", "train": "untested"}
+
 
 def pool(parts: Sequence[tuple[Experiment, Result]]) -> tuple[Experiment, Result]:
     """Return the folds of a run as one experiment whose test split is all images, and its result.
 
-    What has no folds, but one part, is returned as it is. A validation split that the data brings stays a split
-    of its own.
+    What has no folds, but one part, is returned as it is. Images that are in no fold's test split stay splits of
+    their own, see `UNTESTED`.
 
     The shipped model is of the kind that most folds kept, and of the lowest validation loss among equals. Its
     temperature and its threshold are fitted on the predictions of all folds.
@@ -50,12 +53,17 @@ def pool(parts: Sequence[tuple[Experiment, Result]]) -> tuple[Experiment, Result
         DatasetDict(test=concatenate_datasets([dataset["test"] for dataset in datasets]))
         for datasets in ([each.splits for each, _ in parts], [each.prepared for each, _ in parts])
     )
-    own = experiment.splits["validation"]
-    if not set(own["name"][:]) & set(splits["test"]["name"][:]):  # the data brings it
-        splits["validation"], prepared["validation"] = own, experiment.prepared["validation"]
+    tested, untested = set(splits["test"]["name"][:]), {}
+    for split, name in UNTESTED.items():
+        rows = [row for row, image in enumerate(experiment.splits[split]["name"][:]) if image not in tested]
+        if rows:
+            untested[split] = rows
+            splits[name], prepared[name] = (
+                datasets[split].select(rows) for datasets in (experiment.splits, experiment.prepared)
+            )
     findings = audit_images(splits, []) | {"unreadable": experiment.findings["unreadable"]}
     findings["suspect_labels"] = _in_pool(leader.probe.suspect_labels, splits)
-    probe = _pool_probes(leader, [each.probe for each in results], splits)
+    probe = _pool_probes(leader, [each.probe for each in results], splits, untested)
     if kept.class_shares is not None:
         shift_logits(leader.model, np.log(kept.class_shares))
     divide_logits(leader.model, temperature / leader.kept.temperature)
@@ -72,7 +80,9 @@ def _log_shares(result: Result) -> np.ndarray | float:
     return 0.0 if shares is None else np.log(shares)
 
 
-def _pool_probes(result: Result, probes: Sequence[ProbeResults], splits: DatasetDict) -> ProbeResults:
+def _pool_probes(
+    result: Result, probes: Sequence[ProbeResults], splits: DatasetDict, untested: Mapping[str, list[int]]
+) -> ProbeResults:
     """Return the shipped model's probe, with the features of all images, and the score of all folds' probes."""
     leader = result.probe
     if leader.logits is None or leader.features is None or leader.baseline is None:
@@ -81,7 +91,7 @@ def _pool_probes(result: Result, probes: Sequence[ProbeResults], splits: Dataset
     references = np.array(splits["test"]["label"][:])
     scored = TestPredictions(splits, logits, references, result.kept.class_shares).score()
     features = {"test": torch.cat([probe.features["test"] for probe in probes if probe.features])}
-    features |= {split: leader.features[split] for split in splits if split != "test"}
+    features |= {UNTESTED[split]: leader.features[split][rows] for split, rows in untested.items()}
     return leader._replace(baseline=leader.baseline | {"test": scored}, features=features)
 
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForImageClassification
 import score
 import train
 
-COUNTS = {"blue": 24, "green": 12, "red": 4}
+COUNTS = {"blue": 24, "green": 12, "red": 4, "violet": 1}
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rare")
     for number, label in enumerate(label for label, count in COUNTS.items() for _ in range(count)):
         (folder / "images" / label).mkdir(parents=True, exist_ok=True)
-        draw(label, number).save(folder / "images" / label / f"{number}.png")
+        draw({"violet": "red"}.get(label, label), number).save(folder / "images" / label / f"{number}.png")
     return folder
 
 
@@ -41,6 +41,7 @@ def test_shipped_model_answers_as_the_scored_one(folder, timm_checkpoint, name, 
     shares = metrics["class_shares"]
     assert sum(shares) == pytest.approx(1) and shares[0] > shares[1] > shares[2] > 0
     assert "answers as if all classes were equally frequent" in capsys.readouterr().out
+    assert metrics["test"]["per_class"]["violet"]["support"] == 0  # it is needed in train
     model = AutoModelForImageClassification.from_pretrained(folder / name)
     assert model.config.class_shares == shares
     if name != "folds":  # in which several models are scored
@@ -61,6 +62,11 @@ def test_report_and_card_say_how_answers_make_up_for_rare_classes(folder, timm_c
     for name in ("report.html", "README.md"):
         assert "answers make up for rare classes" in (folder / "refit" / name).read_text()
     assert AutoModelForImageClassification.from_pretrained(folder / "refit").config.class_shares
+
+
+def test_refit_after_folds_learns_from_a_class_that_no_fold_tests(folder, timm_checkpoint):
+    metrics = run(folder, timm_checkpoint, "folds-refit", "--recipe", "probe", "--folds", "3")
+    assert metrics["test"]["n"] == sum(COUNTS.values()) - 1 and metrics["refit"]["images"] == sum(COUNTS.values())
 
 
 def test_balance_changes_the_answers_by_the_shares_alone(folder, timm_checkpoint):

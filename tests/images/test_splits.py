@@ -46,10 +46,33 @@ def test_class_of_duplicate_pairs_is_in_every_split():
     assert {split: len(rows) for split, rows in cut.items()} == {"validation": 2, "test": 2, "train": 4}
 
 
-def test_class_of_copies_of_one_image_is_refused():
+def test_class_of_copies_of_one_image_is_in_train_alone():
     labels, groups = np.array([0] * 9 + [1] * 9), np.array([0] * 9 + list(range(1, 10)))
-    with pytest.raises(UserError, match="'a' form 1 group of near-duplicates"):
-        stratified_cut(labels, NAMES, FRACTIONS, 1, groups)
+    cut = stratified_cut(labels, ["a", "b"], FRACTIONS, 1, groups)
+    assert {split: {*labels[rows].tolist()} for split, rows in cut.items()} == {
+        "train": {0, 1}, "validation": {1}, "test": {1},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("images", "splits"), [(1, {"train"}), (2, {"train", "test"}), (3, set(FRACTIONS) | {"train"})]
+)
+def test_rare_class_is_in_train_then_test_then_validation(images, splits, capsys):
+    labels = np.array([0] * 20 + [1] * images)
+    train = Dataset.from_dict({"label": labels}, Features({"label": ClassLabel(names=["many", "few"])}))
+    for seed in range(5):
+        complete = cut_missing_splits(DatasetDict(train=train), np.arange(len(labels)), seed, 0.2, 0.2)
+        assert {split for split, dataset in complete.items() if 1 in dataset["label"][:]} == splits
+        assert capsys.readouterr().out.count("'few'") == 3 - len(splits)
+
+
+def test_class_of_one_group_is_in_train_in_every_fold():
+    labels = np.array([0] * 20 + [1] * 2)
+    train = Dataset.from_dict({"label": labels}, Features({"label": ClassLabel(names=["many", "few"])}))
+    groups = np.array([*range(20), 20, 20])
+    cuts = [cut_missing_splits(DatasetDict(train=train), groups, 1, 0.2, 0.2, (i, 3)) for i in (1, 2, 3)]
+    assert all(complete["train"]["label"][:].count(1) == 2 for complete in cuts)
+    assert sum(len(complete["test"]) for complete in cuts) == 20
 
 
 def test_class_without_training_images_is_refused():

@@ -1,0 +1,69 @@
+"""What a score gains by ignoring which images belong together: `--group_by`, measured by linear probes.
+
+    python -m benchmarks.groups path/to/instruments
+    python -m benchmarks.groups path/to/suite/cells --group_by '-(\\d)_'
+
+Without --group_by bursts are made: a few photographs of each class, each seen in several frames (random crops of at
+least 40%, another brightness), as a camera takes them. `IMG_0007_2.jpg` is the second frame of the seventh burst.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+from torchvision.transforms import v2
+
+from data import collate, feature_rows, load_splits, prepare
+from luthier.arguments import parse_arguments
+from luthier.images.decode import decode_rgb
+from luthier.images.views import EvaluationView
+from luthier.machine import set_up_process
+from luthier.reporting.console import inflation_in_words
+from luthier.scoring.baselines import measure_probe
+from luthier.training.trainer import build_predictor
+from models import build_model
+
+BURSTS, FRAMES = 15, 5  # of each class
+PATTERN = r"^(IMG_\d+)_"
+
+
+def main() -> None:
+    """Print what ignoring the groups adds to a probe's accuracy."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="a folder of class folders")
+    parser.add_argument("--group_by", help="the groups of these images, as train.py takes them")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        data = args.data if args.group_by else make_bursts(args.data, Path(folder, "bursts"))
+        line = ["--output_dir", f"{folder}/out", "--disable_tqdm", "1", "--eval_strategy", "no"]
+        training_args = parse_arguments(line).training_args
+        set_up_process(training_args)
+        splits, _ = load_splits(data_dir=str(data), group_by=args.group_by or PATTERN)
+        model, image_processor = build_model(
+            "efficientnet_lite0", dict(enumerate(splits["train"].features["label"].names))
+        )
+        view = EvaluationView(image_processor)
+        rows = feature_rows(prepare(splits, view), view)
+        inflation = measure_probe(build_predictor(model, training_args, collate), splits, rows).inflation
+    assert inflation is not None  # the images have groups
+    print(inflation_in_words(inflation))
+
+
+def make_bursts(data: Path, folder: Path) -> Path:
+    """Write bursts of the first images of each class; return their folder."""
+    torch.manual_seed(0)
+    change = v2.Compose([v2.RandomResizedCrop(224, scale=(0.4, 0.9), antialias=True), v2.ColorJitter(brightness=0.3)])
+    number = 0
+    for label in sorted(path for path in data.iterdir() if path.is_dir()):
+        (folder / label.name).mkdir(parents=True)
+        for file in sorted(label.iterdir())[:BURSTS]:
+            number += 1
+            image = decode_rgb(file.read_bytes()).image
+            for frame in range(FRAMES):
+                change(image).save(folder / label.name / f"IMG_{number:04}_{frame}.jpg", quality=92)
+    return folder
+
+
+if __name__ == "__main__":
+    main()

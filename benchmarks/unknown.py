@@ -1,0 +1,142 @@
+"""How well images of no known class can be told: a class is left out, and its test images are the unknown ones.
+
+    python -m benchmarks.unknown path/to/instruments path/to/suite/cells ...
+
+Each data set is a folder of class folders, with a test split or cut as Luthier cuts it. Once for each class, a linear
+probe learns the others. Several figures rank the test images; of each the table has, in the mean over the classes, the
+area under the ROC curve, and the share of unknown images that are answered where 95% of the right answers are kept.
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.stats import rankdata
+from torch.nn import functional
+
+from benchmarks.balance import load
+from luthier.images.splits import stratified_cut
+from luthier.training.probe import LinearProbe, fit_probe
+
+KEPT = 0.95  # share of the right answers
+NEIGHBOURS = (1, 3, 10)
+SHRINKAGE = 0.1  # of a covariance towards its diagonal
+
+Familiarity = Callable[[torch.Tensor], torch.Tensor]  # features [N, D] to figures [N], higher for known classes
+
+
+def main() -> None:
+    """Print a row for each data set, and the means over the data sets."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", nargs="+", help="folders of class folders")
+    args = parser.parse_args()
+    means: dict[str, list[tuple[float, float]]] = {}
+    for number, folder in enumerate(args.data):
+        splits, features = load(folder)
+        labels = {split: np.array(splits[split]["label"][:]) for split in splits}
+        groups, names = np.array(splits["train"]["group"][:]), splits["train"].features["label"].names
+        runs = [leave_out(features, labels, groups, len(names), out) for out in range(len(names))]
+        for name in runs[0]:
+            means.setdefault(name, []).append(average([run[name] for run in runs]))
+        if number == 0:
+            print(f"| data | {' | '.join(means)} |\n{'|---' * (len(means) + 1)}|")
+        print(f"| {Path(folder).name} | {' | '.join(describe(means[name][-1]) for name in means)} |", flush=True)
+    print(f"| mean | {' | '.join(describe(average(means[name])) for name in means)} |")
+
+
+def leave_out(
+    features: dict[str, torch.Tensor], labels: dict[str, np.ndarray], groups: np.ndarray, classes: int, out: int
+) -> dict[str, tuple[float, float]]:
+    """Return for each figure the area under the ROC curve, and the share of unknown images that are answered."""
+    known = np.flatnonzero(labels["train"] != out)
+    truth = labels["train"][known] - (labels["train"][known] > out)
+    names = [str(name) for name in range(classes - 1)]
+    cut = stratified_cut(truth, names, {"validation": 0.2}, seed=1, groups=groups[known])
+    train, validation = (features["train"][known[cut[split]]] for split in ("train", "validation"))
+    probe = fit_probe(train, torch.tensor(truth[cut["train"]]), validation, torch.tensor(truth[cut["validation"]]))
+    unknown = labels["test"] == out
+    answers = probe.logits(features["test"]).argmax(dim=1).numpy()
+    right = ~unknown & (answers + (answers >= out) == labels["test"])
+    figures = build_figures(probe, train, torch.tensor(truth[cut["train"]]), validation)
+    return {name: rate(figure(features["test"]).numpy(), right, unknown) for name, figure in figures.items()}
+
+
+def rate(figures: np.ndarray, right: np.ndarray, unknown: np.ndarray) -> tuple[float, float]:
+    """Return the area under the ROC curve of known against unknown, and the share of unknown that are answered."""
+    ranks = rankdata(figures)
+    n, m = int((~unknown).sum()), int(unknown.sum())
+    area = (ranks[~unknown].sum() - n * (n + 1) / 2) / (n * m)
+    return float(area), float((figures[unknown] >= np.quantile(figures[right], 1 - KEPT)).mean())
+
+
+def build_figures(
+    probe: LinearProbe, train: torch.Tensor, truth: torch.Tensor, validation: torch.Tensor
+) -> dict[str, Familiarity]:
+    """Return the figures that are compared, each higher for images of known classes."""
+
+    def confidence(rows: torch.Tensor) -> torch.Tensor:
+        return probe.logits(rows).softmax(dim=1).max(dim=1).values
+
+    def energy(rows: torch.Tensor) -> torch.Tensor:
+        return probe.logits(rows).logsumexp(dim=1)
+
+    figures: dict[str, Familiarity] = {"confidence": confidence, "energy": energy}
+    normal = functional.normalize(train)
+
+    def neighbours(k: int) -> Familiarity:
+        return lambda rows: (functional.normalize(rows) @ normal.T).topk(k, dim=1).values[:, -1]
+
+    figures |= {f"{k} neighbours": neighbours(k) for k in NEIGHBOURS}
+    means = torch.stack([train[truth == label].mean(dim=0) for label in range(int(truth.max()) + 1)])
+    within, whole = (invert(train - means[truth]), invert(train - train.mean(dim=0)))
+
+    def distance(rows: torch.Tensor) -> torch.Tensor:
+        differences = rows[:, None] - means
+        return torch.einsum("ncd,de,nce->nc", differences, within, differences).min(dim=1).values
+
+    def from_all(rows: torch.Tensor) -> torch.Tensor:
+        differences = rows - train.mean(dim=0)
+        return torch.einsum("nd,de,ne->n", differences, whole, differences)
+
+    figures["Mahalanobis"] = lambda rows: -distance(rows)
+    figures["relative Mahalanobis"] = lambda rows: from_all(rows) - distance(rows)
+
+    def together(one: Familiarity, other: Familiarity) -> Familiarity:
+        """Add the places that two figures would have among those of validation, as normal scores."""
+        return lambda rows: sum(
+            (figure(rows) - figure(validation).mean()) / figure(validation).std() for figure in (one, other)
+        )
+
+    def sureness(rows: torch.Tensor) -> torch.Tensor:
+        share = confidence(rows).clamp(1e-6, 1 - 1e-6)
+        return (share / (1 - share)).log()
+
+    for name in (f"{NEIGHBOURS[1]} neighbours", "relative Mahalanobis"):
+        figures[f"confidence and {name}"] = together(sureness, figures[name])
+    return figures
+
+
+def invert(rows: torch.Tensor) -> torch.Tensor:
+    """Return the inverse of the shrunken covariance [D, D] of centred rows [N, D]."""
+    covariance = rows.T @ rows / len(rows)
+    diagonal = covariance.diagonal()
+    shrunken = (1 - SHRINKAGE) * covariance + SHRINKAGE * torch.diag(diagonal)
+    return torch.linalg.inv(shrunken + 1e-4 * diagonal.mean() * torch.eye(len(diagonal)))
+
+
+def average(rates: list[tuple[float, float]]) -> tuple[float, float]:
+    """Return the means of areas and of shares."""
+    areas, shares = zip(*rates, strict=True)
+    return statistics.mean(areas), statistics.mean(shares)
+
+
+def describe(rates: tuple[float, float]) -> str:
+    """Return an area and a share in words."""
+    return f"{rates[0]:.3f}, {rates[1]:.0%}"
+
+
+if __name__ == "__main__":
+    main()
