@@ -70,6 +70,7 @@ class SimpleCNNForImageClassification(PreTrainedModel):
 
     config_class = SimpleCNNConfig
     main_input_name = "pixel_values"
+    accepts_loss_kwargs = False  # its loss is the mean of a batch, whatever others there are in an optimizer step
 
     def __init__(self, config: SimpleCNNConfig):
         super().__init__(config)
@@ -263,6 +264,7 @@ def _load_checkpoint(model_name: str, labels: dict) -> tuple[PreTrainedModel, Ba
             f"{model_name} lacks {len(fresh - head)} of the weights its architecture needs (such as "
             f"{min(fresh - head)}): it is not a usable pretrained model. Use one made for image classification"
         )
+    model.config.__dict__.pop("class_shares", None)  # of what it learned before
     if not fresh and own != labels["id2label"]:
         # As many classes as before, but others: the old head would be a wrong start.
         for name, module in model.named_modules():

@@ -26,7 +26,6 @@ from luthier.images.views import EvaluationView
 from luthier.machine import set_up_process
 from luthier.scoring.criterion import Balance, Criterion
 from luthier.scoring.intervals import balanced_accuracy, macro_f1
-from luthier.scoring.metrics import fit_temperature
 from luthier.training.features import load_features
 from luthier.training.probe import fit_probe
 from luthier.training.trainer import build_predictor
@@ -105,8 +104,9 @@ def measure(splits: DatasetDict, features: Mapping[str, torch.Tensor], ratio: in
             torch.tensor(every[validation]), criterion.class_weights,
         )  # fmt: skip
         known, logits = (probe.logits(part).numpy() for part in (features["train"][validation], features["test"]))
-        logits = logits / fit_temperature(known, every[validation])
-        scores[option] = score(logits, criterion.answers(logits).argmax(axis=1), truth, shares)
+        answers = criterion.answers(logits) / criterion.temperature(known, every[validation])
+        likely = answers + balance.log_shares if balance else answers
+        scores[option] = score(likely, answers.argmax(axis=1), truth, shares)
     return scores
 
 

@@ -1,7 +1,7 @@
 """What a score gains by ignoring which images belong together: `--group_by`, measured by linear probes.
 
     python -m benchmarks.groups path/to/instruments
-    python -m benchmarks.groups path/to/suite/cells --group_by '-(\\d)_'
+    python -m benchmarks.groups path/to/suite/cells --group_by '([12])_'
 
 Without --group_by bursts are made: a few photographs of each class, each seen in several frames (random crops of at
 least 40%, another brightness), as a camera takes them. `IMG_0007_2.jpg` is the second frame of the seventh burst.

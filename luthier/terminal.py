@@ -31,6 +31,8 @@ def percent_with_interval(scored: Mapping) -> str:
 
 def balance_with_intervals(scored: Mapping) -> str:
     """Return balanced accuracy and macro F1: `balanced accuracy 70.9% (64.2% to 76.8%), macro F1 0.702 (...)`."""
+    if "balanced_accuracy" not in scored:  # in metrics.json of an earlier version
+        return f"macro F1 {scored['macro_f1']:.3f}"
     (low, high), (lowest, highest) = scored["balanced_accuracy_ci95"], scored["macro_f1_ci95"]
     return (
         f"balanced accuracy {scored['balanced_accuracy']:.1%} ({low:.1%} to {high:.1%}), "

@@ -48,12 +48,12 @@ def cut_missing_splits(
     cut = {}
     if fold:
         folds = stratified_folds(labels, groups, fold[1], split_seed)
-        tested = (folds == fold[0] - 1) & ~_alone(labels, groups)
+        tested = (folds == fold[0] - 1) & ~_holds_class(labels, groups)
         cut["test"], rows = np.flatnonzero(tested), np.flatnonzero(~tested)
         del fractions["test"]
     rest = stratified_cut(labels[rows], names, fractions, split_seed, groups[rows])
     cut |= {split: rows[part] for split, part in rest.items()}
-    _report_missing(labels, names, cut)
+    _report_missing(labels, groups, names, cut, fold)
     complete = {**splits, **{split: splits["train"].select(part) for split, part in cut.items()}}
     for split in ("validation", "test"):
         if not len(complete[split]):
@@ -61,21 +61,32 @@ def cut_missing_splits(
     return DatasetDict({split: complete[split] for split in ("train", "validation", "test")})
 
 
-def _alone(labels: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """Return whether all images of a row's class are in one group, bool [N]: such a class is needed in train."""
+def _holds_class(labels: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Return whether a row's group holds all images of a class, bool [N]: such a group is needed in train."""
     pairs = np.unique(np.stack([labels, groups]), axis=1)
-    return (np.bincount(pairs[0]) == 1)[labels]
+    alone = np.bincount(pairs[0]) == 1  # by class
+    return np.isin(groups, groups[alone[labels]])
 
 
-def _report_missing(labels: np.ndarray, names: list[str], cut: dict[str, np.ndarray]) -> None:
-    """Say which classes are too small to be in every split.
+def _report_missing(
+    labels: np.ndarray,
+    groups: np.ndarray,
+    names: list[str],
+    cut: dict[str, np.ndarray],
+    fold: tuple[int, int] | None,
+) -> None:
+    """Say which classes are too small to be in every split; with folds, once, which ones no fold tests.
 
     Raises:
         UserError: no class is in one of the splits.
     """
+    if fold:
+        whole = np.flatnonzero(_holds_class(labels, groups)) if fold[0] == 1 else np.arange(0)
+        cut = {"test": np.setdiff1d(np.arange(len(labels)), whole)}
     sizes = np.bincount(labels, minlength=len(names))
     for split, rows in cut.items():
-        missing = [name for index, name in enumerate(names) if index not in set(labels[rows])]
+        present = np.bincount(labels[rows], minlength=len(names)) > 0
+        missing = [name for index, name in enumerate(names) if not present[index]]
         if len(missing) == len(names):
             largest = int(sizes.argmax())
             raise UserError(
@@ -144,7 +155,7 @@ def stratified_cut(
     generator = np.random.default_rng(seed)
     groups = np.arange(len(labels)) if groups is None else groups
     members = _members(groups)
-    split_of: dict[int, str] = {}  # by group
+    split_of = dict.fromkeys(groups[_holds_class(labels, groups)].tolist(), "train")  # by group
     for index in range(len(names)):
         rows = generator.permutation(np.flatnonzero(labels == index))
         lacking = {split: max(1, round(fraction * len(rows))) for split, fraction in fractions.items()}

@@ -13,7 +13,7 @@ from luthier.escape import escape_terminal
 from luthier.scoring.audit import KINDS, TINY
 from luthier.scoring.baselines import ProbeResults
 from luthier.scoring.comparison import Verdict
-from luthier.scoring.criterion import LOG_LOSS, Criterion
+from luthier.scoring.criterion import ASKS_FOR_BALANCE, LOG_LOSS, Criterion
 from luthier.scoring.experiment import Result
 from luthier.scoring.race import Outcome
 from luthier.scoring.refit import Plan
@@ -77,7 +77,7 @@ def criterion_in_words(criterion: Criterion) -> str:
     """Return what validation chooses by, and how answers make up for rare classes."""
     metric, balance = criterion.metric.replace("_", " ").replace("f1", "F1"), criterion.balance
     if balance is None:
-        return metric
+        return f"{metric}; answers do not make up for rare classes" if criterion.metric in ASKS_FOR_BALANCE else metric
     low, high = min(balance.shares), max(balance.shares)
     weights = ", and rare classes count more in training" if balance.weighted else ""
     return f"{metric}; answers as if all classes were equally frequent ({low:.1%} to {high:.1%}){weights}"

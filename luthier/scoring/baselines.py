@@ -18,7 +18,7 @@ from luthier.scoring.criterion import LOG_LOSS, Criterion
 from luthier.scoring.grouping import measure_inflation
 from luthier.scoring.intervals import wilson_interval
 from luthier.scoring.learning_curve import probe_learning_curve
-from luthier.scoring.metrics import Yardstick, fit_temperature, score
+from luthier.scoring.metrics import Yardstick, score
 from luthier.training.features import load_features
 from luthier.training.probe import LinearProbe, cross_fit, fit_shared_probes, state_with_probe
 from luthier.training.trainer import model_of
@@ -149,7 +149,7 @@ def build_yardstick(
     everything, truth = torch.cat([features["train"], features["validation"]]).to(device), torch.tensor(labels)
     folds = stratified_folds(labels, groups, FOLDS, seed=0)
     (logits,) = cross_fit(everything, truth.to(device), folds, classes, (strength,))
-    losses = criterion.losses(logits.cpu().numpy(), labels)
+    losses = criterion.losses(criterion.answers(logits.cpu().numpy()), labels)
     return Yardstick(losses[len(both[0]) :], float(losses.mean()))
 
 
@@ -181,8 +181,8 @@ def probe_baseline(
     """
     logits = {split: probe.logits(features[split]).numpy() for split in ("validation", "test") if split in features}
     truth = {split: np.array(splits[split]["label"][:]) for split in logits}
-    temperature = fit_temperature(logits["validation"], truth["validation"])
-    answers = {split: criterion.answers(logits[split] / temperature) for split in logits}
+    temperature = criterion.temperature(logits["validation"], truth["validation"])
+    answers = {split: criterion.answers(logits[split]) / temperature for split in logits}
     labels = splits["train"].features["label"].names
     scores = {
         split: score(answers[split], truth[split], labels, groups_of(splits[split]), criterion.class_shares)

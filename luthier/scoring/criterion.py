@@ -80,23 +80,27 @@ class Criterion(NamedTuple):
         """Return the logits [N, C] whose highest is the answer."""
         return logits - self.balance.log_shares if self.balance else logits
 
-    def losses(self, logits: np.ndarray, references: np.ndarray) -> np.ndarray:
+    def temperature(self, logits: np.ndarray, references: np.ndarray) -> float:
+        """Return what the answers to logits [N, C] must be divided by to be calibrated."""
+        return fit_temperature(self.answers(logits), references, self.class_shares)
+
+    def losses(self, answers: np.ndarray, references: np.ndarray) -> np.ndarray:
         """Return a loss for each image, float64 [N], whose mean is what is to be low.
 
         That is the log loss, or how much is missing of the metric, with a thousandth of the log loss beside it.
 
         Args:
-            logits: float [N, C], calibrated, of data like the training images.
+            answers: float [N, C], see `answers`, calibrated.
             references: int [N], the true classes.
         """
-        rows = np.arange(len(references))
-        log_losses = -log_softmax(logits.astype(np.float64), axis=-1)[rows, references]
+        rows, log_shares = np.arange(len(references)), self.balance.log_shares if self.balance else 0
+        log_losses = -log_softmax(answers.astype(np.float64) + log_shares, axis=-1)[rows, references]
         if self.metric == "log_loss":
             return log_losses
-        predictions = self.answers(logits).argmax(axis=-1)
+        predictions = answers.argmax(axis=-1)
         worth = np.ones(len(references))  # of a correct answer: these add up to the metric's highest value
         if self.metric != "accuracy":
-            classes = logits.shape[1]
+            classes = answers.shape[1]
             support, predicted = (np.bincount(of, minlength=classes) for of in (references, predictions))
             size = support if self.metric == "balanced_accuracy" else (support + predicted) / 2
             occurs = support > 0 if self.metric == "balanced_accuracy" else size > 0
@@ -127,14 +131,13 @@ class Judge(NamedTuple):
         """How much an image of each class counts in training; None where all count alike."""
         return self.criterion.class_weights
 
-    def losses(self, logits: np.ndarray, references: np.ndarray) -> np.ndarray:
+    def losses(self, answers: np.ndarray, references: np.ndarray) -> np.ndarray:
         """Return the loss of each image, float64 [N], corrected by the yardstick; see `Criterion.losses`."""
-        losses = self.criterion.losses(logits, references)
+        losses = self.criterion.losses(answers, references)
         return self.yardstick.correct(losses) if self.yardstick else losses
 
-    def score(self, logits: np.ndarray, references: np.ndarray) -> dict:
-        """Return the scores of the answers, see `metrics.score`."""
-        answers = self.criterion.answers(logits)
+    def score(self, answers: np.ndarray, references: np.ndarray) -> dict:
+        """Return the scores of answers [N, C], see `metrics.score`."""
         return score(answers, references, self.labels, self.groups, self.criterion.class_shares)
 
     def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
@@ -144,13 +147,12 @@ class Judge(NamedTuple):
         which a temperature mends, before it makes it worse.
         """
         logits, references = (concatenate_batches(p) for p in (prediction.predictions, prediction.label_ids))
+        answers = self.criterion.answers(logits)
         result = Classification(keep_in_memory=True).compute(
-            predictions=self.criterion.answers(logits).argmax(axis=-1),
-            references=references,
-            num_labels=len(self.labels),
+            predictions=answers.argmax(axis=-1), references=references, num_labels=len(self.labels)
         )
         assert result is not None  # as this process is the main one of the metric
-        calibrated = logits / fit_temperature(logits, references)
+        calibrated = answers / self.criterion.temperature(logits, references)
         loss = float(self.criterion.losses(calibrated, references).mean())
         return {name: result[name] for name in SHOWN} | {"calibrated_loss": loss}
 

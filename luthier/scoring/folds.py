@@ -12,7 +12,7 @@ from luthier.scoring.audit import audit_images
 from luthier.scoring.baselines import ProbeResults
 from luthier.scoring.experiment import Experiment, Result
 from luthier.scoring.metrics import TestPredictions, choose_threshold, fit_temperature
-from luthier.training.layers import divide_logits, shift_logits
+from luthier.training.layers import divide_logits
 
 # Splits of images that no fold tests: what the data brings, and classes whose images are one or belong together.
 UNTESTED = {"validation": "validation", "train": "untested"}
@@ -40,12 +40,11 @@ def pool(parts: Sequence[tuple[Experiment, Result]]) -> tuple[Experiment, Result
 
     arm = max(votes, key=rank)
     experiment, leader = min((part for part in parts if part[1].kept.arm == arm), key=lambda part: part[1].kept.loss)
-    log_shares = _log_shares(leader)
-    # As before calibration.
-    logits = np.concatenate([(result.logits + _log_shares(result)) * result.kept.temperature for result in results])
+    logits = np.concatenate([result.logits * result.kept.temperature for result in results])  # as before calibration
     references = np.concatenate([result.references for result in results])
-    temperature = fit_temperature(logits, references) if leader.kept.temperature != 1 else 1.0
-    answers = logits / temperature - log_shares
+    shares = leader.kept.class_shares
+    temperature = fit_temperature(logits, references, shares) if leader.kept.temperature != 1 else 1.0
+    answers = logits / temperature
     threshold = round(choose_threshold(answers, references), 4)
     kept = leader.kept._replace(temperature=temperature, threshold=threshold)
 
@@ -53,9 +52,9 @@ def pool(parts: Sequence[tuple[Experiment, Result]]) -> tuple[Experiment, Result
         DatasetDict(test=concatenate_datasets([dataset["test"] for dataset in datasets]))
         for datasets in ([each.splits for each, _ in parts], [each.prepared for each, _ in parts])
     )
-    tested, untested = set(splits["test"]["name"][:]), {}
+    tested, untested = set(splits["test"]["digest"][:]), {}
     for split, name in UNTESTED.items():
-        rows = [row for row, image in enumerate(experiment.splits[split]["name"][:]) if image not in tested]
+        rows = [row for row, digest in enumerate(experiment.splits[split]["digest"][:]) if digest not in tested]
         if rows:
             untested[split] = rows
             splits[name], prepared[name] = (
@@ -64,20 +63,10 @@ def pool(parts: Sequence[tuple[Experiment, Result]]) -> tuple[Experiment, Result
     findings = audit_images(splits, []) | {"unreadable": experiment.findings["unreadable"]}
     findings["suspect_labels"] = _in_pool(leader.probe.suspect_labels, splits)
     probe = _pool_probes(leader, [each.probe for each in results], splits, untested)
-    if kept.class_shares is not None:
-        shift_logits(leader.model, np.log(kept.class_shares))
     divide_logits(leader.model, temperature / leader.kept.temperature)
-    if kept.class_shares is not None:
-        shift_logits(leader.model, -np.log(kept.class_shares))
     leader.model.config.unsure_below = threshold
     result = leader._replace(probe=probe, kept=kept, logits=answers, references=references)
     return experiment._replace(splits=splits, own_test=False, prepared=prepared, findings=findings), result
-
-
-def _log_shares(result: Result) -> np.ndarray | float:
-    """Return what the answers of a result lack of the logits of data like its own."""
-    shares = result.kept.class_shares
-    return 0.0 if shares is None else np.log(shares)
 
 
 def _pool_probes(

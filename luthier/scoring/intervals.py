@@ -4,10 +4,12 @@ import math
 
 import numpy as np
 from scipy.sparse import csr_matrix
+from scipy.stats import t
 
 RESAMPLES = 1000
 MAX_DRAWS = 20_000_000  # of all resamples together; more cells or groups than that allows get fewer resamples
 MIN_RESAMPLES = 200
+TINY = 1e-12  # a variance that is nothing but rounding
 
 
 def wilson_interval(correct: float, n: float, z: float = 1.959964) -> list[float]:
@@ -23,22 +25,24 @@ def interval_of_share(correct: np.ndarray, groups: np.ndarray | None = None) -> 
     """Return the interval of a share of images, such as the accuracy.
 
     It is Wilson's, with the number of images that would tell as much if each stood alone (Kish 1965): ten images of
-    one patient that are right or wrong together count as one.
+    one patient that are right or wrong together count as one. Few groups estimate that number badly, which the t
+    distribution makes up for (Korn and Graubard 1998).
 
     Args:
         correct: bool [N].
         groups: int [N], the same for images that belong together; None where each stands alone.
     """
     n, share = len(correct), float(correct.mean())
-    effective: float = n
-    if groups is not None:
-        _, index = np.unique(groups, return_inverse=True)
-        count = int(index.max()) + 1
-        deviations = np.bincount(index, weights=correct - share)
-        variance = count / max(1, count - 1) * float((deviations**2).sum()) / n**2
-        effective = min(n, share * (1 - share) / variance) if variance > 0 and 0 < share < 1 else count
-        effective = max(effective, 1.0)
-    return wilson_interval(share * effective, effective)
+    if groups is None:
+        return wilson_interval(share * n, n)
+    _, index = np.unique(groups, return_inverse=True)
+    count = int(index.max()) + 1
+    if count == 1:
+        return wilson_interval(share, 1)
+    deviations = np.bincount(index, weights=correct - share)
+    variance = count / (count - 1) * float((deviations**2).sum()) / n**2
+    effective = float(np.clip(share * (1 - share) / variance, 1, n)) if variance > TINY else count
+    return wilson_interval(share * effective, effective, float(t.ppf(0.975, count - 1)))
 
 
 def balanced_accuracy(correct: np.ndarray, support: np.ndarray) -> np.ndarray:
@@ -59,7 +63,8 @@ def bootstrap_intervals(
 ) -> dict[str, list[float]]:
     """Return the intervals of balanced accuracy and macro F1, by the bootstrap (Efron and Tibshirani 1993).
 
-    Images are drawn again with replacement, or whole groups of them.
+    Images are drawn again with replacement, or whole groups of them. So it shows too little where a class has only a
+    few: a single image that is right is right in every draw.
 
     Args:
         references, predictions: int [N], true and predicted classes.

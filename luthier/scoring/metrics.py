@@ -47,13 +47,14 @@ class TestPredictions:
         """What the images belong to, int [N]; None where each stands alone."""
         return groups_of(self.splits["test"])
 
-    def score(self, temperature: float = 1.0) -> dict:
-        """Return all scores, see `score`; with a temperature those of the model before it was calibrated with it."""
-        logits = self.logits
-        if temperature != 1:
-            log_shares = 0 if self.class_shares is None else np.log(self.class_shares)
-            logits = (logits + log_shares) * temperature - log_shares
-        return score(logits, self.references, self.labels, self.groups, self.class_shares)
+    @property
+    def likely(self) -> np.ndarray:
+        """The logits [N, C] whose probabilities take the shares of the classes into account."""
+        return self.logits if self.class_shares is None else self.logits + np.log(self.class_shares)
+
+    def score(self) -> dict:
+        """Return all scores, see `score`."""
+        return score(self.logits, self.references, self.labels, self.groups, self.class_shares)
 
     @property
     def probabilities(self) -> np.ndarray:
@@ -132,13 +133,11 @@ def score(
     for name, correct in shares.items():
         scored |= {name: float(correct.mean()), f"{name}_ci95": interval_of_share(correct, groups)}
     logits = logits if class_shares is None else logits + np.log(class_shares)
-    bins = reliability(logits, references)
     return scored | {
         "balanced_accuracy": result["balanced_accuracy"],
         "macro_f1": result["macro_f1"],
         **bootstrap_intervals(references, predictions, len(labels), groups),
-        "log_loss": log_loss(logits, references),
-        "ece": sum(b["n"] * abs(b["accuracy"] - b["confidence"]) for b in bins) / n,
+        **calibration_scores(logits, references),
         "n": n,
         **({} if groups is None else {"groups": len(np.unique(groups))}),
         "per_class": {
@@ -180,6 +179,13 @@ def log_loss(logits: np.ndarray, references: np.ndarray) -> float:
     """Return the mean cross-entropy of logits [N, C], in nats."""
     with np.errstate(invalid="ignore"):  # a diverged model's loss is NaN, which needs no warning as well
         return float(-log_softmax(logits.astype(np.float64), axis=-1)[np.arange(len(logits)), references].mean())
+
+
+def calibration_scores(logits: np.ndarray, references: np.ndarray) -> dict[str, float]:
+    """Return `log_loss` and `ece`, the expected calibration error, of logits [N, C]."""
+    bins = reliability(logits, references)
+    error = sum(b["n"] * abs(b["accuracy"] - b["confidence"]) for b in bins) / len(references)
+    return {"log_loss": log_loss(logits, references), "ece": error}
 
 
 def reliability(logits: np.ndarray, references: np.ndarray) -> list[dict]:
@@ -232,19 +238,24 @@ def _confidence_and_correct(logits: np.ndarray, references: np.ndarray) -> tuple
     return np.nan_to_num(confidence), logits.argmax(axis=-1) == references
 
 
-def fit_temperature(logits: np.ndarray, references: np.ndarray) -> float:
+def fit_temperature(
+    logits: np.ndarray, references: np.ndarray, class_shares: Sequence[float] | np.ndarray | None = None
+) -> float:
     """Return the temperature by which logits [N, C] must be divided for the lowest log loss (Guo et al. 2017).
+
+    With the shares of the classes it is that of the logits which lack them, see `score`: a model that knows nothing
+    then says how frequent each class is.
 
     One imaginary image with equal shares of every class is added, as Platt (1999) does. Where all predictions are
     correct the lowest loss would otherwise be at temperature 0, and every answer would be certain.
     """
     n, classes = logits.shape
     targets = (np.eye(classes)[references] * n + 1 / classes) / (n + 1)
-    logits = logits.astype(np.float64)
+    logits, log_shares = logits.astype(np.float64), 0 if class_shares is None else np.log(class_shares)
     if not np.isfinite(logits).all():
         return 1.0
 
     def loss(log_temperature: float) -> float:
-        return -(targets * log_softmax(logits / np.exp(log_temperature), axis=-1)).sum(axis=-1).mean()
+        return -(targets * log_softmax(logits / np.exp(log_temperature) + log_shares, axis=-1)).sum(axis=-1).mean()
 
     return float(np.exp(minimize_scalar(loss, bounds=(np.log(0.05), np.log(20)), method="bounded").x))

@@ -4,11 +4,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedModel
 
+from luthier.scoring.criterion import Balance
 from luthier.scoring.experiment import Result
 from luthier.scoring.race import Course
 from luthier.scoring.selection import load_candidate
@@ -74,7 +76,8 @@ def plan_refit(splits: DatasetDict, own_test: bool, result: Result, option: str,
 def refit(plan: Plan, result: Result, splits: DatasetDict, prepare: Callable[[list[Dataset]], Any]) -> PreTrainedModel:
     """Return the model that has learned from all images of a plan, for as many epochs as the kept weights.
 
-    The temperature and the threshold are those of the kept weights.
+    The temperature and the threshold are those of the kept weights. Where answers make up for rare classes, they
+    make up for the shares of the classes among these images.
 
     Args:
         plan: of `plan_refit`.
@@ -86,11 +89,15 @@ def refit(plan: Plan, result: Result, splits: DatasetDict, prepare: Callable[[li
         UserError: see `trainer.train`.
     """
     kept, outcome, probe, workshop = result.kept, result.outcome, result.probe, result.workshop
-    arm = None if kept.is_probe else outcome.arm
+    labels = [label for split in plan.splits for label in splits[split]["label"][:]]
+    if kept.class_shares is not None:
+        balance = Balance(np.bincount(labels) / len(labels), weighted=workshop.class_weights is not None)
+        kept = kept._replace(class_shares=balance.shares)
+        workshop = replace(workshop, class_weights=balance.class_weights)
+    arm = None if kept.is_probe or outcome.arm is None else outcome.arm._replace(workshop=workshop)
     kind, start = "probe" if arm is None else arm.recipe.start, None
     if kind != "new":
         features = torch.cat([probe.features[split] for split in plan.splits]) if probe.features else None
-        labels = [label for split in plan.splits for label in splits[split]["label"][:]]
         strength = SOFT if kind == "soft probe" else probe.strength
         head = linear_head(workshop.model)
         assert head is not None and strength is not None  # there is a probe

@@ -1,5 +1,6 @@
 """Which weights a run ends with: those that are best on validation, calibrated."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,8 +10,8 @@ from luthier.scoring.baselines import ProbeResults
 from luthier.scoring.criterion import Judge
 from luthier.scoring.metrics import (
     TestPredictions,
+    calibration_scores,
     choose_threshold,
-    fit_temperature,
     reliability,
     selective,
     standard_error,
@@ -35,7 +36,7 @@ class Candidate(NamedTuple):
         temperature: that calibrates them; 1 where the head is not one linear layer.
         threshold: the confidence below which they are unsure.
         validation: their score once calibrated, see `metrics.score`.
-        uncalibrated: their score before.
+        uncalibrated: their log loss and calibration error before.
         losses: float64 [N], of each validation image, calibrated, see `criterion.Judge.losses`.
         arm: name of the recipe that trained them.
         class_shares: float64 [C], where their answers make up for rare classes, see `criterion.Balance`.
@@ -87,11 +88,12 @@ def score_candidates(
     for share in shares if start else (1.0,):
         model.load_state_dict(blend(start or end, end, share))
         logits, references = predict(trainer, rows)
-        temperature = fit_temperature(logits, references) if linear_head(model) else 1.0
-        calibrated = logits / temperature
-        validation, uncalibrated = (judge.score(each, references) for each in (calibrated, logits))
-        threshold = round(choose_threshold(judge.criterion.answers(calibrated), references), 4)
-        losses, class_shares = judge.losses(calibrated, references), judge.criterion.class_shares
+        criterion = judge.criterion
+        temperature = criterion.temperature(logits, references) if linear_head(model) else 1.0
+        answers = criterion.answers(logits) / temperature
+        validation, uncalibrated = judge.score(answers, references), calibration_scores(logits, references)
+        threshold = round(choose_threshold(answers, references), 4)
+        losses, class_shares = judge.losses(answers, references), criterion.class_shares
         candidates.append(
             Candidate(share, temperature, threshold, validation, uncalibrated, losses, arm, class_shares)
         )
@@ -138,10 +140,10 @@ def load_candidate(model: PreTrainedModel, start: State | None, kept: Candidate)
     """
     if start is not None:
         model.load_state_dict(blend(start, model.state_dict(), kept.share))
-    divide_logits(model, kept.temperature)
     if kept.class_shares is not None:
         shift_logits(model, -np.log(kept.class_shares))
         model.config.class_shares = kept.class_shares.tolist()
+    divide_logits(model, kept.temperature)
     model.config.unsure_below = kept.threshold
 
 
@@ -152,21 +154,18 @@ def score_test(test: TestPredictions, threshold: float) -> dict:
         test: what it predicts.
         threshold: the confidence below which the model is unsure.
     """
-    shares, logits = test.class_shares, test.logits
-    likely = logits if shares is None else logits + np.log(shares)
     return {
         "test": test.score(),
-        "unsure": selective(logits, test.references, threshold),
-        "calibration": {"reliability": reliability(likely, test.references)},
+        "unsure": selective(test.logits, test.references, threshold),
+        "calibration": {"reliability": reliability(test.likely, test.references)},
     }
 
 
 def score_run(kept: Candidate, test: TestPredictions) -> dict:
     """Return all scores of a run: those of `score_test`, validation, and what calibration changed."""
-    scores = score_test(test, kept.threshold)
-    before = {"validation": kept.uncalibrated, "test": test.score(kept.temperature)}
+    scores, before = score_test(test, kept.threshold), replace(test, logits=test.logits * kept.temperature)
     scores["calibration"] |= {
         "temperature": kept.temperature,
-        "before": {split: {key: scored[key] for key in ("log_loss", "ece")} for split, scored in before.items()},
+        "before": {"validation": kept.uncalibrated, "test": calibration_scores(before.likely, before.references)},
     }
     return {"validation": kept.validation, **scores}

@@ -93,7 +93,7 @@ def divide_logits(model: PreTrainedModel, temperature: float) -> None:
 def shift_logits(model: PreTrainedModel, shift: np.ndarray) -> None:
     """Add a number [C] to the logit of each class, in the bias of a model's linear head; it has one."""
     head = _linear_head(model)
-    assert head is not None  # see criterion.choose_balance
+    assert head is not None  # see criterion.build_judge
     with torch.no_grad():
         head.bias.add_(torch.as_tensor(shift, dtype=head.bias.dtype, device=head.bias.device))
 

@@ -139,7 +139,10 @@ class SafeTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         outputs, labels = model(**inputs), inputs["labels"]
         answers = outputs.logits + (len(weights) * weights).log()
-        losses = torch.nn.functional.cross_entropy(answers, labels, weight=weights, reduction="none")
+        smoothing = self.args.label_smoothing_factor
+        losses = torch.nn.functional.cross_entropy(
+            answers, labels, weight=weights, reduction="none", label_smoothing=smoothing
+        )
         return (losses.mean(), outputs) if return_outputs else losses.mean()
 
     def training_step(self, *arguments, **options) -> torch.Tensor:
@@ -256,7 +259,9 @@ def build_trainer(
     except (ImportError, RuntimeError, ValueError) as error:
         raise UserError(str(error)) from error
     trainer.schedule = schedule
-    trainer.class_weights = None if class_weights is None else torch.tensor(class_weights, device=training_args.device)
+    if class_weights is not None:
+        trainer.class_weights = torch.tensor(class_weights, device=training_args.device)
+        trainer.model_accepts_loss_kwargs = False  # the weighted loss is the mean of a batch
     if (training_args.save_strategy != "no" or schedule) and trainer.is_world_process_zero():
         limit = training_args.save_total_limit or round(training_args.num_train_epochs)
         check_disk_space(Path(str(training_args.output_dir)), trainer.checkpoint_size(), limit)

@@ -63,7 +63,7 @@ def test_interval_is_of_images_or_of_groups():
         result.metrics.update(test={"accuracy": 0.75}, validation={"accuracy": 0.7}, seconds={"total": 1})
     row = summarise_experiment("a", parts)
     assert row["n"] == 60 and row["test accuracy"] == 0.75 and row["runs"] == 2
-    assert [row["interval low"], row["interval high"]] == pytest.approx(wilson_interval(9, 12), abs=0.02)
+    assert [row["interval low"], row["interval high"]] == pytest.approx(wilson_interval(8.25, 11, z=2.201), abs=1e-3)
 
 
 def test_folds_are_pooled_and_seeds_are_not():

@@ -1,5 +1,7 @@
 """Splitting: stratified, the same for the same random seed, groups in one split, folds that cover every image once."""
 
+import itertools
+
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features
@@ -64,6 +66,20 @@ def test_rare_class_is_in_train_then_test_then_validation(images, splits, capsys
         complete = cut_missing_splits(DatasetDict(train=train), np.arange(len(labels)), seed, 0.2, 0.2)
         assert {split for split, dataset in complete.items() if 1 in dataset["label"][:]} == splits
         assert capsys.readouterr().out.count("'few'") == 3 - len(splits)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_group_that_holds_a_class_goes_to_train_as_a_whole(seed):
+    """A class of one image, in a group with images of a larger class."""
+    labels, groups = np.array([0] * 12 + [1]), np.array([*range(11), 11, 11])
+    cut = stratified_cut(labels, ["a", "b"], FRACTIONS, seed, groups)
+    assert {11, 12} <= {*cut["train"].tolist()}
+    train = Dataset.from_dict({"label": labels}, Features({"label": ClassLabel(names=["a", "b"])}))
+    train = train.add_column("group", groups)
+    for i in (1, 2, 3):
+        complete = cut_missing_splits(DatasetDict(train=train), groups, seed, 0.2, 0.2, (i, 3))
+        sides = [{*dataset["group"][:]} for dataset in complete.values()]
+        assert not any(one & other for one, other in itertools.combinations(sides, 2))
 
 
 def test_class_of_one_group_is_in_train_in_every_fold():

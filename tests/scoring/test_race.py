@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from luthier.scoring.criterion import Judge
 from luthier.scoring.race import FAR, Heat, _choose_next, predict_loss, race
 from luthier.scoring.selection import Candidate, choose
 
@@ -109,5 +110,5 @@ def test_weights_that_diverged_are_not_kept():
 
 
 def test_no_race_where_the_probe_leaves_little_to_gain():
-    outcome = race(ARMS, candidate([0.01] * 4, "probe"), None, None)
+    outcome = race(ARMS, candidate([0.01] * 4, "probe"), SimpleNamespace(judge=Judge([])), None)
     assert outcome.arm is None and not outcome.heats and "little to gain" in outcome.reason
