@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from accelerate.utils import broadcast_object_list
 from transformers import Trainer
 
+from luthier.errors import UserError
 from luthier.scoring.criterion import Judge
 from luthier.scoring.selection import Candidate, choose, load_candidate, score_candidates
 from luthier.terminal import Stopwatch, plural, say
@@ -45,6 +46,7 @@ class Heat(NamedTuple):
         loss: of its best weights so far, see `selection.Candidate.loss`.
         accuracy: on validation, of the same weights.
         seconds: that the heat took, with its evaluation.
+        metric: of the loss, see `criterion.Criterion`.
     """
 
     arm: str
@@ -53,6 +55,7 @@ class Heat(NamedTuple):
     loss: float
     accuracy: float
     seconds: float
+    metric: str = "log_loss"
 
 
 class Outcome(NamedTuple):
@@ -165,12 +168,12 @@ def race(arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: s
         resume: None, `auto`, or for a single arm the checkpoint to continue from.
 
     Raises:
-        UserError: see `trainer.train`.
+        UserError: see `trainer.train`; or the run was begun with another metric.
     """
     if probe and len(arms) > 1 and probe.loss < course.judge.criterion.enough:
         return Outcome(reason="the probe, which leaves little to gain", probe=probe)
     named = Path(resume) if resume and resume != "auto" else None
-    heats = _read_record(course.run_dir, arms, named) if resume else []
+    heats = _read_record(course, arms, named) if resume else []
     earlier = sum(heat.seconds for heat in heats)
     if named:
         check_named(named)
@@ -197,7 +200,8 @@ def race(arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: s
             break
         last, begin = None, course.stopwatch.total()  # one model at a time in memory
         last = advance(arm, number)
-        heats.append(_describe(last, arm, number, course.stopwatch.total() - begin))
+        seconds = course.stopwatch.total() - begin
+        heats.append(_describe(last, arm, number, seconds, course.judge.criterion.metric))
         _write_record(course.run_dir, heats, arm.is_main_process)
         reason = "the time limit" if last[1].state.global_step < arm.ends[number] else ""
     finished = [arm for arm in arms if _results(heats, arm)]
@@ -278,11 +282,14 @@ def _advance(
     return arm, trainer, candidates
 
 
-def _describe(advanced: tuple[Arm, SafeTrainer, list[Candidate]], arm: Arm, number: int, seconds: float) -> Heat:
+def _describe(
+    advanced: tuple[Arm, SafeTrainer, list[Candidate]], arm: Arm, number: int, seconds: float, metric: str
+) -> Heat:
     _, trainer, candidates = advanced
     best = min(candidates, key=lambda candidate: candidate.loss)
     epochs = float(trainer.state.epoch or 0)
-    return Heat(arm.recipe.name, arm.ends[number], epochs, best.loss, best.validation["accuracy"], round(seconds, 3))
+    accuracy = best.validation["accuracy"]
+    return Heat(arm.recipe.name, arm.ends[number], epochs, best.loss, accuracy, round(seconds, 3), metric)
 
 
 def _results(heats: list[Heat], arm: Arm) -> list[Heat]:
@@ -312,10 +319,20 @@ def _where(checkpoint: Path | None, heats: list[Heat]) -> str:
     return f"after {plural(len(heats), 'heat')}" if heats else "there is no whole checkpoint: from the start"
 
 
-def _read_record(run_dir: Path, arms: Sequence[Arm], named: Path | None) -> list[Heat]:
-    """Return these arms' heats that an earlier part of the run has finished, up to the checkpoint that is named."""
-    path, names = run_dir / RECORD, {arm.recipe.name for arm in arms}
+def _read_record(course: Course, arms: Sequence[Arm], named: Path | None) -> list[Heat]:
+    """Return these arms' heats that an earlier part of the run has finished, up to the checkpoint that is named.
+
+    Raises:
+        UserError: their losses are of another metric.
+    """
+    path, names = course.run_dir / RECORD, {arm.recipe.name for arm in arms}
     heats = [Heat(**row) for row in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []
+    for heat in heats:
+        if heat.metric != course.judge.criterion.metric:
+            raise UserError(
+                f"{course.whole_run_dir} was begun with --metric {heat.metric}: resume it with the same, or give "
+                "another --output_dir"
+            )
     return [heat for heat in heats if heat.arm in names and (named is None or heat.step <= step_of(named))]
 
 
