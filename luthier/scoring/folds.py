@@ -61,7 +61,7 @@ def pool(parts: Sequence[tuple[Experiment, Result]]) -> tuple[Experiment, Result
                 datasets[split].select(rows) for datasets in (experiment.splits, experiment.prepared)
             )
     findings = audit_images(splits, []) | {"unreadable": experiment.findings["unreadable"]}
-    findings["suspect_labels"] = _in_pool(leader.probe.suspect_labels, splits)
+    findings["suspect_labels"] = _in_pool(leader.probe.suspect_labels, experiment.splits, splits)
     probe = _pool_probes(leader, [each.probe for each in results], splits, untested)
     divide_logits(leader.model, temperature / leader.kept.temperature)
     leader.model.config.unsure_below = threshold
@@ -84,9 +84,11 @@ def _pool_probes(
     return leader._replace(baseline=leader.baseline | {"test": scored}, features=features)
 
 
-def _in_pool(suspects: list[dict] | None, splits: DatasetDict) -> list[dict] | None:
-    """Return the images of a finding with their places in the pool."""
+def _in_pool(suspects: list[dict] | None, own: DatasetDict, splits: DatasetDict) -> list[dict] | None:
+    """Return the images of a finding with their places in the pool, in the place of those in a fold's own splits."""
     if suspects is None:
         return None
-    places = {name: (split, row) for split in splits for row, name in enumerate(splits[split]["name"][:])}
-    return [image | dict(zip(("split", "row"), places[image["name"]], strict=True)) for image in suspects]
+    digests = {split: dataset["digest"][:] for split, dataset in own.items()}  # names may occur twice
+    places = {digest: (split, row) for split in splits for row, digest in enumerate(splits[split]["digest"][:])}
+    found = [(image, places[digests[image["split"]][image["row"]]]) for image in suspects]
+    return [image | {"split": split, "row": row} for image, (split, row) in found]
