@@ -9,6 +9,7 @@ from transformers import AutoModelForImageClassification
 
 import score
 import train
+from models import build_model, class_shares_of, load_trained
 
 COUNTS = {"blue": 24, "green": 12, "red": 4, "violet": 1}
 
@@ -79,3 +80,17 @@ def test_balance_changes_the_answers_by_the_shares_alone(folder, timm_checkpoint
     (weight, bias), (same, lower) = heads
     assert np.allclose(weight, same, atol=1e-4)
     assert np.allclose(bias - lower, np.log(balanced["class_shares"]), atol=1e-3)
+
+
+def test_model_that_learns_anew_forgets_the_shares_of_before(folder):
+    labels = dict(enumerate(sorted(COUNTS)))
+    assert build_model(str(folder / "probe"), labels)[0].config.to_dict().get("class_shares") is None
+    assert class_shares_of(load_trained(str(folder / "probe"))[0]) is not None
+
+
+def test_refit_makes_up_for_the_shares_of_what_it_learns_from(folder):
+    scored, shipped = (
+        json.loads((folder / name / "config.json").read_text())["class_shares"] for name in ("refit/scored", "refit")
+    )
+    assert np.allclose(shipped, np.array(list(COUNTS.values())) / sum(COUNTS.values()))
+    assert not np.allclose(scored, shipped)
