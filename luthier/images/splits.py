@@ -49,6 +49,12 @@ def cut_missing_splits(
     if fold:
         folds = stratified_folds(labels, groups, fold[1], split_seed)
         tested = (folds == fold[0] - 1) & ~_holds_class(labels, groups)
+        if not tested.any():
+            count = plural(len(np.unique(groups)), "group")
+            raise UserError(
+                f"fold {fold[0]} of {fold[1]} would be empty: the images form {count} of near-duplicates or of your "
+                "own. Use fewer folds"
+            )
         cut["test"], rows = np.flatnonzero(tested), np.flatnonzero(~tested)
         del fractions["test"]
     rest = stratified_cut(labels[rows], names, fractions, split_seed, groups[rows])

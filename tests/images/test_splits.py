@@ -82,6 +82,13 @@ def test_group_that_holds_a_class_goes_to_train_as_a_whole(seed):
         assert not any(one & other for one, other in itertools.combinations(sides, 2))
 
 
+def test_more_folds_than_groups_are_refused():
+    labels, groups = np.tile([0, 1], 8), np.repeat(np.arange(4), 4)
+    train = Dataset.from_dict({"label": labels}, Features({"label": ClassLabel(names=["a", "b"])}))
+    with pytest.raises(UserError, match="fold 5 of 5 would be empty: the images form 4 groups"):
+        cut_missing_splits(DatasetDict(train=train), groups, 1, 0.2, 0.2, (5, 5))
+
+
 def test_class_of_one_group_is_in_train_in_every_fold():
     labels = np.array([0] * 20 + [1] * 2)
     train = Dataset.from_dict({"label": labels}, Features({"label": ClassLabel(names=["many", "few"])}))
