@@ -67,7 +67,8 @@ class Run(NamedTuple):
         accuracy: of the model that is shipped, on test.
         scored: of the weights before the refit; the same where there is no refit.
         seconds: of the whole process; NaN where they are not known.
-        said: what the run said of its choice, and the epochs of what was tried.
+        said: what the run said of its choice, and the heats of the race: recipe, epochs so far, loss, seconds. A rule of
+            the race can be tried on them.
         alone: the seconds without the heats of recipes that were not kept; NaN where they are not known.
     """
 
@@ -190,8 +191,8 @@ def run_luthier(
     kept, (winner, _, _) = metrics["recipe"].get("kept", ""), metrics["recipe"]["recipe"].partition(":")
     heats, arm = (metrics.get("race") or {}).get("heats", []), "probe" if kept == "the probe" else winner
     lost = sum(heat["seconds"] for heat in heats if heat["arm"] != arm)
-    epochs = {heat["arm"]: heat["epochs"] for heat in heats}  # of the last heat
-    said = f"{arm}: {kept}; {', '.join(f'{name} {count:g}' for name, count in epochs.items()) or 'no'} epochs"
+    tried = [f"{heat['arm']} {heat['epochs']:g} epochs {heat['loss']:.4f} {heat['seconds']:.0f} s" for heat in heats]
+    said = f"{arm}: {kept}; {', '.join(tried) or 'no race'}"
     return Run(data, contestant, seed, shipped, scored, seconds, said, seconds - lost)
 
 
