@@ -67,8 +67,8 @@ class Run(NamedTuple):
         accuracy: of the model that is shipped, on test.
         scored: of the weights before the refit; the same where there is no refit.
         seconds: of the whole process; NaN where they are not known.
-        said: what the run said of its choice, and the heats of the race: recipe, epochs so far, loss, seconds. A rule of
-            the race can be tried on them.
+        said: what the run said of its choice, and the heats of the race: recipe, epochs so far, loss, seconds. A rule
+            of the race can be tried on them.
         alone: the seconds without the heats of recipes that were not kept; NaN where they are not known.
     """
 
