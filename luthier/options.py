@@ -163,25 +163,19 @@ class ModelArguments:
     )
     metric: Literal["log_loss", "accuracy", "balanced_accuracy", "macro_f1"] = field(
         default="log_loss",
-        metadata={
-            "help": "What validation chooses by. log_loss: how probable the true classes are; accuracy; "
-            "balanced_accuracy: the mean recall of the classes; macro_f1: their mean F1."
-        },
+        metadata={"help": "What validation chooses by (docs/usage.md)."},
     )
     balance: Literal["auto", "none", "logit_adjusted", "weighted"] = field(
         default="auto",
         metadata={
-            "help": "How answers make up for rare classes. logit_adjusted: as if all classes were equally frequent; "
-            "weighted: the same, and images of rare classes count more in training; none; auto: logit_adjusted if "
-            "--metric is balanced_accuracy or macro_f1 (docs/usage.md)."
+            "help": "How answers make up for rare classes; auto: they do if --metric asks for it (docs/usage.md)."
         },
     )
     keep: Literal["best", "trained"] = field(
         default="best",
         metadata={
-            "help": "The weights of the result. best: the trained weights, the probe's, or (recipes that start from "
-            "a probe) a mean, whichever is best on validation; trained: the trained weights, to compare ways of "
-            "training."
+            "help": "The weights of the result. best: the best on validation; trained: the trained ones, to compare "
+            "ways of training."
         },
     )
     milliseconds: float = field(
@@ -195,8 +189,7 @@ class ModelArguments:
     refit: Literal["auto", "none"] = field(
         default="auto",
         metadata={
-            "help": "auto: when the score has been taken, train the shipped model again on all images but a test "
-            "split of the data's own, if that takes at most as long again as the run has taken; none: ship the "
-            "weights that were scored."
+            "help": "auto: train the shipped model again on all images but the data's own test split, if that is "
+            "quick; none: do not."
         },
     )

@@ -113,7 +113,9 @@ def test_test_images_of_the_users_own_are_not_learned_from(timm_checkpoint, tmp_
 def test_time_limit_leaves_the_probe(timm_checkpoint, tmp_path, capsys):
     draw_folder(tmp_path / "images", per_class=10)
     metrics = run(tmp_path, timm_checkpoint, "--time_limit", "0.001")
-    assert metrics["race"] == {"heats": [], "ended": "the time limit"}
+    assert metrics["race"]["heats"] == [] and metrics["race"]["ended"] == "the time limit"
+    probe = metrics["baselines"]["linear_probe"]["validation"]
+    assert metrics["race"]["probe"]["accuracy"] == probe["accuracy"]
     assert metrics["recipe"]["kept"] == "the probe" and not metrics["refit"]["done"]
     assert "refit    not done: the time limit" in capsys.readouterr().out
 
