@@ -4,6 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
+Metric = Literal["log_loss", "accuracy", "balanced_accuracy", "macro_f1"]
+BalanceOption = Literal["auto", "none", "logit_adjusted", "weighted"]
+
 # What a config says of its data, and what is replaced with it when the command line names other data.
 DATA_KEYS = (
     "data_dir", "dataset_name", "dataset_config_name", "labels", "image_column", "label_column", "split_column",
@@ -161,11 +164,11 @@ class ModelArguments:
             "(docs/usage.md)."
         },
     )
-    metric: Literal["log_loss", "accuracy", "balanced_accuracy", "macro_f1"] = field(
+    metric: Metric = field(
         default="log_loss",
         metadata={"help": "What validation chooses by (docs/usage.md)."},
     )
-    balance: Literal["auto", "none", "logit_adjusted", "weighted"] = field(
+    balance: BalanceOption = field(
         default="auto",
         metadata={
             "help": "How answers make up for rare classes; auto: they do if --metric asks for it (docs/usage.md)."

@@ -1,6 +1,6 @@
 """What validation chooses by, and how answers make up for rare classes."""
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from datasets import DatasetDict
@@ -9,13 +9,12 @@ from transformers import EvalPrediction, PreTrainedModel
 
 from luthier.errors import UserError
 from luthier.images.groups import groups_of
+from luthier.options import BalanceOption, Metric
 from luthier.scoring.metrics import Classification, Yardstick, fit_temperature, score
 from luthier.training.layers import shift_logits
 from luthier.training.trainer import concatenate_batches
 from models import linear_head
 
-Metric = Literal["log_loss", "accuracy", "balanced_accuracy", "macro_f1"]
-BalanceOption = Literal["auto", "none", "logit_adjusted", "weighted"]
 ASKS_FOR_BALANCE = ("balanced_accuracy", "macro_f1")
 ENOUGH = {"log_loss": 0.04}  # the probe's loss below which nothing else is tried; about one error in a hundred images
 ENOUGH_ERRORS = 0.01
