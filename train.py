@@ -149,14 +149,13 @@ def finish(experiment: "Experiment", result: "Result", arguments: "Arguments", s
     from luthier.scoring.refit import plan_refit, refit
 
     data_args, model_args, training_args, run_args = arguments
-    splits = experiment.splits
 
     # Refit
-    plan, refitted = plan_refit(splits, experiment.own_test, result, model_args.refit, model_args.time_limit), None
+    plan, refitted = plan_refit(experiment, result, model_args.refit, model_args.time_limit, data_args.folds), None
     console.say_refit(plan)
     if plan.pays:
         options = (experiment.view, data_args.augmentation, experiment.size)
-        refitted = refit(plan, result, splits, lambda images: join_for_training(images, *options))
+        refitted = refit(plan, result, experiment.splits, lambda images: join_for_training(images, *options))
         stopwatch.stop("refit")
 
     # Report

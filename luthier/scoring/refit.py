@@ -6,12 +6,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedModel
 
 from luthier.scoring.criterion import Balance
-from luthier.scoring.experiment import Result
+from luthier.scoring.experiment import Experiment, Result
 from luthier.scoring.race import Course
 from luthier.scoring.selection import load_candidate
 from luthier.training.arms import Arm, State
@@ -21,6 +20,8 @@ from luthier.training.trainer import model_of, train
 from models import linear_head
 
 REFIT = "refit"  # in the directory of a run: checkpoints
+TRAINED = 3  # work of training on an image, in predictions of one: forward, and backward to activations and weights
+AROUND = 2000  # predictions on a CPU that take about as long as a run's imports and its report, some 20 seconds
 
 
 class Plan(NamedTuple):
@@ -46,31 +47,41 @@ class Plan(NamedTuple):
         return not self.refusal
 
 
-def plan_refit(splits: DatasetDict, own_test: bool, result: Result, option: str, time_limit: float | None) -> Plan:
+def plan_refit(
+    experiment: Experiment, result: Result, option: str, time_limit: float | None, folds: int | None = None
+) -> Plan:
     """Return whether the kept weights are refit, and on what.
 
     Args:
-        splits: as loaded.
-        own_test: the user has set the test images apart.
+        experiment: of the run.
         result: of the run.
-        option: `none`, or `auto` to do it where it takes at most as long again as the run has taken.
+        option: `none`, or `auto` to do it where it takes at most as much work again as the run. Work is counted in
+            images and not in seconds, so that a run that is resumed decides as one that was not interrupted.
         time_limit: minutes that the whole run may take; None is no limit.
+        folds: how many the run had; None is one.
     """
-    used = tuple(str(split) for split in splits if split != "test" or not own_test)
+    splits, outcome = experiment.splits, result.outcome
+    used = tuple(str(split) for split in splits if split != "test" or not experiment.own_test)
     images, scored_on = sum(len(splits[split]) for split in used), len(result.learned_from)
-    course, outcome = result.course._replace(time_limit=time_limit), result.outcome
-    seconds = outcome.seconds_of(result.kept.arm) * images / scored_on
-    if outcome.trainer is not None:  # it ends at the best step
-        seconds *= outcome.best_step / max(1, outcome.trainer.state.global_step)
-    refusal, begun = "", (course.run_dir / REFIT).exists()  # an interrupted one goes on
-    elapsed, begun = broadcast_object_list([course.stopwatch.total() + outcome.earlier, begun])
+    share = 1.0 if outcome.trainer is None else outcome.best_step / max(1, outcome.trainer.state.global_step)
+    work = TRAINED * images * outcome.epochs_of(result.kept.arm) * share
+    seconds = outcome.seconds_of(result.kept.arm) * share * images / scored_on
+    refusal = ""
     if option == "none":
         refusal = "--refit none"
-    elif seconds > elapsed and not begun:
-        refusal = f"it would take about {seconds:.0f} s, longer than the run so far"
-    elif not course.ends_in_time(seconds):
+    elif work > AROUND + _work_of_run(splits, result) * (folds or 1):
+        refusal = f"it would be more work than the run was, and take about {seconds:.0f} s"
+    elif not result.course._replace(time_limit=time_limit).ends_in_time(seconds):
         refusal = "the time limit"
     return Plan(used, images, scored_on, seconds, refusal)
+
+
+def _work_of_run(splits: DatasetDict, result: Result) -> float:
+    """Return the work of a run, or of one of its folds, in predictions: training, evaluations, features, the score."""
+    per_epoch = TRAINED * len(result.learned_from) + len(splits.get("validation", ()))
+    arms = {heat.arm for heat in result.outcome.heats}
+    features = sum(len(dataset) for dataset in splits.values()) if result.probe.features else 0
+    return sum(result.outcome.epochs_of(arm) for arm in arms) * per_epoch + features + len(splits["test"])
 
 
 def refit(plan: Plan, result: Result, splits: DatasetDict, prepare: Callable[[list[Dataset]], Any]) -> PreTrainedModel:

@@ -229,19 +229,36 @@ def test_cross_fitted_losses_are_those_of_images_that_were_not_learned_from():
     assert cross_fitted_losses(telling, labels, folds).mean() < 0.6
 
 
-def test_refit_has_the_time_limit_of_the_whole_run(tmp_path):
-    stopwatch = SimpleNamespace(total=lambda: 100.0)
-    course = race.Course(Judge([]), None, tmp_path, tmp_path, stopwatch, time_limit=1.0)  # a fold's, in minutes
-    heats = [race.Heat("full", 10, 1.0, 0.5, 0.9, 30.0)]
-    trainer = SimpleNamespace(state=SimpleNamespace(best_global_step=5, global_step=10))
+def one_arm(tmp_path, epochs, best_step, own_test=True):
+    """Return an experiment of ten images a split, and its result: ten steps of one arm, in 30 seconds."""
+    course = race.Course(Judge([]), None, tmp_path, tmp_path, SimpleNamespace(total=lambda: 100.0), time_limit=1.0)
+    trainer = SimpleNamespace(state=SimpleNamespace(best_global_step=best_step, global_step=10))
     result = SimpleNamespace(
-        course=course, outcome=race.Outcome(trainer=trainer, heats=heats), kept=SimpleNamespace(arm="full"),
-        learned_from=["digest"] * 10,
+        course=course,
+        outcome=race.Outcome(trainer=trainer, heats=[race.Heat("full", 10, epochs, 0.5, 0.9, 30.0)]),
+        kept=SimpleNamespace(arm="full"), learned_from=["digest"] * 10, probe=SimpleNamespace(features=None),
     )  # fmt: skip
-    splits = {"train": range(10), "validation": range(10)}
-    assert plan_refit(splits, True, result, "auto", time_limit=1.0).refusal == "the time limit"
-    plan = plan_refit(splits, True, result, "auto", time_limit=3.0)
+    splits = {"train": range(10), "validation": range(10), "test": range(10)}
+    return SimpleNamespace(splits=splits, own_test=own_test), result
+
+
+def test_refit_has_the_time_limit_of_the_whole_run(tmp_path):
+    run = one_arm(tmp_path, epochs=1.0, best_step=5)  # its course has the limit of a fold, in minutes
+    assert plan_refit(*run, "auto", time_limit=1.0).refusal == "the time limit"
+    plan = plan_refit(*run, "auto", time_limit=3.0)
     assert plan.pays and plan.seconds == 30.0, "half of the steps on twice the images"
+
+
+def test_refit_is_at_most_as_much_work_as_the_run(tmp_path, monkeypatch):
+    """An epoch of ten images is 30 predictions; the run adds 10 of validation an epoch, and 10 of test."""
+    assert plan_refit(*one_arm(tmp_path, epochs=1.0, best_step=10), "auto", None).pays, "it is over in no time"
+    monkeypatch.setattr("luthier.scoring.refit.AROUND", 0)
+    assert plan_refit(*one_arm(tmp_path, epochs=1.0, best_step=8), "auto", None).pays, "48 of 50"
+    late = one_arm(tmp_path, epochs=1.0, best_step=10)
+    assert "more work than the run" in plan_refit(*late, "auto", None).refusal, "60 of 50"
+    assert plan_refit(*late, "auto", None, folds=2).pays
+    assert not plan_refit(*one_arm(tmp_path, epochs=1.0, best_step=8, own_test=False), "auto", None).pays, "72 of 50"
+    assert plan_refit(*one_arm(tmp_path, epochs=1.0, best_step=8), "none", None).refusal == "--refit none"
 
 
 def test_refit_is_done_unless_it_is_refused():
