@@ -1,6 +1,8 @@
 """How a dataset is divided into train, validation and test."""
 
+import hashlib
 from collections import defaultdict
+from collections.abc import Iterable
 
 import numpy as np
 from datasets import DatasetDict
@@ -23,9 +25,9 @@ def cut_missing_splits(
     """Return train, validation and test; those that are missing are cut from train.
 
     Args:
-        splits: have the column `label`.
+        splits: have the columns `label` and `digest`.
         groups: int [N], for the rows of train: images of one group stay on one side.
-        split_seed: decides the cut.
+        split_seed: decides the cut, together with the images' content.
         validation_fraction, test_fraction: share of each class to cut; see `validation_share` for None.
         fold: (i, k): test is the i-th of k parts, from 1 on, instead of `test_fraction`.
 
@@ -57,7 +59,8 @@ def cut_missing_splits(
             )
         cut["test"], rows = np.flatnonzero(tested), np.flatnonzero(~tested)
         del fractions["test"]
-    rest = stratified_cut(labels[rows], names, fractions, split_seed, groups[rows])
+    digests = np.array(splits["train"]["digest"][:])
+    rest = stratified_cut(labels[rows], names, fractions, split_seed, groups[rows], digests[rows])
     cut |= {split: rows[part] for split, part in rest.items()}
     _report_missing(labels, groups, names, cut, fold)
     complete = {**splits, **{split: splits["train"].select(part) for split, part in cut.items()}}
@@ -139,45 +142,66 @@ def _members(groups: np.ndarray) -> dict[int, list[int]]:
     return members
 
 
+def draw_order(names: Iterable[object], seed: int) -> np.ndarray:
+    """Return a random number for each name, uint64 [N]; it depends on the name and the seed, and on nothing else.
+
+    An order by these numbers is random, and stays what it is when names are added or removed.
+    """
+    hashes = [hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest() for name in names]
+    return np.frombuffer(b"".join(hashes), dtype="<u8")
+
+
 def stratified_cut(
-    labels: np.ndarray, names: list[str], fractions: dict[str, float], seed: int, groups: np.ndarray | None = None
+    labels: np.ndarray,
+    names: list[str],
+    fractions: dict[str, float],
+    seed: int,
+    groups: np.ndarray | None = None,
+    digests: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """Divide row numbers into "train" and the splits of `fractions`, each class by itself, each group as a whole.
+
+    Images that are added later change the split of few others: test takes those that come first in a random order of
+    the digests, validation those that come last.
 
     Args:
         labels: int [N], the class of each row.
         names: the classes' names, for the error.
-        fractions: share of each class to cut, by split; at least one image of each class is cut. A class with too
-            few images or groups is not in validation, if there is another split, and with one not in test either.
-        seed: decides the shuffle.
-        groups: int [N]; rows of the same number go to the same split. A group that is larger than what a split still
-            lacks goes to the next one, and at last to train. Without it every row is a group of its own.
+        fractions: share of each class to cut, for "validation", "test" or both; at least one image of each class is
+            cut. A class with too few images or groups is not in validation, if there is a test split, and with one
+            not in test either.
+        seed: decides the order.
+        groups: int [N]; rows of the same number go to the same split. A group that is larger than what test still
+            lacks may go to validation, and at last to train. Without it every row is a group of its own.
+        digests: str [N], what the order depends on; without it the row numbers.
 
     Returns the sorted row numbers of each split.
 
     Raises:
         UserError: a class has no image that could be in train.
     """
-    generator = np.random.default_rng(seed)
+    order = np.argsort(draw_order(range(len(labels)) if digests is None else digests, seed), kind="stable")
     groups = np.arange(len(labels)) if groups is None else groups
     members = _members(groups)
     split_of = dict.fromkeys(groups[_holds_class(labels, groups)].tolist(), "train")  # by group
     for index in range(len(names)):
-        rows = generator.permutation(np.flatnonzero(labels == index))
+        rows = order[labels[order] == index]
         lacking = {split: max(1, round(fraction * len(rows))) for split, fraction in fractions.items()}
         for split in sorted(fractions, reverse=True):  # validation first: test is what the score is of
             if sum(lacking.values()) >= len(rows):
                 del lacking[split]
-        wanted = sorted(lacking)
         size = {group: sum(labels[row] == index for row in members[group]) for group in dict.fromkeys(groups[rows])}
-        for group, split in split_of.items():  # a group that has images of an earlier class too
-            if group in size and split in lacking:
-                lacking[split] -= size[group]
-        for group in (group for group in size if group not in split_of):
-            split = next((split for split in lacking if lacking[split] >= size[group]), "train")
-            split_of[group] = split
-            if split in lacking:
-                lacking[split] -= size[group]
+        wanted = sorted(lacking)
+        for group in size:  # one that has images of an earlier class too
+            if split_of.get(group) in lacking:
+                lacking[split_of[group]] -= size[group]
+        for split in wanted:
+            for group in size if split == "test" else reversed(size):
+                if group not in split_of and size[group] <= lacking[split]:
+                    split_of[group] = split
+                    lacking[split] -= size[group]
+        for group in size:
+            split_of.setdefault(group, "train")
         _fill_empty(size, split_of, wanted)
     parts: dict[str, list[int]] = {split: [] for split in (*fractions, "train")}
     for group, split in split_of.items():

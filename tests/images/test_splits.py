@@ -4,13 +4,20 @@ import itertools
 
 import numpy as np
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, Features
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from luthier.errors import UserError
 from luthier.images.splits import cut_missing_splits, stratified_cut, stratified_folds
 
 NAMES = ["a", "b", "c"]
 FRACTIONS = {"validation": 0.1, "test": 0.2}
+
+
+def labelled(labels, names):
+    """Return images with these labels, and another digest each."""
+    digests = [f"{row:064x}" for row in range(len(labels))]
+    features = Features({"label": ClassLabel(names=names), "digest": Value("string")})
+    return Dataset.from_dict({"label": labels, "digest": digests}, features)
 
 
 def random_groups(n: int, seed: int = 0) -> np.ndarray:
@@ -34,6 +41,20 @@ def test_without_groups_every_class_is_split_exactly():
     assert {split: len(rows) for split, rows in cut.items()} == {"validation": 30, "test": 60, "train": 210}
     repeated = stratified_cut(np.arange(300) % 3, NAMES, FRACTIONS, seed=1)
     assert all(np.array_equal(cut[split], repeated[split]) for split in cut)
+
+
+def test_images_that_are_added_change_the_split_of_few_others():
+    digests = np.array([f"{row:064x}" for row in np.random.default_rng(0).permutation(660)])
+    labels, everyone = np.arange(660) % 3, np.arange(660)
+    before = stratified_cut(labels[:600], NAMES, FRACTIONS, 1, digests=digests[:600])
+    after = stratified_cut(labels, NAMES, FRACTIONS, 1, digests=digests)
+    changed = sum(len(np.setdiff1d(before[split], after[split])) for split in before)
+    assert changed <= 12, "of 600: a tenth more images take the place of some at the edges of test and validation"
+    mixed = np.random.default_rng(1).permutation(everyone)
+    again = stratified_cut(labels[mixed], NAMES, FRACTIONS, 1, digests=digests[mixed])
+    assert all({*mixed[again[split]]} == {*after[split]} for split in after), "the order of the files tells nothing"
+    other = stratified_cut(labels, NAMES, FRACTIONS, 2, digests=digests)
+    assert len(np.intersect1d(after["test"], other["test"])) < 60, "of 132; another seed is another cut"
 
 
 def test_large_group_goes_to_train():
@@ -61,7 +82,7 @@ def test_class_of_copies_of_one_image_is_in_train_alone():
 )
 def test_rare_class_is_in_train_then_test_then_validation(images, splits, capsys):
     labels = np.array([0] * 20 + [1] * images)
-    train = Dataset.from_dict({"label": labels}, Features({"label": ClassLabel(names=["many", "few"])}))
+    train = labelled(labels, ["many", "few"])
     for seed in range(5):
         complete = cut_missing_splits(DatasetDict(train=train), np.arange(len(labels)), seed, 0.2, 0.2)
         assert {split for split, dataset in complete.items() if 1 in dataset["label"][:]} == splits
@@ -74,7 +95,7 @@ def test_group_that_holds_a_class_goes_to_train_as_a_whole(seed):
     labels, groups = np.array([0] * 12 + [1]), np.array([*range(11), 11, 11])
     cut = stratified_cut(labels, ["a", "b"], FRACTIONS, seed, groups)
     assert {11, 12} <= {*cut["train"].tolist()}
-    train = Dataset.from_dict({"label": labels}, Features({"label": ClassLabel(names=["a", "b"])}))
+    train = labelled(labels, ["a", "b"])
     train = train.add_column("group", groups)
     for i in (1, 2, 3):
         complete = cut_missing_splits(DatasetDict(train=train), groups, seed, 0.2, 0.2, (i, 3))
@@ -84,14 +105,14 @@ def test_group_that_holds_a_class_goes_to_train_as_a_whole(seed):
 
 def test_more_folds_than_groups_are_refused():
     labels, groups = np.tile([0, 1], 8), np.repeat(np.arange(4), 4)
-    train = Dataset.from_dict({"label": labels}, Features({"label": ClassLabel(names=["a", "b"])}))
+    train = labelled(labels, ["a", "b"])
     with pytest.raises(UserError, match="fold 5 of 5 would be empty: the images form 4 groups"):
         cut_missing_splits(DatasetDict(train=train), groups, 1, 0.2, 0.2, (5, 5))
 
 
 def test_class_of_one_group_is_in_train_in_every_fold():
     labels = np.array([0] * 20 + [1] * 2)
-    train = Dataset.from_dict({"label": labels}, Features({"label": ClassLabel(names=["many", "few"])}))
+    train = labelled(labels, ["many", "few"])
     groups = np.array([*range(20), 20, 20])
     cuts = [cut_missing_splits(DatasetDict(train=train), groups, 1, 0.2, 0.2, (i, 3)) for i in (1, 2, 3)]
     assert all(complete["train"]["label"][:].count(1) == 2 for complete in cuts)
@@ -120,9 +141,8 @@ def test_folds_are_even_for_every_class_size(n, k):
         assert counts.sum() == n and counts.max() - counts.min() <= 1
 
 
-def dataset(n: int) -> DatasetDict:
-    features = Features({"label": ClassLabel(names=NAMES)})
-    return DatasetDict(train=Dataset.from_dict({"label": [row % 3 for row in range(n)]}, features=features))
+def dataset(n):
+    return DatasetDict(train=labelled([row % 3 for row in range(n)], NAMES))
 
 
 def test_folds_are_disjoint_and_cover_everything():
