@@ -16,7 +16,7 @@ from PIL import Image as PILImage
 from torch.utils.data import default_collate
 from transformers import BaseImageProcessor
 
-from luthier.cache import cache_key, library_versions
+from luthier.cache import cache_key, library_versions, make_rows
 from luthier.errors import UserError
 from luthier.images.columns import label_and_image, load_named
 from luthier.images.decode import decode_rgb, read_bytes, reason
@@ -27,15 +27,15 @@ from luthier.images.inspection import (
     inspect,
     leave_out_unreadable,
     listing,
-    remove_from_cache,
 )
 from luthier.images.metadata import Columns, load_directory
 from luthier.images.openmoji import ATTRIBUTION, load_openmoji
 from luthier.images.splits import cut_missing_splits
 from luthier.images.views import EvaluationView, random_crop_transform, training_transform
-from luthier.terminal import Tenths, plural
+from luthier.terminal import plural, say
+from luthier.training.features import ImageRows
 
-PREPARATION = 4  # part of the cache's key: raise it when what is stored changes
+PREPARATION = 5  # part of the cache's key: raise it when what is stored changes
 STORED_SIDE = 2  # shorter side of a stored training image, in sides of the view
 BUILT_IN = "openmoji"
 
@@ -181,43 +181,39 @@ def prepare(splits: DatasetDict, view: EvaluationView) -> DatasetDict:
     """
     key = _view_key(view)
     shorter_side = STORED_SIDE * max(view.size)
-    prepared, errors = DatasetDict(), []
+    prepared, errors, reused = DatasetDict(), [], 0
     for split, dataset in splits.items():
-        column, feature = ("image", Image(decode=False)) if split == "train" else ("view", Value("binary"))
-        store = functools.partial(store_training_image, shorter_side=shorter_side)
-        dataset = dataset.select_columns(["image", "label", "digest", "name"])
-        progress = Tenths("prepare", len(dataset), f"images of {split}", quiet_seconds=10)
-        result = dataset.map(
-            functools.partial(
-                prepare_batch, store=store if split == "train" else view_packer(view), column=column, progress=progress
-            ),
-            batched=True,
-            with_indices=True,
-            # A few photographs at a time in memory, however many there are.
-            batch_size=32,
-            writer_batch_size=32,
-            remove_columns=["image", "name"],
-            features=Features(
-                {column: feature, "label": dataset.features["label"]}
-                | {"digest": Value("string"), "error": Value("string")}
-            ),
-            new_fingerprint=cache_key(dataset._fingerprint, split, key),
-            desc=f"Preparing {split}",
+        if split == "train":
+            column, feature = "image", Image(decode=False)
+            store: Callable = functools.partial(store_training_image, shorter_side=shorter_side)
+        else:
+            column, feature, store = "view", Value("binary"), view_packer(view)
+        result, of_earlier_runs = make_rows(
+            dataset.select_columns(["image", "label", "digest", "name"]),
+            dataset["digest"][:],
+            "prepared",
+            cache_key(column, key),
+            functools.partial(prepare_batch, store=store, column=column),
+            Features({column: feature} | dict.fromkeys(("digest", "error"), Value("string"))),
+            lasts=lambda made: not any(made["error"][:]),
+            topic="prepare",
+            unit=f"images of {split}",
+            beside=["label"],
         )
-        failed = [f"{split}: {error}" for error in result["error"][:] if error]
-        if failed:
-            errors += failed
-            remove_from_cache(result)
+        reused += of_earlier_runs
+        errors += [f"{split}: {error}" for error in result["error"][:] if error]
         prepared[split] = result.remove_columns("error")
     if errors:
         raise UserError(f"images that could be read before cannot be read now: {len(errors)}{listing(errors)}")
+    if reused:
+        say("reuse", f"{reused:,} of {sum(map(len, splits.values())):,} images as they were stored before")
     if "train" in prepared:
         prepared["train"] = prepared["train"].cast_column("image", Image())
     return prepared
 
 
-def prepare_batch(batch: dict, indices: list[int], store: Callable, column: str, progress: Tenths) -> dict:
-    """Prepare a batch for `Dataset.map`; see `prepare`. An image that cannot be read leaves its reason in `error`."""
+def prepare_batch(batch: dict, indices: list[int], store: Callable, column: str) -> dict:
+    """Prepare a batch for `make_rows`; see `prepare`. An image that cannot be read leaves its reason in `error`."""
 
     # Threads are enough, because Pillow releases the interpreter while it decodes, resizes and encodes.
     def prepare_one(source: dict, name: str) -> tuple:
@@ -228,8 +224,7 @@ def prepare_batch(batch: dict, indices: list[int], store: Callable, column: str,
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         stored, errors = zip(*pool.map(prepare_one, batch["image"], batch["name"]), strict=True)
-    progress.reach(indices[-1] + 1)
-    return {column: list(stored), "label": batch["label"], "digest": batch["digest"], "error": list(errors)}
+    return {column: list(stored), "digest": batch["digest"], "error": list(errors)}
 
 
 def store_training_image(data: bytes, shorter_side: int) -> dict:
@@ -331,15 +326,13 @@ def evaluation_rows(dataset: Dataset, view: EvaluationView, columns: Sequence[st
     )
 
 
-def feature_rows(splits: DatasetDict, view: EvaluationView) -> dict[str, tuple[Dataset, str]]:
-    """Return for each prepared split its `evaluation_rows`, and a cache key of all that they depend on.
-
-    These are the images and their order, the view, and how they are stored.
-    """
+def feature_rows(splits: DatasetDict, view: EvaluationView) -> dict[str, ImageRows]:
+    """Return the `evaluation_rows` of each prepared split, and what they depend on: images, view, how it is stored."""
     return {
-        split: (
+        split: ImageRows(
             evaluation_rows(dataset, view),
-            cache_key(_view_key(view), "view" in dataset.column_names, dataset["digest"][:]),
+            cache_key(_view_key(view), "view" in dataset.column_names),
+            dataset["digest"][:],
         )
         for split, dataset in splits.items()
     }

@@ -72,7 +72,7 @@ def load(folder: str) -> tuple[DatasetDict, dict[str, torch.Tensor]]:
         view = EvaluationView(image_processor)
         rows = feature_rows(prepare(splits, view), view)
         trainer, head = build_predictor(model, training_args, collate), linear_head(model)
-        return splits, {split: load_features(trainer, head, *rows[split]) for split in splits}
+        return splits, {split: load_features(trainer, head, rows[split]) for split in splits}
 
 
 def draw_rows(labels: np.ndarray, ratio: int, seed: int) -> np.ndarray:

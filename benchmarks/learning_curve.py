@@ -41,7 +41,7 @@ def main() -> None:
         view = EvaluationView(image_processor)
         rows = feature_rows(prepare(splits, view), view)
         trainer, head = build_predictor(model, training_args, collate), linear_head(model)
-        features = {split: load_features(trainer, head, *rows[split]) for split in USED}
+        features = {split: load_features(trainer, head, rows[split]) for split in USED}
         probe, _ = fit_shared_probes(trainer, features, {split: splits[split]["label"][:] for split in USED})
     labels, groups = (np.concatenate([splits[split][column][:] for split in USED]) for column in ("label", "group"))
     pool = torch.cat([features[split] for split in USED])

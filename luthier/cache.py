@@ -1,17 +1,29 @@
-"""Costly results, kept on disk in the cache directory of `datasets` under a key of all that they depend on."""
+"""Costly results, kept on disk in the cache directory of `datasets`: of each image by itself, or of all together.
+
+What is kept of each image is in files of many, so that a run that has more images than an earlier one makes only what
+is new. A file is written whole or not at all, and never changed.
+"""
 
 import hashlib
 import importlib.metadata
 import logging
 import tempfile
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import datasets
+import numpy as np
 import torch
+from datasets import Dataset, Features, Value, concatenate_datasets
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from luthier.terminal import Tenths
+
 logger = logging.getLogger(__name__)
+
+KEY = "key"  # the column, or tensor, that tells what a row is made of
 
 
 def cache_key(*parts: object) -> str:
@@ -29,31 +41,175 @@ def library_versions(*packages: str) -> str:
     return " ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
 
 
+# --- all together
+
+
 def read_cached(kind: str, key: str) -> torch.Tensor | None:
     """Return the tensor that was kept under a key; None where there is none, or the file is damaged."""
-    try:
-        return load_file(_path(kind, key))["tensor"]
-    except (OSError, SafetensorError, KeyError):
-        return None
+    return _read_tensors(_folder(kind, f"{key}.safetensors")).get("tensor")
 
 
 def write_cached(kind: str, key: str, tensor: torch.Tensor) -> None:
-    """Keep a tensor under a key, whole or not at all.
+    """Keep a tensor under a key.
 
     Args:
-        kind: what it is, such as `features`; it names the folder.
+        kind: what it is, such as `near_duplicates`; it names the folder.
         key: of `cache_key`.
         tensor: of any shape; where there is no space or no right to write, it is computed again next time.
     """
-    path = _path(kind, key)
+    _write_tensors(_folder(kind, f"{key}.safetensors"), {"tensor": tensor})
+
+
+# --- of each image
+
+
+def read_rows(kind: str, key: str, digests: Collection[str]) -> tuple[list[torch.Tensor], dict[str, int]]:
+    """Return the rows that are kept of some images, in blocks, and where in all blocks together the row of each is.
+
+    Args:
+        kind, key: as `write_rows` was given them.
+        digests: SHA-256 of each image, in hexadecimal; those that are not in the answer are not kept.
+    """
+    wanted, blocks = set(digests), []
+    place_of: dict[str, int] = {}
+    for file in sorted(_folder(kind, key).glob("*.safetensors")):
+        kept = _read_tensors(file)
+        if {KEY, "tensor"} - set(kept):
+            continue
+        names = [bytes(name).hex() for name in kept[KEY].numpy()]
+        rows = [row for row, name in enumerate(names) if name in wanted and name not in place_of]
+        place_of |= {names[row]: len(place_of) + number for number, row in enumerate(rows)}
+        blocks.append(kept["tensor"][rows])
+    return blocks, place_of
+
+
+def write_rows(kind: str, key: str, digests: Sequence[str], rows: torch.Tensor) -> None:
+    """Keep a row of a tensor for each image.
+
+    Args:
+        kind: what it is, such as `features`; it names the folder.
+        key: of all that a row depends on besides its image.
+        digests: SHA-256 of each image [N], in hexadecimal.
+        rows: [N, ...]; where there is no space or no right to write, they are computed again next time.
+    """
+    names = np.frombuffer(bytes.fromhex("".join(digests)), dtype=np.uint8).reshape(len(digests), -1)
+    path = _folder(kind, key, f"{cache_key(*digests)}.safetensors")
+    _write_tensors(path, {KEY: torch.from_numpy(names.copy()), "tensor": rows})
+
+
+def make_rows(
+    dataset: Dataset,
+    keys: Sequence[str],
+    kind: str,
+    key: str,
+    make: Callable[[dict, list[int]], dict],
+    features: Features,
+    lasts: Callable[[Dataset], bool],
+    topic: str,
+    unit: str,
+    beside: Sequence[str] = (),
+) -> tuple[Dataset, int]:
+    """Return what a function makes of each row of a dataset, and how many rows were made by an earlier run.
+
+    What was made stays in the files that it is in. The answer has an index of its rows, unless all of them are new.
+
+    Args:
+        dataset: N rows; those that are new are mapped 32 at a time, so that few photographs are in memory.
+        keys: what each row is, such as the digest of its image [N].
+        kind: what is made; it names the folder.
+        key: of all that the function depends on.
+        make: as `Dataset.map` takes it, for batches with indices among the new rows.
+        features: of what it makes.
+        lasts: tells of the new rows whether they may be kept.
+        topic, unit: of the lines of progress, see `terminal.Tenths`.
+        beside: columns of small values that the answer has too, as they are in the dataset.
+    """
+    keys, folder = _number(keys), _folder(kind, key)
+    parts, place_of = _open_parts(folder, set(keys))
+    new = [row for row, name in enumerate(keys) if name not in place_of]
+    if new:
+        names, progress = [keys[row] for row in new], Tenths(topic, len(new), unit, quiet_seconds=10)
+        place_of |= {name: sum(map(len, parts)) + row for row, name in enumerate(names)}
+
+        def make_batch(batch: dict, indices: list[int]) -> dict:
+            made = make(batch, indices) | {KEY: [names[index] for index in indices]}
+            progress.reach(indices[-1] + 1)
+            return made
+
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{cache_key(*names)}.arrow"
+        part = (dataset if len(new) == len(dataset) else dataset.select(new)).map(
+            make_batch, batched=True, with_indices=True, batch_size=32, writer_batch_size=32,
+            remove_columns=dataset.column_names, features=Features(features | {KEY: Value("string")}),
+            cache_file_name=str(path), load_from_cache_file=False, new_fingerprint=cache_key(key, *names),
+            desc=f"{topic}: {unit}",
+        )  # fmt: skip
+        if not lasts(part):  # the file stays readable for this process, not for the next one
+            path.unlink(missing_ok=True)
+        parts.append(part)
+    made, places = concatenate_datasets(parts).remove_columns(KEY), [place_of[name] for name in keys]
+    for column in beside:
+        made = made.add_column(column, _put(dataset[column][:], places, len(made)), feature=dataset.features[column])
+    return (made if places == list(range(len(made))) else made.select(places)), len(keys) - len(new)
+
+
+def _put(values: list, places: list[int], length: int) -> list:
+    """Return a list that has each value at its place; what it has elsewhere is of no use."""
+    ordered = values[:1] * length
+    for place, value in zip(places, values, strict=True):
+        ordered[place] = value
+    return ordered
+
+
+def _open_parts(folder: Path, wanted: Collection[str]) -> tuple[list[Dataset], dict[str, int]]:
+    """Return the files of a folder that hold some of the rows, and where in all of them together each row is."""
+    parts: list[Dataset] = []
+    place_of: dict[str, int] = {}
+    for path in sorted(folder.glob("*.arrow")):
+        try:
+            part = Dataset.from_file(str(path))
+            names = part[KEY][:]
+        except (OSError, KeyError, ValueError) as error:
+            logger.warning(f"{path} is left out, because it is damaged: {error}")
+            continue
+        begin = sum(map(len, parts))
+        found = {name: begin + row for row, name in enumerate(names) if name in wanted and name not in place_of}
+        if found:
+            parts.append(part)
+            place_of |= found
+    return parts, place_of
+
+
+def _number(keys: Sequence[str]) -> list[str]:
+    """Return the keys with a number after the second, third, ... of the same: each row has a place of its own."""
+    seen: Counter[str] = Counter()
+    numbered = []
+    for name in keys:
+        numbered.append(f"{name} {seen[name]}" if seen[name] else name)
+        seen[name] += 1
+    return numbered
+
+
+# --- files
+
+
+def _folder(*parts: str) -> Path:
+    kind, *rest = parts
+    return Path(datasets.config.HF_DATASETS_CACHE, f"luthier_{kind}", *rest)
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError):
+        return {}
+
+
+def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            save_file({"tensor": tensor.contiguous()}, Path(folder, path.name))
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, Path(folder, path.name))
             Path(folder, path.name).replace(path)
     except (OSError, SafetensorError) as error:
-        logger.warning(f"The {kind} are not cached for the next run: {error}")
-
-
-def _path(kind: str, key: str) -> Path:
-    return Path(datasets.config.HF_DATASETS_CACHE, f"luthier_{kind}", f"{key}.safetensors")
+        logger.warning(f"{path.parent.name} is not kept for the next run: {error}")

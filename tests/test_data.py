@@ -3,8 +3,10 @@
 import hashlib
 import io
 import shutil
+from collections import Counter
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -250,16 +252,72 @@ def test_split_with_only_unreadable_images_is_reported(tmp_path):
         load(data_dir=str(tmp_path / "p"))
 
 
-def test_read_error_is_not_cached(images, monkeypatch, view):
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    """The cache is empty at the beginning of the test; otherwise it has the images of other tests."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def test_read_error_is_not_cached(images, monkeypatch, view, empty_cache):
     def fail(*arguments):
         raise OSError(5, "the disk is away")
 
     for module, message in ((inspection, "cannot be opened: the disk is away"), (data, "cannot be read now")):
-        monkeypatch.setattr(module, "decode_rgb", fail)
-        with pytest.raises(UserError, match=message):
+        with monkeypatch.context() as patch, pytest.raises(UserError, match=message):
+            patch.setattr(module, "decode_rgb", fail)
             prepare(load(data_dir=str(images)), view)
-        monkeypatch.undo()
     assert len(prepare(load(data_dir=str(images)), view)["train"]) == 15
+
+
+def test_images_of_an_earlier_run_are_reused(images, monkeypatch, view, empty_cache, capsys):
+    """Adding images, a class and copies, and renaming a file, prepares only what is new."""
+    made = Counter()
+
+    def watch(kind, function):
+        return lambda *arguments, **rest: made.update([kind]) or function(*arguments, **rest)
+
+    def counts():
+        numbers = dict(made)
+        made.clear()
+        return numbers
+
+    def both():
+        splits = load(data_dir=str(images), test_fraction=0.2, validation_fraction=0.2)
+        return splits, prepare(splits, view)
+
+    monkeypatch.setattr(inspection, "decode_rgb", watch("inspect", inspection.decode_rgb))
+    monkeypatch.setattr(data, "store_training_image", watch("train", data.store_training_image))
+    packer = data.view_packer
+    monkeypatch.setattr(data, "view_packer", lambda view: watch("other", packer(view)))
+    before, _ = both()
+    total = sum(map(len, before.values()))
+    assert counts() == {"inspect": total, "train": len(before["train"]), "other": total - len(before["train"])}
+    both()
+    assert counts() == {}
+    assert f"reuse    {total} of {total} images as they were stored before" in capsys.readouterr().out
+
+    (images / "violet").mkdir()
+    for seed in range(6):
+        draw("red", 5000 + seed).save(images / f"violet/{seed}.png")
+    first = next((images / "red").iterdir())
+    shutil.copy(first, images / "red/copy.png")
+    first.rename(images / "red/renamed.png")
+    after, prepared = both()
+    numbers = counts()
+    moved = sum(
+        (image in before["train"]["digest"][:]) != (split == "train")
+        for split in after for image in after[split]["digest"][:]
+    )  # fmt: skip
+    assert numbers["inspect"] == 6 + 2 and numbers["train"] + numbers["other"] <= 6 + 1 + moved
+    for split, dataset in after.items():
+        assert (
+            prepared[split]["digest"][:] == dataset["digest"][:] and prepared[split]["label"][:] == dataset["label"][:]
+        )
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", images.parent / "another")
+    fresh = prepare(after, view)
+    for split, rows in with_transforms(prepared, view, "none", "evaluation").items():
+        others = with_transforms(fresh, view, "none", "evaluation")[split]
+        assert all(torch.equal(rows[i]["pixel_values"], others[i]["pixel_values"]) for i in range(len(rows)))
 
 
 def test_large_image_is_stored_smaller_and_looks_the_same(tmp_path, view):

@@ -7,7 +7,7 @@ from datasets import ClassLabel, DatasetDict, Features, Image, Value, load_datas
 from datasets.exceptions import DatasetNotFoundError
 
 from luthier.errors import UserError
-from luthier.images.folders import SPLIT_OF_FOLDER, sort_names
+from luthier.images.folders import SPLIT_OF_FOLDER, STAMP, sort_names
 from luthier.terminal import plural
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ def label_and_image(
         raise UserError(f"no training image has the class {', '.join(map(repr, missing))}: add some, or remove it")
     label = ClassLabel(names=_rename_labels(list(index_of), label_names))
     groups = _groups_of_splits(splits, group_column, image_column) if group_column else {}
-    kept = [image_column, *([GIVEN_GROUP] if GIVEN_GROUP in features else [])]
+    kept = [image_column, *(column for column in (GIVEN_GROUP, STAMP) if column in features)]
     labelled = {
         split: splits[split]
         .select_columns(kept)

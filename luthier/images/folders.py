@@ -29,6 +29,8 @@ SPLIT_OF_FOLDER = {
     "test": "test",
 }
 
+STAMP = "stamp"  # the column that changes with a file: its path, its size in bytes, and when it was last changed
+
 Grouping = Callable[[PurePosixPath], str]  # the group of an image; an empty one is none
 
 
@@ -89,16 +91,15 @@ def load_folder(root: Path, grouping: Grouping = no_group) -> DatasetDict:
 def load_listed(files: dict[str, list[ListedImage]]) -> DatasetDict:
     """Return the listed images of each split as a dataset.
 
-    Its columns are `image` (a path, not decoded), `label` (ClassLabel, sorted and the same in all splits), `size` in
-    bytes, `mtime` in nanoseconds and, if an image has a group, `given_group`.
+    Its columns are `image` (a path, not decoded), `label` (ClassLabel, sorted and the same in all splits), `STAMP`
+    and, if an image has a group, `given_group`.
 
     Raises:
         UserError: a file cannot be read.
     """
     # Names come from all splits together, so that a class keeps its number wherever it appears.
     names = sort_names({image.label for listed in files.values() for image in listed})
-    columns = {"image": Image(decode=False), "label": ClassLabel(names=names)}
-    columns |= dict.fromkeys(("size", "mtime"), Value("int64"))
+    columns = {"image": Image(decode=False), "label": ClassLabel(names=names), STAMP: Value("string")}
     if any(image.group for listed in files.values() for image in listed):
         columns["given_group"] = Value("string")
     return DatasetDict(
@@ -107,7 +108,7 @@ def load_listed(files: dict[str, list[ListedImage]]) -> DatasetDict:
             split: Dataset.from_generator(
                 _file_rows,
                 features=Features(columns),
-                gen_kwargs={"files": _with_stat(listed), "columns": tuple(columns)},
+                gen_kwargs={"files": _with_stamps(listed), "columns": tuple(columns)},
                 split=NamedSplit(split),
             )
             for split, listed in files.items()
@@ -175,19 +176,18 @@ def _as_text(path: Path) -> str:
         raise UserError(f"the file name {os.fsencode(path)!r} is not valid UTF-8: rename the file") from None
 
 
-def _with_stat(files: list[ListedImage]) -> tuple[tuple, ...]:
+def _with_stamps(files: list[ListedImage]) -> tuple[tuple, ...]:
     rows = []
     for image in files:
         try:
             status = Path(image.path).stat()
         except OSError as error:  # a link to nowhere
             raise UserError(f"{image.path} cannot be read: {error.strerror}. Replace or remove it") from error
-        rows.append((*image, status.st_size, status.st_mtime_ns))
+        rows.append((*image, f"{Path(image.path).absolute()} {status.st_size} {status.st_mtime_ns}"))
     return tuple(rows)
 
 
 def _file_rows(files: tuple[tuple, ...], columns: tuple[str, ...]) -> Iterator[dict]:
-    for path, label, group, size, mtime in files:
-        image = {"bytes": None, "path": path}
-        row = {"image": image, "label": label, "size": size, "mtime": mtime, "given_group": group}
+    for path, label, group, stamp in files:
+        row = {"image": {"bytes": None, "path": path}, "label": label, STAMP: stamp, "given_group": group}
         yield {column: row[column] for column in columns}

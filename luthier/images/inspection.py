@@ -11,16 +11,16 @@ from typing import NamedTuple
 import torch
 from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets
 
-from luthier.cache import cache_key, library_versions, read_cached, write_cached
+from luthier.cache import cache_key, library_versions, make_rows, read_cached, write_cached
 from luthier.errors import UserError
 from luthier.escape import escape_terminal
 from luthier.images.decode import NOT_OPENED, decode_rgb, read_bytes, reason
 from luthier.images.duplicates import MAX_IMAGES, Fingerprint, fingerprint, near_duplicates
-from luthier.terminal import Tenths
+from luthier.images.folders import STAMP
 
 logger = logging.getLogger(__name__)
 
-INSPECTION = 3  # part of the cache's key: raise it when what is found changes
+INSPECTION = 4  # part of the cache's key: raise it when what is found changes
 SHORTER_SIDE = 256  # pixels at which large JPEGs are checked for damage and duplicates
 MAX_UNREADABLE = 0.05  # share of images that may be left out because they cannot be read
 MAX_LISTED = 10  # images that an error names
@@ -36,12 +36,12 @@ class UnreadableImage(NamedTuple):
 
 
 def inspect(dataset: Dataset, split: str, root: Path | None = None) -> Dataset:
-    """Decode every image once, on all cores; `datasets` caches what is found.
+    """Decode every image once, on all cores; what is found is cached, file by file.
 
     Large JPEGs are decoded at a reduced scale, which is enough to find damage and duplicates.
 
     Args:
-        dataset: has the columns `image` (not decoded) and `label`.
+        dataset: has the columns `image` (not decoded) and `label`. Files have a `folders.STAMP` too.
         split: names the images that have no name.
         root: a folder that holds the images; it is left out of their names.
 
@@ -52,26 +52,22 @@ def inspect(dataset: Dataset, split: str, root: Path | None = None) -> Dataset:
     text = ("name", "digest", "pixels", "format", "error")
     features = dict.fromkeys(text, Value("string")) | {"width": Value("int64"), "height": Value("int64")}
     features |= {"hashes": Value("binary"), "thumbnail": Value("binary")}
-    progress = Tenths("inspect", len(dataset), f"images of {split}", quiet_seconds=10)
-    inspected = dataset.map(
-        functools.partial(_inspect_batch, split=split, root=root, progress=progress),
-        batched=True,
-        with_indices=True,
-        batch_size=32,
-        writer_batch_size=32,
-        remove_columns=dataset.column_names,
-        features=Features(features),
-        new_fingerprint=cache_key(
-            dataset._fingerprint, split, root, INSPECTION, library_versions("pillow", "imagehash")
-        ),
-        desc=f"Inspecting {split}",
+    stamped = STAMP in dataset.column_names
+    inspected, _ = make_rows(
+        dataset.select_columns("image"),
+        dataset[STAMP][:] if stamped else [f"{dataset._fingerprint} {row}" for row in range(len(dataset))],
+        "inspected",
+        cache_key(split, root and root.absolute(), INSPECTION, library_versions("pillow", "imagehash")),
+        functools.partial(_inspect_batch, split=split, root=root),
+        Features(features),
+        lasts=lambda made: not any(error and error.startswith(NOT_OPENED) for error in made["error"][:]),
+        topic="inspect",
+        unit=f"images of {split}",
     )
-    if any(error and error.startswith(NOT_OPENED) for error in inspected["error"][:]):
-        remove_from_cache(inspected)
-    return concatenate_datasets([dataset, inspected], axis=1)
+    return concatenate_datasets([dataset.remove_columns(STAMP) if stamped else dataset, inspected], axis=1)
 
 
-def _inspect_batch(batch: dict, indices: list[int], split: str, root: Path | None, progress: Tenths) -> dict:
+def _inspect_batch(batch: dict, indices: list[int], split: str, root: Path | None) -> dict:
     def inspect_one(source: dict | None, index: int) -> dict:
         path = (source or {}).get("path")
         name = f"{split} row {index}" if path is None else os.path.relpath(path, root) if root else Path(path).name
@@ -90,14 +86,7 @@ def _inspect_batch(batch: dict, indices: list[int], split: str, root: Path | Non
     # Threads are enough, because Pillow releases the interpreter while it decodes, resizes and encodes.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         rows = list(pool.map(inspect_one, batch["image"], indices))
-    progress.reach(indices[-1] + 1)
     return {column: [row[column] for row in rows] for column in rows[0]}
-
-
-def remove_from_cache(dataset: Dataset) -> None:
-    """Remove a result from the cache: what failed because of the disk or the rights may work the next time."""
-    for file in dataset.cache_files:
-        Path(file["filename"]).unlink(missing_ok=True)
 
 
 def leave_out_unreadable(

@@ -186,23 +186,8 @@ def stratified_cut(
     split_of = dict.fromkeys(groups[_holds_class(labels, groups)].tolist(), "train")  # by group
     for index in range(len(names)):
         rows = order[labels[order] == index]
-        lacking = {split: max(1, round(fraction * len(rows))) for split, fraction in fractions.items()}
-        for split in sorted(fractions, reverse=True):  # validation first: test is what the score is of
-            if sum(lacking.values()) >= len(rows):
-                del lacking[split]
         size = {group: sum(labels[row] == index for row in members[group]) for group in dict.fromkeys(groups[rows])}
-        wanted = sorted(lacking)
-        for group in size:  # one that has images of an earlier class too
-            if split_of.get(group) in lacking:
-                lacking[split_of[group]] -= size[group]
-        for split in wanted:
-            for group in size if split == "test" else reversed(size):
-                if group not in split_of and size[group] <= lacking[split]:
-                    split_of[group] = split
-                    lacking[split] -= size[group]
-        for group in size:
-            split_of.setdefault(group, "train")
-        _fill_empty(size, split_of, wanted)
+        _deal(size, len(rows), fractions, split_of)
     parts: dict[str, list[int]] = {split: [] for split in (*fractions, "train")}
     for group, split in split_of.items():
         parts[split] += members[group]
@@ -214,6 +199,33 @@ def stratified_cut(
                 "with them: none is left to train on. Add some or remove the class"
             )
     return {split: np.sort(np.array(part, dtype=int)) for split, part in parts.items()}
+
+
+def _deal(size: dict[int, int], images: int, fractions: dict[str, float], split_of: dict[int, str]) -> None:
+    """Give each group of a class a split: test takes the first ones, validation the last ones.
+
+    Args:
+        size: images of the class by group, in the order that decides.
+        images: of the class.
+        fractions: see `stratified_cut`.
+        split_of: of every group that has one; the class's other groups are added.
+    """
+    lacking = {split: max(1, round(fraction * images)) for split, fraction in fractions.items()}
+    for split in sorted(fractions, reverse=True):  # validation first: test is what the score is of
+        if sum(lacking.values()) >= images:
+            del lacking[split]
+    wanted = sorted(lacking)
+    for group in size:  # one that has images of an earlier class too
+        if split_of.get(group) in lacking:
+            lacking[split_of[group]] -= size[group]
+    for split in wanted:
+        for group in size if split == "test" else reversed(size):
+            if group not in split_of and size[group] <= lacking[split]:
+                split_of[group] = split
+                lacking[split] -= size[group]
+    for group in size:
+        split_of.setdefault(group, "train")
+    _fill_empty(size, split_of, wanted)
 
 
 def _fill_empty(size: dict[int, int], split_of: dict[int, str], splits: list[str]) -> None:

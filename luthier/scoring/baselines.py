@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from luthier.scoring.grouping import measure_inflation
 from luthier.scoring.intervals import wilson_interval
 from luthier.scoring.learning_curve import probe_learning_curve
 from luthier.scoring.metrics import Yardstick, score
-from luthier.training.features import load_features
+from luthier.training.features import ImageRows, load_features
 from luthier.training.probe import LinearProbe, cross_fit, fit_shared_probes, state_with_probe
 from luthier.training.trainer import model_of
 from models import linear_head
@@ -56,7 +56,7 @@ class ProbeResults(NamedTuple):
 def measure_probe(
     trainer: Trainer,
     splits: DatasetDict,
-    rows: Mapping[str, tuple[Any, str]],
+    images: Mapping[str, ImageRows],
     criterion: Criterion = LOG_LOSS,
     with_learning_curve: bool = False,
     announce: Callable[[Mapping], None] | None = None,
@@ -66,7 +66,7 @@ def measure_probe(
     Args:
         trainer: runs the model, on its device and in its precision, over all of its processes.
         splits: as `data.load_splits` returns them.
-        rows: for each split its rows and their cache key, of `data.feature_rows`.
+        images: of each split, see `data.feature_rows`.
         criterion: what validation chooses by; the probe's strength is chosen by its loss.
         with_learning_curve: estimate the accuracy with more images.
         announce: is called with the probe's score on validation as soon as that is known.
@@ -81,14 +81,14 @@ def measure_probe(
     references = {split: dataset["label"][:] for split, dataset in splits.items()}
     known: dict[str, torch.Tensor] = {}
     for split in ("train", "validation"):
-        features = load_features(trainer, head, *rows[split])
+        features = load_features(trainer, head, images[split])
         known |= {} if features is None else {split: features}
     probe, soft = fit_shared_probes(trainer, known or None, references, criterion.class_weights)
     if announce and known:
         announce(probe_baseline(probe, known, splits, criterion)[0]["validation"])
     corrects = build_yardstick(known, splits, probe.strength, criterion, trainer.args.device) if known else None
     (yardstick,) = broadcast_object_list([corrects])
-    features = load_features(trainer, head, *rows["test"]) if "test" in rows else None  # an audit may have no test
+    features = load_features(trainer, head, images["test"]) if "test" in images else None  # an audit may have no test
     starts = {"probe": state_with_probe(model, head, probe), "soft probe": state_with_probe(model, head, soft)}
     if not trainer.is_world_process_zero():
         return ProbeResults(starts, probe.strength, yardstick)

@@ -1,44 +1,64 @@
 """Frozen features: what enters a model's head for every image, computed once and cached."""
 
 import copy
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import broadcast_object_list
+from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
-from luthier.cache import cache_key, read_cached, write_cached
+from luthier.cache import cache_key, read_rows, write_rows
 from luthier.errors import UserError
 from luthier.fusion import fuse_batchnorm
+from luthier.terminal import say
 from luthier.training.trainer import concatenate_batches, model_of
 
 
-def load_features(trainer: Trainer, head: str, rows: Any, key: str) -> torch.Tensor | None:
-    """Return what enters the head, float32 [N, D], for every row; None on all but the main process.
+class ImageRows(NamedTuple):
+    """The images of a split as a model sees them, and what their features are kept under.
+
+    Attributes:
+        rows: a dataset whose rows have `pixel_values` [3, H, W], all of one size.
+        key: of all that the `pixel_values` depend on besides the images.
+        digests: SHA-256 of each image.
+    """
+
+    rows: Dataset
+    key: str
+    digests: list[str]
+
+
+def load_features(trainer: Trainer, head: str, images: ImageRows) -> torch.Tensor | None:
+    """Return what enters the head, float32 [N, D], for every image; None on all but the main process.
+
+    Features of earlier runs are reused, image by image.
 
     Args:
         trainer: runs the model, on its device and in its precision, over all of its processes.
         head: name of the model's head, see `models.linear_head`.
-        rows: give `pixel_values` [3, H, W], all of one size.
-        key: of all that the rows depend on; the model's weights, the precision and torch's version are added to it.
-            See `data.feature_rows` for both.
+        images: of `data.feature_rows`. The model's weights, the precision and torch's version are added to their key.
 
     Raises:
         UserError: the features are not finite.
     """
-    model = model_of(trainer)
+    model, (rows, key, digests) = model_of(trainer), images
     key = cache_key(key, trainer.accelerator.mixed_precision, torch.__version__, *_backbone_weights(model, head))
-    main = trainer.is_world_process_zero()
-    features = read_cached("features", key) if main else None
-    if features is not None and len(features) != len(rows):
-        features = None
-    (cached,) = broadcast_object_list([features is not None])  # all processes compute, or none
-    if not cached:
-        features = compute_features(trainer, build_backbone(model, head, size_of(rows)), rows)
-        if features is not None:
-            write_cached("features", key, features)
-    return features
+    blocks, place_of = read_rows("features", key, digests) if trainer.is_world_process_zero() else ([], {})
+    new = [row for row, digest in enumerate(digests) if digest not in place_of]
+    (new,) = broadcast_object_list([new])  # all processes compute the same
+    if new:
+        if len(new) < len(digests):
+            say("reuse", f"features of {len(digests) - len(new):,} of {len(digests):,} images")
+        computed = compute_features(trainer, build_backbone(model, head, size_of(rows)), rows.select(new))
+        if computed is None:
+            return None
+        names = [digests[row] for row in new]
+        write_rows("features", key, names, computed)
+        place_of |= {name: len(place_of) + row for row, name in enumerate(names)}
+        blocks.append(computed)
+    return torch.cat(blocks)[[place_of[digest] for digest in digests]] if blocks else None
 
 
 def build_backbone(model: PreTrainedModel, head: str, size: tuple[int, int]) -> PreTrainedModel:
@@ -60,7 +80,9 @@ def compute_features(trainer: Trainer, backbone: PreTrainedModel, rows: Any) -> 
     Args:
         trainer: runs the backbone in the place of its own model.
         backbone: see `build_backbone`.
-        rows, the return value and the errors: see `load_features`.
+        rows: give `pixel_values` [3, H, W], all of one size.
+
+    The return value and the errors are those of `load_features`.
     """
     model = model_of(trainer)
     trainer.model = trainer.model_wrapped = backbone

@@ -72,7 +72,7 @@ def build_probe(
 ) -> tuple[LinearProbe, dict[str, torch.Tensor]]:
     """Fit the probe on train and validation as a run does; return the probe and the features."""
     rows = feature_rows(splits, view)
-    features = {split: load_features(trainer, head, *rows[split]) for split in ("train", "validation")}
+    features = {split: load_features(trainer, head, rows[split]) for split in ("train", "validation")}
     probe, _ = fit_shared_probes(trainer, features, {split: splits[split]["label"][:] for split in features})
     return probe, features
 
@@ -121,6 +121,27 @@ def test_features_are_cached_for_images_weights_and_view(timm_checkpoint, tmp_pa
     assert count_passes(str(tmp_path / "moved"), folder)[0] == 2
     draw("red", 999).save(tmp_path / "p/red/000.png")
     assert count_passes(name, folder)[0] >= 1
+
+
+def test_features_of_new_images_alone_are_computed(probe_setup, monkeypatch, capsys):
+    trainer, splits, view = probe_setup
+    head, images = linear_head(trainer.model), feature_rows(splits, view)["train"]
+    images = images._replace(key=f"{images.key} of this test")
+    computed, predict = [], trainer.predict
+    monkeypatch.setattr(trainer, "predict", lambda rows, **rest: computed.append(len(rows)) or predict(rows, **rest))
+
+    def first(n, rows):
+        return rows._replace(rows=rows.rows.select(range(n)), digests=rows.digests[:n])
+
+    some = load_features(trainer, head, first(5, images))
+    everything = load_features(trainer, head, images)
+    n = len(images.digests)
+    assert computed == [5, n - 5] and f"reuse    features of 5 of {n} images" in capsys.readouterr().out
+    backwards = images._replace(rows=images.rows.select(range(n)[::-1]), digests=images.digests[::-1])
+    assert torch.equal(load_features(trainer, head, backwards), everything.flip(0)) and len(computed) == 2
+    assert torch.equal(everything[:5], some)
+    fresh = load_features(trainer, head, images._replace(key=f"{images.key}, again"))
+    assert torch.allclose(fresh, everything, atol=1e-5) and computed[2:] == [n]
 
 
 def test_model_is_prepared_again_for_training_after_the_probe(probe_setup):
