@@ -34,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("model", help="a folder with a saved model, or a name on the Hub")
     parser.add_argument("--examples", type=Path, help="a folder of images to offer")
-    parser.add_argument("--always_answer", action="store_true", help='never say "unsure"')
+    parser.add_argument("--always_answer", action="store_true", help='never say "unsure" or "none of these"')
     parser.add_argument("--push_to_space", metavar="OWNER/NAME", help="publish the app as a Space instead")
     return parser
 
@@ -126,6 +126,8 @@ def answerer(classifier: "Classifier", load: Callable) -> Callable[[str | None],
         except Exception as error:  # Pillow raises errors of any kind on damaged data
             return f"No prediction: {reason(error)}", {}
         label, share = prediction.top[0]
+        if prediction.none:
+            return "None of these", dict(prediction.top)
         likeliest = f"{label} ({share:.0%})"
         return (f"Unsure. Most likely: {likeliest}" if prediction.unsure else likeliest), dict(prediction.top)
 

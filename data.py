@@ -165,13 +165,18 @@ def load_labelled(names: list[str], **options) -> tuple[DatasetDict, list[Unread
 # --- prepare
 
 
-def prepare(splits: DatasetDict, view: EvaluationView) -> DatasetDict:
+def prepare(splits: DatasetDict, view: EvaluationView, quiet: bool = False) -> DatasetDict:
     """Decode every image once, on all cores, and store what the run needs of it; `datasets` caches the result.
 
     A training image is stored upright, in RGB, with its shorter side at most twice the view's: a random crop of it
     still has a pixel for each that the model sees. An image that is small enough and plain RGB already keeps its
     bytes. One that had to be changed but not shrunk is stored as PNG, a shrunken one as JPEG of quality 95 without
     chroma subsampling. Of validation and test images the evaluation view itself is stored, which is exact.
+
+    Args:
+        splits: as loaded.
+        view: that evaluation uses.
+        quiet: do not say how many images were prepared before.
 
     Returns the splits with the columns `image` (train) or `view` (bytes, see `EvaluationView.pack`), `label` and
     `digest`.
@@ -205,7 +210,7 @@ def prepare(splits: DatasetDict, view: EvaluationView) -> DatasetDict:
         prepared[split] = result.remove_columns("error")
     if errors:
         raise UserError(f"images that could be read before cannot be read now: {len(errors)}{listing(errors)}")
-    if reused:
+    if reused and not quiet:
         say("reuse", f"{reused:,} of {sum(map(len, splits.values())):,} images as they were stored before")
     if "train" in prepared:
         prepared["train"] = prepared["train"].cast_column("image", Image())
@@ -304,7 +309,7 @@ def join_for_training(
     splits: Sequence[Dataset], view: EvaluationView, augmentation: str, size: tuple[int, int]
 ) -> Dataset:
     """Return the `training_rows` of several loaded splits together."""
-    joined = prepare(DatasetDict(train=concatenate_datasets(list(splits))), view)
+    joined = prepare(DatasetDict(train=concatenate_datasets(list(splits))), view, quiet=True)
     return training_rows(joined["train"], view, augmentation, size)
 
 

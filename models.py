@@ -264,7 +264,8 @@ def _load_checkpoint(model_name: str, labels: dict) -> tuple[PreTrainedModel, Ba
             f"{model_name} lacks {len(fresh - head)} of the weights its architecture needs (such as "
             f"{min(fresh - head)}): it is not a usable pretrained model. Use one made for image classification"
         )
-    model.config.__dict__.pop("class_shares", None)  # of what it learned before
+    for name in ("class_shares", "familiarity", "none_class"):  # of what it learned before
+        model.config.__dict__.pop(name, None)
     if not fresh and own != labels["id2label"]:
         # As many classes as before, but others: the old head would be a wrong start.
         for name, module in model.named_modules():

@@ -89,7 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--top_k", type=_positive, default=5, help="how many classes to show")
     parser.add_argument("--output", type=Path, help="a file to write to, instead of the terminal")
-    parser.add_argument("--always_answer", action="store_true", help='never say "unsure"')
+    parser.add_argument("--always_answer", action="store_true", help='never say "unsure" or "none of these"')
     parser.add_argument(
         "--allow_private_urls", action="store_true", help="fetch from this machine and its network too"
     )
@@ -161,7 +161,8 @@ def write_table(file: TextIO, top_k: int) -> Callable[["Prediction"], None]:
         if prediction.error:
             print(f"{name}\n  no prediction: {escape_terminal(prediction.error)}", file=file, flush=True)
             return
-        print(f"{name}: unsure" if prediction.unsure else name, file=file)
+        refusal = ": none of these" if prediction.none else ": unsure" if prediction.unsure else ""
+        print(f"{name}{refusal}", file=file)
         for label, share in prediction.top:
             short = escape_terminal(label if len(label) <= 24 else f"{label[:23]}…")
             print(f"  {short:<24}  {share:6.1%}  {'█' * round(share * BAR_WIDTH)}".rstrip(), file=file)

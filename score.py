@@ -29,7 +29,7 @@ SHOWN = (
 TRAINING_ONLY = (
     "recipe", "image_size", "resume_from_checkpoint", "push_to_hub", "learning_curve", "keep", "time_limit", "refit",
     "milliseconds", "augmentation", "test_view", "fold", "folds", "split_seed", "validation_fraction", "test_fraction",
-    "num_train_epochs", "learning_rate", "metric", "balance",
+    "num_train_epochs", "learning_rate", "metric", "balance", "none_class",
 )  # fmt: skip
 
 
@@ -76,14 +76,16 @@ def build_parser() -> "Parser":
 def score_model(arguments: "Arguments", output_dir: Path, stopwatch: Stopwatch) -> None:
     """Load the images and the model, predict, and write the results."""
     from data import collate, describe, evaluation_rows, load_labelled, prepare
+    from luthier.familiarity import load_familiarity, none_of
     from luthier.images.views import EvaluationView
     from luthier.reporting import console
     from luthier.reporting.results import collect_metrics, count_learned, write_results
     from luthier.scoring.audit import audit_images
     from luthier.scoring.baselines import majority_baseline
+    from luthier.scoring.familiarity import answer
     from luthier.scoring.metrics import TestPredictions
     from luthier.scoring.selection import score_test
-    from luthier.training.trainer import build_predictor, predict
+    from luthier.training.trainer import build_predictor
     from models import class_shares_of, labels_of, load_trained, threshold_of
 
     data_args, model_args, training_args, run_args = arguments
@@ -105,12 +107,15 @@ def score_model(arguments: "Arguments", output_dir: Path, stopwatch: Stopwatch) 
     learned = count_learned(Path(model_args.model_name), splits["test"]["digest"][:])
     if learned:
         say("careful", f"the model has learned from {learned:,} of these images: its score on them means little")
-    logits, references = predict(trainer, evaluation_rows(prepared["test"], view, ["label"]))
+    familiarity = load_familiarity(model, model_args.model_name)
+    answers = answer(trainer, evaluation_rows(prepared["test"], view, ["label"]), splits, familiarity)
     stopwatch.stop("evaluate")
     if trainer.is_world_process_zero():
-        test = TestPredictions(splits, logits, references, class_shares_of(model))
+        test = TestPredictions(splits, *answers[:2], class_shares_of(model), answers.sureness, none_of(model))
+        majority = majority_baseline(data, getattr(model.config, "none_class", None))
+        threshold = familiarity.unsure_below if familiarity else threshold_of(model)
         metrics = collect_metrics(
-            scores=score_test(test, threshold_of(model)), majority=majority_baseline(data),
+            scores=score_test(test, threshold), majority=majority,
             class_shares=test.class_shares, data=data, recipe={**setup, "recipe": "nothing trained"},
             findings=findings, command=run_args.command, settings=run_args.settings,
         )  # fmt: skip

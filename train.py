@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 from luthier.errors import exit_on_user_error
 from luthier.terminal import Stopwatch, say
 
-# Slow imports are inside the functions, so that wrong arguments are reported first.
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # slow imports are inside the functions, so that wrong arguments are reported first
     from luthier.arguments import Arguments
     from luthier.scoring.experiment import Experiment, Result
     from luthier.training.signals import Stop
@@ -83,7 +82,7 @@ def set_up(arguments: "Arguments", stopwatch: Stopwatch) -> "Experiment":
     set_seed(training_args.seed)  # decides the first weights of a new head
     model, processor = build(name)
     recipes = choose_recipes(model_args.recipe, name, linear_head(model) is not None, *run_args.pace)
-    judge = build_judge(model_args.metric, model_args.balance, model, splits)
+    judge = build_judge(model_args.metric, model_args.balance, model, splits, data_args.none_class)
     stopwatch.stop("load")
     processor, views = choose_view(model, processor, sample, recipes[0].is_pretrained, not model_args.image_size)
     view = EvaluationView(processor)
@@ -102,11 +101,12 @@ def fine_tune(arguments: "Arguments", stop: "Stop", stopwatch: Stopwatch) -> tup
     from luthier.reporting import console
     from luthier.scoring.baselines import ProbeResults, measure_probe
     from luthier.scoring.experiment import Result
+    from luthier.scoring.familiarity import answer, learn_familiarity
     from luthier.scoring.race import Course, enter, keep_best, race
     from luthier.scoring.selection import score_probe
     from luthier.training.arms import Workshop
     from luthier.training.callbacks import StageTimes
-    from luthier.training.trainer import model_of, predict
+    from luthier.training.trainer import model_of
 
     data_args, model_args, training_args, _ = arguments
     experiment = set_up(arguments, stopwatch)
@@ -135,15 +135,15 @@ def fine_tune(arguments: "Arguments", stop: "Stop", stopwatch: Stopwatch) -> tup
     # Evaluate
     kept, trainer = keep_best(outcome, baseline, workshop, probe.starts)
     console.say_race(outcome, kept)
-    logits, references = predict(trainer, rows["test"])
+    familiarity = learn_familiarity(trainer, images, splits, probe.features, kept.is_probe, judge.criterion.none)
+    answers, model = answer(trainer, rows["test"], splits, familiarity), model_of(trainer)
     stopwatch.stop("evaluate")
-    digests, model = splits["train"]["digest"][:], model_of(trainer)
-    return experiment, Result(workshop, course, digests, probe, outcome, kept, model, logits, references)
+    return experiment, Result(workshop, course, splits["train"]["digest"][:], probe, outcome, kept, model, answers)
 
 
 def finish(experiment: "Experiment", result: "Result", arguments: "Arguments", stopwatch: Stopwatch) -> None:
     """Refit the model on all images that may be learned from, and write the results."""
-    from data import describe, join_for_training
+    from data import describe, feature_rows, join_for_training
     from luthier.reporting import console
     from luthier.reporting.results import collect_run, write_run
     from luthier.scoring.refit import plan_refit, refit
@@ -155,7 +155,8 @@ def finish(experiment: "Experiment", result: "Result", arguments: "Arguments", s
     console.say_refit(plan)
     if plan.pays:
         options = (experiment.view, data_args.augmentation, experiment.size)
-        refitted = refit(plan, result, experiment.splits, lambda images: join_for_training(images, *options))
+        images = feature_rows(experiment.prepared, experiment.view)
+        refitted = refit(plan, result, experiment.splits, images, lambda parts: join_for_training(parts, *options))
         stopwatch.stop("refit")
 
     # Report

@@ -27,7 +27,7 @@ def main() -> None:
     rows = load_openmoji().cast_column("image", Image(decode=False))
     predictions = [classifier.predict(decode_rgb(read_bytes(row["image"])).image, 1) for row in rows]
     share = sum(prediction.unsure for prediction in predictions) / len(predictions)
-    print(f"threshold {unsure['threshold']:.2f}")
+    print(f"threshold {unsure['threshold']:.2f} of {unsure['by']}")
     print(f"its own test images: {1 - unsure['answered']:.1%} unsure")
     print(f"wrong predictions among them: {unsure['errors_withheld']:.1%} unsure")
     print(f"{len(predictions):,} drawings of none of its classes: {share:.1%} unsure")

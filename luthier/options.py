@@ -10,7 +10,7 @@ BalanceOption = Literal["auto", "none", "logit_adjusted", "weighted"]
 # What a config says of its data, and what is replaced with it when the command line names other data.
 DATA_KEYS = (
     "data_dir", "dataset_name", "dataset_config_name", "labels", "image_column", "label_column", "split_column",
-    "group_column", "group_by", "label_names",
+    "group_column", "group_by", "label_names", "none_class",
 )  # fmt: skip
 
 
@@ -66,6 +66,13 @@ class DataArguments:
             "as '^[^_]+' (docs/usage.md)."
         },
     )
+    none_class: str | None = field(
+        default=None,
+        metadata={
+            "help": "The class of images that show none of the others, which teach the model not to answer; none, if "
+            "there is such a class and nothing is given."
+        },
+    )
     label_names: list[str] | None = field(
         default=None, metadata={"help": "New names for the classes, in the order of their sorted old names."}
     )
@@ -111,7 +118,7 @@ class DataArguments:
 
     def for_images(self) -> dict:
         """Return what `data.load_images` takes."""
-        return {key: getattr(self, key) for key in (*DATA_KEYS, "on_bad_image")}
+        return {key: getattr(self, key) for key in (*DATA_KEYS, "on_bad_image") if key != "none_class"}
 
     def for_cut(self) -> dict:
         """Return what `splits.cut_missing_splits` takes."""

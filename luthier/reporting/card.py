@@ -7,7 +7,13 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from luthier.escape import escape_markdown
-from luthier.reporting.console import inflation_in_words, learning_curve_in_words, refit_in_words, trust_remote_code
+from luthier.reporting.console import (
+    inflation_in_words,
+    learning_curve_in_words,
+    none_in_words,
+    refit_in_words,
+    trust_remote_code,
+)
 from luthier.terminal import balance_with_intervals, percent_with_interval
 
 FIGURES = {  # that a model card shows
@@ -61,6 +67,7 @@ def write_model_card(path: Path, metrics: dict, custom_code: bool, repo_id: str 
         learning_curve=metrics["learning_curve"] and learning_curve_in_words(metrics["learning_curve"]),
         class_shares=metrics.get("class_shares"),
         groups=metrics.get("groups") and inflation_in_words(metrics["groups"]),
+        not_known=none_in_words(test["none"], metrics["unsure"]) if "none" in test else "",
         refit=refit_in_words(metrics["refit"]) if metrics.get("refit") else "",
         figures={file: title for file, title in FIGURES.items() if (path.parent / file).exists()},
         command=" ".join(metrics["command"].split()),

@@ -187,6 +187,8 @@ def say_results(output_dir: Path, metrics: Mapping, custom_code: bool | None = N
     say("test", f"accuracy {percent_with_interval(test)}")
     say("", balance_with_intervals(test))
     say("", f"compare: {'; '.join(baselines)}")
+    if "none" in test:
+        say("", none_in_words(test["none"], metrics["unsure"]))
     uncalibrated = f", before calibration {before['test']['ece']:.1%}" if before else ""
     say("", f"calibration error {test['ece']:.1%}{uncalibrated}")
     stages = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in metrics["seconds"].items() if stage != "total")
@@ -196,6 +198,16 @@ def say_results(output_dir: Path, metrics: Mapping, custom_code: bool | None = N
         say("", refit_in_words(metrics["refit"]))
     if custom_code is not None:
         say("next", f'pipeline("image-classification", "{output_dir}"{trust_remote_code(custom_code)})')
+
+
+def none_in_words(none: Mapping, unsure: Mapping) -> str:
+    """Return how many images of none of the classes are refused, and how many others."""
+    low, high = none["refused_ci95"]
+    return (
+        f"of {plural(none['n'], 'image')} of none of the classes {none['refused']:.1%} are refused (95% interval "
+        f"{low:.1%} to {high:.1%}), {1 - unsure['none_answered']:.1%} with the unsure ones; of the others "
+        f"{none['known_refused']:.1%}, {1 - unsure['answered']:.1%} with the unsure ones"
+    )
 
 
 def trust_remote_code(custom_code: bool) -> str:

@@ -97,7 +97,7 @@ def plot_coverage(unsure: dict, path: Path) -> None:
         axes = figure.subplots()
         axes.plot([point["coverage"] for point in curve], [point["accuracy"] for point in curve], color=BLUE)
         if unsure["accuracy"] is not None:
-            mark = f"unsure below {unsure['threshold']:.0%}"
+            mark = f"unsure of {1 - unsure['answered']:.0%}"
             axes.plot(unsure["answered"], unsure["accuracy"], color=ORANGE, marker="s", linestyle="", label=mark)
             axes.legend(loc="lower left")
         lowest = min(point["accuracy"] for point in curve)

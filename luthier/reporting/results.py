@@ -12,13 +12,14 @@ import numpy as np
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from luthier.escape import escape_cell
+from luthier.familiarity import Familiarity, describe_in_config, save_references
 from luthier.reporting.card import write_model_card
 from luthier.reporting.console import describe_recipe, say_results
 from luthier.scoring.audit import KINDS
 from luthier.scoring.baselines import majority_baseline
 from luthier.scoring.experiment import Experiment, Result
 from luthier.scoring.metrics import TestPredictions
-from luthier.scoring.refit import Plan
+from luthier.scoring.refit import Plan, Refitted
 from luthier.scoring.selection import score_run
 from luthier.terminal import Stopwatch
 from models import save_model
@@ -42,8 +43,8 @@ def collect_run(
     """
     outcome = result.outcome
     return collect_metrics(
-        scores=score_run(result.kept, result.predictions(experiment.splits)),
-        majority=majority_baseline(data),
+        scores=score_run(result.kept, result.predictions(experiment.splits), result.threshold),
+        majority=majority_baseline(data, getattr(result.model.config, "none_class", None)),
         linear_probe=result.probe.baseline,
         learning_curve=result.probe.learning_curve,
         groups=result.probe.inflation,
@@ -122,7 +123,7 @@ def write_run(
     experiment: Experiment,
     result: Result,
     plan: Plan,
-    refitted: PreTrainedModel | None,
+    refitted: Refitted | None,
     metrics: dict,
     stopwatch: Stopwatch,
 ) -> None:
@@ -132,7 +133,7 @@ def write_run(
         output_dir: of the run.
         experiment, result: of the run.
         plan: of the refit.
-        refitted: the model that is shipped; None where that is the scored one.
+        refitted: what is shipped; None where that is the scored model.
         metrics: of `collect_run`.
         stopwatch: of the run.
     """
@@ -140,7 +141,7 @@ def write_run(
     digests = result.learned_from
     if plan.pays:
         digests = [digest for split in plan.splits for digest in splits[split]["digest"][:]]
-    custom_code = save_models(result.model, refitted, experiment.view.image_processor, output_dir, digests)
+    custom_code = save_models(result, refitted, experiment.view.image_processor, output_dir, digests)
     write_results(output_dir, metrics, result.predictions(splits), experiment.findings, stopwatch)
     write_model_card(output_dir / "README.md", metrics, custom_code)
     say_results(output_dir, metrics, custom_code)
@@ -171,8 +172,8 @@ def write_results(
 
 
 def save_models(
-    scored: PreTrainedModel,
-    refitted: PreTrainedModel | None,
+    result: Result,
+    refitted: Refitted | None,
     image_processor: BaseImageProcessor,
     output_dir: Path,
     learned_from: Sequence[str],
@@ -180,7 +181,7 @@ def save_models(
     """Save the shipped model, and the scored one beside it where that is another.
 
     Args:
-        scored: the model that was scored.
+        result: has the model that was scored.
         refitted: the model that is shipped; None where that is the scored one.
         image_processor: of both.
         output_dir: of the run; the scored model goes to `SCORED` in it.
@@ -188,11 +189,20 @@ def save_models(
 
     Returns whether the model brings code of its own.
     """
-    if refitted is not None:
-        save_model(scored, image_processor, output_dir / SCORED)
+
+    def save(model: PreTrainedModel, familiarity: Familiarity | None, folder: Path) -> bool:
+        describe_in_config(model, familiarity)
+        custom_code = save_model(model, image_processor, folder)
+        save_references(folder, familiarity)
+        return custom_code
+
     short = sorted({digest[:DIGEST] for digest in learned_from})
     (output_dir / LEARNED_FROM).write_text("\n".join(short) + "\n", encoding="utf-8")
-    return save_model(scored if refitted is None else refitted, image_processor, output_dir)
+    scored = (result.model, result.answers.familiarity)
+    if refitted is None:
+        return save(*scored, output_dir)
+    save(*scored, output_dir / SCORED)
+    return save(*refitted, output_dir)
 
 
 def count_learned(folder: Path, digests: Iterable[str]) -> int:

@@ -153,16 +153,17 @@ def build_yardstick(
     return Yardstick(losses[len(both[0]) :], float(losses.mean()))
 
 
-def majority_baseline(data: Mapping) -> dict:
+def majority_baseline(data: Mapping, none: str | None = None) -> dict:
     """Return what always predicting the most frequent class scores on test.
 
     Args:
         data: of `data.describe`; the class is the most frequent one in train, or in test where that is all there is.
+        none: the class of images that show none of the others; they are not counted.
     """
-    tested = data["splits"]["test"]
-    learned = data["splits"].get("train", tested)
-    label = max(learned["per_class"], key=learned["per_class"].get)
-    correct, n = tested["per_class"][label], tested["n"]
+    tested = data["splits"]["test"]["per_class"]
+    learned = data["splits"].get("train", data["splits"]["test"])["per_class"]
+    label = max((label for label in learned if label != none), key=learned.__getitem__)
+    correct, n = tested[label], max(1, sum(count for name, count in tested.items() if name != none))
     return {"label": label, "accuracy": correct / n, "accuracy_ci95": wilson_interval(correct, n), "n": n}
 
 
@@ -185,7 +186,9 @@ def probe_baseline(
     answers = {split: criterion.answers(logits[split]) / temperature for split in logits}
     labels = splits["train"].features["label"].names
     scores = {
-        split: score(answers[split], truth[split], labels, groups_of(splits[split]), criterion.class_shares)
+        split: score(
+            answers[split], truth[split], labels, groups_of(splits[split]), criterion.class_shares, criterion.none
+        )
         for split in answers
     }
     return scores | {"strength": probe.strength}, answers.get("test")

@@ -21,6 +21,8 @@ ENOUGH_ERRORS = 0.01
 SHOWN = ("accuracy", "balanced_accuracy", "macro_f1")  # of an evaluation
 TIE = 1e-3  # weight of the log loss beside counts of errors, which are often equal
 
+NONE = "none"  # the name, in any case, of a class whose images show none of the others
+
 
 class Balance(NamedTuple):
     """How a model learns that rare classes count as much as frequent ones.
@@ -55,10 +57,12 @@ class Criterion(NamedTuple):
     Attributes:
         metric: what is to be good.
         balance: None where the likeliest class is the answer.
+        none: the class of images that show none of the others, see `metrics.score`.
     """
 
     metric: Metric = "log_loss"
     balance: Balance | None = None
+    none: int | None = None
 
     @property
     def class_shares(self) -> np.ndarray | None:
@@ -137,7 +141,8 @@ class Judge(NamedTuple):
 
     def score(self, answers: np.ndarray, references: np.ndarray) -> dict:
         """Return the scores of answers [N, C], see `metrics.score`."""
-        return score(answers, references, self.labels, self.groups, self.criterion.class_shares)
+        criterion = self.criterion
+        return score(answers, references, self.labels, self.groups, criterion.class_shares, criterion.none)
 
     def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Return what the Trainer's log has of an evaluation: accuracy, balanced accuracy, macro F1, calibrated loss.
@@ -146,18 +151,21 @@ class Judge(NamedTuple):
         which a temperature mends, before it makes it worse.
         """
         logits, references = (concatenate_batches(p) for p in (prediction.predictions, prediction.label_ids))
-        answers = self.criterion.answers(logits)
+        answers, known = self.criterion.answers(logits), references != self.criterion.none
         result = Classification(keep_in_memory=True).compute(
-            predictions=answers.argmax(axis=-1), references=references, num_labels=len(self.labels)
-        )
+            predictions=answers.argmax(axis=-1)[known], references=references[known],
+            num_labels=len(self.labels), none=self.criterion.none,
+        )  # fmt: skip
         assert result is not None  # as this process is the main one of the metric
         calibrated = answers / self.criterion.temperature(logits, references)
         loss = float(self.criterion.losses(calibrated, references).mean())
         return {name: result[name] for name in SHOWN} | {"calibrated_loss": loss}
 
 
-def build_judge(metric: Metric, option: BalanceOption, model: PreTrainedModel, splits: DatasetDict) -> Judge:
-    """Return what scores weights on validation, without a yardstick.
+def build_judge(
+    metric: Metric, option: BalanceOption, model: PreTrainedModel, splits: DatasetDict, none_class: str | None = None
+) -> Judge:
+    """Return what scores weights on validation, without a yardstick; the model's config is told the `none_class`.
 
     Where answers are to make up for rare classes, the model's new head is given the shares of the classes, which it
     would otherwise have to learn.
@@ -167,12 +175,16 @@ def build_judge(metric: Metric, option: BalanceOption, model: PreTrainedModel, s
         option: how answers make up for rare classes; `auto` is `logit_adjusted` where the metric asks for it.
         model: as built.
         splits: as loaded; train has at least one image of each class.
+        none_class: see `find_none`.
 
     Raises:
-        UserError: the head is not one linear layer, whose bias could be changed.
+        UserError: there is no such class; or the head is not one linear layer, whose bias could be changed.
     """
     train, linear, balance = splits["train"], linear_head(model) is not None, None
     labels = train.features["label"].names
+    none = find_none(labels, none_class)
+    if none is not None:
+        model.config.none_class = labels[none]
     if option in ("logit_adjusted", "weighted") and not linear:
         raise UserError(
             f"--balance {option} changes the bias of the last layer, and this model's head is not one linear layer: "
@@ -182,4 +194,23 @@ def build_judge(metric: Metric, option: BalanceOption, model: PreTrainedModel, s
         shares = np.bincount(train["label"][:], minlength=len(labels)) / len(train)
         balance = Balance(shares, weighted=option == "weighted")
         shift_logits(model, balance.log_shares)
-    return Judge(labels, Criterion(metric, balance), groups_of(splits["validation"]))
+    return Judge(labels, Criterion(metric, balance, none), groups_of(splits["validation"]))
+
+
+def find_none(labels: list[str], name: str | None) -> int | None:
+    """Return which class is that of images which show none of the others, if any.
+
+    Args:
+        labels: the classes' names.
+        name: of the class; None is `none`, in any case, where there is such a class; an empty one is no class.
+
+    Raises:
+        UserError: there is no class of this name, or no other class.
+    """
+    names = [label.lower() for label in labels] if name is None else labels
+    wanted = NONE if name is None else name
+    if wanted not in names:
+        if name:
+            raise UserError(f"there is no class {name!r} (--none_class): the classes are {', '.join(labels)}")
+        return None
+    return names.index(wanted)

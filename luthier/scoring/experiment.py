@@ -2,13 +2,13 @@
 
 from typing import NamedTuple
 
-import numpy as np
 from datasets import DatasetDict
 from transformers import PreTrainedModel
 
 from luthier.images.views import EvaluationView
 from luthier.scoring.baselines import ProbeResults
 from luthier.scoring.criterion import Judge
+from luthier.scoring.familiarity import Answers
 from luthier.scoring.metrics import TestPredictions
 from luthier.scoring.race import Course, Outcome
 from luthier.scoring.selection import Candidate
@@ -54,8 +54,7 @@ class Result(NamedTuple):
         outcome: of the race.
         kept: the weights that are scored.
         model: with these weights.
-        logits: float [N, C] of test, calibrated.
-        references: int [N], the true classes of test.
+        answers: what it says of test.
     """
 
     workshop: Workshop
@@ -65,9 +64,16 @@ class Result(NamedTuple):
     outcome: Outcome
     kept: Candidate
     model: PreTrainedModel
-    logits: np.ndarray
-    references: np.ndarray
+    answers: Answers
+
+    @property
+    def threshold(self) -> float:
+        """The sureness on test below which the model is unsure; where there is none, the confidence."""
+        familiarity = self.answers.familiarity
+        return self.kept.threshold if familiarity is None else familiarity.unsure_below
 
     def predictions(self, splits: DatasetDict) -> TestPredictions:
         """Return what the scored model predicts on the test split of loaded splits."""
-        return TestPredictions(splits, self.logits, self.references, self.kept.class_shares)
+        logits, references, sureness, _ = self.answers
+        none = self.course.judge.criterion.none
+        return TestPredictions(splits, logits, references, self.kept.class_shares, sureness, none)

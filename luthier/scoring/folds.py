@@ -11,7 +11,8 @@ from datasets import DatasetDict, concatenate_datasets
 from luthier.scoring.audit import audit_images
 from luthier.scoring.baselines import ProbeResults
 from luthier.scoring.experiment import Experiment, Result
-from luthier.scoring.metrics import TestPredictions, choose_threshold, fit_temperature
+from luthier.scoring.familiarity import Answers
+from luthier.scoring.metrics import TestPredictions, choose_threshold, confidence_and_correct, fit_temperature
 from luthier.training.layers import divide_logits
 
 # Splits of images that no fold tests: what the data brings, and classes whose images are one or belong together.
@@ -40,13 +41,21 @@ def pool(parts: Sequence[tuple[Experiment, Result]]) -> tuple[Experiment, Result
 
     arm = max(votes, key=rank)
     experiment, leader = min((part for part in parts if part[1].kept.arm == arm), key=lambda part: part[1].kept.loss)
-    logits = np.concatenate([result.logits * result.kept.temperature for result in results])  # as before calibration
-    references = np.concatenate([result.references for result in results])
+    own = [result.answers for result in results]
+    logits = np.concatenate([each.answers.logits * each.kept.temperature for each in results])  # before calibration
+    references = np.concatenate([answers.references for answers in own])
     shares = leader.kept.class_shares
     temperature = fit_temperature(logits, references, shares) if leader.kept.temperature != 1 else 1.0
     answers = logits / temperature
-    threshold = round(choose_threshold(answers, references), 4)
+    none = leader.course.judge.criterion.none
+    confidence, correct = confidence_and_correct(answers, references)
+    correct &= references != none
+    threshold = round(choose_threshold(confidence, correct), 4)
     kept = leader.kept._replace(temperature=temperature, threshold=threshold)
+    sureness, familiarity = None, leader.answers.familiarity
+    if familiarity is not None:
+        sureness = np.concatenate([each.sureness for each in own if each.sureness is not None])
+        familiarity = familiarity._replace(unsure_below=choose_threshold(sureness, correct))
 
     splits, prepared = (
         DatasetDict(test=concatenate_datasets([dataset["test"] for dataset in datasets]))
@@ -65,7 +74,8 @@ def pool(parts: Sequence[tuple[Experiment, Result]]) -> tuple[Experiment, Result
     probe = _pool_probes(leader, [each.probe for each in results], splits, untested)
     divide_logits(leader.model, temperature / leader.kept.temperature)
     leader.model.config.unsure_below = threshold
-    result = leader._replace(probe=probe, kept=kept, logits=answers, references=references)
+    pooled = Answers(answers, references, sureness, familiarity)
+    result = leader._replace(probe=probe, kept=kept, answers=pooled)
     return experiment._replace(splits=splits, own_test=False, prepared=prepared, findings=findings), result
 
 
@@ -78,7 +88,8 @@ def _pool_probes(
         return leader
     logits = np.concatenate([probe.logits for probe in probes if probe.logits is not None])
     references = np.array(splits["test"]["label"][:])
-    scored = TestPredictions(splits, logits, references, result.kept.class_shares).score()
+    none = result.course.judge.criterion.none
+    scored = TestPredictions(splits, logits, references, result.kept.class_shares, none=none).score()
     features = {"test": torch.cat([probe.features["test"] for probe in probes if probe.features])}
     features |= {UNTESTED[split]: leader.features[split][rows] for split, rows in untested.items()}
     return leader._replace(baseline=leader.baseline | {"test": scored}, features=features)

@@ -59,7 +59,11 @@ def macro_f1(correct: np.ndarray, support: np.ndarray, predicted: np.ndarray) ->
 
 
 def bootstrap_intervals(
-    references: np.ndarray, predictions: np.ndarray, classes: int, groups: np.ndarray | None = None
+    references: np.ndarray,
+    predictions: np.ndarray,
+    classes: int,
+    groups: np.ndarray | None = None,
+    none: int | None = None,
 ) -> dict[str, list[float]]:
     """Return the intervals of balanced accuracy and macro F1, by the bootstrap (Efron and Tibshirani 1993).
 
@@ -70,6 +74,7 @@ def bootstrap_intervals(
         references, predictions: int [N], true and predicted classes.
         classes: how many there are.
         groups: int [N], the same for images that belong together; None where each stands alone.
+        none: a class whose predictions are no answers.
 
     Returns `balanced_accuracy_ci95` and `macro_f1_ci95`.
     """
@@ -78,10 +83,10 @@ def bootstrap_intervals(
     _, first, units, sizes = np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
     shares = sizes / len(keys) if groups is None else np.full(len(first), 1 / len(first))
     rows = first if groups is None else np.arange(len(keys))
-    hits = rows[references[rows] == predictions[rows]]
+    hits, answered = rows[references[rows] == predictions[rows]], rows[predictions[rows] != none]
     correct, support, predicted = (
         csr_matrix((np.ones(len(chosen)), (units[chosen], column[chosen])), shape=(len(first), classes))
-        for chosen, column in ((hits, references), (rows, references), (rows, predictions))
+        for chosen, column in ((hits, references), (rows, references), (answered, predictions))
     )
     draws = len(keys) if groups is None else len(first)
     resamples = int(np.clip(MAX_DRAWS / len(first), MIN_RESAMPLES, RESAMPLES))

@@ -28,6 +28,8 @@ class TestPredictions:
         logits: float [N, C] for the split "test", calibrated.
         references: int [N], the true classes.
         class_shares: see `score`.
+        sureness: float [N], what decides whether the model answers; None is the confidence.
+        none: see `score`.
     """
 
     __test__: ClassVar[bool] = False  # not a test class, whatever its name tells pytest
@@ -36,6 +38,8 @@ class TestPredictions:
     logits: np.ndarray
     references: np.ndarray
     class_shares: Sequence[float] | np.ndarray | None = None
+    sureness: np.ndarray | None = None
+    none: int | None = None
 
     @property
     def labels(self) -> list[str]:
@@ -54,7 +58,7 @@ class TestPredictions:
 
     def score(self) -> dict:
         """Return all scores, see `score`."""
-        return score(self.logits, self.references, self.labels, self.groups, self.class_shares)
+        return score(self.logits, self.references, self.labels, self.groups, self.class_shares, self.none)
 
     @property
     def probabilities(self) -> np.ndarray:
@@ -66,7 +70,8 @@ class Classification(evaluate.Metric):
     """Accuracy, balanced accuracy, macro F1, per-class precision / recall / F1 / support, and the confusion matrix.
 
     The same figures as scikit-learn's, and as the Hub's metrics accuracy, f1, precision, recall and confusion_matrix,
-    which would have to be downloaded. `compute(predictions, references, num_labels)` takes class indices.
+    which would have to be downloaded. `compute(predictions, references, num_labels)` takes class indices; with
+    `none`, the index of one, predictions of that class are no answers, and macro F1 is that of the others.
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -77,10 +82,14 @@ class Classification(evaluate.Metric):
             features=Features({"predictions": Value("int64"), "references": Value("int64")}),
         )
 
-    def _compute(self, predictions: list[int], references: list[int], num_labels: int) -> dict:
+    def _compute(
+        self, predictions: list[int], references: list[int], num_labels: int, none: int | None = None
+    ) -> dict:
         matrix = np.zeros((num_labels, num_labels), dtype=np.int64)  # true class by predicted class
         np.add.at(matrix, (references, predictions), 1)
         correct, predicted, support = np.diag(matrix), matrix.sum(axis=0), matrix.sum(axis=1)
+        if none is not None:
+            predicted[none] = 0
         # A class never predicted has no precision, one without images no recall: both count as 0, as in scikit-learn.
         precision = correct / np.maximum(predicted, 1)
         recall = correct / np.maximum(support, 1)
@@ -103,6 +112,7 @@ def score(
     labels: list[str],
     groups: np.ndarray | None = None,
     class_shares: Sequence[float] | np.ndarray | None = None,
+    none: int | None = None,
 ) -> dict:
     """Score logits [N, C] against the true class indices [N].
 
@@ -114,15 +124,29 @@ def score(
         class_shares: float [C], where the highest logit is not the likeliest class, but the one that would be
             likeliest if all were equally frequent; see `criterion.Balance`. Log loss and calibration error are of the
             probabilities that take the shares into account.
+        none: the class of images that show none of the others. All scores are of the other images, where it is never
+            right; only `per_class` and `confusion_matrix` are of all images.
 
     Returns `accuracy`, and `top_5_accuracy` where there are more than 5 classes; `balanced_accuracy` (the mean recall
     of the classes that occur) and `macro_f1` (over the classes that occur or are predicted); the 95% interval of each
     as `..._ci95`; `log_loss` (mean cross-entropy in nats), `ece` (expected calibration error, see `reliability`), `n`,
-    `groups` (how many, where there are any), `per_class` by class name, and `confusion_matrix` (by true class).
+    `groups` (how many, where there are any), `per_class` by class name, `confusion_matrix` (by true class), and `none`
+    where there are images of that class: how many, which share of them is taken for it, and of the others.
     """
+    known = references != none
+    if known.any() and not known.all():
+        every = score(logits, references, labels, class_shares=class_shares)
+        own = None if groups is None else groups[known]
+        refused = logits.argmax(axis=-1) == none
+        counts: dict = {"n": int((~known).sum())}
+        for name, rows in (("refused", ~known), ("known_refused", known)):
+            where = None if groups is None else groups[rows]
+            counts |= {name: float(refused[rows].mean()), f"{name}_ci95": interval_of_share(refused[rows], where)}
+        of_known = score(logits[known], references[known], labels, own, class_shares, none)
+        return of_known | {key: every[key] for key in ("per_class", "confusion_matrix")} | {"none": counts}
     predictions = logits.argmax(axis=-1)
     result = Classification(keep_in_memory=True).compute(
-        predictions=predictions, references=references, num_labels=len(labels)
+        predictions=predictions, references=references, num_labels=len(labels), none=none
     )
     assert result is not None  # as this process is the main one of the metric
     n = len(references)
@@ -136,7 +160,7 @@ def score(
     return scored | {
         "balanced_accuracy": result["balanced_accuracy"],
         "macro_f1": result["macro_f1"],
-        **bootstrap_intervals(references, predictions, len(labels), groups),
+        **bootstrap_intervals(references, predictions, len(labels), groups, none),
         **calibration_scores(logits, references),
         "n": n,
         **({} if groups is None else {"groups": len(np.unique(groups))}),
@@ -190,7 +214,7 @@ def calibration_scores(logits: np.ndarray, references: np.ndarray) -> dict[str, 
 
 def reliability(logits: np.ndarray, references: np.ndarray) -> list[dict]:
     """Return the mean `confidence`, `accuracy` and `n` of each of `BINS` equal ranges of confidence that occurs."""
-    confidence, correct = _confidence_and_correct(logits, references)
+    confidence, correct = confidence_and_correct(logits, references)
     number = np.minimum(confidence * BINS, BINS - 1).astype(int)
     return [
         {"confidence": float(confidence[rows].mean()), "accuracy": float(correct[rows].mean()), "n": int(rows.sum())}
@@ -199,27 +223,25 @@ def reliability(logits: np.ndarray, references: np.ndarray) -> list[dict]:
     ]
 
 
-def choose_threshold(logits: np.ndarray, references: np.ndarray) -> float:
-    """Return the confidence below which a model should say "unsure", from the logits [N, C] that chose the model.
+def choose_threshold(sureness: np.ndarray, correct: np.ndarray) -> float:
+    """Return the sureness below which a model should say "unsure", from that of validation images [N].
 
     The highest one that loses no more than `MAX_CORRECT_WITHHELD` of the correct answers. Detectors of unfamiliar
     inputs are compared in the same way (at 95% true positives, Hendrycks and Gimpel 2017). No unfamiliar images are
     available to choose it with.
     """
-    confidence, correct = _confidence_and_correct(logits, references)
-    return float(np.quantile(confidence[correct], MAX_CORRECT_WITHHELD, method="lower")) if correct.any() else 0.0
+    return float(np.quantile(sureness[correct], MAX_CORRECT_WITHHELD, method="lower")) if correct.any() else 0.0
 
 
-def selective(logits: np.ndarray, references: np.ndarray, threshold: float) -> dict:
-    """Return what a model that may be unsure does on logits [N, C].
+def selective(sureness: np.ndarray, correct: np.ndarray, threshold: float) -> dict:
+    """Return what a model does that answers from a sureness [N] on, where `correct` [N] tells which answers are right.
 
     `threshold` itself; `answered`, the share of images at or above it; `accuracy` of those, None if there are none;
     `errors_withheld`, the share of the wrong answers that are below it; and `curve`, coverage and accuracy at a
     hundred thresholds at most (El-Yaniv and Wiener 2010).
     """
-    confidence, correct = _confidence_and_correct(logits, references)
-    answered = confidence >= threshold
-    order = np.argsort(-confidence, kind="stable")
+    answered = sureness >= threshold
+    order = np.argsort(-sureness, kind="stable")
     accuracy = correct[order].cumsum() / np.arange(1, len(correct) + 1)
     points = np.unique(np.linspace(1, len(correct), 100).round().astype(int)) - 1
     return {
@@ -231,7 +253,7 @@ def selective(logits: np.ndarray, references: np.ndarray, threshold: float) -> d
     }
 
 
-def _confidence_and_correct(logits: np.ndarray, references: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def confidence_and_correct(logits: np.ndarray, references: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the confidence of each prediction [N], and whether it is correct [N]; NaN logits have confidence 0."""
     with np.errstate(invalid="ignore"):
         confidence = np.exp(log_softmax(logits.astype(np.float64), axis=-1)).max(axis=-1)

@@ -1,6 +1,6 @@
 """The shipped model: the arm that was chosen, trained again on all images that may be learned from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -9,14 +9,17 @@ import torch
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedModel
 
+from luthier.familiarity import Familiarity
 from luthier.scoring.criterion import Balance
 from luthier.scoring.experiment import Experiment, Result
+from luthier.scoring.familiarity import refit_references
 from luthier.scoring.race import Course
 from luthier.scoring.selection import load_candidate
 from luthier.training.arms import Arm, State
 from luthier.training.checkpoints import newest_shared
+from luthier.training.features import ImageRows
 from luthier.training.probe import SOFT, fit_shared_probe, state_with_probe
-from luthier.training.trainer import model_of, train
+from luthier.training.trainer import build_predictor, model_of, train
 from models import linear_head
 
 REFIT = "refit"  # in the directory of a run: checkpoints
@@ -84,16 +87,35 @@ def _work_of_run(splits: DatasetDict, result: Result) -> float:
     return sum(result.outcome.epochs_of(arm) for arm in arms) * per_epoch + features + len(splits["test"])
 
 
-def refit(plan: Plan, result: Result, splits: DatasetDict, prepare: Callable[[list[Dataset]], Any]) -> PreTrainedModel:
+class Refitted(NamedTuple):
+    """A model that has learned from more images than the scored one.
+
+    Attributes:
+        model: with its weights.
+        familiarity: its own, on the main process; None where the head is not one linear layer.
+    """
+
+    model: PreTrainedModel
+    familiarity: Familiarity | None
+
+
+def refit(
+    plan: Plan,
+    result: Result,
+    splits: DatasetDict,
+    images: Mapping[str, ImageRows],
+    prepare: Callable[[list[Dataset]], Any],
+) -> Refitted:
     """Return the model that has learned from all images of a plan, for as many epochs as the kept weights.
 
-    The temperature and the threshold are those of the kept weights. Where answers make up for rare classes, they
+    The temperature and the thresholds are those of the kept weights. Where answers make up for rare classes, they
     make up for the shares of the classes among these images.
 
     Args:
         plan: of `plan_refit`.
         result: of the run; checkpoints go to `refit` in its directory.
         splits: as loaded.
+        images: of each split, as evaluation sees them.
         prepare: returns the training rows of several splits together; not called where the probe is kept.
 
     Raises:
@@ -121,7 +143,12 @@ def refit(plan: Plan, result: Result, splits: DatasetDict, prepare: Callable[[li
             rows = prepare([splits[split] for split in plan.splits])
         model = _train_again(arm, outcome.best_step, rows, start, result.course)
     load_candidate(model, start, kept)
-    return model
+    trainer = build_predictor(model, workshop.training_args, workshop.collate)
+    familiarity = refit_references(
+        trainer, result.answers.familiarity, plan.splits, images, splits, probe.features, arm is None,
+        result.course.judge.criterion.none,
+    )  # fmt: skip
+    return Refitted(model, familiarity)
 
 
 def _train_again(arm: Arm, best: int, rows: Any, start: State | None, course: Course) -> PreTrainedModel:

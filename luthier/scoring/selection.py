@@ -12,6 +12,7 @@ from luthier.scoring.metrics import (
     TestPredictions,
     calibration_scores,
     choose_threshold,
+    confidence_and_correct,
     reliability,
     selective,
     standard_error,
@@ -92,7 +93,8 @@ def score_candidates(
         temperature = criterion.temperature(logits, references) if linear_head(model) else 1.0
         answers = criterion.answers(logits) / temperature
         validation, uncalibrated = judge.score(answers, references), calibration_scores(logits, references)
-        threshold = round(choose_threshold(answers, references), 4)
+        known = references != criterion.none
+        threshold = round(choose_threshold(*confidence_and_correct(answers[known], references[known])), 4)
         losses, class_shares = judge.losses(answers, references), criterion.class_shares
         candidates.append(
             Candidate(share, temperature, threshold, validation, uncalibrated, losses, arm, class_shares)
@@ -152,18 +154,26 @@ def score_test(test: TestPredictions, threshold: float) -> dict:
 
     Args:
         test: what it predicts.
-        threshold: the confidence below which the model is unsure.
+        threshold: the sureness, or else the confidence, below which the model is unsure.
     """
+    confidence, correct = confidence_and_correct(test.logits, test.references)
+    by, sureness = ("confidence", confidence) if test.sureness is None else ("familiarity", test.sureness)
+    sureness = np.where(test.logits.argmax(axis=-1) == test.none, -np.inf, sureness)
+    known = test.references != test.none
+    known |= not known.any()
+    unsure = {"by": by, **selective(sureness[known], correct[known], threshold)}
+    if not known.all():
+        unsure["none_answered"] = float((sureness[~known] >= threshold).mean())
     return {
         "test": test.score(),
-        "unsure": selective(test.logits, test.references, threshold),
+        "unsure": unsure,
         "calibration": {"reliability": reliability(test.likely, test.references)},
     }
 
 
-def score_run(kept: Candidate, test: TestPredictions) -> dict:
+def score_run(kept: Candidate, test: TestPredictions, threshold: float) -> dict:
     """Return all scores of a run: those of `score_test`, validation, and what calibration changed."""
-    scores, before = score_test(test, kept.threshold), replace(test, logits=test.logits * kept.temperature)
+    scores, before = score_test(test, threshold), replace(test, logits=test.logits * kept.temperature)
     scores["calibration"] |= {
         "temperature": kept.temperature,
         "before": {"validation": kept.uncalibrated, "test": calibration_scores(before.likely, before.references)},

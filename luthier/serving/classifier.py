@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
+from luthier.familiarity import load_familiarity, none_of
 from luthier.fusion import fuse_batchnorm
 from luthier.images.decode import decode_rgb, reason
 from luthier.images.views import view_size
@@ -26,14 +27,16 @@ class Prediction(NamedTuple):
     Attributes:
         name: the file or the address.
         top: (class, probability), the likeliest first; empty where there is an error.
-        unsure: the probability of the likeliest class is below the model's threshold.
+        unsure: the image is too unfamiliar, or the model too unsure, for an answer.
         error: why there is no prediction.
+        none: the likeliest class is that of images which show none of the others; the prediction is unsure too.
     """
 
     name: str
     top: list[tuple[str, float]]
     unsure: bool = False
     error: str | None = None
+    none: bool = False
 
 
 class Classifier:
@@ -41,7 +44,7 @@ class Classifier:
 
     Args:
         model_name: a folder with a saved model, or a name on the Hub.
-        always_answer: never be unsure.
+        always_answer: never be unsure, and never answer with the class of images that show none of the others.
         allow_private_urls: fetch from this machine and its network too.
 
     Raises:
@@ -61,6 +64,11 @@ class Classifier:
         self.model = fuse_batchnorm(model, view_size(self.image_processor))
         self.labels = labels_of(model)
         self.threshold = 0.0 if always_answer else threshold_of(model)
+        self.none, self.always_answer = none_of(model), always_answer
+        self.familiarity = None if always_answer else load_familiarity(model, model_name)
+        self._features: list[torch.Tensor] = []  # of the last batch
+        if self.familiarity:
+            self.model.get_submodule(self.familiarity.head).register_forward_pre_hook(self._keep_features)
         self.allow_private_urls = allow_private_urls
 
     def predict_files(self, inputs: Iterable[tuple[str, str | None]], top_k: int) -> Iterator[Prediction]:
@@ -85,7 +93,8 @@ class Classifier:
 
     def predict(self, image: Image.Image, top_k: int, name: str = "") -> Prediction:
         """Return the prediction of one RGB image."""
-        return self._rank(name, self._probabilities([self.view(image)])[0], top_k)
+        (row,) = self._answers([self.view(image)])
+        return self._rank(name, *row, top_k)
 
     def load_view(self, name: str) -> torch.Tensor:
         """Return what the model sees of a file or an address, pixel values [3, H, W].
@@ -123,19 +132,37 @@ class Classifier:
                 errors[number] = reason(failure) if failure else error
             else:
                 views[number] = future.result()
-        rows = dict(zip(views, self._probabilities(list(views.values())), strict=True)) if views else {}
+        rows = dict(zip(views, self._answers(list(views.values())), strict=True)) if views else {}
         for number, (name, _, _) in enumerate(batch):
             yield (
-                self._rank(name, rows[number], top_k) if number in rows else Prediction(name, [], error=errors[number])
+                self._rank(name, *rows[number], top_k)
+                if number in rows
+                else Prediction(name, [], error=errors[number])
             )
 
     @torch.inference_mode()
-    def _probabilities(self, views: list[torch.Tensor]) -> torch.Tensor:
-        """Return the probabilities [N, C] of N views."""
-        pixel_values = torch.stack(views).to(self.device, memory_format=torch.channels_last)
-        return self.model(pixel_values=pixel_values).logits.float().softmax(dim=-1).cpu()
+    def _answers(self, views: list[torch.Tensor]) -> list[tuple[torch.Tensor, bool]]:
+        """Return for each view the probabilities [C], and whether the model is unsure.
 
-    def _rank(self, name: str, probabilities: torch.Tensor, top_k: int) -> Prediction:
+        Where the model has a familiarity, that decides, and otherwise the confidence alone.
+        """
+        self._features.clear()
+        pixel_values = torch.stack(views).to(self.device, memory_format=torch.channels_last)
+        probabilities = self.model(pixel_values=pixel_values).logits.float().softmax(dim=-1)
+        if self.familiarity:
+            unsure = self.familiarity.rate(probabilities, *self._features) < self.familiarity.unsure_below
+        else:
+            unsure = probabilities.amax(dim=-1) < self.threshold
+        if self.none is not None:
+            if self.always_answer:
+                probabilities[:, self.none] = 0
+            unsure |= probabilities.argmax(dim=-1) == self.none
+        return list(zip(probabilities.cpu(), unsure.tolist(), strict=True))
+
+    def _keep_features(self, head: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        self._features.append(inputs[0])
+
+    def _rank(self, name: str, probabilities: torch.Tensor, unsure: bool, top_k: int) -> Prediction:
         shares, classes = probabilities.topk(min(top_k, len(self.labels)))
         top = [(self.labels[index], share) for index, share in zip(classes.tolist(), shares.tolist(), strict=True)]
-        return Prediction(name, top, unsure=top[0][1] < self.threshold)
+        return Prediction(name, top, unsure, none=int(classes[0]) == self.none)

@@ -27,6 +27,7 @@ PUBLISHED = (
     "model.safetensors",
     "model-*-of-*.safetensors",  # of models too large for one file
     "model.safetensors.index.json",
+    "familiarity.safetensors",  # features of training images
     "models.py",
     *FIGURES,
 )

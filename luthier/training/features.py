@@ -84,6 +84,19 @@ def compute_features(trainer: Trainer, backbone: PreTrainedModel, rows: Any) -> 
 
     The return value and the errors are those of `load_features`.
     """
+    features = run_backbone(trainer, backbone, rows)
+    if not trainer.is_world_process_zero():
+        return None
+    if not torch.isfinite(features).all():
+        raise UserError(
+            "the model's features of these images are not finite numbers: its weights are damaged, or do not fit "
+            "its architecture. Use another checkpoint"
+        )
+    return features
+
+
+def run_backbone(trainer: Trainer, backbone: PreTrainedModel, rows: Any) -> torch.Tensor:
+    """Return what a backbone makes of every row, float32 [N, D], on every process, whatever it is."""
     model = model_of(trainer)
     trainer.model = trainer.model_wrapped = backbone
     try:
@@ -91,15 +104,7 @@ def compute_features(trainer: Trainer, backbone: PreTrainedModel, rows: Any) -> 
     finally:
         trainer.model = trainer.model_wrapped = model
         trainer.accelerator.free_memory()
-    if not trainer.is_world_process_zero():
-        return None
-    features = torch.from_numpy(concatenate_batches(outputs)).float().contiguous()
-    if not torch.isfinite(features).all():
-        raise UserError(
-            "the model's features of these images are not finite numbers: its weights are damaged, or do not fit "
-            "its architecture. Use another checkpoint"
-        )
-    return features
+    return torch.from_numpy(concatenate_batches(outputs)).float().contiguous()
 
 
 def _backbone_weights(model: PreTrainedModel, head: str) -> list[object]:

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import draw, draw_folder
 from PIL import Image
+from safetensors.torch import save_file
 from transformers import pipeline
 
 import predict
@@ -66,6 +68,8 @@ def test_predictions_are_those_of_evaluation_and_of_pipeline(run, capsys):
     code, out, _ = run_predict(capsys, run, *paths, "--format", "jsonl", "--top_k", 9)
     answers = parse_json_lines(out)
     assert code == 0 and [answer["input"] for answer in answers] == paths
+    unsure = json.loads((run / "metrics.json").read_text())["unsure"]
+    assert sum(answer["answer"] is not None for answer in answers) == pytest.approx(unsure["answered"] * len(paths))
     with (run / "predictions.csv").open(newline="") as file:
         evaluated = {row["name"]: row for row in csv.DictReader(file)}
     classify = pipeline("image-classification", model=str(run), trust_remote_code=True, top_k=3)
@@ -157,22 +161,53 @@ def test_csv_is_written_to_a_file(model, capsys, tmp_path):
     assert bad["input"] == "'=missing" and bad["error"] == "there is no such file" and not bad["label_1"]
 
 
-def test_prediction_below_the_threshold_is_unsure(model, capsys, tmp_path):
+def copy_with(model, folder, config, without=()):
+    """Copy a model with another config, and without some of its files."""
+    folder.mkdir()
+    for path in model.glob("*.*"):
+        if path.name not in without:
+            (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("by", ["familiarity", "confidence"])
+def test_prediction_below_the_threshold_is_unsure(model, capsys, tmp_path, by):
     draw("red", 1).save(tmp_path / "a.png")
     config = json.loads((model / "config.json").read_text())
-    assert 0 < config["unsure_below"] < 1
-    assert json.loads((model / "metrics.json").read_text())["unsure"]["threshold"] == config["unsure_below"]
-    other = tmp_path / "stricter"
-    other.mkdir()
-    for path in model.glob("*.*"):
-        (other / path.name).write_bytes(path.read_bytes())
-    (other / "config.json").write_text(json.dumps(config | {"unsure_below": 1.0}))
+    unsure = json.loads((model / "metrics.json").read_text())["unsure"]
+    assert 0 < config["unsure_below"] < 1 and unsure["by"] == "familiarity"
+    assert unsure["threshold"] == config["familiarity"]["unsure_below"]
+    if by == "familiarity":
+        config["familiarity"]["unsure_below"], without = 100.0, ()
+    else:
+        config["unsure_below"], without = 1.0, ("familiarity.safetensors",)
+    other = copy_with(model, tmp_path / "stricter", config, without)
     _, out, _ = run_predict(capsys, other, tmp_path / "a.png", "--format", "jsonl")
     assert parse_json_lines(out)[0]["answer"] is None and parse_json_lines(out)[0]["top"]
     _, out, _ = run_predict(capsys, other, tmp_path / "a.png", "--format", "jsonl", "--always_answer")
     assert parse_json_lines(out)[0]["answer"] == parse_json_lines(out)[0]["top"][0]["label"]
     _, out, _ = run_predict(capsys, other, tmp_path / "a.png")
     assert "a.png: unsure" in out
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder, config: (folder / "familiarity.safetensors").write_bytes(b"no"), "is damaged"),
+        (lambda folder, config: save_file({"references": torch.ones(4, 7).half()}, folder / "familiarity.safetensors"),
+         "have 7 features"),
+        (lambda folder, config: config["familiarity"].update(log_odds=None), "is damaged"),
+        (lambda folder, config: config["familiarity"].update(head="nothing"), "is damaged"),
+    ],
+)  # fmt: skip
+def test_damaged_familiarity_is_an_error_with_its_remedy(model, capsys, tmp_path, damage, message):
+    config = json.loads((model / "config.json").read_text())
+    folder = copy_with(model, tmp_path / "damaged", config)
+    damage(folder, config)
+    (folder / "config.json").write_text(json.dumps(config))
+    code, _, err = run_predict(capsys, folder, tmp_path / "a.png")
+    assert code == 2 and message in err and "copy it again, or delete it" in err and "Traceback" not in err
 
 
 def test_images_from_urls(model, capsys, tmp_path):

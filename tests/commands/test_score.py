@@ -53,8 +53,8 @@ def test_metrics_and_report_are_those_of_a_run(model, new_images, capsys):
     assert "Nothing was trained" in page and "it was not trained on" not in page
     output = capsys.readouterr().out
     assert f"test     accuracy {metrics['test']['accuracy']:.1%}" in output and "epoch" not in output
-    threshold = json.loads((model / "config.json").read_text())["unsure_below"]
-    assert metrics["unsure"]["threshold"] == threshold
+    threshold = json.loads((model / "config.json").read_text())["familiarity"]["unsure_below"]
+    assert metrics["unsure"]["threshold"] == threshold and metrics["unsure"]["by"] == "familiarity"
     with Path("scored/predictions.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert sum(row["label"] == row["predicted"] for row in rows) / 30 == pytest.approx(metrics["test"]["accuracy"])

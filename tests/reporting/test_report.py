@@ -16,7 +16,7 @@ from luthier.reporting.figures import plot_confusion_matrix, plot_curves, plot_l
 from luthier.reporting.page import write_audit_page, write_report
 from luthier.reporting.results import TestPredictions, write_predictions
 from luthier.scoring.audit import audit_images
-from luthier.scoring.metrics import reliability, score, selective
+from luthier.scoring.metrics import confidence_and_correct, reliability, score, selective
 from luthier.terminal import percent_with_interval
 
 HOSTILE = ["<script>alert(1)</script>", "a|b `c` $x^2$ \\frac", "çok uzun 乐器 " * 8]
@@ -42,7 +42,7 @@ def metrics():
             "before": {"test": {"ece": 0.2, "log_loss": 0.7}},
             "reliability": reliability(LOGITS, REFERENCES),
         },
-        "unsure": selective(LOGITS, REFERENCES, 0.7),
+        "unsure": {"by": "confidence", **selective(*confidence_and_correct(LOGITS, REFERENCES), 0.7)},
         "baselines": {
             "majority": {"label": HOSTILE[0], "accuracy": 1 / 3, "accuracy_ci95": [0.1, 0.7]},
             "linear_probe": {"test": scores},

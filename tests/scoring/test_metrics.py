@@ -83,3 +83,18 @@ def test_yardstick_changes_nothing_where_it_knows_nothing():
     assert np.array_equal(Yardstick(np.full(3, 0.2), 0.5).correct(losses), losses)  # all images alike
     unrelated = Yardstick(np.array([1.0, 0.0, 1.0]), 0.5)  # the slope is below zero
     assert np.array_equal(unrelated.correct(losses), losses)
+
+
+def test_images_of_no_class_are_counted_by_themselves():
+    logits = np.eye(3)[[0, 1, 1, 2, 2, 0]] * 5.0  # the third class is none of the others
+    references = np.array([0, 1, 0, 1, 2, 2])
+    scored = score(logits, references, ["a", "b", "none"], none=2)
+    assert (scored["n"], scored["accuracy"], scored["balanced_accuracy"]) == (4, 0.5, 0.5)
+    assert scored["macro_f1"] == pytest.approx((2 / 3 + 1 / 2) / 2), "a refusal is no answer of a third class"
+    low, high = scored["macro_f1_ci95"]
+    assert low <= scored["macro_f1"] <= high <= 1
+    assert scored["none"]["n"] == 2 and scored["none"]["refused"] == 0.5 and scored["none"]["known_refused"] == 0.25
+    assert np.array(scored["confusion_matrix"]).sum() == 6 and scored["per_class"]["none"]["support"] == 2
+    groups = np.array([0, 0, 1, 1, 2, 3])
+    assert score(logits, references, ["a", "b", "none"], groups, none=2)["groups"] == 2
+    assert "none" not in score(logits[:4], references[:4], ["a", "b", "none"], none=2)

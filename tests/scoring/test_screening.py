@@ -97,7 +97,9 @@ def test_small_images_are_tried_at_their_own_size_and_its_doubles(shorter_side, 
 def test_sample_of_many_classes_has_several_images_of_each():
     labels = [number % 100 for number in range(3000)]
     train = Dataset.from_dict(
-        dict.fromkeys(("label", "group"), labels) | dict.fromkeys(("width", "height"), [64] * 3000)
+        dict.fromkeys(("label", "group"), labels)
+        | dict.fromkeys(("width", "height"), [64] * 3000)
+        | {"digest": [f"{number:064x}" for number in range(3000)]}
     )
     sample = draw_sample(train, lambda drawn, processor: None, None)
     assert len(sample.labels) == 192 and set(sample.labels) == set(range(24)) and np.bincount(sample.labels).min() > 1

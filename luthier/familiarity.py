@@ -1,0 +1,119 @@
+"""Whether a model should answer at all: how sure it is, and how near an image is to those that it has learned from.
+
+A probability compares the known classes with each other, and says little of an image of none of them. So two figures
+count together: the logarithm of the odds of the likeliest class, and the cosine similarity of the image's features to
+those of the third nearest training image (Sun et al. 2022). `benchmarks.unknown` has what else was measured.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from models import ModelError, labels_of
+
+FILE = "familiarity.safetensors"  # beside the weights: the references
+NEIGHBOUR = 3  # whose similarity counts: the nearest ones may be wrongly labelled, or odd
+SURE = 1e-6  # a probability counts as at most 1 - SURE
+ROWS = 4096  # images at a time
+
+
+class Familiarity(NamedTuple):
+    """What a model compares an image with before it answers.
+
+    Attributes:
+        references: float16 [R, D], features of training images, scaled to length 1.
+        head: name of the model's head; features are what enters it.
+        log_odds, similarity: mean and standard deviation of both figures over the validation images.
+        unsure_below: the familiarity below which the answer is "unsure".
+    """
+
+    references: torch.Tensor
+    head: str
+    log_odds: tuple[float, float]
+    similarity: tuple[float, float]
+    unsure_below: float
+
+    def rate(self, probabilities: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """Return the familiarity of images, float32 [N]: the sum of both figures, in standard deviations.
+
+        Args:
+            probabilities: of the classes [N, C], calibrated.
+            features: what enters the model's head [N, D].
+        """
+        odds = (log_odds(probabilities) - self.log_odds[0]) / self.log_odds[1]
+        return odds + (similarity(self.references, features) - self.similarity[0]) / self.similarity[1]
+
+
+def log_odds(probabilities: torch.Tensor) -> torch.Tensor:
+    """Return the logarithm of the odds of the likeliest class, float32 [N], from probabilities [N, C]."""
+    return torch.logit(probabilities.amax(dim=1).float(), eps=SURE)
+
+
+def similarity(references: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """Return the cosine similarity of features [N, D] to the `NEIGHBOUR`-th nearest of references [R, D], float32 [N].
+
+    The references have length 1.
+    """
+    references, nearest = references.to(features.device, torch.float32), min(NEIGHBOUR, len(references))
+    parts = [functional.normalize(part.float()) @ references.T for part in features.split(ROWS)]
+    return torch.cat([part.topk(nearest).values[:, -1] for part in parts])
+
+
+def none_of(model: PreTrainedModel) -> int | None:
+    """Return which class of a model is that of images which show none of the others, if any."""
+    name, labels = getattr(model.config, "none_class", None), labels_of(model)
+    return labels.index(name) if name in labels else None
+
+
+def describe_in_config(model: PreTrainedModel, familiarity: Familiarity | None) -> None:
+    """Write into the config of a model how its familiarity is computed; the references are for `save_references`."""
+    if familiarity is None:
+        model.config.__dict__.pop("familiarity", None)
+    else:
+        model.config.familiarity = {"neighbour": NEIGHBOUR} | {
+            name: value for name, value in familiarity._asdict().items() if name != "references"
+        }
+
+
+def save_references(folder: Path, familiarity: Familiarity | None) -> None:
+    """Write the references of a model into its folder."""
+    if familiarity is not None:
+        save_file({"references": familiarity.references.contiguous()}, folder / FILE)
+
+
+def load_familiarity(model: PreTrainedModel, model_name: str) -> Familiarity | None:
+    """Return the familiarity of a finished model; None where it has none.
+
+    Args:
+        model: as loaded.
+        model_name: a folder, or a name on the Hub.
+
+    Raises:
+        ModelError: its file is damaged, or belongs to another model.
+    """
+    numbers = getattr(model.config, "familiarity", None)
+    if not isinstance(numbers, dict):
+        return None
+    try:
+        folder = Path(model_name)
+        path = folder / FILE if folder.is_dir() else Path(hf_hub_download(model_name, FILE))
+        odds, near = ((float(mean), float(spread)) for mean, spread in (numbers["log_odds"], numbers["similarity"]))
+        references, unsure_below = load_file(path)["references"], float(numbers["unsure_below"])
+        known = Familiarity(references, str(numbers["head"]), odds, near, unsure_below)
+        if known.references.shape[1] != model.get_submodule(known.head).in_features:
+            raise ValueError(f"its references have {known.references.shape[1]} features")
+        return known
+    except (EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled, FileNotFoundError):
+        return None  # a copy of the model without it
+    except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"{FILE} of {model_name} is damaged or of another model ({error}): copy it again, or delete it, and the "
+            "confidence alone decides what is unsure"
+        ) from error

@@ -1,0 +1,170 @@
+"""How a run learns when its model should not answer, and what the model says of the test images."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from datasets import DatasetDict, concatenate_datasets
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+
+from luthier.familiarity import Familiarity, log_odds, similarity
+from luthier.images.splits import draw_order
+from luthier.scoring.metrics import choose_threshold
+from luthier.training.features import ImageRows, build_backbone, run_backbone, size_of
+from luthier.training.trainer import model_of, predict
+from models import linear_head
+
+REFERENCES, PER_CLASS = 1000, 5  # training images that are kept, at least so many of each class
+VALIDATION = 2000  # images that are enough to find a scale
+LEAST_SPREAD = 1e-3  # of a figure, where validation images are nearly alike
+
+
+class Answers(NamedTuple):
+    """What a model says of test.
+
+    Attributes:
+        logits: float [N, C].
+        references: int [N], the true classes.
+        sureness: float [N], what decides whether it answers; None where that is the confidence.
+        familiarity: what the sureness comes from.
+    """
+
+    logits: np.ndarray
+    references: np.ndarray
+    sureness: np.ndarray | None = None
+    familiarity: Familiarity | None = None
+
+
+def answer(trainer: Trainer, rows: Any, splits: DatasetDict, familiarity: Familiarity | None) -> Answers:
+    """Return what a model says of test, on every process.
+
+    Args:
+        trainer: has the model with its final weights.
+        rows: of test, with their labels.
+        splits: as loaded.
+        familiarity: None, as on all processes but the main one, leaves the decision to the confidence.
+    """
+    head = linear_head(model_of(trainer))
+    if head is None:
+        return Answers(*predict(trainer, rows))
+    features = run_backbone(trainer, _backbone(trainer, head, rows), rows.remove_columns("label"))
+    logits, sureness = _apply_head(trainer, head, features), None
+    if familiarity is not None:
+        sureness = familiarity.rate(logits.softmax(dim=-1), features).numpy()
+    return Answers(logits.numpy(), np.array(splits["test"]["label"][:]), sureness, familiarity)
+
+
+def learn_familiarity(
+    trainer: Trainer,
+    images: Mapping[str, ImageRows],
+    splits: DatasetDict,
+    known: Mapping[str, torch.Tensor] | None,
+    frozen: bool,
+    none: int | None = None,
+) -> Familiarity | None:
+    """Return what is familiar to the model that is kept; None where its head is not one linear layer, or it diverged.
+
+    The scale and the threshold are those of validation, where the threshold costs one in twenty correct answers.
+
+    Args:
+        trainer: has the model with its final weights.
+        images: of "train" and "validation", see `data.feature_rows`.
+        splits: as loaded.
+        known: features of "train" and "validation" by the pretrained weights; None on all processes but the main one.
+        frozen: the weights below the head are still these.
+        none: the class of images that show none of the others: they are not familiar.
+    """
+    head = linear_head(model_of(trainer))
+    if head is None:
+        return None
+    order = np.argsort(draw_order(splits["validation"]["digest"][:], seed=1))
+    chosen = {
+        "train": choose_references(splits["train"]["label"][:], splits["train"]["digest"][:], none),
+        "validation": order[np.array(splits["validation"]["label"][:])[order] != none][:VALIDATION],
+    }
+    learned = _features(trainer, head, images, chosen, (known or {}) if frozen else None)
+    if not trainer.is_world_process_zero() or not all(torch.isfinite(part).all() for part in learned):
+        return None
+    references, validation = nn.functional.normalize(learned[0]).half(), learned[1]
+    truth = np.array(splits["validation"]["label"][:])[chosen["validation"]]
+    logits = _apply_head(trainer, head, validation)
+    probabilities = logits.softmax(dim=-1)
+    odds, near = _scale(log_odds(probabilities)), _scale(similarity(references, validation))
+    unscaled = Familiarity(references, head, odds, near, 0.0)
+    sureness = unscaled.rate(probabilities, validation).numpy()
+    return unscaled._replace(unsure_below=choose_threshold(sureness, logits.numpy().argmax(axis=1) == truth))
+
+
+def refit_references(
+    trainer: Trainer,
+    familiarity: Familiarity | None,
+    used: Sequence[str],
+    images: Mapping[str, ImageRows],
+    splits: DatasetDict,
+    known: Mapping[str, torch.Tensor] | None,
+    frozen: bool,
+    none: int | None = None,
+) -> Familiarity | None:
+    """Return the familiarity of a model that was refit: its own references, and the scale of the scored one.
+
+    Args:
+        trainer: has the model that was refit.
+        familiarity: of the scored model.
+        used: the splits that it has learned from.
+        images: of these splits, see `data.feature_rows`.
+        splits: as loaded.
+        known, frozen, none: as in `learn_familiarity`, of these splits.
+    """
+    head = linear_head(model_of(trainer))
+    if head is None:
+        return None
+    joined = concatenate_datasets([splits[split].select_columns(["label", "digest"]) for split in used])
+    rows = choose_references(joined["label"][:], joined["digest"][:], none)
+    begins = np.cumsum([0, *(len(splits[split]) for split in used)])
+    parts = [rows[(rows >= begin) & (rows < end)] - begin for begin, end in itertools.pairwise(begins)]
+    chosen = {split: part for split, part in zip(used, parts, strict=True) if len(part)}
+    learned = _features(trainer, head, images, chosen, (known or {}) if frozen else None)
+    if familiarity is None:  # as on all processes but the main one
+        return None
+    return familiarity._replace(references=nn.functional.normalize(torch.cat(learned)).half())
+
+
+def choose_references(labels: list[int], digests: list[str], none: int | None = None) -> np.ndarray:
+    """Return the rows [R] of training images that others are compared with: the same number of each class."""
+    order, truth = np.argsort(draw_order(digests, seed=1), kind="stable"), np.array(labels)
+    most = max(PER_CLASS, REFERENCES // (truth.max() + 1))
+    familiar = np.unique(truth[truth != none])
+    return np.sort(np.concatenate([order[truth[order] == label][:most] for label in familiar]))
+
+
+def _features(
+    trainer: Trainer,
+    head: str,
+    images: Mapping[str, ImageRows],
+    chosen: Mapping[str, np.ndarray],
+    known: Mapping[str, torch.Tensor] | None,
+) -> list[torch.Tensor]:
+    """Return the features [R, D] of some rows of each split, computed unless they are known."""
+    if known is not None:
+        return [known[split][rows] for split, rows in chosen.items() if split in known]
+    backbone = _backbone(trainer, head, next(iter(images.values())).rows)
+    return [run_backbone(trainer, backbone, images[split].rows.select(rows)) for split, rows in chosen.items()]
+
+
+def _backbone(trainer: Trainer, head: str, rows: Any) -> PreTrainedModel:
+    return build_backbone(model_of(trainer), head, size_of(rows))
+
+
+def _apply_head(trainer: Trainer, head: str, features: torch.Tensor) -> torch.Tensor:
+    """Return the logits [N, C] that a model's head makes of features [N, D], on the CPU."""
+    layer = model_of(trainer).get_submodule(head)
+    assert isinstance(layer, nn.Linear)  # see models.linear_head
+    with torch.no_grad():
+        return nn.functional.linear(features, layer.weight.float().cpu(), layer.bias.float().cpu())
+
+
+def _scale(values: torch.Tensor) -> tuple[float, float]:
+    return float(values.mean()), max(float(values.std(correction=0)), LEAST_SPREAD)

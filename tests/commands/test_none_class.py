@@ -1,0 +1,85 @@
+"""A class of images that show none of the others: it teaches the model not to answer, and is not scored."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import draw_folder
+from PIL import Image
+
+import predict
+import score
+import train
+from luthier.familiarity import load_familiarity
+from models import load_trained
+
+
+def draw_nothing(seed: int) -> Image.Image:
+    """Draw grey noise, which none of the coloured images look like."""
+    grey = np.random.default_rng(seed).normal(128, 40, (40, 48, 1)).clip(0, 255).astype(np.uint8)
+    return Image.fromarray(np.repeat(grey, 3, axis=2))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("none")
+    draw_folder(folder / "images", per_class=20)
+    (folder / "images/None").mkdir()
+    for seed in range(20):
+        draw_nothing(seed).save(folder / f"images/None/{seed}.png")
+    return folder
+
+
+def run(folder, timm_checkpoint, name: str, *options: str) -> dict:
+    line = ["--data_dir", str(folder / "images"), "--model_name", str(timm_checkpoint), "--disable_tqdm", "1"]
+    train.main([*line, "--recipe", "probe", "--output_dir", str(folder / name), *options])
+    return json.loads((folder / name / "metrics.json").read_text())
+
+
+def ask(capsys, *words) -> list[dict]:
+    predict.main([*map(str, words), "--format", "jsonl"])
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_class_is_found_by_its_name_and_not_scored(folder, timm_checkpoint, capsys):
+    metrics = run(folder, timm_checkpoint, "found")
+    said = capsys.readouterr().out
+    assert "of 4 images of none of the classes" in said and "with the unsure ones" in said
+    test = metrics["test"]
+    assert (test["n"], test["none"]["n"]) == (12, 4) and metrics["baselines"]["majority"]["n"] == 12
+    assert metrics["baselines"]["linear_probe"]["test"]["n"] == 12
+    matrix = np.array(test["confusion_matrix"])
+    known = [label != "None" for label in metrics["data"]["labels"]]
+    assert matrix.sum() == 16 and test["accuracy"] == matrix.diagonal()[known].sum() / 12
+    assert test["none"]["refused"] == test["per_class"]["None"]["recall"]
+    assert test["none"]["refused"] - metrics["unsure"]["none_answered"] <= 1
+    for page in ("report.html", "README.md"):
+        assert "Not counted there: of 4 images of none of the classes" in (folder / "found" / page).read_text()
+
+    model, _ = load_trained(str(folder / "found"))
+    assert model.config.none_class == "None"
+    assert len(load_familiarity(model, str(folder / "found")).references) == 60, "of the other classes alone"
+    images = [folder / "new.png", folder / "images/red/000.png"]
+    draw_nothing(99).save(images[0])
+    nothing, red = ask(capsys, folder / "found", *images)
+    assert nothing["top"][0]["label"] == "None" and nothing["answer"] is None and red["answer"] == "red"
+    (always,) = ask(capsys, folder / "found", images[0], "--always_answer")
+    assert always["answer"] not in (None, "None")
+    predict.main([str(folder / "found"), str(images[0])])
+    assert "new.png: none of these" in capsys.readouterr().out
+
+    data = ["--data_dir", str(folder / "images"), "--output_dir", str(folder / "scored"), "--disable_tqdm", "1"]
+    score.main([str(folder / "found"), *data])
+    again = json.loads((folder / "scored/metrics.json").read_text())
+    assert (again["test"]["n"], again["test"]["none"]["n"]) == (60, 20)
+
+
+def test_class_is_given_or_switched_off(folder, timm_checkpoint, capsys):
+    given = run(folder, timm_checkpoint, "given", "--none_class", "blue", "--folds", "3")
+    assert (given["test"]["n"], given["test"]["none"]["n"]) == (60, 20)
+    off = run(folder, timm_checkpoint, "off", "--none_class", "")
+    assert off["test"]["n"] == 16 and "none" not in off["test"] and "none_answered" not in off["unsure"]
+    with pytest.raises(SystemExit) as ended:
+        run(folder, timm_checkpoint, "wrong", "--none_class", "nothing")
+    message = "there is no class 'nothing' (--none_class): the classes are None, blue, green, red"
+    assert ended.value.code == 2 and message in capsys.readouterr().err
