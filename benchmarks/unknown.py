@@ -5,10 +5,19 @@
 Each data set is a folder of class folders, with a test split or cut as Luthier cuts it. Once for each class, a linear
 probe learns the others. Several figures rank the test images; of each the table has, in the mean over the classes, the
 area under the ROC curve, and the share of unknown images that are answered where 95% of the right answers are kept.
+
+    python -m benchmarks.unknown path/to/suite/cells --train full_from_probe --num_train_epochs 3
+
+trains models instead, once without each class, as they would be shipped. The table has what `predict.py` answers: of
+the images whose likeliest class is right, and of the unknown ones, once as it decides, once by the confidence alone.
+Options after `--train RECIPE` go to `train.py`.
 """
 
 import argparse
 import statistics
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,8 +28,10 @@ from torch.nn import functional
 
 from benchmarks.balance import load
 from luthier.images.splits import stratified_cut
+from luthier.serving.classifier import Classifier
 from luthier.training.probe import LinearProbe, fit_probe
 
+PROJECT = Path(__file__).parent.parent
 KEPT = 0.95  # share of the right answers
 NEIGHBOURS = (1, 3, 10)
 SHRINKAGE = 0.1  # of a covariance towards its diagonal
@@ -32,7 +43,15 @@ def main() -> None:
     """Print a row for each data set, and the means over the data sets."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="+", help="folders of class folders")
+    parser.add_argument("--train", nargs=argparse.REMAINDER, help="a recipe, and more options of train.py")
     args = parser.parse_args()
+    if args.train:
+        print(
+            "| data | class left out | decides | right answers kept | unknown images answered |\n|---|---|---|---|---|"
+        )
+        for folder in map(Path, args.data):
+            train_without_each(folder, args.train)
+        return
     means: dict[str, list[tuple[float, float]]] = {}
     for number, folder in enumerate(args.data):
         splits, features = load(folder)
@@ -62,6 +81,42 @@ def leave_out(
     right = ~unknown & (answers + (answers >= out) == labels["test"])
     figures = build_figures(probe, train, torch.tensor(truth[cut["train"]]), validation)
     return {name: rate(figure(features["test"]).numpy(), right, unknown) for name, figure in figures.items()}
+
+
+def train_without_each(folder: Path, options: list[str]) -> None:
+    """Train once without each class of a folder with `train` and `test`, and print what the models answer."""
+    names = sorted(path.name for path in (folder / "train").iterdir() if path.is_dir())
+    shares: dict[str, list[np.ndarray]] = {"familiarity": [], "confidence": []}
+    for out in names:
+        with tempfile.TemporaryDirectory() as scratch:
+            for split in ("train", "test"):
+                Path(scratch, "data", split).mkdir(parents=True)
+                for name in set(names) - {out}:
+                    Path(scratch, "data", split, name).symlink_to((folder / split / name).resolve())
+            command = ["train.py", "--data_dir", f"{scratch}/data", "--output_dir", f"{scratch}/out", "--recipe"]
+            subprocess.run([sys.executable, *command, *options], cwd=PROJECT, check=True, capture_output=True)
+            for by, found in shares.items():
+                found.append(answered(f"{scratch}/out", folder / "test", out, by))
+                print(f"| {folder.name} | {out} | {by} | {found[-1][0]:.1%} | {found[-1][1]:.1%} |", flush=True)
+    for by, found in shares.items():
+        right, unknown = np.mean(found, axis=0)
+        print(f"| {folder.name} | mean | {by} | {right:.1%} | {unknown:.1%} |", flush=True)
+
+
+def answered(model: str, test: Path, out: str, by: str) -> np.ndarray:
+    """Return the share of the right answers that a model gives, and of images of the class `out` that it answers."""
+    classifier = Classifier(model)
+    if by == "confidence":
+        classifier.familiarity = None
+    files = [(str(path), None) for path in sorted(test.rglob("*")) if path.is_file()]
+    gave: dict[str, list[bool]] = {"right": [], "unknown": []}
+    for prediction in classifier.predict_files(files, 1):
+        label = Path(prediction.name).parent.name
+        if label == out:
+            gave["unknown"].append(not prediction.unsure)
+        elif prediction.top and prediction.top[0][0] == label:
+            gave["right"].append(not prediction.unsure)
+    return np.array([np.mean(gave["right"]), np.mean(gave["unknown"])])
 
 
 def rate(figures: np.ndarray, right: np.ndarray, unknown: np.ndarray) -> tuple[float, float]:

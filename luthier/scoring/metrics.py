@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import evaluate
 import numpy as np
@@ -135,15 +135,7 @@ def score(
     """
     known = references != none
     if known.any() and not known.all():
-        every = score(logits, references, labels, class_shares=class_shares)
-        own = None if groups is None else groups[known]
-        refused = logits.argmax(axis=-1) == none
-        counts: dict = {"n": int((~known).sum())}
-        for name, rows in (("refused", ~known), ("known_refused", known)):
-            where = None if groups is None else groups[rows]
-            counts |= {name: float(refused[rows].mean()), f"{name}_ci95": interval_of_share(refused[rows], where)}
-        of_known = score(logits[known], references[known], labels, own, class_shares, none)
-        return of_known | {key: every[key] for key in ("per_class", "confusion_matrix")} | {"none": counts}
+        return _score_known(logits, references, labels, groups, class_shares, none)
     predictions = logits.argmax(axis=-1)
     result = Classification(keep_in_memory=True).compute(
         predictions=predictions, references=references, num_labels=len(labels), none=none
@@ -170,6 +162,26 @@ def score(
         },
         "confusion_matrix": result["confusion_matrix"],
     }
+
+
+def _score_known(
+    logits: np.ndarray,
+    references: np.ndarray,
+    labels: list[str],
+    groups: np.ndarray | None,
+    class_shares: Sequence[float] | np.ndarray | None,
+    none: int | None,
+) -> dict:
+    """Return the `score` of images among which some show none of the classes."""
+    known, refused, counts = references != none, logits.argmax(axis=-1) == none, dict[str, Any]()
+    for name, rows in (("refused", ~known), ("known_refused", known)):
+        own = None if groups is None else groups[rows]
+        counts |= {name: float(refused[rows].mean()), f"{name}_ci95": interval_of_share(refused[rows], own)}
+    every = score(logits, references, labels)
+    own = None if groups is None else groups[known]
+    scored = score(logits[known], references[known], labels, own, class_shares, none)
+    whole = {key: every[key] for key in ("per_class", "confusion_matrix")}
+    return scored | whole | {"none": {"n": int((~known).sum()), **counts}}
 
 
 def standard_error(values: np.ndarray) -> float:

@@ -96,6 +96,7 @@ def test_scored_weights_stay_and_shipped_ones_have_learned_from_all_images(raced
     assert len((folder / "out/learned_from.txt").read_text().split()) == 98
     configs = [json.loads((folder / name / "config.json").read_text()) for name in ("out", "out/scored")]
     assert configs[0]["unsure_below"] == configs[1]["unsure_below"]
+    assert configs[0]["familiarity"] == configs[1]["familiarity"]
     correct = [
         pipeline("image-classification", str(folder / "out"))(str(path), top_k=1)[0]["label"] == "green"
         for path in sorted((folder / "images/green").iterdir())[:5]
@@ -275,4 +276,4 @@ def test_weights_that_are_not_refit_have_learned_from_train_alone(timm_checkpoin
     folds = run(tmp_path, timm_checkpoint, "--recipe", "probe", "--refit", "none", "--folds", "3", out="folds")
     assert 0 < len((tmp_path / "folds/learned_from.txt").read_text().split()) < folds["test"]["n"]
     config = json.loads((tmp_path / "folds/config.json").read_text())
-    assert config["unsure_below"] == folds["unsure"]["threshold"]
+    assert config["familiarity"]["unsure_below"] == folds["unsure"]["threshold"]

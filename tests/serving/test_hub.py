@@ -20,8 +20,16 @@ from luthier.reporting.card import write_model_card
 
 PUBLISHED = {
     ".gitattributes", "README.md", "config.json", "confusion_matrix.png", "coverage.png", "curves.png",
-    "model.safetensors", "models.py", "preprocessor_config.json", "reliability.png",
+    "familiarity.safetensors", "model.safetensors", "models.py", "preprocessor_config.json", "reliability.png",
 }  # fmt: skip
+LOAD_FAMILIARITY = """
+import sys
+from luthier.familiarity import load_familiarity
+from models import load_trained
+
+familiarity = load_familiarity(load_trained(sys.argv[1])[0], sys.argv[1])
+print(familiarity and len(familiarity.references))
+"""
 LOAD_MODEL = """
 import sys
 from PIL import Image
@@ -148,6 +156,16 @@ def test_model_from_a_private_repository_equals_the_pushed_one_bit_for_bit(
     assert loaded.returncode == 0 and loaded.stdout.strip() in ("blue", "green", "red"), loaded.stderr
     local, remote = load_file(finished_run / "model.safetensors"), load_file(tmp_path / "loaded/model.safetensors")
     assert local.keys() == remote.keys() and all((local[name] == remote[name]).all() for name in local)
+
+
+def test_familiarity_is_loaded_from_the_hub_and_may_be_missing(server, push, client, finished_run):
+    assert push(finished_run, "me/colours").returncode == 0
+    loaded = client("-c", LOAD_FAMILIARITY, "me/colours")
+    references = load_file(finished_run / "familiarity.safetensors")["references"]
+    assert loaded.stdout.strip() == str(len(references)) != "0", loaded.stderr
+    del server.repositories["models/me/colours"].files["familiarity.safetensors"]
+    loaded = client("-c", LOAD_FAMILIARITY, "me/colours", home="another")
+    assert loaded.stdout.strip() == "None", loaded.stderr
 
 
 def test_second_push_uploads_changed_files_and_deletes_missing_ones(server, push, finished_run, tmp_path):
