@@ -8,8 +8,9 @@ area under the ROC curve, and the share of unknown images that are answered wher
 
     python -m benchmarks.unknown path/to/suite/cells --train full_from_probe --num_train_epochs 3
 
-trains models instead, once without each class, as they would be shipped. The table has what `predict.py` answers: of
-the images whose likeliest class is right, and of the unknown ones, once as it decides, once by the confidence alone.
+trains models instead, once without each class, as they would be shipped. The table has the same two figures, and what
+is answered at the model's own threshold: of the images whose likeliest class is right, and of the unknown ones. It has
+them once as `predict.py` decides, and once by the confidence alone.
 Options after `--train RECIPE` go to `train.py`.
 """
 
@@ -30,6 +31,7 @@ from benchmarks.balance import load
 from luthier.images.splits import stratified_cut
 from luthier.serving.classifier import Classifier
 from luthier.training.probe import LinearProbe, fit_probe
+from models import threshold_of
 
 PROJECT = Path(__file__).parent.parent
 KEPT = 0.95  # share of the right answers
@@ -46,9 +48,8 @@ def main() -> None:
     parser.add_argument("--train", nargs=argparse.REMAINDER, help="a recipe, and more options of train.py")
     args = parser.parse_args()
     if args.train:
-        print(
-            "| data | class left out | decides | right answers kept | unknown images answered |\n|---|---|---|---|---|"
-        )
+        print("| data | left out | decides | area, unknown at 95% | right answered | unknown answered |")
+        print("|---|---|---|---|---|---|")
         for folder in map(Path, args.data):
             train_without_each(folder, args.train)
         return
@@ -84,9 +85,9 @@ def leave_out(
 
 
 def train_without_each(folder: Path, options: list[str]) -> None:
-    """Train once without each class of a folder with `train` and `test`, and print what the models answer."""
+    """Train once without each class of a folder with `train` and `test`, and print how well that can be told."""
     names = sorted(path.name for path in (folder / "train").iterdir() if path.is_dir())
-    shares: dict[str, list[np.ndarray]] = {"familiarity": [], "confidence": []}
+    found: dict[str, list[np.ndarray]] = {"familiarity": [], "confidence": []}
     for out in names:
         with tempfile.TemporaryDirectory() as scratch:
             for split in ("train", "test"):
@@ -95,28 +96,33 @@ def train_without_each(folder: Path, options: list[str]) -> None:
                     Path(scratch, "data", split, name).symlink_to((folder / split / name).resolve())
             command = ["train.py", "--data_dir", f"{scratch}/data", "--output_dir", f"{scratch}/out", "--recipe"]
             subprocess.run([sys.executable, *command, *options], cwd=PROJECT, check=True, capture_output=True)
-            for by, found in shares.items():
-                found.append(answered(f"{scratch}/out", folder / "test", out, by))
-                print(f"| {folder.name} | {out} | {by} | {found[-1][0]:.1%} | {found[-1][1]:.1%} |", flush=True)
-    for by, found in shares.items():
-        right, unknown = np.mean(found, axis=0)
-        print(f"| {folder.name} | mean | {by} | {right:.1%} | {unknown:.1%} |", flush=True)
+            for by, rows in found.items():
+                rows.append(ask(f"{scratch}/out", folder / "test", out, by))
+                print_shipped(folder.name, out, by, rows[-1])
+    for by, rows in found.items():
+        print_shipped(folder.name, "mean", by, np.mean(rows, axis=0))
 
 
-def answered(model: str, test: Path, out: str, by: str) -> np.ndarray:
-    """Return the share of the right answers that a model gives, and of images of the class `out` that it answers."""
+def ask(model: str, test: Path, out: str, by: str) -> np.ndarray:
+    """Return how well a model tells images of the class `out`: the area, and three shares, see `print_shipped`."""
     classifier = Classifier(model)
     if by == "confidence":
-        classifier.familiarity = None
-    files = [(str(path), None) for path in sorted(test.rglob("*")) if path.is_file()]
-    gave: dict[str, list[bool]] = {"right": [], "unknown": []}
-    for prediction in classifier.predict_files(files, 1):
-        label = Path(prediction.name).parent.name
-        if label == out:
-            gave["unknown"].append(not prediction.unsure)
-        elif prediction.top and prediction.top[0][0] == label:
-            gave["right"].append(not prediction.unsure)
-    return np.array([np.mean(gave["right"]), np.mean(gave["unknown"])])
+        classifier.familiarity, classifier.threshold = None, threshold_of(classifier.model)
+    right, unknown, sureness = [], [], []
+    for path in sorted(path for path in test.rglob("*") if path.is_file()):
+        probabilities, figure = classifier.rate([classifier.load_view(str(path))])
+        sureness.append(figure.item())
+        right.append(classifier.labels[int(probabilities.argmax())] == path.parent.name)
+        unknown.append(path.parent.name == out)
+    figures, correct, others = np.array(sureness), np.array(right), np.array(unknown)
+    answered = figures >= classifier.threshold
+    return np.array([*rate(figures, correct, others), answered[correct].mean(), answered[others].mean()])
+
+
+def print_shipped(data: str, out: str, by: str, row: np.ndarray) -> None:
+    """Print the area, unknown images answered at 95% of the right answers, right and unknown ones at the threshold."""
+    area, at_kept, right, unknown = row
+    print(f"| {data} | {out} | {by} | {area:.3f}, {at_kept:.0%} | {right:.1%} | {unknown:.1%} |", flush=True)
 
 
 def rate(figures: np.ndarray, right: np.ndarray, unknown: np.ndarray) -> tuple[float, float]:

@@ -62,19 +62,15 @@ class DataArguments:
     group_by: str | None = field(
         default=None,
         metadata={
-            "help": "The same by file names: folder, the folder below the class folder, or a regular expression such "
-            "as '^[^_]+' (docs/usage.md)."
+            "help": "The same by file names: folder, the folder below the class folder, or a regular expression "
+            "(docs/usage.md)."
         },
     )
     none_class: str | None = field(
-        default=None,
-        metadata={
-            "help": "The class of images that show none of the others, which teach the model not to answer; none, if "
-            "there is such a class and nothing is given."
-        },
+        default=None, metadata={"help": "The class of images of anything else, if not called none."}
     )
     label_names: list[str] | None = field(
-        default=None, metadata={"help": "New names for the classes, in the order of their sorted old names."}
+        default=None, metadata={"help": "New class names, in the order of the sorted old ones."}
     )
     validation_fraction: float | None = field(
         default=None,

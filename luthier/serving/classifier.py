@@ -63,9 +63,9 @@ class Classifier:
         model.to(self.device)  # type: ignore[arg-type]  # the library wraps torch's method
         self.model = fuse_batchnorm(model, view_size(self.image_processor))
         self.labels = labels_of(model)
-        self.threshold = 0.0 if always_answer else threshold_of(model)
         self.none, self.always_answer = none_of(model), always_answer
         self.familiarity = None if always_answer else load_familiarity(model, model_name)
+        self.threshold = self.familiarity.unsure_below if self.familiarity else threshold_of(model)
         self._features: list[torch.Tensor] = []  # of the last batch
         if self.familiarity:
             self.model.get_submodule(self.familiarity.head).register_forward_pre_hook(self._keep_features)
@@ -141,23 +141,26 @@ class Classifier:
             )
 
     @torch.inference_mode()
-    def _answers(self, views: list[torch.Tensor]) -> list[tuple[torch.Tensor, bool]]:
-        """Return for each view the probabilities [C], and whether the model is unsure.
+    def rate(self, views: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return for N views the probabilities [N, C], and what decides whether the model answers [N].
 
-        Where the model has a familiarity, that decides, and otherwise the confidence alone.
+        That is its familiarity where it has one, and otherwise the confidence.
         """
         self._features.clear()
         pixel_values = torch.stack(views).to(self.device, memory_format=torch.channels_last)
         probabilities = self.model(pixel_values=pixel_values).logits.float().softmax(dim=-1)
         if self.familiarity:
-            unsure = self.familiarity.rate(probabilities, *self._features) < self.familiarity.unsure_below
-        else:
-            unsure = probabilities.amax(dim=-1) < self.threshold
-        if self.none is not None:
-            if self.always_answer:
-                probabilities[:, self.none] = 0
-            unsure |= probabilities.argmax(dim=-1) == self.none
-        return list(zip(probabilities.cpu(), unsure.tolist(), strict=True))
+            return probabilities, self.familiarity.rate(probabilities, *self._features)
+        return probabilities, probabilities.amax(dim=-1)
+
+    @torch.inference_mode()
+    def _answers(self, views: list[torch.Tensor]) -> list[tuple[torch.Tensor, bool]]:
+        """Return for each view the probabilities [C], and whether the model is unsure."""
+        probabilities, sureness = self.rate(views)
+        if self.always_answer and self.none is not None:
+            probabilities[:, self.none] = 0
+        unsure = (sureness < self.threshold) | (probabilities.argmax(dim=-1) == self.none)
+        return list(zip(probabilities.cpu(), (unsure & (not self.always_answer)).tolist(), strict=True))
 
     def _keep_features(self, head: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
         self._features.append(inputs[0])
