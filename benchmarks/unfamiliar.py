@@ -2,19 +2,23 @@
 
     python -m benchmarks.unfamiliar outputs/efficientnet_lite0_instruments
 
-It prints the share of OpenMoji's images that the model is unsure about, and the same share of its own test images,
-from its metrics.json.
+It prints the share of OpenMoji's images that the model is unsure about, the same by the confidence alone, and the share
+of its own test images, from its metrics.json.
 """
 
 import argparse
 import json
 from pathlib import Path
 
+import torch
 from datasets import Image
 
 from luthier.images.decode import decode_rgb, read_bytes
 from luthier.images.openmoji import load_openmoji
 from luthier.serving.classifier import Classifier
+from models import threshold_of
+
+BATCH = 16
 
 
 def main() -> None:
@@ -25,12 +29,17 @@ def main() -> None:
     unsure = json.loads((args.model / "metrics.json").read_text())["unsure"]
     classifier = Classifier(str(args.model))
     rows = load_openmoji().cast_column("image", Image(decode=False))
-    predictions = [classifier.predict(decode_rgb(read_bytes(row["image"])).image, 1) for row in rows]
-    share = sum(prediction.unsure for prediction in predictions) / len(predictions)
-    print(f"threshold {unsure['threshold']:.2f} of {unsure['by']}")
+    views = [classifier.view(decode_rgb(read_bytes(row["image"])).image) for row in rows]
+    rated = [classifier.rate(views[first : first + BATCH]) for first in range(0, len(views), BATCH)]
+    sureness = torch.cat([each for _, each in rated])
+    confidence = torch.cat([probabilities.amax(dim=-1) for probabilities, _ in rated])
     print(f"its own test images: {1 - unsure['answered']:.1%} unsure")
     print(f"wrong predictions among them: {unsure['errors_withheld']:.1%} unsure")
-    print(f"{len(predictions):,} drawings of none of its classes: {share:.1%} unsure")
+    print(
+        f"{len(views):,} drawings of none of its classes: {(sureness < classifier.threshold).float().mean():.1%} unsure"
+    )
+    below = (confidence < threshold_of(classifier.model)).float().mean()
+    print(f"the same by the confidence alone: {below:.1%}")
 
 
 if __name__ == "__main__":

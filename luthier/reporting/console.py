@@ -188,7 +188,8 @@ def say_results(output_dir: Path, metrics: Mapping, custom_code: bool | None = N
     say("", balance_with_intervals(test))
     say("", f"compare: {'; '.join(baselines)}")
     if "none" in test:
-        say("", none_in_words(test["none"], metrics["unsure"]))
+        for sentence in none_in_words(test["none"], metrics["unsure"]).split(". "):
+            say("", sentence)
     uncalibrated = f", before calibration {before['test']['ece']:.1%}" if before else ""
     say("", f"calibration error {test['ece']:.1%}{uncalibrated}")
     stages = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in metrics["seconds"].items() if stage != "total")
@@ -201,12 +202,12 @@ def say_results(output_dir: Path, metrics: Mapping, custom_code: bool | None = N
 
 
 def none_in_words(none: Mapping, unsure: Mapping) -> str:
-    """Return how many images of none of the classes are refused, and how many others."""
+    """Return in two sentences how many images of none of the classes are refused, and how many others."""
     low, high = none["refused_ci95"]
+    refused, known = 1 - unsure["none_answered"], 1 - unsure["answered"]
     return (
-        f"of {plural(none['n'], 'image')} of none of the classes {none['refused']:.1%} are refused (95% interval "
-        f"{low:.1%} to {high:.1%}), {1 - unsure['none_answered']:.1%} with the unsure ones; of the others "
-        f"{none['known_refused']:.1%}, {1 - unsure['answered']:.1%} with the unsure ones"
+        f"{plural(none['n'], 'image')} of none of the classes: {none['refused']:.1%} refused (95% interval {low:.1%} "
+        f"to {high:.1%}), {refused:.1%} refused or unsure. The others: {none['known_refused']:.1%}, {known:.1%}"
     )
 
 
