@@ -2,8 +2,8 @@
 
     python -m benchmarks.unfamiliar outputs/efficientnet_lite0_instruments
 
-It prints the share of OpenMoji's images that the model is unsure about, the same by the confidence alone, and the share
-of its own test images, from its metrics.json.
+It prints the share of OpenMoji's images that the model is unsure about, the same by the confidence alone, and the
+share of its own test images, from its metrics.json.
 """
 
 import argparse
@@ -35,11 +35,11 @@ def main() -> None:
     confidence = torch.cat([probabilities.amax(dim=-1) for probabilities, _ in rated])
     print(f"its own test images: {1 - unsure['answered']:.1%} unsure")
     print(f"wrong predictions among them: {unsure['errors_withheld']:.1%} unsure")
-    print(
-        f"{len(views):,} drawings of none of its classes: {(sureness < classifier.threshold).float().mean():.1%} unsure"
+    unfamiliar, below = (
+        (figure < threshold).float().mean()
+        for figure, threshold in ((sureness, classifier.threshold), (confidence, threshold_of(classifier.model)))
     )
-    below = (confidence < threshold_of(classifier.model)).float().mean()
-    print(f"the same by the confidence alone: {below:.1%}")
+    print(f"{len(views):,} drawings of none of its classes: {unfamiliar:.1%} unsure, {below:.1%} by confidence alone")
 
 
 if __name__ == "__main__":
