@@ -221,14 +221,17 @@ def prepare_batch(batch: dict, indices: list[int], store: Callable, column: str)
     """Prepare a batch for `make_rows`; see `prepare`. An image that cannot be read leaves its reason in `error`."""
 
     # Threads are enough, because Pillow releases the interpreter while it decodes, resizes and encodes.
-    def prepare_one(source: dict, name: str) -> tuple:
+    def prepare_one(source: dict, name: str, digest: str) -> tuple:
         try:
-            return store(read_bytes(source)), None
+            content = read_bytes(source)
+            if hashlib.sha256(content).hexdigest() != digest:  # it would be kept under the name of another image
+                return None, f"{name}: it has changed, but not its size and time. Run `touch` on it"
+            return store(content), None
         except Exception as error:  # Pillow's plugins raise errors of any kind on damaged data
             return None, f"{name}: {reason(error)}"
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        stored, errors = zip(*pool.map(prepare_one, batch["image"], batch["name"]), strict=True)
+        stored, errors = zip(*pool.map(prepare_one, batch["image"], batch["name"], batch["digest"]), strict=True)
     return {column: list(stored), "digest": batch["digest"], "error": list(errors)}
 
 

@@ -82,6 +82,7 @@ def score_model(arguments: "Arguments", output_dir: Path, stopwatch: Stopwatch) 
     from luthier.reporting.results import collect_metrics, count_learned, write_results
     from luthier.scoring.audit import audit_images
     from luthier.scoring.baselines import majority_baseline
+    from luthier.scoring.criterion import check_known
     from luthier.scoring.familiarity import answer
     from luthier.scoring.metrics import TestPredictions
     from luthier.scoring.selection import score_test
@@ -98,6 +99,7 @@ def score_model(arguments: "Arguments", output_dir: Path, stopwatch: Stopwatch) 
     with training_args.main_process_first(desc="preparing the images"):
         prepared = prepare(splits, view)
     stopwatch.stop("prepare")
+    check_known(splits, none_of(model))
     trainer = build_predictor(model, training_args, collate)
     data = describe(prepared, data_args.name, data_args.is_built_in)
     setup = console.describe_setup(trainer, model_args.model_name, view.size)

@@ -23,6 +23,7 @@ from luthier.terminal import Tenths
 
 logger = logging.getLogger(__name__)
 
+PART = "rows-"  # how the names of files of rows begin; `datasets` puts its own beside them
 KEY = "key"  # the column, or tensor, that tells what a row is made of
 
 
@@ -76,10 +77,11 @@ def read_rows(kind: str, key: str, digests: Collection[str]) -> tuple[list[torch
         kept = _read_tensors(file)
         if {KEY, "tensor"} - set(kept):
             continue
-        names = [bytes(name).hex() for name in kept[KEY].numpy()]
-        rows = [row for row, name in enumerate(names) if name in wanted and name not in place_of]
-        place_of |= {names[row]: len(place_of) + number for number, row in enumerate(rows)}
-        blocks.append(kept["tensor"][rows])
+        row_of = {bytes(name).hex(): row for row, name in enumerate(kept[KEY].numpy())}
+        found = [name for name in row_of if name in wanted and name not in place_of]
+        begin = len(place_of)
+        place_of |= {name: begin + number for number, name in enumerate(found)}
+        blocks.append(kept["tensor"][[row_of[name] for name in found]])
     return blocks, place_of
 
 
@@ -89,7 +91,7 @@ def write_rows(kind: str, key: str, digests: Sequence[str], rows: torch.Tensor) 
     Args:
         kind: what it is, such as `features`; it names the folder.
         key: of all that a row depends on besides its image.
-        digests: SHA-256 of each image [N], in hexadecimal.
+        digests: SHA-256 of each image [N], in hexadecimal, each once.
         rows: [N, ...]; where there is no space or no right to write, they are computed again next time.
     """
     names = np.frombuffer(bytes.fromhex("".join(digests)), dtype=np.uint8).reshape(len(digests), -1)
@@ -129,7 +131,8 @@ def make_rows(
     new = [row for row, name in enumerate(keys) if name not in place_of]
     if new:
         names, progress = [keys[row] for row in new], Tenths(topic, len(new), unit, quiet_seconds=10)
-        place_of |= {name: sum(map(len, parts)) + row for row, name in enumerate(names)}
+        begin = sum(map(len, parts))
+        place_of |= {name: begin + row for row, name in enumerate(names)}
 
         def make_batch(batch: dict, indices: list[int]) -> dict:
             made = make(batch, indices) | {KEY: [names[index] for index in indices]}
@@ -137,7 +140,7 @@ def make_rows(
             return made
 
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{cache_key(*names)}.arrow"
+        path = folder / f"{PART}{cache_key(*names)}.arrow"
         part = (dataset if len(new) == len(dataset) else dataset.select(new)).map(
             make_batch, batched=True, with_indices=True, batch_size=32, writer_batch_size=32,
             remove_columns=dataset.column_names, features=Features(features | {KEY: Value("string")}),
@@ -165,7 +168,7 @@ def _open_parts(folder: Path, wanted: Collection[str]) -> tuple[list[Dataset], d
     """Return the files of a folder that hold some of the rows, and where in all of them together each row is."""
     parts: list[Dataset] = []
     place_of: dict[str, int] = {}
-    for path in sorted(folder.glob("*.arrow")):
+    for path in sorted(folder.glob(f"{PART}*.arrow")):
         try:
             part = Dataset.from_file(str(path))
             names = part[KEY][:]

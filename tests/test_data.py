@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -267,6 +268,33 @@ def test_read_error_is_not_cached(images, monkeypatch, view, empty_cache):
             patch.setattr(module, "decode_rgb", fail)
             prepare(load(data_dir=str(images)), view)
     assert len(prepare(load(data_dir=str(images)), view)["train"]) == 15
+
+
+def test_file_that_changes_with_its_size_and_time_is_not_kept_as_another(images, view, empty_cache):
+    path = images / "red/000.png"
+    splits, content, status = load(data_dir=str(images)), path.read_bytes(), path.stat()
+    changed = bytearray(content)
+    changed[-20] ^= 1
+    path.write_bytes(changed)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(UserError, match=r"red/000.png: it has changed, but not its size and time. Run `touch`"):
+        prepare(splits, view)
+    path.write_bytes(content)
+    assert len(prepare(splits, view)["train"]) == len(splits["train"])
+
+
+def test_folder_that_is_read_again_warns_of_nothing(images, view, empty_cache, caplog):
+    for seed in range(3):
+        draw("red", 7000 + seed).save(images / f"red/more{seed}.png")
+        prepare(load(data_dir=str(images)), view)
+    assert "damaged" not in caplog.text
+
+
+def test_damaged_file_of_the_cache_is_left_out(images, view, empty_cache, tmp_path, caplog):
+    prepare(load(data_dir=str(images)), view)
+    for part in (tmp_path / "cache").rglob("rows-*.arrow"):
+        part.write_bytes(part.read_bytes()[:100])
+    assert len(prepare(load(data_dir=str(images)), view)["train"]) == 15 and "it is damaged" in caplog.text
 
 
 def test_images_of_an_earlier_run_are_reused(images, monkeypatch, view, empty_cache, capsys):

@@ -64,11 +64,13 @@ def describe_setup(
     threads = f", {plural(torch.get_num_threads(), 'thread')}" if args.device.type == "cpu" else ""
     workers = f", {plural(args.dataloader_num_workers, 'data worker')}" if args.dataloader_num_workers else ""
     processes = f", {args.world_size} processes" if args.world_size > 1 else ""
+    none, otherwise = getattr(model_of(trainer).config, "none_class", None), '; if not, give --none_class ""'
     losses = ", ".join(f"{view.side} px {FITS[view.fit]} {view.loss:.3f}" for view in views[1:])
     return {
         "model": f"{Path(model_name).name} at {size[0]} x {size[1]} px, {parameters:,} parameters",
         **({"view": f"{FITS[views[0].fit]}; loss of a probe: {losses}"} if views else {}),
-        **({} if criterion == LOG_LOSS else {"metric": criterion_in_words(criterion)}),
+        **({} if criterion._replace(none=None) == LOG_LOSS else {"metric": criterion_in_words(criterion)}),
+        **({"none": f"{none!r} is of images of anything else, and not scored{otherwise}"} if none else {}),
         "device": f"{device}{threads}{processes}{workers}, {precision}",
     }
 

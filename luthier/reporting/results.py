@@ -226,26 +226,34 @@ def write_audit(path: Path, findings: Mapping) -> None:
 def write_predictions(path: Path, labels: list[str], test: TestPredictions) -> None:
     """Write `predictions.csv`, a row for each test image: its name and digest, its class, the prediction.
 
-    Where there are groups, a last column has the number of the image's.
+    Where there are groups, a column has the number of the image's; where there are images of none of the classes, a
+    column has 1 for them, and 0 for the others.
     """
-    images, probabilities, groups = test.splits["test"], test.probabilities, test.groups
-    numbers: list[list] = [[]] * len(images) if groups is None else [[int(group)] for group in groups]
+    images, probabilities = test.splits["test"], test.probabilities
+    more = {} if test.groups is None else {"group": test.groups}
+    more |= {} if test.none is None else {"none": (test.references == test.none).astype(int)}
+    numbers = np.array(list(more.values())).reshape(len(more), len(images)).T.tolist()
     with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         header = ["name", "digest", "label", "predicted", "confidence", "probability_of_label"]
-        table.writerow(header if groups is None else [*header, "group"])
-        for name, digest, row, label, group in zip(
+        table.writerow([*header, *more])
+        for name, digest, row, label, rest in zip(
             images["name"][:], images["digest"][:], probabilities, test.references, numbers, strict=True
         ):
             words = [escape_cell(word) for word in (name, digest, labels[label], labels[row.argmax()])]
-            table.writerow([*words, f"{row.max():.6f}", f"{row[label]:.6f}", *group])
+            table.writerow([*words, f"{row.max():.6f}", f"{row[label]:.6f}", *rest])
 
 
 def read_correct(path: Path) -> list[tuple[str, bool, str]]:
-    """Return of each image of a `predictions.csv` its digest, whether it is correct, and its group, if any; sorted."""
+    """Return of each image of a `predictions.csv` its digest, whether it is correct, and its group, if any; sorted.
+
+    Images of none of the classes are left out.
+    """
     with path.open(newline="", encoding="utf-8") as file:
         return sorted(
-            (row["digest"], row["label"] == row["predicted"], row.get("group", "")) for row in csv.DictReader(file)
+            (row["digest"], row["label"] == row["predicted"], row.get("group", ""))
+            for row in csv.DictReader(file)
+            if row.get("none") != "1"
         )
 
 

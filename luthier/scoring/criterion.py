@@ -183,6 +183,7 @@ def build_judge(
     train, linear, balance = splits["train"], linear_head(model) is not None, None
     labels = train.features["label"].names
     none = find_none(labels, none_class)
+    check_known(splits, none)
     if none is not None:
         model.config.none_class = labels[none]
     if option in ("logit_adjusted", "weighted") and not linear:
@@ -205,7 +206,7 @@ def find_none(labels: list[str], name: str | None) -> int | None:
         name: of the class; None is `none`, in any case, where there is such a class; an empty one is no class.
 
     Raises:
-        UserError: there is no class of this name, or no other class.
+        UserError: there is no class of this name.
     """
     names = [label.lower() for label in labels] if name is None else labels
     wanted = NONE if name is None else name
@@ -214,3 +215,17 @@ def find_none(labels: list[str], name: str | None) -> int | None:
             raise UserError(f"there is no class {name!r} (--none_class): the classes are {', '.join(labels)}")
         return None
     return names.index(wanted)
+
+
+def check_known(splits: DatasetDict, none: int | None) -> None:
+    """Refuse splits in which all images show none of the classes.
+
+    Raises:
+        UserError: one is such a split.
+    """
+    for split, dataset in splits.items():
+        if none is not None and set(dataset["label"][:]) == {none}:
+            raise UserError(
+                f"all images of the {split} split are of the class {dataset.features['label'].names[none]!r}, which "
+                'is that of images of anything else: add some of the other classes, or give --none_class ""'
+            )

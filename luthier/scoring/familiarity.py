@@ -86,7 +86,7 @@ def learn_familiarity(
         "validation": order[np.array(splits["validation"]["label"][:])[order] != none][:VALIDATION],
     }
     learned = _features(trainer, head, images, chosen, (known or {}) if frozen else None)
-    if not trainer.is_world_process_zero() or not all(torch.isfinite(part).all() for part in learned):
+    if not trainer.is_world_process_zero() or not all(len(part) and torch.isfinite(part).all() for part in learned):
         return None
     references, validation = nn.functional.normalize(learned[0]).half(), learned[1]
     truth = np.array(splits["validation"]["label"][:])[chosen["validation"]]
@@ -94,8 +94,8 @@ def learn_familiarity(
     probabilities = logits.softmax(dim=-1)
     odds, near = _scale(log_odds(probabilities)), _scale(similarity(references, validation))
     unscaled = Familiarity(references, head, odds, near, 0.0)
-    sureness = unscaled.rate(probabilities, validation).numpy()
-    return unscaled._replace(unsure_below=choose_threshold(sureness, logits.numpy().argmax(axis=1) == truth))
+    sureness, correct = unscaled.rate(probabilities, validation).numpy(), logits.numpy().argmax(axis=1) == truth
+    return unscaled._replace(unsure_below=choose_threshold(sureness, correct)) if correct.any() else None
 
 
 def refit_references(
@@ -130,6 +130,35 @@ def refit_references(
     if familiarity is None:  # as on all processes but the main one
         return None
     return familiarity._replace(references=nn.functional.normalize(torch.cat(learned)).half())
+
+
+def pool_familiarity(
+    own: Sequence[Answers], leader: Familiarity | None, logits: np.ndarray, correct: np.ndarray
+) -> tuple[np.ndarray | None, Familiarity | None]:
+    """Return the sureness of all folds' answers at one temperature, and the leader's familiarity with their scale.
+
+    Args:
+        own: of each fold, at its own temperature.
+        leader: of the fold whose model is shipped.
+        logits: of all images [N, C], at the temperature of the shipped model.
+        correct: bool [N], of images of known classes.
+    """
+    near = []
+    for _, _, sureness, familiarity in own:
+        if sureness is None or familiarity is None:
+            return None, None
+        near.append((sureness, familiarity))
+    odds = log_odds(torch.from_numpy(logits).softmax(dim=-1))
+    own_odds = [log_odds(torch.from_numpy(each.logits).softmax(dim=-1)).numpy() for each in own]
+    similar = [
+        sureness - (odds_of_fold - familiarity.log_odds[0]) / familiarity.log_odds[1]
+        for (sureness, familiarity), odds_of_fold in zip(near, own_odds, strict=True)
+    ]
+    scale = _scale(odds)
+    pooled = (odds.numpy() - scale[0]) / scale[1] + np.concatenate(similar)
+    if leader is None or not correct.any():
+        return None, None
+    return pooled, leader._replace(log_odds=scale, unsure_below=choose_threshold(pooled, correct))
 
 
 def choose_references(labels: list[int], digests: list[str], none: int | None = None) -> np.ndarray:

@@ -11,7 +11,7 @@ from datasets import DatasetDict, concatenate_datasets
 from luthier.scoring.audit import audit_images
 from luthier.scoring.baselines import ProbeResults
 from luthier.scoring.experiment import Experiment, Result
-from luthier.scoring.familiarity import Answers
+from luthier.scoring.familiarity import Answers, pool_familiarity
 from luthier.scoring.metrics import TestPredictions, choose_threshold, confidence_and_correct, fit_temperature
 from luthier.training.layers import divide_logits
 
@@ -52,10 +52,7 @@ def pool(parts: Sequence[tuple[Experiment, Result]]) -> tuple[Experiment, Result
     correct &= references != none
     threshold = round(choose_threshold(confidence, correct), 4)
     kept = leader.kept._replace(temperature=temperature, threshold=threshold)
-    sureness, familiarity = None, leader.answers.familiarity
-    if familiarity is not None:
-        sureness = np.concatenate([each.sureness for each in own if each.sureness is not None])
-        familiarity = familiarity._replace(unsure_below=choose_threshold(sureness, correct))
+    sureness, familiarity = pool_familiarity(own, leader.answers.familiarity, answers, correct)
 
     splits, prepared = (
         DatasetDict(test=concatenate_datasets([dataset["test"] for dataset in datasets]))

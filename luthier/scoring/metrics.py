@@ -134,7 +134,8 @@ def score(
     where there are images of that class: how many, which share of them is taken for it, and of the others.
     """
     known = references != none
-    if known.any() and not known.all():
+    none = none if known.any() else None
+    if not known.all() and known.any():
         return _score_known(logits, references, labels, groups, class_shares, none)
     predictions = logits.argmax(axis=-1)
     result = Classification(keep_in_memory=True).compute(

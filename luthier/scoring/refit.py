@@ -83,7 +83,7 @@ def _work_of_run(splits: DatasetDict, result: Result) -> float:
     """Return the work of a run, or of one of its folds, in predictions: training, evaluations, features, the score."""
     per_epoch = TRAINED * len(result.learned_from) + len(splits.get("validation", ()))
     arms = {heat.arm for heat in result.outcome.heats}
-    features = sum(len(dataset) for dataset in splits.values()) if result.probe.features else 0
+    features = sum(len(dataset) for dataset in splits.values()) if result.probe.strength else 0  # on every process
     return sum(result.outcome.epochs_of(arm) for arm in arms) * per_epoch + features + len(splits["test"])
 
 

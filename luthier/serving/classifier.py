@@ -1,6 +1,7 @@
 """A trained model that predicts: from files and addresses to classes."""
 
 import os
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -66,7 +67,8 @@ class Classifier:
         self.none, self.always_answer = none_of(model), always_answer
         self.familiarity = None if always_answer else load_familiarity(model, model_name)
         self.threshold = self.familiarity.unsure_below if self.familiarity else threshold_of(model)
-        self._features: list[torch.Tensor] = []  # of the last batch
+        self._features: list[torch.Tensor] = []  # of the batch that the model works on
+        self._turn = threading.Lock()  # the app answers several people at once
         if self.familiarity:
             self.model.get_submodule(self.familiarity.head).register_forward_pre_hook(self._keep_features)
         self.allow_private_urls = allow_private_urls
@@ -146,11 +148,13 @@ class Classifier:
 
         That is its familiarity where it has one, and otherwise the confidence.
         """
-        self._features.clear()
         pixel_values = torch.stack(views).to(self.device, memory_format=torch.channels_last)
-        probabilities = self.model(pixel_values=pixel_values).logits.float().softmax(dim=-1)
+        with self._turn:
+            self._features.clear()
+            probabilities = self.model(pixel_values=pixel_values).logits.float().softmax(dim=-1)
+            features = list(self._features)
         if self.familiarity:
-            return probabilities, self.familiarity.rate(probabilities, *self._features)
+            return probabilities, self.familiarity.rate(probabilities, *features)
         return probabilities, probabilities.amax(dim=-1)
 
     @torch.inference_mode()
@@ -159,7 +163,7 @@ class Classifier:
         probabilities, sureness = self.rate(views)
         if self.always_answer and self.none is not None:
             probabilities[:, self.none] = 0
-        unsure = (sureness < self.threshold) | (probabilities.argmax(dim=-1) == self.none)
+        unsure = ~(sureness >= self.threshold) | (probabilities.argmax(dim=-1) == self.none)
         return list(zip(probabilities.cpu(), (unsure & (not self.always_answer)).tolist(), strict=True))
 
     def _keep_features(self, head: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:

@@ -46,17 +46,18 @@ def load_features(trainer: Trainer, head: str, images: ImageRows) -> torch.Tenso
     model, (rows, key, digests) = model_of(trainer), images
     key = cache_key(key, trainer.accelerator.mixed_precision, torch.__version__, *_backbone_weights(model, head))
     blocks, place_of = read_rows("features", key, digests) if trainer.is_world_process_zero() else ([], {})
-    new = [row for row, digest in enumerate(digests) if digest not in place_of]
+    first = {digest: row for row, digest in reversed(list(enumerate(digests)))}  # copies of an image have one row
+    new = sorted(row for digest, row in first.items() if digest not in place_of)
     (new,) = broadcast_object_list([new])  # all processes compute the same
     if new:
-        if len(new) < len(digests):
+        if place_of:
             say("reuse", f"features of {len(digests) - len(new):,} of {len(digests):,} images")
         computed = compute_features(trainer, build_backbone(model, head, size_of(rows)), rows.select(new))
         if computed is None:
             return None
-        names = [digests[row] for row in new]
+        names, begin = [digests[row] for row in new], len(place_of)
         write_rows("features", key, names, computed)
-        place_of |= {name: len(place_of) + row for row, name in enumerate(names)}
+        place_of |= {name: begin + row for row, name in enumerate(names)}
         blocks.append(computed)
     return torch.cat(blocks)[[place_of[digest] for digest in digests]] if blocks else None
 

@@ -11,6 +11,7 @@ import predict
 import score
 import train
 from luthier.familiarity import load_familiarity
+from luthier.reporting.results import read_correct
 from models import load_trained
 
 
@@ -44,6 +45,7 @@ def ask(capsys, *words) -> list[dict]:
 def test_class_is_found_by_its_name_and_not_scored(folder, timm_checkpoint, capsys):
     metrics = run(folder, timm_checkpoint, "found")
     said = capsys.readouterr().out
+    assert "none     'None' is of images of anything else, and not scored" in said
     assert "4 images of none of the classes: " in said and "refused or unsure" in said
     test = metrics["test"]
     assert (test["n"], test["none"]["n"]) == (12, 4) and metrics["baselines"]["majority"]["n"] == 12
@@ -72,6 +74,17 @@ def test_class_is_found_by_its_name_and_not_scored(folder, timm_checkpoint, caps
     score.main([str(folder / "found"), *data])
     again = json.loads((folder / "scored/metrics.json").read_text())
     assert (again["test"]["n"], again["test"]["none"]["n"]) == (60, 20)
+
+    with (folder / "scored/predictions.csv").open() as file:
+        assert "none" in file.readline()
+    assert len(read_correct(folder / "scored/predictions.csv")) == 60
+    nothing = folder / "nothing/None"
+    nothing.mkdir(parents=True)
+    images[0].rename(nothing / "new.png")
+    with pytest.raises(SystemExit) as ended:
+        score.main([str(folder / "found"), "--data_dir", str(nothing.parent), "--output_dir", str(folder / "no")])
+    assert ended.value.code == 2
+    assert "all images of the test split are of the class 'None'" in capsys.readouterr().err
 
 
 def test_class_is_given_or_switched_off(folder, timm_checkpoint, capsys):

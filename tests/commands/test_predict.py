@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -208,6 +209,16 @@ def test_damaged_familiarity_is_an_error_with_its_remedy(model, capsys, tmp_path
     (folder / "config.json").write_text(json.dumps(config))
     code, _, err = run_predict(capsys, folder, tmp_path / "a.png")
     assert code == 2 and message in err and "copy it again, or delete it" in err and "Traceback" not in err
+
+
+def test_several_people_are_answered_at_once(model):
+    """The app's requests come in threads, and share a classifier."""
+    classifier = Classifier(str(model))
+    views = [classifier.view(draw(colour, seed)) for seed, colour in enumerate(("red", "green", "blue") * 10)]
+    alone = [classifier.rate([view])[1].item() for view in views]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda view: classifier.rate([view])[1].item(), views))
+    assert together == pytest.approx(alone, abs=1e-4)
 
 
 def test_images_from_urls(model, capsys, tmp_path):

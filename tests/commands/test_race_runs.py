@@ -237,7 +237,7 @@ def one_arm(tmp_path, epochs, best_step, own_test=True):
     result = SimpleNamespace(
         course=course,
         outcome=race.Outcome(trainer=trainer, heats=[race.Heat("full", 10, epochs, 0.5, 0.9, 30.0)]),
-        kept=SimpleNamespace(arm="full"), learned_from=["digest"] * 10, probe=SimpleNamespace(features=None),
+        kept=SimpleNamespace(arm="full"), learned_from=["digest"] * 10, probe=SimpleNamespace(strength=None),
     )  # fmt: skip
     splits = {"train": range(10), "validation": range(10), "test": range(10)}
     return SimpleNamespace(splits=splits, own_test=own_test), result

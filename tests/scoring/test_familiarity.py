@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from luthier.familiarity import Familiarity, log_odds, similarity
-from luthier.scoring.familiarity import choose_references
+from luthier.scoring.familiarity import Answers, choose_references, pool_familiarity
 
 CLASSES, D = 3, 16
 
@@ -55,3 +55,23 @@ def test_references_are_the_same_number_of_each_class_and_change_little(monkeypa
     assert len({*rows} - {*more}) <= 1
     many = choose_references(list(range(100)) * 9, [f"{row:064x}" for row in range(900)])
     assert np.bincount(np.arange(900)[many] % 100).tolist() == [5] * 100
+
+
+def test_pooled_sureness_is_that_of_the_model_that_is_shipped():
+    """Each fold has its own temperature; the shipped model has another one."""
+    weight, own, pooled = torch.eye(D)[:CLASSES], [], []
+    for fold, temperature in enumerate((0.5, 3.0)):
+        features, labels = draw_features(30, 10 + fold, spread=1.0)
+        references = nn.functional.normalize(draw_features(60, 20 + fold)[0]).half()
+        familiarity = Familiarity(references, "head", (1.0 + fold, 2.0), (0.7, 0.1 + fold), 0.0)
+        logits = features @ weight.T / temperature
+        sureness = familiarity.rate(logits.softmax(dim=1), features).numpy()
+        own.append(Answers(logits.numpy(), labels.numpy(), sureness, familiarity))
+        pooled.append((features, features @ weight.T / 2.0))
+    logits = torch.cat([logits for _, logits in pooled])
+    correct = np.concatenate([answers.logits.argmax(axis=1) == answers.references for answers in own])
+    sureness, shipped = pool_familiarity(own, own[1].familiarity, logits.numpy(), correct)
+    assert np.allclose(sureness[30:], shipped.rate(pooled[1][1].softmax(dim=1), pooled[1][0]).numpy(), atol=1e-4)
+    assert (sureness[correct] >= shipped.unsure_below).mean() == pytest.approx(0.95, abs=0.04)
+    one_less = [own[0]._replace(sureness=None, familiarity=None), own[1]]
+    assert pool_familiarity(one_less, own[1].familiarity, logits.numpy(), correct) == (None, None)

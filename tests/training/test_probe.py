@@ -144,6 +144,21 @@ def test_features_of_new_images_alone_are_computed(probe_setup, monkeypatch, cap
     assert torch.allclose(fresh, everything, atol=1e-5) and computed[2:] == [n]
 
 
+def test_features_of_copies_are_those_of_their_images(probe_setup):
+    """The same image twice in both parts: what follows must not get the features of another image."""
+    trainer, splits, view = probe_setup
+    head, images = linear_head(trainer.model), feature_rows(splits, view)["train"]
+    images = images._replace(key=f"{images.key} of copies")
+    fresh = load_features(trainer, head, images._replace(key=f"{images.key}, one by one"))
+
+    def load(rows):
+        chosen = images._replace(rows=images.rows.select(rows), digests=[images.digests[row] for row in rows])
+        return load_features(trainer, head, chosen)
+
+    for rows in ([0, 0, 1], [0, 1, 0, 2, 2, 3, 4], [4, 3, 2, 1, 0, 0, 5, 5, 6], [6, 0, 5, 2]):
+        assert torch.allclose(load(rows), fresh[rows], atol=1e-5), rows
+
+
 def test_model_is_prepared_again_for_training_after_the_probe(probe_setup):
     """Otherwise Accelerate would train the model as it was prepared for evaluation."""
     trainer, splits, view = probe_setup
