@@ -31,9 +31,8 @@ from luthier.images.inspection import (
 from luthier.images.metadata import Columns, load_directory
 from luthier.images.openmoji import ATTRIBUTION, load_openmoji
 from luthier.images.splits import cut_missing_splits
-from luthier.images.views import EvaluationView, random_crop_transform, training_transform
+from luthier.images.views import EvaluationView, ImageRows, random_crop_transform, training_transform
 from luthier.terminal import plural, say
-from luthier.training.features import ImageRows
 
 PREPARATION = 5  # part of the cache's key: raise it when what is stored changes
 STORED_SIDE = 2  # shorter side of a stored training image, in sides of the view

@@ -1,6 +1,7 @@
 """How a model sees an image: the evaluation view, and the augmented training views."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -9,6 +10,9 @@ from torchvision.transforms import v2
 from transformers import BaseImageProcessor
 
 from luthier.errors import UserError
+
+if TYPE_CHECKING:  # predict.py needs no `datasets`, which takes a second to import
+    from datasets import Dataset
 
 AUGMENTATIONS = ("none", "flip_crop", "trivial", "augmix")
 
@@ -87,6 +91,20 @@ class EvaluationView:
     def _look_up(self, levels: np.ndarray) -> np.ndarray:
         values = self.values.numpy()
         return np.stack([np.take(values[channel], levels[channel]) for channel in range(3)])
+
+
+class ImageRows(NamedTuple):
+    """The images of a split as a model sees them, and what their features are kept under.
+
+    Attributes:
+        rows: a dataset whose rows have `pixel_values` [3, H, W], all of one size.
+        key: of all that the `pixel_values` depend on besides the images.
+        digests: SHA-256 of each image.
+    """
+
+    rows: "Dataset"
+    key: str
+    digests: list[str]
 
 
 def training_transform(

@@ -13,13 +13,14 @@ from transformers import Trainer
 from luthier.images.columns import GIVEN_GROUP
 from luthier.images.groups import groups_of
 from luthier.images.splits import stratified_folds
+from luthier.images.views import ImageRows
 from luthier.scoring.audit import MAX_CELLS, suspect_labels
 from luthier.scoring.criterion import LOG_LOSS, Criterion
 from luthier.scoring.grouping import measure_inflation
 from luthier.scoring.intervals import wilson_interval
 from luthier.scoring.learning_curve import probe_learning_curve
 from luthier.scoring.metrics import Yardstick, score
-from luthier.training.features import ImageRows, load_features
+from luthier.training.features import load_features
 from luthier.training.probe import LinearProbe, cross_fit, fit_shared_probes, state_with_probe
 from luthier.training.trainer import model_of
 from models import linear_head

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel, Trainer
 
 from luthier.familiarity import Familiarity, log_odds, similarity
 from luthier.images.splits import draw_order
+from luthier.images.views import ImageRows
 from luthier.scoring.metrics import choose_threshold
-from luthier.training.features import ImageRows, build_backbone, run_backbone, size_of
+from luthier.training.features import build_backbone, run_backbone, size_of
 from luthier.training.trainer import model_of, predict
 from models import linear_head
 

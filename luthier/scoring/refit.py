@@ -10,6 +10,7 @@ from datasets import Dataset, DatasetDict
 from transformers import PreTrainedModel
 
 from luthier.familiarity import Familiarity
+from luthier.images.views import ImageRows
 from luthier.scoring.criterion import Balance
 from luthier.scoring.experiment import Experiment, Result
 from luthier.scoring.familiarity import refit_references
@@ -17,7 +18,6 @@ from luthier.scoring.race import Course
 from luthier.scoring.selection import load_candidate
 from luthier.training.arms import Arm, State
 from luthier.training.checkpoints import newest_shared
-from luthier.training.features import ImageRows
 from luthier.training.probe import SOFT, fit_shared_probe, state_with_probe
 from luthier.training.trainer import build_predictor, model_of, train
 from models import linear_head

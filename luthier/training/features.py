@@ -1,33 +1,19 @@
 """Frozen features: what enters a model's head for every image, computed once and cached."""
 
 import copy
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
 from luthier.cache import cache_key, read_rows, write_rows
 from luthier.errors import UserError
 from luthier.fusion import fuse_batchnorm
+from luthier.images.views import ImageRows
 from luthier.terminal import say
 from luthier.training.trainer import concatenate_batches, model_of
-
-
-class ImageRows(NamedTuple):
-    """The images of a split as a model sees them, and what their features are kept under.
-
-    Attributes:
-        rows: a dataset whose rows have `pixel_values` [3, H, W], all of one size.
-        key: of all that the `pixel_values` depend on besides the images.
-        digests: SHA-256 of each image.
-    """
-
-    rows: Dataset
-    key: str
-    digests: list[str]
 
 
 def load_features(trainer: Trainer, head: str, images: ImageRows) -> torch.Tensor | None:
