@@ -86,7 +86,7 @@ def learn_familiarity(
         "train": choose_references(splits["train"]["label"][:], splits["train"]["digest"][:], none),
         "validation": order[np.array(splits["validation"]["label"][:])[order] != none][:VALIDATION],
     }
-    learned = _features(trainer, head, images, chosen, (known or {}) if frozen else None)
+    learned = _features(trainer, head, images, chosen, known, frozen)
     if not trainer.is_world_process_zero() or not all(len(part) and torch.isfinite(part).all() for part in learned):
         return None
     references, validation = nn.functional.normalize(learned[0]).half(), learned[1]
@@ -127,7 +127,7 @@ def refit_references(
     begins = np.cumsum([0, *(len(splits[split]) for split in used)])
     parts = [rows[(rows >= begin) & (rows < end)] - begin for begin, end in itertools.pairwise(begins)]
     chosen = {split: part for split, part in zip(used, parts, strict=True) if len(part)}
-    learned = _features(trainer, head, images, chosen, (known or {}) if frozen else None)
+    learned = _features(trainer, head, images, chosen, known, frozen)
     if familiarity is None:  # as on all processes but the main one
         return None
     return familiarity._replace(references=nn.functional.normalize(torch.cat(learned)).half())
@@ -176,10 +176,11 @@ def _features(
     images: Mapping[str, ImageRows],
     chosen: Mapping[str, np.ndarray],
     known: Mapping[str, torch.Tensor] | None,
+    frozen: bool,
 ) -> list[torch.Tensor]:
-    """Return the features [R, D] of some rows of each split, computed unless they are known."""
-    if known is not None:
-        return [known[split][rows] for split, rows in chosen.items() if split in known]
+    """Return the features [R, D] of some rows of each split; where they are known, on the main process alone."""
+    if frozen:
+        return [known[split][rows] for split, rows in chosen.items()] if known else []
     backbone = _backbone(trainer, head, next(iter(images.values())).rows)
     return [run_backbone(trainer, backbone, images[split].rows.select(rows)) for split, rows in chosen.items()]
 
