@@ -9,12 +9,11 @@ as a Space, which loads the model from the Hub.
 """
 
 import argparse
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from luthier.errors import UserError, exit_on_user_error
+from luthier.errors import UserError, exit_on_user_error, require
 from luthier.images.decode import is_image, reason
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="app.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", help="a folder with a saved model, or a name on the Hub")
+    parser.add_argument("model", help="a folder with a saved model, a name on the Hub, or a .onnx file")
     parser.add_argument("--examples", type=Path, help="a folder of images to offer")
     parser.add_argument("--always_answer", action="store_true", help='never say "unsure" or "none of these"')
     parser.add_argument("--push_to_space", metavar="OWNER/NAME", help="publish the app as a Space instead")
@@ -43,8 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Serve the app, or publish it; see `python app.py --help`."""
     args = build_parser().parse_args(argv)
-    if importlib.util.find_spec("gradio") is None:
-        raise UserError("the app needs Gradio: pip install -r requirements-app.txt")
+    require("the app", ["gradio"], "requirements-app.txt")
     if args.push_to_space:
         if args.examples or args.always_answer:
             raise UserError("--examples and --always_answer are for the app on this machine: leave them out")
@@ -70,12 +68,12 @@ def images_in(folder: Path) -> list[str]:
 
 
 def build_page(model_name: str, always_answer: bool, examples: list[str]) -> "gradio.Blocks":
-    """Return the page of a model; raises the errors of `Classifier`."""
+    """Return the page of a model; raises the errors of `open_network`."""
     import gradio
 
-    from luthier.serving.classifier import Classifier
+    from luthier.serving.classifier import Classifier, open_network
 
-    classifier = Classifier(model_name, always_answer)
+    classifier = Classifier(open_network(model_name), always_answer)
     name = Path(model_name).name
     with gradio.Blocks(title=name, analytics_enabled=False) as page:
         gradio.Textbox(name, label="Model", interactive=False)

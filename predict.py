@@ -3,9 +3,9 @@
     python predict.py outputs/my_run image.jpg photos/ "more/*.png" https://example.org/a.jpg
     find . -name "*.jpg" | python predict.py me/instruments - --format jsonl --output predictions.jsonl
 
-MODEL is a folder with a saved model, or a name on the Hub. Exit code 0: every
-input has a prediction; 1: some have none, and each says why; 2: the command is
-wrong.
+MODEL is a folder with a saved model, a name on the Hub, or a model.onnx of
+export.py, which starts in a second. Exit code 0: every input has a prediction;
+1: some have none, and each says why; 2: the command is wrong.
 """
 
 import argparse
@@ -40,12 +40,12 @@ def main(argv: list[str] | None = None) -> None:
     # Slow imports come after the options, so that wrong ones are reported first. What they create stays: searching it
     # for garbage, again and again and at exit, would take two seconds more.
     gc.disable()
-    from luthier.serving.classifier import Classifier
+    from luthier.serving.classifier import Classifier, open_network
 
     gc.freeze()
     gc.enable()
     accept_undecodable_names()
-    classifier = Classifier(args.model, args.always_answer, args.allow_private_urls)
+    classifier = Classifier(open_network(args.model), args.always_answer, args.allow_private_urls)
     failed = 0
     with open_output(args.output) as file:
         write = WRITERS[args.format](file, min(args.top_k, len(classifier.labels)))
@@ -78,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="predict.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", help="a folder with a saved model, or a name on the Hub")
+    parser.add_argument("model", help="a folder with a saved model, a name on the Hub, or a .onnx file")
     parser.add_argument(
         "input",
         nargs="+",

@@ -29,7 +29,7 @@ SHOWN = (
 TRAINING_ONLY = (
     "recipe", "image_size", "resume_from_checkpoint", "push_to_hub", "learning_curve", "keep", "time_limit", "refit",
     "milliseconds", "augmentation", "test_view", "fold", "folds", "split_seed", "validation_fraction", "test_fraction",
-    "num_train_epochs", "learning_rate", "metric", "balance", "none_class",
+    "num_train_epochs", "learning_rate", "metric", "balance", "none_class", "export",
 )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ def main(argv: list[str] | None = None) -> None:
     from luthier.arguments import parse_arguments
 
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+    from export import export_run
     from luthier.machine import set_up_process
     from luthier.output_dir import claim_output_dir, has_ended
     from luthier.scoring.folds import pool
@@ -44,6 +45,8 @@ def main(argv: list[str] | None = None) -> None:
         else:
             parts = [fine_tune(part, stop, stopwatch) for part in arguments.folds()]
             finish(*pool(parts), arguments, stopwatch)
+        if run_args.export and is_main_process:
+            export_run(output_dir)
         if repo_id:  # of a finished run too: the push may have been what failed
             hub.publish(output_dir, repo_id, private)
 
@@ -149,8 +152,6 @@ def finish(experiment: "Experiment", result: "Result", arguments: "Arguments", s
     from luthier.scoring.refit import plan_refit, refit
 
     data_args, model_args, training_args, run_args = arguments
-
-    # Refit
     plan, refitted = plan_refit(experiment, result, model_args.refit, model_args.time_limit, data_args.folds), None
     console.say_refit(plan)
     if plan.pays:
@@ -158,12 +159,11 @@ def finish(experiment: "Experiment", result: "Result", arguments: "Arguments", s
         images = feature_rows(experiment.prepared, experiment.view)
         refitted = refit(plan, result, experiment.splits, images, lambda parts: join_for_training(parts, *options))
         stopwatch.stop("refit")
-
-    # Report
     if training_args.process_index == 0:
         data = describe(experiment.prepared, data_args.name, data_args.is_built_in)
         record = collect_run(experiment, result, plan, data, data_args.augmentation, run_args.for_record())
-        write_run(Path(str(training_args.output_dir)), experiment, result, plan, refitted, record, stopwatch)
+        output_dir, images = Path(str(training_args.output_dir)), data_args.for_later()
+        write_run(output_dir, experiment, result, plan, refitted, record, images, stopwatch)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,12 @@ import argparse
 import json
 from pathlib import Path
 
-import torch
+import numpy as np
 from datasets import Image
 
 from luthier.images.decode import decode_rgb, read_bytes
 from luthier.images.openmoji import load_openmoji
-from luthier.serving.classifier import Classifier
+from luthier.serving.torch_network import TorchNetwork
 from models import threshold_of
 
 BATCH = 16
@@ -27,17 +27,17 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="the output directory of a run")
     args = parser.parse_args()
     unsure = json.loads((args.model / "metrics.json").read_text())["unsure"]
-    classifier = Classifier(str(args.model))
+    network = TorchNetwork(str(args.model))
     rows = load_openmoji().cast_column("image", Image(decode=False))
-    views = [classifier.view(decode_rgb(read_bytes(row["image"])).image) for row in rows]
-    rated = [classifier.rate(views[first : first + BATCH]) for first in range(0, len(views), BATCH)]
-    sureness = torch.cat([each for _, each in rated])
-    confidence = torch.cat([probabilities.amax(dim=-1) for probabilities, _ in rated])
+    views = [network.view(decode_rgb(read_bytes(row["image"])).image) for row in rows]
+    rated = [network.rate(views[first : first + BATCH]) for first in range(0, len(views), BATCH)]
+    sureness = np.concatenate([each for _, each in rated])
+    confidence = np.concatenate([probabilities.max(axis=1) for probabilities, _ in rated])
     print(f"its own test images: {1 - unsure['answered']:.1%} unsure")
     print(f"wrong predictions among them: {unsure['errors_withheld']:.1%} unsure")
     unfamiliar, below = (
-        (figure < threshold).float().mean()
-        for figure, threshold in ((sureness, classifier.threshold), (confidence, threshold_of(classifier.model)))
+        (figure < threshold).mean()
+        for figure, threshold in ((sureness, network.unsure_below), (confidence, threshold_of(network.model)))
     )
     print(f"{len(views):,} drawings of none of its classes: {unfamiliar:.1%} unsure, {below:.1%} by confidence alone")
 

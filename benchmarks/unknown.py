@@ -30,6 +30,7 @@ from torch.nn import functional
 from benchmarks.balance import load
 from luthier.images.splits import stratified_cut
 from luthier.serving.classifier import Classifier
+from luthier.serving.torch_network import TorchNetwork
 from luthier.training.probe import LinearProbe, fit_probe
 from models import threshold_of
 
@@ -105,17 +106,18 @@ def train_without_each(folder: Path, options: list[str]) -> None:
 
 def ask(model: str, test: Path, out: str, by: str) -> np.ndarray:
     """Return how well a model tells images of the class `out`: the area, and three shares, see `print_shipped`."""
-    classifier = Classifier(model)
+    network = TorchNetwork(model)
     if by == "confidence":
-        classifier.familiarity, classifier.threshold = None, threshold_of(classifier.model)
+        network.familiarity, network.unsure_below = None, threshold_of(network.model)
+    classifier = Classifier(network)
     right, unknown, sureness = [], [], []
     for path in sorted(path for path in test.rglob("*") if path.is_file()):
-        probabilities, figure = classifier.rate([classifier.load_view(str(path))])
+        probabilities, figure = network.rate([classifier.load_view(str(path))])
         sureness.append(figure.item())
         right.append(classifier.labels[int(probabilities.argmax())] == path.parent.name)
         unknown.append(path.parent.name == out)
     figures, correct, others = np.array(sureness), np.array(right), np.array(unknown)
-    answered = figures >= classifier.threshold
+    answered = figures >= network.unsure_below
     return np.array([*rate(figures, correct, others), answered[correct].mean(), answered[others].mean()])
 
 

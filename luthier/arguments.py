@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from transformers import TrainingArguments
 
-from luthier.errors import UserError
+from luthier.errors import UserError, require
 from luthier.machine import OneGPUTrainingArguments, fill_in_machine_defaults
 from luthier.options import DATA_KEYS, DataArguments, ModelArguments
 from luthier.output_dir import free_output_dir
@@ -29,6 +29,7 @@ class RunArguments(NamedTuple):
         seeds: the random seeds of training and splits, and the fold.
         learning_rate, num_train_epochs: the user's; None leaves the recipe's.
         push_to_hub: publish the finished run.
+        export: write the model as ONNX too.
     """
 
     command: str
@@ -38,6 +39,7 @@ class RunArguments(NamedTuple):
     learning_rate: float | None
     num_train_epochs: float | None
     push_to_hub: bool
+    export: bool
 
     @property
     def pace(self) -> tuple[float | None, float | None]:
@@ -165,8 +167,10 @@ POSITIVE = (
     "milliseconds",
 )
 
+EXPORT_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
 # Where a run goes, and how it is shown: not part of what it computes.
-NOT_SETTINGS = ("output_dir", "disable_tqdm", "resume_from_checkpoint")
+NOT_SETTINGS = ("output_dir", "disable_tqdm", "resume_from_checkpoint", "export")
 
 
 def parse_arguments(argv: list[str], command: str | None = None) -> Arguments:
@@ -198,6 +202,7 @@ def parse_arguments(argv: list[str], command: str | None = None) -> Arguments:
         learning_rate=options["learning_rate"],
         num_train_epochs=options["num_train_epochs"],
         push_to_hub=bool(options["push_to_hub"]),
+        export=options["export"],
     )
     name = Path(config).stem if config else f"{Path(model_args.model_name).name}_{Path(data_args.name).name}"
     output_dir = free_output_dir(options["output_dir"], name, options["resume_from_checkpoint"])
@@ -217,6 +222,8 @@ def _check_options(options: dict) -> None:
             "--hub_token would be kept in the shell's history and in the run's files: log in once with "
             "`hf auth login`, or set the environment variable HF_TOKEN"
         )
+    if options["export"]:
+        require("--export", EXPORT_PACKAGES, "requirements-export.txt")
     fold, resume = options["fold"], options["resume_from_checkpoint"]
     if fold and not re.fullmatch(r"[1-9]\d*/[1-9]\d*", fold):
         raise UserError(f"--fold {fold} is not a fold: give one such as 2/5, the second of five")

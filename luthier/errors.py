@@ -2,8 +2,9 @@
 
 import errno
 import functools
+import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import ParamSpec
 
 Parameters = ParamSpec("Parameters")
@@ -14,6 +15,22 @@ DISK_OR_RIGHTS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS}
 
 class UserError(Exception):
     """What the user can mend: the message says what is wrong, where, and what to do about it."""
+
+
+def require(what: str, packages: Collection[str], requirements: str) -> None:
+    """Check that the packages of a part of the project that not everybody needs are installed.
+
+    Args:
+        what: needs them.
+        packages: by the names that they are imported by.
+        requirements: the file that installs them.
+
+    Raises:
+        UserError: some are missing.
+    """
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UserError(f"{what} needs {' and '.join(missing)}: pip install -r {requirements}")
 
 
 def exit_on_user_error(command: Callable[Parameters, None]) -> Callable[Parameters, None]:

@@ -62,8 +62,10 @@ def similarity(references: torch.Tensor, features: torch.Tensor) -> torch.Tensor
     The references have length 1.
     """
     references, nearest = references.to(features.device, torch.float32), min(NEIGHBOUR, len(references))
-    parts = [functional.normalize(part.float()) @ references.T for part in features.split(ROWS)]
-    return torch.cat([part.topk(nearest).values[:, -1] for part in parts])
+    # An exported model is given a batch, and a split is a loop there, which not all programs can run.
+    parts = [features] if torch.compiler.is_compiling() else features.split(ROWS)
+    similarities = (functional.normalize(part.float()) @ references.T for part in parts)
+    return torch.cat([part.topk(nearest).values[:, -1] for part in similarities])
 
 
 def none_of(model: PreTrainedModel) -> int | None:

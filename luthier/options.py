@@ -126,6 +126,15 @@ class DataArguments:
         """Return what `data.load_splits` takes."""
         return self.for_images() | self.for_cut()
 
+    def for_later(self) -> dict:
+        """Return what `data.load_splits` takes, by paths that hold in every working directory, and `folds`."""
+        paths = {
+            key: str(Path(value).expanduser().resolve())
+            for key in ("data_dir", "labels", "dataset_name")
+            if (value := getattr(self, key)) and Path(value).expanduser().exists()
+        }
+        return self.for_splits() | paths | {"folds": self.folds}
+
     @property
     def name(self) -> str:
         """The name of the data: as on the Hub; of a folder the last part, because the rest tells of a machine."""
@@ -198,4 +207,8 @@ class ModelArguments:
             "help": "auto: train the shipped model again on all images but the data's own test split, if that is "
             "quick; none: do not."
         },
+    )
+    export: bool = field(
+        default=False,
+        metadata={"help": "Write the model as ONNX too (requirements-export.txt, docs/export.md)."},
     )

@@ -15,7 +15,7 @@ FLOORS = [
     ["luthier.scoring"],
     ["luthier.reporting"],
     ["luthier.serving"],
-    ["train", "score", "audit", "compare", "predict", "push", "app"],
+    ["train", "score", "audit", "compare", "predict", "push", "app", "export"],
     ["benchmarks", "docs"],
 ]
 COMMANDS = FLOORS[6]

@@ -40,9 +40,10 @@ def missing(names: set[str], packages: set[str]) -> set[str]:
 
 
 def test_everything_that_the_product_imports_is_required():
-    assert missing(imported("*.py", "luthier/**/*.py"), required("requirements.txt", "requirements-app.txt")) == set()
+    files = ("requirements.txt", "requirements-app.txt", "requirements-export.txt")
+    assert missing(imported("*.py", "luthier/**/*.py"), required(*files)) == set()
 
 
 def test_everything_that_the_tests_import_is_required():
-    files = ("requirements.txt", "requirements-app.txt", "requirements-dev.txt")
+    files = ("requirements.txt", "requirements-app.txt", "requirements-export.txt", "requirements-dev.txt")
     assert missing(imported("tests/**/*.py"), required(*files)) - {"packaging"} == set()

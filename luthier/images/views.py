@@ -50,15 +50,18 @@ class EvaluationView:
 
     def __init__(self, image_processor: BaseImageProcessor):
         self.image_processor = image_processor
-        greys = [self(Image.new("RGB", (16, 16), (level,) * 3)) for level in range(256)]
         self.size = view_size(image_processor)
-        self.values = torch.stack([grey[:, 0, 0] for grey in greys], dim=1)
-        red = self(Image.new("RGB", (16, 16), "red"))[:, 0, 0]
+        self.values = torch.stack([self._middle((level,) * 3) for level in range(256)], dim=1)
+        red = self._middle((255, 0, 0))
         self.reversed = bool((red[2] - self.black[2]) * self.contrast[2] > (red[0] - self.black[0]) * self.contrast[0])
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """Return the pixel values [3, H, W] of an RGB image."""
         return self.image_processor(image, return_tensors="pt")["pixel_values"][0]
+
+    def _middle(self, colour: tuple[int, int, int]) -> torch.Tensor:
+        """Return the pixel values [3] in the middle of an image of one colour; at the border there may be padding."""
+        return self(Image.new("RGB", (16, 16), colour))[:, self.size[0] // 2, self.size[1] // 2]
 
     @property
     def black(self) -> torch.Tensor:

@@ -16,6 +16,7 @@ from luthier.reporting.console import (
 )
 from luthier.terminal import balance_with_intervals, percent_with_interval
 
+EXPORTS = "export.json"  # how exported files compare with the model
 FIGURES = {  # that a model card shows
     "confusion_matrix.png": "Confusion matrix",
     "reliability.png": "Accuracy by confidence",
@@ -58,6 +59,7 @@ def write_model_card(path: Path, metrics: dict, custom_code: bool, repo_id: str 
         "interval": percent_with_interval,
         "balance": balance_with_intervals,
     }
+    exports = path.parent / EXPORTS
     card = environment.get_template("card.md").render(
         metadata=metadata.to_yaml(),
         name=name,
@@ -70,6 +72,7 @@ def write_model_card(path: Path, metrics: dict, custom_code: bool, repo_id: str 
         not_known=none_in_words(test["none"], metrics["unsure"]) if "none" in test else "",
         refit=refit_in_words(metrics["refit"]) if metrics.get("refit") else "",
         figures={file: title for file, title in FIGURES.items() if (path.parent / file).exists()},
+        exports=json.loads(exports.read_text(encoding="utf-8")) if exports.is_file() else {},
         command=" ".join(metrics["command"].split()),
     )
     written = path.with_name(f".{path.name}")  # renamed when it is whole: its presence says that the run has ended

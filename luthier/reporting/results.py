@@ -13,7 +13,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from luthier.escape import escape_cell
 from luthier.familiarity import Familiarity, describe_in_config, save_references
-from luthier.reporting.card import write_model_card
+from luthier.reporting.card import EXPORTS, write_model_card
 from luthier.reporting.console import describe_recipe, say_results
 from luthier.scoring.audit import KINDS
 from luthier.scoring.baselines import majority_baseline
@@ -26,6 +26,7 @@ from models import save_model
 
 SCORED = "scored"  # folder of the scored weights, where others are shipped
 LEARNED_FROM, DIGEST = "learned_from.txt", 16  # digests of a model's training images, their first hexadecimal digits
+IMAGES = "images.json"  # the options that load a run's images again, on this machine
 PACKAGES = ("torch", "torchvision", "transformers", "timm", "datasets", "evaluate", "accelerate")
 
 
@@ -125,6 +126,7 @@ def write_run(
     plan: Plan,
     refitted: Refitted | None,
     metrics: dict,
+    images: Mapping,
     stopwatch: Stopwatch,
 ) -> None:
     """Save the model of a run, write its files, and say its score.
@@ -135,6 +137,7 @@ def write_run(
         plan: of the refit.
         refitted: what is shipped; None where that is the scored model.
         metrics: of `collect_run`.
+        images: the options that load the run's images.
         stopwatch: of the run.
     """
     splits = experiment.splits
@@ -142,6 +145,7 @@ def write_run(
     if plan.pays:
         digests = [digest for split in plan.splits for digest in splits[split]["digest"][:]]
     custom_code = save_models(result, refitted, experiment.view.image_processor, output_dir, digests)
+    (output_dir / IMAGES).write_text(json.dumps(images, indent=2) + "\n", encoding="utf-8")
     write_results(output_dir, metrics, result.predictions(splits), experiment.findings, stopwatch)
     write_model_card(output_dir / "README.md", metrics, custom_code)
     say_results(output_dir, metrics, custom_code)
@@ -203,6 +207,16 @@ def save_models(
         return save(*scored, output_dir)
     save(*scored, output_dir / SCORED)
     return save(*refitted, output_dir)
+
+
+def note_export(folder: Path, file: str, parity: Mapping) -> None:
+    """Note in `EXPORTS` and in the model card of a folder how an exported file compares with the model."""
+    path = folder / EXPORTS
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    path.write_text(json.dumps({**known, file: parity}, indent=2) + "\n", encoding="utf-8")
+    if (folder / "metrics.json").is_file():
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        write_model_card(folder / "README.md", metrics, (folder / "models.py").exists())
 
 
 def count_learned(folder: Path, digests: Iterable[str]) -> int:

@@ -45,6 +45,27 @@ def interval_of_share(correct: np.ndarray, groups: np.ndarray | None = None) -> 
     return wilson_interval(share * effective, effective, float(t.ppf(0.975, count - 1)))
 
 
+def interval_of_difference(
+    differences: np.ndarray, groups: np.ndarray | None = None, z: float = 1.959964
+) -> tuple[float, float]:
+    """Return both ends of the interval of a paired difference of two shares (Agresti and Min 2005); 95% by default.
+
+    Half an image is added to those that are right by one and wrong by the other, either way, so that no difference at
+    all among a few images is no proof of none.
+
+    Args:
+        differences: of each image, -1, 0 or 1 [N].
+        groups: int [N], the same for images that belong together; None where each stands alone.
+        z: quantile of the normal distribution.
+    """
+    n = len(differences) + 2
+    _, index = np.unique(np.arange(len(differences)) if groups is None else groups, return_inverse=True)
+    sums = np.bincount(index, weights=differences)
+    mean = float(sums.sum()) / n
+    half = z * math.sqrt(float((sums**2).sum()) + 1 - n * mean**2) / n
+    return mean - half, mean + half
+
+
 def balanced_accuracy(correct: np.ndarray, support: np.ndarray) -> np.ndarray:
     """Return the mean recall of the classes that occur [...], from correct answers and images by class [..., C]."""
     occurs = support > 0

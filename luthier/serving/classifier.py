@@ -1,23 +1,17 @@
-"""A trained model that predicts: from files and addresses to classes."""
+"""A trained model that predicts: from files and addresses to classes, by torch or by ONNX Runtime."""
 
 import os
-import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-import torch
+import numpy as np
 from PIL import Image
 
-from luthier.familiarity import load_familiarity, none_of
-from luthier.fusion import fuse_batchnorm
 from luthier.images.decode import decode_rgb, reason
-from luthier.images.views import view_size
-from luthier.machine import configure_logging, keep_freed_memory
 from luthier.serving.fetch import fetch
-from models import labels_of, load_trained, threshold_of
 
 MAX_URL_PIXELS = 50_000_000  # of an image from a server; for files Pillow's limit of 179 million holds
 
@@ -40,38 +34,75 @@ class Prediction(NamedTuple):
     none: bool = False
 
 
+class Rated(NamedTuple):
+    """What a model says of N images.
+
+    Attributes:
+        probabilities: of the classes, float32 [N, C].
+        sureness: what decides whether there is an answer, float32 [N]: the familiarity of the image where the model
+            knows it, and otherwise the confidence.
+    """
+
+    probabilities: np.ndarray
+    sureness: np.ndarray
+
+
+class Network(Protocol):
+    """A model and the library that runs it.
+
+    Attributes:
+        labels: names of the classes.
+        unsure_below: the sureness below which there is no answer.
+        none: the class of images that show none of the others, if any.
+        batch_size: how many images it works on at a time.
+    """
+
+    labels: list[str]
+    unsure_below: float
+    none: int | None
+    batch_size: int
+
+    def view(self, image: Image.Image) -> Any:
+        """Return what the model sees of an RGB image."""
+
+    def rate(self, views: list[Any]) -> Rated:
+        """Return what the model says of several views; for one thread at a time or many."""
+
+    def start_worker(self) -> None:
+        """Prepare a thread that calls `view`."""
+
+
+def open_network(model_name: str) -> Network:
+    """Return a trained model, ready to predict.
+
+    Args:
+        model_name: a folder with a saved model, a name on the Hub, or a file that export.py has written.
+
+    Raises:
+        ModelError, UserError: the model cannot be loaded.
+    """
+    # Each is imported where it is needed: ONNX Runtime starts in a fifth of the time of torch and transformers.
+    if model_name.endswith(".onnx"):
+        from luthier.serving.onnx_network import OnnxNetwork
+
+        return OnnxNetwork(Path(model_name))
+    from luthier.serving.torch_network import TorchNetwork
+
+    return TorchNetwork(model_name)
+
+
 class Classifier:
     """A trained model, which sees an image as its evaluation saw it.
 
     Args:
-        model_name: a folder with a saved model, or a name on the Hub.
+        network: of `open_network`.
         always_answer: never be unsure, and never answer with the class of images that show none of the others.
         allow_private_urls: fetch from this machine and its network too.
-
-    Raises:
-        ModelError: the model cannot be loaded.
-        UserError: its image processor gives every image another size.
     """
 
-    def __init__(self, model_name: str, always_answer: bool = False, allow_private_urls: bool = False):
-        configure_logging()
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        self.device = accelerator or torch.device("cpu")
-        if accelerator is None:
-            keep_freed_memory()
-        self.batch_size = 64 if accelerator else 16
-        model, self.image_processor = load_trained(model_name)
-        model.to(self.device)  # type: ignore[arg-type]  # the library wraps torch's method
-        self.model = fuse_batchnorm(model, view_size(self.image_processor))
-        self.labels = labels_of(model)
-        self.none, self.always_answer = none_of(model), always_answer
-        self.familiarity = None if always_answer else load_familiarity(model, model_name)
-        self.threshold = self.familiarity.unsure_below if self.familiarity else threshold_of(model)
-        self._features: list[torch.Tensor] = []  # of the batch that the model works on
-        self._turn = threading.Lock()  # the app answers several people at once
-        if self.familiarity:
-            self.model.get_submodule(self.familiarity.head).register_forward_pre_hook(self._keep_features)
-        self.allow_private_urls = allow_private_urls
+    def __init__(self, network: Network, always_answer: bool = False, allow_private_urls: bool = False):
+        self.network, self.labels, self.batch_size = network, network.labels, network.batch_size
+        self.always_answer, self.allow_private_urls = always_answer, allow_private_urls
 
     def predict_files(self, inputs: Iterable[tuple[str, str | None]], top_k: int) -> Iterator[Prediction]:
         """Yield the prediction of each input, in order.
@@ -83,8 +114,7 @@ class Classifier:
             top_k: how many classes to return.
         """
         waiting: deque[tuple[str, str | None, Future | None]] = deque()
-        # Each worker has one torch thread: together they keep all cores busy, and the model needs these too.
-        with ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with ThreadPoolExecutor(os.cpu_count(), initializer=self.network.start_worker) as pool:
             for name, error in inputs:
                 waiting.append((name, error, None if error else pool.submit(self.load_view, name)))
                 if len(waiting) == 2 * self.batch_size:
@@ -95,16 +125,16 @@ class Classifier:
 
     def predict(self, image: Image.Image, top_k: int, name: str = "") -> Prediction:
         """Return the prediction of one RGB image."""
-        (row,) = self._answers([self.view(image)])
+        (row,) = self._answers([self.network.view(image)])
         return self._rank(name, *row, top_k)
 
-    def load_view(self, name: str) -> torch.Tensor:
-        """Return what the model sees of a file or an address, pixel values [3, H, W].
+    def load_view(self, name: str) -> Any:
+        """Return what the model sees of a file or an address.
 
         Raises:
             OSError, or any error that Pillow raises on damaged data.
         """
-        return self.view(self.load_url(name) if "://" in name else self.load_file(name))
+        return self.network.view(self.load_url(name) if "://" in name else self.load_file(name))
 
     def load_file(self, path: str) -> Image.Image:
         """Return the RGB image of a file.
@@ -122,10 +152,6 @@ class Classifier:
         """
         return decode_rgb(fetch(url, self.allow_private_urls), max_pixels=MAX_URL_PIXELS).image
 
-    def view(self, image: Image.Image) -> torch.Tensor:
-        """Return the evaluation view of an RGB image, pixel values [3, H, W]."""
-        return self.image_processor(image, return_tensors="pt")["pixel_values"][0]
-
     def _predict_batch(self, batch: list[tuple[str, str | None, Future | None]], top_k: int) -> Iterator[Prediction]:
         errors, views = {}, {}
         for number, (_, error, future) in enumerate(batch):
@@ -142,34 +168,18 @@ class Classifier:
                 else Prediction(name, [], error=errors[number])
             )
 
-    @torch.inference_mode()
-    def rate(self, views: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return for N views the probabilities [N, C], and what decides whether the model answers [N].
-
-        That is its familiarity where it has one, and otherwise the confidence.
-        """
-        pixel_values = torch.stack(views).to(self.device, memory_format=torch.channels_last)
-        with self._turn:
-            self._features.clear()
-            probabilities = self.model(pixel_values=pixel_values).logits.float().softmax(dim=-1)
-            features = list(self._features)
-        if self.familiarity:
-            return probabilities, self.familiarity.rate(probabilities, *features)
-        return probabilities, probabilities.amax(dim=-1)
-
-    @torch.inference_mode()
-    def _answers(self, views: list[torch.Tensor]) -> list[tuple[torch.Tensor, bool]]:
+    def _answers(self, views: list[Any]) -> list[tuple[np.ndarray, bool]]:
         """Return for each view the probabilities [C], and whether the model is unsure."""
-        probabilities, sureness = self.rate(views)
-        if self.always_answer and self.none is not None:
-            probabilities[:, self.none] = 0
-        unsure = ~(sureness >= self.threshold) | (probabilities.argmax(dim=-1) == self.none)
-        return list(zip(probabilities.cpu(), (unsure & (not self.always_answer)).tolist(), strict=True))
+        none, (probabilities, sureness) = self.network.none, self.network.rate(views)
+        if self.always_answer:
+            if none is not None:
+                probabilities = probabilities.copy()
+                probabilities[:, none] = 0
+            return [(row, False) for row in probabilities]
+        unsure = ~(sureness >= self.network.unsure_below) | (probabilities.argmax(axis=1) == none)
+        return list(zip(probabilities, unsure.tolist(), strict=True))
 
-    def _keep_features(self, head: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
-        self._features.append(inputs[0])
-
-    def _rank(self, name: str, probabilities: torch.Tensor, unsure: bool, top_k: int) -> Prediction:
-        shares, classes = probabilities.topk(min(top_k, len(self.labels)))
-        top = [(self.labels[index], share) for index, share in zip(classes.tolist(), shares.tolist(), strict=True)]
-        return Prediction(name, top, unsure, none=int(classes[0]) == self.none)
+    def _rank(self, name: str, probabilities: np.ndarray, unsure: bool, top_k: int) -> Prediction:
+        classes = np.argsort(-probabilities, kind="stable")[:top_k].tolist()
+        top = [(self.labels[index], float(probabilities[index])) for index in classes]
+        return Prediction(name, top, unsure, none=classes[0] == self.network.none)

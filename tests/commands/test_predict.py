@@ -21,7 +21,8 @@ import predict
 import train
 from data import load_splits
 from luthier.images.decode import EXTENSIONS
-from luthier.serving.classifier import Classifier
+from luthier.serving.classifier import Classifier, open_network
+from luthier.serving.torch_network import TorchNetwork
 
 
 def train_model(model_name: str, folder: Path) -> Path:
@@ -213,11 +214,11 @@ def test_damaged_familiarity_is_an_error_with_its_remedy(model, capsys, tmp_path
 
 def test_several_people_are_answered_at_once(model):
     """The app's requests come in threads, and share a classifier."""
-    classifier = Classifier(str(model))
-    views = [classifier.view(draw(colour, seed)) for seed, colour in enumerate(("red", "green", "blue") * 10)]
-    alone = [classifier.rate([view])[1].item() for view in views]
+    network = TorchNetwork(str(model))
+    views = [network.view(draw(colour, seed)) for seed, colour in enumerate(("red", "green", "blue") * 10)]
+    alone = [network.rate([view])[1].item() for view in views]
     with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(lambda view: classifier.rate([view])[1].item(), views))
+        together = list(pool.map(lambda view: network.rate([view])[1].item(), views))
     assert together == pytest.approx(alone, abs=1e-4)
 
 
@@ -250,7 +251,7 @@ def test_memory_does_not_grow_with_the_number_of_inputs(model):
             taken += 1
             yield path, None
 
-    classifier = Classifier(str(model))
+    classifier = Classifier(open_network(str(model)))
     for number, _ in enumerate(classifier.predict_files(inputs(), 1), 1):
         assert taken <= number + 2 * classifier.batch_size
     assert number == 500
@@ -298,6 +299,6 @@ def test_folder_input_takes_every_extension_of_training(tmp_path):
 
 
 def test_scores_are_probabilities(model):
-    classifier = Classifier(str(model))
+    classifier = Classifier(open_network(str(model)))
     prediction = classifier.predict(draw("red", 1), top_k=3)
     assert sum(score for _, score in prediction.top) == pytest.approx(1) and np.isfinite(prediction.top[0][1])

@@ -1,0 +1,187 @@
+"""A trained model as one ONNX file: from the pixels of an image to probabilities, with all that a program must know.
+
+The file takes `pixel_values`, uint8 [N, H, W, 3], red, green, blue, as its resizing rule makes them of an image. What
+the image processor does with their values is inside, and so are the softmax and the familiarity. It returns `logits`
+and `probabilities`, float32 [N, C], and `sureness`, float32 [N], to compare with the metadata's `unsure_below`.
+"""
+
+import json
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization.shape_inference import quant_pre_process
+from onnxruntime.transformers.float16 import convert_float_to_float16
+from torch import nn
+
+from luthier.errors import UserError
+from luthier.images.resizing import find_rule
+from luthier.images.views import EvaluationView
+from luthier.serving.onnx_network import INPUT, OUTPUTS, Facts, OnnxNetwork
+from luthier.serving.parity import Images
+from luthier.serving.torch_network import TorchNetwork
+
+FILES = {"fp32": "model.onnx", "fp16": "model_fp16.onnx", "int8": "model_int8.onnx"}  # as transformers.js names them
+OPSET = 20
+MAX_BATCH = 4096  # images; more at a time are no batch
+
+
+class PixelsToAnswer(nn.Module):
+    """All that happens between the pixels of an image and the answer of a model.
+
+    Args:
+        network: whose model it is. It is taken apart: the network itself predicts no more.
+        view: of the model.
+    """
+
+    scale: torch.Tensor
+    black: torch.Tensor
+    references: torch.Tensor
+
+    def __init__(self, network: TorchNetwork, view: EvaluationView):
+        super().__init__()
+        self.model, self.reversed = network.model, view.reversed
+        self.register_buffer("scale", (view.contrast / 255)[:, None, None])
+        self.register_buffer("black", view.black[:, None, None])
+        self.familiarity, self.head = network.familiarity, None
+        if self.familiarity:
+            # Without its head the model returns what enters the head.
+            self.head = self.model.get_submodule(self.familiarity.head)
+            self.head._forward_pre_hooks.clear()
+            self.model.set_submodule(self.familiarity.head, nn.Identity())
+            self.register_buffer("references", self.familiarity.references.float())
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return logits and probabilities [N, C] and the sureness [N] of pixels, uint8 [N, H, W, 3]."""
+        levels = pixel_values.permute(0, 3, 1, 2).float()
+        levels = levels.flip(1) if self.reversed else levels
+        output = self.model(pixel_values=levels * self.scale + self.black).logits.float()
+        logits = self.head(output) if self.head else output
+        probabilities = logits.softmax(dim=-1)
+        if not self.familiarity:
+            return logits, probabilities, probabilities.amax(dim=-1)
+        familiarity = self.familiarity._replace(references=self.references)
+        return logits, probabilities, familiarity.rate(probabilities, output)
+
+
+def export_precisions(
+    network: TorchNetwork, folder: Path, precisions: Sequence[str], calibration: Images
+) -> dict[str, Path]:
+    """Write a model in float32 and in other precisions; return the files by precision.
+
+    Args:
+        network: whose model it is. It is taken apart: the network itself predicts no more.
+        folder: where to write.
+        precisions: `fp16`, `int8`.
+        calibration: some of the images that the model has learned from, for `int8`.
+    """
+    files = {name: folder / FILES[name] for name in ("fp32", *precisions)}
+    facts = export_model(network, files["fp32"])
+    if "fp16" in files:
+        halve(files["fp32"], files["fp16"], facts)
+    if "int8" in files:
+        quantize(files["fp32"], files["int8"], facts, calibration.views(OnnxNetwork(files["fp32"]), "int8"))
+    return files
+
+
+def export_model(network: TorchNetwork, path: Path) -> Facts:
+    """Write a model as an ONNX file, with weights in float32.
+
+    Args:
+        network: whose model it is. It is taken apart: the network itself predicts no more.
+        path: of the file; it is there when it is whole, or not at all.
+
+    Raises:
+        UserError: its image processor does more than resize and crop, or its architecture cannot be exported.
+    """
+    view = EvaluationView(network.image_processor)
+    facts = Facts(network.labels, find_rule(view), network.unsure_below, network.none)
+    module, example = PixelsToAnswer(network, view).eval(), torch.zeros(2, *view.size, 3, dtype=torch.uint8)
+    name = network.model.config.model_type
+    try:
+        with torch.no_grad():
+            program = torch.onnx.export(
+                module,
+                (example,),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[INPUT],
+                output_names=list(OUTPUTS),
+                dynamic_shapes={INPUT: {0: torch.export.Dim("batch", max=MAX_BATCH)}},
+                verbose=False,
+            )
+    except Exception as error:  # each architecture fails in a way of its own
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"the architecture {name} cannot be exported to ONNX: {reason[:300]}") from error
+    assert program is not None  # so with dynamo=True
+    write_model(program.model_proto, facts, path)
+    return facts
+
+
+def write_model(model: onnx.ModelProto, facts: Facts, path: Path) -> None:
+    """Write an ONNX file whole, or not at all."""
+    # The exporter notes for each node where in the source, on this machine, it comes from.
+    for entry in (*model.graph.node, *model.graph.value_info, *model.graph.input, *model.graph.output):
+        del entry.metadata_props[:]
+    for name in model.graph.node:
+        name.ClearField("doc_string")
+    del model.metadata_props[:], model.graph.metadata_props[:]
+    onnx.helper.set_model_props(model, {name: json.dumps(value) for name, value in facts.describe().items()})
+    model.producer_name = "luthier"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = path.with_name(f".{path.name}")
+    try:
+        onnx.save_model(model, written)
+        written.replace(path)
+    finally:
+        written.unlink(missing_ok=True)
+
+
+def quantize(source: Path, path: Path, facts: Facts, views: Iterable[np.ndarray]) -> None:
+    """Write a model with weights and activations of 8 bits; what follows the logits stays in float32.
+
+    Args:
+        source: the exported model in float32.
+        path: of the file to write.
+        facts: of the model.
+        views: what the model sees of some of its training images, uint8 [H, W, 3]: they decide the range of each
+            activation.
+    """
+
+    class Views(CalibrationDataReader):
+        """Gives one view at a time."""
+
+        def __init__(self) -> None:
+            self.rest: Iterator[np.ndarray] = iter(views)
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            view = next(self.rest, None)
+            return None if view is None else {INPUT: view[None]}
+
+    with tempfile.TemporaryDirectory() as scratch:
+        prepared, written = Path(scratch, "prepared.onnx"), Path(scratch, "int8.onnx")
+        quant_pre_process(source, prepared, skip_symbolic_shape=True)
+        quantize_static(
+            prepared, written, Views(), quant_format=QuantFormat.QDQ, per_channel=True,
+            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+            nodes_to_exclude=_after_logits(onnx.load(prepared)),
+        )  # fmt: skip
+        write_model(onnx.load(written), facts._replace(precision="int8"), path)
+
+
+def halve(source: Path, path: Path, facts: Facts) -> None:
+    """Write a model with weights in float16, for GPUs; what follows the logits stays in float32."""
+    model = onnx.load(source)
+    converted = convert_float_to_float16(model, keep_io_types=True, node_block_list=_after_logits(model))
+    write_model(converted, facts._replace(precision="fp16"), path)
+
+
+def _after_logits(model: onnx.ModelProto) -> list[str]:
+    """Return the names of the nodes from the logits on: they are few, and decide close calls."""
+    nodes = list(model.graph.node)
+    first = next(number for number, node in enumerate(nodes) if OUTPUTS[0] in node.output)
+    return [node.name for node in nodes[first:]]

@@ -1,0 +1,105 @@
+"""A trained model that ONNX Runtime runs: a file of export.py. Neither torch nor transformers is imported."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from luthier.errors import UserError, require
+from luthier.images.resizing import ResizeRule
+from luthier.serving.classifier import Rated
+
+INPUT = "pixel_values"
+OUTPUTS = ("logits", "probabilities", "sureness")
+FORMAT = 1  # of the metadata
+BATCH_SIZE = 16
+
+
+class Facts(NamedTuple):
+    """What a program must know to use an exported model; its file holds it as metadata.
+
+    Attributes:
+        labels: names of the classes.
+        resize: how an image becomes the model's input.
+        unsure_below: the sureness below which there is no answer.
+        none: the class of images that show none of the others, if any.
+        precision: of the weights, `fp32`, `fp16` or `int8`.
+    """
+
+    labels: list[str]
+    resize: ResizeRule
+    unsure_below: float
+    none: int | None
+    precision: str = "fp32"
+
+    def describe(self) -> dict[str, Any]:
+        """Return the facts as values of JSON."""
+        return {"format": FORMAT, **self._asdict(), "resize": self.resize._asdict()}
+
+    @classmethod
+    def read(cls, metadata: Mapping[str, str]) -> "Facts":
+        """Return the facts that the metadata of a file hold, each as JSON.
+
+        Raises:
+            KeyError, TypeError, ValueError: they hold none.
+        """
+        values = {name: json.loads(metadata[name]) for name in ("format", *cls._fields)}
+        if values.pop("format") != FORMAT:
+            raise ValueError("it is of another version of Luthier")
+        values["resize"] = ResizeRule.read(values["resize"])
+        return cls(**values)
+
+
+class OnnxNetwork:
+    """An exported model on the CPU. See `classifier.Network`.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        UserError: there is no such file, it is damaged, none of export.py, or ONNX Runtime is not installed.
+    """
+
+    batch_size = BATCH_SIZE
+
+    def __init__(self, path: Path):
+        if not path.is_file():
+            raise UserError(f"there is no file {path}: python export.py MODEL writes one from a trained model")
+        require("a .onnx file", ["onnxruntime"], "requirements-export.txt")
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # errors are raised too
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the cores decode images meanwhile
+        try:
+            self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # the library has no error of its own
+            raise UserError(
+                f"{path} is not a model that ONNX Runtime can load ({_first_line(error)}): export it again"
+            ) from error
+        try:
+            self.facts = Facts.read(self.session.get_modelmeta().custom_metadata_map)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{path} does not say how it is used ({error}): it is not a file of this version's export.py"
+            ) from error
+        self.labels, self.none = self.facts.labels, self.facts.none
+        self.unsure_below = self.facts.unsure_below
+
+    def start_worker(self) -> None:
+        """Do nothing: Pillow works in the thread that calls it."""
+
+    def view(self, image: Image.Image) -> np.ndarray:
+        """Return what the model sees of an RGB image, uint8 [H, W, 3]."""
+        return self.facts.resize.apply(image)
+
+    def rate(self, views: list[np.ndarray]) -> Rated:
+        """Return what the model says of N views."""
+        return Rated(*self.session.run(OUTPUTS[1:], {INPUT: np.stack(views)}))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200]

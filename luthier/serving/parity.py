@@ -1,0 +1,116 @@
+"""Whether an exported model answers as the trained one does: both on the same images, and the differences."""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+
+from luthier.images.decode import decode_rgb
+from luthier.scoring.intervals import interval_of_difference
+from luthier.serving.classifier import Network, Rated
+from luthier.terminal import Tenths, plural
+
+MAX_LOSS = 0.01  # of accuracy that a smaller model may cost, beyond what chance explains
+
+
+class Images(NamedTuple):
+    """What an exported model is compared on.
+
+    Attributes:
+        names: of the images.
+        read: returns the file of an image, by its number.
+        labels: the class of each; None where they are not known, and the trained model's answers take their place.
+        groups: int [N], the same for images that belong together; None where each stands alone.
+    """
+
+    names: Sequence[str]
+    read: Callable[[int], bytes]
+    labels: np.ndarray | None = None
+    groups: np.ndarray | None = None
+
+    def views(self, network: Network, topic: str) -> Iterator:
+        """Yield what a network sees of each image, and say how far this is."""
+        progress = Tenths(topic, len(self.names), "images", quiet_seconds=10)
+        for number in range(len(self.names)):
+            yield network.view(decode_rgb(self.read(number)).image)
+            progress.reach(number + 1)
+
+    def rate(self, network: Network, topic: str) -> Rated:
+        """Return what a network says of all images."""
+        views = self.views(network, topic)
+        batches = iter(lambda: list(islice(views, network.batch_size)), [])
+        rated = [network.rate(batch) for batch in batches]
+        probabilities, sureness = zip(*rated, strict=True)
+        return Rated(np.concatenate(probabilities), np.concatenate(sureness))
+
+
+class Parity(NamedTuple):
+    """How an exported model's answers differ from the trained one's.
+
+    Attributes:
+        precision: of the exported weights.
+        n: how many images both have answered.
+        same: for how many of them the likeliest class is the same.
+        other_answers: how many are unsure by one and not by the other.
+        largest_difference: of a probability.
+        labelled: their classes are known; otherwise the trained model's answers count as correct.
+        accuracy: of the trained and of the exported model.
+        difference_ci95: 95% interval of the exported model's accuracy less the trained one's, paired.
+    """
+
+    precision: str
+    n: int
+    same: int
+    other_answers: int
+    largest_difference: float
+    labelled: bool
+    accuracy: tuple[float, float]
+    difference_ci95: tuple[float, float]
+
+    @property
+    def refusal(self) -> str | None:
+        """Why nobody should use the exported model; None where there is no reason."""
+        if self.precision == "fp32" and self.same < self.n:
+            return f"{plural(self.n - self.same, 'image gets', 'images get')} another class than by the trained model"
+        if self.difference_ci95[1] < -MAX_LOSS:
+            return f"it loses more than {MAX_LOSS * 100:.0f} point of accuracy, even at the upper end of the interval"
+        return None
+
+    def __str__(self) -> str:
+        """The figures in a sentence."""
+        same = f"the same class for {self.same:,} of {plural(self.n, 'image')}"
+        if self.precision == "fp32":
+            return f"{same}; largest difference of a probability {self.largest_difference:.2g}"
+        before, after = self.accuracy
+        low, high = (100 * end for end in self.difference_ci95)
+        return (
+            f"{same}; accuracy {after:.1%} in the place of {before:.1%} ({100 * (after - before):+.1f} points, "
+            f"95% interval {low:+.1f} to {high:+.1f})"
+        )
+
+
+def compare(exported: Network, rated: Rated, images: Images, precision: str) -> Parity:
+    """Return how the answers of an exported model differ from the trained one's.
+
+    Args:
+        exported: the exported model.
+        rated: what the trained model says of the images.
+        images: that are compared.
+        precision: of the exported weights.
+    """
+    other = images.rate(exported, precision)
+    before, after = rated.probabilities.argmax(axis=1), other.probabilities.argmax(axis=1)
+    truth = before if images.labels is None else images.labels
+    correct = [(answers == truth).astype(int) for answers in (before, after)]
+    sure = [each.sureness >= exported.unsure_below for each in (rated, other)]
+    return Parity(
+        precision=precision,
+        n=len(truth),
+        same=int((before == after).sum()),
+        other_answers=int((sure[0] != sure[1]).sum()),
+        largest_difference=float(np.abs(rated.probabilities - other.probabilities).max()),
+        labelled=images.labels is not None,
+        accuracy=(float(correct[0].mean()), float(correct[1].mean())),
+        difference_ci95=interval_of_difference(correct[1] - correct[0], images.groups),
+    )

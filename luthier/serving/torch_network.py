@@ -1,0 +1,65 @@
+"""A trained model that torch runs."""
+
+import threading
+
+import torch
+from PIL import Image
+
+from luthier.familiarity import load_familiarity, none_of
+from luthier.fusion import fuse_batchnorm
+from luthier.images.views import view_size
+from luthier.machine import configure_logging, keep_freed_memory
+from luthier.serving.classifier import Rated
+from models import labels_of, load_trained, threshold_of
+
+
+class TorchNetwork:
+    """A saved model on the accelerator, or on the CPU where there is none. See `classifier.Network`.
+
+    Args:
+        model_name: a folder with a saved model, or a name on the Hub.
+
+    Raises:
+        ModelError: the model cannot be loaded.
+        UserError: its image processor gives every image another size.
+    """
+
+    def __init__(self, model_name: str):
+        configure_logging()
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        self.device = accelerator or torch.device("cpu")
+        if accelerator is None:
+            keep_freed_memory()
+        self.batch_size = 64 if accelerator else 16
+        model, self.image_processor = load_trained(model_name)
+        model.to(self.device)  # type: ignore[arg-type]  # the library wraps torch's method
+        self.model = fuse_batchnorm(model, view_size(self.image_processor))
+        self.labels, self.none = labels_of(model), none_of(model)
+        self.familiarity = load_familiarity(model, model_name)
+        self.unsure_below = self.familiarity.unsure_below if self.familiarity else threshold_of(model)
+        self._features: list[torch.Tensor] = []  # of the batch that the model works on
+        self._turn = threading.Lock()  # the app answers several people at once
+        if self.familiarity:
+            self.model.get_submodule(self.familiarity.head).register_forward_pre_hook(self._keep_features)
+
+    def start_worker(self) -> None:
+        """Give a thread that prepares images one thread of torch: all together keep the cores busy."""
+        torch.set_num_threads(1)
+
+    def view(self, image: Image.Image) -> torch.Tensor:
+        """Return the evaluation view of an RGB image, pixel values [3, H, W]."""
+        return self.image_processor(image, return_tensors="pt")["pixel_values"][0]
+
+    @torch.inference_mode()
+    def rate(self, views: list[torch.Tensor]) -> Rated:
+        """Return what the model says of N views."""
+        pixel_values = torch.stack(views).to(self.device, memory_format=torch.channels_last)
+        with self._turn:
+            self._features.clear()
+            probabilities = self.model(pixel_values=pixel_values).logits.float().softmax(dim=-1)
+            features = list(self._features)
+        sureness = self.familiarity.rate(probabilities, *features) if self.familiarity else probabilities.amax(dim=-1)
+        return Rated(probabilities.cpu().numpy(), sureness.cpu().numpy())
+
+    def _keep_features(self, head: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        self._features.append(inputs[0])
