@@ -64,8 +64,10 @@ def main(argv: list[str] | None = None) -> None:
     say("next", f"python predict.py {folder / 'onnx' / 'model.onnx'} image.jpg")
 
 
-def export_run(output_dir: Path) -> None:
-    """Export the model of a finished run; where that fails, say how to repeat it alone, and exit with 1."""
+def export_run(output_dir: Path, wanted: bool) -> None:
+    """Export the model of a finished run, if wanted; where that fails, say how to repeat it, and exit with 1."""
+    if not wanted:
+        return
     try:
         why = "; ".join(export(str(output_dir), output_dir, [], None, allow_worse=False))
     except UserError as error:

@@ -45,8 +45,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             parts = [fine_tune(part, stop, stopwatch) for part in arguments.folds()]
             finish(*pool(parts), arguments, stopwatch)
-        if run_args.export and is_main_process:
-            export_run(output_dir)
+        export_run(output_dir, wanted=run_args.export and is_main_process)
         if repo_id:  # of a finished run too: the push may have been what failed
             hub.publish(output_dir, repo_id, private)
 
@@ -62,7 +61,6 @@ def set_up(arguments: "Arguments", stopwatch: Stopwatch) -> "Experiment":
     from luthier.scoring.criterion import build_judge
     from luthier.scoring.experiment import Experiment
     from luthier.scoring.screening import choose_backbone, choose_view, draw_sample
-    from luthier.training.layers import training_size
     from luthier.training.recipe import choose_recipes
     from luthier.training.trainer import build_predictor
     from models import build_model, linear_head
@@ -93,9 +91,8 @@ def set_up(arguments: "Arguments", stopwatch: Stopwatch) -> "Experiment":
     console.say_setup(splits, data_args.name, setup)
     with training_args.main_process_first(desc="preparing the images"):
         prepared = prepare(splits, view)
-    size = training_size(model, view.size)
     stopwatch.stop("prepare")
-    return Experiment(splits, "test" in images, prepared, findings, model, view, size, recipes, judge, setup)
+    return Experiment(splits, "test" in images, prepared, findings, model, view, recipes, judge, setup)
 
 
 def fine_tune(arguments: "Arguments", stop: "Stop", stopwatch: Stopwatch) -> tuple["Experiment", "Result"]:
@@ -151,7 +148,9 @@ def finish(experiment: "Experiment", result: "Result", arguments: "Arguments", s
     from luthier.reporting.results import collect_run, write_run
     from luthier.scoring.refit import plan_refit, refit
 
-    data_args, model_args, training_args, run_args = arguments
+    data_args, model_args, training_args, _ = arguments
+
+    # Refit
     plan, refitted = plan_refit(experiment, result, model_args.refit, model_args.time_limit, data_args.folds), None
     console.say_refit(plan)
     if plan.pays:
@@ -159,11 +158,12 @@ def finish(experiment: "Experiment", result: "Result", arguments: "Arguments", s
         images = feature_rows(experiment.prepared, experiment.view)
         refitted = refit(plan, result, experiment.splits, images, lambda parts: join_for_training(parts, *options))
         stopwatch.stop("refit")
+
+    # Report
     if training_args.process_index == 0:
         data = describe(experiment.prepared, data_args.name, data_args.is_built_in)
-        record = collect_run(experiment, result, plan, data, data_args.augmentation, run_args.for_record())
-        output_dir, images = Path(str(training_args.output_dir)), data_args.for_later()
-        write_run(output_dir, experiment, result, plan, refitted, record, images, stopwatch)
+        record = collect_run(experiment, result, plan, data, data_args.augmentation, arguments.for_record())
+        write_run(Path(str(training_args.output_dir)), experiment, result, plan, refitted, record, stopwatch)
 
 
 if __name__ == "__main__":

@@ -46,10 +46,6 @@ class RunArguments(NamedTuple):
         """Learning rate and epochs, as `recipe.choose_recipes` takes them."""
         return self.learning_rate, self.num_train_epochs
 
-    def for_record(self) -> dict:
-        """Return what `results.collect_run` records of a run."""
-        return {"command": self.command, "settings": self.settings, "seeds": self.seeds}
-
 
 class Arguments(NamedTuple):
     """All options of a run."""
@@ -64,6 +60,11 @@ class Arguments(NamedTuple):
         """The directory of the whole run, of which a fold has a part."""
         own = Path(str(self.training_args.output_dir))
         return own.parent if self.data_args.folds and self.data_args.fold else own
+
+    def for_record(self) -> dict:
+        """Return what `results.collect_run` records of a run."""
+        of_run = {key: getattr(self.run_args, key) for key in ("command", "settings", "seeds")}
+        return {**of_run, "images": self.data_args.for_later()}
 
     def folds(self) -> list["Arguments"]:
         """Return the arguments of each fold, or these where there are no folds.

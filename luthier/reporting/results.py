@@ -33,17 +33,18 @@ PACKAGES = ("torch", "torchvision", "transformers", "timm", "datasets", "evaluat
 def collect_run(
     experiment: Experiment, result: Result, plan: Plan, data: Mapping, augmentation: str, record: Mapping[str, Any]
 ) -> dict:
-    """Return what `metrics.json` holds of a run, without the seconds.
+    """Return what `metrics.json` holds of a run, without the seconds, and `images`, which is for a file of its own.
 
     Args:
         experiment, result: of the run.
         plan: of the refit.
         data: of `data.describe`.
         augmentation: of the training images.
-        record: `seeds`, `command` and `settings` of `collect_metrics`.
+        record: `images`, the options that load the images again, and the rest of what `collect_metrics` takes.
     """
     outcome = result.outcome
-    return collect_metrics(
+    of_run = {key: value for key, value in record.items() if key != "images"}
+    metrics = collect_metrics(
         scores=score_run(result.kept, result.predictions(experiment.splits), result.threshold),
         majority=majority_baseline(data, getattr(result.model.config, "none_class", None)),
         linear_probe=result.probe.baseline,
@@ -60,8 +61,9 @@ def collect_run(
         refit={**plan._asdict(), "done": plan.pays},
         history=outcome.history,
         findings=experiment.findings,
-        **record,
+        **of_run,
     )
+    return metrics | {"images": record["images"]}
 
 
 def collect_metrics(
@@ -126,7 +128,6 @@ def write_run(
     plan: Plan,
     refitted: Refitted | None,
     metrics: dict,
-    images: Mapping,
     stopwatch: Stopwatch,
 ) -> None:
     """Save the model of a run, write its files, and say its score.
@@ -137,7 +138,6 @@ def write_run(
         plan: of the refit.
         refitted: what is shipped; None where that is the scored model.
         metrics: of `collect_run`.
-        images: the options that load the run's images.
         stopwatch: of the run.
     """
     splits = experiment.splits
@@ -145,6 +145,7 @@ def write_run(
     if plan.pays:
         digests = [digest for split in plan.splits for digest in splits[split]["digest"][:]]
     custom_code = save_models(result, refitted, experiment.view.image_processor, output_dir, digests)
+    images = metrics.pop("images")  # with paths of this machine
     (output_dir / IMAGES).write_text(json.dumps(images, indent=2) + "\n", encoding="utf-8")
     write_results(output_dir, metrics, result.predictions(splits), experiment.findings, stopwatch)
     write_model_card(output_dir / "README.md", metrics, custom_code)

@@ -13,6 +13,7 @@ from luthier.scoring.metrics import TestPredictions
 from luthier.scoring.race import Course, Outcome
 from luthier.scoring.selection import Candidate
 from luthier.training.arms import Workshop
+from luthier.training.layers import training_size
 from luthier.training.recipe import Recipe
 
 
@@ -26,7 +27,6 @@ class Experiment(NamedTuple):
         findings: of the audit.
         model: as built.
         view: that evaluation uses.
-        size: (height, width) of the random crops of training, in pixels.
         recipes: that are raced.
         judge: scores weights on validation, without a yardstick.
         setup: model, view and device, in words.
@@ -38,10 +38,14 @@ class Experiment(NamedTuple):
     findings: dict
     model: PreTrainedModel
     view: EvaluationView
-    size: tuple[int, int]
     recipes: list[Recipe]
     judge: Judge
     setup: dict[str, str]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the random crops of training, in pixels."""
+        return training_size(self.model, self.view.size)
 
 
 class Result(NamedTuple):

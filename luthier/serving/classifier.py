@@ -5,13 +5,14 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from luthier.images.decode import decode_rgb, reason
 from luthier.serving.fetch import fetch
+from luthier.serving.network import Network
 
 MAX_URL_PIXELS = 50_000_000  # of an image from a server; for files Pillow's limit of 179 million holds
 
@@ -32,44 +33,6 @@ class Prediction(NamedTuple):
     unsure: bool = False
     error: str | None = None
     none: bool = False
-
-
-class Rated(NamedTuple):
-    """What a model says of N images.
-
-    Attributes:
-        probabilities: of the classes, float32 [N, C].
-        sureness: what decides whether there is an answer, float32 [N]: the familiarity of the image where the model
-            knows it, and otherwise the confidence.
-    """
-
-    probabilities: np.ndarray
-    sureness: np.ndarray
-
-
-class Network(Protocol):
-    """A model and the library that runs it.
-
-    Attributes:
-        labels: names of the classes.
-        unsure_below: the sureness below which there is no answer.
-        none: the class of images that show none of the others, if any.
-        batch_size: how many images it works on at a time.
-    """
-
-    labels: list[str]
-    unsure_below: float
-    none: int | None
-    batch_size: int
-
-    def view(self, image: Image.Image) -> Any:
-        """Return what the model sees of an RGB image."""
-
-    def rate(self, views: list[Any]) -> Rated:
-        """Return what the model says of several views; for one thread at a time or many."""
-
-    def start_worker(self) -> None:
-        """Prepare a thread that calls `view`."""
 
 
 def open_network(model_name: str) -> Network:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from luthier.errors import UserError, require
 from luthier.images.resizing import ResizeRule
-from luthier.serving.classifier import Rated
+from luthier.serving.network import Rated
 
 INPUT = "pixel_values"
 OUTPUTS = ("logits", "probabilities", "sureness")
@@ -54,7 +54,7 @@ class Facts(NamedTuple):
 
 
 class OnnxNetwork:
-    """An exported model on the CPU. See `classifier.Network`.
+    """An exported model on the CPU. See `network.Network`.
 
     Args:
         path: of the file.

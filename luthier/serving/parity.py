@@ -8,7 +8,7 @@ import numpy as np
 
 from luthier.images.decode import decode_rgb
 from luthier.scoring.intervals import interval_of_difference
-from luthier.serving.classifier import Network, Rated
+from luthier.serving.network import Network, Rated
 from luthier.terminal import Tenths, plural
 
 MAX_LOSS = 0.01  # of accuracy that a smaller model may cost, beyond what chance explains

@@ -9,12 +9,12 @@ from luthier.familiarity import load_familiarity, none_of
 from luthier.fusion import fuse_batchnorm
 from luthier.images.views import view_size
 from luthier.machine import configure_logging, keep_freed_memory
-from luthier.serving.classifier import Rated
+from luthier.serving.network import Rated
 from models import labels_of, load_trained, threshold_of
 
 
 class TorchNetwork:
-    """A saved model on the accelerator, or on the CPU where there is none. See `classifier.Network`.
+    """A saved model on the accelerator, or on the CPU where there is none. See `network.Network`.
 
     Args:
         model_name: a folder with a saved model, or a name on the Hub.
