@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from luthier.images.decode import decode_rgb
+from luthier.errors import UserError
+from luthier.images.decode import decode_rgb, reason
 from luthier.scoring.intervals import interval_of_difference
 from luthier.serving.network import Network, Rated
 from luthier.terminal import Tenths, plural
@@ -33,7 +34,11 @@ class Images(NamedTuple):
         """Yield what a network sees of each image, and say how far this is."""
         progress = Tenths(topic, len(self.names), "images", quiet_seconds=10)
         for number in range(len(self.names)):
-            yield network.view(decode_rgb(self.read(number)).image)
+            try:
+                image = decode_rgb(self.read(number)).image
+            except Exception as error:  # Pillow raises errors of any kind on damaged data
+                raise UserError(f"{self.names[number]} cannot be read ({reason(error)}): mend or remove it") from error
+            yield network.view(image)
             progress.reach(number + 1)
 
     def rate(self, network: Network, topic: str) -> Rated:

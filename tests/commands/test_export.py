@@ -1,0 +1,318 @@
+"""export.py: an ONNX file that answers as the model does, the proof of it, and what is refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import PROJECT, draw, draw_folder
+from transformers import (
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    ConvNextImageProcessor,
+    MobileViTConfig,
+    MobileViTForImageClassification,
+    MobileViTImageProcessor,
+)
+
+import export
+import predict
+import train
+from luthier.scoring.intervals import interval_of_difference
+from luthier.serving import export as exporting
+from luthier.serving.classifier import open_network
+from luthier.serving.export import export_model
+from luthier.serving.onnx_network import OnnxNetwork
+from luthier.serving.parity import Images, Parity, compare
+from luthier.serving.torch_network import TorchNetwork
+from models import build_model, save_model
+
+CLASSES = {0: "red", 1: "green", 2: "blue"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, timm_checkpoint):
+    """A refit run of a tiny timm model, with its export and a quantised one."""
+    folder = tmp_path_factory.mktemp("export")
+    draw_folder(folder / "images", per_class=12)
+    args = ["--data_dir", str(folder / "images"), "--model_name", str(timm_checkpoint), "--num_train_epochs", "1"]
+    train.main([*args, "--output_dir", str(folder / "out"), "--disable_tqdm", "1", "--export", "1"])
+    return folder / "out"
+
+
+def run_export(capsys, *args: str | Path) -> tuple[int, str]:
+    """Run the command; return the exit code, and all that it prints."""
+    try:
+        export.main([str(word) for word in args])
+        code, message = 0, ""
+    except SystemExit as error:
+        code, message = (error.code, "") if isinstance(error.code, int) else (1, str(error.code))
+    captured = capsys.readouterr()
+    return code, captured.out + captured.err + message
+
+
+def build(name: str, request: pytest.FixtureRequest) -> tuple:
+    """Return a model of an architecture with random weights, and its image processor."""
+    if name == "convnext":
+        config = ConvNextConfig(hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], id2label=CLASSES)
+        return ConvNextForImageClassification(config), ConvNextImageProcessor(size={"shortest_edge": 64})
+    if name == "mobilevit":  # which wants blue, green, red
+        config = MobileViTConfig(
+            hidden_sizes=[16, 16, 24], neck_hidden_sizes=[8, 8, 8, 8, 8, 8, 16], id2label=CLASSES, image_size=64
+        )
+        size = {"height": 64, "width": 64}
+        processor = MobileViTImageProcessor(size={"shortest_edge": 72}, crop_size=size)
+        return MobileViTForImageClassification(config), processor
+    own = {"timm": "timm_checkpoint", "vit": "vit_checkpoint", "resnet": "resnet_checkpoint"}
+    model_name = str(request.getfixturevalue(own[name])) if name in own else name
+    return build_model(model_name, CLASSES)
+
+
+SLOW = pytest.param("mobilevit", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", ["simple_cnn", "timm", "vit", "resnet", "convnext", SLOW])
+def test_every_kind_of_model_answers_as_before(name, request, tmp_path):
+    torch.manual_seed(1)
+    model, image_processor = build(name, request)
+    save_model(model.eval(), image_processor, tmp_path / "model")
+    images = [draw(colour, seed, 50 + 9 * seed, 70) for seed, colour in enumerate(("red", "green", "blue") * 3)]
+    network = TorchNetwork(str(tmp_path / "model"))
+    expected = network.rate([network.view(image) for image in images])
+    export_model(network, tmp_path / "model.onnx")
+    exported = OnnxNetwork(tmp_path / "model.onnx")
+    found = exported.rate([exported.view(image) for image in images])
+    assert exported.labels == network.labels and exported.unsure_below == network.unsure_below
+    # transformers resizes with torchvision, whose pixels differ from Pillow's by up to two levels.
+    tolerance = 1e-5 if name == "timm" else 2e-3
+    assert np.abs(found.probabilities - expected.probabilities).max() < tolerance
+    assert np.abs(found.sureness - expected.sureness).max() < tolerance
+    single = exported.rate([exported.view(images[4])])
+    assert np.allclose(single.probabilities, found.probabilities[4:5], atol=1e-5)
+
+
+def test_run_is_exported_and_says_how_it_compares(run, capsys, tmp_path):
+    """The default: all test images of the run, found again by images.json, and familiarity inside."""
+    record = json.loads((run / "export.json").read_text())
+    assert record["model.onnx"]["same"] == record["model.onnx"]["n"] == 6 and record["model.onnx"]["labelled"]
+    assert record["model.onnx"]["largest_difference"] < 1e-4
+    assert "onnx/model.onnx | 6 of 6" in (run / "README.md").read_text()
+    network, exported = open_network(str(run)), open_network(str(run / "onnx/model.onnx"))
+    assert network.familiarity and exported.unsure_below == pytest.approx(network.unsure_below)
+    images = [draw("green", seed) for seed in range(20)]
+    expected, found = (n.rate([n.view(image) for image in images]) for n in (network, exported))
+    assert np.allclose(expected.sureness, found.sureness, atol=1e-3)
+    facts = {entry.key: entry.value for entry in onnx.load(run / "onnx/model.onnx").metadata_props}
+    assert json.loads(facts["labels"]) == ["blue", "green", "red"] and "unsure_below" in facts
+    assert str(PROJECT) not in (run / "onnx/model.onnx").read_bytes().decode("latin-1")
+
+
+@pytest.mark.parametrize("form", ["table", "jsonl", "csv"])
+def test_predict_answers_through_onnx_runtime_as_through_torch(run, capsys, tmp_path, form):
+    draw_folder(tmp_path / "new", per_class=6, first=100)
+    (tmp_path / "new/red/broken.png").write_bytes(b"no image")
+    printed = []
+    for model in (run, run / "onnx/model.onnx"):
+        with pytest.raises(SystemExit) as exit_code:
+            predict.main([str(model), str(tmp_path / "new"), "--format", form, "--top_k", "2"])
+        assert exit_code.value.code == 1
+        printed.append(capsys.readouterr().out)
+    digits = [[word for word in text.split() if not any(c.isdigit() for c in word)] for text in printed]
+    assert digits[0] == digits[1] and "broken.png" in printed[1]
+
+
+def test_predict_with_onnx_imports_neither_torch_nor_transformers(run, tmp_path):
+    draw("red", 3).save(tmp_path / "a.png")
+    code = (
+        f"import sys, predict; predict.main([{str(run / 'onnx/model.onnx')!r}, {str(tmp_path / 'a.png')!r}]); "
+        "assert not {'torch', 'transformers', 'datasets', 'scipy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=PROJECT, check=True, capture_output=True)
+
+
+def test_other_precisions_are_measured_with_the_scored_weights(run, capsys, monkeypatch):
+    named = []
+    monkeypatch.setattr(
+        "luthier.serving.torch_network.TorchNetwork",
+        lambda name, original=TorchNetwork: named.append(Path(name).name) or original(name),
+    )
+    code, printed = run_export(capsys, run, "--int8", "--fp16", "--allow_worse")
+    assert code == 0, printed
+    assert named == ["out", "scored"]
+    record = json.loads((run / "export.json").read_text())
+    assert set(record) == {"model.onnx", "model_fp16.onnx", "model_int8.onnx"}
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert record["model_int8.onnx"]["accuracy"][0] == pytest.approx(metrics["test"]["accuracy"])
+    sizes = {path.name: path.stat().st_size for path in (run / "onnx").iterdir()}
+    assert set(sizes) == set(record) and sizes["model_int8.onnx"] < sizes["model_fp16.onnx"] < sizes["model.onnx"]
+    assert {OnnxNetwork(run / "onnx" / name).facts.precision for name in sizes} == {"fp32", "fp16", "int8"}
+    card = (run / "README.md").read_text()
+    assert "| onnx/model_int8.onnx |" in card and "as the model" in card
+
+
+def test_images_may_be_given_in_class_folders_or_not(run, capsys, tmp_path):
+    draw_folder(tmp_path / "new", per_class=5, first=200)
+    code, printed = run_export(capsys, run, "--output_dir", tmp_path / "out", "--check", tmp_path / "new", "--int8",
+                               "--allow_worse")  # fmt: skip
+    assert code == 0 and "on 8 images\n" in printed  # 7 of them calibrate
+    assert json.loads((tmp_path / "out/export.json").read_text())["model_int8.onnx"]["labelled"]
+    for number, path in enumerate(sorted((tmp_path / "new").rglob("*.png"))):
+        path.rename(tmp_path / f"new/{number}.png")
+    code, printed = run_export(capsys, run, "--output_dir", tmp_path / "other", "--check", tmp_path / "new")
+    assert code == 0 and "on 15 images, without labels" in printed
+    assert {path.name for path in (tmp_path / "other").rglob("*")} == {"onnx", "model.onnx", "export.json"}
+
+
+def shuffle_weights(path: Path) -> None:
+    """Change the weights of an ONNX file so that it answers otherwise."""
+    model = onnx.load(path)
+    for tensor in model.graph.initializer:
+        values = onnx.numpy_helper.to_array(tensor)
+        if values.ndim > 1 and values.dtype == np.float32:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(-values[::-1].copy(), tensor.name))
+    onnx.save_model(model, path)
+
+
+def test_export_that_answers_otherwise_is_refused(run, capsys, monkeypatch, tmp_path):
+    def export_wrongly(network, path, original=exporting.export_model):
+        facts = original(network, path)
+        shuffle_weights(path)
+        return facts
+
+    monkeypatch.setattr(exporting, "export_model", export_wrongly)
+    args = [run, "--output_dir", tmp_path / "out"]
+    code, printed = run_export(capsys, *args)
+    assert code == 1 and "another class than by the trained model" in printed and "--allow_worse" in printed
+    assert not (tmp_path / "out").exists()
+    code, printed = run_export(capsys, *args, "--allow_worse")
+    assert code == 0 and (tmp_path / "out/onnx/model.onnx").is_file()
+
+
+def test_failed_export_leaves_a_finished_run(run, capsys, monkeypatch):
+    monkeypatch.setattr(export, "find_images", lambda *_: (_ for _ in ()).throw(export.UserError("they are gone")))
+    with pytest.raises(SystemExit) as failure:
+        export.export_run(run, wanted=True)
+    assert "not exported: they are gone" in failure.value.code and f"python export.py {run}" in failure.value.code
+    export.export_run(run, wanted=False)
+
+
+def test_refusal_depends_on_the_interval():
+    def parity(lost: int, n: int) -> Parity:
+        low, high = interval_of_difference(-np.repeat([1, 0], [lost, n - lost]))
+        return Parity("int8", n, n - lost, 0, 0.1, True, (1.0, 1 - lost / n), (low, high))
+
+    assert parity(0, 20).refusal is None and parity(3, 100).refusal is None
+    assert parity(100, 2000).refusal and parity(10, 50).refusal
+    assert parity(0, 20).difference_ci95[0] < -0.05  # twenty equal answers prove little
+    together = interval_of_difference(-np.repeat([1, 0], [10, 90]), np.repeat(np.arange(10), 10))
+    alone = interval_of_difference(-np.repeat([1, 0], [10, 90]))
+    assert together[0] < alone[0] and together[1] > alone[1]
+
+
+def test_comparison_counts_what_differs(tmp_path):
+    class Fixed:
+        labels, unsure_below, none, batch_size = ["a", "b"], 0.6, None, 2
+
+        def __init__(self, shares):
+            self.shares, self.seen = shares, 0
+
+        def view(self, image):
+            self.seen += 1
+            return self.shares[self.seen - 1]
+
+        def rate(self, views):
+            shares = np.array(views, np.float32)
+            return exporting_rated(np.stack([shares, 1 - shares], axis=1))
+
+    def exporting_rated(probabilities):
+        from luthier.serving.network import Rated
+
+        return Rated(probabilities, probabilities.max(axis=1))
+
+    for number in range(3):
+        draw("red", number).save(tmp_path / f"{number}.png")
+    images = Images(list("012"), lambda n: (tmp_path / f"{n}.png").read_bytes(), np.array([0, 0, 1]))
+    rated = images.rate(Fixed([0.9, 0.7, 0.2]), "model")
+    found = compare(Fixed([0.9, 0.45, 0.3]), rated, images, "int8")
+    assert (found.same, found.n, found.other_answers) == (2, 3, 1)
+    assert found.largest_difference == pytest.approx(0.25) and found.accuracy == (1.0, pytest.approx(2 / 3))
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "the following arguments are required: model"),
+        (["nomodel"], "there is no folder 'nomodel'"),
+        (["owner/nomodel"], "give --output_dir too"),
+        (["owner/nomodel", "--output_dir", "{tmp}/o"], "cannot reach the Hub"),
+        (["{tmp}"], "cannot load a model from the folder"),
+        (["{run}", "--check", "{tmp}"], "is not a folder with images"),
+        (["{run}", "--check", "{tmp}/none"], "is not a folder with images"),
+        (["{run}/scored"], "does not say which images its model was scored on: give images to compare"),
+    ],
+)
+def test_mistake_gets_one_message(run, capsys, tmp_path, args, message):
+    code, printed = run_export(capsys, *[word.format(tmp=tmp_path, run=run) for word in args])
+    assert code == 2 and message in printed and "Traceback" not in printed
+    assert not list(tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize(
+    "content", ["no json", "[]", '{"data_dir": "/gone", "folds": null}', '{"folds": null, "a": 1}']
+)
+def test_images_that_are_gone_get_one_message(run, capsys, tmp_path, content):
+    for path in run.glob("*.*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "images.json").write_text(content)
+    code, printed = run_export(capsys, tmp_path)
+    assert code == 2 and "--check FOLDER" in printed and not (tmp_path / "onnx").exists()
+
+
+def test_damaged_image_to_check_on_is_named(run, capsys, tmp_path):
+    draw_folder(tmp_path / "new", per_class=2)
+    (tmp_path / "new/red/broken.png").write_bytes(b"no image")
+    code, printed = run_export(capsys, run, "--output_dir", tmp_path / "out", "--check", tmp_path / "new")
+    assert code == 2 and "broken.png" in printed and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data[: len(data) // 2], "is not a model that ONNX Runtime can load"),
+        (lambda data: b"", "is not a model that ONNX Runtime can load"),
+        (lambda data: data.replace(b"unsure_below", b"unsure_aboye"), "does not say how it is used"),
+        (lambda data: data.replace(b'"bilinear"', b'"cubical!"'), "does not say how it is used"),
+    ],
+)
+def test_damaged_file_gets_one_message(run, capsys, tmp_path, damage, message):
+    draw("red", 1).save(tmp_path / "a.png")
+    (tmp_path / "m.onnx").write_bytes(damage((run / "onnx/model.onnx").read_bytes()))
+    with pytest.raises(SystemExit) as failure:
+        predict.main([str(tmp_path / "m.onnx"), str(tmp_path / "a.png")])
+    printed = capsys.readouterr()
+    assert failure.value.code == 2 and message in printed.err and "Traceback" not in printed.err
+
+
+def test_missing_package_and_file_get_one_message(run, capsys, monkeypatch):
+    with pytest.raises(SystemExit):
+        predict.main([str(run / "onnx/none.onnx"), "a.png"])
+    assert "there is no file" in capsys.readouterr().err
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, original=None: None)
+    for command, args in ((export.main, [str(run)]), (predict.main, [str(run / "onnx/model.onnx"), "a.png"])):
+        with pytest.raises(SystemExit):
+            command(args)
+        assert "pip install -r requirements-export.txt" in capsys.readouterr().err
+
+
+def test_architecture_that_cannot_be_exported_gets_one_message(run, capsys, monkeypatch, tmp_path):
+    def fail(*_, **__):
+        raise RuntimeError("no such operator\nand much more")
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    code, printed = run_export(capsys, run, "--output_dir", tmp_path / "out")
+    assert code == 2 and "timm_wrapper cannot be exported to ONNX: no such operator" in printed
+    assert not (tmp_path / "out").exists()
