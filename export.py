@@ -44,6 +44,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--check", type=Path, metavar="FOLDER",
         help="compare on these images, in class folders or not, in the place of the run's test images",
     )  # fmt: skip
+    parser.add_argument("--web", type=Path, metavar="FOLDER", help="write a page that runs the model in the browser")
+    parser.add_argument("--push_to_space", metavar="OWNER/NAME", help="publish this page on the Hub")
+    parser.add_argument("--vendor", action="store_true", help="copy what the page needs of ONNX Runtime into it")
     parser.add_argument("--allow_worse", action="store_true", help="keep an export that is worse than the model")
     return parser
 
@@ -53,15 +56,43 @@ def main(argv: list[str] | None = None) -> None:
     """Export a model; see `python export.py --help`."""
     args = build_parser().parse_args(argv)
     require("an export", PACKAGES, "requirements-export.txt")
+    if args.vendor and not (args.web or args.push_to_space):
+        raise UserError("--vendor is for the page: give --web FOLDER or --push_to_space OWNER/NAME too")
     folder = args.output_dir or Path(args.model)
     if not args.output_dir and not folder.is_dir():
         raise UserError(f"there is no folder {args.model!r}: for a model of the Hub, give --output_dir too")
+    if args.web or args.push_to_space:
+        check_page(args)
     precisions = [name for name in ("fp16", "int8") if getattr(args, name)]
     worse = export(args.model, folder, precisions, args.check, args.allow_worse)
     if worse and not args.allow_worse:
         sys.exit("\n".join([*worse, "It was not written; to write it all the same: --allow_worse"]))
     say("saved", f"{folder / 'onnx'}")
+    publish_page(args, folder / "onnx" / "model.onnx")
     say("next", f"python predict.py {folder / 'onnx' / 'model.onnx'} image.jpg")
+
+
+def check_page(args: argparse.Namespace) -> None:
+    """Check that the page can be written and published, before anything is exported."""
+    from luthier.serving import hub
+    from luthier.serving.web_page import check_folder
+
+    if args.web:
+        check_folder(args.web)
+    if args.push_to_space:
+        args.push_to_space = hub.check_access(args.push_to_space, private=None, repo_type="space", sdk="static")
+
+
+def publish_page(args: argparse.Namespace, model: Path) -> None:
+    """Write the page of an exported model, and publish it, each if asked for."""
+    from luthier.serving.web_page import push_page, write_page
+
+    name = Path(args.model).resolve().name
+    if args.web:
+        write_page(model, args.web, name, args.vendor)
+        say("page", f"{args.web}: to look at it, python -m http.server -d {args.web}")
+    if args.push_to_space:
+        say("pushed", push_page(model, args.push_to_space, name, args.vendor))
 
 
 def export_run(output_dir: Path, wanted: bool) -> None:

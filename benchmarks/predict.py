@@ -1,15 +1,21 @@
 """What predict.py costs: a cold start compared with a bare process, a folder compared with a bare loop and `pipeline`.
 
-    python -m benchmarks.predict outputs/my_run [FOLDER]
+    pip install -r requirements-export.txt
+    python -m benchmarks.predict [MODEL ...] [--folder FOLDER]
 
-Cold start: `predict.py MODEL image.jpg`, and a process that imports torch and transformers, loads the model and runs
-it once on zeros. Folder: images per second of predict.py's loop over FOLDER (or 2,000 drawn JPEGs of 320 x 240); of
-the model as it is loaded, in the same batches of ready tensors, in torch's default and in the channels_last memory
-format; and of `pipeline` over the same files. All ways run in turns.
+MODEL is the output directory of a run; without one, EfficientNet-Lite0, ResNet-18 and ViT-S with random weights.
+
+Cold start: `predict.py MODEL image.jpg`, the same with the exported model, and a process that imports torch and
+transformers, loads the model and runs it once on zeros. Folder: images per second of predict.py's loop over FOLDER (or
+drawn JPEGs of 320 x 240), with torch, and with ONNX Runtime in float32 and in 8 bits; of the model as it is loaded, in
+the same batches of ready tensors, in torch's default and in the channels_last memory format; of ONNX Runtime (and of
+OpenVINO, where it is installed) on ready pixels; and of `pipeline` over the same files. All ways run in turns.
 """
 
 import argparse
+import contextlib
 import itertools
+import os
 import statistics
 import subprocess
 import sys
@@ -23,11 +29,19 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageClassification, PreTrainedModel, pipeline
 
-from luthier.images.decode import is_image
-from luthier.serving.classifier import Classifier
+from benchmarks.networks import save_network
+from luthier.images.decode import decode_rgb, is_image
+from luthier.serving.classifier import Classifier, open_network
+from luthier.serving.export import export_precisions
+from luthier.serving.onnx_network import INPUT
+from luthier.serving.parity import Images
+from luthier.serving.torch_network import TorchNetwork
 from models import load_trained
 
 PROJECT = Path(__file__).parent.parent
+NETWORKS = ("efficientnet_lite0", "resnet18", "vit_small_patch16_224")
+CALIBRATION = 50  # images
+LOOP = "bare loop, ready tensors, channels_last"  # what the folder is compared with
 
 BARE = """
 import sys, torch, transformers
@@ -40,20 +54,25 @@ with torch.inference_mode():
 
 
 def main() -> None:
-    """Print both tables."""
+    """Print both tables of every model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a folder with a saved model")
-    parser.add_argument("folder", nargs="?", type=Path, help="a folder of images (default: draws some)")
-    parser.add_argument("--images", type=int, default=2000, help="how many (default: 2,000)")
+    parser.add_argument("models", nargs="*", type=Path, metavar="MODEL", help="folders with saved models")
+    parser.add_argument("--folder", type=Path, help="a folder of images (default: draws some)")
+    parser.add_argument("--images", type=int, default=600, help="how many (default: 600)")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each way (default: 3)")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as drawn:
+    with tempfile.TemporaryDirectory() as scratch:
+        drawn = Path(scratch, "images")
+        drawn.mkdir()
         if args.folder is None:
-            draw(Path(drawn), args.images)
-        images = sorted(path for path in (args.folder or Path(drawn)).rglob("*") if is_image(path.name))
+            draw(drawn, args.images)
+        images = sorted(path for path in (args.folder or drawn).rglob("*") if is_image(path.name))
         files = list(map(str, itertools.islice(itertools.cycle(images), args.images)))
-        time_cold_start(args.model, files[0], args.rounds)
-        time_folder(args.model, files, args.rounds)
+        for model in args.models or [save_network(name, Path(scratch, name)) for name in NETWORKS]:
+            print(f"{model.name}\n")
+            exported = export(model, Path(scratch, f"{model.name} exported"), files)
+            time_cold_start(str(model), exported["fp32"], files[0], args.rounds)
+            time_folder(str(model), exported, files, args.rounds)
 
 
 def draw(folder: Path, images: int) -> None:
@@ -64,71 +83,106 @@ def draw(folder: Path, images: int) -> None:
         Image.fromarray((gradient + noise).clip(0, 255).astype(np.uint8)).save(folder / f"{seed:05}.jpg", quality=85)
 
 
-def time_cold_start(model: str, file: str, rounds: int) -> None:
+def export(model: Path, folder: Path, files: list[str]) -> dict[str, Path]:
+    """Export a model in float32 and in 8 bits; return the files by precision."""
+    folder.mkdir()
+    images = Images(files[:CALIBRATION], lambda number: Path(files[number]).read_bytes())
+    return export_precisions(TorchNetwork(str(model)), folder, ["int8"], images)
+
+
+def time_cold_start(model: str, exported: Path, file: str, rounds: int) -> None:
     """Print the seconds from the start of a process to one prediction."""
-    size = str(Classifier(model).load_view(file).shape[-1])
+    size = str(TorchNetwork(model).view(Image.new("RGB", (64, 64))).shape[-1])
     ways = {
         "predict.py, one image": [sys.executable, str(PROJECT / "predict.py"), model, file],
+        "predict.py with model.onnx, one image": [sys.executable, str(PROJECT / "predict.py"), str(exported), file],
         "bare process, zeros": [sys.executable, "-c", BARE, model, size],
     }
     run_in_turns(
-        ways, rounds, lambda command: subprocess.run(command, check=True, capture_output=True), "s", 1, inverse=False
-    )
+        ways, rounds, lambda command: subprocess.run(command, check=True, capture_output=True), "s", 1, inverse=False,
+        base="bare process, zeros",
+    )  # fmt: skip
 
 
-def time_folder(model_name: str, files: list[str], rounds: int) -> None:
+def time_folder(model_name: str, exported: dict[str, Path], files: list[str], rounds: int) -> None:
     """Print the images per second of a folder."""
-    classifier = Classifier(model_name)
-    batch = torch.stack([classifier.load_view(file) for file in files[: classifier.batch_size]])
+    networks = {"torch": open_network(model_name)} | {
+        f"ONNX Runtime, {precision}": open_network(str(path)) for precision, path in exported.items()
+    }
+    first = [decode_rgb(Path(file).read_bytes()).image for file in files[:16]]
+    batch = torch.stack([networks["torch"].view(image) for image in first])
+    pixels = np.stack([networks["ONNX Runtime, fp32"].view(image) for image in first])
     model, _ = load_trained(model_name)
     plain = AutoModelForImageClassification.from_pretrained(model_name).eval()
     classify = pipeline("image-classification", model=model_name, trust_remote_code=True)
 
-    def predict_files() -> None:
+    def predict_files(classifier: Classifier) -> None:
         for _ in classifier.predict_files(((file, None) for file in files), 5):
             pass
 
     @torch.inference_mode()
     def run_bare_loop(model: PreTrainedModel, memory_format: torch.memory_format) -> None:
         ready = batch.to(memory_format=memory_format)
-        for _ in range(len(files) // len(batch)):
-            model(pixel_values=ready)
+        repeat(lambda: model(pixel_values=ready))
+
+    def repeat(run: Callable) -> None:
+        for _ in range(len(files) // len(first)):
+            run()
 
     def run_pipeline() -> None:
-        for _ in classify((file for file in files), batch_size=classifier.batch_size):
+        for _ in classify((file for file in files), batch_size=len(first)):
             pass
 
     ways = {
-        "predict.py": predict_files,
-        "bare loop, ready tensors": lambda: run_bare_loop(plain, torch.contiguous_format),
-        "bare loop, ready tensors, channels_last": lambda: run_bare_loop(model, torch.channels_last),
-        "pipeline": run_pipeline,
+        f"predict.py, {name}": lambda n=network: predict_files(Classifier(n)) for name, network in networks.items()
     }
-    run_in_turns(ways, rounds, lambda way: way(), "images/s", len(files), inverse=True)
+    ways |= {
+        "bare loop, ready tensors": lambda: run_bare_loop(plain, torch.contiguous_format),
+        LOOP: lambda: run_bare_loop(model, torch.channels_last),
+        "ONNX Runtime, fp32, ready pixels": lambda: repeat(lambda: networks["ONNX Runtime, fp32"].rate(list(pixels))),
+        "ONNX Runtime, int8, ready pixels": lambda: repeat(lambda: networks["ONNX Runtime, int8"].rate(list(pixels))),
+    }
+    ways |= {f"{name}, ready pixels": lambda r=run: repeat(lambda: r(pixels)) for name, run in openvino(exported)}
+    ways["pipeline"] = run_pipeline
+    run_in_turns(ways, rounds, lambda way: way(), "images/s", len(files), inverse=True, base=LOOP)
 
 
-def run_in_turns(ways: dict, rounds: int, run: Callable, unit: str, work: int, inverse: bool) -> None:
-    """Run the ways in turns; print what each took, and the ratio of predict.py to it in the same turn.
+def openvino(exported: dict[str, Path]) -> list[tuple[str, Callable]]:
+    """Return OpenVINO's ways to run an exported model, where it is installed."""
+    ways = []
+    with contextlib.suppress(ImportError):
+        import openvino
+
+        core = openvino.Core()
+        for name, path, kind in (("fp32", "fp32", "f32"), ("bf16", "fp32", "bf16"), ("int8", "int8", "f32")):
+            settings = {"INFERENCE_PRECISION_HINT": kind, "INFERENCE_NUM_THREADS": os.cpu_count()}
+            compiled = core.compile_model(core.read_model(exported[path]), "CPU", settings)
+            ways.append((f"OpenVINO, {name}", lambda pixels, c=compiled: c({INPUT: pixels})))
+    return ways
+
+
+def run_in_turns(ways: dict, rounds: int, run: Callable, unit: str, work: int, inverse: bool, base: str) -> None:
+    """Run the ways in turns; print what each took, and its ratio to that of `base` in the same turn.
 
     Args:
-        ways: what `run` takes, by name; predict.py first.
+        ways: what `run` takes, by name.
         rounds: how many turns.
         run: runs a way.
         unit: of the figures.
         work: how much a way does.
         inverse: the figures are work per second, not seconds.
+        base: the way that all are compared with.
     """
-    figures = {name: [] for name in ways}
+    figures = {name: list[float]() for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
             start = time.perf_counter()
             run(way)
             seconds = time.perf_counter() - start
             figures[name].append(work / seconds if inverse else seconds)
-    first = next(iter(figures.values()))
-    print(f"| way | {unit}, median of {rounds} (lowest to highest) | predict.py to it |\n|---|---|---|")
+    print(f"| way | {unit}, median of {rounds} (lowest to highest) | ratio to {base} |\n|---|---|---|")
     for name, values in figures.items():
-        ratios = sorted(a / b for a, b in zip(first, values, strict=True))
+        ratios = sorted(a / b for a, b in zip(values, figures[base], strict=True))
         shown = f"{statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
         print(f"| {name} | {shown} | {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) |")
     print(flush=True)

@@ -16,7 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 from jinja2 import TemplateError
 
 from luthier.errors import UserError
-from luthier.reporting.card import FIGURES, write_model_card
+from luthier.reporting.card import EXPORTS, FIGURES, write_model_card
 from luthier.terminal import say
 
 # Besides the card, which is rewritten with the repository's name. Nothing else leaves the machine: no checkpoints,
@@ -29,6 +29,8 @@ PUBLISHED = (
     "model.safetensors.index.json",
     "familiarity.safetensors",  # features of training images
     "models.py",
+    "onnx/model*.onnx",
+    EXPORTS,
     *FIGURES,
 )
 WAITS = (1, 2, 4, 8, 16)  # seconds before each retry, where the Hub does not say how long
@@ -37,13 +39,14 @@ MAX_WAIT = 300
 Result = TypeVar("Result")
 
 
-def check_access(repo_id: str, private: bool | None, repo_type: str = "model") -> str:
+def check_access(repo_id: str, private: bool | None, repo_type: str = "model", sdk: str | None = None) -> str:
     """Create a repository, or check that it can be written to; return its full name.
 
     Args:
         repo_id: `owner/name`; a bare name belongs to the user who is logged in.
         private: whether a new repository is hidden from others; None is the owner's default.
         repo_type: model or space.
+        sdk: of a new Space.
 
     Raises:
         UserError: there is no login, no network or no right to write, or the name is not allowed.
@@ -55,7 +58,6 @@ def check_access(repo_id: str, private: bool | None, repo_type: str = "model") -
         raise UserError(f"{repo_id!r} is not a name for a repository: {error}") from error
     owner = with_retries(api.whoami, repo_id)["name"]  # for repositories of others too, to check the login
     repo_id = repo_id if "/" in repo_id else f"{owner}/{repo_id}"
-    sdk = "gradio" if repo_type == "space" else None
     with_retries(
         lambda: api.create_repo(repo_id, repo_type=repo_type, private=private, space_sdk=sdk, exist_ok=True), repo_id
     )
@@ -116,7 +118,9 @@ def stage(output_dir: Path, repo_id: str, staging: Path) -> None:
                 f"{output_dir} holds no model: score.py writes none. Give the output directory of train.py"
             )
         for path in files:
-            shutil.copyfile(path, staging / path.name)
+            copy = staging / path.relative_to(output_dir)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
         write_model_card(staging / "README.md", metrics, (staging / "models.py").exists(), repo_id)
     except (OSError, ValueError, KeyError, TypeError, TemplateError) as error:
         raise UserError(

@@ -30,7 +30,7 @@ def push_to_space(model_name: str, repo_id: str) -> str:
         raise UserError(
             f"a Space loads its model from the Hub, and {model_name} is a folder: push that first (push.py)"
         )
-    repo_id = hub.check_access(repo_id, private=None, repo_type="space")
+    repo_id = hub.check_access(repo_id, private=None, repo_type="space", sdk="gradio")
     with tempfile.TemporaryDirectory() as staging:
         stage_space(model_name, repo_id, Path(staging))
         return hub.upload(Path(staging), repo_id, "space", "App by Luthier")

@@ -1,6 +1,7 @@
 """export.py: an ONNX file that answers as the model does, the proof of it, and what is refused."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -316,3 +317,19 @@ def test_architecture_that_cannot_be_exported_gets_one_message(run, capsys, monk
     code, printed = run_export(capsys, run, "--output_dir", tmp_path / "out")
     assert code == 2 and "timm_wrapper cannot be exported to ONNX: no such operator" in printed
     assert not (tmp_path / "out").exists()
+
+
+def test_example_in_the_docs_answers_as_predict_does(run, capsys, tmp_path):
+    text = (PROJECT / "docs/export.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len([line for line in code.splitlines() if line]) <= 25
+    assert set(re.findall(r"^(?:import|from) (\w+)", code, re.M)) == {"json", "sys", "numpy", "onnxruntime", "PIL"}
+    (tmp_path / "classify.py").write_text(code)
+    for seed, (width, height) in enumerate([(61, 40), (40, 75), (33, 33)]):
+        path = tmp_path / f"{seed}.png"
+        draw("green", seed, width, height).save(path)
+        predict.main([str(run / "onnx/model.onnx"), str(path), "--format", "csv", "--top_k", "1"])
+        _, answer, _, score, _ = capsys.readouterr().out.splitlines()[1].split(",")
+        command = [sys.executable, str(tmp_path / "classify.py"), str(run / "onnx/model.onnx"), str(path)]
+        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        assert printed.split() == [answer or "unsure", f"{float(score):.4f}"]

@@ -1,0 +1,149 @@
+"""A static page that classifies images in the browser: an exported model, and the files of `page/`."""
+
+import base64
+import hashlib
+import json
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import PIL
+
+from luthier.errors import UserError
+from luthier.serving import hub
+from luthier.serving.onnx_network import OnnxNetwork
+
+ASSETS = Path(__file__).parent / "page"
+CONFIG, MODEL = "model.json", "model.onnx"
+PACKAGE = "onnxruntime-web@1.30.0"  # index.html allows the address of this version alone
+CDN = f"https://cdn.jsdelivr.net/npm/{PACKAGE}/dist/"
+VENDOR = "onnxruntime-web/"  # folder of the page with the runtime's files, where these do not come from the CDN
+# Of the package's files: bytes, and what the browser checks before it runs them.
+RUNTIME = {
+    "script": (
+        "ort.wasm.bundle.min.mjs",
+        73054,
+        "sha384-PLWz+nHEVHpjwBsO0YVdvQj6n5814Iv8E3b8FG0Rp/uIAtjFMCKOpP66iPzedrIG",
+    ),
+    "wasm": (
+        "ort-wasm-simd-threaded.wasm",
+        14239897,
+        "sha384-vjBJ1z7qrhkTyYsNqKeF6c7N+nOJSU94czEo+tvZcu8G75JparGq9kB+kTnEUNVM",
+    ),
+}
+
+
+def check_folder(folder: Path) -> None:
+    """Check that a page may be written into a folder.
+
+    Raises:
+        UserError: it holds something that is no page.
+    """
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / CONFIG).is_file())):
+        raise UserError(f"--web {folder} already holds something else, which is not overwritten: give another folder")
+
+
+def write_page(model: Path, folder: Path, name: str, vendor: bool) -> None:
+    """Write the page of a model into a folder, ready for any web server.
+
+    Args:
+        model: an exported file.
+        folder: new, empty, or with an earlier page, which is replaced.
+        name: of the model, for people.
+        vendor: copy ONNX Runtime into the folder, from its npm package; otherwise browsers fetch it from a CDN.
+
+    Raises:
+        UserError: the folder holds something else, or the package cannot be had.
+    """
+    check_folder(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".page-") as staging:
+        page = Path(staging, "page")
+        shutil.copytree(ASSETS, page)
+        shutil.copyfile(model, page / MODEL)
+        if vendor:
+            _fetch_runtime(page / VENDOR)
+        config = _describe(model, page, name, VENDOR if vendor else CDN)
+        (page / CONFIG).write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        page.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        page.replace(folder)
+
+
+def push_page(model: Path, repo_id: str, name: str, vendor: bool) -> str:
+    """Publish the page of a model on the Hub as a static Space; return its address.
+
+    Args:
+        model, name, vendor: see `write_page`.
+        repo_id: of the Space, as `hub.check_access` returns it.
+
+    Raises:
+        UserError: the Hub does not accept the Space, or the runtime's package cannot be had.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        page = Path(scratch, "page")
+        write_page(model, page, name, vendor)
+        (page / "README.md").write_text(
+            f"---\ntitle: {json.dumps(repo_id.split('/')[1])}\nsdk: static\n---\n\n"
+            "An image classifier that runs in the browser: images stay on the device. Made with Luthier.\n",
+            encoding="utf-8",
+        )
+        return hub.upload(page, repo_id, "space", "Page by Luthier")
+
+
+def _describe(model: Path, page: Path, name: str, runtime: str) -> dict[str, Any]:
+    """Return what page.js must know."""
+    facts = OnnxNetwork(model).facts
+    small = sorted(path.name for path in ASSETS.iterdir() if path.name != "sw.js")
+    content = [hashlib.sha256((page / file).read_bytes()).hexdigest() for file in (*small, "sw.js", MODEL)]
+    config = {
+        "name": name,
+        "labels": facts.labels,
+        # Pillow 13 resizes in another order of rows and columns, and the page does as Pillow does here.
+        "resize": {**facts.resize._asdict(), "pillow": int(PIL.__version__.partition(".")[0])},
+        "unsure_below": facts.unsure_below,
+        "none_class": facts.none,
+        "model": {"url": MODEL, "bytes": model.stat().st_size},
+        "runtime": {
+            part: {"url": runtime + file, "bytes": size, "integrity": integrity}
+            for part, (file, size, integrity) in RUNTIME.items()
+        },
+        "files": small,
+    }
+    version = hashlib.sha256(json.dumps([config, content], sort_keys=True).encode()).hexdigest()[:16]
+    return {**config, "version": version}
+
+
+def _fetch_runtime(folder: Path) -> None:
+    """Write the runtime's files into a folder, from its npm package.
+
+    Raises:
+        UserError: npm is not installed or does not get it, or a file is not the one that is expected.
+    """
+    folder.mkdir()
+    with tempfile.TemporaryDirectory() as scratch:
+        command = ["npm", "pack", PACKAGE, "--silent", "--pack-destination", scratch]
+        try:
+            subprocess.run(command, cwd=scratch, check=True, capture_output=True, text=True, timeout=600)
+        except FileNotFoundError as error:
+            raise UserError("--vendor fetches ONNX Runtime with npm, which is not installed: leave it out") from error
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+            lines = str(error.stderr or error).strip().splitlines()
+            raise UserError(f"npm does not get {PACKAGE} ({lines[-1]}): leave --vendor out, or try again") from error
+        (archive,) = Path(scratch).glob("*.tgz")
+        with tarfile.open(archive) as package:
+            for file, _, integrity in RUNTIME.values():
+                member = package.extractfile(f"package/dist/{file}")
+                content = member.read() if member else b""
+                if _integrity(content) != integrity:
+                    raise UserError(f"{file} of {PACKAGE} is not the file that was checked: it is not used")
+                (folder / file).write_bytes(content)
+
+
+def _integrity(content: bytes) -> str:
+    """Return what browsers check a file with (Subresource Integrity)."""
+    return f"sha384-{base64.b64encode(hashlib.sha384(content).digest()).decode()}"
