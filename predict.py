@@ -37,15 +37,15 @@ BAR_WIDTH = 32  # columns
 def main(argv: list[str] | None = None) -> None:
     """Predict the inputs; see `python predict.py --help`."""
     args = build_parser().parse_args(argv)
+    accept_undecodable_names()
     # Slow imports come after the options, so that wrong ones are reported first. What they create stays: searching it
     # for garbage, again and again and at exit, would take two seconds more.
     gc.disable()
     from luthier.serving.classifier import Classifier, open_network
 
+    classifier = Classifier(open_network(args.model, args.backend), args.always_answer, args.allow_private_urls)
     gc.freeze()
     gc.enable()
-    accept_undecodable_names()
-    classifier = Classifier(open_network(args.model), args.always_answer, args.allow_private_urls)
     failed = 0
     with open_output(args.output) as file:
         write = WRITERS[args.format](file, min(args.top_k, len(classifier.labels)))
@@ -89,6 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--top_k", type=_positive, default=5, help="how many classes to show")
     parser.add_argument("--output", type=Path, help="a file to write to, instead of the terminal")
+    parser.add_argument("--backend", choices=["onnxruntime", "openvino"], help="what runs a .onnx file")
     parser.add_argument("--always_answer", action="store_true", help='never say "unsure" or "none of these"')
     parser.add_argument(
         "--allow_private_urls", action="store_true", help="fetch from this machine and its network too"

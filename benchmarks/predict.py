@@ -6,16 +6,16 @@
 MODEL is the output directory of a run; without one, EfficientNet-Lite0, ResNet-18 and ViT-S with random weights.
 
 Cold start: `predict.py MODEL image.jpg`, the same with the exported model, and a process that imports torch and
-transformers, loads the model and runs it once on zeros. Folder: images per second of predict.py's loop over FOLDER (or
-drawn JPEGs of 320 x 240), with torch, and with ONNX Runtime in float32 and in 8 bits; of the model as it is loaded, in
-the same batches of ready tensors, in torch's default and in the channels_last memory format; of ONNX Runtime (and of
-OpenVINO, where it is installed) on ready pixels; and of `pipeline` over the same files. All ways run in turns.
+transformers, loads the model and runs it once on zeros.
+
+Folder: images per second of predict.py's loop over FOLDER (or drawn JPEGs of 320 x 240), with torch, and with ONNX
+Runtime and OpenVINO in float32 and in 8 bits. They are compared with the model as it is loaded, in the same batches of
+ready tensors, in torch's default and in the channels_last memory format, and with BatchNorm fused, as train.py
+evaluates; with ONNX Runtime and OpenVINO on ready pixels; and with `pipeline` over the same files. All run in turns.
 """
 
 import argparse
-import contextlib
 import itertools
-import os
 import statistics
 import subprocess
 import sys
@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,9 +32,9 @@ from transformers import AutoModelForImageClassification, PreTrainedModel, pipel
 
 from benchmarks.networks import save_network
 from luthier.images.decode import decode_rgb, is_image
-from luthier.serving.classifier import Classifier, open_network
+from luthier.serving.classifier import Classifier
 from luthier.serving.export import export_precisions
-from luthier.serving.onnx_network import INPUT
+from luthier.serving.onnx_network import OnnxNetwork
 from luthier.serving.parity import Images
 from luthier.serving.torch_network import TorchNetwork
 from models import load_trained
@@ -106,9 +107,9 @@ def time_cold_start(model: str, exported: Path, file: str, rounds: int) -> None:
 
 def time_folder(model_name: str, exported: dict[str, Path], files: list[str], rounds: int) -> None:
     """Print the images per second of a folder."""
-    networks = {"torch": open_network(model_name)} | {
-        f"ONNX Runtime, {precision}": open_network(str(path)) for precision, path in exported.items()
-    }
+    networks: dict[str, Any] = {"torch": TorchNetwork(model_name)}
+    networks |= {f"ONNX Runtime, {precision}": OnnxNetwork(path) for precision, path in exported.items()}
+    networks |= {f"OpenVINO, {precision}": OnnxNetwork(path, "openvino") for precision, path in exported.items()}
     first = [decode_rgb(Path(file).read_bytes()).image for file in files[:16]]
     batch = torch.stack([networks["torch"].view(image) for image in first])
     pixels = np.stack([networks["ONNX Runtime, fp32"].view(image) for image in first])
@@ -139,26 +140,15 @@ def time_folder(model_name: str, exported: dict[str, Path], files: list[str], ro
     ways |= {
         "bare loop, ready tensors": lambda: run_bare_loop(plain, torch.contiguous_format),
         LOOP: lambda: run_bare_loop(model, torch.channels_last),
-        "ONNX Runtime, fp32, ready pixels": lambda: repeat(lambda: networks["ONNX Runtime, fp32"].rate(list(pixels))),
-        "ONNX Runtime, int8, ready pixels": lambda: repeat(lambda: networks["ONNX Runtime, int8"].rate(list(pixels))),
+        "the same, BatchNorm fused": lambda: run_bare_loop(networks["torch"].model, torch.channels_last),
     }
-    ways |= {f"{name}, ready pixels": lambda r=run: repeat(lambda: r(pixels)) for name, run in openvino(exported)}
+    ways |= {
+        f"{name}, ready pixels": lambda n=network: repeat(lambda: n.rate(list(pixels)))
+        for name, network in networks.items()
+        if name != "torch"
+    }
     ways["pipeline"] = run_pipeline
     run_in_turns(ways, rounds, lambda way: way(), "images/s", len(files), inverse=True, base=LOOP)
-
-
-def openvino(exported: dict[str, Path]) -> list[tuple[str, Callable]]:
-    """Return OpenVINO's ways to run an exported model, where it is installed."""
-    ways = []
-    with contextlib.suppress(ImportError):
-        import openvino
-
-        core = openvino.Core()
-        for name, path, kind in (("fp32", "fp32", "f32"), ("bf16", "fp32", "bf16"), ("int8", "int8", "f32")):
-            settings = {"INFERENCE_PRECISION_HINT": kind, "INFERENCE_NUM_THREADS": os.cpu_count()}
-            compiled = core.compile_model(core.read_model(exported[path]), "CPU", settings)
-            ways.append((f"OpenVINO, {name}", lambda pixels, c=compiled: c({INPUT: pixels})))
-    return ways
 
 
 def run_in_turns(ways: dict, rounds: int, run: Callable, unit: str, work: int, inverse: bool, base: str) -> None:

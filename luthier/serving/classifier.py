@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from luthier.errors import UserError
 from luthier.images.decode import decode_rgb, reason
 from luthier.serving.fetch import fetch
 from luthier.serving.network import Network
@@ -35,20 +36,25 @@ class Prediction(NamedTuple):
     none: bool = False
 
 
-def open_network(model_name: str) -> Network:
+def open_network(model_name: str, backend: str | None = None) -> Network:
     """Return a trained model, ready to predict.
 
     Args:
         model_name: a folder with a saved model, a name on the Hub, or a file that export.py has written.
+        backend: what runs such a file, `onnxruntime` (if None) or `openvino`.
 
     Raises:
-        ModelError, UserError: the model cannot be loaded.
+        ModelError, UserError: the model cannot be loaded, or is no such file and a backend is given.
     """
     # Each is imported where it is needed: ONNX Runtime starts in a fifth of the time of torch and transformers.
     if model_name.endswith(".onnx"):
         from luthier.serving.onnx_network import OnnxNetwork
 
-        return OnnxNetwork(Path(model_name))
+        return OnnxNetwork(Path(model_name), backend or "onnxruntime")
+    if backend:
+        raise UserError(
+            f"--backend {backend} is for a .onnx file, and {model_name} is none: export it first (export.py)"
+        )
     from luthier.serving.torch_network import TorchNetwork
 
     return TorchNetwork(model_name)

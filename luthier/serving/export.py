@@ -27,6 +27,8 @@ from luthier.serving.torch_network import TorchNetwork
 
 FILES = {"fp32": "model.onnx", "fp16": "model_fp16.onnx", "int8": "model_int8.onnx"}  # as transformers.js names them
 OPSET = 20
+WEIGHTED = ("Conv", "MatMul", "Gemm")
+BETWEEN = ("Add", "Clip", "Relu", "MaxPool", "AveragePool", "GlobalAveragePool")
 MAX_BATCH = 4096  # images; more at a time are no batch
 
 
@@ -165,10 +167,11 @@ def quantize(source: Path, path: Path, facts: Facts, views: Iterable[np.ndarray]
     with tempfile.TemporaryDirectory() as scratch:
         prepared, written = Path(scratch, "prepared.onnx"), Path(scratch, "int8.onnx")
         quant_pre_process(source, prepared, skip_symbolic_shape=True)
+        model = onnx.load(prepared)
         quantize_static(
             prepared, written, Views(), quant_format=QuantFormat.QDQ, per_channel=True,
             activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
-            nodes_to_exclude=_after_logits(onnx.load(prepared)),
+            op_types_to_quantize=_quantized_types(model), nodes_to_exclude=_in_float(model),
         )  # fmt: skip
         write_model(onnx.load(written), facts._replace(precision="int8"), path)
 
@@ -185,3 +188,24 @@ def _after_logits(model: onnx.ModelProto) -> list[str]:
     nodes = list(model.graph.node)
     first = next(number for number, node in enumerate(nodes) if OUTPUTS[0] in node.output)
     return [node.name for node in nodes[first:]]
+
+
+def _in_float(model: onnx.ModelProto) -> list[str]:
+    """Return the names of the nodes that stay in float32.
+
+    Besides those after the logits they are those that scale the pixels: in 8 bits they take longer than all of the
+    convolutions of EfficientNet-Lite0.
+    """
+    nodes = list(model.graph.node)
+    first = next((number for number, node in enumerate(nodes) if node.op_type in WEIGHTED), len(nodes))
+    return [node.name for node in nodes[:first]] + _after_logits(model)
+
+
+def _quantized_types(model: onnx.ModelProto) -> list[str]:
+    """Return the types of nodes that compute in 8 bits.
+
+    Between layers of normalisation the sums of a transformer have values far from all others, and in 8 bits these
+    would be all that is left.
+    """
+    normalised = any(node.op_type == "LayerNormalization" for node in model.graph.node)
+    return [*WEIGHTED, *([] if normalised else BETWEEN)]

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import math
 import shutil
 import subprocess
 import tarfile
@@ -17,9 +18,10 @@ from luthier.serving import hub
 from luthier.serving.onnx_network import OnnxNetwork
 
 ASSETS = Path(__file__).parent / "page"
-CONFIG, MODEL = "model.json", "model.onnx"
+CONFIG, MANIFEST, MODEL = "model.json", "manifest.webmanifest", "model.onnx"
 PACKAGE = "onnxruntime-web@1.30.0"  # index.html allows the address of this version alone
 CDN = f"https://cdn.jsdelivr.net/npm/{PACKAGE}/dist/"
+HUB = "https://huggingface.co https://*.huggingface.co https://*.hf.co"  # a Space may send the model from there
 VENDOR = "onnxruntime-web/"  # folder of the page with the runtime's files, where these do not come from the CDN
 # Of the package's files: bytes, and what the browser checks before it runs them.
 RUNTIME = {
@@ -66,6 +68,9 @@ def write_page(model: Path, folder: Path, name: str, vendor: bool) -> None:
         shutil.copyfile(model, page / MODEL)
         if vendor:
             _fetch_runtime(page / VENDOR)
+        manifest = json.loads((page / MANIFEST).read_text(encoding="utf-8"))
+        named = json.dumps({**manifest, "name": name, "short_name": name}, indent=1, ensure_ascii=False)
+        (page / MANIFEST).write_text(named + "\n", encoding="utf-8")
         config = _describe(model, page, name, VENDOR if vendor else CDN)
         (page / CONFIG).write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         page.chmod(0o755)
@@ -87,6 +92,10 @@ def push_page(model: Path, repo_id: str, name: str, vendor: bool) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         page = Path(scratch, "page")
         write_page(model, page, name, vendor)
+        index = (page / "index.html").read_text(encoding="utf-8")
+        (page / "index.html").write_text(
+            index.replace("connect-src 'self'", f"connect-src 'self' {HUB}"), encoding="utf-8"
+        )
         (page / "README.md").write_text(
             f"---\ntitle: {json.dumps(repo_id.split('/')[1])}\nsdk: static\n---\n\n"
             "An image classifier that runs in the browser: images stay on the device. Made with Luthier.\n",
@@ -100,12 +109,13 @@ def _describe(model: Path, page: Path, name: str, runtime: str) -> dict[str, Any
     facts = OnnxNetwork(model).facts
     small = sorted(path.name for path in ASSETS.iterdir() if path.name != "sw.js")
     content = [hashlib.sha256((page / file).read_bytes()).hexdigest() for file in (*small, "sw.js", MODEL)]
+    sure = math.isfinite(facts.unsure_below)  # JSON has no infinity
     config = {
         "name": name,
         "labels": facts.labels,
         # Pillow 13 resizes in another order of rows and columns, and the page does as Pillow does here.
         "resize": {**facts.resize._asdict(), "pillow": int(PIL.__version__.partition(".")[0])},
-        "unsure_below": facts.unsure_below,
+        "unsure_below": facts.unsure_below if sure else None,
         "none_class": facts.none,
         "model": {"url": MODEL, "bytes": model.stat().st_size},
         "runtime": {

@@ -1,0 +1,276 @@
+// Takes images, has ONNX Runtime classify them, and shows the answer. model.json says everything about the model.
+
+import { prepare } from "./resize.js";
+
+const TOP = 5; // classes
+const PREVIEW_SIDE = 1000; // pixels
+const STRIP_ROWS = 256; // are read at a time: no browser has a canvas of any size
+const CACHES = `luthier ${new URL(".", location.href).pathname} `; // other pages of the host may have their own
+
+const find = (id) => document.getElementById(id);
+
+let ready; // the model, as a promise
+
+/** Load the model, and show how far it is and what went wrong. */
+function start() {
+  find("failure").textContent = "";
+  find("again").hidden = true;
+  ready = load();
+  ready.catch((error) => {
+    showStatus("");
+    find("failure").textContent = `The model cannot be loaded: ${error.message.replace(/\.+$/, "")}.`;
+    find("again").hidden = false;
+  });
+}
+
+async function load() {
+  showStatus("Loading the model", 0);
+  const config = await (await get("model.json", { cache: "no-cache" })).json();
+  document.title = find("name").textContent = config.name;
+  const parts = [config.runtime.script, config.runtime.wasm, config.model];
+  const total = parts.reduce((sum, part) => sum + part.bytes, 0);
+  let done = 0;
+  const count = (bytes) => {
+    done += bytes;
+    showStatus(`Loading the model: ${(done / 1e6).toFixed(1)} of ${(total / 1e6).toFixed(1)} MB`, done / total);
+  };
+  const cache = await openCache(config.version);
+  const stop = new AbortController(); // where one part fails, the others are of no use
+  const loading = parts.map((part) => loadPart(part, cache, count, stop.signal));
+  const loaded = await Promise.all(loading).finally(() => stop.abort());
+
+  showStatus("Starting the model", 1);
+  // A module that is imported by its address could not be checked.
+  const address = URL.createObjectURL(new Blob(loaded.slice(0, 1), { type: "text/javascript" }));
+  const ort = await import(address).finally(() => URL.revokeObjectURL(address));
+  ort.env.wasm.numThreads = 1; // more need headers that static hosts do not send
+  ort.env.wasm.wasmBinary = loaded[1];
+  const session = await ort.InferenceSession.create(loaded[2], { executionProviders: ["wasm"], logSeverityLevel: 3 });
+  showStatus("Ready");
+  if (cache) {
+    const files = new Map(parts.map((part, number) => [part.url, loaded[number]]));
+    keep(cache, config, files.set("model.json", JSON.stringify(config)))
+      .then(() => showStatus("Ready, also without a network"))
+      .catch(() => {}); // an extra: some browsers do not allow it
+  }
+  return { ...config, ort, session };
+}
+
+/** Return the bytes of a part of the model; `count` is told of them as they arrive. */
+async function loadPart({ url, bytes, integrity }, cache, count, signal) {
+  const stored = await cache?.match(url);
+  if (stored) {
+    count(bytes);
+    return new Uint8Array(await stored.arrayBuffer());
+  }
+  const response = await get(url, integrity ? { integrity, signal } : { cache: "no-cache", signal });
+  const [content, reader] = [new Uint8Array(bytes), response.body.getReader()];
+  let length = 0;
+  for (let chunk = await reader.read(); !chunk.done; chunk = await reader.read()) {
+    if (length + chunk.value.length <= bytes) content.set(chunk.value, length);
+    length += chunk.value.length;
+    count(chunk.value.length);
+  }
+  if (length !== bytes) throw new Error(`${url} has ${length} bytes, and not ${bytes}`);
+  return content;
+}
+
+async function get(url, options) {
+  const response = await fetch(url, options).catch(() => null); // what it was is in the console, and nowhere else
+  if (response?.ok) return response;
+  const changed = options.integrity && !response ? ", or is not the file that belongs to this page" : "";
+  throw new Error(`${url} cannot be fetched${response ? ` (${response.status})` : changed}`);
+}
+
+/** Show what the model is doing and, where it is loading, which share is done. */
+function showStatus(text, share = null) {
+  const [bar, words] = find("status").children;
+  bar.hidden = share === null;
+  bar.value = share ?? 1;
+  words.textContent = text;
+}
+
+async function openCache(version) {
+  try {
+    return await caches.open(CACHES + version);
+  } catch {
+    return null; // there is none without https, nor in some private windows
+  }
+}
+
+/** Keep all files of this version for use without a network, and no other version. */
+async function keep(cache, config, files) {
+  for (const url of [...files.keys(), ...config.files]) {
+    if (await cache.match(url)) continue;
+    // A copy of the content alone: an answer that was redirected could not be given for a page.
+    const content = files.get(url) ?? (await (await get(url, { cache: "no-cache" })).blob());
+    await cache.put(url, new Response(content));
+  }
+  for (const name of await caches.keys()) {
+    if (name.startsWith(CACHES) && name !== CACHES + config.version) await caches.delete(name);
+  }
+  await navigator.serviceWorker.register("sw.js");
+  await navigator.serviceWorker.ready;
+}
+
+/** Decode an image file, upright, and return what `use` makes of the bitmap. */
+async function withBitmap(blob, use) {
+  // As in training, colour profiles are not applied.
+  const bitmap = await createImageBitmap(blob, { colorSpaceConversion: "none" }).catch(() => {
+    throw new Error("This file is no image that this browser can read, or too large a one.");
+  });
+  try {
+    return await use(bitmap);
+  } finally {
+    bitmap.close();
+  }
+}
+
+/** Return the RGB pixels of a bitmap on white. */
+function readPixels(bitmap) {
+  const { width, height } = bitmap;
+  try {
+    const rgb = new Uint8Array(width * height * 3);
+    const rows = Math.min(height, STRIP_ROWS);
+    const canvas = new OffscreenCanvas(width, rows);
+    const context = canvas.getContext("2d", { willReadFrequently: true });
+    context.fillStyle = "white";
+    for (let top = 0, to = 0; top < height; top += rows) {
+      context.fillRect(0, 0, width, rows);
+      context.drawImage(bitmap, 0, -top);
+      const { data } = context.getImageData(0, 0, width, Math.min(rows, height - top));
+      if (data[3] !== 255) throw new Error("the browser has drawn nothing");
+      for (let from = 0; from < data.length; from += 4) {
+        rgb[to++] = data[from];
+        rgb[to++] = data[from + 1];
+        rgb[to++] = data[from + 2];
+      }
+    }
+    return rgb;
+  } catch {
+    throw new Error(`This image is too large for this browser: ${width} x ${height} pixels.`);
+  }
+}
+
+/** Return what the model says of a bitmap. */
+async function rate(bitmap) {
+  const { ort, session, labels, resize, unsure_below, none_class } = await ready;
+  const view = prepare(readPixels(bitmap), bitmap.height, bitmap.width, resize);
+  const outputs = await session.run({ pixel_values: new ort.Tensor("uint8", view, [1, ...resize.size, 3]) });
+  const probabilities = Array.from(outputs.probabilities.data);
+  const sureness = outputs.sureness.data[0];
+  const order = probabilities.map((_, index) => index).sort((a, b) => probabilities[b] - probabilities[a]);
+  const none = order[0] === none_class;
+  const unsure = unsure_below !== null && !(sureness >= unsure_below);
+  return { probabilities, sureness, answer: none || unsure ? null : labels[order[0]], none, order };
+}
+
+/** For tests, and for pages that embed this one. */
+window.luthier = {
+  /** Return {probabilities of the classes, sureness, answer: a class, or null if there is none} of an image file. */
+  async classify(blob) {
+    const { probabilities, sureness, answer } = await withBitmap(blob, rate);
+    return { probabilities, sureness, answer };
+  },
+  /** Return the pixels that the model takes of an image file, Uint8Array [H, W, 3]. */
+  async pixels(blob) {
+    const { resize } = await ready;
+    return withBitmap(blob, (bitmap) => prepare(readPixels(bitmap), bitmap.height, bitmap.width, resize));
+  },
+};
+
+let chosen = null; // the newest image
+
+async function show(file) {
+  chosen = file;
+  const old = () => chosen !== file;
+  find("trouble").textContent = "";
+  find("classes").replaceChildren();
+  find("answer").textContent = "One moment";
+  find("answer").className = "waiting";
+  try {
+    await withBitmap(file, async (bitmap) => {
+      if (old()) return;
+      drawPreview(bitmap);
+      const model = await ready.catch(() => null);
+      await new Promise((done) => setTimeout(done)); // to paint, before the model keeps the browser busy
+      if (old()) return;
+      if (model) showAnswer(await rate(bitmap), model.labels, old);
+      else find("answer").textContent = "";
+    });
+  } catch (error) {
+    if (old()) return;
+    find("answer").textContent = "";
+    find("preview").hidden = true;
+    find("trouble").textContent = error.message;
+  }
+}
+
+function drawPreview(bitmap) {
+  const scale = Math.min(1, PREVIEW_SIDE / Math.max(bitmap.width, bitmap.height));
+  const canvas = find("preview");
+  [canvas.width, canvas.height] = [bitmap.width, bitmap.height].map((side) => Math.max(1, Math.round(side * scale)));
+  const context = canvas.getContext("2d");
+  context.fillStyle = "white";
+  context.fillRect(0, 0, canvas.width, canvas.height);
+  context.imageSmoothingQuality = "high";
+  context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+  canvas.hidden = false;
+  find("main").className = "filled";
+}
+
+function showAnswer({ probabilities, answer, none, order }, labels, old) {
+  if (old()) return;
+  const likeliest = `${labels[order[0]]} (${Math.round(100 * probabilities[order[0]])}%)`;
+  const unsure = answer === null ? `Unsure. Most likely: ${likeliest}` : likeliest;
+  find("answer").className = "";
+  find("answer").textContent = none ? "None of these" : unsure;
+  find("classes").replaceChildren(...order.slice(0, TOP).map((index) => barOf(labels[index], probabilities[index])));
+  find("classes").scrollIntoView({ block: "nearest" }); // on a phone it may be below the screen
+}
+
+function barOf(label, share) {
+  const [row, name, percent, track, bar] = ["li", "span", "span", "div", "div"].map((tag) =>
+    document.createElement(tag),
+  );
+  name.textContent = label;
+  percent.textContent = `${(100 * share).toFixed(1)}%`;
+  [percent.className, track.className, bar.className] = ["share", "track", "bar"];
+  bar.style.width = `${100 * share}%`;
+  track.append(bar);
+  row.append(name, percent, track);
+  return row;
+}
+
+/** Show the first image of a list of files. */
+function take(files) {
+  const file = [...files].find(({ type }) => type.startsWith("image/")) ?? files[0];
+  if (file) show(file);
+  else find("trouble").textContent = "There is no image file in what you dropped or pasted.";
+}
+
+for (const input of document.querySelectorAll("input")) {
+  input.addEventListener("change", () => {
+    if (input.files.length) take(input.files);
+    input.value = ""; // or the same file could not be chosen again
+  });
+}
+document.addEventListener("paste", (event) => take(event.clipboardData.files));
+document.addEventListener("dragover", (event) => {
+  event.preventDefault();
+  find("zone").classList.add("over");
+});
+document.addEventListener("dragleave", (event) => {
+  if (!event.relatedTarget) find("zone").classList.remove("over");
+});
+document.addEventListener("drop", (event) => {
+  event.preventDefault();
+  find("zone").classList.remove("over");
+  take(event.dataTransfer.files);
+});
+find("again").addEventListener("click", () => {
+  start();
+  if (chosen) show(chosen);
+});
+find("stuck").hidden = true;
+start();
