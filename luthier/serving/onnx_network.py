@@ -1,4 +1,4 @@
-"""A trained model that ONNX Runtime or OpenVINO runs, a file of export.py; it imports neither torch nor transformers."""
+"""A trained model that ONNX Runtime or OpenVINO runs, a file of export.py: no import of torch nor transformers."""
 
 import functools
 import json
