@@ -66,9 +66,7 @@ class DataArguments:
             "(docs/usage.md)."
         },
     )
-    none_class: str | None = field(
-        default=None, metadata={"help": "The class of images of anything else, if not called none."}
-    )
+    none_class: str | None = field(default=None, metadata={"help": "The class of anything else, if not called none."})
     label_names: list[str] | None = field(
         default=None, metadata={"help": "New class names, in the order of the sorted old ones."}
     )
@@ -199,7 +197,7 @@ class ModelArguments:
     )
     time_limit: float | None = field(
         default=None,
-        metadata={"help": "Minutes that the run may take; no heat and no refit begins that would end later."},
+        metadata={"help": "Minutes that the run may take; nothing begins that would end later."},
     )
     refit: Literal["auto", "none"] = field(
         default="auto",
@@ -210,5 +208,5 @@ class ModelArguments:
     )
     export: bool = field(
         default=False,
-        metadata={"help": "Write the model as ONNX too (requirements-export.txt, docs/export.md)."},
+        metadata={"help": "Export to ONNX too (docs/export.md)."},
     )
