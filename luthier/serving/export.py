@@ -9,6 +9,7 @@ import json
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -126,12 +127,7 @@ def export_model(network: TorchNetwork, path: Path) -> Facts:
 
 def write_model(model: onnx.ModelProto, facts: Facts, path: Path) -> None:
     """Write an ONNX file whole, or not at all."""
-    # The exporter notes for each node where in the source, on this machine, it comes from.
-    for entry in (*model.graph.node, *model.graph.value_info, *model.graph.input, *model.graph.output):
-        del entry.metadata_props[:]
-    for name in model.graph.node:
-        name.ClearField("doc_string")
-    del model.metadata_props[:], model.graph.metadata_props[:]
+    _remove_notes(model)
     onnx.helper.set_model_props(model, {name: json.dumps(value) for name, value in facts.describe().items()})
     model.producer_name = "luthier"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -141,6 +137,16 @@ def write_model(model: onnx.ModelProto, facts: Facts, path: Path) -> None:
         written.replace(path)
     finally:
         written.unlink(missing_ok=True)
+
+
+def _remove_notes(message: Any) -> None:
+    """Remove what the exporter notes in all parts of a model: where in the source, on this machine, it comes from."""
+    for field, value in message.ListFields():
+        if field.name in ("metadata_props", "doc_string"):
+            message.ClearField(field.name)
+        elif field.message_type is not None and field.name != "initializer":
+            for part in value if isinstance(value, Iterable) else [value]:
+                _remove_notes(part)
 
 
 def quantize(source: Path, path: Path, facts: Facts, views: Iterable[np.ndarray]) -> None:

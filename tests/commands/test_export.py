@@ -333,3 +333,17 @@ def test_example_in_the_docs_answers_as_predict_does(run, capsys, tmp_path):
         command = [sys.executable, str(tmp_path / "classify.py"), str(run / "onnx/model.onnx"), str(path)]
         printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         assert printed.split() == [answer or "unsure", f"{float(score):.4f}"]
+
+
+def test_openvino_answers_as_onnx_runtime_does(run, capsys, tmp_path):
+    images = [draw("green", seed, 50 + seed, 40) for seed in range(20)]
+    networks = [OnnxNetwork(run / "onnx/model.onnx", backend) for backend in ("onnxruntime", "openvino")]
+    one, other = (network.rate([network.view(image) for image in images]) for network in networks)
+    assert np.allclose(one.probabilities, other.probabilities, atol=1e-4)
+    assert np.allclose(one.sureness, other.sureness, atol=1e-2)
+    images[0].save(tmp_path / "a.png")
+    predict.main([str(run / "onnx/model.onnx"), str(tmp_path / "a.png"), "--backend", "openvino"])
+    assert "a.png" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as failure:
+        predict.main([str(run), str(tmp_path / "a.png"), "--backend", "openvino"])
+    assert failure.value.code == 2 and "--backend openvino is for a .onnx file" in capsys.readouterr().err
