@@ -11,30 +11,33 @@ transformers, loads the model and runs it once on zeros.
 Folder: images per second of predict.py's loop over FOLDER (or drawn JPEGs of 320 x 240), with torch, and with ONNX
 Runtime and OpenVINO in float32 and in 8 bits. They are compared with the model as it is loaded, in the same batches of
 ready tensors, in torch's default and in the channels_last memory format, and with BatchNorm fused, as train.py
-evaluates; with ONNX Runtime and OpenVINO on ready pixels; and with `pipeline` over the same files. All run in turns.
+evaluates; with ONNX Runtime and OpenVINO on ready pixels; and with `pipeline` over the same files. All run in turns,
+each in a process of its own.
 """
 
 import argparse
 import itertools
+import multiprocessing
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoModelForImageClassification, PreTrainedModel, pipeline
+from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel, pipeline
 
 from benchmarks.networks import save_network
 from luthier.images.decode import decode_rgb, is_image
-from luthier.serving.classifier import Classifier
+from luthier.machine import keep_freed_memory
+from luthier.serving.classifier import Classifier, open_network
 from luthier.serving.export import export_precisions
-from luthier.serving.onnx_network import OnnxNetwork
 from luthier.serving.parity import Images
 from luthier.serving.torch_network import TorchNetwork
 from models import load_trained
@@ -42,6 +45,7 @@ from models import load_trained
 PROJECT = Path(__file__).parent.parent
 NETWORKS = ("efficientnet_lite0", "resnet18", "vit_small_patch16_224")
 CALIBRATION = 50  # images
+BATCH = 16
 LOOP = "bare loop, ready tensors, channels_last"  # what the folder is compared with
 
 BARE = """
@@ -59,7 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", type=Path, metavar="MODEL", help="folders with saved models")
     parser.add_argument("--folder", type=Path, help="a folder of images (default: draws some)")
-    parser.add_argument("--images", type=int, default=600, help="how many (default: 600)")
+    parser.add_argument("--images", type=int, default=640, help="how many (default: 640)")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each way (default: 3)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -99,56 +103,96 @@ def time_cold_start(model: str, exported: Path, file: str, rounds: int) -> None:
         "predict.py with model.onnx, one image": [sys.executable, str(PROJECT / "predict.py"), str(exported), file],
         "bare process, zeros": [sys.executable, "-c", BARE, model, size],
     }
-    run_in_turns(
-        ways, rounds, lambda command: subprocess.run(command, check=True, capture_output=True), "s", 1, inverse=False,
-        base="bare process, zeros",
-    )  # fmt: skip
+    run_in_turns(ways, rounds, time_process, "s", 1, inverse=False, base="bare process, zeros")
 
 
-def time_folder(model_name: str, exported: dict[str, Path], files: list[str], rounds: int) -> None:
+def time_process(command: list[str]) -> float:
+    """Return the seconds that a command takes."""
+    start = time.perf_counter()
+    subprocess.run(command, check=True, capture_output=True)
+    return time.perf_counter() - start
+
+
+def time_folder(model: str, exported: dict[str, Path], files: list[str], rounds: int) -> None:
     """Print the images per second of a folder."""
-    networks: dict[str, Any] = {"torch": TorchNetwork(model_name)}
-    networks |= {f"ONNX Runtime, {precision}": OnnxNetwork(path) for precision, path in exported.items()}
-    networks |= {f"OpenVINO, {precision}": OnnxNetwork(path, "openvino") for precision, path in exported.items()}
-    first = [decode_rgb(Path(file).read_bytes()).image for file in files[:16]]
-    batch = torch.stack([networks["torch"].view(image) for image in first])
-    pixels = np.stack([networks["ONNX Runtime, fp32"].view(image) for image in first])
-    model, _ = load_trained(model_name)
-    plain = AutoModelForImageClassification.from_pretrained(model_name).eval()
-    classify = pipeline("image-classification", model=model_name, trust_remote_code=True)
+    networks = {"torch": (model, None)}
+    for backend, name in (("onnxruntime", "ONNX Runtime"), ("openvino", "OpenVINO")):
+        networks |= {f"{name}, {precision}": (str(path), backend) for precision, path in exported.items()}
+    ways = {f"predict.py, {name}": (predict_files, *network) for name, network in networks.items()}
+    ways |= {
+        "bare loop, ready tensors": (loop_plain, model, None),
+        LOOP: (loop_channels_last, model, None),
+        "the same, BatchNorm fused": (loop_network, model, None),
+    }
+    ways |= {
+        f"{name}, ready pixels": (loop_network, *network) for name, network in networks.items() if name != "torch"
+    }
+    ways["pipeline"] = (run_pipeline, model, None)
 
-    def predict_files(classifier: Classifier) -> None:
-        for _ in classifier.predict_files(((file, None) for file in files), 5):
-            pass
+    def run_alone(way: tuple) -> float:
+        # In a process of its own, because the libraries' threads get in each other's way.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            return process.submit(time_way, *way, files).result()
+
+    run_in_turns(ways, rounds, run_alone, "images/s", len(files), inverse=True, base=LOOP)
+
+
+def time_way(way: Callable, model: str, backend: str | None, files: list[str]) -> float:
+    """Return the seconds that a way takes for all files, once it has worked on a few."""
+    run = way(model, backend, files)
+    run(files[:BATCH])
+    start = time.perf_counter()
+    run(files)
+    return time.perf_counter() - start
+
+
+def predict_files(model: str, backend: str | None, files: list[str]) -> Callable[[list[str]], None]:
+    """Return predict.py's loop over files."""
+    classifier = Classifier(open_network(model, backend))
+    return lambda files: deque(classifier.predict_files(((file, None) for file in files), 5), maxlen=0)
+
+
+def loop_network(model: str, backend: str | None, files: list[str]) -> Callable[[list[str]], None]:
+    """Return a loop over the same batch, by the network of predict.py."""
+    network = open_network(model, backend)
+    views = [network.view(decode_rgb(Path(file).read_bytes()).image) for file in files[:BATCH]]
+    return lambda files: [network.rate(views) for _ in range(len(files) // BATCH)]
+
+
+def loop_plain(model: str, backend: None, files: list[str]) -> Callable[[list[str]], None]:
+    """Return a loop over the same batch, by torch without any preparation."""
+    plain = AutoModelForImageClassification.from_pretrained(model).eval()
+    return loop_tensors(plain, model, files, torch.contiguous_format)
+
+
+def loop_channels_last(model: str, backend: None, files: list[str]) -> Callable[[list[str]], None]:
+    """Return a loop over the same batch, by torch in the channels_last memory format."""
+    keep_freed_memory()
+    return loop_tensors(load_trained(model)[0], model, files, torch.channels_last)
+
+
+def loop_tensors(
+    network: PreTrainedModel, model: str, files: list[str], memory_format: torch.memory_format
+) -> Callable[[list[str]], None]:
+    """Return a loop over a batch of ready tensors."""
+    view = AutoImageProcessor.from_pretrained(model)
+    images = [decode_rgb(Path(file).read_bytes()).image for file in files[:BATCH]]
+    ready = torch.cat([view(image, return_tensors="pt")["pixel_values"] for image in images]).to(
+        memory_format=memory_format
+    )
 
     @torch.inference_mode()
-    def run_bare_loop(model: PreTrainedModel, memory_format: torch.memory_format) -> None:
-        ready = batch.to(memory_format=memory_format)
-        repeat(lambda: model(pixel_values=ready))
+    def run(files: list[str]) -> None:
+        for _ in range(len(files) // BATCH):
+            network(pixel_values=ready)
 
-    def repeat(run: Callable) -> None:
-        for _ in range(len(files) // len(first)):
-            run()
+    return run
 
-    def run_pipeline() -> None:
-        for _ in classify((file for file in files), batch_size=len(first)):
-            pass
 
-    ways = {
-        f"predict.py, {name}": lambda n=network: predict_files(Classifier(n)) for name, network in networks.items()
-    }
-    ways |= {
-        "bare loop, ready tensors": lambda: run_bare_loop(plain, torch.contiguous_format),
-        LOOP: lambda: run_bare_loop(model, torch.channels_last),
-        "the same, BatchNorm fused": lambda: run_bare_loop(networks["torch"].model, torch.channels_last),
-    }
-    ways |= {
-        f"{name}, ready pixels": lambda n=network: repeat(lambda: n.rate(list(pixels)))
-        for name, network in networks.items()
-        if name != "torch"
-    }
-    ways["pipeline"] = run_pipeline
-    run_in_turns(ways, rounds, lambda way: way(), "images/s", len(files), inverse=True, base=LOOP)
+def run_pipeline(model: str, backend: None, files: list[str]) -> Callable[[list[str]], None]:
+    """Return transformers' pipeline over files."""
+    classify = pipeline("image-classification", model=model, trust_remote_code=True)
+    return lambda files: deque(classify((file for file in files), batch_size=BATCH), maxlen=0)
 
 
 def run_in_turns(ways: dict, rounds: int, run: Callable, unit: str, work: int, inverse: bool, base: str) -> None:
@@ -157,7 +201,7 @@ def run_in_turns(ways: dict, rounds: int, run: Callable, unit: str, work: int, i
     Args:
         ways: what `run` takes, by name.
         rounds: how many turns.
-        run: runs a way.
+        run: runs a way; returns its seconds.
         unit: of the figures.
         work: how much a way does.
         inverse: the figures are work per second, not seconds.
@@ -166,9 +210,7 @@ def run_in_turns(ways: dict, rounds: int, run: Callable, unit: str, work: int, i
     figures = {name: list[float]() for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
-            start = time.perf_counter()
-            run(way)
-            seconds = time.perf_counter() - start
+            seconds = run(way)
             figures[name].append(work / seconds if inverse else seconds)
     print(f"| way | {unit}, median of {rounds} (lowest to highest) | ratio to {base} |\n|---|---|---|")
     for name, values in figures.items():

@@ -33,6 +33,7 @@ from luthier.serving.web_page import PACKAGE, RUNTIME, write_page
 from models import build_model, save_model
 
 needs_chromium = pytest.mark.skipif(not shutil.which("chromium"), reason="needs the browser chromium")
+needs_npm = pytest.mark.skipif(not shutil.which("npm"), reason="needs npm, and its network")
 RESIZE = """
 async ({ pixels, height, width, rule }) => {
   const { prepare } = await import("./resize.js");
@@ -180,6 +181,7 @@ def save_as(image: Image.Image, number: int, folder: Path) -> Path:
 
 @pytest.mark.slow
 @needs_chromium
+@needs_npm
 def test_page_answers_as_predict_does(exported, tmp_path):
     """200 images; the runtime comes from its npm package, so this needs a network."""
     write_page(exported, tmp_path / "page", "colours", vendor=True)
@@ -210,6 +212,7 @@ def test_page_answers_as_predict_does(exported, tmp_path):
 
 @pytest.mark.slow
 @needs_chromium
+@needs_npm
 def test_damaged_runtime_is_not_run(exported, tmp_path):
     write_page(exported, tmp_path / "page", "colours", vendor=True)
     script = tmp_path / "page/onnxruntime-web" / RUNTIME["script"][0]
