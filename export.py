@@ -7,27 +7,30 @@
 
 The first command writes onnx/model.onnx into the model's folder. The export is
 compared with the model on all test images of the run; an image that gets
-another class stops it. Exit code 1: the export is worse than the model; 2: the
-command is wrong.
+another class stops it. Exit code 1: an export is worse than the model, and was
+not written; 2: the command is wrong.
 """
 
 import argparse
 import json
+import os
 import shlex
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from luthier.errors import UserError, exit_on_user_error, require
-from luthier.images.decode import is_image
+from luthier.errors import UserError, exit_on_user_error, message_for_user, require
+from luthier.images.decode import is_hidden, is_image
+from luthier.options import EXPORT_PACKAGES
 from luthier.terminal import plural, say
 
 if TYPE_CHECKING:
     from luthier.serving.parity import Images, Parity
 
-PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 CALIBRATION = 200  # training images that decide the ranges of 8-bit activations
 
 
@@ -47,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--web", type=Path, metavar="FOLDER", help="write a page that runs the model in the browser")
     parser.add_argument("--push_to_space", metavar="OWNER/NAME", help="publish this page on the Hub")
     parser.add_argument("--vendor", action="store_true", help="copy what the page needs of ONNX Runtime into it")
-    parser.add_argument("--allow_worse", action="store_true", help="keep an export that is worse than the model")
+    parser.add_argument("--allow_worse", action="store_true", help="write an export that is worse than the model, too")
     return parser
 
 
@@ -55,32 +58,41 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Export a model; see `python export.py --help`."""
     args = build_parser().parse_args(argv)
-    require("an export", PACKAGES, "requirements-export.txt")
+    require("an export", EXPORT_PACKAGES, "requirements-export.txt")
     if args.vendor and not (args.web or args.push_to_space):
         raise UserError("--vendor is for the page: give --web FOLDER or --push_to_space OWNER/NAME too")
     folder = args.output_dir or Path(args.model)
     if not args.output_dir and not folder.is_dir():
         raise UserError(f"there is no folder {args.model!r}: for a model of the Hub, give --output_dir too")
-    if args.web or args.push_to_space:
-        check_page(args)
+    check_destinations(args)
     precisions = [name for name in ("fp16", "int8") if getattr(args, name)]
-    worse = export(args.model, folder, precisions, args.check, args.allow_worse)
-    if worse and not args.allow_worse:
-        sys.exit("\n".join([*worse, "It was not written; to write it all the same: --allow_worse"]))
-    say("saved", f"{folder / 'onnx'}")
-    publish_page(args, folder / "onnx" / "model.onnx")
-    say("next", f"python predict.py {folder / 'onnx' / 'model.onnx'} image.jpg")
+    refused = export(args.model, folder, precisions, args.check, args.allow_worse)
+    model = folder / "onnx" / "model.onnx"
+    if "model.onnx" not in refused:
+        publish_page(args, model)
+        say("next", shlex.join(["python", "predict.py", str(model), "image.jpg"]))
+    if refused:
+        sys.exit("\n".join([*(f"{file} {why}" for file, why in refused.items()), "To write it: --allow_worse"]))
 
 
-def check_page(args: argparse.Namespace) -> None:
-    """Check that the page can be written and published, before anything is exported."""
-    from luthier.serving import hub
+def check_destinations(args: argparse.Namespace) -> None:
+    """Check that all can be written where it shall be, before anything is exported.
+
+    Raises:
+        UserError: it cannot.
+    """
     from luthier.serving.web_page import check_folder
 
+    if args.push_to_space and not all(args.push_to_space.partition("/")):
+        raise UserError(f"--push_to_space {args.push_to_space} is not a name for a Space: give owner/name")
     if args.web:
         check_folder(args.web)
-    if args.push_to_space:
-        args.push_to_space = hub.check_access(args.push_to_space, private=None, repo_type="space", sdk="static")
+    for option, path in (("--output_dir", args.output_dir), ("--web", args.web)):
+        if path is None:
+            continue
+        existing = next(parent for parent in [path, *path.absolute().parents] if parent.exists())
+        if not (existing.is_dir() and os.access(existing, os.W_OK)):
+            raise UserError(f"{option} {path} cannot be written: {existing} is not a folder that you may write to")
 
 
 def publish_page(args: argparse.Namespace, model: Path) -> None:
@@ -90,29 +102,35 @@ def publish_page(args: argparse.Namespace, model: Path) -> None:
     name = Path(args.model).resolve().name
     if args.web:
         write_page(model, args.web, name, args.vendor)
-        say("page", f"{args.web}: to look at it, python -m http.server -d {args.web}")
+        say("page", shlex.join(["python", "-m", "http.server", "-d", str(args.web)]))
     if args.push_to_space:
         say("pushed", push_page(model, args.push_to_space, name, args.vendor))
 
 
-def export_run(output_dir: Path, wanted: bool) -> None:
-    """Export the model of a finished run, if wanted; where that fails, say how to repeat it, and exit with 1."""
-    if not wanted:
-        return
-    try:
-        why = "; ".join(export(str(output_dir), output_dir, [], None, allow_worse=False))
-    except UserError as error:
-        why = str(error)
+@contextmanager
+def export_run(output_dir: Path, wanted: bool) -> Iterator[None]:
+    """Export the model of a finished run, if wanted; where that fails, exit with 1 when the block has ended."""
+    why = ""
+    if wanted:
+        try:
+            refused = export(str(output_dir), output_dir, [], None, allow_worse=False)
+            why = "; ".join(f"{file} {reason}" for file, reason in refused.items())
+        except Exception as error:
+            why = message_for_user(error) or f"{type(error).__name__}: {error}"
+    yield
     if why:
         command = shlex.join(["python", "export.py", str(output_dir)])
         sys.exit(f"error: not exported: {why}\nThe run is complete, in {output_dir}. To export it again:\n  {command}")
 
 
-def export(model_name: str, folder: Path, precisions: list[str], check: Path | None, allow_worse: bool) -> list[str]:
+def export(
+    model_name: str, folder: Path, precisions: list[str], check: Path | None, allow_worse: bool
+) -> dict[str, str]:
     """Write a model as ONNX in float32 and in other precisions, each if it answers as the model does.
 
-    Where the shipped weights were refit on the test images too, what another precision costs is measured with the
-    weights that were scored: on images that a model has learned it hardly ever errs.
+    Where the run has other weights that were scored, what another precision costs is measured with these: the shipped
+    ones may have learned from the images, and on such images a model hardly ever errs. The shipped file must not be
+    worse either.
 
     Args:
         model_name: a folder with a saved model, or a name on the Hub.
@@ -121,7 +139,7 @@ def export(model_name: str, folder: Path, precisions: list[str], check: Path | N
         check: a folder of images to compare on; None is the test images of the run.
         allow_worse: write what is worse too.
 
-    Returns for each export that is worse than the model what it is called and why.
+    Returns why a file was not written, by its name.
 
     Raises:
         ModelError, UserError: the model cannot be loaded or exported, or there are no images to compare on.
@@ -132,7 +150,7 @@ def export(model_name: str, folder: Path, precisions: list[str], check: Path | N
     from luthier.serving.parity import compare
     from luthier.serving.torch_network import TorchNetwork
 
-    network, worse = TorchNetwork(model_name), list[str]()
+    network, refused = TorchNetwork(model_name), dict[str, str]()
     images, calibration = find_images(model_name, check, network.labels, "int8" in precisions)
     say("check", f"on {plural(len(images.names), 'image')}{'' if images.labels is not None else ', without labels'}")
 
@@ -141,18 +159,24 @@ def export(model_name: str, folder: Path, precisions: list[str], check: Path | N
         files = export_precisions(network, Path(scratch), precisions, calibration)
         return {name: (files[name], compare(OnnxNetwork(files[name]), rated, images, name)) for name in compared}
 
-    with tempfile.TemporaryDirectory() as shipped, tempfile.TemporaryDirectory() as scored:
-        built = build(network, shipped, ["fp32", *precisions])
+    with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryDirectory() as other:
+        built, measured = build(network, scratch, ["fp32", *precisions]), dict[str, tuple[Path, "Parity"]]()
         if precisions and check is None and Path(model_name, SCORED).is_dir():
-            measured = build(TorchNetwork(str(Path(model_name, SCORED))), scored, precisions)
-            built |= {name: (built[name][0], parity) for name, (_, parity) in measured.items()}
-        for name, (path, parity) in built.items():
+            measured = build(TorchNetwork(str(Path(model_name, SCORED))), other, precisions)
+        for name, (path, shipped) in built.items():
+            parity = measured[name][1] if name in measured else shipped
             say(name, f"{path.stat().st_size / 1e6:.1f} MB, {parity}")
-            if parity.refusal:
-                worse.append(f"{path.name} is worse than the model: {parity.refusal}")
-            if allow_worse or not parity.refusal:
-                write_export(path, folder, parity)
-    return worse
+            why = parity.refusal or shipped.refusal
+            for warning in filter(None, (why, parity.doubt)):
+                say("careful", warning)
+            if why and not allow_worse:
+                refused[path.name] = f"was not written: {why}"
+            else:
+                about = {"images": "of test" if check is None else "others",
+                         "weights": "scored" if name in measured else "shipped"}  # fmt: skip
+                write_export(path, folder, parity._asdict() | about)
+                say("saved", str(folder / "onnx" / path.name))
+    return refused
 
 
 def find_images(model_name: str, check: Path | None, labels: list[str], calibrate: bool) -> tuple["Images", "Images"]:
@@ -175,11 +199,13 @@ def find_images(model_name: str, check: Path | None, labels: list[str], calibrat
 
     if check is None:
         return images_of_run(Path(model_name), labels)
-    paths = sorted(path for path in check.rglob("*") if is_image(path.name) and path.is_file())
+    paths = [path for path in sorted(check.rglob("*")) if is_image(path.name) and path.is_file()]
+    paths = [path for path in paths if not any(map(is_hidden, path.relative_to(check).parts))]
     paths = [paths[row] for row in draw_order(map(str, range(len(paths))), seed=1).argsort()]
     used = min(CALIBRATION, len(paths) // 2) if calibrate else 0
-    if not paths[used:]:
-        raise UserError(f"--check {check} is not a folder with images")
+    if not paths or (calibrate and not used):
+        least = "at least two images, one of them to calibrate --int8 with" if calibrate else "images"
+        raise UserError(f"--check {check} is not a folder with {least}")
 
     def images(paths: list[Path]) -> Images:
         known = all(path.parent.name in labels for path in paths)
@@ -190,7 +216,7 @@ def find_images(model_name: str, check: Path | None, labels: list[str], calibrat
 
 
 def images_of_run(folder: Path, labels: list[str]) -> tuple["Images", "Images"]:
-    """Return the test images of a run, and some of its training images.
+    """Return the test images of a run that its scored weights have not learned from, and some of its other images.
 
     Raises:
         UserError: the folder does not say which they are, or they are no longer there.
@@ -198,18 +224,18 @@ def images_of_run(folder: Path, labels: list[str]) -> tuple["Images", "Images"]:
     import numpy as np
     from datasets import Dataset, concatenate_datasets
 
-    from data import load_splits
+    from data import load_images
     from luthier.images.decode import read_bytes
     from luthier.images.groups import groups_of
     from luthier.images.splits import draw_order
-    from luthier.reporting.results import IMAGES
+    from luthier.reporting.results import DIGEST, IMAGES
     from luthier.serving.parity import Images
 
     advice = "give images to compare the export with: --check FOLDER"
     try:
-        options = json.loads((folder / IMAGES).read_text(encoding="utf-8"))
-        folds = options.pop("folds")
-        splits, _ = load_splits(**options)
+        record = json.loads((folder / IMAGES).read_text(encoding="utf-8"))
+        test = set(record["test"])
+        splits, _ = load_images(**record["options"])
     except FileNotFoundError as error:
         raise UserError(f"{folder} does not say which images its model was scored on: {advice}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -218,26 +244,37 @@ def images_of_run(folder: Path, labels: list[str]) -> tuple["Images", "Images"]:
         raise UserError(f"the images of the run are not what they were ({error}). Or {advice}") from error
     if splits["train"].features["label"].names != labels:
         raise UserError(f"the images of the run have other classes than its model by now: {advice}")
+    rows = concatenate_datasets(list(splits.values()))
+    digests = rows["digest"][:]
+    of_test = np.array([digest[:DIGEST] in test for digest in digests])
+    missing = len(test - {digest[:DIGEST] for digest in digests})
+    if not of_test.any() or of_test.all():
+        raise UserError(f"the test images of the run are no longer there: {advice}")
+    if missing:
+        say("careful", f"{plural(missing, 'test image')} of the run are no longer there, or have changed")
 
     def images(rows: Dataset) -> Images:
         column, groups = rows["image"], groups_of(rows)
         return Images(rows["name"][:], lambda n: read_bytes(column[n]), np.array(rows["label"][:]), groups)
 
-    drawn = draw_order(splits["train"]["digest"][:], seed=1).argsort()[:CALIBRATION]
-    test = concatenate_datasets(list(splits.values())) if folds else splits["test"]
-    return images(test), images(splits["train"].select(drawn))
+    others = np.flatnonzero(~of_test)
+    drawn = others[draw_order([digests[row] for row in others], seed=1).argsort()[:CALIBRATION]]
+    return images(rows.select(np.flatnonzero(of_test))), images(rows.select(drawn))
 
 
-def write_export(path: Path, folder: Path, parity: "Parity") -> None:
-    """Move an exported file into a model's folder, and note in `export.json` and the model card how it compares."""
+def write_export(path: Path, folder: Path, record: dict) -> None:
+    """Copy an exported file into a model's folder, and note in `export.json` and the model card how it compares."""
     from luthier.reporting.results import note_export
 
     target = folder / "onnx" / path.name
     target.parent.mkdir(parents=True, exist_ok=True)
     whole = target.with_name(f".{path.name}")
-    shutil.copyfile(path, whole)  # not moved: the two may be on different disks
-    whole.replace(target)
-    note_export(folder, target.name, parity._asdict())
+    try:
+        shutil.copyfile(path, whole)  # not moved: the two may be on different disks
+        whole.replace(target)
+    finally:
+        whole.unlink(missing_ok=True)
+    note_export(folder, target.name, record)
 
 
 if __name__ == "__main__":

@@ -45,9 +45,9 @@ def main(argv: list[str] | None = None) -> None:
         else:
             parts = [fine_tune(part, stop, stopwatch) for part in arguments.folds()]
             finish(*pool(parts), arguments, stopwatch)
-        export_run(output_dir, wanted=run_args.export and is_main_process)
-        if repo_id:  # of a finished run too: the push may have been what failed
-            hub.publish(output_dir, repo_id, private)
+        with export_run(output_dir, wanted=run_args.export and is_main_process):
+            if repo_id:  # of a finished run too: the push may have been what failed
+                hub.publish(output_dir, repo_id, private)
 
 
 def set_up(arguments: "Arguments", stopwatch: Stopwatch) -> "Experiment":

@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 from luthier.errors import UserError, require
 from luthier.machine import OneGPUTrainingArguments, fill_in_machine_defaults
-from luthier.options import DATA_KEYS, DataArguments, ModelArguments
+from luthier.options import DATA_KEYS, EXPORT_PACKAGES, DataArguments, ModelArguments
 from luthier.output_dir import free_output_dir
 from luthier.parsing import HelpFormatter, Parser, describe_command, read_options
 
@@ -167,8 +167,6 @@ POSITIVE = (
     "time_limit",
     "milliseconds",
 )
-
-EXPORT_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 # Where a run goes, and how it is shown: not part of what it computes.
 NOT_SETTINGS = ("output_dir", "disable_tqdm", "resume_from_checkpoint", "export")

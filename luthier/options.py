@@ -14,6 +14,9 @@ DATA_KEYS = (
 )  # fmt: skip
 
 
+EXPORT_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+
 @dataclass
 class DataArguments:
     """What to learn from."""
@@ -125,13 +128,14 @@ class DataArguments:
         return self.for_images() | self.for_cut()
 
     def for_later(self) -> dict:
-        """Return what `data.load_splits` takes, by paths that hold in every working directory, and `folds`."""
-        paths = {
+        """Return what `data.load_images` takes, by paths that hold in every working directory."""
+        paths = ["data_dir", "labels", *([] if self.is_built_in else ["dataset_name"])]
+        whole = {
             key: str(Path(value).expanduser().resolve())
-            for key in ("data_dir", "labels", "dataset_name")
+            for key in paths
             if (value := getattr(self, key)) and Path(value).expanduser().exists()
         }
-        return self.for_splits() | paths | {"folds": self.folds}
+        return self.for_images() | whole
 
     @property
     def name(self) -> str:

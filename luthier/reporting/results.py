@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from luthier.escape import escape_cell
@@ -26,7 +27,7 @@ from models import save_model
 
 SCORED = "scored"  # folder of the scored weights, where others are shipped
 LEARNED_FROM, DIGEST = "learned_from.txt", 16  # digests of a model's training images, their first hexadecimal digits
-IMAGES = "images.json"  # the options that load a run's images again, on this machine
+IMAGES = "images.json"  # the options that load a run's images again on this machine, and which of them are of test
 PACKAGES = ("torch", "torchvision", "transformers", "timm", "datasets", "evaluate", "accelerate")
 
 
@@ -145,8 +146,10 @@ def write_run(
     if plan.pays:
         digests = [digest for split in plan.splits for digest in splits[split]["digest"][:]]
     custom_code = save_models(result, refitted, experiment.view.image_processor, output_dir, digests)
-    images = metrics.pop("images")  # with paths of this machine
-    (output_dir / IMAGES).write_text(json.dumps(images, indent=2) + "\n", encoding="utf-8")
+    learned = set(result.learned_from)  # in cross-validation, by the weights of one fold
+    unseen = [digest[:DIGEST] for digest in splits["test"]["digest"][:] if digest not in learned]
+    images = {"options": metrics.pop("images"), "test": unseen}  # with paths of this machine
+    (output_dir / IMAGES).write_text(json.dumps(images, indent=1) + "\n", encoding="utf-8")
     write_results(output_dir, metrics, result.predictions(splits), experiment.findings, stopwatch)
     write_model_card(output_dir / "README.md", metrics, custom_code)
     say_results(output_dir, metrics, custom_code)
@@ -213,11 +216,19 @@ def save_models(
 def note_export(folder: Path, file: str, parity: Mapping) -> None:
     """Note in `EXPORTS` and in the model card of a folder how an exported file compares with the model."""
     path = folder / EXPORTS
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    path.write_text(json.dumps({**known, file: parity}, indent=2) + "\n", encoding="utf-8")
-    if (folder / "metrics.json").is_file():
+    try:
+        known = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        known = {}  # there is none, or it is damaged
+    known = {name: row for name, row in known.items() if (folder / "onnx" / name).is_file()} | {file: dict(parity)}
+    whole = path.with_name(f".{path.name}")
+    whole.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+    whole.replace(path)
+    try:
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         write_model_card(folder / "README.md", metrics, (folder / "models.py").exists())
+    except (OSError, ValueError, KeyError, TypeError, TemplateError):
+        pass  # no run of this version: its card stays as it is
 
 
 def count_learned(folder: Path, digests: Iterable[str]) -> int:

@@ -51,18 +51,24 @@ def interval_of_difference(
     """Return both ends of the interval of a paired difference of two shares (Agresti and Min 2005); 95% by default.
 
     Half an image is added to those that are right by one and wrong by the other, either way, so that no difference at
-    all among a few images is no proof of none.
+    all among a few images is no proof of none. Images that belong together widen the interval as in
+    `interval_of_share`, and never narrow it.
 
     Args:
         differences: of each image, -1, 0 or 1 [N].
         groups: int [N], the same for images that belong together; None where each stands alone.
         z: quantile of the normal distribution.
     """
-    n = len(differences) + 2
-    _, index = np.unique(np.arange(len(differences)) if groups is None else groups, return_inverse=True)
-    sums = np.bincount(index, weights=differences)
-    mean = float(sums.sum()) / n
-    half = z * math.sqrt(float((sums**2).sum()) + 1 - n * mean**2) / n
+    n, mean = len(differences) + 2, float(differences.sum()) / (len(differences) + 2)
+    half = z * math.sqrt(float(((differences - mean) ** 2).sum()) + 1) / n
+    if groups is not None:
+        _, index = np.unique(groups, return_inverse=True)
+        count = int(index.max()) + 1
+        if count == 1:
+            return -1.0, 1.0
+        sums = np.bincount(index, weights=differences - mean)
+        variance = count / (count - 1) * float((sums**2).sum()) + 1
+        half = max(half, z / 1.959964 * float(t.ppf(0.975, count - 1)) * math.sqrt(variance) / n)
     return mean - half, mean + half
 
 

@@ -20,6 +20,7 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 from torch import nn
 
 from luthier.errors import UserError
+from luthier.escape import escape_terminal
 from luthier.images.resizing import find_rule
 from luthier.images.views import EvaluationView
 from luthier.serving.onnx_network import INPUT, OUTPUTS, Facts, OnnxNetwork
@@ -103,7 +104,8 @@ def export_model(network: TorchNetwork, path: Path) -> Facts:
     """
     view = EvaluationView(network.image_processor)
     facts = Facts(network.labels, find_rule(view), network.unsure_below, network.none)
-    module, example = PixelsToAnswer(network, view).eval(), torch.zeros(2, *view.size, 3, dtype=torch.uint8)
+    # On the CPU, wherever the model has predicted: the file is the same, and its parts are in one place.
+    module, example = PixelsToAnswer(network, view).cpu().eval(), torch.zeros(2, *view.size, 3, dtype=torch.uint8)
     name = network.model.config.model_type
     try:
         with torch.no_grad():
@@ -118,11 +120,18 @@ def export_model(network: TorchNetwork, path: Path) -> Facts:
                 verbose=False,
             )
     except Exception as error:  # each architecture fails in a way of its own
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"the architecture {name} cannot be exported to ONNX: {reason[:300]}") from error
+        raise UserError(f"the architecture {name} cannot be exported to ONNX: {_root_cause(error)}") from error
     assert program is not None  # so with dynamo=True
     write_model(program.model_proto, facts, path)
     return facts
+
+
+def _root_cause(error: BaseException) -> str:
+    """Return the first line of the first error of a chain: the exporter wraps it in advice for its developers."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = escape_terminal(str(error)).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:300]
 
 
 def write_model(model: onnx.ModelProto, facts: Facts, path: Path) -> None:
@@ -190,10 +199,18 @@ def halve(source: Path, path: Path, facts: Facts) -> None:
 
 
 def _after_logits(model: onnx.ModelProto) -> list[str]:
-    """Return the names of the nodes from the logits on: they are few, and decide close calls."""
-    nodes = list(model.graph.node)
-    first = next(number for number, node in enumerate(nodes) if OUTPUTS[0] in node.output)
-    return [node.name for node in nodes[first:]]
+    """Return the names of the node of the logits, and of those that it does not depend on.
+
+    They are few, and decide close calls. Their order in the file says nothing.
+    """
+    makers = {output: node for node in model.graph.node for output in node.output}
+    needed, waiting = set[str](), list(makers[OUTPUTS[0]].input)
+    while waiting:
+        node = makers.get(waiting.pop())
+        if node is not None and node.name not in needed:
+            needed.add(node.name)
+            waiting += node.input
+    return [node.name for node in model.graph.node if node.name not in needed]
 
 
 def _in_float(model: onnx.ModelProto) -> list[str]:

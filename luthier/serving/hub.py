@@ -29,7 +29,9 @@ PUBLISHED = (
     "model.safetensors.index.json",
     "familiarity.safetensors",  # features of training images
     "models.py",
-    "onnx/model*.onnx",
+    "onnx/model.onnx",
+    "onnx/model_fp16.onnx",
+    "onnx/model_int8.onnx",
     EXPORTS,
     *FIGURES,
 )

@@ -124,4 +124,5 @@ def _run_openvino(path: Path) -> Callable[[dict[str, np.ndarray]], list[np.ndarr
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200]
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

@@ -13,6 +13,8 @@ from luthier.serving.network import Network, Rated
 from luthier.terminal import Tenths, plural
 
 MAX_LOSS = 0.01  # of accuracy that a smaller model may cost, beyond what chance explains
+PROVEN = -0.05  # a lower end of the interval below this says that there were too few images
+ROUNDING = 0.02  # of the sureness: closer to the threshold, either answer is right
 
 
 class Images(NamedTuple):
@@ -57,7 +59,7 @@ class Parity(NamedTuple):
         precision: of the exported weights.
         n: how many images both have answered.
         same: for how many of them the likeliest class is the same.
-        other_answers: how many are unsure by one and not by the other.
+        other_answers: how many are unsure by one and not by the other, by more than rounding.
         largest_difference: of a probability.
         labelled: their classes are known; otherwise the trained model's answers count as correct.
         accuracy: of the trained and of the exported model.
@@ -78,14 +80,25 @@ class Parity(NamedTuple):
         """Why nobody should use the exported model; None where there is no reason."""
         if self.precision == "fp32" and self.same < self.n:
             return f"{plural(self.n - self.same, 'image gets', 'images get')} another class than by the trained model"
+        if self.precision == "fp32" and self.other_answers:
+            return f"{plural(self.other_answers, 'image is', 'images are')} unsure by one of the two alone"
         if self.difference_ci95[1] < -MAX_LOSS:
             return f"it loses more than {MAX_LOSS * 100:.0f} point of accuracy, even at the upper end of the interval"
         return None
 
+    @property
+    def doubt(self) -> str | None:
+        """Why the figures do not say whether the exported model is as good; None where they do."""
+        if self.difference_ci95[0] >= PROVEN or self.precision == "fp32":
+            return None
+        return f"{plural(self.n, 'image')} cannot show whether it is as good as the model: compare on more (--check)"
+
     def __str__(self) -> str:
         """The figures in a sentence."""
         same = f"the same class for {self.same:,} of {plural(self.n, 'image')}"
-        if self.precision == "fp32":
+        if self.other_answers:
+            same += f", unsure by one alone for {self.other_answers:,}"
+        if self.precision == "fp32" or not self.labelled:
             return f"{same}; largest difference of a probability {self.largest_difference:.2g}"
         before, after = self.accuracy
         low, high = (100 * end for end in self.difference_ci95)
@@ -109,11 +122,12 @@ def compare(exported: Network, rated: Rated, images: Images, precision: str) -> 
     truth = before if images.labels is None else images.labels
     correct = [(answers == truth).astype(int) for answers in (before, after)]
     sure = [each.sureness >= exported.unsure_below for each in (rated, other)]
+    apart = np.abs(rated.sureness - other.sureness) > ROUNDING
     return Parity(
         precision=precision,
         n=len(truth),
         same=int((before == after).sum()),
-        other_answers=int((sure[0] != sure[1]).sum()),
+        other_answers=int(((sure[0] != sure[1]) & apart).sum()),
         largest_difference=float(np.abs(rated.probabilities - other.probabilities).max()),
         labelled=images.labels is not None,
         accuracy=(float(correct[0].mean()), float(correct[1].mean())),

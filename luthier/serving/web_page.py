@@ -17,9 +17,12 @@ from luthier.errors import UserError
 from luthier.serving import hub
 from luthier.serving.onnx_network import OnnxNetwork
 
-ASSETS = Path(__file__).parent / "page"
+SOURCE = Path(__file__).parent / "page"
+ASSETS = ("icon.svg", "index.html", "manifest.webmanifest", "page.js", "resize.js", "style.css")
+WORKER = "sw.js"  # which the browser keeps by itself
 CONFIG, MANIFEST, MODEL = "model.json", "manifest.webmanifest", "model.onnx"
 PACKAGE = "onnxruntime-web@1.30.0"  # index.html allows the address of this version alone
+NPM_SECONDS = 600
 CDN = f"https://cdn.jsdelivr.net/npm/{PACKAGE}/dist/"
 HUB = "https://huggingface.co https://*.huggingface.co https://*.hf.co"  # a Space may send the model from there
 VENDOR = "onnxruntime-web/"  # folder of the page with the runtime's files, where these do not come from the CDN
@@ -42,9 +45,14 @@ def check_folder(folder: Path) -> None:
     """Check that a page may be written into a folder.
 
     Raises:
-        UserError: it holds something that is no page.
+        UserError: it holds something, and no page.
     """
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / CONFIG).is_file())):
+    try:
+        page = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        earlier = {"version", "resize", "runtime", "labels"} <= set(page)
+    except (OSError, ValueError, TypeError):
+        earlier = False
+    if folder.exists() and not (earlier or (folder.is_dir() and not any(folder.iterdir()))):
         raise UserError(f"--web {folder} already holds something else, which is not overwritten: give another folder")
 
 
@@ -53,7 +61,7 @@ def write_page(model: Path, folder: Path, name: str, vendor: bool) -> None:
 
     Args:
         model: an exported file.
-        folder: new, empty, or with an earlier page, which is replaced.
+        folder: new, empty, or with an earlier page, whose files are replaced; others stay.
         name: of the model, for people.
         vendor: copy ONNX Runtime into the folder, from its npm package; otherwise browsers fetch it from a CDN.
 
@@ -61,22 +69,35 @@ def write_page(model: Path, folder: Path, name: str, vendor: bool) -> None:
         UserError: the folder holds something else, or the package cannot be had.
     """
     check_folder(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".page-") as staging:
-        page = Path(staging, "page")
-        shutil.copytree(ASSETS, page)
+    with tempfile.TemporaryDirectory() as scratch:
+        page = Path(scratch)
+        for asset in (*ASSETS, WORKER):
+            shutil.copyfile(SOURCE / asset, page / asset)
         shutil.copyfile(model, page / MODEL)
         if vendor:
             _fetch_runtime(page / VENDOR)
         manifest = json.loads((page / MANIFEST).read_text(encoding="utf-8"))
-        named = json.dumps({**manifest, "name": name, "short_name": name}, indent=1, ensure_ascii=False)
-        (page / MANIFEST).write_text(named + "\n", encoding="utf-8")
+        _write_json(page / MANIFEST, {**manifest, "name": name, "short_name": name})
         config = _describe(model, page, name, VENDOR if vendor else CDN)
-        (page / CONFIG).write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        page.chmod(0o755)
-        if folder.exists():
-            shutil.rmtree(folder)
-        page.replace(folder)
+        for path in sorted(path for path in page.rglob("*") if path.is_file()):
+            _replace(path, folder / path.relative_to(page))
+        _write_json(page / CONFIG, config)  # last: it says that the rest is whole
+        _replace(page / CONFIG, folder / CONFIG)
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def _replace(source: Path, target: Path) -> None:
+    """Copy a file to its place, whole or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    whole = target.with_name(f".{target.name}")
+    try:
+        shutil.copyfile(source, whole)
+        whole.replace(target)
+    finally:
+        whole.unlink(missing_ok=True)
 
 
 def push_page(model: Path, repo_id: str, name: str, vendor: bool) -> str:
@@ -84,7 +105,7 @@ def push_page(model: Path, repo_id: str, name: str, vendor: bool) -> str:
 
     Args:
         model, name, vendor: see `write_page`.
-        repo_id: of the Space, as `hub.check_access` returns it.
+        repo_id: of the Space, `owner/name`; created if there is none.
 
     Raises:
         UserError: the Hub does not accept the Space, or the runtime's package cannot be had.
@@ -92,6 +113,7 @@ def push_page(model: Path, repo_id: str, name: str, vendor: bool) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         page = Path(scratch, "page")
         write_page(model, page, name, vendor)
+        repo_id = hub.check_access(repo_id, private=None, repo_type="space", sdk="static")
         index = (page / "index.html").read_text(encoding="utf-8")
         (page / "index.html").write_text(
             index.replace("connect-src 'self'", f"connect-src 'self' {HUB}"), encoding="utf-8"
@@ -107,8 +129,7 @@ def push_page(model: Path, repo_id: str, name: str, vendor: bool) -> str:
 def _describe(model: Path, page: Path, name: str, runtime: str) -> dict[str, Any]:
     """Return what page.js must know."""
     facts = OnnxNetwork(model).facts
-    small = sorted(path.name for path in ASSETS.iterdir() if path.name != "sw.js")
-    content = [hashlib.sha256((page / file).read_bytes()).hexdigest() for file in (*small, "sw.js", MODEL)]
+    content = [hashlib.sha256((page / file).read_bytes()).hexdigest() for file in (*ASSETS, WORKER, MODEL)]
     sure = math.isfinite(facts.unsure_below)  # JSON has no infinity
     config = {
         "name": name,
@@ -122,7 +143,7 @@ def _describe(model: Path, page: Path, name: str, runtime: str) -> dict[str, Any
             part: {"url": runtime + file, "bytes": size, "integrity": integrity}
             for part, (file, size, integrity) in RUNTIME.items()
         },
-        "files": small,
+        "files": list(ASSETS),
     }
     version = hashlib.sha256(json.dumps([config, content], sort_keys=True).encode()).hexdigest()[:16]
     return {**config, "version": version}
@@ -134,16 +155,19 @@ def _fetch_runtime(folder: Path) -> None:
     Raises:
         UserError: npm is not installed or does not get it, or a file is not the one that is expected.
     """
+    npm = shutil.which("npm")
+    if npm is None:
+        raise UserError("--vendor fetches ONNX Runtime with npm, which is not installed: leave it out")
     folder.mkdir()
     with tempfile.TemporaryDirectory() as scratch:
-        command = ["npm", "pack", PACKAGE, "--silent", "--pack-destination", scratch]
+        command = [npm, "pack", PACKAGE, "--loglevel", "error", "--pack-destination", scratch]
         try:
-            subprocess.run(command, cwd=scratch, check=True, capture_output=True, text=True, timeout=600)
-        except FileNotFoundError as error:
-            raise UserError("--vendor fetches ONNX Runtime with npm, which is not installed: leave it out") from error
-        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-            lines = str(error.stderr or error).strip().splitlines()
-            raise UserError(f"npm does not get {PACKAGE} ({lines[-1]}): leave --vendor out, or try again") from error
+            subprocess.run(command, cwd=scratch, check=True, capture_output=True, text=True, timeout=NPM_SECONDS)
+        except subprocess.TimeoutExpired as error:
+            raise UserError(f"npm does not get {PACKAGE} in {NPM_SECONDS} seconds: leave --vendor out") from error
+        except subprocess.CalledProcessError as error:
+            lines = str(error.stderr).strip().splitlines() or ["it does not say why"]
+            raise UserError(f"npm does not get {PACKAGE} ({lines[0]}): leave --vendor out, or try again") from error
         (archive,) = Path(scratch).glob("*.tgz")
         with tarfile.open(archive) as package:
             for file, _, integrity in RUNTIME.values():
