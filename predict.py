@@ -4,8 +4,8 @@
     find . -name "*.jpg" | python predict.py me/instruments - --format jsonl --output predictions.jsonl
 
 MODEL is a folder with a saved model, a name on the Hub, or a model.onnx of
-export.py, which starts in half a second. Exit code 0: every input has a prediction;
-1: some have none, and each says why; 2: the command is wrong.
+export.py, which starts in half a second. Exit code 0: every input has a
+prediction; 1: some have none, and each says why; 2: the command is wrong.
 """
 
 import argparse

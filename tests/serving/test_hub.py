@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -186,6 +187,33 @@ def test_second_push_uploads_changed_files_and_deletes_missing_ones(server, push
     assert changed == {"model.safetensors", "curves.png", "README.md"} and "curves.png" not in after
     assert after["NOTES.md"] == b"of the owner"
     assert sum(request.startswith("PUT") for request in server.requests[first_requests:]) == 1
+
+
+def test_exports_are_pushed_and_those_of_others_stay(server, push, finished_run, tmp_path):
+    shutil.copytree(finished_run, tmp_path / "run")
+    (tmp_path / "run/onnx").mkdir()
+    row = {
+        "precision": "fp32",
+        "images": "of test",
+        "weights": "shipped",
+        "n": 9,
+        "same": 9,
+        "largest_difference": 1e-6,
+    }
+    (tmp_path / "run/export.json").write_text(json.dumps({"model.onnx": row | {"labelled": False}}))
+    (tmp_path / "run/images.json").write_text('{"options": {"data_dir": "/home/me/secret"}}')
+    for name in ("model.onnx", "model_int8.onnx"):
+        (tmp_path / "run/onnx" / name).write_bytes(b"weights")
+    assert push(tmp_path / "run", "me/exported").returncode == 0
+    repository = server.repositories["models/me/exported"]
+    assert set(repository.files) == PUBLISHED | {"export.json", "onnx/model.onnx", "onnx/model_int8.onnx"}
+    assert b"| onnx/model.onnx | of test | shipped | 9 of 9 |" in repository.files["README.md"]
+    repository.commits.append({**repository.files, "onnx/model_quantized.onnx": b"of somebody else"})
+    (tmp_path / "run/onnx/model_int8.onnx").unlink()
+    assert push(tmp_path / "run", "me/exported").returncode == 0
+    assert {name for name in repository.files if name.startswith("onnx")} == {
+        "onnx/model.onnx", "onnx/model_quantized.onnx"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
