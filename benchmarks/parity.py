@@ -29,7 +29,7 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from benchmarks.networks import NAMES, save_network
+from benchmarks._networks import NAMES, save_network
 from models import build_model, save_model
 
 PROJECT = Path(__file__).parent.parent

@@ -33,7 +33,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel, pipeline
 
-from benchmarks.networks import save_network
+from benchmarks._networks import save_network
 from luthier.images.decode import decode_rgb, is_image
 from luthier.machine import keep_freed_memory
 from luthier.serving.classifier import Classifier, open_network

@@ -13,7 +13,7 @@ from luthier.scoring.screening import HUB_BACKBONES
 from luthier.training.recipe import RECIPES
 from models import EFFICIENTNETS
 
-COMMANDS = ("train", "score", "audit", "compare", "predict", "push", "app")
+COMMANDS = ("train", "score", "audit", "compare", "predict", "push", "app", "export")
 PAGES = [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted((PROJECT / "docs").glob("*.md"))]
 
 
@@ -42,7 +42,7 @@ def test_commands_exist(page):
     for name in re.findall(r"(?:python|launch) (\w+)\.py", blocks):
         assert name in COMMANDS and (PROJECT / f"{name}.py").exists()
     for module in re.findall(r"python -m ([\w.]+)", page.read_text()):
-        assert module == "venv" or (PROJECT / f"{module.replace('.', '/')}.py").exists(), module
+        assert module in ("venv", "http.server") or (PROJECT / f"{module.replace('.', '/')}.py").exists(), module
 
 
 def test_list_of_options_is_up_to_date():

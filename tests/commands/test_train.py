@@ -27,8 +27,8 @@ from models import build_model
 ACCELERATE = ("accelerate", "launch", "--config_file", str(PROJECT / "accelerate_config.yaml"))
 FILES = {
     "README.md", "audit.json", "config.json", "confusion_matrix.png", "confusion_matrix_rows.png", "coverage.png",
-    "curves.png", "familiarity.safetensors", "learned_from.txt", "metrics.json", "model.safetensors", "models.py",
-    "predictions.csv",
+    "curves.png", "familiarity.safetensors", "images.json", "learned_from.txt", "metrics.json", "model.safetensors",
+    "models.py", "predictions.csv",
     "preprocessor_config.json", "race.json", "refit", "reliability.png", "report.html", "scored",
 }  # fmt: skip
 
