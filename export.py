@@ -234,8 +234,9 @@ def images_of_run(folder: Path, labels: list[str]) -> tuple["Images", "Images"]:
     advice = "give images to compare the export with: --check FOLDER"
     try:
         record = json.loads((folder / IMAGES).read_text(encoding="utf-8"))
-        test = set(record["test"])
-        splits, _ = load_images(**record["options"])
+        test, options = set(record["test"]), record["options"]
+        paths = {key: folder / options[key] for key in ("data_dir", "labels", "dataset_name") if options.get(key)}
+        splits, _ = load_images(**options | {key: str(path) for key, path in paths.items() if path.exists()})
     except FileNotFoundError as error:
         raise UserError(f"{folder} does not say which images its model was scored on: {advice}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -64,7 +64,7 @@ class Arguments(NamedTuple):
     def for_record(self) -> dict:
         """Return what `results.collect_run` records of a run."""
         of_run = {key: getattr(self.run_args, key) for key in ("command", "settings", "seeds")}
-        return {**of_run, "images": self.data_args.for_later()}
+        return {**of_run, "images": self.data_args.for_later(self.run_dir)}
 
     def folds(self) -> list["Arguments"]:
         """Return the arguments of each fold, or these where there are no folds.

@@ -1,5 +1,6 @@
 """Luthier's own options, besides those of `TrainingArguments`: the data, and the model."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -127,15 +128,15 @@ class DataArguments:
         """Return what `data.load_splits` takes."""
         return self.for_images() | self.for_cut()
 
-    def for_later(self) -> dict:
-        """Return what `data.load_images` takes, by paths that hold in every working directory."""
+    def for_later(self, folder: Path) -> dict:
+        """Return what `data.load_images` takes, with paths relative to a folder: those of a machine tell of people."""
         paths = ["data_dir", "labels", *([] if self.is_built_in else ["dataset_name"])]
-        whole = {
-            key: str(Path(value).expanduser().resolve())
+        relative = {
+            key: os.path.relpath(Path(value).expanduser().resolve(), folder.resolve())
             for key in paths
             if (value := getattr(self, key)) and Path(value).expanduser().exists()
         }
-        return self.for_images() | whole
+        return self.for_images() | relative
 
     @property
     def name(self) -> str:

@@ -148,7 +148,7 @@ def write_run(
     custom_code = save_models(result, refitted, experiment.view.image_processor, output_dir, digests)
     learned = set(result.learned_from)  # in cross-validation, by the weights of one fold
     unseen = [digest[:DIGEST] for digest in splits["test"]["digest"][:] if digest not in learned]
-    images = {"options": metrics.pop("images"), "test": unseen}  # with paths of this machine
+    images = {"options": metrics.pop("images"), "test": unseen}
     (output_dir / IMAGES).write_text(json.dumps(images, indent=1) + "\n", encoding="utf-8")
     write_results(output_dir, metrics, result.predictions(splits), experiment.findings, stopwatch)
     write_model_card(output_dir / "README.md", metrics, custom_code)
