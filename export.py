@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import shlex
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING
 from luthier.errors import UserError, exit_on_user_error, message_for_user, require
 from luthier.images.decode import is_hidden, is_image
 from luthier.options import EXPORT_PACKAGES
+from luthier.output_dir import copy_whole
 from luthier.terminal import plural, say
 
 if TYPE_CHECKING:
@@ -268,13 +268,7 @@ def write_export(path: Path, folder: Path, record: dict) -> None:
     from luthier.reporting.results import note_export
 
     target = folder / "onnx" / path.name
-    target.parent.mkdir(parents=True, exist_ok=True)
-    whole = target.with_name(f".{path.name}")
-    try:
-        shutil.copyfile(path, whole)  # not moved: the two may be on different disks
-        whole.replace(target)
-    finally:
-        whole.unlink(missing_ok=True)
+    copy_whole(path, target)
     note_export(folder, target.name, record)
 
 

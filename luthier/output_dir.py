@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -104,3 +105,14 @@ def _lock(output_dir: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             (output_dir / LOCK).unlink()
         lock.release()
+
+
+def copy_whole(source: Path, target: Path) -> None:
+    """Copy a file to its place, whole or not at all; the two may be on different disks."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    whole = target.with_name(f".{target.name}")
+    try:
+        shutil.copyfile(source, whole)
+        whole.replace(target)
+    finally:
+        whole.unlink(missing_ok=True)

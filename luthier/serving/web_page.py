@@ -14,6 +14,7 @@ from typing import Any
 import PIL
 
 from luthier.errors import UserError
+from luthier.output_dir import copy_whole
 from luthier.serving import hub
 from luthier.serving.onnx_network import OnnxNetwork
 
@@ -80,24 +81,13 @@ def write_page(model: Path, folder: Path, name: str, vendor: bool) -> None:
         _write_json(page / MANIFEST, {**manifest, "name": name, "short_name": name})
         config = _describe(model, page, name, VENDOR if vendor else CDN)
         for path in sorted(path for path in page.rglob("*") if path.is_file()):
-            _replace(path, folder / path.relative_to(page))
+            copy_whole(path, folder / path.relative_to(page))
         _write_json(page / CONFIG, config)  # last: it says that the rest is whole
-        _replace(page / CONFIG, folder / CONFIG)
+        copy_whole(page / CONFIG, folder / CONFIG)
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-
-
-def _replace(source: Path, target: Path) -> None:
-    """Copy a file to its place, whole or not at all."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    whole = target.with_name(f".{target.name}")
-    try:
-        shutil.copyfile(source, whole)
-        whole.replace(target)
-    finally:
-        whole.unlink(missing_ok=True)
 
 
 def push_page(model: Path, repo_id: str, name: str, vendor: bool) -> str:
