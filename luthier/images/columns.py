@@ -3,7 +3,8 @@
 import logging
 from collections import Counter
 
-from datasets import ClassLabel, DatasetDict, Features, Image, Value, load_dataset
+import numpy as np
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 
 from luthier.errors import UserError
@@ -53,6 +54,23 @@ def load_named(dataset_name: str, dataset_config_name: str | None) -> DatasetDic
     if "train" not in splits:
         raise UserError(f"{dataset_name} has the splits {', '.join(loaded)}, but none to train on")
     return splits
+
+
+def fixed_width(dataset: Dataset, column: str) -> np.ndarray:
+    """Return a column of texts or bytes of one length as uint8 [N, length]: Python's own would take twice the memory.
+
+    Raises:
+        ValueError: they are not of one length, or there are none.
+    """
+    chunks = dataset.select_columns(column).with_format("arrow")[:].column(column).chunks
+    parts = []
+    for chunk in chunks:
+        ends = np.frombuffer(chunk.buffers()[1], np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
+        data = np.frombuffer(chunk.buffers()[2], np.uint8)[ends[0] : ends[-1]]
+        parts.append(data.reshape(len(chunk), -1))
+        if (np.diff(ends) != parts[-1].shape[1]).any():
+            raise ValueError(f"the column {column} has values of several lengths")
+    return np.concatenate(parts)
 
 
 def label_and_image(

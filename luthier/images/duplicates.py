@@ -1,7 +1,10 @@
 """Which images are the same, or nearly: perceptual hashes choose the candidates, a detailed comparison decides."""
 
-import logging
-from typing import NamedTuple
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
+from typing import Any, NamedTuple
 
 import imagehash
 import numpy as np
@@ -10,15 +13,14 @@ from scipy.ndimage import gaussian_filter
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-logger = logging.getLogger(__name__)
-
 BORDERS = (0.0, 0.025, 0.05)  # share of each side that the first, second and third hash of an image leave out
 BITS = 16 * 16  # of a hash
 MAX_DISTANCE = 60  # bits between two hashes that are compared in detail: 98% of changed copies, 1 in 8,000 other pairs
 SIDE = 64  # pixels of the thumbnail that is compared
 MIN_SIMILARITY = 0.975  # of two aligned thumbnails that show the same image
-MAX_CANDIDATES = 200_000  # pairs that are compared in detail: some minutes
-MAX_IMAGES = 50_000  # among which near-duplicates are searched; the time grows with the square
+CANDIDATES, MIN_NEAREST = 200_000, 8  # pairs that are compared in detail, but at least so many for each image
+CELL, CELLS = 100, 256  # images in a cell of the index, and cells that are searched: all of them below 25,600 images
+QUERIES, PAIRS = 65_536, 64  # images that are searched for, and pairs that are compared, at a time
 
 
 class Fingerprint(NamedTuple):
@@ -41,82 +43,149 @@ def fingerprint(image: Image.Image) -> Fingerprint:
     return Fingerprint(hashes, grey.resize((SIDE, SIDE), Image.Resampling.BOX).tobytes())
 
 
-def near_duplicates(fingerprints: list[Fingerprint]) -> list[tuple[int, int]]:
+def near_duplicates(hashes: np.ndarray, thumbnails: Any) -> np.ndarray:
     """Return the pairs (i, j), i < j, of images of which one is a re-encoded, resized or slightly cropped copy.
 
-    Hashes choose the candidates: whole image against whole image, and the whole of one against the inside of the
-    other. Hashes see coarse structure alone, which all violins on white share, so each candidate pair is aligned and
-    compared in detail.
+    Hashes choose the candidates, see `find_candidates`. They see coarse structure alone, which all violins on white
+    share, so each candidate pair is aligned and compared in detail.
+
+    Args:
+        hashes: uint8 [N, `len(BORDERS)`, `BITS` / 8], of each image's `Fingerprint`.
+        thumbnails: uint8 [N, `SIDE`, `SIDE`]; anything that gives some of them by an array of their numbers.
+
+    Returns int64 [P, 2].
     """
-    if len(fingerprints) < 2:
-        return []
-    hashes = np.frombuffer(b"".join(f.hashes for f in fingerprints), np.uint64).reshape(-1, len(BORDERS), BITS // 64)
-    thumbnails = np.frombuffer(b"".join(f.thumbnail for f in fingerprints), np.uint8).reshape(-1, SIDE, SIDE)
-    pairs, compared = [], 0
-    for i, own in enumerate(hashes[:-1]):
-        others = hashes[i + 1 :]
-        distance = np.bitwise_count(own[0] ^ others).sum(axis=-1).min(axis=1)
-        reverse = np.bitwise_count(own[1:, None] ^ others[:, 0]).sum(axis=-1).min(axis=0)
-        candidates = np.flatnonzero(np.minimum(distance, reverse) <= MAX_DISTANCE) + i + 1
-        compared += len(candidates)
-        if compared > MAX_CANDIDATES:
-            logger.warning("The images are so alike that near-duplicates are searched among the first of them only")
-            break
-        for j in candidates:
-            if similarity(thumbnails[i], thumbnails[j]) >= MIN_SIMILARITY:
-                pairs.append((i, int(j)))
-    return pairs
+    if sys.platform == "darwin":  # faiss and torch bring an OpenMP each there, and crash in one process
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            pairs = pool.submit(find_candidates, hashes).result()
+    else:
+        pairs = find_candidates(hashes)
+    blocks = [pairs[begin : begin + PAIRS] for begin in range(0, len(pairs), PAIRS)]
+
+    def compare(block: np.ndarray) -> np.ndarray:
+        return block[similarity(thumbnails[block[:, 0]], thumbnails[block[:, 1]]) >= MIN_SIMILARITY]
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # numpy and scipy release the interpreter
+        return np.concatenate([np.empty((0, 2), np.int64), *pool.map(compare, blocks)])
 
 
-def similarity(a: np.ndarray, b: np.ndarray) -> float:
-    """Return how alike two thumbnails [SIDE, SIDE] are, up to 1, the inside of either aligned with the other.
+def find_candidates(hashes: np.ndarray) -> np.ndarray:
+    """Return the pairs (i, j), i < j, of images whose hashes are at most `MAX_DISTANCE` bits apart, int64 [P, 2].
+
+    The whole of one image is compared with the whole and the inside of the other. Each image has no more than its
+    nearest ones: there are sets in which thousands of images look alike, and the number of pairs must not grow with
+    the square of the images. For the same reason an index divides many images into cells by the nearest of randomly
+    chosen hashes, and searches those cells alone whose hashes are nearest.
+
+    Args:
+        hashes: as in `near_duplicates`.
+    """
+    images = len(hashes)
+    if images < 2:
+        return np.empty((0, 2), np.int64)
+    nearest = min(images, max(MIN_NEAREST, CANDIDATES // images) + 1)  # an image is the nearest to itself
+    index, found = _build_index(np.ascontiguousarray(hashes[:, 0])), []
+    for begin in range(0, images, QUERIES):
+        part = hashes[begin : begin + QUERIES]
+        queries = np.repeat(np.arange(begin, begin + len(part)), nearest)
+        edges = []
+        for number in range(len(BORDERS)):
+            distances, others = index.search(np.ascontiguousarray(part[:, number]), nearest)
+            edge = np.stack([queries, others.ravel(), distances.ravel()], axis=1, dtype=np.int64)
+            edges.append(edge[(edge[:, 2] <= MAX_DISTANCE) & (edge[:, 1] >= 0) & (edge[:, 0] != edge[:, 1])])
+        found.append(_nearest_of_each(np.concatenate(edges), nearest))
+    pairs = np.sort(np.concatenate(found), axis=1)
+    return np.unique(pairs, axis=0)
+
+
+def _build_index(hashes: np.ndarray) -> Any:
+    """Return a faiss index of hashes, uint8 [N, `BITS` / 8]."""
+    import faiss  # see `near_duplicates`
+
+    index: Any = faiss.IndexBinaryFlat(BITS)
+    cells = len(hashes) // CELL
+    if cells > CELLS:
+        index.add(hashes[np.random.default_rng(0).choice(len(hashes), cells, replace=False)])
+        index = faiss.IndexBinaryIVF(index, BITS, cells)
+        index.nprobe = CELLS
+    index.add(hashes)
+    return index
+
+
+def _nearest_of_each(edges: np.ndarray, nearest: int) -> np.ndarray:
+    """Return the nearest others of each image, int64 [P, 2], from rows of image, other and distance."""
+    edges = edges[np.lexsort((edges[:, 2], edges[:, 1], edges[:, 0]))]
+    first = np.ones(len(edges), dtype=bool)  # of several distances between two images the least
+    first[1:] = (edges[1:, :2] != edges[:-1, :2]).any(axis=1)
+    edges = edges[first]
+    edges = edges[np.lexsort((edges[:, 2], edges[:, 0]))]
+    begins = np.searchsorted(edges[:, 0], edges[:, 0])
+    return edges[np.arange(len(edges)) - begins < nearest, :2]
+
+
+def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return how alike pairs of thumbnails [P, SIDE, SIDE] are, [P], up to 1, the inside of either aligned.
 
     It is the correlation of their details: of what is left of both without their coarse structure.
     """
-    a, b = (gaussian_filter(thumbnail.astype(np.float64), 1.5) for thumbnail in (a, b))
-    return max(_correlation(_aligned(a, b), b), _correlation(_aligned(b, a), a))
+    a, b = (gaussian_filter(thumbnails.astype(np.float32), (0, 1.5, 1.5)) for thumbnails in (a, b))
+    return np.maximum(_correlation(_aligned(a, b), b), _correlation(_aligned(b, a), a))
 
 
-def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+def _correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     # Without the edge, where an aligned thumbnail may lack what the other has.
-    a, b = ((thumbnail - gaussian_filter(thumbnail, SIDE / 16))[2:-2, 2:-2] for thumbnail in (a, b))
-    size = np.sqrt((a * a).sum() * (b * b).sum())
-    return float((a * b).sum() / size) if size > 1e-6 else 0.0  # a single colour has no details
+    a, b = ((images - gaussian_filter(images, (0, SIDE / 16, SIDE / 16)))[:, 2:-2, 2:-2] for images in (a, b))
+    size = np.sqrt(np.square(a).sum(axis=(1, 2)) * np.square(b).sum(axis=(1, 2)))
+    return np.where(size > 1e-6, (a * b).sum(axis=(1, 2)) / np.maximum(size, 1e-6), 0)  # one colour has no details
 
 
 def _aligned(whole: np.ndarray, part: np.ndarray, steps: int = 8) -> np.ndarray:
-    """Return the box of `whole` that fits `part` best, at its size, by Gauss-Newton (Lucas and Kanade 1981)."""
+    """Return the box of each `whole` [P, SIDE, SIDE] that fits `part` best, at its size.
+
+    By Gauss-Newton (Lucas and Kanade 1981), for scale and shift of rows and columns.
+    """
     part = _standardised(part)
     centre = (SIDE - 1) / 2
-    unit = (np.arange(SIDE) - centre) / centre
-    down, across = np.gradient(whole)
-    scale, shift = np.ones(2), np.zeros(2)  # of rows and columns, in halves of a side
-    best, least = whole, np.inf
+    unit = ((np.arange(SIDE) - centre) / centre).astype(np.float32)
+    layers = np.stack([whole, *np.gradient(whole, axis=(1, 2))], axis=1)
+    scale, shift = np.ones((len(whole), 2)), np.zeros((len(whole), 2))  # of rows and columns, in halves of a side
+    best, least = whole.copy(), np.full(len(whole), np.inf)
     for _ in range(steps):
-        rows, columns = (_interpolation((scale[axis] * unit + shift[axis]) * centre + centre) for axis in (0, 1))
-        box = rows @ whole @ columns.T
+        rows, columns = (
+            _interpolation((scale[:, axis, None] * unit + shift[:, axis, None]) * centre + centre) for axis in (0, 1)
+        )
+        box, down, across = np.moveaxis(rows[:, None] @ layers @ columns.transpose(0, 2, 1)[:, None], 1, 0)
         difference = part - _standardised(box)
-        if (error := np.square(difference).mean()) < least:
-            best, least = box, error
-        slopes = [rows @ gradient @ columns.T * centre / (box.std() or 1) for gradient in (down, across)]
-        jacobian = np.stack([slopes[0] * unit[:, None], slopes[1] * unit, *slopes]).reshape(4, -1)
-        change = np.linalg.lstsq(jacobian @ jacobian.T, jacobian @ difference.ravel(), rcond=None)[0]
-        scale = np.clip(scale + change[:2], 0.75, 1.0)
-        shift = np.clip(shift + change[2:], scale - 1, 1 - scale)
+        error = np.square(difference).mean(axis=(1, 2))
+        better = error < least
+        best[better], least[better] = box[better], error[better]
+        slopes = np.stack([down, across], axis=1) * (centre / _spread(box))[:, None]
+        stretches = slopes * np.stack([np.broadcast_to(unit[:, None], (SIDE, SIDE)), np.tile(unit, (SIDE, 1))])
+        jacobian = np.concatenate([stretches, slopes], axis=1).reshape(len(whole), 4, -1)
+        normal = jacobian @ jacobian.transpose(0, 2, 1)
+        moments = jacobian @ difference.reshape(len(whole), -1, 1)
+        change = (np.linalg.pinv(normal.astype(np.float64), rcond=1e-6, hermitian=True) @ moments)[..., 0]
+        scale = np.clip(scale + change[:, :2], 0.75, 1.0)
+        shift = np.clip(shift + change[:, 2:], scale - 1, 1 - scale)
     return best
 
 
 def _interpolation(positions: np.ndarray) -> np.ndarray:
-    """Return the matrix [SIDE, SIDE] that interpolates a line of pixels at these positions."""
-    return np.maximum(0, 1 - np.abs(positions[:, None] - np.arange(SIDE)))
+    """Return the matrices [P, SIDE, SIDE] that interpolate lines of pixels at positions [P, SIDE]."""
+    return np.maximum(0, 1 - np.abs(positions[..., None] - np.arange(SIDE))).astype(np.float32)
 
 
-def _standardised(thumbnail: np.ndarray) -> np.ndarray:
-    return (thumbnail - thumbnail.mean()) / (thumbnail.std() or 1.0)
+def _spread(thumbnails: np.ndarray) -> np.ndarray:
+    spread = thumbnails.std(axis=(1, 2), keepdims=True)
+    return np.where(spread > 0, spread, 1)
 
 
-def connected_groups(n: int, pairs: list[tuple[int, int]]) -> np.ndarray:
-    """Return a group number for each of n images, int [n]: the same for those that pairs connect."""
-    rows, columns = np.array(pairs, dtype=int).reshape(-1, 2).T
+def _standardised(thumbnails: np.ndarray) -> np.ndarray:
+    return (thumbnails - thumbnails.mean(axis=(1, 2), keepdims=True)) / _spread(thumbnails)
+
+
+def connected_groups(n: int, pairs: np.ndarray) -> np.ndarray:
+    """Return a group number for each of n images, int [n]: the same for those that pairs [P, 2] connect."""
+    rows, columns = np.asarray(pairs, dtype=np.int64).reshape(-1, 2).T
     graph = coo_array((np.ones(len(rows), dtype=bool), (rows, columns)), shape=(n, n))
     return connected_components(graph, directed=False)[1]

@@ -88,7 +88,7 @@ def propose_grouping(names: Sequence[str], classes: int) -> str | None:
         names: of the files, with or without folders.
         classes: how many there are.
     """
-    files = [PurePosixPath(name).name for name in names]
+    files = [name.rpartition("/")[2] for name in names]
     for pattern in PATTERNS:
         sizes = Counter(found.group(1) for file in files if (found := re.search(pattern, file)))
         matched = sum(sizes.values())
@@ -110,9 +110,10 @@ def add_groups(splits: DatasetDict) -> DatasetDict:
     pairs, ends = duplicate_pairs(splits), np.cumsum([len(dataset) for dataset in splits.values()])
     columns = {"duplicates": connected_groups(int(ends[-1]), pairs)}
     if GIVEN_GROUP in splits["train"].column_names:
-        names = [name for dataset in splits.values() for name in dataset[GIVEN_GROUP][:]]
-        first: dict[str, int] = {}
-        pairs = pairs + [(first.setdefault(name, row), row) for row, name in enumerate(names) if name]
+        names = np.array([name for dataset in splits.values() for name in dataset[GIVEN_GROUP][:]])
+        given = np.flatnonzero(names != "")
+        _, first, number = np.unique(names[given], return_index=True, return_inverse=True)
+        pairs = np.concatenate([pairs, np.stack([given[first][number], given], axis=1)])
     columns["group"] = connected_groups(int(ends[-1]), pairs)
     for name, values in columns.items():
         parts = np.split(values.astype(np.int64), ends[:-1])

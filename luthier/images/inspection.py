@@ -2,23 +2,22 @@
 
 import functools
 import hashlib
-import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets
 
 from luthier.cache import cache_key, library_versions, make_rows, read_cached, write_cached
 from luthier.errors import UserError
 from luthier.escape import escape_terminal
+from luthier.images.columns import fixed_width
 from luthier.images.decode import NOT_OPENED, decode_rgb, read_bytes, reason
-from luthier.images.duplicates import MAX_IMAGES, Fingerprint, fingerprint, near_duplicates
+from luthier.images.duplicates import BITS, BORDERS, SIDE, fingerprint, near_duplicates
 from luthier.images.folders import STAMP
-
-logger = logging.getLogger(__name__)
 
 INSPECTION = 4  # part of the cache's key: raise it when what is found changes
 SHORTER_SIDE = 256  # pixels at which large JPEGs are checked for damage and duplicates
@@ -133,31 +132,32 @@ def listing(lines: list[str]) -> str:
     return "".join(f"\n  {escape_terminal(line)}" for line in lines[:MAX_LISTED]) + more
 
 
-def duplicate_pairs(splits: DatasetDict) -> list[tuple[int, int]]:
-    """Return pairs of images with equal or nearly equal pixels, by their rows in all splits together.
+def duplicate_pairs(splits: DatasetDict) -> np.ndarray:
+    """Return pairs of images with equal or nearly equal pixels, by their rows in all splits together, int64 [P, 2].
 
-    The pairs of near-duplicates are cached. Among more than `duplicates.MAX_IMAGES` images only equal ones are found.
+    The pairs of near-duplicates are cached.
     """
+    columns = ["pixels", "hashes", "thumbnail"]
+    images = concatenate_datasets([dataset.select_columns(columns) for dataset in splits.values()])
+    pixels = fixed_width(images, "pixels").view("S64").ravel()
+    _, first, number = np.unique(pixels, return_index=True, return_inverse=True)
+    exact = np.stack([first[number], np.arange(len(images))], axis=1)
+    rows = np.sort(first)
+    key = cache_key(INSPECTION, "nearest", pixels[rows].tobytes())
+    near = read_cached("near_duplicates", key)
+    if near is None:
+        hashes = fixed_width(images, "hashes")[rows].reshape(len(rows), len(BORDERS), BITS // 8)
+        near = torch.from_numpy(near_duplicates(hashes, _Thumbnails(images.with_format("arrow"), rows)))
+        write_cached("near_duplicates", key, near)
+    return np.concatenate([exact[exact[:, 0] != exact[:, 1]], rows[near.numpy()]])
 
-    def column(name: str) -> list:
-        return [value for dataset in splits.values() for value in dataset[name][:]]
 
-    all_pixels = column("pixels")
-    first = {pixels: row for row, pixels in reversed(list(enumerate(all_pixels)))}
-    pairs = [(first[pixels], row) for row, pixels in enumerate(all_pixels)]
-    rows = sorted(first.values())
-    if len(rows) > MAX_IMAGES:
-        logger.warning(f"Near-duplicates are not searched among more than {MAX_IMAGES:,} images; exact ones are")
-    else:
-        fingerprints = [Fingerprint(*parts) for parts in zip(column("hashes"), column("thumbnail"), strict=True)]
-        pairs += [(rows[i], rows[j]) for i, j in _cached_near_duplicates([fingerprints[row] for row in rows])]
-    return pairs
+class _Thumbnails:
+    """The thumbnails of some rows of a dataset, read when they are asked for: all of them could fill the memory."""
 
+    def __init__(self, images: Dataset, rows: np.ndarray):
+        self.images, self.rows = images, rows
 
-def _cached_near_duplicates(fingerprints: list[Fingerprint]) -> list[tuple[int, int]]:
-    key = cache_key(INSPECTION, *(part for one in fingerprints for part in one))
-    pairs = read_cached("near_duplicates", key)
-    if pairs is None:
-        pairs = torch.tensor(near_duplicates(fingerprints), dtype=torch.int64).reshape(-1, 2)
-        write_cached("near_duplicates", key, pairs)
-    return [(int(i), int(j)) for i, j in pairs.tolist()]
+    def __getitem__(self, numbers: np.ndarray) -> np.ndarray:
+        column = self.images[self.rows[numbers]]["thumbnail"].to_numpy()
+        return np.frombuffer(b"".join(column), np.uint8).reshape(-1, SIDE, SIDE)

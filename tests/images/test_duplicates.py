@@ -1,13 +1,23 @@
 """Near-duplicates: changed copies of an image are found, and different images of one class are not."""
 
 import io
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from benchmarks.plant import draw_scene
-from luthier.images.duplicates import connected_groups, fingerprint, near_duplicates
+from luthier.images import duplicates
+from luthier.images.duplicates import BITS, BORDERS, SIDE, connected_groups, fingerprint, near_duplicates
+
+
+def pairs_among(images: list[Image.Image]) -> list[tuple[int, int]]:
+    """Return the pairs of near-duplicates."""
+    prints = [fingerprint(image) for image in images]
+    hashes = np.frombuffer(b"".join(one.hashes for one in prints), np.uint8).reshape(len(images), len(BORDERS), -1)
+    thumbnails = np.frombuffer(b"".join(one.thumbnail for one in prints), np.uint8).reshape(-1, SIDE, SIDE)
+    return [(i, j) for i, j in near_duplicates(hashes, thumbnails).tolist()]
 
 
 def compressed(image: Image.Image, quality: int) -> Image.Image:
@@ -39,22 +49,66 @@ def cropped(image: Image.Image, left: float, top: float, right: float, bottom: f
 def test_changed_copies_are_found(change, min_found):
     images = [draw_scene("disc", seed) for seed in range(20)]
     copies = [change(image) for image in images]
-    pairs = near_duplicates([fingerprint(image) for image in images + copies])
+    pairs = pairs_among(images + copies)
     assert set(pairs) <= {(row, row + 20) for row in range(20)}
     assert len(pairs) >= min_found
 
 
 def test_images_of_one_colour_are_not_near_duplicates():
     images = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue", "white")]
-    assert near_duplicates([fingerprint(image) for image in images]) == []
+    assert pairs_among(images) == []
 
 
 def test_groups_hold_the_images_that_pairs_connect():
-    groups = connected_groups(6, [(0, 2), (2, 4), (3, 5)])
+    groups = connected_groups(6, np.array([(0, 2), (2, 4), (3, 5)]))
     assert groups[0] == groups[2] == groups[4] and groups[3] == groups[5]
-    assert len(set(groups)) == 3 and len(set(connected_groups(3, []))) == 3
+    assert len(set(groups)) == 3 and len(set(connected_groups(3, np.empty((0, 2), int)))) == 3
 
 
 def test_fewer_than_two_images_have_no_near_duplicates():
-    assert near_duplicates([]) == [] and near_duplicates([fingerprint(draw_scene("bar", 1))]) == []
-    assert np.array_equal(connected_groups(0, []), [])
+    assert pairs_among([draw_scene("bar", 1)]) == []
+    none = np.empty((0, len(BORDERS), BITS // 8), np.uint8)
+    assert near_duplicates(none, np.empty((0, SIDE, SIDE), np.uint8)).shape == (0, 2)
+    assert np.array_equal(connected_groups(0, np.empty((0, 2), int)), [])
+
+
+def hashes_with_copies(n: int, copies: int, bits: int) -> np.ndarray:
+    """Return random hashes, of which the last are the first with some bits of each changed."""
+    generator = np.random.default_rng(0)
+    hashes = generator.integers(0, 256, (n, len(BORDERS), BITS // 8), np.uint8)
+    for number in range(copies):
+        changed = np.zeros(BITS, np.uint8)
+        changed[generator.choice(BITS, bits, replace=False)] = 1
+        hashes[n - copies + number] = hashes[number] ^ np.packbits(changed)
+    return hashes
+
+
+def test_candidates_are_all_pairs_within_the_distance():
+    hashes = hashes_with_copies(300, copies=40, bits=duplicates.MAX_DISTANCE)
+    assert duplicates.find_candidates(hashes).tolist() == [[number, 260 + number] for number in range(40)]
+    assert len(duplicates.find_candidates(hashes_with_copies(300, 40, duplicates.MAX_DISTANCE + 1))) == 0
+    # The inside of an image is like the whole of another.
+    hashes[7, 2] = hashes[200, 0]
+    assert [7, 200] in duplicates.find_candidates(hashes).tolist()
+
+
+def test_each_image_is_compared_with_its_nearest_alone(monkeypatch):
+    """In a set whose images all look alike the number of pairs must not grow with the square of the images."""
+    monkeypatch.setattr(duplicates, "CANDIDATES", 0)
+    hashes = np.zeros((200, len(BORDERS), BITS // 8), np.uint8)
+    hashes[:, :, 0] = np.arange(200)[:, None]
+    assert 200 <= len(duplicates.find_candidates(hashes)) <= 200 * (duplicates.MIN_NEAREST + 1)
+
+
+def test_cells_of_the_index_leave_out_little(monkeypatch):
+    hashes = hashes_with_copies(4000, copies=200, bits=20)
+    everything = duplicates.find_candidates(hashes)
+    monkeypatch.setattr(duplicates, "CELL", 20)  # 200 cells, of which a fifth are searched
+    monkeypatch.setattr(duplicates, "CELLS", 40)
+    assert len(everything) == 200 and len(duplicates.find_candidates(hashes)) >= 190
+
+
+def test_candidates_can_be_found_in_a_process_without_torch(monkeypatch):
+    images = [draw_scene("disc", seed) for seed in range(3)]
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert pairs_among([*images, compressed(images[1], 60)]) == [(1, 3)]
