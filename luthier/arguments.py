@@ -27,7 +27,7 @@ class RunArguments(NamedTuple):
         settings: SHA-256 of all options except those that say where a run goes and how it is shown.
         given: names of all options that the config or the command line sets.
         seeds: the random seeds of training and splits, and the fold.
-        learning_rate, num_train_epochs: the user's; None leaves the recipe's.
+        learning_rate, num_train_epochs, batch: the user's, the batch that of a device; None leaves the recipe's.
         push_to_hub: publish the finished run.
         export: write the model as ONNX too.
     """
@@ -38,13 +38,14 @@ class RunArguments(NamedTuple):
     seeds: dict
     learning_rate: float | None
     num_train_epochs: float | None
+    batch: int | None
     push_to_hub: bool
     export: bool
 
     @property
-    def pace(self) -> tuple[float | None, float | None]:
-        """Learning rate and epochs, as `recipe.choose_recipes` takes them."""
-        return self.learning_rate, self.num_train_epochs
+    def pace(self) -> tuple[float | None, float | None, int | None]:
+        """Learning rate, epochs and batch, as `recipe.choose_recipes` takes them."""
+        return self.learning_rate, self.num_train_epochs, self.batch
 
 
 class Arguments(NamedTuple):
@@ -121,6 +122,8 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "output_dir": None,
 }
 
+BATCH_OPTION = "per_device_train_batch_size"
+
 # The options of TrainingArguments that people use, which --help shows; --help-all shows all of them.
 COMMON = {
     "output_dir": "Where the run is written; the next free name under outputs/ if not given.",
@@ -129,7 +132,7 @@ COMMON = {
     "num_train_epochs": "Most epochs; as many as pay if not given (docs/usage.md).",
     "learning_rate": "Learning rate of the head; the recipe's if not given.",
     "lr_scheduler_type": "How the learning rate changes.",
-    "per_device_train_batch_size": "Images in a batch, on each device.",
+    "per_device_train_batch_size": "Images in a batch, on each device; fewer on many (docs/scaling.md).",
     "gradient_accumulation_steps": "Batches in an optimizer step.",
     "weight_decay": "Weight decay of the optimizer.",
     "optim": "The optimizer, such as adamw_torch_fused or sgd.",
@@ -200,6 +203,7 @@ def parse_arguments(argv: list[str], command: str | None = None) -> Arguments:
         seeds={key: options[key] for key in ("seed", "split_seed", "fold")},
         learning_rate=options["learning_rate"],
         num_train_epochs=options["num_train_epochs"],
+        batch=options[BATCH_OPTION] if BATCH_OPTION in given else None,
         push_to_hub=bool(options["push_to_hub"]),
         export=options["export"],
     )

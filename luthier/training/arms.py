@@ -104,23 +104,26 @@ def plan_arm(recipe: Recipe, workshop: Workshop, rows: Mapping[str, Any], folder
     """Return an arm, with its heats.
 
     Args:
-        recipe: with the user's learning rate and epochs.
+        recipe: with the user's learning rate, epochs and batch.
         workshop: for its Trainers.
         rows: "train" and "validation".
         folder: for its checkpoints.
         start: see `Arm`.
     """
-    args = workshop.training_args
-    per_epoch = count_steps(args, len(rows["train"]))
+    args, images = workshop.training_args, len(rows["train"])
+    devices = args.world_size * args.gradient_accumulation_steps
+    args = replace(args, per_device_train_batch_size=recipe.batch_of_device(images, devices))
+    batch, per_epoch = args.train_batch_size * devices, count_steps(args, images)
+    first = first_heat(per_epoch, batch)
     if args.max_steps > 0:
         total = args.max_steps
     elif recipe.num_train_epochs is not None:
         total = math.ceil(recipe.num_train_epochs * per_epoch)
     else:
-        total = (2**recipe.heats - 1) * first_heat(per_epoch)
+        total = (2**recipe.heats - 1) * first
     in_heats = recipe.heats > 1 and args.lr_scheduler_type == SchedulerType.COSINE
-    ends = heat_ends(first_heat(per_epoch), total) if in_heats else (total,)
-    rate, epochs = recipe.learning_rate, total / per_epoch
+    ends = heat_ends(first, total) if in_heats else (total,)
+    rate, epochs = recipe.rate_of_batch(batch), total / per_epoch
     own = replace(args, learning_rate=rate, num_train_epochs=epochs, output_dir=str(folder))
     return Arm(recipe, workshop, own, rows, ends, Schedule(ends, args.warmup_steps) if in_heats else None, start)
 

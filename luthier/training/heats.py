@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 from transformers import TrainerCallback
 
-MIN_STEPS, MAX_STEPS = 8, 400  # of the first heat, which is one epoch where that lies between them
+# Optimizer steps of the first heat, and images: it is one epoch where that lies between them.
+MIN_STEPS, MAX_IMAGES = 8, 12_800
 
 
 class Schedule(NamedTuple):
@@ -38,10 +39,15 @@ class Schedule(NamedTuple):
         return 0.0
 
 
-def first_heat(steps_per_epoch: int) -> int:
-    """Return the steps of the first heat: an epoch, several of a small data set, or a part of a large one's."""
+def first_heat(steps_per_epoch: int, batch: int) -> int:
+    """Return the steps of the first heat: an epoch, several of a small data set, or a part of a large one's.
+
+    Args:
+        steps_per_epoch: optimizer steps of an epoch.
+        batch: images in a step.
+    """
     epochs = math.ceil(MIN_STEPS / steps_per_epoch)
-    return min(epochs * steps_per_epoch, max(MAX_STEPS, MIN_STEPS))
+    return min(epochs * steps_per_epoch, max(MAX_IMAGES // batch, MIN_STEPS))
 
 
 def heat_ends(first: int, total: int) -> tuple[int, ...]:

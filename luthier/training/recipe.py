@@ -3,11 +3,15 @@
 docs/experiments.md has the figures behind each number.
 """
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
 
 from luthier.errors import UserError
+
+BATCH = 32  # images in an optimizer step that the learning rates below are for
+LEAST_STEPS = 100  # of an epoch: with fewer, a model learns too little in it
 
 
 class Recipe(NamedTuple):
@@ -24,6 +28,8 @@ class Recipe(NamedTuple):
         heats: how many heats there are at most, each twice as long as the one before; see `heats`.
         num_train_epochs: in the place of heats, for a single one of this length.
         shares: weights to choose from at the end: 1 is the trained ones, 0.5 their mean with those at the start.
+        rate_is_given: the learning rate is the user's, and for the batch as it is.
+        batch: the user's, of a device; None leaves it to `batch_of_device`.
     """
 
     name: str
@@ -35,6 +41,26 @@ class Recipe(NamedTuple):
     heats: int
     num_train_epochs: float | None
     shares: tuple[float, ...]
+    rate_is_given: bool = False
+    batch: int | None = None
+
+    def batch_of_device(self, images: int, devices: int) -> int:
+        """Return how many images a device takes in a step: `BATCH`, or a part of it where an epoch is short.
+
+        Args:
+            images: of an epoch.
+            devices: times the batches of each in an optimizer step.
+        """
+        if self.batch is not None:
+            return self.batch
+        return BATCH if images >= LEAST_STEPS * BATCH * devices else math.ceil(BATCH / devices)
+
+    def rate_of_batch(self, batch: int) -> float:
+        """Return the learning rate of the head for so many images in an optimizer step.
+
+        It grows with the square root of the batch, as suits AdamW (Malladi et al. 2022), from `BATCH` images on.
+        """
+        return self.learning_rate if self.rate_is_given else self.learning_rate * math.sqrt(max(1, batch / BATCH))
 
     @property
     def is_pretrained(self) -> bool:
@@ -69,15 +95,16 @@ def choose_recipes(
     linear_head: bool,
     learning_rate: float | None = None,
     num_train_epochs: float | None = None,
+    batch: int | None = None,
 ) -> list[Recipe]:
-    """Return the recipe asked for, or those that are raced, with the user's learning rate and epochs.
+    """Return the recipe asked for, or those that are raced, with the user's learning rate, epochs and batch.
 
     Args:
         name: what the user asked for; None to have it chosen.
         model_name: `simple_cnn` is the one without a pretrained backbone; others appear in errors only.
         linear_head: the model's head is one linear layer, which a linear probe can replace.
-        learning_rate, num_train_epochs: the user's; None leaves the recipe's. Epochs are a maximum for recipes of
-            several heats.
+        learning_rate, num_train_epochs, batch: the user's; None leaves the recipe's. Epochs are a maximum for recipes
+            of several heats. The batch is that of a device.
 
     Raises:
         UserError: the model cannot learn in the way asked for.
@@ -98,6 +125,8 @@ def choose_recipes(
         recipe._replace(
             learning_rate=recipe.learning_rate if learning_rate is None else learning_rate,
             num_train_epochs=recipe.num_train_epochs if num_train_epochs is None else num_train_epochs,
+            rate_is_given=learning_rate is not None,
+            batch=batch,
         )
         for recipe in recipes
     ]

@@ -5,15 +5,18 @@ import math
 
 import pytest
 
-from luthier.training.heats import MAX_STEPS, MIN_STEPS, Schedule, first_heat, heat_ends
+from luthier.training.heats import MAX_IMAGES, MIN_STEPS, Schedule, first_heat, heat_ends
 
 
 @pytest.mark.parametrize(
-    ("steps_per_epoch", "expected"),
-    [(32, 32), (MIN_STEPS, MIN_STEPS), (5, 10), (1, MIN_STEPS), (31_250, MAX_STEPS)],
-)
-def test_first_heat_is_an_epoch_several_of_few_images_and_a_part_of_many(steps_per_epoch, expected):
-    assert first_heat(steps_per_epoch) == expected
+    ("steps_per_epoch", "batch", "expected"),
+    [
+        (32, 32, 32), (MIN_STEPS, 32, MIN_STEPS), (5, 32, 10), (1, 32, MIN_STEPS), (31_250, 32, MAX_IMAGES // 32),
+        (31_250, 256, MAX_IMAGES // 256), (31_250, MAX_IMAGES, MIN_STEPS),
+    ],
+)  # fmt: skip
+def test_first_heat_is_an_epoch_several_of_few_images_and_a_part_of_many(steps_per_epoch, batch, expected):
+    assert first_heat(steps_per_epoch, batch) == expected
 
 
 @pytest.mark.parametrize(

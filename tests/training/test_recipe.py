@@ -25,7 +25,7 @@ def test_recipe_that_a_model_cannot_learn_by_is_refused():
 
 def test_learning_rate_and_epochs_of_the_user_replace_those_of_the_recipe():
     (chosen,) = choose_recipes("full", "some/model", True, learning_rate=0.5, num_train_epochs=7)
-    assert chosen == RECIPES["full"]._replace(learning_rate=0.5, num_train_epochs=7)
+    assert chosen == RECIPES["full"]._replace(learning_rate=0.5, num_train_epochs=7, rate_is_given=True)
     assert RECIPES["full"].learning_rate != 0.5
 
 
@@ -37,3 +37,20 @@ def test_blend_interpolates_between_two_states():
     diverged = {**end, "weight": torch.full((3,), torch.nan)}
     assert torch.equal(blend(start, diverged, 0.0)["weight"], start["weight"])
     assert blend(start, end, 0.5)["weight"].tolist() == [0.5] * 3 and blend(start, end, 0.5)["steps"] == 5
+
+
+@pytest.mark.parametrize(
+    ("images", "devices", "batch"),
+    [(100, 1, 32), (1_000_000, 1, 32), (12_799, 4, 8), (12_800, 4, 32), (100, 5, 7), (100, 64, 1)],
+)
+def test_step_of_many_devices_has_as_many_images_as_that_of_one_where_an_epoch_is_short(images, devices, batch):
+    assert RECIPES["full"].batch_of_device(images, devices) == batch
+    assert RECIPES["full"]._replace(batch=5).batch_of_device(images, devices) == 5
+
+
+def test_learning_rate_grows_with_the_square_root_of_the_batch_unless_it_is_given():
+    recipe = RECIPES["full"]
+    assert recipe.rate_of_batch(128) == pytest.approx(2 * recipe.learning_rate)
+    assert recipe.rate_of_batch(32) == recipe.rate_of_batch(4) == recipe.learning_rate
+    (chosen,) = choose_recipes("full", "some/model", True, learning_rate=0.5, batch=64)
+    assert chosen.rate_of_batch(128) == 0.5 and chosen.batch == 64
