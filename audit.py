@@ -86,7 +86,7 @@ def build_parser() -> "Parser":
 
 
 def ask_probe(splits: "DatasetDict", arguments: "Arguments") -> dict:
-    """Return `suspect_labels` and `inflation` as far as a linear probe tells them, see `baselines.ProbeResults`."""
+    """Return what a linear probe finds, and `inflation`, see `baselines.ProbeResults`."""
     from dataclasses import replace
     from functools import partial
 
@@ -111,7 +111,7 @@ def ask_probe(splits: "DatasetDict", arguments: "Arguments") -> dict:
         view, trainer = EvaluationView(image_processor), predictor(model)
         rows = feature_rows(prepare(splits, view), view)
         probe = measure_probe(trainer, splits, rows)
-    return {"suspect_labels": probe.suspect_labels, "inflation": probe.inflation}
+    return probe.findings | {"inflation": probe.inflation}
 
 
 if __name__ == "__main__":

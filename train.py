@@ -121,7 +121,7 @@ def fine_tune(arguments: "Arguments", stop: "Stop", stopwatch: Stopwatch) -> tup
         probe = measure_probe(workshop.predictor(), splits, images, judge.criterion, curve, console.say_probe)
     stopwatch.stop("features")
     console.say_estimates(probe, curve)
-    experiment.findings["suspect_labels"] = probe.suspect_labels
+    experiment.findings.update(probe.findings)
     console.say_audit(experiment.findings)
 
     # Train

@@ -7,6 +7,7 @@ is new. A file is written whole or not at all, and never changed.
 import hashlib
 import importlib.metadata
 import logging
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 PART = "rows-"  # how the names of files of rows begin; `datasets` puts its own beside them
 KEY = "key"  # the column, or tensor, that tells what a row is made of
+AT_ONCE = 8192  # rows that are copied
+MAX_IN_MEMORY = 256_000_000  # bytes
 
 
 def cache_key(*parts: object) -> str:
@@ -64,25 +67,46 @@ def write_cached(kind: str, key: str, tensor: torch.Tensor) -> None:
 # --- of each image
 
 
-def read_rows(kind: str, key: str, digests: Collection[str]) -> tuple[list[torch.Tensor], dict[str, int]]:
-    """Return the rows that are kept of some images, in blocks, and where in all blocks together the row of each is.
+def fill_rows(kind: str, key: str, digests: Sequence[str], rows: torch.Tensor) -> np.ndarray:
+    """Fill in the rows that are kept of some images; return which these are, bool [N].
 
     Args:
         kind, key: as `write_rows` was given them.
-        digests: SHA-256 of each image, in hexadecimal; those that are not in the answer are not kept.
+        digests: SHA-256 of each image [N], in hexadecimal.
+        rows: [N, ...], which is changed.
     """
-    wanted, blocks = set(digests), []
-    place_of: dict[str, int] = {}
+    is_known, names = np.zeros(len(digests), dtype=bool), _as_bytes(digests)
     for file in sorted(_folder(kind, key).glob("*.safetensors")):
         kept = _read_tensors(file)
         if {KEY, "tensor"} - set(kept):
             continue
-        row_of = {bytes(name).hex(): row for row, name in enumerate(kept[KEY].numpy())}
-        found = [name for name in row_of if name in wanted and name not in place_of]
-        begin = len(place_of)
-        place_of |= {name: begin + number for number, name in enumerate(found)}
-        blocks.append(kept["tensor"][[row_of[name] for name in found]])
-    return blocks, place_of
+        own = kept[KEY].numpy().view(names.dtype).ravel()
+        order = np.argsort(own)
+        place = order[np.searchsorted(own, names, sorter=order).clip(max=len(own) - 1)]
+        found = np.flatnonzero((own[place] == names) & ~is_known)
+        for part in np.split(found, range(AT_ONCE, len(found), AT_ONCE)):
+            rows[part] = kept["tensor"][place[part]]
+        is_known[found] = True
+    return is_known
+
+
+def empty_rows(n: int, columns: int) -> torch.Tensor:
+    """Return space for float32 [n, columns]: in memory, or if that is more than `MAX_IN_MEMORY` in a temporary file.
+
+    The file is mapped into memory. The system keeps as much of it there as there is space for.
+    """
+    size = 4 * n * columns
+    if size > MAX_IN_MEMORY:
+        try:
+            folder = Path(datasets.config.HF_DATASETS_CACHE)
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as file:
+                if hasattr(os, "posix_fallocate"):  # or a full disk would end the process when a row is written
+                    os.posix_fallocate(file.fileno(), 0, size)
+                return torch.from_numpy(np.memmap(file, np.float32, "w+", shape=(n, columns)))
+        except OSError as error:
+            logger.warning(f"{size / 1e9:.1f} GB are held in memory, because they cannot be on the disk: {error}")
+    return torch.empty((n, columns))
 
 
 def write_rows(kind: str, key: str, digests: Sequence[str], rows: torch.Tensor) -> None:
@@ -94,9 +118,15 @@ def write_rows(kind: str, key: str, digests: Sequence[str], rows: torch.Tensor) 
         digests: SHA-256 of each image [N], in hexadecimal, each once.
         rows: [N, ...]; where there is no space or no right to write, they are computed again next time.
     """
-    names = np.frombuffer(bytes.fromhex("".join(digests)), dtype=np.uint8).reshape(len(digests), -1)
+    names = _as_bytes(digests).view(np.uint8).reshape(len(digests), -1)
     path = _folder(kind, key, f"{cache_key(*digests)}.safetensors")
     _write_tensors(path, {KEY: torch.from_numpy(names.copy()), "tensor": rows})
+
+
+def _as_bytes(digests: Sequence[str]) -> np.ndarray:
+    """Return digests in hexadecimal as bytes, [N], of a type that can be compared and sorted."""
+    size = len(digests[0]) // 2 if digests else 1
+    return np.frombuffer(bytes.fromhex("".join(digests)), dtype=np.dtype(("S", size)))
 
 
 def make_rows(

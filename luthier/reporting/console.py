@@ -268,9 +268,16 @@ def grouping_in_words(pattern: str) -> str:
 
 def findings_in_words(findings: Mapping) -> str:
     """Return in a line how much was found of each kind."""
-    counts = [f"{KIND_NAMES[kind]}: {len(findings[kind])}" for kind in KINDS if findings[kind]]
+    counts = [count_in_words(findings, kind) for kind in KINDS if findings[kind]]
     unchecked = ["labels not checked"] if findings["suspect_labels"] is None else []
     return ", ".join(counts + unchecked) or "nothing found"
+
+
+def count_in_words(findings: Mapping, kind: str) -> str:
+    """Return how much was found of a kind, and how it was searched where that was not the usual way."""
+    sample = findings.get("checked_by") if kind == "suspect_labels" else None
+    by = f" (by probes that have learned from {plural(sample, 'image')} each)" if sample else ""
+    return f"{KIND_NAMES[kind]}: {len(findings[kind])}{by}"
 
 
 def list_findings(findings: Mapping) -> str:
@@ -286,7 +293,7 @@ def list_findings(findings: Mapping) -> str:
             lines.append("\nlabels: not checked")
         if not findings[kind]:
             continue
-        lines.append(f"\n{KIND_NAMES[kind]}: {len(findings[kind])}")
+        lines.append(f"\n{count_in_words(findings, kind)}")
         lines += [f"  {finding_in_words(finding)}" for finding in findings[kind][:MAX_LISTED]]
         if len(findings[kind]) > MAX_LISTED:
             lines.append(f"  ... and {len(findings[kind]) - MAX_LISTED} more")

@@ -15,6 +15,7 @@ from luthier.images.decode import decode_rgb, read_bytes
 from luthier.reporting import figures
 from luthier.reporting.console import (
     KIND_NAMES,
+    count_in_words,
     grouping_in_words,
     inflation_in_words,
     learning_curve_in_words,
@@ -93,7 +94,14 @@ def _render(template: str, path: Path, splits: DatasetDict, **values) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    words = (grouping_in_words, inflation_in_words, learning_curve_in_words, none_in_words, refit_in_words)
+    words = (
+        count_in_words,
+        grouping_in_words,
+        inflation_in_words,
+        learning_curve_in_words,
+        none_in_words,
+        refit_in_words,
+    )
     environment.globals |= {function.__name__: function for function in words}
     page = environment.get_template(template).render(kinds=KIND_NAMES, thumbnail=_thumbnails(splits), **values)
     path.write_text(page, encoding="utf-8")

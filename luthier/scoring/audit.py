@@ -1,13 +1,14 @@
 """What is wrong with a dataset: unreadable, misnamed, tiny, duplicate and mislabelled images."""
 
-from collections import Counter, defaultdict
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import DatasetDict
+from datasets import DatasetDict, concatenate_datasets
 
-from luthier.images.columns import GIVEN_GROUP
+from luthier.images.columns import GIVEN_GROUP, fixed_width
 from luthier.images.groups import propose_grouping
 from luthier.images.inspection import UnreadableImage
 from luthier.images.splits import stratified_folds
@@ -21,7 +22,7 @@ EXTENSIONS_OF = {
 }
 TINY = 32  # pixels: a shorter side below this shows little
 FOLDS = 5
-MAX_CELLS = 20_000_000  # images times classes up to which labels are checked: about a minute on two cores
+COLUMNS = ["name", "label", "duplicates", "pixels", "format", "width", "height"]
 KINDS = (
     "unreadable",
     "between_splits",
@@ -41,47 +42,62 @@ def audit_images(splits: DatasetDict, unreadable: list[UnreadableImage]) -> dict
     Each kind of `KINDS` is a list of findings; of duplicates a list of lists of images that belong together. An image
     is a dict of `split`, `row` (None if it was left out), `name`, `label`, and `why`. `between_splits` and
     `between_classes` repeat those duplicates that distort a score. `groups_between_splits` has an image of each split
-    for each given group that is in several splits of the data's own. `suspect_labels` is None until `suspect_labels`
-    has filled it in. `images` is how many there are, `classes` how many of each class. `grouping` is what
-    `groups.propose_grouping` proposes where no groups are given.
+    for each given group that is in several splits of the data's own. `suspect_labels` and `checked_by` are None until
+    the function `suspect_labels` has told them. `images` is how many there are, `classes` how many of each class.
+    `grouping` is what `groups.propose_grouping` proposes where no groups are given.
     """
     names = next(iter(splits.values())).features["label"].names
-    images, duplicates, groups = [], defaultdict(list), defaultdict(list)
-    findings: dict = {kind: [] for kind in KINDS} | {"suspect_labels": None}
+    images = concatenate_datasets([dataset.select_columns(COLUMNS) for dataset in splits.values()])
+    files, labels = images["name"][:], np.array(images["label"][:])
+    begins = np.cumsum([0, *map(len, splits.values())])
+    findings: dict = {kind: [] for kind in KINDS} | {"suspect_labels": None, "checked_by": None}
     findings["unreadable"] = [
-        {"split": image.split, "row": None, "name": image.name, "label": image.label, "why": image.reason}
-        for image in unreadable
+        {"split": each.split, "row": None, "name": each.name, "label": each.label, "why": each.reason}
+        for each in unreadable
     ]
-    columns = ("name", "label", "duplicates", "pixels", "format", "width", "height")
-    for split, dataset in splits.items():
-        given = dataset[GIVEN_GROUP][:] if GIVEN_GROUP in dataset.column_names else [""] * len(dataset)
-        values = zip(given, *(dataset[column][:] for column in columns), strict=True)
-        for row, (group, name, label, alike, pixels, file_format, width, height) in enumerate(values):
-            image = {"split": split, "row": row, "name": name, "label": names[label]}
-            images.append(image)
-            duplicates[alike].append((pixels, image))
-            groups[group].append(image)
-            suffix = Path(name).suffix.lower()
-            if suffix and suffix not in EXTENSIONS_OF.get(file_format, {f".{file_format.lower()}"}):
-                findings["wrong_extension"].append(image | {"why": f"it is {file_format}"})
-            if min(width, height) < TINY:
-                findings["tiny"].append(image | {"why": f"{width} x {height} px"})
-    for members in duplicates.values():
-        if len(members) > 1:
-            _add_duplicates(findings, members)
-    groups.pop("", None)
-    first_of_split = [{image["split"]: image for image in reversed(members)} for members in groups.values()]
-    findings["groups_between_splits"] = [list(first.values()) for first in first_of_split if len(first) > 1]
-    counts = Counter(image["label"] for image in images)
-    grouping = None if groups else propose_grouping([image["name"] for image in images], len(names))
+
+    def image(number: int | np.integer) -> dict:
+        split = int(np.searchsorted(begins, number, side="right")) - 1
+        row = int(number - begins[split])
+        return {"split": list(splits)[split], "row": row, "name": files[number], "label": names[labels[number]]}
+
+    for number, (name, file_format) in enumerate(zip(files, images["format"][:], strict=True)):
+        suffix = Path(name).suffix.lower()
+        if suffix and suffix not in EXTENSIONS_OF.get(file_format, {f".{file_format.lower()}"}):
+            findings["wrong_extension"].append(image(number) | {"why": f"it is {file_format}"})
+    width, height = (np.array(images[side][:]) for side in ("width", "height"))
+    findings["tiny"] = [
+        image(number) | {"why": f"{width[number]} x {height[number]} px"}
+        for number in np.flatnonzero(np.minimum(width, height) < TINY)
+    ]
+    pixels = fixed_width(images, "pixels")
+    for members in _together(images["duplicates"][:]):
+        _add_duplicates(findings, [(pixels[number].tobytes(), image(number)) for number in members])
+    given = [
+        name for dataset in splits.values() if GIVEN_GROUP in dataset.column_names for name in dataset[GIVEN_GROUP]
+    ]
+    for members in _together(given):
+        first = {entry["split"]: entry for entry in map(image, members[::-1])}
+        if given[members[0]] and len(first) > 1:
+            findings["groups_between_splits"].append(list(first.values())[::-1])
+    counts = np.bincount(labels, minlength=len(names))
     return findings | {
         "images": len(images),
-        "classes": {name: counts[name] for name in names},
-        "grouping": grouping,
+        "classes": dict(zip(names, counts.tolist(), strict=True)),
+        "grouping": None if given else propose_grouping(files, len(names)),
     }
 
 
-def _add_duplicates(findings: dict, members: list[tuple[str, dict]]) -> None:
+def _together(values: Sequence) -> Iterator[np.ndarray]:
+    """Yield the numbers of those that have a value in common."""
+    _, number, count = np.unique(values, return_inverse=True, return_counts=True)
+    order = np.argsort(number, kind="stable")
+    for end, size in zip(np.cumsum(count), count, strict=True):
+        if size > 1:
+            yield order[end - size : end]
+
+
+def _add_duplicates(findings: dict, members: list[tuple[bytes, dict]]) -> None:
     """Add a group of duplicates, each its pixels' digest and the image, to the findings that it makes."""
     by_pixels = defaultdict(list)
     for pixels, image in members:
@@ -95,8 +111,10 @@ def _add_duplicates(findings: dict, members: list[tuple[str, dict]]) -> None:
             findings[kind].append(alike)
 
 
-def suspect_labels(splits: DatasetDict, features: torch.Tensor, strength: float) -> list[dict] | None:
-    """Return the images whose label is likely wrong, the likeliest first; None where there are too many to check.
+def suspect_labels(splits: DatasetDict, features: torch.Tensor, strength: float) -> tuple[list[dict], int | None]:
+    """Return the images whose label is likely wrong, the likeliest first.
+
+    Besides, how many images each probe learned from, if that was a sample.
 
     Linear probes that have not learned from an image, nor from its duplicates, give its probabilities. A label is
     suspect where another class is likelier, and at least as likely as it is on average for that class's own images
@@ -108,29 +126,36 @@ def suspect_labels(splits: DatasetDict, features: torch.Tensor, strength: float)
         strength: of the probe.
     """
     names = splits["train"].features["label"].names
-    places = [(split, row) for split, dataset in splits.items() for row in range(len(dataset))]
     labels, groups = (np.concatenate([d[column][:] for d in splits.values()]) for column in ("label", "group"))
-    if len(labels) * len(names) > MAX_CELLS:
-        return None
     folds = stratified_folds(labels, groups, FOLDS, seed=0)
     truth = torch.as_tensor(labels, device=features.device)
-    (logits,) = cross_fit(features, truth, folds, len(names), (strength,))
-    probabilities = logits.softmax(dim=1).double().cpu().numpy()
-    # Its class has others to judge it by.
-    known = np.array([(labels[folds != fold] == label).any() for fold, label in zip(folds, labels, strict=True)])
-    given = probabilities[np.arange(len(labels)), labels]
-    usual = np.array([given[labels == index].mean() if (labels == index).any() else 1 for index in range(len(names))])
-    likelier = probabilities.argmax(axis=1)
-    suspect = known & (likelier != labels) & (probabilities.max(axis=1) >= usual[likelier])
-    return [
-        {
-            "split": places[row][0],
-            "row": places[row][1],
-            "name": splits[places[row][0]][places[row][1]]["name"],
-            "label": names[labels[row]],
-            "likelier": names[likelier[row]],
-            "probability": float(given[row]),
-            "why": f"looks like {names[likelier[row]]}; its own label has a probability of {given[row]:.1%}",
-        }
-        for row in sorted(np.flatnonzero(suspect), key=lambda row: given[row])
-    ]
+    given, highest, likelier = np.zeros(len(labels)), np.zeros(len(labels)), np.zeros(len(labels), dtype=int)
+    sample = None
+    for part in cross_fit(features, truth, folds, len(names), (strength,)):
+        probabilities = part.logits[0].softmax(dim=1).double().cpu().numpy()
+        given[part.rows] = probabilities[np.arange(len(part.rows)), labels[part.rows]]
+        highest[part.rows], likelier[part.rows] = probabilities.max(axis=1), probabilities.argmax(axis=1)
+        sample = part.sample
+    occurs = np.zeros((FOLDS, len(names)), dtype=bool)
+    occurs[folds, labels] = True
+    known = occurs.sum(axis=0)[labels] > 1  # a class has images in other folds to judge it by
+    counts, sums = np.bincount(labels, minlength=len(names)), np.bincount(labels, given, len(names))
+    usual = np.where(counts > 0, sums / np.maximum(counts, 1), 1)
+    suspect = np.flatnonzero(known & (likelier != labels) & (highest >= usual[likelier]))
+    begins = np.cumsum([0, *map(len, splits.values())])
+    found = []
+    for number in suspect[np.argsort(given[suspect], kind="stable")]:
+        index = int(np.searchsorted(begins, number, side="right")) - 1
+        split, row, likely = list(splits)[index], int(number - begins[index]), names[likelier[number]]
+        found.append(
+            {
+                "split": split,
+                "row": row,
+                "name": splits[split][row]["name"],
+                "label": names[labels[number]],
+                "likelier": likely,
+                "probability": float(given[number]),
+                "why": f"looks like {likely}; its own label has a probability of {given[number]:.1%}",
+            }
+        )
+    return found, sample

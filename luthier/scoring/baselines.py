@@ -10,17 +10,18 @@ from accelerate.utils import broadcast_object_list
 from datasets import DatasetDict
 from transformers import Trainer
 
+from luthier.cache import empty_rows
 from luthier.images.columns import GIVEN_GROUP
 from luthier.images.groups import groups_of
 from luthier.images.splits import stratified_folds
 from luthier.images.views import ImageRows
-from luthier.scoring.audit import MAX_CELLS, suspect_labels
+from luthier.scoring.audit import suspect_labels
 from luthier.scoring.criterion import LOG_LOSS, Criterion
 from luthier.scoring.grouping import measure_inflation
 from luthier.scoring.intervals import wilson_interval
 from luthier.scoring.learning_curve import probe_learning_curve
 from luthier.scoring.metrics import Yardstick, score
-from luthier.training.features import load_features
+from luthier.training.features import feature_size, join, load_features
 from luthier.training.probe import LinearProbe, cross_fit, fit_shared_probes, state_with_probe
 from luthier.training.trainer import model_of
 from models import linear_head
@@ -34,11 +35,11 @@ class ProbeResults(NamedTuple):
     Attributes:
         starts: the model's state with the probe as its head, on every process, by `recipe.Recipe.start`.
         strength: the probe's penalty, on every process.
-        yardstick: corrects validation losses, on every process; None where there are too many images and classes.
+        yardstick: corrects validation losses, on every process.
         features: of every split, float32 [N, D].
         baseline: of `probe_baseline`.
         logits: float [N, C] of test, calibrated.
-        suspect_labels: of `audit.suspect_labels`.
+        suspect_labels, checked_by: of `audit.suspect_labels`: the images, and how many a probe has learned from.
         learning_curve: of `learning_curve.learning_curve`, where it was asked for.
         inflation: of `grouping.measure_inflation`, where the data has groups.
     """
@@ -50,8 +51,14 @@ class ProbeResults(NamedTuple):
     baseline: dict | None = None
     logits: np.ndarray | None = None
     suspect_labels: list[dict] | None = None
+    checked_by: int | None = None
     learning_curve: dict | None = None
     inflation: dict | None = None
+
+    @property
+    def findings(self) -> dict:
+        """What an audit finds by the probe."""
+        return {"suspect_labels": self.suspect_labels, "checked_by": self.checked_by}
 
 
 def measure_probe(
@@ -80,26 +87,31 @@ def measure_probe(
     if head is None:
         return ProbeResults()
     references = {split: dataset["label"][:] for split, dataset in splits.items()}
-    known: dict[str, torch.Tensor] = {}
+    space, known = None, {}
+    if trainer.is_world_process_zero():
+        sizes = [len(dataset) for dataset in splits.values()]
+        space = empty_rows(sum(sizes), feature_size(model, head))  # of all splits together, so that they can be joined
+        known = dict(zip(map(str, splits), space.split(sizes), strict=True))
     for split in ("train", "validation"):
-        features = load_features(trainer, head, images[split])
-        known |= {} if features is None else {split: features}
+        load_features(trainer, head, images[split], known.get(split))
     probe, soft = fit_shared_probes(trainer, known or None, references, criterion.class_weights)
     if announce and known:
         announce(probe_baseline(probe, known, splits, criterion)[0]["validation"])
     corrects = build_yardstick(known, splits, probe.strength, criterion, trainer.args.device) if known else None
     (yardstick,) = broadcast_object_list([corrects])
-    features = load_features(trainer, head, images["test"]) if "test" in images else None  # an audit may have no test
+    if "test" in images:  # an audit may have none
+        load_features(trainer, head, images["test"], known.get("test"))
     starts = {"probe": state_with_probe(model, head, probe), "soft probe": state_with_probe(model, head, soft)}
-    if not trainer.is_world_process_zero():
+    if space is None:
         return ProbeResults(starts, probe.strength, yardstick)
-    known |= {} if features is None else {"test": features}
+    device = trainer.args.device
     baseline, logits = probe_baseline(probe, known, splits, criterion)
-    everything, device = torch.cat(list(known.values())), trainer.args.device
-    suspects = suspect_labels(splits, everything.to(device), probe.strength)
+    suspects, checked_by = suspect_labels(splits, space.to(device), probe.strength)
     curve = probe_learning_curve(splits, known, probe, device) if with_learning_curve else None
     inflation = probe_inflation(splits, known, probe.strength, device)
-    return ProbeResults(starts, probe.strength, yardstick, known, baseline, logits, suspects, curve, inflation)
+    return ProbeResults(
+        starts, probe.strength, yardstick, known, baseline, logits, suspects, checked_by, curve, inflation
+    )
 
 
 def probe_inflation(
@@ -107,7 +119,7 @@ def probe_inflation(
 ) -> dict | None:
     """Return what ignoring the given groups would add to a probe's accuracy, see `grouping.measure_inflation`.
 
-    None where there are no given groups, or too many images and classes.
+    None where there are no given groups.
 
     Args:
         splits: as loaded.
@@ -117,12 +129,12 @@ def probe_inflation(
     """
     both = [splits[split] for split in ("train", "validation")]
     classes = both[0].features["label"].num_classes
-    if GIVEN_GROUP not in both[0].column_names or sum(map(len, both)) * classes > MAX_CELLS:
+    if GIVEN_GROUP not in both[0].column_names:
         return None
     labels, duplicates, groups = (
         np.concatenate([dataset[column][:] for dataset in both]) for column in ("label", "duplicates", "group")
     )
-    everything = torch.cat([features["train"], features["validation"]]).to(device)
+    everything = join([features["train"], features["validation"]]).to(device)
     return measure_inflation(everything, labels, duplicates, groups, classes, strength)
 
 
@@ -132,8 +144,8 @@ def build_yardstick(
     strength: float,
     criterion: Criterion,
     device: torch.device,
-) -> Yardstick | None:
-    """Return what corrects validation losses; None where there are too many images and classes for it.
+) -> Yardstick:
+    """Return what corrects validation losses.
 
     Args:
         features: float32 [N, D] of train and validation.
@@ -145,12 +157,10 @@ def build_yardstick(
     both = [splits[split] for split in ("train", "validation")]
     labels, groups = (np.concatenate([dataset[column][:] for dataset in both]) for column in ("label", "group"))
     classes = both[0].features["label"].num_classes
-    if len(labels) * classes > MAX_CELLS:
-        return None
-    everything, truth = torch.cat([features["train"], features["validation"]]).to(device), torch.tensor(labels)
-    folds = stratified_folds(labels, groups, FOLDS, seed=0)
-    (logits,) = cross_fit(everything, truth.to(device), folds, classes, (strength,))
-    losses = criterion.losses(criterion.answers(logits.cpu().numpy()), labels)
+    everything, truth = join([features["train"], features["validation"]]).to(device), torch.tensor(labels)
+    folds, losses = stratified_folds(labels, groups, FOLDS, seed=0), np.zeros(len(labels))
+    for part in cross_fit(everything, truth.to(device), folds, classes, (strength,)):
+        losses[part.rows] = criterion.losses(criterion.answers(part.logits[0].cpu().numpy()), labels[part.rows])
     return Yardstick(losses[len(both[0]) :], float(losses.mean()))
 
 

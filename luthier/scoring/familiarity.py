@@ -14,7 +14,7 @@ from luthier.familiarity import Familiarity, log_odds, similarity
 from luthier.images.splits import draw_order
 from luthier.images.views import ImageRows
 from luthier.scoring.metrics import choose_threshold
-from luthier.training.features import build_backbone, run_backbone, size_of
+from luthier.training.features import AT_ONCE, build_backbone, run_backbone, size_of
 from luthier.training.trainer import model_of, predict
 from models import linear_head
 
@@ -51,11 +51,15 @@ def answer(trainer: Trainer, rows: Any, splits: DatasetDict, familiarity: Famili
     head = linear_head(model_of(trainer))
     if head is None:
         return Answers(*predict(trainer, rows))
-    features = run_backbone(trainer, _backbone(trainer, head, rows), rows.remove_columns("label"))
-    logits, sureness = _apply_head(trainer, head, features), None
-    if familiarity is not None:
-        sureness = familiarity.rate(logits.softmax(dim=-1), features).numpy()
-    return Answers(logits.numpy(), np.array(splits["test"]["label"][:]), sureness, familiarity)
+    backbone, rows, logits, sureness = _backbone(trainer, head, rows), rows.remove_columns("label"), [], []
+    for begin in range(0, len(rows), AT_ONCE):
+        part = rows.select(range(begin, min(len(rows), begin + AT_ONCE)))
+        features = run_backbone(trainer, backbone, part)
+        logits.append(_apply_head(trainer, head, features))
+        if familiarity is not None:
+            sureness.append(familiarity.rate(logits[-1].softmax(dim=-1), features).numpy())
+    references, sure = np.array(splits["test"]["label"][:]), np.concatenate(sureness) if sureness else None
+    return Answers(torch.cat(logits).numpy(), references, sure, familiarity)
 
 
 def learn_familiarity(

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 
 import numpy as np
-import torch
 from datasets import DatasetDict, concatenate_datasets
 
 from luthier.scoring.audit import audit_images
@@ -13,6 +12,7 @@ from luthier.scoring.baselines import ProbeResults
 from luthier.scoring.experiment import Experiment, Result
 from luthier.scoring.familiarity import Answers, pool_familiarity
 from luthier.scoring.metrics import TestPredictions, choose_threshold, confidence_and_correct, fit_temperature
+from luthier.training.features import join
 from luthier.training.layers import divide_logits
 
 # Splits of images that no fold tests: what the data brings, and classes whose images are one or belong together.
@@ -67,6 +67,7 @@ def pool(parts: Sequence[tuple[Experiment, Result]]) -> tuple[Experiment, Result
                 datasets[split].select(rows) for datasets in (experiment.splits, experiment.prepared)
             )
     findings = audit_images(splits, []) | {"unreadable": experiment.findings["unreadable"]}
+    findings |= leader.probe.findings
     findings["suspect_labels"] = _in_pool(leader.probe.suspect_labels, experiment.splits, splits)
     probe = _pool_probes(leader, [each.probe for each in results], splits, untested)
     divide_logits(leader.model, temperature / leader.kept.temperature)
@@ -87,7 +88,7 @@ def _pool_probes(
     references = np.array(splits["test"]["label"][:])
     none = result.course.judge.criterion.none
     scored = TestPredictions(splits, logits, references, result.kept.class_shares, none=none).score()
-    features = {"test": torch.cat([probe.features["test"] for probe in probes if probe.features])}
+    features = {"test": join([probe.features["test"] for probe in probes if probe.features])}
     features |= {UNTESTED[split]: leader.features[split][rows] for split, rows in untested.items()}
     return leader._replace(baseline=leader.baseline | {"test": scored}, features=features)
 

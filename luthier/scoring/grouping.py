@@ -37,8 +37,9 @@ def measure_inflation(
     for seed in range(REPEATS):
         for name, together in (("accuracy", groups), ("ignoring", duplicates)):
             folds = stratified_folds(labels, together, FOLDS, seed)
-            (logits,) = cross_fit(features, truth, folds, classes, (strength,))
-            correct[name] += (logits.argmax(dim=1) == truth).cpu().numpy() / REPEATS
+            for part in cross_fit(features, truth, folds, classes, (strength,)):
+                likely = part.logits[0].argmax(dim=1).cpu().numpy()
+                correct[name][part.rows] += (likely == labels[part.rows]) / REPEATS
     _, index = np.unique(groups, return_inverse=True)
     sizes = np.bincount(index)
     gains = np.bincount(index, weights=correct["ignoring"] - correct["accuracy"])

@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedModel
 
@@ -18,6 +17,7 @@ from luthier.scoring.race import Course
 from luthier.scoring.selection import load_candidate
 from luthier.training.arms import Arm, State
 from luthier.training.checkpoints import newest_shared
+from luthier.training.features import join
 from luthier.training.probe import SOFT, fit_shared_probe, state_with_probe
 from luthier.training.trainer import build_predictor, model_of, train
 from models import linear_head
@@ -130,7 +130,7 @@ def refit(
     arm = None if kept.is_probe or outcome.arm is None else outcome.arm._replace(workshop=workshop)
     kind, start = "probe" if arm is None else arm.recipe.start, None
     if kind != "new":
-        features = torch.cat([probe.features[split] for split in plan.splits]) if probe.features else None
+        features = join([probe.features[split] for split in plan.splits]) if probe.features else None
         strength = SOFT if kind == "soft probe" else probe.strength
         head = linear_head(workshop.model)
         assert head is not None and strength is not None  # there is a probe

@@ -265,7 +265,9 @@ def cross_fitted_losses(features: torch.Tensor, labels: torch.Tensor, folds: np.
         folds: int [N].
     """
     classes = int(labels.max()) + 1
-    logits = cross_fit(features, labels, folds, classes, STRENGTHS)
-    true = logits.double().softmax(dim=-1)[:, torch.arange(len(labels)), labels]
+    true = torch.zeros((len(STRENGTHS), len(labels)), dtype=torch.float64)
+    for part in cross_fit(features, labels, folds, classes, STRENGTHS):
+        probabilities = part.logits.double().softmax(dim=-1)
+        true[:, part.rows] = probabilities[:, torch.arange(len(part.rows)), labels[part.rows]]
     losses = -torch.log((1 - GUESS) * true + GUESS / classes)
     return losses[losses.mean(dim=1).argmin()].numpy()

@@ -1,51 +1,89 @@
 """Frozen features: what enters a model's head for every image, computed once and cached."""
 
 import copy
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
-from luthier.cache import cache_key, read_rows, write_rows
+from luthier.cache import cache_key, empty_rows, fill_rows, write_rows
 from luthier.errors import UserError
 from luthier.fusion import fuse_batchnorm
 from luthier.images.views import ImageRows
 from luthier.terminal import say
 from luthier.training.trainer import concatenate_batches, model_of
 
+AT_ONCE = 16_384  # images whose features are in memory, and kept together
 
-def load_features(trainer: Trainer, head: str, images: ImageRows) -> torch.Tensor | None:
+
+def load_features(
+    trainer: Trainer, head: str, images: ImageRows, space: torch.Tensor | None = None
+) -> torch.Tensor | None:
     """Return what enters the head, float32 [N, D], for every image; None on all but the main process.
 
-    Features of earlier runs are reused, image by image.
+    Features of earlier runs are reused, image by image. New ones are kept `AT_ONCE` at a time, so that a run that is
+    interrupted goes on where it was.
 
     Args:
         trainer: runs the model, on its device and in its precision, over all of its processes.
         head: name of the model's head, see `models.linear_head`.
         images: of `data.feature_rows`. The model's weights, the precision and torch's version are added to their key.
+        space: where the features are written, float32 [N, D]; None takes new space. Other processes have none.
 
     Raises:
         UserError: the features are not finite.
     """
     model, (rows, key, digests) = model_of(trainer), images
     key = cache_key(key, trainer.accelerator.mixed_precision, torch.__version__, *_backbone_weights(model, head))
-    blocks, place_of = read_rows("features", key, digests) if trainer.is_world_process_zero() else ([], {})
-    first = {digest: row for row, digest in reversed(list(enumerate(digests)))}  # copies of an image have one row
-    new = sorted(row for digest, row in first.items() if digest not in place_of)
+    is_main_process, new = trainer.is_world_process_zero(), []
+    if is_main_process:
+        space = empty_rows(len(digests), feature_size(model, head)) if space is None else space
+        known = fill_rows("features", key, digests, space)
+        _, first, number = np.unique(digests, return_index=True, return_inverse=True)  # copies of an image are one
+        new = np.sort(first[~known[first]]).tolist()
+        if new and known.any():
+            say("reuse", f"features of {len(digests) - len(new):,} of {len(digests):,} images")
     (new,) = broadcast_object_list([new])  # all processes compute the same
     if new:
-        if place_of:
-            say("reuse", f"features of {len(digests) - len(new):,} of {len(digests):,} images")
-        computed = compute_features(trainer, build_backbone(model, head, size_of(rows)), rows.select(new))
-        if computed is None:
-            return None
-        names, begin = [digests[row] for row in new], len(place_of)
-        write_rows("features", key, names, computed)
-        place_of |= {name: begin + row for row, name in enumerate(names)}
-        blocks.append(computed)
-    return torch.cat(blocks)[[place_of[digest] for digest in digests]] if blocks else None
+        backbone = build_backbone(model, head, size_of(rows))
+        for begin in range(0, len(new), AT_ONCE):
+            part = new[begin : begin + AT_ONCE]
+            computed = compute_features(trainer, backbone, rows.select(part))
+            if computed is not None and space is not None:
+                write_rows("features", key, [digests[row] for row in part], computed)
+                space[part] = computed
+    if space is None:
+        return None
+    copies = np.flatnonzero(first[number] != np.arange(len(digests)))
+    space[copies] = space[first[number[copies]]]
+    return space
+
+
+def feature_size(model: PreTrainedModel, head: str) -> int:
+    """Return how many numbers enter a model's head."""
+    layer = model.get_submodule(head)
+    assert isinstance(layer, nn.Linear)  # see models.linear_head
+    return layer.in_features
+
+
+def join(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the features of several splits together, without a copy where they lie one after the other."""
+    first, rows = parts[0], sum(map(len, parts))
+    ends = itertools.accumulate((4 * part.numel() for part in parts), initial=first.data_ptr())
+    if all(part.data_ptr() == end for part, end in zip(parts, ends, strict=False)):
+        same = {part.untyped_storage().data_ptr() for part in parts}
+        if len(same) == 1:
+            return first.as_strided((rows, first.shape[1]), first.stride())
+    joined, begin = empty_rows(rows, first.shape[1]), 0
+    for part in parts:
+        joined[begin : begin + len(part)] = part
+        begin += len(part)
+    return joined
 
 
 def build_backbone(model: PreTrainedModel, head: str, size: tuple[int, int]) -> PreTrainedModel:

@@ -1,6 +1,6 @@
 """The linear probe: a logistic regression on frozen features, the baseline of every fine-tune and where it starts."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +17,8 @@ STRENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
 SOFT = 3.0
 
 ROWS_PER_STEP = 8192  # images at a time in a fit
+MAX_COPIED = 50_000_000  # numbers that are copied for a fit: 200 MB; more are taken from the file at each step
+MAX_LEARNED, MAX_CELLS = 100_000, 20_000_000  # images, and images times classes, that a cross-fitted probe learns from
 
 
 class LinearProbe(NamedTuple):
@@ -137,6 +139,7 @@ def fit_path(
     classes: int,
     strengths: tuple[float, ...],
     class_weights: list[float] | None = None,
+    rows: torch.Tensor | None = None,
 ) -> Iterator[LinearProbe]:
     """Yield the probe of each strength, one after the other; its `loss` is NaN.
 
@@ -152,23 +155,42 @@ def fit_path(
         class_weights: of `criterion.Balance`, how much an image of each class counts; None counts all alike. The
             logits still tell the probabilities in data like these: a probe that has learned from weighted images
             lacks the shares of the classes, and its bias gets them.
+        rows: which images are learned from, int64 [n]; None is all.
     """
-    mean, scale = features.mean(dim=0), features.std(dim=0).clamp_min(1e-6)
-    standardised = (features - mean) / scale
+    labels = labels if rows is None else labels[rows]
+    mean, scale = _mean_and_scale(features, rows)
+    chosen = _Centred(features, mean, rows)
     weight = torch.zeros(classes, features.shape[1], device=features.device, requires_grad=True)
     bias = torch.zeros(classes, device=features.device, requires_grad=True)
     weights = None if class_weights is None else torch.tensor(class_weights, device=features.device)
     log_shares = 0 if weights is None else -(classes * weights).log()
     for strength in strengths:
-        minimise(standardised, labels, weight, bias, strength, weights)
+        minimise(chosen, labels, weight, bias, strength, weights, scale)
         folded = weight.detach() / scale
         yield LinearProbe(folded, bias.detach() - folded @ mean + log_shares, strength, float("nan"))
 
 
+class HeldOut(NamedTuple):
+    """Some images, as probes see them that have not learned from their fold.
+
+    Attributes:
+        rows: int [n].
+        logits: float32 [S, n, C], by probes of each strength.
+        sample: how many images these probes have learned from; None where it is all of the other folds.
+    """
+
+    rows: np.ndarray
+    logits: torch.Tensor
+    sample: int | None
+
+
 def cross_fit(
     features: torch.Tensor, labels: torch.Tensor, folds: np.ndarray, classes: int, strengths: tuple[float, ...]
-) -> torch.Tensor:
-    """Return logits [S, N, C] by probes of each strength that have not learned from the row's fold.
+) -> Iterator[HeldOut]:
+    """Yield the logits of all rows, in parts, by probes that have not learned from the row's fold.
+
+    A probe learns from no more than `MAX_LEARNED` images, and `MAX_CELLS` images times classes, drawn at random from
+    the other folds.
 
     Args:
         features: float32 [N, D], on the device of the fits.
@@ -177,26 +199,80 @@ def cross_fit(
         classes: how many there are, C.
         strengths: the penalties, S of them.
     """
-    logits = features.new_zeros((len(strengths), len(labels), classes))
+    most, generator = max(1, min(MAX_LEARNED, MAX_CELLS // classes)), np.random.default_rng(0)
     for fold in np.unique(folds):
         rows, held_out = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
-        if len(rows) < 2:  # nothing to learn from, or to standardise: all classes stay equally likely
-            continue
-        for number, probe in enumerate(fit_path(features[rows], labels[rows], classes, strengths)):
-            logits[number, held_out] = probe.logits(features[held_out])
-    return logits
+        sample = most if len(rows) > most else None
+        if sample:
+            rows = np.sort(generator.choice(rows, sample, replace=False))
+        probes = []
+        if len(rows) > 1:  # or there is nothing to learn from, or to standardise: all classes stay equally likely
+            probes = list(fit_path(features, labels, classes, strengths, rows=torch.from_numpy(rows)))
+        for begin in range(0, len(held_out), ROWS_PER_STEP):
+            part = held_out[begin : begin + ROWS_PER_STEP]
+            logits = features.new_zeros((len(strengths), len(part), classes))
+            for number, probe in enumerate(probes):
+                logits[number] = probe.logits(features[part])
+            yield HeldOut(part, logits, sample)
+
+
+class _Centred:
+    """Some rows of features, or all, less their mean: in parts, made when they are asked for where they are many."""
+
+    def __init__(self, features: torch.Tensor, mean: torch.Tensor, rows: torch.Tensor | None):
+        self.features, self.mean, self.rows = features, mean, rows
+        self.parts: list[torch.Tensor] | None = None
+        if (len(features) if rows is None else len(rows)) * features.shape[1] <= MAX_COPIED:
+            self.parts = list(self)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        if self.parts is not None:
+            return iter(self.parts)
+        return (part - self.mean for part in _parts(self.features, self.rows))
+
+
+def _mean_and_scale(features: torch.Tensor, rows: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the mean and the standard deviation [D] of some rows of features, or of all."""
+    n = len(features) if rows is None else len(rows)
+    exact = torch.float32 if features.device.type == "mps" else torch.float64
+    mean = squares = torch.zeros(features.shape[1], dtype=exact, device=features.device)
+    for part in _parts(features, rows):
+        mean = mean + part.sum(dim=0, dtype=exact) / n
+    for part in _parts(features, rows):
+        squares = squares + (part - mean).square().sum(dim=0)
+    return mean.float(), (squares / max(1, n - 1)).sqrt().float().clamp_min(1e-6)
+
+
+def _parts(features: torch.Tensor, rows: torch.Tensor | None) -> Iterator[torch.Tensor]:
+    """Yield some rows of features, or all, `ROWS_PER_STEP` at a time."""
+    if rows is None:
+        yield from features.split(ROWS_PER_STEP)
+    else:
+        yield from (features[part] for part in rows.split(ROWS_PER_STEP))
 
 
 def minimise(
-    features: torch.Tensor,
+    features: Iterable[torch.Tensor],
     labels: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
     strength: float,
     class_weights: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
     iterations: int = 200,
 ) -> None:
-    """Fit one logistic regression in place, by full-batch L-BFGS."""
+    """Fit one logistic regression in place, by full-batch L-BFGS.
+
+    Args:
+        features: float32 [N, D], in parts of `ROWS_PER_STEP`.
+        labels: int64 [N].
+        weight, bias: where it begins, float32 [C, D] and [C].
+        strength: the penalty.
+        class_weights: how much an image of each class counts, float32 [C].
+        scale: what the features are divided by [D].
+        iterations: at most.
+    """
+    n, scale = len(labels), torch.ones_like(weight[0]) if scale is None else scale
     optimizer = torch.optim.LBFGS(
         [weight, bias], max_iter=iterations, history_size=10, tolerance_grad=1e-5, line_search_fn="strong_wolfe"
     )
@@ -205,16 +281,16 @@ def minimise(
     def objective() -> torch.Tensor:
         # The gradient by hand and in parts: for 100,000 images of 1,000 classes autograd would hold 400 MB several
         # times over.
-        loss = strength / 2 * weight.square().sum()
-        weight_grad, bias_grad = strength * weight, torch.zeros_like(bias)
-        for part, truth in zip(features.split(ROWS_PER_STEP), labels.split(ROWS_PER_STEP), strict=True):
-            residuals = torch.log_softmax(nn.functional.linear(part, weight, bias), dim=1)
+        loss, scaled = strength / 2 * weight.square().sum(), weight / scale
+        weight_grad, bias_grad = torch.zeros_like(weight), torch.zeros_like(bias)
+        for part, truth in zip(features, labels.split(ROWS_PER_STEP), strict=True):
+            residuals = torch.log_softmax(nn.functional.linear(part, scaled, bias), dim=1)
             counts = 1.0 if class_weights is None else class_weights[truth][:, None]
-            loss -= (counts * residuals.gather(1, truth[:, None])).sum() / len(features)
+            loss -= (counts * residuals.gather(1, truth[:, None])).sum() / n
             residuals.exp_().scatter_add_(1, truth[:, None], residuals.new_full((len(part), 1), -1.0)).mul_(counts)
-            weight_grad.addmm_(residuals.T, part, alpha=1 / len(features))
-            bias_grad += residuals.sum(dim=0) / len(features)
-        weight.grad, bias.grad = weight_grad, bias_grad
+            weight_grad.addmm_(residuals.T, part, alpha=1 / n)
+            bias_grad += residuals.sum(dim=0) / n
+        weight.grad, bias.grad = weight_grad / scale + strength * weight, bias_grad
         return loss
 
     optimizer.step(objective)

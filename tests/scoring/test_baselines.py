@@ -1,5 +1,6 @@
 """The baselines of a score: the majority class, and the linear probe."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import load
@@ -8,7 +9,10 @@ from transformers import Trainer, TrainingArguments
 import luthier.scoring.baselines as module
 from data import collate, feature_rows, prepare
 from luthier.images.views import EvaluationView
+from luthier.reporting.console import findings_in_words
+from luthier.scoring.audit import KINDS
 from luthier.scoring.baselines import majority_baseline, measure_probe
+from luthier.training.features import join
 from models import build_model
 
 LABELS = {0: "blue", 1: "green", 2: "red"}
@@ -40,9 +44,36 @@ def test_probe_gives_a_baseline_starting_weights_and_suspect_labels(measure):
     assert len(probe.yardstick.losses) == probe.baseline["validation"]["n"] and 0 < probe.yardstick.mean < 10
 
 
-def test_yardstick_is_left_out_where_it_would_take_minutes(measure, monkeypatch):
-    monkeypatch.setattr(module, "MAX_CELLS", 10)
-    assert measure().yardstick is None
+def test_probe_of_many_images_is_cross_fitted_on_a_sample_and_says_so(measure, monkeypatch):
+    assert measure().checked_by is None
+    monkeypatch.setattr("luthier.training.probe.MAX_CELLS", 30)  # ten images of three classes
+    probe = measure()
+    assert probe.checked_by == 10 and 0 < probe.yardstick.mean < 10
+    findings = {kind: [] for kind in KINDS} | probe.findings | {"suspect_labels": [{}]}
+    assert findings_in_words(findings) == "labels to check: 1 (by probes that have learned from 10 images each)"
+
+
+def test_features_in_a_file_and_in_parts_tell_the_same(measure, monkeypatch):
+    """As those of so many images do that memory would not hold them."""
+    expected = measure(with_learning_curve=True)
+    for name, value in (
+        ("luthier.cache.MAX_IN_MEMORY", 0),
+        ("luthier.cache.AT_ONCE", 3),
+        ("luthier.training.features.AT_ONCE", 5),
+        ("luthier.training.probe.MAX_COPIED", 0),
+        ("luthier.training.probe.ROWS_PER_STEP", 7),
+        ("luthier.scoring.learning_curve.ROWS_PER_STEP", 7),
+    ):
+        monkeypatch.setattr(name, value)
+    found = measure(with_learning_curve=True)
+    everything = join(list(found.features.values()))
+    assert everything.data_ptr() == found.features["train"].data_ptr()  # not copied
+    assert torch.equal(everything, torch.cat(list(expected.features.values())))
+    assert found.strength == expected.strength and np.allclose(found.logits, expected.logits, atol=0.02)
+    assert [image["name"] for image in found.suspect_labels] == [image["name"] for image in expected.suspect_labels]
+    assert np.allclose(found.yardstick.losses, expected.yardstick.losses, atol=0.02)
+    points = [[point["accuracy"] for point in probe.learning_curve["points"]] for probe in (found, expected)]
+    assert np.allclose(*points, atol=0.05)
 
 
 def test_labels_are_checked_on_the_device_of_the_run(measure, monkeypatch):
@@ -55,7 +86,7 @@ def test_labels_are_checked_on_the_device_of_the_run(measure, monkeypatch):
 
     def check_device(splits, features, strength):
         assert torch.device("cpu") in devices[-1:]  # moved just before, to the device of the Trainer
-        return []
+        return [], None
 
     monkeypatch.setattr(torch.Tensor, "to", recorded_to)
     monkeypatch.setattr(module, "suspect_labels", check_device)
