@@ -125,11 +125,14 @@ def draw_block(block: tuple[Path, int, int]) -> None:
 
 
 def draw_scene(number: int) -> Image.Image:
-    """Draw patches of random colours, of which one is as bright as the class is high."""
-    generator = np.random.default_rng(number)
-    patches = generator.integers(0, 256, (generator.integers(3, 9), generator.integers(3, 9), 3), np.uint8)
-    patches[0, 0] = 25 * (number // 2 % CLASSES)
-    return Image.fromarray(patches).resize((2 * SIDE, 2 * SIDE), Image.Resampling.BICUBIC)
+    """Draw patches of random colours, large ones and small ones as in a photograph, tinted as the class is."""
+    generator, levels = np.random.default_rng(number), np.zeros((2 * SIDE, 2 * SIDE, 3), np.float32)
+    for cells, strength in ((2, 50), (4, 40), (8, 25), (16, 15), (64, 8)):
+        patches = Image.fromarray(generator.integers(0, 256, (cells, cells, 3), np.uint8))
+        patches = patches.resize((2 * SIDE, 2 * SIDE), Image.Resampling.BICUBIC)
+        levels += (np.asarray(patches, np.float32) / 127.5 - 1) * strength
+    tint = np.random.default_rng(number // 2 % CLASSES).integers(-60, 60, 3)
+    return Image.fromarray((levels + 128 + tint).clip(0, 255).astype(np.uint8))
 
 
 def link(images: Path, count: int, folder: Path) -> Path:

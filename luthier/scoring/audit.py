@@ -143,6 +143,7 @@ def suspect_labels(splits: DatasetDict, features: torch.Tensor, strength: float)
     usual = np.where(counts > 0, sums / np.maximum(counts, 1), 1)
     suspect = np.flatnonzero(known & (likelier != labels) & (highest >= usual[likelier]))
     begins = np.cumsum([0, *map(len, splits.values())])
+    files = [name for dataset in splits.values() for name in dataset["name"][:]]
     found = []
     for number in suspect[np.argsort(given[suspect], kind="stable")]:
         index = int(np.searchsorted(begins, number, side="right")) - 1
@@ -151,7 +152,7 @@ def suspect_labels(splits: DatasetDict, features: torch.Tensor, strength: float)
             {
                 "split": split,
                 "row": row,
-                "name": splits[split][row]["name"],
+                "name": files[number],
                 "label": names[labels[number]],
                 "likelier": likely,
                 "probability": float(given[number]),
