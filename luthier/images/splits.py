@@ -1,7 +1,6 @@
 """How a dataset is divided into train, validation and test."""
 
 import hashlib
-from collections import defaultdict
 from collections.abc import Iterable
 
 import numpy as np
@@ -124,22 +123,27 @@ def stratified_folds(labels: np.ndarray, groups: np.ndarray, k: int, seed: int) 
         k: number of folds; a class with fewer groups is missing from some of them.
         seed: decides the order in which groups are dealt.
     """
-    members = _members(groups)
+    _, numbers = np.unique(groups, return_inverse=True)
     fold_of: dict[int, int] = {}
-    for index in np.unique(labels):
-        taken = np.zeros(k)
-        own = dict.fromkeys(groups[np.random.default_rng(seed).permutation(np.flatnonzero(labels == index))])
-        for group in sorted(own, key=lambda group: group not in fold_of):  # those that an earlier class dealt first
+    for rows in _rows_of_classes(labels, np.arange(len(labels))):
+        taken, size = np.zeros(k), _sizes(numbers[np.random.default_rng(seed).permutation(rows)])
+        for group in sorted(size, key=lambda group: group not in fold_of):  # those that an earlier class dealt first
             fold = fold_of.setdefault(group, int(taken.argmin()))
-            taken[fold] += (labels[members[group]] == index).sum()
-    return np.array([fold_of[group] for group in groups], dtype=int)
+            taken[fold] += size[group]
+    return np.array([fold_of[group] for group in range(len(fold_of))], dtype=int)[numbers]
 
 
-def _members(groups: np.ndarray) -> dict[int, list[int]]:
-    members = defaultdict(list)
-    for row, group in enumerate(groups):
-        members[group].append(row)
-    return members
+def _rows_of_classes(labels: np.ndarray, order: np.ndarray) -> list[np.ndarray]:
+    """Return the rows of each class that occurs, in this order."""
+    order = order[np.argsort(labels[order], kind="stable")]
+    return np.split(order, np.flatnonzero(np.diff(labels[order])) + 1) if len(order) else []
+
+
+def _sizes(groups: np.ndarray) -> dict[int, int]:
+    """Return how many rows each group has, in the order in which they come first."""
+    own, first, counts = np.unique(groups, return_index=True, return_counts=True)
+    by = np.argsort(first)
+    return dict(zip(own[by].tolist(), counts[by].tolist(), strict=True))
 
 
 def draw_order(names: Iterable[object], seed: int) -> np.ndarray:
@@ -182,15 +186,13 @@ def stratified_cut(
     """
     order = np.argsort(draw_order(range(len(labels)) if digests is None else digests, seed), kind="stable")
     groups = np.arange(len(labels)) if groups is None else groups
-    members = _members(groups)
-    split_of = dict.fromkeys(groups[_holds_class(labels, groups)].tolist(), "train")  # by group
-    for index in range(len(names)):
-        rows = order[labels[order] == index]
-        size = {group: sum(labels[row] == index for row in members[group]) for group in dict.fromkeys(groups[rows])}
-        _deal(size, len(rows), fractions, split_of)
-    parts: dict[str, list[int]] = {split: [] for split in (*fractions, "train")}
-    for group, split in split_of.items():
-        parts[split] += members[group]
+    distinct, numbers = np.unique(groups, return_inverse=True)
+    needed = numbers[_holds_class(labels, groups)].tolist()
+    split_of = dict.fromkeys(needed, "train")  # by group
+    for rows in _rows_of_classes(labels, order):
+        _deal(_sizes(numbers[rows]), len(rows), fractions, split_of)
+    split = np.array([split_of[group] for group in range(len(distinct))], dtype=object)[numbers]
+    parts = {name: np.flatnonzero(split == name) for name in (*fractions, "train")}
     present = set(labels[parts["train"]])
     for index, name in enumerate(names):
         if index not in present:
@@ -198,7 +200,7 @@ def stratified_cut(
                 f"the images of the class {name!r} are too few, or copies of other classes' images, or in groups "
                 "with them: none is left to train on. Add some or remove the class"
             )
-    return {split: np.sort(np.array(part, dtype=int)) for split, part in parts.items()}
+    return parts
 
 
 def _deal(size: dict[int, int], images: int, fractions: dict[str, float], split_of: dict[int, str]) -> None:
