@@ -15,7 +15,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
-from luthier.training.probe import ROWS_PER_STEP, minimise
+from luthier.training.probe import minimise
 
 SIZES = ((10, 1_000), (100, 10_000), (1_000, 100_000))  # classes, images
 STRENGTH = 0.01
@@ -38,7 +38,7 @@ def main() -> None:
             start = time.perf_counter()
             weight = torch.zeros(classes, 1280, requires_grad=True)
             bias = torch.zeros(classes, requires_grad=True)
-            minimise(features.split(ROWS_PER_STEP), labels, weight, bias, STRENGTH, iterations=iterations)
+            minimise(features, labels, weight, bias, STRENGTH, iterations=iterations)
             ours = time.perf_counter() - start
             start = time.perf_counter()
             theirs = LogisticRegression(C=1 / (images * STRENGTH), tol=1e-5, max_iter=iterations)

@@ -9,10 +9,10 @@ hundred is a changed copy of another: resized, slightly cropped and compressed a
 of its own and with an empty cache.
 
 Seconds are those of each stage without the stages in it. Memory is what the processes hold beyond files that they have
-mapped, which the system can take back at any time. It is measured four times a second. A line `exponent STAGE VALUE`
-has the slope of log seconds over log images, among the sizes from a thirtieth of the largest on, for each stage of a
-second or more. Memory is the slope of the peak over the images. The exit code is 1 where an exponent is above 1.15, an
-image takes more than 2 kB, or fewer than 95% of the planted copies are found.
+mapped, which the system can take back at any time: the highest in each stage, above that of the imports. A line
+`exponent STAGE VALUE` has the slope of log seconds over log images, among the sizes from a tenth of the largest,
+for each stage of a second or more. Memory is the slope of the peak over the images. The exit code is 1 where an
+exponent is above 1.15, an image takes more than 2 kB, or fewer than 95% of the planted copies are found.
 """
 
 import argparse
@@ -38,8 +38,9 @@ from PIL import Image
 PROJECT = Path(__file__).parent.parent
 SIZES = (1000, 10_000, 100_000, 300_000)
 CLASSES, SIDE, EVERY = 10, 64, 100  # of EVERY images one is a copy
-LARGE = 30  # sizes of at least a thirtieth of the largest count for exponents
+LARGE = 10  # sizes of at least a tenth of the largest count for exponents
 MAX_EXPONENT, MAX_BYTES, MIN_RECALL, LEAST_SECONDS = 1.15, 2000, 0.95, 1.0
+INTERVAL = 0.1  # seconds between two looks at the memory
 RUNS = {
     "probe": ("--recipe", "probe", "--image_size", str(SIDE), "--learning_curve", "true"),
     "epoch": ("--model_name", "simple_cnn", "--num_train_epochs", "1", "--refit", "none"),
@@ -145,7 +146,7 @@ def link(images: Path, count: int, folder: Path) -> Path:
 
 
 def run_in_process(run: str, folder: Path) -> dict:
-    """Return what `measure` does, in a new process with a cache of its own, and the memory that it took."""
+    """Return what `measure` does, in a new process with a cache of its own, and what it leaves on the disk."""
     cache = folder / f"cache-{run}"
     environment = os.environ | {"HF_HOME": str(cache), "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(cache)}
     command = [sys.executable, "-m", "benchmarks.scale", "--measure", run, str(folder)]
@@ -154,45 +155,45 @@ def run_in_process(run: str, folder: Path) -> dict:
         process = subprocess.Popen(
             command, cwd=PROJECT, env=environment, stdout=subprocess.PIPE, stderr=log, text=True
         )
-        peak = [0]
-        watcher = threading.Thread(target=watch_memory, args=(process.pid, peak), daemon=True)
-        watcher.start()
         output, _ = process.communicate()
     if process.returncode:
         print((folder / f"log-{run}.txt").read_text()[-3000:], file=sys.stderr)
         sys.exit(f"{run} of {folder} failed")
     result = json.loads(output.splitlines()[-1])
     by_kind = {path.name: disk_space(path) for path in cache.iterdir() if path.is_dir()}
-    return result | {"total": time.perf_counter() - begin, "memory": peak[0] - result["imports"], "disk": by_kind}
+    return result | {"total": time.perf_counter() - begin, "disk": by_kind}
 
 
 def measure(run: str, folder: str) -> dict:
-    """Run train.py; return the seconds of each stage, and the memory that the imports take."""
+    """Run train.py; return the seconds of each stage, and the highest memory in it, above that of the imports."""
     import train
 
     clock = StageClock()
     for stage, (module, function) in STAGES.items():
         owner = importlib.import_module(module)
         setattr(owner, function, clock.wrap(stage, getattr(owner, function)))
-    imports = memory_of(psutil.Process())
+    clock.start_watching()
     options = ["--data_dir", f"{folder}/images", "--output_dir", f"{folder}/out-{run}", "--disable_tqdm", "1"]
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
         train.main([*options, *RUNS[run]])
     print(output.getvalue(), file=sys.stderr)
-    return {"imports": imports, "seconds": clock.seconds}
+    return {"seconds": clock.seconds, "memory": clock.memory}
 
 
 class StageClock:
-    """Seconds of functions, each without the functions that it calls.
+    """Seconds and memory of functions, each without the functions that it calls.
 
     Attributes:
         seconds: by stage.
+        memory: highest number of bytes by stage, of this process and all that it has started, above that at the start.
     """
 
     def __init__(self):
         self.seconds: dict[str, float] = {}
+        self.memory: dict[str, int] = {}
         self._inner: list[float] = []
+        self._running = ["rest"]
 
     def wrap(self, stage: str, function: Callable) -> Callable:
         """Return a function that does the same, and is timed."""
@@ -200,9 +201,11 @@ class StageClock:
         def timed(*arguments: Any, **options: Any) -> Any:
             begin = time.perf_counter()
             self._inner.append(0.0)
+            self._running.append(stage)
             try:
                 return function(*arguments, **options)
             finally:
+                self._running.pop()
                 taken = time.perf_counter() - begin
                 self.seconds[stage] = self.seconds.get(stage, 0.0) + taken - self._inner.pop()
                 if self._inner:
@@ -210,14 +213,17 @@ class StageClock:
 
         return timed
 
+    def start_watching(self) -> None:
+        """Measure the memory from now on."""
+        process, before = psutil.Process(), memory_of(psutil.Process())
 
-def watch_memory(pid: int, peak: list[int]) -> None:
-    """Keep the highest memory of a process with all that it starts, until it ends."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        process = psutil.Process(pid)
-        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-            peak[0] = max(peak[0], sum(map(memory_of, [process, *process.children(recursive=True)])))
-            time.sleep(0.25)
+        def watch() -> None:
+            while True:
+                stage, family = self._running[-1], [process, *process.children(recursive=True)]
+                self.memory[stage] = max(self.memory.get(stage, 0), sum(map(memory_of, family)) - before)
+                time.sleep(INTERVAL)
+
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def memory_of(process: psutil.Process) -> int:
@@ -255,7 +261,8 @@ def report(run: str, by_size: Mapping[int, dict]) -> Iterator[str]:
     for stage in stages:
         row(f"{stage}, s", [f"{by_size[size]['seconds'].get(stage, 0):.1f}" for size in sizes])
     row("whole process, s", [f"{by_size[size]['total']:.0f}" for size in sizes])
-    row("memory above the imports', MB", [f"{by_size[size]['memory'] / 1e6:.0f}" for size in sizes])
+    for stage in (*stages, "rest"):
+        row(f"{stage}, MB", [f"{by_size[size]['memory'].get(stage, 0) / 1e6:.0f}" for size in sizes])
     for kind in sorted({kind for size in sizes for kind in by_size[size]["disk"]}):
         row(f"{kind} on disk, bytes an image", [f"{by_size[size]['disk'].get(kind, 0) / size:,.0f}" for size in sizes])
     if run == "probe":
@@ -272,7 +279,7 @@ def report(run: str, by_size: Mapping[int, dict]) -> Iterator[str]:
             print(f"exponent {stage} {exponent:.2f}")
             if exponent > MAX_EXPONENT:
                 yield f"exponent of {stage}, {run}: {exponent:.2f}"
-    slope = float(np.polyfit(large, [by_size[size]["memory"] for size in large], 1)[0])
+    slope = float(np.polyfit(large, [max(by_size[size]["memory"].values()) for size in large], 1)[0])
     print(f"memory {slope:.0f} bytes an image")
     if slope > MAX_BYTES:
         yield f"memory of {run}: {slope:.0f} bytes an image"

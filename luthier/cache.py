@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 PART = "rows-"  # how the names of files of rows begin; `datasets` puts its own beside them
 KEY = "key"  # the column, or tensor, that tells what a row is made of
 AT_ONCE = 8192  # rows that are copied
-MAX_IN_MEMORY = 256_000_000  # bytes
+MAX_IN_MEMORY = 64_000_000  # bytes
 
 
 def cache_key(*parts: object) -> str:
@@ -68,25 +68,25 @@ def write_cached(kind: str, key: str, tensor: torch.Tensor) -> None:
 
 
 def fill_rows(kind: str, key: str, digests: Sequence[str], rows: torch.Tensor) -> np.ndarray:
-    """Fill in the rows that are kept of some images; return which these are, bool [N].
+    """Fill in the rows that are kept of some images, of copies that of the first; return which these are, bool [N].
 
     Args:
         kind, key: as `write_rows` was given them.
         digests: SHA-256 of each image [N], in hexadecimal.
         rows: [N, ...], which is changed.
     """
-    is_known, names = np.zeros(len(digests), dtype=bool), _as_bytes(digests)
+    is_known, names = np.zeros(len(digests), dtype=bool), as_bytes(digests)
+    order = np.argsort(names, kind="stable")
     for file in sorted(_folder(kind, key).glob("*.safetensors")):
         kept = _read_tensors(file)
         if {KEY, "tensor"} - set(kept):
             continue
         own = kept[KEY].numpy().view(names.dtype).ravel()
-        order = np.argsort(own)
-        place = order[np.searchsorted(own, names, sorter=order).clip(max=len(own) - 1)]
-        found = np.flatnonzero((own[place] == names) & ~is_known)
+        place = order[np.searchsorted(names, own, sorter=order).clip(max=len(names) - 1)]
+        found = np.flatnonzero((own == names[place]) & ~is_known[place])
         for part in np.split(found, range(AT_ONCE, len(found), AT_ONCE)):
-            rows[part] = kept["tensor"][place[part]]
-        is_known[found] = True
+            rows[place[part]] = kept["tensor"][part]
+        is_known[place[found]] = True
     return is_known
 
 
@@ -118,12 +118,12 @@ def write_rows(kind: str, key: str, digests: Sequence[str], rows: torch.Tensor) 
         digests: SHA-256 of each image [N], in hexadecimal, each once.
         rows: [N, ...]; where there is no space or no right to write, they are computed again next time.
     """
-    names = _as_bytes(digests).view(np.uint8).reshape(len(digests), -1)
+    names = as_bytes(digests).view(np.uint8).reshape(len(digests), -1)
     path = _folder(kind, key, f"{cache_key(*digests)}.safetensors")
     _write_tensors(path, {KEY: torch.from_numpy(names.copy()), "tensor": rows})
 
 
-def _as_bytes(digests: Sequence[str]) -> np.ndarray:
+def as_bytes(digests: Sequence[str]) -> np.ndarray:
     """Return digests in hexadecimal as bytes, [N], of a type that can be compared and sorted."""
     size = len(digests[0]) // 2 if digests else 1
     return np.frombuffer(bytes.fromhex("".join(digests)), dtype=np.dtype(("S", size)))

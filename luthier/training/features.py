@@ -11,14 +11,14 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
-from luthier.cache import cache_key, empty_rows, fill_rows, write_rows
+from luthier.cache import as_bytes, cache_key, empty_rows, fill_rows, write_rows
 from luthier.errors import UserError
 from luthier.fusion import fuse_batchnorm
 from luthier.images.views import ImageRows
 from luthier.terminal import say
 from luthier.training.trainer import concatenate_batches, model_of
 
-AT_ONCE = 16_384  # images whose features are in memory, and kept together
+AT_ONCE = 8192  # images whose features are in memory, and kept together
 
 
 def load_features(
@@ -44,8 +44,8 @@ def load_features(
     if is_main_process:
         space = empty_rows(len(digests), feature_size(model, head)) if space is None else space
         known = fill_rows("features", key, digests, space)
-        _, first, number = np.unique(digests, return_index=True, return_inverse=True)  # copies of an image are one
-        new = np.sort(first[~known[first]]).tolist()
+        _, first, number = np.unique(as_bytes(digests), return_index=True, return_inverse=True)
+        new = np.sort(first[~known[first]]).tolist()  # copies of an image are one
         if new and known.any():
             say("reuse", f"features of {len(digests) - len(new):,} of {len(digests):,} images")
     (new,) = broadcast_object_list([new])  # all processes compute the same
@@ -74,11 +74,10 @@ def feature_size(model: PreTrainedModel, head: str) -> int:
 def join(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return the features of several splits together, without a copy where they lie one after the other."""
     first, rows = parts[0], sum(map(len, parts))
-    ends = itertools.accumulate((4 * part.numel() for part in parts), initial=first.data_ptr())
-    if all(part.data_ptr() == end for part, end in zip(parts, ends, strict=False)):
-        same = {part.untyped_storage().data_ptr() for part in parts}
-        if len(same) == 1:
-            return first.as_strided((rows, first.shape[1]), first.stride())
+    begins = itertools.accumulate((part.numel() for part in parts), initial=first.storage_offset())
+    follow = all(part.storage_offset() == begin for part, begin in zip(parts, begins, strict=False))
+    if follow and len({part.untyped_storage().data_ptr() for part in parts}) == 1:
+        return first.as_strided((rows, first.shape[1]), first.stride())
     joined, begin = empty_rows(rows, first.shape[1]), 0
     for part in parts:
         joined[begin : begin + len(part)] = part

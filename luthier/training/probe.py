@@ -1,6 +1,6 @@
 """The linear probe: a logistic regression on frozen features, the baseline of every fine-tune and where it starts."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -8,6 +8,8 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import PreTrainedModel, Trainer
+
+from luthier.cache import empty_rows
 
 # Penalties tried, from strong to weak; on 100 to 100,000 images the best was never at an end (docs/experiments.md).
 STRENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
@@ -17,7 +19,6 @@ STRENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
 SOFT = 3.0
 
 ROWS_PER_STEP = 8192  # images at a time in a fit
-MAX_COPIED = 50_000_000  # numbers that are copied for a fit: 200 MB; more are taken from the file at each step
 MAX_LEARNED, MAX_CELLS = 100_000, 20_000_000  # images, and images times classes, that a cross-fitted probe learns from
 
 
@@ -158,14 +159,13 @@ def fit_path(
         rows: which images are learned from, int64 [n]; None is all.
     """
     labels = labels if rows is None else labels[rows]
-    mean, scale = _mean_and_scale(features, rows)
-    chosen = _Centred(features, mean, rows)
+    centred, mean, scale = _centre(features, rows)
     weight = torch.zeros(classes, features.shape[1], device=features.device, requires_grad=True)
     bias = torch.zeros(classes, device=features.device, requires_grad=True)
     weights = None if class_weights is None else torch.tensor(class_weights, device=features.device)
     log_shares = 0 if weights is None else -(classes * weights).log()
     for strength in strengths:
-        minimise(chosen, labels, weight, bias, strength, weights, scale)
+        minimise(centred, labels, weight, bias, strength, weights, scale)
         folded = weight.detach() / scale
         yield LinearProbe(folded, bias.detach() - folded @ mean + log_shares, strength, float("nan"))
 
@@ -216,43 +216,29 @@ def cross_fit(
             yield HeldOut(part, logits, sample)
 
 
-class _Centred:
-    """Some rows of features, or all, less their mean: in parts, made when they are asked for where they are many."""
+def _centre(features: torch.Tensor, rows: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return some rows of features, or all, less their mean; the mean [D]; and the standard deviation [D].
 
-    def __init__(self, features: torch.Tensor, mean: torch.Tensor, rows: torch.Tensor | None):
-        self.features, self.mean, self.rows = features, mean, rows
-        self.parts: list[torch.Tensor] | None = None
-        if (len(features) if rows is None else len(rows)) * features.shape[1] <= MAX_COPIED:
-            self.parts = list(self)
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        if self.parts is not None:
-            return iter(self.parts)
-        return (part - self.mean for part in _parts(self.features, self.rows))
-
-
-def _mean_and_scale(features: torch.Tensor, rows: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the mean and the standard deviation [D] of some rows of features, or of all."""
+    They are a copy, in a file where it is large.
+    """
+    chosen = list(features.split(ROWS_PER_STEP)) if rows is None else rows.split(ROWS_PER_STEP)
     n = len(features) if rows is None else len(rows)
     exact = torch.float32 if features.device.type == "mps" else torch.float64
     mean = squares = torch.zeros(features.shape[1], dtype=exact, device=features.device)
-    for part in _parts(features, rows):
-        mean = mean + part.sum(dim=0, dtype=exact) / n
-    for part in _parts(features, rows):
-        squares = squares + (part - mean).square().sum(dim=0)
-    return mean.float(), (squares / max(1, n - 1)).sqrt().float().clamp_min(1e-6)
-
-
-def _parts(features: torch.Tensor, rows: torch.Tensor | None) -> Iterator[torch.Tensor]:
-    """Yield some rows of features, or all, `ROWS_PER_STEP` at a time."""
-    if rows is None:
-        yield from features.split(ROWS_PER_STEP)
-    else:
-        yield from (features[part] for part in rows.split(ROWS_PER_STEP))
+    on_cpu, begin = features.device.type == "cpu", 0
+    centred = empty_rows(n, features.shape[1]) if on_cpu else features.new_empty(n, features.shape[1])
+    for part in chosen:
+        copy = centred[begin : begin + len(part)].copy_(part if rows is None else features[part])
+        mean = mean + copy.sum(dim=0, dtype=exact) / n
+        begin += len(part)
+    for part in centred.split(ROWS_PER_STEP):
+        part -= mean.float()
+        squares = squares + part.square().sum(dim=0, dtype=exact)
+    return centred, mean.float(), (squares / max(1, n - 1)).sqrt().float().clamp_min(1e-6)
 
 
 def minimise(
-    features: Iterable[torch.Tensor],
+    features: torch.Tensor,
     labels: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
@@ -264,7 +250,7 @@ def minimise(
     """Fit one logistic regression in place, by full-batch L-BFGS.
 
     Args:
-        features: float32 [N, D], in parts of `ROWS_PER_STEP`.
+        features: float32 [N, D].
         labels: int64 [N].
         weight, bias: where it begins, float32 [C, D] and [C].
         strength: the penalty.
@@ -283,7 +269,7 @@ def minimise(
         # times over.
         loss, scaled = strength / 2 * weight.square().sum(), weight / scale
         weight_grad, bias_grad = torch.zeros_like(weight), torch.zeros_like(bias)
-        for part, truth in zip(features, labels.split(ROWS_PER_STEP), strict=True):
+        for part, truth in zip(features.split(ROWS_PER_STEP), labels.split(ROWS_PER_STEP), strict=True):
             residuals = torch.log_softmax(nn.functional.linear(part, scaled, bias), dim=1)
             counts = 1.0 if class_weights is None else class_weights[truth][:, None]
             loss -= (counts * residuals.gather(1, truth[:, None])).sum() / n

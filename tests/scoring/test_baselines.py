@@ -60,7 +60,6 @@ def test_features_in_a_file_and_in_parts_tell_the_same(measure, monkeypatch):
         ("luthier.cache.MAX_IN_MEMORY", 0),
         ("luthier.cache.AT_ONCE", 3),
         ("luthier.training.features.AT_ONCE", 5),
-        ("luthier.training.probe.MAX_COPIED", 0),
         ("luthier.training.probe.ROWS_PER_STEP", 7),
         ("luthier.scoring.learning_curve.ROWS_PER_STEP", 7),
     ):

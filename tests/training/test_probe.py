@@ -37,7 +37,7 @@ def test_optimum_equals_that_of_scikit_learn():
     features = (features - features.mean(dim=0)) / features.std(dim=0)
     weight, bias = torch.zeros(3, 8, requires_grad=True), torch.zeros(3, requires_grad=True)
     for strength in (1.0, 0.03):  # the second fit starts from the first
-        minimise([features], labels, weight, bias, strength)
+        minimise(features, labels, weight, bias, strength)
         reference = LogisticRegression(C=1 / (len(labels) * strength), tol=1e-8, max_iter=1000).fit(features, labels)
         probabilities = torch.softmax(features @ weight.T + bias, dim=1).detach().numpy()
         np.testing.assert_allclose(probabilities, reference.predict_proba(features.numpy()), atol=2e-3)
