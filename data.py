@@ -34,8 +34,9 @@ from luthier.images.splits import cut_missing_splits
 from luthier.images.views import EvaluationView, ImageRows, random_crop_transform, training_transform
 from luthier.terminal import plural, say
 
-PREPARATION = 5  # part of the cache's key: raise it when what is stored changes
+PREPARATION = 6  # part of the cache's key: raise it when what is stored changes
 STORED_SIDE = 2  # shorter side of a stored training image, in sides of the view
+SMALL = 4  # how many times smaller a file is than its view, where the file is stored (docs/experiments.md)
 BUILT_IN = "openmoji"
 
 
@@ -170,14 +171,15 @@ def prepare(splits: DatasetDict, view: EvaluationView, quiet: bool = False) -> D
     A training image is stored upright, in RGB, with its shorter side at most twice the view's: a random crop of it
     still has a pixel for each that the model sees. An image that is small enough and plain RGB already keeps its
     bytes. One that had to be changed but not shrunk is stored as PNG, a shrunken one as JPEG of quality 95 without
-    chroma subsampling. Of validation and test images the evaluation view itself is stored, which is exact.
+    chroma subsampling. Of validation and test images the evaluation view itself is stored, or the file where that is
+    much smaller: it is decoded again whenever it is looked at. Both are exact.
 
     Args:
         splits: as loaded.
         view: that evaluation uses.
         quiet: do not say how many images were prepared before.
 
-    Returns the splits with the columns `image` (train) or `view` (bytes, see `EvaluationView.pack`), `label` and
+    Returns the splits with the columns `image` (train) or `view` (bytes, see `EvaluationView.unpack`), `label` and
     `digest`.
 
     Raises:
@@ -248,8 +250,14 @@ def store_training_image(data: bytes, shorter_side: int) -> dict:
 
 
 def view_packer(view: EvaluationView) -> Callable[[bytes], bytes]:
-    """Return the function from an image file to its packed evaluation view."""
-    return lambda data: view.pack(view(decode_rgb(data).image))
+    """Return the function from an image file to its packed evaluation view, or to the file; see `prepare`."""
+    height, width = view.size
+
+    def pack(data: bytes) -> bytes:
+        image = decode_rgb(data).image
+        return data if SMALL * len(data) <= 3 * height * width else view.pack(view(image))
+
+    return pack
 
 
 def describe(splits: DatasetDict, name: str, built_in: bool = False) -> dict:

@@ -20,6 +20,8 @@ import luthier.images.inspection as inspection
 from data import collate, describe, load_splits, prepare, store_training_image, with_transforms
 from luthier.errors import UserError
 from luthier.images.decode import decode_rgb
+from luthier.images.views import EvaluationView
+from models import build_model
 
 
 def digests(splits: DatasetDict) -> dict[str, list[str]]:
@@ -361,6 +363,29 @@ def test_elongated_and_tiny_images_are_stored(tmp_path):
     for size, stored_size in (((3000, 10), (3000, 10)), ((4000, 100), (2560, 64)), ((1, 1), (1, 1))):
         data = encoded(PILImage.new("RGB", size, "red"), tmp_path, "jpg")
         assert PILImage.open(io.BytesIO(store_training_image(data, 64)["bytes"])).size == stored_size
+
+
+def test_file_that_is_much_smaller_than_its_view_is_stored_in_its_place(tmp_path, timm_checkpoint):
+    folder = draw_folder(tmp_path / "images", 8)
+    large = next((folder / "red").iterdir())
+    noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)
+    PILImage.fromarray(noise).save(large)  # of many bytes
+    view = EvaluationView(build_model(str(timm_checkpoint), {0: "a", 1: "b"}, 128)[1])
+    splits = load(data_dir=str(folder))
+    prepared = prepare(splits, view)
+    rows = with_transforms(prepared, view, "none", "evaluation")
+    stored = []
+    for split in ("validation", "test"):
+        for number, source in enumerate(splits[split]["image"]):
+            file = Path(source["path"]).read_bytes()
+            packed = prepared[split][number]["view"]
+            stored.append(packed == file)
+            assert stored[-1] == (4 * len(file) <= 3 * 128 * 128)
+            assert torch.equal(rows[split][number]["pixel_values"], view(decode_rgb(file).image))
+    assert any(stored)
+    pack = data.view_packer(view)
+    assert len(pack(large.read_bytes())) == 3 * 128 * 128
+    assert torch.equal(view.unpack(pack(large.read_bytes())), view(PILImage.fromarray(noise)))
 
 
 def test_augmentation_is_lazy_and_rows_are_collated(images, view):

@@ -10,6 +10,7 @@ from torchvision.transforms import v2
 from transformers import BaseImageProcessor
 
 from luthier.errors import UserError
+from luthier.images.decode import decode_rgb
 
 if TYPE_CHECKING:  # predict.py needs no `datasets`, which takes a second to import
     from datasets import Dataset
@@ -85,10 +86,15 @@ class EvaluationView:
         return levels.tobytes() if exact else pixel_values.float().numpy().tobytes()
 
     def unpack(self, packed: bytes) -> torch.Tensor:
-        """Return the view [3, H, W] that was packed, bit for bit."""
+        """Return the view [3, H, W] that was packed, bit for bit; or that of an image file in its place.
+
+        The size tells them apart, so an image file must have fewer bytes than a packed view.
+        """
         shape = (3, *self.size)
         if len(packed) == np.prod(shape):
             return torch.from_numpy(self._look_up(np.frombuffer(packed, np.uint8).reshape(shape)))
+        if len(packed) < np.prod(shape):
+            return self(decode_rgb(packed).image)
         return torch.from_numpy(np.frombuffer(packed, np.float32).reshape(shape).copy())
 
     def _look_up(self, levels: np.ndarray) -> np.ndarray:
