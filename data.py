@@ -36,7 +36,7 @@ from luthier.terminal import plural, say
 
 PREPARATION = 6  # part of the cache's key: raise it when what is stored changes
 STORED_SIDE = 2  # shorter side of a stored training image, in sides of the view
-SMALL = 4  # how many times smaller a file is than its view, where the file is stored (docs/experiments.md)
+SMALL = 4  # a file is stored that has a fourth of its view's bytes, and no more than four times its pixels
 BUILT_IN = "openmoji"
 
 
@@ -255,7 +255,8 @@ def view_packer(view: EvaluationView) -> Callable[[bytes], bytes]:
 
     def pack(data: bytes) -> bytes:
         image = decode_rgb(data).image
-        return data if SMALL * len(data) <= 3 * height * width else view.pack(view(image))
+        small = SMALL * len(data) <= 3 * height * width and image.width * image.height <= SMALL * height * width
+        return data if small else view.pack(view(image))
 
     return pack
 

@@ -71,6 +71,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="numbers of images")
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), help="which runs (default: both)")
     parser.add_argument("--output", type=Path, help="write what was measured to this file, after each run")
+    parser.add_argument("--chart", type=Path, help="draw the seconds of the probe's run into this file")
     parser.add_argument("--measure", nargs=2, metavar=("RUN", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
@@ -89,6 +90,8 @@ def main() -> None:
                     measured[run][size]["recall"] = recall(folder / "out-probe/audit.json", own)
                 if args.output:
                     args.output.write_text(json.dumps(measured, indent=1))
+    if args.chart and "probe" in measured:
+        draw_chart(measured["probe"], args.chart)
     failed = [line for run, by_size in measured.items() for line in report(run, by_size)]
     print("\n".join(f"too much: {line}" for line in failed))
     sys.exit(bool(failed))
@@ -283,6 +286,22 @@ def report(run: str, by_size: Mapping[int, dict]) -> Iterator[str]:
     print(f"memory {slope:.0f} bytes an image")
     if slope > MAX_BYTES:
         yield f"memory of {run}: {slope:.0f} bytes an image"
+
+
+def draw_chart(by_size: Mapping[int, dict], path: Path) -> None:
+    """Draw the seconds of the longest stages over the number of images."""
+    import matplotlib.pyplot as plt
+
+    sizes = sorted(by_size)
+    longest = sorted(by_size[sizes[-1]]["seconds"].items(), key=lambda item: -item[1])[:8]
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for stage, _ in longest:
+        axes.loglog(sizes, [by_size[size]["seconds"].get(stage, 0) for size in sizes], marker="o", label=stage)
+    axes.loglog(sizes, [by_size[size]["total"] for size in sizes], color="black", marker="o", label="whole process")
+    axes.set(xlabel="images", ylabel="seconds", ylim=(0.1, None))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", ncols=2)
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ What is kept of each image is in files of many, so that a run that has more imag
 is new. A file is written whole or not at all, and never changed.
 """
 
+import functools
 import hashlib
 import importlib.metadata
 import logging
@@ -77,6 +78,8 @@ def fill_rows(kind: str, key: str, digests: Sequence[str], rows: torch.Tensor) -
     """
     is_known, names = np.zeros(len(digests), dtype=bool), as_bytes(digests)
     order = np.argsort(names, kind="stable")
+    if not len(order):
+        return is_known
     for file in sorted(_folder(kind, key).glob("*.safetensors")):
         kept = _read_tensors(file)
         if {KEY, "tensor"} - set(kept):
@@ -105,7 +108,7 @@ def empty_rows(n: int, columns: int) -> torch.Tensor:
                     os.posix_fallocate(file.fileno(), 0, size)
                 return torch.from_numpy(np.memmap(file, np.float32, "w+", shape=(n, columns)))
         except OSError as error:
-            logger.warning(f"{size / 1e9:.1f} GB are held in memory, because they cannot be on the disk: {error}")
+            _warn_once(f"features are held in memory, because they cannot be in a file in {folder}: {error}")
     return torch.empty((n, columns))
 
 
@@ -245,4 +248,9 @@ def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, Path(folder, path.name))
             Path(folder, path.name).replace(path)
     except (OSError, SafetensorError) as error:
-        logger.warning(f"{path.parent.name} is not kept for the next run: {error}")
+        _warn_once(f"{path.parent.name} is not kept for the next run: {error}")
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    logger.warning(text)

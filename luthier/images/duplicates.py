@@ -1,5 +1,6 @@
 """Which images are the same, or nearly: perceptual hashes choose the candidates, a detailed comparison decides."""
 
+import logging
 import math
 import os
 import sys
@@ -12,6 +13,8 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+
+logger = logging.getLogger(__name__)
 
 BORDERS = (0.0, 0.025, 0.05)  # share of each side that the first, second and third hash of an image leave out
 BITS = 16 * 16  # of a hash
@@ -42,7 +45,8 @@ def fingerprint(image: Image.Image) -> Fingerprint:
     grey = image.convert("L").resize((128, 128), Image.Resampling.BOX, reducing_gap=2)
     inner = [grey.crop((b := round(128 * border), b, 128 - b, 128 - b)) for border in BORDERS]
     pixels = np.stack([np.asarray(part.resize((SIDE, SIDE), Image.Resampling.LANCZOS), np.float64) for part in inner])
-    frequencies = (COSINES @ pixels @ COSINES.T).reshape(len(BORDERS), BITS)
+    # Rounded, because many frequencies of a symmetric image are zero, and must not be told apart by rounding errors.
+    frequencies = (COSINES @ pixels @ COSINES.T).reshape(len(BORDERS), BITS).round(6)
     bits = frequencies > np.median(frequencies, axis=1, keepdims=True)
     return Fingerprint(np.packbits(bits, axis=1).tobytes(), grey.resize((SIDE, SIDE), Image.Resampling.BOX).tobytes())
 
@@ -88,7 +92,7 @@ def find_candidates(hashes: np.ndarray) -> np.ndarray:
     if images < 2:
         return np.empty((0, 2), np.int64)
     nearest = min(images, max(MIN_NEAREST, CANDIDATES // images) + 1)  # an image is the nearest to itself
-    index, found = _build_index(np.ascontiguousarray(hashes[:, 0])), []
+    index, found, crowded = _build_index(np.ascontiguousarray(hashes[:, 0])), [], 0
     for begin in range(0, images, QUERIES):
         part = hashes[begin : begin + QUERIES]
         queries = np.repeat(np.arange(begin, begin + len(part)), nearest)
@@ -97,7 +101,13 @@ def find_candidates(hashes: np.ndarray) -> np.ndarray:
             distances, others = index.search(np.ascontiguousarray(part[:, number]), nearest)
             edge = np.stack([queries, others.ravel(), distances.ravel()], axis=1, dtype=np.int64)
             edges.append(edge[(edge[:, 2] <= MAX_DISTANCE) & (edge[:, 1] >= 0) & (edge[:, 0] != edge[:, 1])])
-        found.append(_nearest_of_each(np.concatenate(edges), nearest))
+        found.append(_nearest_of_each(np.concatenate(edges), nearest - 1))
+        crowded += int((np.unique(found[-1][:, 0], return_counts=True)[1] == nearest - 1).sum())
+    if crowded and nearest < images:
+        logger.warning(
+            f"{crowded:,} images look like {nearest - 1} or more others at first sight. Near-duplicates are "
+            "searched among the nearest of these"
+        )
     pairs = np.sort(np.concatenate(found), axis=1)
     return np.unique(pairs, axis=0)
 

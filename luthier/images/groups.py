@@ -110,7 +110,7 @@ def add_groups(splits: DatasetDict) -> DatasetDict:
     pairs, ends = duplicate_pairs(splits), np.cumsum([len(dataset) for dataset in splits.values()])
     columns = {"duplicates": connected_groups(int(ends[-1]), pairs)}
     if GIVEN_GROUP in splits["train"].column_names:
-        names = np.array([name for dataset in splits.values() for name in dataset[GIVEN_GROUP][:]])
+        names = np.array([name or "" for dataset in splits.values() for name in dataset[GIVEN_GROUP][:]])
         given = np.flatnonzero(names != "")
         _, first, number = np.unique(names[given], return_index=True, return_inverse=True)
         pairs = np.concatenate([pairs, np.stack([given[first][number], given], axis=1)])

@@ -268,7 +268,8 @@ def grouping_in_words(pattern: str) -> str:
 
 def findings_in_words(findings: Mapping) -> str:
     """Return in a line how much was found of each kind."""
-    counts = [count_in_words(findings, kind) for kind in KINDS if findings[kind]]
+    sampled = ["suspect_labels"] if findings.get("checked_by") else []
+    counts = [count_in_words(findings, kind) for kind in KINDS if findings[kind] or kind in sampled]
     unchecked = ["labels not checked"] if findings["suspect_labels"] is None else []
     return ", ".join(counts + unchecked) or "nothing found"
 

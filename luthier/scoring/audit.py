@@ -73,9 +73,8 @@ def audit_images(splits: DatasetDict, unreadable: list[UnreadableImage]) -> dict
     pixels = fixed_width(images, "pixels")
     for members in _together(images["duplicates"][:]):
         _add_duplicates(findings, [(pixels[number].tobytes(), image(number)) for number in members])
-    given = [
-        name for dataset in splits.values() if GIVEN_GROUP in dataset.column_names for name in dataset[GIVEN_GROUP]
-    ]
+    has_groups = all(GIVEN_GROUP in dataset.column_names for dataset in splits.values())
+    given = [name or "" for dataset in splits.values() for name in dataset[GIVEN_GROUP][:]] if has_groups else []
     for members in _together(given):
         first = {entry["split"]: entry for entry in map(image, members[::-1])}
         if given[members[0]] and len(first) > 1:
@@ -84,7 +83,7 @@ def audit_images(splits: DatasetDict, unreadable: list[UnreadableImage]) -> dict
     return findings | {
         "images": len(images),
         "classes": dict(zip(names, counts.tolist(), strict=True)),
-        "grouping": None if given else propose_grouping(files, len(names)),
+        "grouping": None if any(given) else propose_grouping(files, len(names)),
     }
 
 
@@ -130,16 +129,15 @@ def suspect_labels(splits: DatasetDict, features: torch.Tensor, strength: float)
     folds = stratified_folds(labels, groups, FOLDS, seed=0)
     truth = torch.as_tensor(labels, device=features.device)
     given, highest, likelier = np.zeros(len(labels)), np.zeros(len(labels)), np.zeros(len(labels), dtype=int)
-    sample = None
+    sample, known = None, np.zeros(len(labels), dtype=bool)
     for part in cross_fit(features, truth, folds, len(names), (strength,)):
         probabilities = part.logits[0].softmax(dim=1).double().cpu().numpy()
         given[part.rows] = probabilities[np.arange(len(part.rows)), labels[part.rows]]
         highest[part.rows], likelier[part.rows] = probabilities.max(axis=1), probabilities.argmax(axis=1)
-        sample = part.sample
-    occurs = np.zeros((FOLDS, len(names)), dtype=bool)
-    occurs[folds, labels] = True
-    known = occurs.sum(axis=0)[labels] > 1  # a class has images in other folds to judge it by
-    counts, sums = np.bincount(labels, minlength=len(names)), np.bincount(labels, given, len(names))
+        own = labels[part.rows], likelier[part.rows]  # there must be others of both classes to judge by
+        known[part.rows] = part.learned[own[0]] & part.learned[own[1]]
+        sample = part.sample or sample
+    counts, sums = (np.bincount(labels[known], weights, len(names)) for weights in (None, given[known]))
     usual = np.where(counts > 0, sums / np.maximum(counts, 1), 1)
     suspect = np.flatnonzero(known & (likelier != labels) & (highest >= usual[likelier]))
     begins = np.cumsum([0, *map(len, splits.values())])

@@ -96,7 +96,7 @@ def measure_probe(
         load_features(trainer, head, images[split], known.get(split))
     probe, soft = fit_shared_probes(trainer, known or None, references, criterion.class_weights)
     if announce and known:
-        announce(probe_baseline(probe, known, splits, criterion)[0]["validation"])
+        announce(probe_baseline(probe, {"validation": known["validation"]}, splits, criterion)[0]["validation"])
     corrects = build_yardstick(known, splits, probe.strength, criterion, trainer.args.device) if known else None
     (yardstick,) = broadcast_object_list([corrects])
     if "test" in images:  # an audit may have none

@@ -177,11 +177,13 @@ class HeldOut(NamedTuple):
         rows: int [n].
         logits: float32 [S, n, C], by probes of each strength.
         sample: how many images these probes have learned from; None where it is all of the other folds.
+        learned: which classes these are of, bool [C].
     """
 
     rows: np.ndarray
     logits: torch.Tensor
     sample: int | None
+    learned: np.ndarray
 
 
 def cross_fit(
@@ -205,6 +207,7 @@ def cross_fit(
         sample = most if len(rows) > most else None
         if sample:
             rows = np.sort(generator.choice(rows, sample, replace=False))
+        learned = np.bincount(labels.cpu().numpy()[rows], minlength=classes) > 0
         probes = []
         if len(rows) > 1:  # or there is nothing to learn from, or to standardise: all classes stay equally likely
             probes = list(fit_path(features, labels, classes, strengths, rows=torch.from_numpy(rows)))
@@ -213,7 +216,7 @@ def cross_fit(
             logits = features.new_zeros((len(strengths), len(part), classes))
             for number, probe in enumerate(probes):
                 logits[number] = probe.logits(features[part])
-            yield HeldOut(part, logits, sample)
+            yield HeldOut(part, logits, sample, learned)
 
 
 def _centre(features: torch.Tensor, rows: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

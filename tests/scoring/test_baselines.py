@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import load
+from datasets import ClassLabel, Dataset, DatasetDict
 from transformers import Trainer, TrainingArguments
 
 import luthier.scoring.baselines as module
 from data import collate, feature_rows, prepare
 from luthier.images.views import EvaluationView
 from luthier.reporting.console import findings_in_words
-from luthier.scoring.audit import KINDS
+from luthier.scoring.audit import KINDS, suspect_labels
 from luthier.scoring.baselines import majority_baseline, measure_probe
 from luthier.training.features import join
 from models import build_model
@@ -51,6 +52,17 @@ def test_probe_of_many_images_is_cross_fitted_on_a_sample_and_says_so(measure, m
     assert probe.checked_by == 10 and 0 < probe.yardstick.mean < 10
     findings = {kind: [] for kind in KINDS} | probe.findings | {"suspect_labels": [{}]}
     assert findings_in_words(findings) == "labels to check: 1 (by probes that have learned from 10 images each)"
+
+
+def test_classes_that_a_sample_lacks_are_not_suspect(monkeypatch):
+    labels = np.repeat(np.arange(60), 10)
+    columns = {"label": labels, "group": np.arange(600), "name": [f"{row}.jpg" for row in range(600)]}
+    label = ClassLabel(names=[f"{index:02}" for index in range(60)])
+    train = Dataset.from_dict(columns).cast_column("label", label)
+    features = torch.nn.functional.one_hot(torch.tensor(labels)).float() + 0.01 * torch.randn(600, 60)
+    for most in (600, 40):
+        monkeypatch.setattr("luthier.training.probe.MAX_LEARNED", most)
+        assert suspect_labels(DatasetDict(train=train), features, 0.001) == ([], None if most == 600 else 40)
 
 
 def test_features_in_a_file_and_in_parts_tell_the_same(measure, monkeypatch):
