@@ -107,12 +107,19 @@ def _lock(output_dir: Path) -> Iterator[None]:
         lock.release()
 
 
-def copy_whole(source: Path, target: Path) -> None:
-    """Copy a file to its place, whole or not at all; the two may be on different disks."""
+@contextlib.contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """Yield a path to write a file to, which then gets its name: it is there whole, or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
     whole = target.with_name(f".{target.name}")
     try:
-        shutil.copyfile(source, whole)
+        yield whole
         whole.replace(target)
     finally:
         whole.unlink(missing_ok=True)
+
+
+def copy_whole(source: Path, target: Path) -> None:
+    """Copy a file to its place, whole or not at all; the two may be on different disks."""
+    with written_whole(target) as whole:
+        shutil.copyfile(source, whole)

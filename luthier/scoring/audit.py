@@ -1,7 +1,7 @@
 """What is wrong with a dataset: unreadable, misnamed, tiny, duplicate and mislabelled images."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +49,7 @@ def audit_images(splits: DatasetDict, unreadable: list[UnreadableImage]) -> dict
     names = next(iter(splits.values())).features["label"].names
     images = concatenate_datasets([dataset.select_columns(COLUMNS) for dataset in splits.values()])
     files, labels = images["name"][:], np.array(images["label"][:])
-    begins = np.cumsum([0, *map(len, splits.values())])
+    place_of = _places(splits)
     findings: dict = {kind: [] for kind in KINDS} | {"suspect_labels": None, "checked_by": None}
     findings["unreadable"] = [
         {"split": each.split, "row": None, "name": each.name, "label": each.label, "why": each.reason}
@@ -57,9 +57,8 @@ def audit_images(splits: DatasetDict, unreadable: list[UnreadableImage]) -> dict
     ]
 
     def image(number: int | np.integer) -> dict:
-        split = int(np.searchsorted(begins, number, side="right")) - 1
-        row = int(number - begins[split])
-        return {"split": list(splits)[split], "row": row, "name": files[number], "label": names[labels[number]]}
+        split, row = place_of(number)
+        return {"split": split, "row": row, "name": files[number], "label": names[labels[number]]}
 
     for number, (name, file_format) in enumerate(zip(files, images["format"][:], strict=True)):
         suffix = Path(name).suffix.lower()
@@ -85,6 +84,17 @@ def audit_images(splits: DatasetDict, unreadable: list[UnreadableImage]) -> dict
         "classes": dict(zip(names, counts.tolist(), strict=True)),
         "grouping": None if any(given) else propose_grouping(files, len(names)),
     }
+
+
+def _places(splits: DatasetDict) -> Callable[[int | np.integer], tuple[str, int]]:
+    """Return the function from the number of an image, among those of all splits, to its split and its row there."""
+    names, begins = list(splits), np.cumsum([0, *map(len, splits.values())])
+
+    def place_of(number: int | np.integer) -> tuple[str, int]:
+        index = int(np.searchsorted(begins, number, side="right")) - 1
+        return names[index], int(number - begins[index])
+
+    return place_of
 
 
 def _together(values: Sequence) -> Iterator[np.ndarray]:
@@ -140,12 +150,11 @@ def suspect_labels(splits: DatasetDict, features: torch.Tensor, strength: float)
     counts, sums = (np.bincount(labels[known], weights, len(names)) for weights in (None, given[known]))
     usual = np.where(counts > 0, sums / np.maximum(counts, 1), 1)
     suspect = np.flatnonzero(known & (likelier != labels) & (highest >= usual[likelier]))
-    begins = np.cumsum([0, *map(len, splits.values())])
+    place_of = _places(splits)
     files = [name for dataset in splits.values() for name in dataset["name"][:]]
     found = []
     for number in suspect[np.argsort(given[suspect], kind="stable")]:
-        index = int(np.searchsorted(begins, number, side="right")) - 1
-        split, row, likely = list(splits)[index], int(number - begins[index]), names[likelier[number]]
+        (split, row), likely = place_of(number), names[likelier[number]]
         found.append(
             {
                 "split": split,

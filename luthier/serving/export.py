@@ -23,6 +23,7 @@ from luthier.errors import UserError
 from luthier.escape import escape_terminal
 from luthier.images.resizing import find_rule
 from luthier.images.views import EvaluationView
+from luthier.output_dir import written_whole
 from luthier.serving.onnx_network import INPUT, OUTPUTS, Facts, OnnxNetwork
 from luthier.serving.parity import Images
 from luthier.serving.torch_network import TorchNetwork
@@ -139,13 +140,8 @@ def write_model(model: onnx.ModelProto, facts: Facts, path: Path) -> None:
     _remove_notes(model)
     onnx.helper.set_model_props(model, {name: json.dumps(value) for name, value in facts.describe().items()})
     model.producer_name = "luthier"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    written = path.with_name(f".{path.name}")
-    try:
+    with written_whole(path) as written:
         onnx.save_model(model, written)
-        written.replace(path)
-    finally:
-        written.unlink(missing_ok=True)
 
 
 def _remove_notes(message: Any) -> None:
