@@ -34,7 +34,7 @@ from luthier.images.splits import cut_missing_splits
 from luthier.images.views import EvaluationView, ImageRows, random_crop_transform, training_transform
 from luthier.terminal import plural, say
 
-PREPARATION = 6  # part of the cache's key: raise it when what is stored changes
+PREPARATION = 7  # part of the cache's key: raise it when what is stored changes
 STORED_SIDE = 2  # shorter side of a stored training image, in sides of the view
 SMALL = 4  # a file is stored that has a fourth of its view's bytes, and no more than four times its pixels
 BUILT_IN = "openmoji"
@@ -170,7 +170,7 @@ def prepare(splits: DatasetDict, view: EvaluationView, quiet: bool = False) -> D
 
     A training image is stored upright, in RGB, with its shorter side at most twice the view's: a random crop of it
     still has a pixel for each that the model sees. An image that is small enough and plain RGB already keeps its
-    bytes. One that had to be changed but not shrunk is stored as PNG, a shrunken one as JPEG of quality 95 without
+    bytes. One that had to be changed but not shrunk is stored as PNG, a shrunken one as JPEG of quality 90 without
     chroma subsampling. Of validation and test images the evaluation view itself is stored, or the file where that is
     much smaller: it is decoded again whenever it is looked at. Both are exact.
 
@@ -243,7 +243,7 @@ def store_training_image(data: bytes, shorter_side: int) -> dict:
     if min(image.size) > shorter_side:
         scale = shorter_side / min(image.size)
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        image.resize(size, PILImage.Resampling.BICUBIC, reducing_gap=3).save(stored, "JPEG", quality=95, subsampling=0)
+        image.resize(size, PILImage.Resampling.BICUBIC, reducing_gap=3).save(stored, "JPEG", quality=90, subsampling=0)
     elif changed:
         image.save(stored, "PNG", compress_level=1)
     return {"bytes": stored.getvalue() or data, "path": None}
@@ -312,7 +312,7 @@ def with_transforms(
 def training_rows(
     dataset: Dataset, view: EvaluationView, augmentation: str, size: tuple[int, int] | None = None
 ) -> Dataset:
-    """Return the prepared split "train" with rows of augmented `pixel_values`, and `labels`; see `with_transforms`."""
+    """Return the prepared split "train" with rows of augmented levels or `pixel_values`, and `labels`."""
     return dataset.with_transform(batch_transform("image", training_transform(view, augmentation, size)))
 
 

@@ -104,7 +104,6 @@ def fine_tune(arguments: "Arguments", stop: "Stop", stopwatch: Stopwatch) -> tup
     from luthier.scoring.familiarity import answer, learn_familiarity
     from luthier.scoring.race import Course, enter, keep_best, race
     from luthier.scoring.selection import score_probe
-    from luthier.training.arms import Workshop
     from luthier.training.callbacks import StageTimes
     from luthier.training.trainer import model_of
 
@@ -112,11 +111,11 @@ def fine_tune(arguments: "Arguments", stop: "Stop", stopwatch: Stopwatch) -> tup
     experiment = set_up(arguments, stopwatch)
     splits, prepared, view, recipes = experiment.splits, experiment.prepared, experiment.view, experiment.recipes
     rows = with_transforms(prepared, view, data_args.augmentation, data_args.test_view, experiment.size)
-    model, judge, callbacks = experiment.model, experiment.judge, [StageTimes(stopwatch), stop]
-    workshop = Workshop(model, training_args, collate, judge.compute_metrics, callbacks, judge.class_weights)
+    workshop = experiment.workshop(training_args, collate, [StageTimes(stopwatch), stop])
 
     # Probe
     probe, images, curve = ProbeResults(), feature_rows(prepared, view), data_args.learning_curve
+    judge = experiment.judge
     if recipes[0].is_pretrained:
         probe = measure_probe(workshop.predictor(), splits, images, judge.criterion, curve, console.say_probe)
     stopwatch.stop("features")

@@ -394,7 +394,7 @@ def test_augmentation_is_lazy_and_rows_are_collated(images, view):
     train = with_transforms(prepare(load(data_dir=str(images)), view), view, "flip_crop", "evaluation")["train"]
     assert not torch.equal(train[0]["pixel_values"], train[0]["pixel_values"])
     batch = collate([train[0], train[14]])
-    assert batch["pixel_values"].shape == (2, 3, 32, 32) and batch["pixel_values"].dtype == torch.float32
+    assert batch["pixel_values"].shape == (2, 3, 32, 32) and batch["pixel_values"].dtype == torch.uint8  # levels
     assert batch["labels"].tolist() == [0, 2] and batch["labels"].dtype == torch.int64
 
 

@@ -1,9 +1,10 @@
 """What a run prepares before it trains, and what it has found before it is written."""
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from datasets import DatasetDict
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from luthier.images.views import EvaluationView
 from luthier.scoring.baselines import ProbeResults
@@ -46,6 +47,16 @@ class Experiment(NamedTuple):
     def size(self) -> tuple[int, int]:
         """(height, width) of the random crops of training, in pixels."""
         return training_size(self.model, self.view.size)
+
+    def workshop(
+        self,
+        training_args: TrainingArguments,
+        collate: Callable[[list[dict]], dict],
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> Workshop:
+        """Return what builds the Trainers of this run; see `Workshop`."""
+        measure, weights = self.judge.compute_metrics, self.judge.class_weights
+        return Workshop(self.model, training_args, collate, measure, callbacks, weights, self.view.scale)
 
 
 class Result(NamedTuple):

@@ -30,6 +30,7 @@ class Workshop:
         compute_metrics: of an evaluation.
         callbacks: of every training.
         class_weights: of `criterion.Balance`; None counts all images alike.
+        scale: from 8-bit levels to pixel values, see `EvaluationView.scale`.
     """
 
     model: PreTrainedModel
@@ -38,6 +39,7 @@ class Workshop:
     compute_metrics: Callable[[EvalPrediction], dict[str, float]]
     callbacks: Sequence[TrainerCallback] = ()
     class_weights: list[float] | None = None
+    scale: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def predictor(self, state: State | None = None) -> Trainer:
         """Return a Trainer that only predicts, with the model in a state, or as it was built."""
@@ -96,7 +98,7 @@ class Arm(NamedTuple):
         shop = self.workshop
         return build_trainer(
             model, self.recipe, self.training_args, self.rows, shop.collate, shop.compute_metrics, shop.callbacks,
-            self.schedule, shop.class_weights,
+            self.schedule, shop.class_weights, shop.scale,
         )  # fmt: skip
 
 

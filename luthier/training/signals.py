@@ -50,7 +50,9 @@ class Stop(TrainerCallback):
         # A second Ctrl-C is meant. A SIGTERM after one comes from the launcher, which ends before its process.
         again = self.received is not None and number == signal.SIGINT and time.monotonic() - self.since > 1
         if not self.training or again:
-            print(f"stopped  by {signal.Signals(number).name}", file=sys.stderr, flush=True)
+            if self.received is None or again:
+                print(f"stopped  by {signal.Signals(number).name}", file=sys.stderr, flush=True)
+            self.received, self.since = number, time.monotonic()
             sys.exit(128 + number)
         if self.received is None:
             self.received, self.since = number, time.monotonic()

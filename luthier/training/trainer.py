@@ -45,11 +45,12 @@ from luthier.training.heats import EndHeat, Schedule
 from luthier.training.layers import parameter_groups
 from luthier.training.recipe import Recipe
 from luthier.training.signals import Stop, StoppedInEvaluation, exit_stopped
+from luthier.training.workers import WorkerTrainer
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "No executable batch size found")
 
 
-class SafeTrainer(Trainer):
+class SafeTrainer(WorkerTrainer):
     """The Trainer whose checkpoints are whole, and which stops where nothing can be learned any more.
 
     It overrides private methods, read in transformers 5.23. At an upgrade, check: does `_get_output_dir` still name
@@ -59,6 +60,7 @@ class SafeTrainer(Trainer):
 
     schedule: Schedule | None = None  # of the learning rate, in the place of `lr_scheduler_type`
     class_weights: torch.Tensor | None = None  # [C]; see `criterion.Balance`
+    scale: Callable[[torch.Tensor], torch.Tensor] | None = None  # 8-bit levels to pixel values
     writing_to: str | None = None
     save_postponed = False
     not_finite_at: torch.Tensor | None = None  # step of the first loss or gradient that was not finite, or -1
@@ -128,6 +130,13 @@ class SafeTrainer(Trainer):
         weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
         trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
         return weights + 2 * trained
+
+    def _prepare_inputs(self, inputs: dict) -> dict:
+        """Move a batch to the device, and scale it there where it is of 8-bit levels."""
+        inputs = super()._prepare_inputs(inputs)
+        if self.scale and inputs["pixel_values"].dtype == torch.uint8:
+            inputs["pixel_values"] = self.scale(inputs["pixel_values"])
+        return inputs
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the model's own loss, or while it trains with class weights the mean of the weighted losses.
@@ -224,6 +233,7 @@ def build_trainer(
     callbacks: Sequence[TrainerCallback] = (),
     schedule: Schedule | None = None,
     class_weights: list[float] | None = None,
+    scale: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> SafeTrainer:
     """Return the Trainer of a run, with the learning rates of the recipe's layers.
 
@@ -237,6 +247,7 @@ def build_trainer(
         callbacks: besides the epoch table and the progress.
         schedule: of the learning rate; None leaves it to the training arguments.
         class_weights: of `criterion.Balance`; None counts all images alike.
+        scale: see `EvaluationView.scale`; of rows that have 8-bit levels for `pixel_values`.
 
     Raises:
         UserError: a tracker, an optimizer or a scheduler is not available, or the checkpoints do not fit on the disk.
@@ -258,7 +269,7 @@ def build_trainer(
         )
     except (ImportError, RuntimeError, ValueError) as error:
         raise UserError(str(error)) from error
-    trainer.schedule = schedule
+    trainer.schedule, trainer.scale = schedule, scale
     if class_weights is not None:
         trainer.class_weights = torch.tensor(class_weights, device=training_args.device)
         trainer.model_accepts_loss_kwargs = False  # the weighted loss is the mean of a batch
@@ -276,7 +287,7 @@ def build_predictor(
 ) -> Trainer:
     """Return a Trainer that only predicts."""
     # With evaluations the Trainer would ask for their rows. Trackers follow the training alone.
-    trainer = Trainer(model, replace(training_args, eval_strategy="no", report_to="none"), collate)
+    trainer = WorkerTrainer(model, replace(training_args, eval_strategy="no", report_to="none"), collate)
     _replace_progress(trainer)
     return trainer
 

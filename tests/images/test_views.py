@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import draw, draw_folder, load
 from PIL import Image as PILImage
+from torchvision.transforms import v2
 from transformers import AutoImageProcessor, MobileViTImageProcessor, pipeline
 
 from data import evaluation_rows, prepare
@@ -77,8 +78,9 @@ def test_no_augmentation_is_the_evaluation_view(timm_view):
 def test_augmentation_varies_and_keeps_size_and_scale(timm_view, augmentation):
     image = draw("red", 1, width=200, height=150)
     transform = training_transform(timm_view, augmentation)
-    pixel_values = torch.stack([transform(image) for _ in range(24)])
-    assert pixel_values.shape[1:] == timm_view(image).shape
+    levels = torch.stack([transform(image) for _ in range(24)])
+    pixel_values = timm_view.scale(levels)
+    assert levels.dtype == torch.uint8 and pixel_values.shape[1:] == timm_view(image).shape
     assert len({one.numpy().tobytes() for one in pixel_values}) > 12
     scaled = (pixel_values - timm_view.black[:, None, None]) / timm_view.contrast[:, None, None]
     assert scaled.min() >= -1e-5 and scaled.max() <= 1 + 1e-5
@@ -92,5 +94,27 @@ def test_channels_that_the_processor_reverses_are_reversed_in_training(augmentat
     view = EvaluationView(MobileViTImageProcessor(size=size, crop_size={"height": 32, "width": 32}))
     transform, red = training_transform(view, augmentation), PILImage.new("RGB", (64, 48), (250, 10, 10))
     assert view.reversed and view(red)[2].mean() > 0.9
-    pixel_values = torch.stack([transform(red) for _ in range(16)]).mean(dim=(0, 2, 3))
-    assert pixel_values.argmax() == 2
+    seen = torch.stack([transform(red) for _ in range(16)]).float().mean(dim=(0, 2, 3))
+    assert seen.argmax() == 2
+
+
+def test_random_crops_are_those_that_pillow_gives(timm_view):
+    image = draw("red", 1, width=200, height=150)
+    size, bicubic = timm_view.size, v2.InterpolationMode.BICUBIC
+    pillow = v2.Compose(
+        [v2.RandomResizedCrop(size, (0.35, 1.0), interpolation=bicubic), v2.RandomHorizontalFlip(), v2.PILToTensor()]
+    )
+    transform = training_transform(timm_view, "flip_crop")
+    for seed in range(20):
+        torch.manual_seed(seed)
+        theirs = pillow(image).int()
+        torch.manual_seed(seed)
+        difference = (transform(image).int() - theirs).abs()
+        assert difference.max() <= 2 and difference.float().mean() < 0.3
+
+
+def test_scaled_levels_are_the_pixel_values_of_the_processor(timm_view):
+    pixel_values = timm_view(draw("red", 1))
+    torch.testing.assert_close(timm_view.scale(timm_view.levels(pixel_values)), pixel_values)
+    batch = torch.stack([timm_view.levels(pixel_values)] * 2)
+    assert torch.equal(timm_view.scale(batch)[1], timm_view.scale(batch[1]))

@@ -220,7 +220,8 @@ def start_training(config: dict | None, *more: str) -> subprocess.Popen:
         launcher += ["--config_file", "accelerate.yaml"]
     command = [*launcher, str(PROJECT / "train.py"), *flags("simple_cnn", "--num_train_epochs", "100000", *more)]
     command += ["--output_dir", "out", "--save_strategy", "epoch", "--save_total_limit", "2"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, start_new_session=True, **streams)
     for text in process.stdout:
         if re.match(r"\s+3 ", text):
             return process
@@ -238,16 +239,16 @@ def test_sigterm_to_the_launcher_saves_one_checkpoint(processes):
     assert newest_whole(Path("out")) is not None and not Path("out/metrics.json").exists()
 
 
-@pytest.mark.slow
-def test_ctrl_c_to_the_whole_group_saves_a_checkpoint():
-    process = start_training(None)
+@pytest.mark.parametrize(
+    ("number", "workers"), [pytest.param(signal.SIGINT, 0, marks=SLOW), (signal.SIGTERM, 2)], ids=str
+)
+def test_signal_to_the_whole_group_saves_a_checkpoint(number, workers):
+    process = start_training(None, "--dataloader_num_workers", str(workers))
     start = time.monotonic()
-    os.kill(process.pid, signal.SIGINT)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    for child in children:
-        os.kill(int(child), signal.SIGINT)
+    os.killpg(process.pid, number)
     output = process.stdout.read()
     assert time.monotonic() - start < 10 and "stopped  by SIG" in output and newest_whole(Path("out")) is not None
+    assert "DataLoader" not in output and process.wait() != 0
 
 
 def run_together(commands: list[list[str]], folders: list[Path], environments: list[dict]) -> list[tuple[int, str]]:

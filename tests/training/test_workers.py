@@ -1,0 +1,65 @@
+"""Data workers: as many as pay, and ended by the main process alone."""
+
+import multiprocessing
+import os
+import signal
+import time
+
+import torch
+from torch.utils.data import Dataset
+from transformers import TrainingArguments
+
+from luthier.training.workers import BATCHES, WorkerTrainer
+
+WORKERS = 2
+
+
+class Rows(Dataset):
+    """Rows that say which process made them."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __getitem__(self, row: int) -> dict:
+        return {"x": torch.tensor([float(row)]), "process": os.getpid()}
+
+
+def build(tmp_path) -> WorkerTrainer:
+    args = TrainingArguments(
+        output_dir=str(tmp_path), per_device_eval_batch_size=1, dataloader_num_workers=WORKERS, use_cpu=True,
+        remove_unused_columns=False, report_to="none",
+    )  # fmt: skip
+    return WorkerTrainer(torch.nn.Linear(1, 1), args)
+
+
+def processes(loader) -> set[int]:
+    return {int(process) for batch in loader for process in batch["process"]}
+
+
+def test_short_evaluations_are_loaded_in_the_main_process(tmp_path):
+    trainer = build(tmp_path)
+    assert processes(trainer.get_test_dataloader(Rows(BATCHES * WORKERS - 1))) == {os.getpid()}
+    many = processes(trainer.get_test_dataloader(Rows(BATCHES * WORKERS)))
+    assert len(many) == WORKERS and os.getpid() not in many
+
+
+def test_workers_outlive_signals_to_all_processes(tmp_path):
+    batches = iter(build(tmp_path).get_test_dataloader(Rows(200)))
+    first = int(next(batches)["process"])
+    workers = [process.pid for process in multiprocessing.active_children()]
+    assert first in workers
+    for worker in workers:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(worker, number)
+    time.sleep(0.2)
+    assert len(list(batches)) == 199
+    del batches  # ends them
+    for _ in range(100):
+        left = {process.pid for process in multiprocessing.active_children()} & set(workers)
+        if not left:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"workers are left: {left}")
