@@ -32,6 +32,7 @@ from luthier.images.metadata import Columns, load_directory
 from luthier.images.openmoji import ATTRIBUTION, load_openmoji
 from luthier.images.splits import cut_missing_splits
 from luthier.images.views import EvaluationView, ImageRows, random_crop_transform, training_transform
+from luthier.machine import use_one_thread
 from luthier.terminal import plural, say
 
 PREPARATION = 7  # part of the cache's key: raise it when what is stored changes
@@ -231,7 +232,7 @@ def prepare_batch(batch: dict, indices: list[int], store: Callable, column: str)
         except Exception as error:  # Pillow's plugins raise errors of any kind on damaged data
             return None, f"{name}: {reason(error)}"
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(os.cpu_count(), initializer=use_one_thread) as pool:
         stored, errors = zip(*pool.map(prepare_one, batch["image"], batch["name"], batch["digest"]), strict=True)
     return {column: list(stored), "digest": batch["digest"], "error": list(errors)}
 
@@ -251,7 +252,7 @@ def store_training_image(data: bytes, shorter_side: int) -> dict:
 
 def view_packer(view: EvaluationView) -> Callable[[bytes], bytes]:
     """Return the function from an image file to its packed evaluation view, or to the file; see `prepare`."""
-    height, width = view.size
+    height, width = view.measure().size
 
     def pack(data: bytes) -> bytes:
         image = decode_rgb(data).image
@@ -335,7 +336,7 @@ def sample_rows(dataset: Dataset, image_processor: BaseImageProcessor) -> Datase
 
 def evaluation_rows(dataset: Dataset, view: EvaluationView, columns: Sequence[str] = ()) -> Dataset:
     """Return a prepared split, train too, whose rows are the `pixel_values` of evaluation, and `labels` if asked."""
-    column, transform = ("view", view.unpack) if "view" in dataset.column_names else ("image", view)
+    column, transform = ("view", view.measure().unpack) if "view" in dataset.column_names else ("image", view)
     # Nothing in it is random, so that threads may share it.
     return dataset.select_columns([column, *columns]).with_transform(
         batch_transform(column, transform, os.cpu_count() or 1)
@@ -359,7 +360,7 @@ def batch_transform(column: str, transform: Callable[..., torch.Tensor], threads
 
     def transform_batch(batch: dict) -> dict:
         if threads > 1 and len(batch[column]) > 1:
-            with ThreadPoolExecutor(threads) as pool:
+            with ThreadPoolExecutor(threads, initializer=use_one_thread) as pool:
                 rows = {"pixel_values": list(pool.map(transform, batch[column]))}
         else:
             rows = {"pixel_values": [transform(entry) for entry in batch[column]]}

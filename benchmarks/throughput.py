@@ -1,18 +1,28 @@
-"""What the Trainer costs: its loop, as train.py sets it up, compared with a bare PyTorch loop on the same tensors.
+"""What the Trainer costs: its loop, as train.py sets it up, compared with a bare PyTorch loop on the same rows.
 
     python -m benchmarks.throughput
 
-Both train the same model on the same batches with the same optimizer, in one process and in turns, so that both suffer
-alike from other work on the machine. The ratio is the Trainer's images per second to the bare loop's.
+Both train the same model with the same optimizer on the same device, precision and data workers, in one process and in
+turns, so that both suffer alike from other work on the machine. The ratio is the Trainer's images per second to the
+bare loop's.
 """
 
 import argparse
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-from transformers import PreTrainedModel, TimmWrapperConfig, TimmWrapperForImageClassification, TrainerCallback
+from torch.utils.data import DataLoader, Dataset
+from transformers import (
+    PreTrainedModel,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from data import collate
 from luthier.arguments import parse_arguments
@@ -26,16 +36,54 @@ from models import build_model
 
 LABELS = {index: f"class {index}" for index in range(10)}
 MODELS = ("efficientnet_lite0", "resnet18")
+DRAWN = 64  # different rows
 
 
-class StepEnds(TrainerCallback):
-    """Records when each step ends."""
+class Rows(Dataset):
+    """Rows as training has them: 8-bit levels [3, H, W] and a label, which cost nothing to make."""
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.ends = []
+    def __init__(self, size: int, number: int):
+        self.levels = [torch.randint(0, 256, (3, size, size), dtype=torch.uint8) for _ in range(DRAWN)]
+        self.number = number
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __getitem__(self, row: int) -> dict:
+        return {"pixel_values": self.levels[row % DRAWN], "labels": row % len(LABELS)}
+
+
+class Speed(NamedTuple):
+    """Images per second of each turn: of the Trainer's loop and of the bare one."""
+
+    ours: list[float]
+    bare: list[float]
+
+    @property
+    def ratios(self) -> list[float]:
+        """The Trainer's images per second to the bare loop's, from the lowest up."""
+        return sorted(a / b for a, b in zip(self.ours, self.bare, strict=True))
+
+
+class Clock(TrainerCallback):
+    """Measures the seconds from the end of the first step, which warms up, to the end of the last."""
+
+    def __init__(self, steps: int):
+        self.steps = steps
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.ends.append(time.perf_counter())
+        self.tick(state.global_step)
+
+    def tick(self, step: int) -> None:
+        """Note the end of a step, counted from 1."""
+        if step in (1, self.steps):
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.begin, self.seconds = (time.perf_counter(), 0.0) if step == 1 else (self.begin, self.since())
+
+    def since(self) -> float:
+        """Return the seconds since the first step."""
+        return time.perf_counter() - self.begin
 
 
 def main() -> None:
@@ -49,17 +97,17 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     for name in MODELS:
         for size in (160, 224):
-            ours, bare = compare(name, size, args.rounds, args.steps, args.batch)
-            ratios = sorted(a / b for a, b in zip(ours, bare, strict=True))
+            speed = compare(name, size, args.rounds, args.steps, args.batch)
+            ours, bare, ratios = statistics.median(speed.ours), statistics.median(speed.bare), speed.ratios
             print(
-                f"| {name} | {size} | {statistics.median(ours):.1f} | {statistics.median(bare):.1f} "
-                f"| {statistics.median(ratios):.3f} | {ratios[0]:.3f} to {ratios[-1]:.3f} |",
+                f"| {name} | {size} | {ours:.1f} | {bare:.1f} | {statistics.median(ratios):.3f} "
+                f"| {ratios[0]:.3f} to {ratios[-1]:.3f} |",
                 flush=True,
             )
 
 
 def build(name: str, size: int) -> PreTrainedModel:
-    """Return a model; ResNet-18 has random weights, which take as much time as trained ones."""
+    """Return a model; those of timm have random weights, which take as much time as trained ones."""
     if name == "efficientnet_lite0":
         return build_model(name, LABELS, size)[0]
     config = TimmWrapperConfig(
@@ -68,58 +116,68 @@ def build(name: str, size: int) -> PreTrainedModel:
     return TimmWrapperForImageClassification(config).to(memory_format=torch.channels_last)
 
 
-def compare(name: str, size: int, rounds: int, steps: int, batch: int) -> tuple[list[float], list[float]]:
-    """Return images per second of each turn: of the Trainer's loop, and of the bare one."""
-    rows = [
-        {"pixel_values": torch.randn(3, size, size), "labels": index % len(LABELS)}
-        for index in range(batch * (steps + 1))
-    ]
+def compare(name: str, size: int, rounds: int, steps: int, batch: int, options: Sequence[str] = ()) -> Speed:
+    """Return the speed of both loops.
+
+    Args:
+        name: of the model.
+        size: side of the images in pixels.
+        rounds: turns of each loop.
+        steps: timed steps in a turn.
+        batch: images in a step.
+        options: of train.py, in addition.
+    """
+    rows, speed = Rows(size, batch * (steps + 1)), Speed([], [])
     with tempfile.TemporaryDirectory() as folder:
         line = ["--output_dir", folder, "--max_steps", str(steps + 1), "--per_device_train_batch_size", str(batch)]
         line += ["--eval_strategy", "no", "--save_strategy", "no", "--disable_tqdm", "1", "--logging_strategy", "no"]
-        line += ["--learning_rate", "1e-4", "--num_train_epochs", "1"]
+        line += ["--learning_rate", "1e-4", "--num_train_epochs", "1", *options]
         training_args = parse_arguments(line).training_args
         set_up_process(training_args)
-        model, step_ends = build(name, size), StepEnds()
-        data = {"train": rows, "validation": rows[:1]}
-        compute_metrics = Judge(list(LABELS.values())).compute_metrics
-        trainer = build_trainer(model, RECIPES["full"], training_args, data, collate, compute_metrics, [step_ends])
+        clock, judge = Clock(steps + 1), Judge(list(LABELS.values()))
+        data, measure = {"train": rows, "validation": rows}, judge.compute_metrics
+        trainer = build_trainer(
+            build(name, size), RECIPES["full"], training_args, data, collate, measure, [clock], scale=scale
+        )
         trainer.remove_callback(EpochTable)  # its table would stand inside this one
-        bare = BareLoop(build(name, size), rows, batch, training_args.device)
-        speeds = ([], [])
+        bare = BareLoop(build(name, size), rows, training_args)
         for _ in range(rounds):
-            trainer.train()
-            for ends, turn in ((step_ends.ends, speeds[0]), (bare.run(), speeds[1])):
-                turn.append(batch * steps / (ends[-1] - ends[0]))  # the first step warms up
-    return speeds
+            for run, turn in ((trainer.train, speed.ours), (lambda: bare.run(clock), speed.bare)):
+                run()
+                turn.append(batch * steps / clock.seconds)
+        trainer.accelerator.free_memory()
+    return speed
+
+
+def scale(levels: torch.Tensor) -> torch.Tensor:
+    """Return pixel values."""
+    return levels.float().div_(127.5).sub_(1)
 
 
 class BareLoop:
     """The training loop that anyone would write."""
 
-    def __init__(self, model: PreTrainedModel, rows: list[dict], batch: int, device: torch.device):
-        self.model = model.to(device)
-        self.batches = [
-            (
-                torch.stack([row["pixel_values"] for row in rows[first : first + batch]]).to(device),
-                torch.tensor([row["labels"] for row in rows[first : first + batch]], device=device),
-            )
-            for first in range(0, len(rows), batch)
-        ]
-        groups = parameter_groups(model, 1e-4, 1e-4, 1.0, 0.01)
-        self.optimizer = torch.optim.AdamW(groups, fused=True)
+    def __init__(self, model: PreTrainedModel, rows: Dataset, args: TrainingArguments):
+        self.model, self.args = model.to(args.device), args
+        self.loader = DataLoader(
+            rows, args.train_batch_size, shuffle=True, collate_fn=collate, num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory, persistent_workers=args.dataloader_persistent_workers,
+        )  # fmt: skip
+        self.optimizer = torch.optim.AdamW(parameter_groups(model, 1e-4, 1e-4, 1.0, 0.01), fused=True)
 
-    def run(self) -> list[float]:
-        """Train for one epoch; return when each step ended."""
+    def run(self, clock: Clock) -> None:
+        """Train for one epoch."""
+        device = self.args.device
         self.model.train()
-        ends = []
-        for pixel_values, labels in self.batches:
-            loss = self.model(pixel_values=pixel_values, labels=labels).loss
+        for step, batch in enumerate(self.loader, start=1):
+            inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.args.bf16):
+                loss = self.model(pixel_values=scale(inputs["pixel_values"]), labels=inputs["labels"]).loss
             loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad()
-            ends.append(time.perf_counter())
-        return ends
+            clock.tick(step)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def draw(folder: Path) -> None:
         smooth = Image.fromarray(generator.integers(0, 256, (12, 12, 3), np.uint8)).resize((SIDE, SIDE))
         noise = generator.normal(0, 8, (SIDE, SIDE, 1))
         path = folder / f"class {number % 2}" / f"{number}.jpg"
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray((np.asarray(smooth) + noise).clip(0, 255).astype(np.uint8)).save(path, quality=90)
 
 

@@ -1,11 +1,13 @@
 """What the machine decides so that the user need not: workers, batch size, precision, threads, memory."""
 
+import contextlib
 import ctypes
 import functools
 import gc
 import logging
 import os
 import platform
+from collections.abc import Iterator
 
 import torch
 import transformers
@@ -98,6 +100,25 @@ def configure_cpu(device: torch.device) -> None:
     if is_launched() and os.environ.get("OMP_NUM_THREADS") == "1":
         torch.set_num_threads(available_cores())
     keep_freed_memory()
+
+
+def use_one_thread() -> None:
+    """Give the calling thread one thread of torch, where several prepare images: together they keep all cores busy.
+
+    With as many as there are cores each, sixteen cores take ten times as long as one.
+    """
+    torch.set_num_threads(1)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread for small work, for which a machine with many cores takes longer with all of them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def keep_freed_memory() -> None:

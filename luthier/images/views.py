@@ -1,5 +1,6 @@
 """How a model sees an image: the evaluation view, and the augmented training views."""
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -11,6 +12,7 @@ from transformers import BaseImageProcessor
 
 from luthier.errors import UserError
 from luthier.images.decode import decode_rgb
+from luthier.machine import one_thread
 
 if TYPE_CHECKING:  # predict.py needs no `datasets`, which takes a second to import
     from datasets import Dataset
@@ -40,21 +42,34 @@ class EvaluationView:
     """The one view of evaluation: the image processor's own, and a compact form of it that loses nothing.
 
     A processor resizes 8-bit images to 8-bit images and then scales the values, so that a view holds at most 256
-    different values in each channel. `pack` stores the levels, a quarter of the size; `unpack` looks them up.
+    different values in each channel. `pack` stores the levels, a quarter of the size; `unpack` looks them up. The
+    values are measured, by giving the processor images of one colour, because every family of processors names its
+    settings differently.
 
     Attributes:
         size: (height, width) of the view, in pixels.
-        values: float32 [3, 256], the pixel value of each level in each channel, measured by giving the processor 256
-            grey images, because every family of processors names its settings differently.
-        reversed: the channels are blue, green, red, as MobileViT has them.
     """
 
     def __init__(self, image_processor: BaseImageProcessor):
         self.image_processor = image_processor
         self.size = view_size(image_processor)
-        self.values = torch.stack([self._middle((level,) * 3) for level in range(256)], dim=1)
+
+    def measure(self) -> "EvaluationView":
+        """Measure the values now, before several threads ask for them at once; return the view."""
+        assert len(self.values)
+        return self
+
+    @functools.cached_property
+    def values(self) -> torch.Tensor:
+        """The pixel value of each level in each channel, float32 [3, 256]."""
+        with one_thread():
+            return torch.stack([self._middle((level,) * 3) for level in range(256)], dim=1)
+
+    @functools.cached_property
+    def reversed(self) -> bool:
+        """Whether the channels are blue, green, red, as MobileViT has them."""
         red = self._middle((255, 0, 0))
-        self.reversed = bool((red[2] - self.black[2]) * self.contrast[2] > (red[0] - self.black[0]) * self.contrast[0])
+        return bool((red[2] - self.black[2]) * self.contrast[2] > (red[0] - self.black[0]) * self.contrast[0])
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """Return the pixel values [3, H, W] of an RGB image."""

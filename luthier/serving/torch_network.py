@@ -8,7 +8,7 @@ from PIL import Image
 from luthier.familiarity import load_familiarity, none_of
 from luthier.fusion import fuse_batchnorm
 from luthier.images.views import view_size
-from luthier.machine import configure_logging, keep_freed_memory
+from luthier.machine import configure_logging, keep_freed_memory, use_one_thread
 from luthier.serving.network import Rated
 from models import labels_of, load_trained, threshold_of
 
@@ -43,8 +43,8 @@ class TorchNetwork:
             self.model.get_submodule(self.familiarity.head).register_forward_pre_hook(self._keep_features)
 
     def start_worker(self) -> None:
-        """Give a thread that prepares images one thread of torch: all together keep the cores busy."""
-        torch.set_num_threads(1)
+        """Prepare a thread for preparing images."""
+        use_one_thread()
 
     def view(self, image: Image.Image) -> torch.Tensor:
         """Return the evaluation view of an RGB image, pixel values [3, H, W]."""
