@@ -7,4 +7,7 @@ scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 # Empty caches, so that nothing of earlier runs is taken for a result of this one.
 export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 HF_DATASETS_CACHE="$scratch/cache"
-timeout --foreground 600 python3 -m benchmarks.gpu_check --scratch "$scratch" "$@"
+# Modules that cannot be cached where they are would be compiled again for each of the runs.
+unset PYTHONDONTWRITEBYTECODE
+export PYTHONPYCACHEPREFIX="$scratch/pycache"
+python3 -m benchmarks.gpu_check --scratch "$scratch" "$@"

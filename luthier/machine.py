@@ -38,17 +38,21 @@ def fill_in_machine_defaults(options: dict) -> None:
 
     Args:
         options: `use_cpu`, `ddp_backend`, `fp16`, and those that are filled in: `dataloader_num_workers`,
-            `dataloader_persistent_workers`, `dataloader_pin_memory`, `per_device_eval_batch_size`, `bf16`.
+            `dataloader_persistent_workers`, `dataloader_pin_memory`, `accelerator_config`,
+            `per_device_eval_batch_size`, `bf16`.
     """
     if _processes_started() > 1 and (options["use_cpu"] or not torch.cuda.is_available()):
         # Without these the Trainer ignores the other processes, and each trains alone.
         options["use_cpu"], options["ddp_backend"] = True, options["ddp_backend"] or "gloo"
     gpu = torch.cuda.is_available() and not options["use_cpu"]
+    pinned = gpu if options["dataloader_pin_memory"] is None else options["dataloader_pin_memory"]
     defaults = {
         # A GPU starves where the process that feeds it decodes too; on a CPU the model needs the cores.
         "dataloader_num_workers": min(available_cores(), 8) if gpu else 0,
         "dataloader_persistent_workers": gpu and options["dataloader_num_workers"] is None,
         "dataloader_pin_memory": gpu,  # it speeds up copies to a GPU
+        # Otherwise the host waits for the GPU at every step, to copy the next batch.
+        "accelerator_config": {"non_blocking": True} if gpu and pinned else None,
         "per_device_eval_batch_size": 64 if gpu else 16,  # larger batches do not fit into a CPU's caches
         # NVIDIA GPUs from Ampere on.
         "bf16": gpu and not options["fp16"] and torch.cuda.is_bf16_supported(including_emulation=False),

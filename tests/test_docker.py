@@ -40,7 +40,7 @@ def test_hadolint():
     assert result.returncode == 0, result.stdout
 
 
-@pytest.mark.parametrize("path", sorted((PROJECT / "cloud").glob("*.sh")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(PROJECT.glob("*/*.sh")), ids=lambda path: path.name)
 def test_shellcheck(path):
     result = subprocess.run(["shellcheck", str(path)], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout

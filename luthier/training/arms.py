@@ -93,8 +93,9 @@ class Arm(NamedTuple):
         """Return a Trainer with a copy of the model, at the arm's start."""
         model = self.workshop.copy(self.start)
         freeze(model, self.recipe.frozen)
-        height, width = self.rows["train"][0]["pixel_values"].shape[-2:]
-        model = fuse_for_training(model, (height, width))
+        if self.training_args.device.type == "cpu":  # on a GPU the default network would take half as long again
+            height, width = self.rows["train"][0]["pixel_values"].shape[-2:]
+            model = fuse_for_training(model, (height, width))
         shop = self.workshop
         return build_trainer(
             model, self.recipe, self.training_args, self.rows, shop.collate, shop.compute_metrics, shop.callbacks,

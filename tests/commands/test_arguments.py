@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 from luthier.arguments import ARGUMENTS, COMMON, DataArguments, ModelArguments, build_parser, parse_arguments
 from luthier.errors import UserError
-from luthier.machine import OneGPUTrainingArguments
+from luthier.machine import OneGPUTrainingArguments, fill_in_machine_defaults
 
 ALL_NAMES = {option.name for group in ARGUMENTS for option in fields(group) if option.init}
 
@@ -24,6 +24,20 @@ def empty_folder(tmp_path, monkeypatch):
 def write_config(text: str, name: str = "some.yaml") -> str:
     Path(name).write_text(text)
     return name
+
+
+def test_on_a_gpu_workers_load_and_copies_do_not_wait(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    names = ("dataloader_num_workers", "dataloader_persistent_workers", "dataloader_pin_memory", "accelerator_config")
+    names += ("per_device_eval_batch_size", "bf16", "ddp_backend")
+    options = dict.fromkeys(names) | {"use_cpu": False, "fp16": False}
+    fill_in_machine_defaults(options)
+    assert options["dataloader_num_workers"] >= 1 and options["bf16"] and options["dataloader_pin_memory"]
+    assert options["accelerator_config"] == {"non_blocking": True}
+    given = dict.fromkeys(names) | {"use_cpu": False, "fp16": False, "dataloader_pin_memory": False}
+    fill_in_machine_defaults(given)
+    assert given["accelerator_config"] is None
 
 
 def test_defaults_are_the_built_in_dataset_and_model():
