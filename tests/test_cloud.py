@@ -1,175 +1,89 @@
-"""The Compute Engine scripts: the commands that gce.sh would run, and boot.sh with stubs for the cloud and Docker."""
+"""The cloud: SkyPilot accepts the task and the documented commands, `hf` the job, and the task starts train.py."""
 
 import os
+import re
 import shlex
-import shutil
 import subprocess
 import sys
-import time
+import venv
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import PROJECT, draw_folder
+from conftest import PROJECT
 
-from luthier.training.checkpoints import newest_whole
+TASK = PROJECT / "cloud/sky.yaml"
+LOAD = """
+import sys, sky, yaml
 
-SECRET = "hf_secretOfTheHub0123456789"
-CURL = """#!/bin/sh
-# Answers for the metadata server, Secret Manager and Compute Engine, and writes each request down.
-[ "$1" = -X ] || true
-config=
-for word in "$@"; do
-    case $word in -) config=$(cat) ;; esac
-    url=$word
-done
-echo "$* [$config]" >> "$STUBS/requests"
-case $url in
-*/token) echo '{"access_token":"vmToken","expires_in":3599}' ;;
-*/attributes/luthier-image) echo europe-west4-docker.pkg.dev/p/luthier/luthier ;;
-*/attributes/luthier-args) cat "$STUBS/args" ;;
-*/attributes/luthier-secret) echo hf-token ;;
-*/attributes/luthier-data) echo ;;
-*/project/project-id) echo p ;;
-*/instance/zone) echo projects/1/zones/europe-west4-a ;;
-*/instance/name) echo luthier ;;
-*secretmanager*) echo '{"payload": {"data": "'"$(printf %s "$SECRET" | base64)"'"}}' ;;
-esac
-"""
-DOCKER = """#!/bin/bash
-# Runs the command of the container without a container; `kill` sends it the signal.
-echo "$*" >> "$STUBS/docker"
-case $1 in
-login) cat > /dev/null ;;
-kill) kill -TERM "$(cat "$STUBS/pid")" ;;
-run)
-    while [ "$1" != europe-west4-docker.pkg.dev/p/luthier/luthier ]; do shift; done
-    shift
-    echo $$ > "$STUBS/pid"
-    exec $TRAIN "$@"
-    ;;
-esac
+given = [("DATA", "gs://photos"), ("BUCKET", "runs")]
+task = sky.Task.from_yaml_config(yaml.safe_load(sys.stdin), env_overrides=given)
+assert all(resources.use_spot for resources in task.resources)
+print(sorted(name for resources in task.resources for name in resources.accelerators))
 """
 
 
-@pytest.fixture
-def stubs(tmp_path, monkeypatch):
-    """Stubs for the commands that boot.sh calls; train.py runs in the folder of the test."""
-    monkeypatch.chdir(tmp_path)
-    return write_stubs(tmp_path, DOCKER, monkeypatch)
+def commands(first: str) -> list[list[str]]:
+    """Return the commands of docs/cloud.md that begin with these words."""
+    blocks = re.findall(r"```bash\n(.*?)```", (PROJECT / "docs/cloud.md").read_text(), re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    found = [shlex.split(line) for line in lines if line.startswith(first)]
+    assert found
+    return found
 
 
-def write_stubs(root: Path, docker: str, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Write stubs for the commands that boot.sh calls, put them on its PATH, and replace its disk by a folder."""
-    folder = root / "stubs"
-    folder.mkdir()
-    do_nothing = "#!/bin/sh\n"
-    commands = {"curl": CURL, "docker": docker, "mountpoint": do_nothing, "chown": do_nothing, "poweroff": do_nothing}
-    for name, text in commands.items():
-        (folder / name).write_text(text)
-        (folder / name).chmod(0o755)
-    settings = {"DISK": root / "disk", "SECRETS": root / "secrets", "STUBS": folder, "SECRET": SECRET, "PAUSE": "0"}
-    settings |= {"PATH": f"{folder}:{os.environ['PATH']}", "NVIDIA": "/no/gpu"}
-    for key, value in settings.items():
-        monkeypatch.setenv(key, str(value))
-    return folder
+@pytest.mark.parametrize(
+    ("nodes", "gpus", "expected"),
+    [
+        (1, 1, "--num_processes 1"),
+        (1, 4, "--num_processes 4 --multi_gpu --num_machines 1 --machine_rank 0 --main_process_ip 10.0.0.2"),
+        (2, 4, "--num_processes 8 --multi_gpu --num_machines 2 --machine_rank 0 --main_process_ip 10.0.0.2"),
+    ],
+)
+def test_task_starts_a_process_for_each_gpu_of_each_machine(tmp_path, nodes, gpus, expected):
+    (tmp_path / "accelerate").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "accelerate").chmod(0o755)
+    variables = {"SKYPILOT_NUM_NODES": nodes, "SKYPILOT_NUM_GPUS_PER_NODE": gpus, "SKYPILOT_NODE_RANK": 0}
+    variables |= {"SKYPILOT_NODE_IPS": "10.0.0.2\n10.0.0.3", "ARGS": "--output_dir /runs/a --seed 2"}
+    environment = {
+        **{name: str(value) for name, value in variables.items()},
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+    }
+    script = yaml.safe_load(TASK.read_text())["run"]
+    result = subprocess.run(["bash", "-euc", script], env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout.startswith(f"launch {expected}")
+    end = "train.py --data_dir /data --resume_from_checkpoint auto --output_dir /runs/a --seed 2\n"
+    assert result.stdout.endswith(end)
 
 
-def boot() -> subprocess.Popen:
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(["bash", str(PROJECT / "cloud/boot.sh")], **streams)
+def test_hf_accepts_the_job(tmp_path):
+    (command,) = commands("hf jobs run")
+    launcher = [str(Path(sys.executable).with_name("hf")), *command[1:3], "--dry-run", *command[3:]]
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_TOKEN": "hf_none"}
+    (tmp_path / "my_photos").mkdir()
+    result = subprocess.run(launcher, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0 and "t4-small" in result.stdout, result.stdout + result.stderr
 
 
 @pytest.mark.slow
-def test_boot_saves_a_checkpoint_on_preemption_and_resumes_from_it(stubs, tmp_path, monkeypatch):
-    draw_folder(tmp_path / "images", per_class=6)
-    monkeypatch.setenv("TRAIN", f"{sys.executable} {PROJECT / 'train.py'}")
-    arguments = "--data_dir images --model_name simple_cnn --num_train_epochs {} --disable_tqdm 1 --output_dir out"
-    (stubs / "args").write_text(arguments.format(100000))
-    process = boot()
-    for _ in range(600):
-        time.sleep(0.1)
-        if list(Path("out").glob("checkpoint-*")):
-            break
-    process.terminate()  # as systemd does when the machine shuts down
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == 0 and "it goes on at the next boot" in output, output
-    step = int(newest_whole(Path("out")).name.split("-")[1])
-    (stubs / "args").write_text(arguments.format(1))  # it has trained for longer, so it ends at once
-    output = boot().communicate(timeout=100)[0]
-    assert f"resume   from out/checkpoint-{step}" in output and "the run has ended" in output
-    requests = (stubs / "requests").read_text()
-    assert (
-        "-X DELETE https://compute.googleapis.com/compute/v1/projects/1/zones/europe-west4-a/instances/luthier"
-        in requests
-    )
-    assert SECRET not in (stubs / "docker").read_text() + requests  # the secret is on no command line
-    assert not any("vmToken" in text.split(" [")[0] for text in requests.splitlines())
-    assert (tmp_path / "secrets/env").read_text() == f"HF_TOKEN={SECRET}\n"
-    assert f"--env-file {tmp_path}/secrets/env" in (stubs / "docker").read_text()
+def test_skypilot_accepts_the_task_and_the_commands(tmp_path):
+    """It is installed in an environment of its own, because it does not go together with Luthier's requirements."""
+    venv.create(tmp_path / "sky", with_pip=True)
+    folder = tmp_path / "sky" / "bin"
+    install = [str(folder / "pip"), "install", "--quiet", "-r", str(PROJECT / "requirements-cloud.txt")]
+    subprocess.run(install, check=True)
+    environment = os.environ | {"HOME": str(tmp_path), "SKYPILOT_DISABLE_USAGE_COLLECTION": "1"}
 
+    def run(*command: str, text: str = "") -> subprocess.CompletedProcess:
+        line = [str(folder / command[0]), *command[1:]]
+        return subprocess.run(line, input=text, env=environment, cwd=PROJECT, capture_output=True, text=True)
 
-def test_run_that_fails_three_times_deletes_the_vm(stubs, monkeypatch):
-    monkeypatch.setenv("TRAIN", "false")
-    (stubs / "args").write_text("--learning_rat 1")
-    output = boot().communicate(timeout=60)[0]
-    assert "failure 3 of 3" in output and "-X DELETE" in (stubs / "requests").read_text()
-    assert (stubs / "docker").read_text().count("run ") == 3
-
-
-def dry_run(*arguments: str) -> list[list[str]]:
-    result = subprocess.run(
-        [str(PROJECT / "cloud/gce.sh"), *arguments, "--dry-run"], capture_output=True, text=True, check=True
-    )
-    return [shlex.split(text) for text in result.stdout.splitlines() if text.startswith("gcloud ")]
-
-
-def test_up_creates_a_spot_vm_with_a_persistent_disk_and_a_time_limit(tmp_path):
-    settings = (PROJECT / "cloud/settings.env").read_text()
-    settings = settings.replace("SECRET=\n", "SECRET=hf-token\n").replace("DATA=\n", "DATA=gs://bucket/photos\n")
-    (tmp_path / "mine.env").write_text(settings)
-    commands = dry_run("up", "--settings", str(tmp_path / "mine.env"))
-    (create,) = (command for command in commands if command[1:4] == ["compute", "instances", "create"])
-    text = " ".join(create)
-    assert "--provisioning-model SPOT --instance-termination-action STOP" in text and "--max-run-duration 8h" in text
-    assert "auto-delete=no" in text and "user-data=cloud/cloud-init.yaml" in text
-    roles = [command[command.index("--role") + 1] for command in commands if "--role" in command]
-    assert roles == [
-        "roles/artifactregistry.reader", "roles/secretmanager.secretAccessor", "roles/storage.objectViewer",
-        "projects/my-project/roles/luthierDeleteSelf",
-    ]  # fmt: skip
-
-
-def test_mistake_on_the_command_line_gives_one_message(tmp_path):
-    for arguments, message in (
-        (["fly"], "say up, logs, ssh, status or down"),
-        (["up", "--fast"], "unknown option --fast"),
-        (["up", "--settings", "none.env"], "there is no file none.env"),
-        (["up"], "still says PROJECT=my-project"),
-    ):
-        result = subprocess.run([str(PROJECT / "cloud/gce.sh"), *arguments], capture_output=True, text=True)
-        assert result.returncode == 2 and message in result.stderr
-
-
-@pytest.mark.skipif(not shutil.which("gcloud"), reason="needs gcloud")
-@pytest.mark.parametrize("arguments", [["up"], ["logs"], ["ssh"], ["status"], ["down", "--disk"]])
-def test_gcloud_knows_every_flag(arguments, tmp_path):
-    """gcloud parses the command line before it looks for credentials; here it finds none."""
-    environment = os.environ | {"CLOUDSDK_CONFIG": str(tmp_path), "CLOUDSDK_CORE_DISABLE_PROMPTS": "1"}
-    for command in dry_run(*arguments):
-        result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=PROJECT)
-        assert "unrecognized arguments" not in result.stderr and "Invalid choice" not in result.stderr, result.stderr
-
-
-def test_cloud_init_writes_the_service():
-    text = (PROJECT / "cloud/cloud-init.yaml").read_text()
-    config = yaml.safe_load(text)
-    assert text.startswith("#cloud-config\n") and "docker.io" in config["packages"]
-    assert "luthier-boot" in config["write_files"][0]["content"]
-
-
-@pytest.mark.skipif(not shutil.which("cloud-init"), reason="needs cloud-init")
-def test_cloud_init_matches_its_schema():
-    command = ["cloud-init", "schema", "--config-file", str(PROJECT / "cloud/cloud-init.yaml")]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
+    loaded = run("python", "-c", LOAD, text=TASK.read_text())
+    assert loaded.returncode == 0 and loaded.stdout.endswith("['A10G', 'L4', 'T4']\n"), loaded.stderr
+    broken = run("python", "-c", LOAD, text=TASK.read_text().replace("use_spot", "use_sopt"))
+    assert broken.returncode != 0 and "use_sopt" in broken.stderr
+    for command in commands("sky "):
+        words = command[: next((n for n, word in enumerate(command) if word[0] == "-" or "/" in word), len(command))]
+        known = run(*words, "--help").stdout
+        flags = [word for word in command if re.fullmatch(r"-[a-z]|--[a-z-]+", word)]
+        assert flags and all(re.search(rf"(^|[ ,]){flag}\b", known) for flag in flags), (command, known)

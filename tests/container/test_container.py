@@ -8,7 +8,6 @@ first process.
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -18,7 +17,6 @@ from pathlib import Path
 
 import pytest
 from conftest import PROJECT
-from test_cloud import boot, write_stubs
 
 from luthier.training.checkpoints import newest_whole
 
@@ -169,42 +167,3 @@ def test_mistake_is_one_message_and_exit_code_1(image, mounted):
     process = image.start(mounted, "--learning_rat", "1")
     told = process.communicate(timeout=120)[0]
     assert process.returncode == 1 and "did you mean 'learning_rate'" in told and "Traceback" not in told
-
-
-STAND_IN = """#!/bin/bash
-# In the place of `docker`: `run` starts the image's entry point, `kill` sends its first process the signal.
-case $1 in
-login) cat > /dev/null ;;
-kill) kill -TERM "$(pgrep -P "$(cat "$STUBS/pid")")" ;;
-run)
-    while [ "$1" != europe-west4-docker.pkg.dev/p/luthier/luthier ]; do shift; done
-    shift
-    echo $$ > "$STUBS/pid"
-    exec $START "$@"
-    ;;
-esac
-"""
-
-
-def test_boot_script_of_the_vm_runs_the_image_up_to_a_checkpoint_and_on(image, mounted, monkeypatch):
-    if isinstance(image, Docker):
-        pytest.skip("stands in for Docker, which is here")
-    stubs = write_stubs(mounted, STAND_IN, monkeypatch)
-    (mounted / "start").write_text("#!/bin/bash\nexec " + shlex.join(image.command(mounted)) + ' "$@"\n')
-    (mounted / "start").chmod(0o755)
-    monkeypatch.setenv("START", str(mounted / "start"))
-    (stubs / "args").write_text(" ".join([*LONG, "--output_dir", "/mnt/run"]))
-    process = boot()
-    for _ in range(1200):
-        time.sleep(0.1)
-        if list((mounted / "run").glob("checkpoint-*")):
-            break
-    process.terminate()
-    told = process.communicate(timeout=60)[0]
-    assert process.returncode == 0 and "it goes on at the next boot" in told, told
-    assert newest_whole(mounted / "run") is not None
-    short = [*LONG[:2], "--num_train_epochs", "1", *LONG[4:], "--output_dir", "/mnt/run"]
-    (stubs / "args").write_text(" ".join(short))
-    told = boot().communicate(timeout=200)[0]
-    assert "resume   from /mnt/run/checkpoint-" in told and "the run has ended" in told, told
-    assert "-X DELETE" in (stubs / "requests").read_text()
