@@ -10,11 +10,12 @@ from datasets import DatasetDict, concatenate_datasets
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
+from luthier.cache import rows_at_once
 from luthier.familiarity import Familiarity, log_odds, similarity
 from luthier.images.splits import draw_order
 from luthier.images.views import ImageRows
 from luthier.scoring.metrics import choose_threshold
-from luthier.training.features import AT_ONCE, build_backbone, run_backbone, size_of
+from luthier.training.features import build_backbone, run_backbone, size_of
 from luthier.training.trainer import model_of, predict
 from models import linear_head
 
@@ -52,8 +53,9 @@ def answer(trainer: Trainer, rows: Any, splits: DatasetDict, familiarity: Famili
     if head is None:
         return Answers(*predict(trainer, rows))
     backbone, rows, logits, sureness = _backbone(trainer, head, rows), rows.remove_columns("label"), [], []
-    for begin in range(0, len(rows), AT_ONCE):
-        part = rows.select(range(begin, min(len(rows), begin + AT_ONCE)))
+    at_once = rows_at_once(trainer.args.device)
+    for begin in range(0, len(rows), at_once):
+        part = rows.select(range(begin, min(len(rows), begin + at_once)))
         features = run_backbone(trainer, backbone, part)
         logits.append(_apply_head(trainer, head, features))
         if familiarity is not None:

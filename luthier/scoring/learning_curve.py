@@ -8,11 +8,12 @@ import torch
 from datasets import DatasetDict
 from scipy.optimize import OptimizeWarning, curve_fit
 
+from luthier.cache import rows_at_once
 from luthier.errors import UserError
 from luthier.images.splits import stratified_folds
 from luthier.terminal import plural
 from luthier.training.features import join
-from luthier.training.probe import ROWS_PER_STEP, LinearProbe, fit_path
+from luthier.training.probe import LinearProbe, fit_path
 
 FRACTIONS = (0.1, 0.18, 0.32, 0.56, 1.0)  # of the training images
 FOLDS, REPEATS = 4, 3  # every image is held out once in each repeat
@@ -87,7 +88,7 @@ def learning_curve(
                 (probe,) = fit_path(features, truth, len(names), (strength,), rows=torch.from_numpy(drawn))
                 likely = [
                     probe.logits(features[part]).argmax(dim=1)
-                    for part in torch.from_numpy(held_out).split(ROWS_PER_STEP)
+                    for part in torch.from_numpy(held_out).split(rows_at_once(features.device))
                 ]
                 is_correct = torch.cat(likely).cpu().numpy() == labels[held_out]
                 correct[index, held_out] += is_correct / repeats

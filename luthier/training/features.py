@@ -11,14 +11,12 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
-from luthier.cache import as_bytes, cache_key, empty_rows, fill_rows, write_rows
+from luthier.cache import as_bytes, cache_key, empty_rows, fill_rows, rows_at_once, write_rows
 from luthier.errors import UserError
 from luthier.fusion import fuse_batchnorm
 from luthier.images.views import ImageRows
 from luthier.terminal import say
 from luthier.training.trainer import concatenate_batches, model_of
-
-AT_ONCE = 8192  # images whose features are in memory, and kept together
 
 
 def load_features(
@@ -26,7 +24,7 @@ def load_features(
 ) -> torch.Tensor | None:
     """Return what enters the head, float32 [N, D], for every image; None on all but the main process.
 
-    Features of earlier runs are reused, image by image. New ones are kept `AT_ONCE` at a time, so that a run that is
+    Features of earlier runs are reused, image by image. New ones are kept `rows_at_once`, so that a run that is
     interrupted goes on where it was.
 
     Args:
@@ -51,8 +49,9 @@ def load_features(
     (new,) = broadcast_object_list([new])  # all processes compute the same
     if new:
         backbone = build_backbone(model, head, size_of(rows))
-        for begin in range(0, len(new), AT_ONCE):
-            part = new[begin : begin + AT_ONCE]
+        at_once = rows_at_once(trainer.args.device)
+        for begin in range(0, len(new), at_once):
+            part = new[begin : begin + at_once]
             computed = compute_features(trainer, backbone, rows.select(part))
             if computed is not None and space is not None:
                 write_rows("features", key, [digests[row] for row in part], computed)

@@ -9,7 +9,7 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
-from luthier.cache import empty_rows
+from luthier.cache import empty_rows, rows_at_once
 
 # Penalties tried, from strong to weak; on 100 to 100,000 images the best was never at an end (docs/experiments.md).
 STRENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
@@ -18,7 +18,6 @@ STRENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
 # well that they teach the layers below nothing (docs/experiments.md).
 SOFT = 3.0
 
-ROWS_PER_STEP = 8192  # images at a time in a fit
 MAX_LEARNED, MAX_CELLS = 100_000, 20_000_000  # images, and images times classes, that a cross-fitted probe learns from
 
 
@@ -211,8 +210,9 @@ def cross_fit(
         probes = []
         if len(rows) > 1:  # or there is nothing to learn from, or to standardise: all classes stay equally likely
             probes = list(fit_path(features, labels, classes, strengths, rows=torch.from_numpy(rows)))
-        for begin in range(0, len(held_out), ROWS_PER_STEP):
-            part = held_out[begin : begin + ROWS_PER_STEP]
+        at_once = rows_at_once(features.device)
+        for begin in range(0, len(held_out), at_once):
+            part = held_out[begin : begin + at_once]
             logits = features.new_zeros((len(strengths), len(part), classes))
             for number, probe in enumerate(probes):
                 logits[number] = probe.logits(features[part])
@@ -224,7 +224,8 @@ def _centre(features: torch.Tensor, rows: torch.Tensor | None) -> tuple[torch.Te
 
     They are a copy, in a file where it is large.
     """
-    chosen = list(features.split(ROWS_PER_STEP)) if rows is None else rows.split(ROWS_PER_STEP)
+    at_once = rows_at_once(features.device)
+    chosen = list(features.split(at_once)) if rows is None else rows.split(at_once)
     n = len(features) if rows is None else len(rows)
     exact = torch.float32 if features.device.type == "mps" else torch.float64
     mean = squares = torch.zeros(features.shape[1], dtype=exact, device=features.device)
@@ -234,7 +235,7 @@ def _centre(features: torch.Tensor, rows: torch.Tensor | None) -> tuple[torch.Te
         copy = centred[begin : begin + len(part)].copy_(part if rows is None else features[part])
         mean = mean + copy.sum(dim=0, dtype=exact) / n
         begin += len(part)
-    for part in centred.split(ROWS_PER_STEP):
+    for part in centred.split(at_once):
         part -= mean.float()
         squares = squares + part.square().sum(dim=0, dtype=exact)
     return centred, mean.float(), (squares / max(1, n - 1)).sqrt().float().clamp_min(1e-6)
@@ -261,7 +262,8 @@ def minimise(
         scale: what the features are divided by [D].
         iterations: at most.
     """
-    n, scale = len(labels), torch.ones_like(weight[0]) if scale is None else scale
+    n, at_once = len(labels), rows_at_once(features.device)
+    scale = torch.ones_like(weight[0]) if scale is None else scale
     optimizer = torch.optim.LBFGS(
         [weight, bias], max_iter=iterations, history_size=10, tolerance_grad=1e-5, line_search_fn="strong_wolfe"
     )
@@ -272,7 +274,7 @@ def minimise(
         # times over.
         loss, scaled = strength / 2 * weight.square().sum(), weight / scale
         weight_grad, bias_grad = torch.zeros_like(weight), torch.zeros_like(bias)
-        for part, truth in zip(features.split(ROWS_PER_STEP), labels.split(ROWS_PER_STEP), strict=True):
+        for part, truth in zip(features.split(at_once), labels.split(at_once), strict=True):
             residuals = torch.log_softmax(nn.functional.linear(part, scaled, bias), dim=1)
             counts = 1.0 if class_weights is None else class_weights[truth][:, None]
             loss -= (counts * residuals.gather(1, truth[:, None])).sum() / n

@@ -70,10 +70,7 @@ def test_features_in_a_file_and_in_parts_tell_the_same(measure, monkeypatch):
     expected = measure(with_learning_curve=True)
     for name, value in (
         ("luthier.cache.MAX_IN_MEMORY", 0),
-        ("luthier.cache.AT_ONCE", 3),
-        ("luthier.training.features.AT_ONCE", 5),
-        ("luthier.training.probe.ROWS_PER_STEP", 7),
-        ("luthier.scoring.learning_curve.ROWS_PER_STEP", 7),
+        ("luthier.cache.AT_ONCE", 5),
     ):
         monkeypatch.setattr(name, value)
     found = measure(with_learning_curve=True)
