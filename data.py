@@ -28,7 +28,7 @@ from luthier.images.inspection import (
     leave_out_unreadable,
     listing,
 )
-from luthier.images.metadata import Columns, load_directory
+from luthier.images.metadata import Columns, has_shards, load_directory
 from luthier.images.openmoji import ATTRIBUTION, load_openmoji
 from luthier.images.splits import cut_missing_splits
 from luthier.images.views import EvaluationView, ImageRows, random_crop_transform, training_transform
@@ -96,7 +96,7 @@ def load_images(
 
     Args:
         data_dir: a folder of class folders, or one that holds train / validation|val|valid|dev / test, or one with a
-            metadata file, see `metadata.find_tables`.
+            metadata file, see `metadata.find_tables`; or one of Parquet files or WebDataset archives.
         dataset_name: `openmoji` or what `datasets.load_dataset` takes: a Hub name or a local dataset folder.
         dataset_config_name: the configuration of a Hub dataset that has several.
         labels: a table of the images below `data_dir`, in the place of class folders.
@@ -118,11 +118,14 @@ def load_images(
     """
     root = Path(data_dir).expanduser() if data_dir else None
     columns = Columns(image_column, label_column, split_column, group_column)
-    if root:
+    in_shards = root is not None and has_shards(root)
+    if root and not in_shards:
         splits = load_directory(root, labels, columns, group_by, to_train=min_classes > 1)
         columns = Columns()
     elif labels or split_column or group_by:
-        raise UserError("--labels, --split_column and --group_by are for images in a folder: give --data_dir")
+        raise UserError("--labels, --split_column and --group_by are for image files in a folder: give --data_dir")
+    elif in_shards:
+        splits, root = load_named(str(root), None), None
     elif dataset_name in (None, BUILT_IN):
         splits = DatasetDict(train=load_openmoji())
     else:

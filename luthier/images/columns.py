@@ -2,10 +2,11 @@
 
 import logging
 from collections import Counter
+from tarfile import TarError
 
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset
-from datasets.exceptions import DatasetNotFoundError
+from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
 from luthier.errors import UserError
 from luthier.images.folders import SPLIT_OF_FOLDER, STAMP, sort_names
@@ -15,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 ENCODED_IMAGE = {"bytes": Value("binary"), "path": Value("string")}  # an image column that lost its type
 GIVEN_GROUP = "given_group"  # the column of what an image belongs to, where the user has told it
-LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "fine_label")
+LABEL_COLUMNS = ("label", "labels", "class", "cls", "category", "target", "fine_label")
 
 
 def load_named(dataset_name: str, dataset_config_name: str | None) -> DatasetDict:
@@ -40,8 +41,9 @@ def load_named(dataset_name: str, dataset_config_name: str | None) -> DatasetDic
             f"there is no dataset {dataset_name!r} on the Hub, or it is private or gated. Check the name, and log in "
             "with `hf auth login` if it needs rights; for a folder of images use --data_dir"
         ) from error
-    except (ValueError, RuntimeError, OSError) as error:  # such as several configurations, or the Hub's errors
-        raise UserError(f"cannot load {dataset_name}: {' '.join(str(error).split())}") from error
+    except (DatasetsError, TarError, ValueError, RuntimeError, OSError) as error:  # several configurations, damage
+        cause = error.__cause__ or error  # of an error while files are read
+        raise UserError(f"cannot load {dataset_name}: {' '.join(str(cause).split())}") from error
     splits = DatasetDict()
     for name, dataset in loaded.items():
         split = "train" if len(loaded) == 1 else SPLIT_OF_FOLDER.get(name.lower())

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 # Names of an image column, where several columns name image files.
 IMAGE_COLUMNS = ("file_name", "filename", "file", "image", "image_path", "path", "filepath", "image_id", "id")
 SPLIT_COLUMN = "split"
+SHARDS = ("*.parquet", "*.tar")  # files that hold many images
 WHOLE_NUMBER = re.compile(r"-?\d+(\.0+)?")
 
 
@@ -82,6 +83,14 @@ def load_directory(
     if group_by:
         check_groups(splits, group_by)
     return splits
+
+
+def has_shards(root: Path) -> bool:
+    """Tell whether a folder holds a dataset as Parquet files or WebDataset archives, and no class folders."""
+    if not root.is_dir() or any(folder.name != "data" for folder in subfolders(root)):
+        return False
+    files = [path for folder in (root, root / "data") for pattern in SHARDS for path in folder.glob(pattern)]
+    return any(path.name not in METADATA for path in files)
 
 
 def find_tables(root: Path, labels: str | None) -> dict[str, Path]:

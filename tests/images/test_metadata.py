@@ -214,7 +214,7 @@ def test_every_fault_is_counted_and_the_first_ones_are_listed(root):
 
 def test_table_needs_a_folder(root):
     (root.parent / "labels.csv").write_text(text(pairs()))
-    with pytest.raises(UserError, match="are for images in a folder"):
+    with pytest.raises(UserError, match="are for image files in a folder"):
         load_images(labels=str(root.parent / "labels.csv"))
     with pytest.raises(UserError, match=r"nowhere\.csv is not a file"):
         load_images(data_dir=str(root), labels="nowhere.csv")

@@ -1,0 +1,82 @@
+"""Datasets in shards, as Parquet files and WebDataset archives: loaded like folders; one message where damaged."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+from conftest import COLOURS, draw, load
+from datasets import ClassLabel, Dataset, Features, Image
+
+from luthier.errors import UserError
+
+NAMES = sorted(COLOURS)
+
+
+def encode(name: str, seed: int) -> bytes:
+    file = io.BytesIO()
+    draw(name, seed).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_parquet(folder: Path, split: str, n: int, seed: int) -> None:
+    """Write images in two files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    features = Features({"photo": Image(), "label": ClassLabel(names=NAMES)})
+    for part in range(2):
+        rows = [
+            {"photo": {"bytes": encode(NAMES[row % 3], seed + 100 * part + row), "path": None}, "label": row % 3}
+            for row in range(n)
+        ]
+        Dataset.from_list(rows, features=features).to_parquet(str(folder / f"{split}-0000{part}-of-00002.parquet"))
+
+
+def write_archive(path: Path, n: int, seed: int) -> None:
+    """Write images in one archive, with the number of the class beside each."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for row in range(n):
+            for extension, data in (("png", encode(NAMES[row % 3], seed + row)), ("cls", str(row % 3).encode())):
+                entry = tarfile.TarInfo(f"{path.stem}{row:04}.{extension}")
+                entry.size = len(data)
+                archive.addfile(entry, io.BytesIO(data))
+
+
+@pytest.mark.parametrize("below", ["", "data"])
+def test_parquet_files_are_loaded_with_their_splits_and_names(tmp_path, below):
+    write_parquet(tmp_path / below, "train", 15, 0)
+    write_parquet(tmp_path / below, "test", 6, 1000)
+    splits = load(data_dir=str(tmp_path))
+    assert splits["train"].features["label"].names == NAMES
+    assert len(splits["test"]) == 12 and len(splits["train"]) + len(splits["validation"]) == 30
+
+
+def test_webdataset_archives_are_loaded_and_named(tmp_path):
+    for part in range(3):
+        write_archive(tmp_path / f"train-{part:03}.tar", 12, 100 * part)
+    splits = load(data_dir=str(tmp_path), label_names=NAMES)
+    assert sum(map(len, splits.values())) == 36 and splits["train"].features["label"].names == NAMES
+    assert splits["train"]["name"][0].endswith(".png")
+
+
+def test_class_folders_come_before_an_archive_that_lies_beside_them(images):
+    write_archive(images / "backup.tar", 3, 0)
+    assert sum(map(len, load(data_dir=str(images)).values())) > 3
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("train-0.parquet", {}, "cannot load .*: .*Parquet"),
+        ("train-0.tar", {}, "cannot load .*unexpected end of data"),
+        ("train-0.tar", {"labels": "names.csv"}, "are for image files in a folder"),
+    ],
+)
+def test_damaged_shards_and_options_of_folders_give_one_message(tmp_path, name, options, message):
+    write_parquet(tmp_path / "whole", "train", 5, 0)
+    write_archive(tmp_path / "whole" / "train.tar", 5, 0)
+    whole = next((tmp_path / "whole").glob(f"*{Path(name).suffix}"))
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / name).write_bytes(whole.read_bytes()[:5000])
+    with pytest.raises(UserError, match=message):
+        load(data_dir=str(tmp_path / "damaged"), **options)
