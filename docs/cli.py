@@ -11,6 +11,7 @@ import audit
 import compare
 import export
 import predict
+import prepare
 import push
 import score
 from luthier.arguments import COMMON, build_parser
@@ -31,7 +32,7 @@ def main() -> None:
 def render() -> str:
     """Return the page."""
     sections = [HEAD, *render_train()]
-    for module in (score, audit, compare, predict, export, push, app):
+    for module in (score, audit, prepare, compare, predict, export, push, app):
         shown = [action for action in module.build_parser()._actions if action.help != argparse.SUPPRESS]
         sections.append(f"## {module.__name__}.py\n\n{str(module.__doc__).strip()}\n\n{table(shown)}")
     return "\n".join(sections)

@@ -15,7 +15,7 @@ FLOORS = [
     ["luthier.scoring"],
     ["luthier.reporting"],
     ["luthier.serving"],
-    ["train", "score", "audit", "compare", "predict", "push", "app", "export"],
+    ["train", "score", "audit", "compare", "predict", "push", "app", "export", "prepare"],
     ["benchmarks", "docs"],
 ]
 COMMANDS = FLOORS[6]

@@ -13,7 +13,7 @@ from luthier.scoring.screening import HUB_BACKBONES
 from luthier.training.recipe import RECIPES
 from models import EFFICIENTNETS
 
-COMMANDS = ("train", "score", "audit", "compare", "predict", "push", "app", "export")
+COMMANDS = ("train", "score", "audit", "compare", "predict", "push", "app", "export", "prepare")
 PAGES = [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted((PROJECT / "docs").glob("*.md"))]
 
 

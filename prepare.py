@@ -1,0 +1,191 @@
+"""Write a dataset once, in shards: inspected, without copies, resized and split.
+
+    python prepare.py my_photos shards
+    python prepare.py someone/their-set shards --side 768
+    accelerate launch train.py --data_dir shards
+
+DATA is a folder of images, or the name of a dataset. FOLDER gets Parquet files
+of each split. Images that cannot be read, and exact copies of an image of the
+same class and split, are left out. A second start goes on after an
+interruption.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from luthier.errors import UserError, exit_on_user_error
+from luthier.terminal import plural, say
+
+if TYPE_CHECKING:
+    import numpy as np
+    from datasets import Dataset, DatasetDict
+
+    from luthier.parsing import Parser
+
+# Options of train.py that have a meaning here too.
+SHOWN = (
+    "dataset_config_name", "labels", "image_column", "label_column", "split_column", "group_column", "group_by",
+    "label_names", "on_bad_image", "validation_fraction", "test_fraction", "split_seed",
+)  # fmt: skip
+PLAN = "shards.json"  # what the shards in a folder are made of
+
+
+@exit_on_user_error
+def main(argv: list[str] | None = None) -> None:
+    """Prepare a dataset; see `python prepare.py --help`."""
+    argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & set(argv):
+        build_parser().print_help()
+        return
+    if len(argv) < 2 or argv[0].startswith("-") or argv[1].startswith("-"):
+        raise UserError("name the data and a folder for the shards: python prepare.py DATA FOLDER")
+    from luthier.arguments import parse_arguments
+    from luthier.parsing import Parser
+
+    own = Parser((), add_help=False, allow_abbrev=False)
+    add_own_options(own)
+    options, rest = own.parse_known_args(argv[2:])
+    for name in ("side", "images"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} is {getattr(options, name)}, but must be at least 1")
+    data_option = "--data_dir" if Path(argv[0]).expanduser().exists() else "--dataset_name"
+    arguments = parse_arguments([data_option, argv[0], *rest, "--eval_strategy", "no"])
+    unknown = arguments.run_args.given - {*SHOWN, "data_dir", "dataset_name", "eval_strategy"}
+    if unknown:
+        raise UserError(f"prepare.py trains nothing: leave out --{min(unknown)}")
+
+    from data import load_splits
+    from luthier.machine import set_up_process
+
+    set_up_process(arguments.training_args)
+    splits, unreadable = load_splits(**arguments.data_args.for_splits())
+    if unreadable:
+        say("left out", f"{plural(len(unreadable), 'image')} that cannot be read, such as {unreadable[0].name}")
+    write_shards(splits, Path(argv[1]).expanduser(), options.side, options.images)
+    say("next", f"accelerate launch train.py --data_dir {argv[1]}")
+
+
+def build_parser() -> "Parser":
+    """Return the parser of train.py, with this command's help and its own options."""
+    from luthier.arguments import build_parser
+
+    parser = build_parser("prepare.py", "python prepare.py DATA FOLDER [--option value ...]", str(__doc__), SHOWN)
+    add_own_options(parser)
+    return parser
+
+
+def add_own_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that train.py does not have."""
+    parser.add_argument("--side", type=int, default=512, help="Shorter side of a stored image in pixels, at most.")
+    parser.add_argument("--images", type=int, default=1000, help="Images in a file.")
+
+
+def write_shards(splits: "DatasetDict", folder: Path, side: int, images: int) -> None:
+    """Write the images of each split into Parquet files, in an order that is random; files that are there stay.
+
+    A file has the columns `image` and `label`, and `group`, the number of what an image belongs to.
+
+    Args:
+        splits: of `data.load_splits`.
+        folder: to write to.
+        side: the shorter side of a stored image in pixels, at most; see `data.store_training_image`.
+        images: in a file.
+
+    Raises:
+        UserError: the folder has shards of something else, or an image cannot be read any more.
+    """
+    import numpy as np
+
+    from luthier.images.splits import draw_order
+    from luthier.output_dir import written_whole
+
+    kept = {split: keep_one_of_each(dataset) for split, dataset in splits.items()}
+    claim_folder(folder, plan_of(kept, side, images))
+    for split, dataset in kept.items():
+        copies = len(splits[split]) - len(dataset)
+        order = np.argsort(draw_order(dataset["digest"][:], seed=1), kind="stable")
+        parts, there = np.array_split(order, -(-len(order) // images)), 0
+        for number, rows in enumerate(parts):
+            path = folder / f"{split}-{number:05}-of-{len(parts):05}.parquet"
+            if path.exists():
+                there += 1
+                continue
+            with written_whole(path) as whole:
+                resized(dataset, rows, side).to_parquet(str(whole))
+        found = f", {there} of them from before" if there else ""
+        text = f"{plural(len(dataset), 'image')} in {plural(len(parts), 'file')}{found}; copies left out: {copies}"
+        say("shards", f"{split}: {text}")
+
+
+def keep_one_of_each(dataset: "Dataset") -> "Dataset":
+    """Return a split without images that have the pixels and the class of an earlier one."""
+    seen: dict[tuple[str, int], int] = {}
+    for row, image in enumerate(zip(dataset["pixels"][:], dataset["label"][:], strict=True)):
+        seen.setdefault(image, row)
+    return dataset.select(seen.values())
+
+
+def plan_of(splits: dict[str, "Dataset"], side: int, images: int) -> dict:
+    """Return what decides the content of every file."""
+    plan: dict = {"side": side, "images": images, "splits": {}}
+    for split, dataset in splits.items():
+        names = dataset.features["label"].names
+        rows = zip(dataset["digest"][:], dataset["label"][:], strict=True)
+        lines = sorted(f"{digest} {names[label]}" for digest, label in rows)
+        plan["splits"][split] = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return plan
+
+
+def claim_folder(folder: Path, plan: dict) -> None:
+    """Write the plan into a folder, if that is empty or has the same plan already.
+
+    Raises:
+        UserError: it has something else.
+    """
+    from luthier.output_dir import written_whole
+
+    if (folder / PLAN).is_file():
+        if json.loads((folder / PLAN).read_text(encoding="utf-8")) == plan:
+            return
+        raise UserError(f"{folder} has shards of other images, splits or sizes: give another folder, or remove it")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is not an empty folder: give another one for the shards")
+    with written_whole(folder / PLAN) as whole:
+        whole.write_text(json.dumps(plan, indent=1), encoding="utf-8")
+
+
+def resized(dataset: "Dataset", rows: "np.ndarray", side: int) -> "Dataset":
+    """Return some rows of a split with the images as they are stored."""
+    from datasets import Dataset, Features, Image, Value
+
+    from data import store_training_image
+    from luthier.images.decode import read_bytes, reason
+
+    chosen = dataset.select(rows)
+
+    def store(row: dict) -> dict:
+        try:
+            image = store_training_image(read_bytes(row["image"]), side)
+        except Exception as error:  # Pillow's plugins raise errors of any kind on damaged data
+            raise UserError(f"{row['name']} could be read before, and now it cannot: {reason(error)}") from error
+        return image | {"path": row["name"].replace(os.sep, "-").replace("/", "-")}
+
+    def stored() -> Iterator[dict]:
+        # Threads are enough, because Pillow releases the interpreter while it decodes, resizes and encodes.
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for image, row in zip(pool.map(store, chosen), chosen.select_columns(["label", "group"]), strict=True):
+                yield {"image": image, **row}
+
+    features = Features({"image": Image(), "label": dataset.features["label"], "group": Value("int64")})
+    return Dataset.from_list(list(stored()), features=features)
+
+
+if __name__ == "__main__":
+    main()

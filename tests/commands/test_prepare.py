@@ -1,0 +1,89 @@
+"""prepare.py: shards with the images of the folder, resumable, and one message for every mistake."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import draw, draw_folder, load
+from PIL import Image
+
+import prepare
+
+LINE = ["images", "shards", "--side", "64", "--images", "7"]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """A folder with images of three classes, a copy, and a file that is damaged."""
+    monkeypatch.chdir(tmp_path)
+    draw_folder(Path("images"), per_class=12)
+    first = sorted(Path("images/red").iterdir())[0]
+    shutil.copy(first, "images/red/copy.png")
+    draw("red", 77, width=300, height=200).save("images/red/large.jpg")
+    Path("images/blue/damaged.png").write_bytes(b"no image")
+
+
+def shards() -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path("shards").glob("*.parquet")}
+
+
+def test_shards_have_the_images_of_the_folder(capsys):
+    prepare.main(LINE)
+    told = capsys.readouterr().out
+    assert "1 image that cannot be read, such as blue/damaged.png" in told and "copies left out: 1" in told
+    before, after = load(data_dir="images"), load(data_dir="shards")
+    assert sorted(after) == ["test", "train", "validation"]
+    assert all(dataset.features["label"].names == ["blue", "green", "red"] for dataset in after.values())
+    known, kept = (
+        [image for dataset in splits.values() for image in zip(dataset["digest"], dataset["label"], strict=True)]
+        for splits in (before, after)
+    )
+    assert len(kept) == len(set(kept)) == len(set(known)) == len(known) - 1
+    assert len(set(kept) - set(known)) == 1  # the large one, which was resized
+    names = [name for dataset in after.values() for name in dataset["name"][:]]
+    (large,) = (name for name in names if name.endswith("large.jpg"))
+    assert large == "red-large.jpg"
+    sizes = [min(Image.open(io.BytesIO(image["bytes"])).size) for rows in after.values() for image in rows["image"][:]]
+    assert max(sizes) == 64  # of the large one
+    assert len(list(Path("shards").glob("train-*-of-00004.parquet"))) == 4
+
+
+def test_second_start_writes_what_is_missing_and_the_same(capsys):
+    prepare.main(LINE)
+    whole = shards()
+    stamps = {path: path.stat().st_mtime_ns for path in Path("shards").glob("*.parquet")}
+    gone = sorted(stamps)[0]
+    gone.unlink()
+    (gone.parent / f".{gone.name}").write_bytes(b"half")  # as a kill leaves it
+    capsys.readouterr()
+    prepare.main(LINE)
+    assert shards() == whole and "of them from before" in capsys.readouterr().out
+    assert not list(Path("shards").glob(".*"))
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items() if path != gone)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ([], "name the data and a folder"),
+        (["images"], "name the data and a folder"),
+        (["images", "shards", "--side", "0"], "--side is 0"),
+        (["images", "shards", "--images", "many"], "--images"),
+        (["images", "shards", "--recipe", "probe"], "trains nothing: leave out --recipe"),
+        (["images", "shards", "--sid", "24"], "--sid"),
+        (["images", "images"], "images is not an empty folder"),
+        (["images", "images/red/copy.png"], "is not an empty folder"),
+        (["images", "other", "--side", "24"], "other has shards of other images"),
+        (["images/red", "shards"], "no images in class folders"),
+    ],
+)
+def test_mistake_gives_one_message(line, message, capsys):
+    Path("other").mkdir()
+    Path("other/shards.json").write_text(json.dumps({"side": 512}))
+    with pytest.raises(SystemExit) as exit_info:
+        prepare.main(line)
+    assert exit_info.value.code == 2
+    told = capsys.readouterr().err
+    assert message in told and "Traceback" not in told
