@@ -47,7 +47,8 @@ def test_shards_have_the_images_of_the_folder(capsys):
     assert large == "red-large.jpg"
     sizes = [min(Image.open(io.BytesIO(image["bytes"])).size) for rows in after.values() for image in rows["image"][:]]
     assert max(sizes) == 64  # of the large one
-    assert len(list(Path("shards").glob("train-*-of-00004.parquet"))) == 4
+    files = len(list(Path("shards").glob("train-*.parquet")))
+    assert files > 1 and (Path("shards") / f"train-{files - 1:05}-of-{files:05}.parquet").exists()
 
 
 def test_second_start_writes_what_is_missing_and_the_same(capsys):
