@@ -3,10 +3,8 @@
 import functools
 import hashlib
 import io
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +30,7 @@ from luthier.images.metadata import Columns, has_shards, load_directory
 from luthier.images.openmoji import ATTRIBUTION, load_openmoji
 from luthier.images.splits import cut_missing_splits
 from luthier.images.views import EvaluationView, ImageRows, random_crop_transform, training_transform
-from luthier.machine import use_one_thread
+from luthier.machine import pool_of_single_threads
 from luthier.terminal import plural, say
 
 PREPARATION = 7  # part of the cache's key: raise it when what is stored changes
@@ -118,18 +116,16 @@ def load_images(
     """
     root = Path(data_dir).expanduser() if data_dir else None
     columns = Columns(image_column, label_column, split_column, group_column)
-    in_shards = root is not None and has_shards(root)
-    if root and not in_shards:
+    if root and (labels or not has_shards(root)):
         splits = load_directory(root, labels, columns, group_by, to_train=min_classes > 1)
         columns = Columns()
     elif labels or split_column or group_by:
-        raise UserError("--labels, --split_column and --group_by are for image files in a folder: give --data_dir")
-    elif in_shards:
-        splits, root = load_named(str(root), None), None
-    elif dataset_name in (None, BUILT_IN):
+        where = f"{root} holds Parquet or tar files" if root else "give --data_dir"
+        raise UserError(f"--labels, --split_column and --group_by are for image files in a folder: {where}")
+    elif root is None and dataset_name in (None, BUILT_IN):
         splits = DatasetDict(train=load_openmoji())
     else:
-        splits = load_named(str(dataset_name), dataset_config_name)
+        splits, root = load_named(str(root or dataset_name), dataset_config_name), None
     splits = label_and_image(splits, columns.image, columns.label, columns.group, label_names)
     names = splits["train"].features["label"].names
     if len(names) < min_classes:
@@ -235,7 +231,7 @@ def prepare_batch(batch: dict, indices: list[int], store: Callable, column: str)
         except Exception as error:  # Pillow's plugins raise errors of any kind on damaged data
             return None, f"{name}: {reason(error)}"
 
-    with ThreadPoolExecutor(os.cpu_count(), initializer=use_one_thread) as pool:
+    with pool_of_single_threads() as pool:
         stored, errors = zip(*pool.map(prepare_one, batch["image"], batch["name"], batch["digest"]), strict=True)
     return {column: list(stored), "digest": batch["digest"], "error": list(errors)}
 
@@ -331,9 +327,7 @@ def join_for_training(
 def sample_rows(dataset: Dataset, image_processor: BaseImageProcessor) -> Dataset:
     """Return a loaded split whose rows are the `pixel_values` of an image processor, of the files as they are."""
     view = EvaluationView(image_processor)
-    transform = batch_transform(
-        "image", lambda source: view(decode_rgb(read_bytes(source)).image), os.cpu_count() or 1
-    )
+    transform = batch_transform("image", lambda source: view(decode_rgb(read_bytes(source)).image), in_threads=True)
     return dataset.select_columns(["image"]).with_transform(transform)
 
 
@@ -342,7 +336,7 @@ def evaluation_rows(dataset: Dataset, view: EvaluationView, columns: Sequence[st
     column, transform = ("view", view.measure().unpack) if "view" in dataset.column_names else ("image", view)
     # Nothing in it is random, so that threads may share it.
     return dataset.select_columns([column, *columns]).with_transform(
-        batch_transform(column, transform, os.cpu_count() or 1)
+        batch_transform(column, transform, in_threads=True)
     )
 
 
@@ -358,12 +352,14 @@ def feature_rows(splits: DatasetDict, view: EvaluationView) -> dict[str, ImageRo
     }
 
 
-def batch_transform(column: str, transform: Callable[..., torch.Tensor], threads: int = 1) -> Callable[[dict], dict]:
+def batch_transform(
+    column: str, transform: Callable[..., torch.Tensor], in_threads: bool = False
+) -> Callable[[dict], dict]:
     """Return the `with_transform` function that makes `pixel_values` of a column, row by row, and keeps the label."""
 
     def transform_batch(batch: dict) -> dict:
-        if threads > 1 and len(batch[column]) > 1:
-            with ThreadPoolExecutor(threads, initializer=use_one_thread) as pool:
+        if in_threads and len(batch[column]) > 1:
+            with pool_of_single_threads() as pool:
                 rows = {"pixel_values": list(pool.map(transform, batch[column]))}
         else:
             rows = {"pixel_values": [transform(entry) for entry in batch[column]]}
@@ -373,7 +369,7 @@ def batch_transform(column: str, transform: Callable[..., torch.Tensor], threads
 
 
 def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
-    """Stack rows of a transformed split: `pixel_values` float32 [N, 3, H, W], and `labels` int64 [N] if they have."""
+    """Stack rows of a transformed split: `pixel_values` [N, 3, H, W], and `labels` int64 [N] if they have."""
     return default_collate(rows)
 
 

@@ -55,7 +55,10 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("side", "images"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} is {getattr(options, name)}, but must be at least 1")
-    data_option = "--data_dir" if Path(argv[0]).expanduser().exists() else "--dataset_name"
+    is_path = Path(argv[0]).expanduser().exists()
+    if not is_path and argv[0].count("/") != 1 and argv[0] != "openmoji":
+        raise UserError(f"there is no folder {argv[0]}, and a dataset on the Hub has a name such as someone/their-set")
+    data_option = "--data_dir" if is_path else "--dataset_name"
     arguments = parse_arguments([data_option, argv[0], *rest, "--eval_strategy", "no"])
     unknown = arguments.run_args.given - {*SHOWN, "data_dir", "dataset_name", "eval_strategy"}
     if unknown:
@@ -137,8 +140,8 @@ def plan_of(splits: dict[str, "Dataset"], side: int, images: int) -> dict:
     plan: dict = {"side": side, "images": images, "splits": {}}
     for split, dataset in splits.items():
         names = dataset.features["label"].names
-        rows = zip(dataset["digest"][:], dataset["label"][:], strict=True)
-        lines = sorted(f"{digest} {names[label]}" for digest, label in rows)
+        rows = zip(dataset["digest"][:], dataset["label"][:], dataset["group"][:], strict=True)
+        lines = sorted(f"{digest} {names[label]} {group}" for digest, label, group in rows)
         plan["splits"][split] = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     return plan
 
@@ -149,16 +152,21 @@ def claim_folder(folder: Path, plan: dict) -> None:
     Raises:
         UserError: it has something else.
     """
+    from luthier.images.decode import is_hidden
     from luthier.output_dir import written_whole
 
-    if (folder / PLAN).is_file():
-        if json.loads((folder / PLAN).read_text(encoding="utf-8")) == plan:
-            return
-        raise UserError(f"{folder} has shards of other images, splits or sizes: give another folder, or remove it")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is not an empty folder: give another one for the shards")
-    with written_whole(folder / PLAN) as whole:
-        whole.write_text(json.dumps(plan, indent=1), encoding="utf-8")
+    text = json.dumps(plan, indent=1)
+    try:
+        if (folder / PLAN).is_file():
+            if (folder / PLAN).read_text(encoding="utf-8") == text:
+                return
+            raise UserError(f"{folder} has shards of other images, splits or sizes: give another folder, or remove it")
+        if folder.exists() and (not folder.is_dir() or any(not is_hidden(path.name) for path in folder.iterdir())):
+            raise UserError(f"{folder} is not an empty folder: give another one for the shards")
+        with written_whole(folder / PLAN) as whole:
+            whole.write_text(text, encoding="utf-8")
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"{folder} cannot be a folder: {error.strerror}. Give another one for the shards") from error
 
 
 def resized(dataset: "Dataset", rows: "np.ndarray", side: int) -> "Dataset":

@@ -20,6 +20,7 @@ import torch
 from datasets import DatasetDict, concatenate_datasets
 from PIL import Image
 from torch import nn
+from torchvision.transforms import v2
 from transformers import PreTrainedModel
 
 from data import load_splits, prepare
@@ -171,7 +172,7 @@ def screen_augmented_views(start: Start, n: int) -> str:
     begin = time.perf_counter()
     torch.manual_seed(1)
     views = [torch.stack([start.view(image) for image in start.images])]
-    views += [torch.stack([transform(image) for image in start.images]) for _ in range(n)]
+    views += [start.view.scale(torch.stack([transform(image) for image in start.images])) for _ in range(n)]
     features = torch.cat([compute_features(model, head, batch) for batch in views])
     probe = fit_probe(features, start.labels.repeat(n + 1), validation, start.validation_labels)
     row = spread([score(probe.logits(validation), start.validation_labels)])
@@ -195,14 +196,17 @@ def fine_tune(start: Start, variant: Variant, seed: int) -> tuple[tuple[float, f
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: Schedule(ends, 0.1)(step))
     transform = training_transform(start.view, variant.augmentation)
     if variant.augmentation in ("flip_crop", "trivial"):
-        transform.transforms[0].scale = (variant.crop, 1.0)
+        crop = next(part for part in transform.transforms if isinstance(part, v2.RandomResizedCrop))
+        crop.scale = (variant.crop, 1.0)
     average, generator = None, np.random.default_rng(seed)
     begin = time.perf_counter()
     for epoch in range(variant.epochs):
         if variant.sizes:
-            transform.transforms[0].size = (variant.sizes[epoch],) * 2
+            crop.size = (variant.sizes[epoch],) * 2
         for rows in torch.randperm(len(start.images)).split(BATCH):
             pixel_values = torch.stack([transform(start.images[row]) for row in rows])
+            if variant.augmentation != "none":
+                pixel_values = start.view.scale(pixel_values)
             targets = nn.functional.one_hot(start.labels[rows], len(start.labels.unique())).float()
             if variant.mixup:
                 share = generator.beta(variant.mixup, variant.mixup)

@@ -11,7 +11,7 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,6 +26,7 @@ from transformers import (
 
 from data import collate
 from luthier.arguments import parse_arguments
+from luthier.images.views import EvaluationView
 from luthier.machine import set_up_process
 from luthier.scoring.criterion import Judge
 from luthier.training.callbacks import EpochTable
@@ -136,11 +137,12 @@ def compare(name: str, size: int, rounds: int, steps: int, batch: int, options: 
         set_up_process(training_args)
         clock, judge = Clock(steps + 1), Judge(list(LABELS.values()))
         data, measure = {"train": rows, "validation": rows}, judge.compute_metrics
+        scale = EvaluationView(build_model("efficientnet_lite0", LABELS, size)[1]).scale
         trainer = build_trainer(
             build(name, size), RECIPES["full"], training_args, data, collate, measure, [clock], scale=scale
         )
         trainer.remove_callback(EpochTable)  # its table would stand inside this one
-        bare = BareLoop(build(name, size), rows, training_args)
+        bare = BareLoop(build(name, size), rows, training_args, scale)
         for _ in range(rounds):
             for run, turn in ((trainer.train, speed.ours), (lambda: bare.run(clock), speed.bare)):
                 run()
@@ -149,16 +151,11 @@ def compare(name: str, size: int, rounds: int, steps: int, batch: int, options: 
     return speed
 
 
-def scale(levels: torch.Tensor) -> torch.Tensor:
-    """Return pixel values."""
-    return levels.float().div_(127.5).sub_(1)
-
-
 class BareLoop:
     """The training loop that anyone would write."""
 
-    def __init__(self, model: PreTrainedModel, rows: Dataset, args: TrainingArguments):
-        self.model, self.args = model.to(args.device), args
+    def __init__(self, model: PreTrainedModel, rows: Dataset, args: TrainingArguments, scale: Callable):
+        self.model, self.args, self.scale = model.to(args.device), args, scale
         self.loader = DataLoader(
             rows, args.train_batch_size, shuffle=True, collate_fn=collate, num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory, persistent_workers=args.dataloader_persistent_workers,
@@ -172,7 +169,7 @@ class BareLoop:
         for step, batch in enumerate(self.loader, start=1):
             inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
             with torch.autocast(device.type, torch.bfloat16, enabled=self.args.bf16):
-                loss = self.model(pixel_values=scale(inputs["pixel_values"]), labels=inputs["labels"]).loss
+                loss = self.model(pixel_values=self.scale(inputs["pixel_values"]), labels=inputs["labels"]).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()

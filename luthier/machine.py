@@ -8,6 +8,7 @@ import logging
 import os
 import platform
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import transformers
@@ -106,12 +107,14 @@ def configure_cpu(device: torch.device) -> None:
     keep_freed_memory()
 
 
-def use_one_thread() -> None:
-    """Give the calling thread one thread of torch, where several prepare images: together they keep all cores busy.
+def pool_of_single_threads() -> ThreadPoolExecutor:
+    """Return a pool of a thread for each core, each with one thread of torch: together they keep all cores busy.
 
-    With as many as there are cores each, sixteen cores take ten times as long as one.
+    With as many threads each as there are cores, they would wait for one another. New threads take their number from
+    the one that was set last, in whatever thread; this one asks for its own before, and so keeps it.
     """
-    torch.set_num_threads(1)
+    torch.get_num_threads()
+    return ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,))
 
 
 @contextlib.contextmanager

@@ -45,10 +45,10 @@ def test_task_starts_a_process_for_each_gpu_of_each_machine(tmp_path, nodes, gpu
     (tmp_path / "accelerate").chmod(0o755)
     variables = {"SKYPILOT_NUM_NODES": nodes, "SKYPILOT_NUM_GPUS_PER_NODE": gpus, "SKYPILOT_NODE_RANK": 0}
     variables |= {"SKYPILOT_NODE_IPS": "10.0.0.2\n10.0.0.3", "ARGS": "--output_dir /runs/a --seed 2"}
-    environment = {
-        **{name: str(value) for name, value in variables.items()},
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
-    }
+    variables |= {"HOME": tmp_path, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    (tmp_path / "luthier/bin").mkdir(parents=True)
+    (tmp_path / "luthier/bin/activate").touch()
+    environment = {name: str(value) for name, value in variables.items()}
     script = yaml.safe_load(TASK.read_text())["run"]
     result = subprocess.run(["bash", "-euc", script], env=environment, capture_output=True, text=True, check=True)
     assert result.stdout.startswith(f"launch {expected}")

@@ -2,6 +2,7 @@
 
 import logging
 from collections import Counter
+from pathlib import Path
 from tarfile import TarError
 
 import numpy as np
@@ -37,6 +38,8 @@ def load_named(dataset_name: str, dataset_config_name: str | None) -> DatasetDic
             "machine, or use images on disk with --data_dir, or the built-in --dataset_name openmoji"
         ) from error
     except (DatasetNotFoundError, FileNotFoundError) as error:
+        if Path(dataset_name).exists():
+            raise UserError(f"cannot load {dataset_name}: {' '.join(str(error).split())}") from error
         raise UserError(
             f"there is no dataset {dataset_name!r} on the Hub, or it is private or gated. Check the name, and log in "
             "with `hf auth login` if it needs rights; for a folder of images use --data_dir"

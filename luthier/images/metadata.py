@@ -86,11 +86,13 @@ def load_directory(
 
 
 def has_shards(root: Path) -> bool:
-    """Tell whether a folder holds a dataset as Parquet files or WebDataset archives, and no class folders."""
-    if not root.is_dir() or any(folder.name != "data" for folder in subfolders(root)):
+    """Tell whether a folder holds a dataset as Parquet files or WebDataset archives, and no class folders or table."""
+    if not root.is_dir() or _metadata_of(root) or any(folder.name != "data" for folder in subfolders(root)):
+        return False
+    if any(is_image(path.name) for path in root.iterdir()):
         return False
     files = [path for folder in (root, root / "data") for pattern in SHARDS for path in folder.glob(pattern)]
-    return any(path.name not in METADATA for path in files)
+    return bool(files)
 
 
 def find_tables(root: Path, labels: str | None) -> dict[str, Path]:

@@ -53,10 +53,11 @@ class EvaluationView:
     def __init__(self, image_processor: BaseImageProcessor):
         self.image_processor = image_processor
         self.size = view_size(image_processor)
+        self._scales: dict[torch.device, tuple[torch.Tensor, ...]] = {}
 
     def measure(self) -> "EvaluationView":
         """Measure the values now, before several threads ask for them at once; return the view."""
-        assert len(self.values)
+        len(self.values)
         return self
 
     @functools.cached_property
@@ -96,8 +97,11 @@ class EvaluationView:
 
     def scale(self, levels: torch.Tensor) -> torch.Tensor:
         """Return the pixel values float32 [..., 3, H, W] of 8-bit levels, on their device."""
-        values = v2.functional.to_dtype(levels, torch.float32, scale=True)
-        return v2.functional.normalize(values, (-self.black / self.contrast).tolist(), (1 / self.contrast).tolist())
+        if levels.device not in self._scales:  # copied to a GPU once, because it would wait for each copy
+            line = (self.contrast / 255, self.black)
+            self._scales[levels.device] = tuple(part[:, None, None].to(levels.device) for part in line)
+        step, black = self._scales[levels.device]
+        return levels.float().mul_(step).add_(black)
 
     def pack(self, pixel_values: torch.Tensor) -> bytes:
         """Return the view [3, H, W] as bytes: its levels, or the values themselves where levels would be inexact."""

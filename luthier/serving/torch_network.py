@@ -8,7 +8,7 @@ from PIL import Image
 from luthier.familiarity import load_familiarity, none_of
 from luthier.fusion import fuse_batchnorm
 from luthier.images.views import view_size
-from luthier.machine import configure_logging, keep_freed_memory, use_one_thread
+from luthier.machine import configure_logging, keep_freed_memory
 from luthier.serving.network import Rated
 from models import labels_of, load_trained, threshold_of
 
@@ -26,6 +26,7 @@ class TorchNetwork:
 
     def __init__(self, model_name: str):
         configure_logging()
+        torch.get_num_threads()  # so that this thread keeps its own; see `machine.pool_of_single_threads`
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         self.device = accelerator or torch.device("cpu")
         if accelerator is None:
@@ -43,8 +44,8 @@ class TorchNetwork:
             self.model.get_submodule(self.familiarity.head).register_forward_pre_hook(self._keep_features)
 
     def start_worker(self) -> None:
-        """Prepare a thread for preparing images."""
-        use_one_thread()
+        """Give a thread that prepares images one thread of torch: all together keep the cores busy."""
+        torch.set_num_threads(1)
 
     def view(self, image: Image.Image) -> torch.Tensor:
         """Return the evaluation view of an RGB image, pixel values [3, H, W]."""

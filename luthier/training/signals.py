@@ -32,7 +32,7 @@ class Stop(TrainerCallback):
 
     def __init__(self):
         self.received: int | None = None
-        self.training, self.since, self.group = False, 0.0, None
+        self.training, self.exits, self.since, self.group = False, False, 0.0, None
         self.handlers: dict[int, object] = {}  # that were there before
 
     def __enter__(self) -> "Stop":
@@ -50,9 +50,9 @@ class Stop(TrainerCallback):
         # A second Ctrl-C is meant. A SIGTERM after one comes from the launcher, which ends before its process.
         again = self.received is not None and number == signal.SIGINT and time.monotonic() - self.since > 1
         if not self.training or again:
-            if self.received is None or again:
+            if not self.exits:  # the launcher may send a second one
                 print(f"stopped  by {signal.Signals(number).name}", file=sys.stderr, flush=True)
-            self.received, self.since = number, time.monotonic()
+            self.exits = True
             sys.exit(128 + number)
         if self.received is None:
             self.received, self.since = number, time.monotonic()

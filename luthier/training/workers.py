@@ -51,4 +51,5 @@ class StartWorker:
 def _kill_workers() -> None:
     """End the workers that are left at the end; Python itself would send them SIGTERM, and wait for ever."""
     for process in multiprocessing.active_children():
-        process.kill()
+        if process.daemon:  # as data workers are; Python waits for others
+            process.kill()

@@ -9,6 +9,7 @@ from conftest import COLOURS, draw, load
 from datasets import ClassLabel, Dataset, Features, Image
 
 from luthier.errors import UserError
+from luthier.images.metadata import has_shards
 
 NAMES = sorted(COLOURS)
 
@@ -59,9 +60,22 @@ def test_webdataset_archives_are_loaded_and_named(tmp_path):
     assert splits["train"]["name"][0].endswith(".png")
 
 
-def test_class_folders_come_before_an_archive_that_lies_beside_them(images):
+def test_class_folders_images_and_tables_come_before_an_archive_that_lies_beside_them(images, tmp_path):
+    assert not has_shards(images)
     write_archive(images / "backup.tar", 3, 0)
-    assert sum(map(len, load(data_dir=str(images)).values())) > 3
+    assert not has_shards(images)
+    flat = tmp_path / "flat"
+    write_archive(flat / "backup.tar", 3, 0)
+    assert has_shards(flat)
+    rows = ["file_name,label,split"]
+    for row in range(24):
+        draw(NAMES[row % 3], row).save(flat / f"{row}.png")
+        rows.append(f"{row}.png,{NAMES[row % 3]},{'test' if row < 6 else 'train'}")
+    assert not has_shards(flat)
+    (flat / "labels.csv").write_text("\n".join(rows))
+    assert len(load(data_dir=str(flat), labels=str(flat / "labels.csv"))["test"]) == 6
+    (flat / "labels.csv").rename(flat / "metadata.csv")
+    assert len(load(data_dir=str(flat))["test"]) == 6
 
 
 @pytest.mark.parametrize(
@@ -69,7 +83,7 @@ def test_class_folders_come_before_an_archive_that_lies_beside_them(images):
     [
         ("train-0.parquet", {}, "cannot load .*: .*Parquet"),
         ("train-0.tar", {}, "cannot load .*unexpected end of data"),
-        ("train-0.tar", {"labels": "names.csv"}, "are for image files in a folder"),
+        ("train-0.tar", {"split_column": "split"}, "are for image files in a folder: .* holds Parquet or tar files"),
     ],
 )
 def test_damaged_shards_and_options_of_folders_give_one_message(tmp_path, name, options, message):
