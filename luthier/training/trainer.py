@@ -1,7 +1,6 @@
 """The Trainer with what the library's own lacks: exact resume, whole checkpoints, and an end to broken losses."""
 
 import contextlib
-import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -13,7 +12,6 @@ import torch
 import torch.distributed
 from accelerate.utils import broadcast_object_list
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import Dataset
 from transformers import (
     EvalPrediction,
     PreTrainedModel,
@@ -45,7 +43,7 @@ from luthier.training.heats import EndHeat, Schedule
 from luthier.training.layers import parameter_groups
 from luthier.training.recipe import Recipe
 from luthier.training.signals import Stop, StoppedInEvaluation, exit_stopped
-from luthier.training.workers import WorkerTrainer
+from luthier.training.workers import SeededAugmentation, WorkerTrainer
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "No executable batch size found")
 
@@ -192,35 +190,6 @@ class SafeTrainer(WorkerTrainer):
                 f"that is too high (it is {self.args.learning_rate:g}: try a tenth), half precision (--bf16 False, "
                 f"--fp16 False), or damaged weights.{kept}"
             )
-
-
-class SeededAugmentation(Dataset):
-    """Training rows whose augmentation follows from seed, epoch and row alone.
-
-    After a resume the library restores the random state only when the first batch has been made, and data workers have
-    random states of their own. Here nothing depends on either, nor on how often a run was interrupted.
-    """
-
-    def __init__(self, rows: Sequence, seed: int, workers: int):
-        self.rows, self.seed, self.epoch = rows, seed, torch.zeros((), dtype=torch.int64)
-        if workers:  # which may outlive an epoch
-            self.epoch.share_memory_()
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, row: int) -> dict:
-        key = f"{self.seed} {int(self.epoch)} {row}".encode()
-        state = torch.get_rng_state()
-        torch.default_generator.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "big"))
-        try:
-            return self.rows[row]
-        finally:
-            torch.set_rng_state(state)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Change the augmentation to that of an epoch, in data workers too."""
-        self.epoch.fill_(epoch)
 
 
 def build_trainer(

@@ -1,14 +1,45 @@
-"""Data workers: none where few batches would not repay their start, and deaf to signals that are not for them."""
+"""Loading: rows that are augmented alike in any process, and data workers where they pay, deaf to others' signals."""
 
 import atexit
+import hashlib
 import multiprocessing
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from torch.utils.data import DataLoader
+import torch
+from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer
 
 BATCHES = 4  # for each worker of an evaluation; with fewer, threads of this process are done before workers have begun
+
+
+class SeededAugmentation(Dataset):
+    """Training rows whose augmentation follows from seed, epoch and row alone.
+
+    After a resume the library restores the random state only when the first batch has been made, and data workers have
+    random states of their own. Here nothing depends on either, nor on how often a run was interrupted.
+    """
+
+    def __init__(self, rows: Sequence, seed: int, workers: int):
+        self.rows, self.seed, self.epoch = rows, seed, torch.zeros((), dtype=torch.int64)
+        if workers:  # which may outlive an epoch
+            self.epoch.share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> dict:
+        key = f"{self.seed} {int(self.epoch)} {row}".encode()
+        state = torch.get_rng_state()
+        torch.default_generator.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "big"))
+        try:
+            return self.rows[row]
+        finally:
+            torch.set_rng_state(state)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Change the augmentation to that of an epoch, in data workers too."""
+        self.epoch.fill_(epoch)
 
 
 class WorkerTrainer(Trainer):
