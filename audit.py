@@ -38,11 +38,10 @@ def main(argv: list[str] | None = None) -> None:
         return
     if not argv or argv[0].startswith("-"):
         raise UserError("name the data: python audit.py FOLDER, or a dataset's name; options are those of train.py")
-    from luthier.arguments import parse_arguments
+    from luthier.arguments import option_of_data, parse_arguments
 
-    data_option = "--data_dir" if Path(argv[0]).expanduser().exists() else "--dataset_name"
     # Validation chooses the penalty of the probe that checks labels, and nothing else: a tenth is enough.
-    line = [data_option, argv[0], "--validation_fraction", "0.1", *argv[1:], "--eval_strategy", "no"]
+    line = [*option_of_data(argv[0]), "--validation_fraction", "0.1", *argv[1:], "--eval_strategy", "no"]
     arguments = parse_arguments(line)
 
     from data import cut_splits, load_images

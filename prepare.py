@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     if len(argv) < 2 or argv[0].startswith("-") or argv[1].startswith("-"):
         raise UserError("name the data and a folder for the shards: python prepare.py DATA FOLDER")
-    from luthier.arguments import parse_arguments
+    from luthier.arguments import option_of_data, parse_arguments
     from luthier.parsing import Parser
 
     own = Parser((), add_help=False, allow_abbrev=False)
@@ -55,11 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("side", "images"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} is {getattr(options, name)}, but must be at least 1")
-    is_path = Path(argv[0]).expanduser().exists()
-    if not is_path and argv[0].count("/") != 1 and argv[0] != "openmoji":
-        raise UserError(f"there is no folder {argv[0]}, and a dataset on the Hub has a name such as someone/their-set")
-    data_option = "--data_dir" if is_path else "--dataset_name"
-    arguments = parse_arguments([data_option, argv[0], *rest, "--eval_strategy", "no"])
+    arguments = parse_arguments([*option_of_data(argv[0]), *rest, "--eval_strategy", "no"])
     unknown = arguments.run_args.given - {*SHOWN, "data_dir", "dataset_name", "eval_strategy"}
     if unknown:
         raise UserError(f"prepare.py trains nothing: leave out --{min(unknown)}")
@@ -137,7 +132,9 @@ def keep_one_of_each(dataset: "Dataset") -> "Dataset":
 
 def plan_of(splits: dict[str, "Dataset"], side: int, images: int) -> dict:
     """Return what decides the content of every file."""
-    plan: dict = {"side": side, "images": images, "splits": {}}
+    from data import PREPARATION
+
+    plan: dict = {"version": PREPARATION, "side": side, "images": images, "splits": {}}
     for split, dataset in splits.items():
         names = dataset.features["label"].names
         rows = zip(dataset["digest"][:], dataset["label"][:], dataset["group"][:], strict=True)
@@ -185,14 +182,12 @@ def resized(dataset: "Dataset", rows: "np.ndarray", side: int) -> "Dataset":
             raise UserError(f"{row['name']} could be read before, and now it cannot: {reason(error)}") from error
         return image | {"path": row["name"].replace(os.sep, "-").replace("/", "-")}
 
-    def stored() -> Iterator[dict]:
-        # Threads are enough, because Pillow releases the interpreter while it decodes, resizes and encodes.
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for image, row in zip(pool.map(store, chosen), chosen.select_columns(["label", "group"]), strict=True):
-                yield {"image": image, **row}
-
+    # Threads are enough, because Pillow releases the interpreter while it decodes, resizes and encodes.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        images = list(pool.map(store, chosen.select_columns(["image", "name"])))
     features = Features({"image": Image(), "label": dataset.features["label"], "group": Value("int64")})
-    return Dataset.from_list(list(stored()), features=features)
+    columns = {"image": images, "label": chosen["label"][:], "group": chosen["group"][:]}
+    return Dataset.from_dict(columns, features=features)
 
 
 if __name__ == "__main__":

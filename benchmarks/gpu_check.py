@@ -78,19 +78,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", type=Path, metavar="FOLDER", help="photographs in class folders")
     parser.add_argument("--cpu", action="store_true", help="try the logic without a GPU, on less")
-    parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if not args.cpu and not torch.cuda.is_available():
         sys.exit("there is no NVIDIA GPU that torch can use here: try --cpu, which checks the logic alone")
-    begin, rows = time.perf_counter(), []
+    begin = time.perf_counter()
     images = ["--data_dir", str(args.data_dir.resolve())] if args.data_dir else []
-    scratch = (args.scratch or Path(tempfile.mkdtemp())).resolve()
     disable_progress_bars()
+    with tempfile.TemporaryDirectory() as folder:
+        rows = run_checks(images, args.cpu, Path(folder))
+    device = "CPU" if args.cpu else torch.cuda.get_device_name()
+    print(f"\n{device}, {os.cpu_count()} cores, torch {torch.__version__}, {time.perf_counter() - begin:.0f} s\n")
+    print("| check | found | wanted | |\n|---|---|---|---|")
+    for row in rows:
+        print(f"| {row.what} | {row.found} | {row.wanted} | {'' if row.passed is None else row.passed} |")
+    sys.exit(any(row.passed is False for row in rows))
+
+
+def run_checks(images: Sequence[str], cpu: bool, scratch: Path) -> list[Row]:
+    """Run all checks, and print what each finds; return the rows of the table."""
+    rows: list[Row] = []
     checks = {
-        "networks": check_networks(args.cpu, scratch),
-        "loop": check_loop(args.cpu),
-        "augmentation": check_augmentation(args.cpu, scratch),
-        "runs": check_runs(images, args.cpu, scratch),
+        "networks": check_networks(cpu, scratch),
+        "loop": check_loop(cpu),
+        "augmentation": check_augmentation(cpu, scratch),
+        "runs": check_runs(images, cpu, scratch),
     }
     signal.signal(signal.SIGALRM, raise_timeout)
     signal.alarm(LIMIT)
@@ -105,12 +116,7 @@ def main() -> None:
             if isinstance(error, TimeoutError):
                 break
     signal.alarm(0)
-    device = "CPU" if args.cpu else torch.cuda.get_device_name()
-    print(f"\n{device}, {os.cpu_count()} cores, torch {torch.__version__}, {time.perf_counter() - begin:.0f} s\n")
-    print("| check | found | wanted | |\n|---|---|---|---|")
-    for row in rows:
-        print(f"| {row.what} | {row.found} | {row.wanted} | {'' if row.passed is None else row.passed} |")
-    sys.exit(any(row.passed is False for row in rows))
+    return rows
 
 
 def raise_timeout(*_: object) -> None:

@@ -10,4 +10,4 @@ export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 HF_DATASETS_CACHE="$scratch/cache"
 # Modules that cannot be cached where they are would be compiled again for each of the runs.
 unset PYTHONDONTWRITEBYTECODE
 export PYTHONPYCACHEPREFIX="$scratch/pycache"
-python3 -m benchmarks.gpu_check --scratch "$scratch" "$@"
+python3 -m benchmarks.gpu_check "$@"

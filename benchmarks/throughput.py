@@ -77,14 +77,14 @@ class Clock(TrainerCallback):
 
     def tick(self, step: int) -> None:
         """Note the end of a step, counted from 1."""
-        if step in (1, self.steps):
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            self.begin, self.seconds = (time.perf_counter(), 0.0) if step == 1 else (self.begin, self.since())
-
-    def since(self) -> float:
-        """Return the seconds since the first step."""
-        return time.perf_counter() - self.begin
+        if step not in (1, self.steps):
+            return
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if step == 1:
+            self.begin = time.perf_counter()
+        else:
+            self.seconds = time.perf_counter() - self.begin
 
 
 def main() -> None:

@@ -280,6 +280,11 @@ def _build_training_args(options: dict, output_dir: Path) -> TrainingArguments:
         raise UserError(" ".join(str(error).split())) from error
 
 
+def option_of_data(name: str) -> list[str]:
+    """Return the option that names the data: a folder if there is one of this name, or else a dataset."""
+    return ["--data_dir" if Path(name).expanduser().exists() else "--dataset_name", name]
+
+
 def digest_settings(options: dict) -> str:
     """Return a hash of all options but those of where a run goes and how it is shown."""
     settings = {key: value for key, value in options.items() if key not in NOT_SETTINGS}

@@ -76,7 +76,7 @@ def test_second_start_writes_what_is_missing_and_the_same(capsys):
         (["images", "shards", "--sid", "24"], "--sid"),
         (["images", "images"], "images is not an empty folder"),
         (["images", "images/red/copy.png/x"], "cannot be a folder"),
-        (["imagse", "shards"], "there is no folder imagse"),
+        (["imagse", "shards"], "for the dataset imagse, which is neither in the local cache nor a folder here"),
         (["images", "images/red/copy.png"], "is not an empty folder"),
         (["images", "other", "--side", "24"], "other has shards of other images"),
         (["images/red", "shards"], "no images in class folders"),
