@@ -34,8 +34,8 @@ def load_named(dataset_name: str, dataset_config_name: str | None) -> DatasetDic
         loaded = load_dataset(dataset_name, dataset_config_name)
     except ConnectionError as error:
         raise UserError(
-            f"cannot reach the Hub for the dataset {dataset_name}, which is neither in the local cache nor a folder here. "
-            "Check the name, connect this machine, or use images on disk with --data_dir, or the built-in "
+            f"cannot reach the Hub for the dataset {dataset_name}, which is neither in the local cache nor a folder "
+            "here. Check the name, connect this machine, or use images on disk with --data_dir, or the built-in "
             "--dataset_name openmoji"
         ) from error
     except (DatasetNotFoundError, FileNotFoundError) as error:
