@@ -28,6 +28,7 @@ from luthier.images.inspection import (
 )
 from luthier.images.metadata import Columns, has_shards, load_directory
 from luthier.images.openmoji import ATTRIBUTION, load_openmoji
+from luthier.images.shards import Stream, StreamedRows
 from luthier.images.splits import cut_missing_splits
 from luthier.images.views import EvaluationView, ImageRows, random_crop_transform, training_transform
 from luthier.machine import pool_of_single_threads
@@ -89,6 +90,7 @@ def load_images(
     on_bad_image: str = "drop",
     max_unreadable: float = MAX_UNREADABLE,
     min_classes: int = 2,
+    stream: Stream | None = None,
 ) -> tuple[DatasetDict, list[UnreadableImage]]:
     """Load a labelled dataset in the splits that it has, at least train.
 
@@ -106,6 +108,7 @@ def load_images(
         on_bad_image: `drop` leaves out images that cannot be read, `error` refuses them.
         max_unreadable: share of the images that may be left out.
         min_classes: how many classes the images must have.
+        stream: of the same data: train is then a sample, and the other splits are complete.
 
     Returns the splits, and the images that were left out. The splits' columns are `image` (bytes or path, not
     decoded), `label` (a `ClassLabel` whose names are sorted and the same in all of them), what `inspection.inspect`
@@ -116,16 +119,16 @@ def load_images(
     """
     root = Path(data_dir).expanduser() if data_dir else None
     columns = Columns(image_column, label_column, split_column, group_column)
-    if root and (labels or not has_shards(root)):
+    if stream:
+        splits, root = stream.splits, None
+    elif root and (labels or not has_shards(root)):
         splits = load_directory(root, labels, columns, group_by, to_train=min_classes > 1)
         columns = Columns()
     elif labels or split_column or group_by:
         where = f"{root} holds Parquet or tar files" if root else "give --data_dir"
         raise UserError(f"--labels, --split_column and --group_by are for image files in a folder: {where}")
-    elif root is None and dataset_name in (None, BUILT_IN):
-        splits = DatasetDict(train=load_openmoji())
     else:
-        splits, root = load_named(str(root or dataset_name), dataset_config_name), None
+        splits, root = _load_dataset(root, dataset_name, dataset_config_name), None
     splits = label_and_image(splits, columns.image, columns.label, columns.group, label_names)
     names = splits["train"].features["label"].names
     if len(names) < min_classes:
@@ -133,6 +136,13 @@ def load_images(
     splits = DatasetDict({split: inspect(dataset, split, root) for split, dataset in splits.items()})
     splits, unreadable = leave_out_unreadable(splits, 0.0 if on_bad_image == "error" else max_unreadable)
     return add_groups(splits), unreadable
+
+
+def _load_dataset(root: Path | None, name: str | None, config: str | None) -> DatasetDict:
+    """Return the splits of a folder of shards or of a dataset with their own columns; see `load_images`."""
+    if root is None and name in (None, BUILT_IN):
+        return DatasetDict(train=load_openmoji())
+    return load_named(str(root or name), config)
 
 
 def load_labelled(names: list[str], **options) -> tuple[DatasetDict, list[UnreadableImage]]:
@@ -261,7 +271,7 @@ def view_packer(view: EvaluationView) -> Callable[[bytes], bytes]:
     return pack
 
 
-def describe(splits: DatasetDict, name: str, built_in: bool = False) -> dict:
+def describe(splits: DatasetDict, name: str, built_in: bool = False, stream: Stream | None = None) -> dict:
     """Return what `metrics.json` says of prepared splits: images by split and class, and one hash of all of it.
 
     The hash covers every file's bytes, class and split. Neither names nor order of the files change it.
@@ -270,6 +280,7 @@ def describe(splits: DatasetDict, name: str, built_in: bool = False) -> dict:
         splits: of `prepare`.
         name: of the dataset.
         built_in: it is OpenMoji, whose author must be named.
+        stream: what train is a sample of. It is counted as a whole; of its files the hash covers labels and order.
     """
     labels = next(iter(splits.values())).features["label"].names
     counts, lines = {}, []
@@ -280,17 +291,26 @@ def describe(splits: DatasetDict, name: str, built_in: bool = False) -> dict:
         lines += [
             f"{split}\t{labels[index]}\t{digest}" for index, digest in zip(indices, dataset["digest"][:], strict=True)
         ]
-    digest = hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
-    attribution = ATTRIBUTION if built_in else ""
-    return {"name": name, "attribution": attribution, "splits": counts, "labels": labels, "fingerprint": digest}
+    data = {"name": name, "attribution": ATTRIBUTION if built_in else "", "splits": counts, "labels": labels}
+    if stream:
+        lines.append(stream.fingerprint)
+        data["sample"] = counts["train"]["n"]
+        per_class = np.bincount(stream.labels, minlength=len(labels)).tolist()
+        counts["train"] = {"n": len(stream.labels), "per_class": dict(zip(labels, per_class, strict=True))}
+    return data | {"fingerprint": hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()}
 
 
 # --- transform
 
 
 def with_transforms(
-    splits: DatasetDict, view: EvaluationView, augmentation: str, test_view: str, size: tuple[int, int] | None = None
-) -> DatasetDict:
+    splits: DatasetDict,
+    view: EvaluationView,
+    augmentation: str,
+    test_view: str,
+    size: tuple[int, int] | None = None,
+    stream: Stream | None = None,
+) -> dict[str, Dataset | StreamedRows]:
     """Return prepared splits whose rows are `pixel_values` and `labels`, made when they are accessed.
 
     Args:
@@ -299,14 +319,18 @@ def with_transforms(
         augmentation: of train, see `views.training_transform`.
         test_view: `evaluation`, or `random_crop` to see test in random crops of the evaluation view.
         size: (height, width) of the random crops of train, in pixels, if not the view's own.
+        stream: what train is read from; the split "train" is a sample of it.
     """
-    train = training_rows(splits["train"], view, augmentation, size)
+    if stream:
+        train = stream.rows(streaming_transform(view, augmentation, size))
+    else:
+        train = training_rows(splits["train"], view, augmentation, size)
     held_out = {split: evaluation_rows(splits[split], view, ["label"]) for split in ("validation", "test")}
     if test_view == "random_crop":
         crop = random_crop_transform(view)
         transform = batch_transform("view", lambda packed: crop(view.unpack(packed)))
         held_out["test"] = held_out["test"].with_transform(transform)
-    return DatasetDict(train=train, **held_out)
+    return {"train": train, **held_out}
 
 
 def training_rows(
@@ -314,6 +338,14 @@ def training_rows(
 ) -> Dataset:
     """Return the prepared split "train" with rows of augmented levels or `pixel_values`, and `labels`."""
     return dataset.with_transform(batch_transform("image", training_transform(view, augmentation, size)))
+
+
+def streaming_transform(
+    view: EvaluationView, augmentation: str, size: tuple[int, int] | None = None
+) -> Callable[[bytes], torch.Tensor]:
+    """Return the function from an image file to augmented levels or `pixel_values`."""
+    transform, shorter_side = training_transform(view, augmentation, size), STORED_SIDE * max(view.size)
+    return lambda data: transform(decode_rgb(data, shorter_side).image)
 
 
 def join_for_training(

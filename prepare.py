@@ -101,6 +101,7 @@ def write_shards(splits: "DatasetDict", folder: Path, side: int, images: int) ->
     """
     import numpy as np
 
+    from luthier.images.shards import BLOCK
     from luthier.images.splits import draw_order
     from luthier.output_dir import written_whole
 
@@ -116,7 +117,7 @@ def write_shards(splits: "DatasetDict", folder: Path, side: int, images: int) ->
                 there += 1
                 continue
             with written_whole(path) as whole:
-                resized(dataset, rows, side).to_parquet(str(whole))
+                resized(dataset, rows, side).to_parquet(str(whole), batch_size=BLOCK)
         found = f", {there} of them from before" if there else ""
         text = f"{plural(len(dataset), 'image')} in {plural(len(parts), 'file')}{found}; copies left out: {copies}"
         say("shards", f"{split}: {text}")

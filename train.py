@@ -55,6 +55,7 @@ def set_up(arguments: "Arguments", stopwatch: Stopwatch) -> "Experiment":
     from transformers import set_seed
 
     from data import collate, cut_splits, load_images, prepare, sample_rows
+    from luthier.images.shards import open_stream
     from luthier.images.views import EvaluationView
     from luthier.reporting import console
     from luthier.scoring.audit import audit_images
@@ -70,7 +71,8 @@ def set_up(arguments: "Arguments", stopwatch: Stopwatch) -> "Experiment":
 
     # Data
     with training_args.main_process_first(desc="loading the images"):
-        images, unreadable = load_images(**data_args.for_images())
+        stream = open_stream(**data_args.for_stream()) if data_args.streaming else None
+        images, unreadable = load_images(**data_args.for_images(), stream=stream)
     splits = cut_splits(images, **data_args.for_cut())
     id2label = dict(enumerate(splits["train"].features["label"].names))
     findings = audit_images(splits, unreadable)
@@ -92,7 +94,7 @@ def set_up(arguments: "Arguments", stopwatch: Stopwatch) -> "Experiment":
     with training_args.main_process_first(desc="preparing the images"):
         prepared = prepare(splits, view)
     stopwatch.stop("prepare")
-    return Experiment(splits, "test" in images, prepared, findings, model, view, recipes, judge, setup)
+    return Experiment(splits, "test" in images, prepared, findings, model, view, recipes, judge, setup, stream)
 
 
 def fine_tune(arguments: "Arguments", stop: "Stop", stopwatch: Stopwatch) -> tuple["Experiment", "Result"]:
@@ -109,13 +111,13 @@ def fine_tune(arguments: "Arguments", stop: "Stop", stopwatch: Stopwatch) -> tup
 
     data_args, model_args, training_args, _ = arguments
     experiment = set_up(arguments, stopwatch)
-    splits, prepared, view, recipes = experiment.splits, experiment.prepared, experiment.view, experiment.recipes
-    rows = with_transforms(prepared, view, data_args.augmentation, data_args.test_view, experiment.size)
+    splits, prepared, view, stream = experiment.splits, experiment.prepared, experiment.view, experiment.stream
+    rows = with_transforms(prepared, view, data_args.augmentation, data_args.test_view, experiment.size, stream)
     workshop = experiment.workshop(training_args, collate, [StageTimes(stopwatch), stop])
 
     # Probe
     probe, images, curve = ProbeResults(), feature_rows(prepared, view), data_args.learning_curve
-    judge = experiment.judge
+    judge, recipes = experiment.judge, experiment.recipes
     if recipes[0].is_pretrained:
         probe = measure_probe(workshop.predictor(), splits, images, judge.criterion, curve, console.say_probe)
     stopwatch.stop("features")
@@ -160,7 +162,7 @@ def finish(experiment: "Experiment", result: "Result", arguments: "Arguments", s
 
     # Report
     if training_args.process_index == 0:
-        data = describe(experiment.prepared, data_args.name, data_args.is_built_in)
+        data = describe(experiment.prepared, data_args.name, data_args.is_built_in, experiment.stream)
         record = collect_run(experiment, result, plan, data, data_args.augmentation, arguments.for_record())
         write_run(Path(str(training_args.output_dir)), experiment, result, plan, refitted, record, stopwatch)
 

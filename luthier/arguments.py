@@ -238,6 +238,8 @@ def _check_options(options: dict) -> None:
             raise UserError(f"--folds is {options['folds']}, but there must be at least two")
         if fold or resume not in (None, "auto"):
             raise UserError("--folds runs every fold: leave --fold out, and resume with --resume_from_checkpoint auto")
+    if options["streaming"]:
+        _check_streaming(options)
     for key, why in REFUSED.items():
         if options[key]:
             raise UserError(f"--{key} {why}: leave it out")
@@ -260,6 +262,21 @@ def _check_options(options: dict) -> None:
         raise UserError(
             f"--resume_from_checkpoint {resume} is not a checkpoint: give auto, or one such as outputs/x/checkpoint-50"
         )
+
+
+def _check_streaming(options: dict) -> None:
+    """Refuse what needs all training images to be inspected or cut, where they are streamed.
+
+    Raises:
+        UserError: there is such an option.
+    """
+    needs = [key for key in ("fold", "folds", "labels", "split_column", "group_by") if options[key] is not None]
+    if options["on_bad_image"] == "error":
+        needs.append("on_bad_image error")
+    if needs:
+        raise UserError(f"--{needs[0]} needs all images before the training, which --streaming does not read")
+    if options["data_dir"] is None and options["dataset_name"] in (None, "openmoji"):
+        raise UserError("--streaming reads Parquet files: name them with --data_dir or --dataset_name")
 
 
 def _build_training_args(options: dict, output_dir: Path) -> TrainingArguments:

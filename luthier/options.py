@@ -47,12 +47,8 @@ class DataArguments:
             "names and one of labels."
         },
     )
-    image_column: str | None = field(
-        default=None, metadata={"help": "The image column of a dataset or table, where it is ambiguous."}
-    )
-    label_column: str | None = field(
-        default=None, metadata={"help": "The label column of a dataset or table, where it is ambiguous."}
-    )
+    image_column: str | None = field(default=None, metadata={"help": "The column of images, where it is ambiguous."})
+    label_column: str | None = field(default=None, metadata={"help": "The column of labels, where it is ambiguous."})
     split_column: str | None = field(
         default=None, metadata={"help": "The column of a table that says train, validation or test, if not split."}
     )
@@ -69,6 +65,10 @@ class DataArguments:
             "help": "The same by file names: folder, the folder below the class folder, or a regular expression "
             "(docs/usage.md)."
         },
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Train from Parquet files as they are (docs/scaling.md)."},
     )
     none_class: str | None = field(default=None, metadata={"help": "The class of anything else, if not called none."})
     label_names: list[str] | None = field(
@@ -117,6 +117,12 @@ class DataArguments:
     def for_images(self) -> dict:
         """Return what `data.load_images` takes."""
         return {key: getattr(self, key) for key in (*DATA_KEYS, "on_bad_image") if key != "none_class"}
+
+    def for_stream(self) -> dict:
+        """Return what `shards.open_stream` takes."""
+        columns = ("image_column", "label_column", "group_column", "split_seed", "validation_fraction")
+        name = str(Path(self.data_dir).expanduser()) if self.data_dir else self.dataset_name
+        return {"name": name, "config": self.dataset_config_name} | {key: getattr(self, key) for key in columns}
 
     def for_cut(self) -> dict:
         """Return what `splits.cut_missing_splits` takes."""

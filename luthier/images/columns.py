@@ -1,9 +1,12 @@
 """A dataset by name, brought to two columns: `image`, not decoded, and `label`, a ClassLabel with sorted names."""
 
+import contextlib
 import logging
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tarfile import TarError
+from typing import TypeVar
 
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset
@@ -14,6 +17,8 @@ from luthier.images.folders import SPLIT_OF_FOLDER, STAMP, sort_names
 from luthier.terminal import plural
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 ENCODED_IMAGE = {"bytes": Value("binary"), "path": Value("string")}  # an image column that lost its type
 GIVEN_GROUP = "given_group"  # the column of what an image belongs to, where the user has told it
@@ -30,8 +35,25 @@ def load_named(dataset_name: str, dataset_config_name: str | None) -> DatasetDic
     Raises:
         UserError: it cannot be loaded, or has no split to train on.
     """
+    with explain_loading(dataset_name):
+        loaded = load_dataset(resolved(dataset_name), dataset_config_name)
+    return DatasetDict(named_splits(loaded, dataset_name))
+
+
+def resolved(dataset_name: str) -> str:
+    """Return the whole path of a folder, because `datasets` cannot load `.`; another name as it is."""
+    return str(Path(dataset_name).resolve()) if Path(dataset_name).is_dir() else dataset_name
+
+
+@contextlib.contextmanager
+def explain_loading(dataset_name: str) -> Iterator[None]:
+    """Turn the errors of `datasets`, where a dataset cannot be loaded, into advice.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
     try:
-        loaded = load_dataset(dataset_name, dataset_config_name)
+        yield
     except ConnectionError as error:
         raise UserError(
             f"cannot reach the Hub for the dataset {dataset_name}, which is neither in the local cache nor a folder "
@@ -48,15 +70,23 @@ def load_named(dataset_name: str, dataset_config_name: str | None) -> DatasetDic
     except (DatasetsError, TarError, ValueError, RuntimeError, OSError) as error:  # several configurations, damage
         cause = error.__cause__ or error  # of an error while files are read
         raise UserError(f"cannot load {dataset_name}: {' '.join(str(cause).split())}") from error
-    splits = DatasetDict()
-    for name, dataset in loaded.items():
+
+
+def named_splits(loaded: Mapping[str, T], dataset_name: str) -> dict[str, T]:
+    """Return the splits of a dataset by the names train, validation and test; a single one is train.
+
+    Raises:
+        UserError: there is no split to train on, or two have one meaning.
+    """
+    splits: dict[str, T] = {}
+    for name, content in loaded.items():
         split = "train" if len(loaded) == 1 else SPLIT_OF_FOLDER.get(name.lower())
         if split in splits:
             raise UserError(f"{dataset_name} has two {split} splits: {', '.join(loaded)}")
         if split is None:
             logger.warning(f"Not used: the split {name!r} of {dataset_name}")
         else:
-            splits[split] = dataset
+            splits[split] = content
     if "train" not in splits:
         raise UserError(f"{dataset_name} has the splits {', '.join(loaded)}, but none to train on")
     return splits
@@ -102,17 +132,8 @@ def label_and_image(
         UserError: a column is missing, ambiguous or of the wrong type, or labels are missing.
     """
     features = splits["train"].features
-    image_column = _find_column(
-        "image", image_column, features, [name for name, feature in features.items() if isinstance(feature, Image)]
-    )
-    encoded = features[image_column] == Value("binary") or features[image_column] == ENCODED_IMAGE
-    if not encoded and not isinstance(features[image_column], Image):
-        raise UserError(f"the column {image_column!r} holds no images but {features[image_column]}")
-    typed = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
-    label_column = _find_column(
-        "label", label_column, features, typed or [name for name in LABEL_COLUMNS if name in features]
-    )
-    values = _labels_of_splits(splits, label_column)
+    image_column, label_column = find_columns(features, image_column, label_column)
+    values = labels_of_splits({split: dataset[label_column][:] for split, dataset in splits.items()}, label_column)
     name_of = _names_of_labels(features[label_column], set().union(*values.values()), label_column)
     index_of = {name: index for index, name in enumerate(name_of.values())}
     learned = {name_of[value] for value in values["train"]}
@@ -151,11 +172,31 @@ def _groups_of_splits(splits: DatasetDict, group_column: str, image_column: str)
     }
 
 
-def _labels_of_splits(splits: DatasetDict, label_column: str) -> dict[str, list]:
-    """Return the labels of each split that has them."""
+def find_columns(features: Features, image_column: str | None, label_column: str | None) -> tuple[str, str]:
+    """Return the image column and the label column: those that are given, or as types and names tell them.
+
+    Raises:
+        UserError: a column is missing, ambiguous or of the wrong type.
+    """
+    image_column = _find_column(
+        "image", image_column, features, [name for name, feature in features.items() if isinstance(feature, Image)]
+    )
+    encoded = features[image_column] == Value("binary") or features[image_column] == ENCODED_IMAGE
+    if not encoded and not isinstance(features[image_column], Image):
+        raise UserError(f"the column {image_column!r} holds no images but {features[image_column]}")
+    typed = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
+    likely = typed or [name for name in LABEL_COLUMNS if name in features]
+    return image_column, _find_column("label", label_column, features, likely)
+
+
+def labels_of_splits(splits: Mapping[str, list], label_column: str) -> dict[str, list]:
+    """Return the labels of each split that has them.
+
+    Raises:
+        UserError: some rows of a split have none, or all of train.
+    """
     labels = {}
-    for split, dataset in splits.items():
-        values = dataset[label_column][:]
+    for split, values in splits.items():
         unlabelled = sum(value in (None, -1, "") for value in values)
         if unlabelled == len(values) and split != "train":
             logger.warning(f"Not used: the {split} split, which has no labels")
@@ -167,6 +208,17 @@ def _labels_of_splits(splits: DatasetDict, label_column: str) -> dict[str, list]
         else:
             labels[split] = values
     return labels
+
+
+def index_of_labels(feature: object, values: set, label_column: str) -> dict:
+    """Return the index of the class of each label value, as `label_and_image` numbers them.
+
+    Raises:
+        UserError: the column has no labels.
+    """
+    names = _names_of_labels(feature, values, label_column)
+    index_of = {name: index for index, name in enumerate(names.values())}
+    return {value: index_of[name] for value, name in names.items()}
 
 
 def _names_of_labels(feature: object, values: set, label_column: str) -> dict:

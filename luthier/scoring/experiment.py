@@ -6,6 +6,7 @@ from typing import NamedTuple
 from datasets import DatasetDict
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
+from luthier.images.shards import Stream
 from luthier.images.views import EvaluationView
 from luthier.scoring.baselines import ProbeResults
 from luthier.scoring.criterion import Judge
@@ -31,6 +32,7 @@ class Experiment(NamedTuple):
         recipes: that are raced.
         judge: scores weights on validation, without a yardstick.
         setup: model, view and device, in words.
+        stream: what the split "train" is a sample of; None where it is all of train.
     """
 
     splits: DatasetDict
@@ -42,6 +44,7 @@ class Experiment(NamedTuple):
     recipes: list[Recipe]
     judge: Judge
     setup: dict[str, str]
+    stream: Stream | None = None
 
     @property
     def size(self) -> tuple[int, int]:

@@ -66,6 +66,9 @@ def plan_refit(
     splits, outcome = experiment.splits, result.outcome
     used = tuple(str(split) for split in splits if split != "test" or not experiment.own_test)
     images, scored_on = sum(len(splits[split]) for split in used), len(result.learned_from)
+    if experiment.stream:
+        scored_on = scored_on if result.kept.is_probe else len(experiment.stream.labels)
+        return Plan(used, scored_on, scored_on, 0.0, "the images are streamed")
     share = 1.0 if outcome.trainer is None else outcome.best_step / max(1, outcome.trainer.state.global_step)
     work = TRAINED * images * outcome.epochs_of(result.kept.arm) * share
     seconds = outcome.seconds_of(result.kept.arm) * share * images / scored_on

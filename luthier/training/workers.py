@@ -10,6 +10,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer
 
+from luthier.images.shards import StreamedRows
+from luthier.training.block_batches import BlockBatches
+
+# What a loader of blocks has in common with the Trainer's own.
+KEPT = (
+    "num_workers", "collate_fn", "pin_memory", "worker_init_fn", "multiprocessing_context", "prefetch_factor",
+    "persistent_workers",
+)  # fmt: skip
 BATCHES = 4  # for each worker of an evaluation; with fewer, threads of this process are done before workers have begun
 
 
@@ -49,13 +57,24 @@ class WorkerTrainer(Trainer):
     `_get_dataloader`, and does accelerate's wrapper still keep the loader as `base_dataloader`?
     """
 
-    def _get_dataloader(self, *arguments, **options) -> DataLoader:
-        loader = super()._get_dataloader(*arguments, **options)
+    def _get_dataloader(self, dataset, *arguments, **options) -> DataLoader:
+        loader = super()._get_dataloader(dataset, *arguments, **options)
         inner = getattr(loader, "base_dataloader", loader)  # which accelerate has wrapped
         if not options.get("is_training") and len(loader) < BATCHES * inner.num_workers:
             inner.num_workers = 0
         inner.worker_init_fn = StartWorker(inner.worker_init_fn)
+        if isinstance(dataset, SeededAugmentation) and isinstance(dataset.rows, StreamedRows):
+            return self._read_in_blocks(inner, dataset, dataset.rows.sizes)
         return loader
+
+    def _read_in_blocks(self, loader: DataLoader, dataset: "SeededAugmentation", sizes: Sequence[int]) -> DataLoader:
+        """Return a loader with batches of blocks, which are this process's own: accelerate must not divide them."""
+        args = self.args
+        batches = BlockBatches(
+            sizes, args.train_batch_size, args.seed, dataset.epoch, args.process_index, args.world_size
+        )
+        same = {name: getattr(loader, name) for name in KEPT}
+        return DataLoader(dataset, batch_sampler=batches, **same)
 
 
 class StartWorker:

@@ -1,0 +1,165 @@
+"""Training images that stay in Parquet files: their labels, the sample, the other splits; what cannot be streamed."""
+
+import hashlib
+import io
+import logging
+
+import numpy as np
+import pytest
+import torch
+from conftest import COLOURS, draw
+from datasets import ClassLabel, Dataset, Features, Image, Value
+
+from data import load_images
+from luthier.errors import UserError
+from luthier.images import shards
+from luthier.images.shards import open_stream
+
+NAMES = sorted(COLOURS)
+
+
+@pytest.fixture(autouse=True)
+def small(tmp_path, monkeypatch):
+    """Blocks of four rows, and a sample of a few of them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(shards, "BLOCK", 4)
+    monkeypatch.setattr(shards, "SAMPLE", 12)
+
+
+def encode(name: str, seed: int) -> bytes:
+    file = io.BytesIO()
+    draw(name, seed).save(file, "PNG")
+    return file.getvalue()
+
+
+def write(path: str, labels: list[int], first: int = 0, typed: bool = True, **columns) -> dict[str, int]:
+    """Write images of some labels; return the labels by the images' digests."""
+    images = [encode(NAMES[label % 3], first + row) for row, label in enumerate(labels)]
+    label = ClassLabel(names=NAMES) if typed else Value("string")
+    features = Features({"photo": Image(), "label": label} | {name: Value("string") for name in columns})
+    rows = {"photo": [{"bytes": image, "path": None} for image in images], **columns}
+    rows["label"] = labels if typed else [NAMES[label] for label in labels]
+    Dataset.from_dict(rows, features=features).to_parquet(path, batch_size=4)
+    return {hashlib.sha256(image).hexdigest(): label for image, label in zip(images, labels, strict=True)}
+
+
+def mixed(n: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).permutation(np.arange(n) % 3).tolist()
+
+
+def digest_of(data: bytes) -> torch.Tensor:
+    return torch.tensor(list(hashlib.sha256(data).digest()), dtype=torch.uint8)
+
+
+def learned(stream) -> dict[str, int]:
+    rows = stream.rows(digest_of)
+    all_rows = [rows[row] for row in range(len(rows))]
+    return {bytes(row["pixel_values"].tolist()).hex(): row["labels"] for row in all_rows}
+
+
+@pytest.mark.parametrize("typed", [True, False])
+def test_every_image_has_its_label(typed):
+    truth = write("train-0.parquet", mixed(30), 0, typed) | write("train-1.parquet", mixed(15, 1), 100, typed)
+    write("validation.parquet", mixed(9), 200, typed)
+    write("test.parquet", mixed(9), 300, typed)
+    stream = open_stream(".")
+    assert learned(stream) == truth
+    assert [len(stream.splits[split]) for split in ("validation", "test")] == [9, 9]
+    images, unreadable = load_images(data_dir=".", stream=stream)
+    assert not unreadable and images["train"].features["label"].names == NAMES
+    sample = dict(zip(images["train"]["digest"], images["train"]["label"], strict=True))
+    assert 12 <= len(sample) < 20 and sample.items() <= truth.items()
+    write("train-1.parquet", mixed(15, 1), 500, typed)  # other images in the same file
+    assert learned(open_stream(".")).keys() != truth.keys()
+
+
+def test_sample_has_every_class():
+    rare = mixed(60)
+    rare[rare.index(2) :] = [label % 2 for label in rare[rare.index(2) :]]
+    rare[41] = 2
+    write("train.parquet", rare)
+    write("test.parquet", mixed(9), 300)
+    write("validation.parquet", mixed(9), 200)
+    assert set(open_stream(".").splits["train"]["label"]) == {0, 1, 2}
+
+
+def test_blocks_are_set_apart_for_validation():
+    truth = write("train.parquet", mixed(80))
+    write("test.parquet", mixed(9), 300)
+    stream = open_stream(".", validation_fraction=0.2)
+    images, _ = load_images(data_dir=".", stream=stream)
+    apart = set(images["validation"]["digest"][:])
+    assert 16 <= len(apart) < 20 and apart | learned(stream).keys() == truth.keys()
+    assert not apart & learned(stream).keys() and not apart & set(images["train"]["digest"][:])
+    assert len(open_stream(".").labels) == 72  # a tenth, in whole blocks
+    assert open_stream(".").fingerprint == open_stream(".").fingerprint != stream.fingerprint
+
+
+def test_validation_is_test_where_there_is_none(capsys):
+    write("train.parquet", mixed(40))
+    write("validation.parquet", mixed(9), 300)
+    stream = open_stream(".")
+    assert len(stream.splits["test"]) == 9 and len(stream.splits["validation"]) == 4
+    assert "that of validation takes its place" in capsys.readouterr().out
+
+
+def test_groups_are_read_with_the_images():
+    write("train.parquet", mixed(40), patient=[f"p{row // 4}" for row in range(40)])
+    write("test.parquet", mixed(9), 300, patient=["p99"] * 9)
+    stream = open_stream(".", group_column="patient")
+    images, _ = load_images(data_dir=".", stream=stream, group_column="patient")
+    assert len(set(images["test"]["group"][:])) == 1 < len(set(images["train"]["group"][:]))
+
+
+def test_image_that_cannot_be_read_is_replaced_by_the_next_of_its_block(caplog):
+    write("train.parquet", mixed(12))
+    write("validation.parquet", mixed(9), 200)
+    write("test.parquet", mixed(9), 300)
+    stream = open_stream(".")
+    whole = [stream.rows(digest_of)[row] for row in range(12)]
+    broken = bytes(whole[7]["pixel_values"].tolist())
+
+    def transform(data: bytes) -> torch.Tensor:
+        if hashlib.sha256(data).digest() == broken:
+            raise OSError("the file is empty")
+        return digest_of(data)
+
+    with caplog.at_level(logging.WARNING):
+        row = stream.rows(transform)[7]
+    assert torch.equal(row["pixel_values"], whole[4]["pixel_values"]) and row["labels"] == whole[4]["labels"]
+    assert "Not used: row 7 of train, in train.parquet: the file is empty" in caplog.text
+    with pytest.raises(UserError, match=r"no image of the 4 rows of a block of .*train.parquet can be read"):
+        stream.rows(lambda data: torch.tensor([][1]))[3]
+
+
+def test_few_blocks_stay_in_memory():
+    write("train.parquet", mixed(400))
+    write("validation.parquet", mixed(9), 200)
+    write("test.parquet", mixed(9), 300)
+    rows = open_stream(".").rows(digest_of)
+    for row in range(0, 400, 2):
+        assert rows[row]["labels"] == mixed(400)[row]
+    assert len(rows._kept) == 3 * shards.LANES
+
+
+@pytest.mark.parametrize(
+    ("train", "others", "options", "message"),
+    [
+        (sorted(mixed(40)), ("test",), {}, "ordered by class, which a stream does not mix. .*prepare.py"),
+        (mixed(40), (), {}, "--streaming needs a test split, which .* lacks. .*prepare.py"),
+        (mixed(3), ("test",), {}, "too few row groups to set some apart"),
+        (mixed(40), ("test",), {"label_column": "species"}, "there is no column 'species'"),
+        (mixed(40), ("test",), {"config": "small"}, "cannot load|BuilderConfig"),
+    ],
+)
+def test_what_cannot_be_streamed_gives_one_message(train, others, options, message):
+    write("train.parquet", train)
+    for number, split in enumerate(others):
+        write(f"{split}.parquet", mixed(9), 200 + 100 * number)
+    with pytest.raises(UserError, match=message):
+        open_stream(".", **options)
+
+
+def test_other_files_cannot_be_streamed(images):
+    with pytest.raises(UserError, match=r"--streaming reads Parquet files, and .* has others. .*prepare.py"):
+        open_stream(str(images))
