@@ -1,20 +1,25 @@
 """The probe's fit compared with scikit-learn's: seconds and validation loss of one logistic regression each.
 
     python -m benchmarks.probe
+    python -m benchmarks.probe --folds
 
 Both minimise the same objective with L-BFGS, from zero and to the same tolerance, on the same drawn features
 (overlapping clusters of 1,280 dimensions), in one process and in turns. At the largest size both stop after 15
 iterations. scikit-learn has no GPU path; Luthier's fit runs where the features are.
+
+With `--folds` the probes of five folds are fitted at once, as a run does, and one after the other.
 """
 
 import argparse
 import time
 import warnings
 
+import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
+from luthier.training import probe
 from luthier.training.probe import minimise
 
 SIZES = ((10, 1_000), (100, 10_000), (1_000, 100_000))  # classes, images
@@ -25,7 +30,11 @@ def main() -> None:
     """Print a row for each size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="turns (default: 3; the largest size has one)")
+    parser.add_argument("--folds", action="store_true", help="compare ways to fit the probes of five folds")
     args = parser.parse_args()
+    if args.folds:
+        compare_folds(args.rounds)
+        return
     warnings.simplefilter("ignore")  # scikit-learn warns of too few iterations
     print("| classes | images | torch, s | scikit-learn, s | ratio | loss on others, torch | scikit-learn |")
     print("|---|---|---|---|---|---|---|")
@@ -36,8 +45,8 @@ def main() -> None:
             centres = 0.12 * torch.randn(classes, 1280)
             (features, labels), (others, other_labels) = (draw(centres, n) for n in (images, 2_000))
             start = time.perf_counter()
-            weight = torch.zeros(classes, 1280, requires_grad=True)
-            bias = torch.zeros(classes, requires_grad=True)
+            weight = torch.zeros(1, classes, 1280, requires_grad=True)
+            bias = torch.zeros(1, classes, requires_grad=True)
             minimise(features, labels, weight, bias, STRENGTH, iterations=iterations)
             ours = time.perf_counter() - start
             start = time.perf_counter()
@@ -45,7 +54,7 @@ def main() -> None:
             theirs.fit(features.numpy(), labels.numpy())
             seconds = time.perf_counter() - start
             logits = (
-                nn.functional.linear(others, weight, bias),
+                nn.functional.linear(others, weight[0], bias[0]),
                 torch.from_numpy(theirs.decision_function(others.numpy())),
             )
             losses = [loss(each, other_labels) for each in logits]
@@ -54,6 +63,26 @@ def main() -> None:
                 f"| {losses[0]:.4f} | {losses[1]:.4f} |",
                 flush=True,
             )
+
+
+def compare_folds(rounds: int) -> None:
+    """Print the seconds of both ways to fit the probes of five folds of ten classes, in turns."""
+    print(
+        "| images | at once, s | one after the other, s | ratio, median | lowest to highest |\n|---|---|---|---|---|"
+    )
+    at_once = probe.MAX_WEIGHTS
+    for images in (1_000, 10_000, 50_000):
+        features, labels = draw(0.12 * torch.randn(10, 1280), images)
+        seconds: dict[int, list[float]] = {at_once: [], 1: []}
+        for _ in range(rounds):
+            for probe.MAX_WEIGHTS in seconds:
+                start = time.perf_counter()
+                list(probe.cross_fit(features, labels, np.arange(images) % 5, 10, (STRENGTH,)))
+                seconds[probe.MAX_WEIGHTS].append(time.perf_counter() - start)
+        ratios = np.array(seconds[1]) / seconds[at_once]
+        both = " | ".join(f"{np.median(each):.1f}" for each in seconds.values())
+        row = f"| {images:,} | {both} | {np.median(ratios):.2f} | {ratios.min():.2f} to {ratios.max():.2f} |"
+        print(row, flush=True)
 
 
 def draw(centres: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:

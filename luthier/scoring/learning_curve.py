@@ -13,7 +13,7 @@ from luthier.errors import UserError
 from luthier.images.splits import stratified_folds
 from luthier.terminal import plural
 from luthier.training.features import join
-from luthier.training.probe import LinearProbe, fit_path
+from luthier.training.probe import LinearProbe, fit_parts
 
 FRACTIONS = (0.1, 0.18, 0.32, 0.56, 1.0)  # of the training images
 FOLDS, REPEATS = 4, 3  # every image is held out once in each repeat
@@ -80,12 +80,13 @@ def learning_curve(
     repeats = REPEATS if len(labels) < MANY else 1
     for seed in range(repeats):
         folds = stratified_folds(labels, groups, FOLDS, seed)
+        ranks = np.ones((len(labels), FOLDS))  # of the images that a fold's probes may learn from below 1
         for fold in range(FOLDS):
-            held_out, rows = np.flatnonzero(folds == fold), np.flatnonzero(folds != fold)
-            ranks = _ranks_in_class(labels[rows], seed)
-            for index, fraction in enumerate(FRACTIONS):
-                drawn = rows[ranks < fraction]
-                (probe,) = fit_path(features, truth, len(names), (strength,), rows=torch.from_numpy(drawn))
+            ranks[folds != fold, fold] = _ranks_in_class(labels[folds != fold], seed)
+        for index, fraction in enumerate(FRACTIONS):
+            learns = ranks < fraction
+            for fold, (probe,) in enumerate(fit_parts(features, truth, len(names), (strength,), learns)):
+                held_out = np.flatnonzero(folds == fold)
                 likely = [
                     probe.logits(features[part]).argmax(dim=1)
                     for part in torch.from_numpy(held_out).split(rows_at_once(features.device))
@@ -93,7 +94,7 @@ def learning_curve(
                 is_correct = torch.cat(likely).cpu().numpy() == labels[held_out]
                 correct[index, held_out] += is_correct / repeats
                 draws[index].append(is_correct.mean())
-                sizes[index] += len(drawn) / (FOLDS * repeats)
+            sizes[index] += learns.sum() / (FOLDS * repeats)
     return {
         "points": [
             {"n": round(size), "accuracy": accuracy, "lowest": float(min(drawn)), "highest": float(max(drawn))}

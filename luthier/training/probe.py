@@ -19,6 +19,7 @@ STRENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
 SOFT = 3.0
 
 MAX_LEARNED, MAX_CELLS = 100_000, 20_000_000  # images, and images times classes, that a cross-fitted probe learns from
+MAX_WEIGHTS = 2_000_000  # of probes that are fitted at once: L-BFGS holds twenty times as much
 
 
 class LinearProbe(NamedTuple):
@@ -61,8 +62,9 @@ def fit_shared_probes(
         train, validation = (
             (features[split].to(device), torch.tensor(labels[split]).to(device)) for split in ("train", "validation")
         )
-        soft = fit_path(*train, int(train[1].max()) + 1, (SOFT,), class_weights)
-        return [fit_probe(*train, *validation, class_weights), *soft]
+        path = fit_path(*train, int(train[1].max()) + 1, (SOFT, *STRENGTHS), class_weights)
+        soft = next(path)  # and the others start from it
+        return [choose_probe(path, *validation), soft]
 
     best, soft = _on_main_process(trainer, fit)
     return best, soft
@@ -115,21 +117,30 @@ def fit_probe(
 ) -> LinearProbe:
     """Fit multinomial logistic regressions and return the one with the lowest validation loss.
 
-    They are fitted from the strongest penalty to the weakest, each starting from the one before. The first that is
-    worse on validation is the last.
-
     Args:
         features, validation: float32 [N, D], on the device of the fit.
         labels, validation_labels: int64 [N], every class among `labels`.
         class_weights: see `fit_path`.
     """
+    path = fit_path(features, labels, int(labels.max()) + 1, STRENGTHS, class_weights)
+    return choose_probe(path, validation, validation_labels)
+
+
+def choose_probe(path: Iterator[LinearProbe], validation: torch.Tensor, labels: torch.Tensor) -> LinearProbe:
+    """Return the probe of a path with the lowest validation loss; the first that is worse is the last one fitted.
+
+    Args:
+        path: from the strongest penalty to the weakest.
+        validation: features, float32 [N, D].
+        labels: int64 [N].
+    """
     best: LinearProbe | None = None
-    for probe in fit_path(features, labels, int(labels.max()) + 1, STRENGTHS, class_weights):
-        loss = nn.functional.cross_entropy(probe.logits(validation), validation_labels).item()
+    for probe in path:
+        loss = nn.functional.cross_entropy(probe.logits(validation), labels).item()
         if best is not None and loss > best.loss:
             break
         best = probe._replace(loss=loss)
-    assert best is not None  # STRENGTHS is not empty
+    assert best is not None  # there are penalties
     return best
 
 
@@ -157,16 +168,46 @@ def fit_path(
             lacks the shares of the classes, and its bias gets them.
         rows: which images are learned from, int64 [n]; None is all.
     """
+    for (probe,) in _fit_paths(features, labels, classes, strengths, class_weights, rows):
+        yield probe
+
+
+def _fit_paths(
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    classes: int,
+    strengths: tuple[float, ...],
+    class_weights: list[float] | None = None,
+    rows: torch.Tensor | None = None,
+    learns: torch.Tensor | None = None,
+) -> Iterator[list[LinearProbe]]:
+    """Yield the probes of each strength that learn from several parts of some rows; see `fit_path`.
+
+    All are fitted at once: their objectives are added up, and every look at the features serves all of them.
+
+    Args:
+        features, labels, classes, strengths, class_weights, rows: see `fit_path`.
+        learns: whether a probe learns from a row, bool [n, K]; None is one probe that learns from all. A probe of a
+            single row learns nothing: all classes stay equally likely.
+    """
     labels = labels if rows is None else labels[rows]
-    centred, mean, scale = _centre(features, rows)
-    weight = torch.zeros(classes, features.shape[1], device=features.device, requires_grad=True)
-    bias = torch.zeros(classes, device=features.device, requires_grad=True)
-    weights = None if class_weights is None else torch.tensor(class_weights, device=features.device)
-    log_shares = 0 if weights is None else -(classes * weights).log()
+    learns = torch.ones(len(labels), 1, dtype=torch.bool, device=features.device) if learns is None else learns
+    numbers = learns.sum(dim=0)
+    centred, mean = _centre(features, rows)
+    scale = _measure_scale(centred, learns)
+    counts = (learns & (numbers > 1)) / numbers.clamp_min(1)
+    log_shares: torch.Tensor | float = 0.0
+    if class_weights is not None:
+        weights = torch.tensor(class_weights, device=features.device)
+        counts, log_shares = counts * weights[labels][:, None], -(classes * weights).log()
+    shape = (len(numbers), classes, features.shape[1])
+    weight = torch.zeros(shape, device=features.device, requires_grad=True)
+    bias = torch.zeros(shape[:2], device=features.device, requires_grad=True)
     for strength in strengths:
-        minimise(centred, labels, weight, bias, strength, weights, scale)
-        folded = weight.detach() / scale
-        yield LinearProbe(folded, bias.detach() - folded @ mean + log_shares, strength, float("nan"))
+        minimise(centred, labels, weight, bias, strength, counts, scale)
+        folded = weight.detach() / scale[:, None]
+        biases = bias.detach() - folded @ mean + log_shares
+        yield [LinearProbe(*each, strength, float("nan")) for each in zip(folded, biases, strict=True)]
 
 
 class HeldOut(NamedTuple):
@@ -200,45 +241,79 @@ def cross_fit(
         classes: how many there are, C.
         strengths: the penalties, S of them.
     """
-    most, generator = max(1, min(MAX_LEARNED, MAX_CELLS // classes)), np.random.default_rng(0)
-    for fold in np.unique(folds):
-        rows, held_out = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
-        sample = most if len(rows) > most else None
-        if sample:
-            rows = np.sort(generator.choice(rows, sample, replace=False))
-        learned = np.bincount(labels.cpu().numpy()[rows], minlength=classes) > 0
-        probes = []
-        if len(rows) > 1:  # or there is nothing to learn from, or to standardise: all classes stay equally likely
-            probes = list(fit_path(features, labels, classes, strengths, rows=torch.from_numpy(rows)))
-        at_once = rows_at_once(features.device)
+    _, fold_of = np.unique(folds, return_inverse=True)
+    k, truth, at_once = int(fold_of.max()) + 1, labels.cpu().numpy(), rows_at_once(features.device)
+    learns, most, sample = fold_of[:, None] != np.arange(k), max(1, min(MAX_LEARNED, MAX_CELLS // classes)), None
+    if (k - 1) * len(folds) > k * most:
+        sample, drawn = most, np.random.default_rng(0).permutation(len(folds))
+        learns[drawn[k * most // (k - 1) :]] = False
+    for fold, path in enumerate(fit_parts(features, labels, classes, strengths, learns)):
+        held_out, learned = np.flatnonzero(fold_of == fold), np.bincount(truth[learns[:, fold]], minlength=classes) > 0
         for begin in range(0, len(held_out), at_once):
             part = held_out[begin : begin + at_once]
             logits = features.new_zeros((len(strengths), len(part), classes))
-            for number, probe in enumerate(probes):
+            for number, probe in enumerate(path):
                 logits[number] = probe.logits(features[part])
             yield HeldOut(part, logits, sample, learned)
 
 
-def _centre(features: torch.Tensor, rows: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return some rows of features, or all, less their mean; the mean [D]; and the standard deviation [D].
+def fit_parts(
+    features: torch.Tensor, labels: torch.Tensor, classes: int, strengths: tuple[float, ...], learns: np.ndarray
+) -> list[list[LinearProbe]]:
+    """Return the probes of each strength that learn from each of several parts of the images.
+
+    A part without images has no probes.
+
+    Args:
+        features, labels, classes, strengths: see `fit_path`.
+        learns: whether a probe learns from an image, bool [N, K].
+    """
+    fitted: list[list[LinearProbe]] = []
+    together = max(1, MAX_WEIGHTS // (classes * features.shape[1]))
+    for begin in range(0, learns.shape[1], together):
+        some = learns[:, begin : begin + together]
+        rows = np.flatnonzero(some.any(axis=1))
+        tensors = [torch.from_numpy(each).to(features.device) for each in (rows, some[rows])]
+        path = list(_fit_paths(features, labels, classes, strengths, None, *tensors)) if len(rows) else []
+        fitted += [[probes[number] for probes in path] for number in range(some.shape[1])]
+    return fitted
+
+
+def _centre(features: torch.Tensor, rows: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return some rows of features, or all, less their mean, and the mean [D].
 
     They are a copy, in a file where it is large.
     """
     at_once = rows_at_once(features.device)
     chosen = list(features.split(at_once)) if rows is None else rows.split(at_once)
     n = len(features) if rows is None else len(rows)
-    exact = torch.float32 if features.device.type == "mps" else torch.float64
-    mean = squares = torch.zeros(features.shape[1], dtype=exact, device=features.device)
+    mean = torch.zeros(features.shape[1], dtype=_exact(features), device=features.device)
     on_cpu, begin = features.device.type == "cpu", 0
     centred = empty_rows(n, features.shape[1]) if on_cpu else features.new_empty(n, features.shape[1])
     for part in chosen:
         copy = centred[begin : begin + len(part)].copy_(part if rows is None else features[part])
-        mean = mean + copy.sum(dim=0, dtype=exact) / n
+        mean = mean + copy.sum(dim=0, dtype=mean.dtype) / n
         begin += len(part)
     for part in centred.split(at_once):
         part -= mean.float()
-        squares = squares + part.square().sum(dim=0, dtype=exact)
-    return centred, mean.float(), (squares / max(1, n - 1)).sqrt().float().clamp_min(1e-6)
+    return centred, mean.float()
+
+
+def _measure_scale(centred: torch.Tensor, learns: torch.Tensor) -> torch.Tensor:
+    """Return the standard deviation of centred features [n, D] among the rows of each probe [K, D]."""
+    sums = squares = torch.zeros(learns.shape[1], centred.shape[1], dtype=_exact(centred), device=centred.device)
+    at_once = rows_at_once(centred.device)
+    for part, own in zip(centred.split(at_once), learns.split(at_once), strict=True):
+        values, member = part.to(sums.dtype), own.T.to(sums.dtype)
+        sums, squares = sums + member @ values, squares + member @ values.square()
+    numbers = learns.sum(dim=0)[:, None]
+    variance = (squares - sums.square() / numbers.clamp_min(1)) / (numbers - 1).clamp_min(1)
+    return variance.clamp_min(0).sqrt().float().clamp_min(1e-6)
+
+
+def _exact(features: torch.Tensor) -> torch.dtype:
+    """Return the type for sums over many rows; Apple's GPUs have no float64."""
+    return torch.float32 if features.device.type == "mps" else torch.float64
 
 
 def minimise(
@@ -247,23 +322,25 @@ def minimise(
     weight: torch.Tensor,
     bias: torch.Tensor,
     strength: float,
-    class_weights: torch.Tensor | None = None,
+    counts: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
     iterations: int = 200,
 ) -> None:
-    """Fit one logistic regression in place, by full-batch L-BFGS.
+    """Fit logistic regressions of the same features in place, by full-batch L-BFGS on the sum of their objectives.
 
     Args:
         features: float32 [N, D].
         labels: int64 [N].
-        weight, bias: where it begins, float32 [C, D] and [C].
+        weight, bias: where they begin, float32 [K, C, D] and [K, C].
         strength: the penalty.
-        class_weights: how much an image of each class counts, float32 [C].
-        scale: what the features are divided by [D].
+        counts: how much an image counts in each, float32 [N, K]; None counts all alike.
+        scale: what the features are divided by in each [K, D].
         iterations: at most.
     """
-    n, at_once = len(labels), rows_at_once(features.device)
-    scale = torch.ones_like(weight[0]) if scale is None else scale
+    fits, classes, _ = weight.shape
+    scale = torch.ones_like(weight[:, 0]) if scale is None else scale
+    counts = features.new_full((len(labels), fits), 1 / len(labels)) if counts is None else counts
+    at_once = max(1, min(rows_at_once(features.device), MAX_CELLS // (fits * classes)))
     optimizer = torch.optim.LBFGS(
         [weight, bias], max_iter=iterations, history_size=10, tolerance_grad=1e-5, line_search_fn="strong_wolfe"
     )
@@ -272,16 +349,16 @@ def minimise(
     def objective() -> torch.Tensor:
         # The gradient by hand and in parts: for 100,000 images of 1,000 classes autograd would hold 400 MB several
         # times over.
-        loss, scaled = strength / 2 * weight.square().sum(), weight / scale
-        weight_grad, bias_grad = torch.zeros_like(weight), torch.zeros_like(bias)
-        for part, truth in zip(features.split(at_once), labels.split(at_once), strict=True):
-            residuals = torch.log_softmax(nn.functional.linear(part, scaled, bias), dim=1)
-            counts = 1.0 if class_weights is None else class_weights[truth][:, None]
-            loss -= (counts * residuals.gather(1, truth[:, None])).sum() / n
-            residuals.exp_().scatter_add_(1, truth[:, None], residuals.new_full((len(part), 1), -1.0)).mul_(counts)
-            weight_grad.addmm_(residuals.T, part, alpha=1 / n)
-            bias_grad += residuals.sum(dim=0) / n
-        weight.grad, bias.grad = weight_grad / scale + strength * weight, bias_grad
+        loss, scaled = strength / 2 * weight.square().sum(), (weight / scale[:, None]).flatten(0, 1)
+        weight_grad, bias_grad = torch.zeros_like(scaled), torch.zeros_like(bias)
+        for part, truth, count in zip(*(each.split(at_once) for each in (features, labels, counts)), strict=True):
+            logits = nn.functional.linear(part, scaled, bias.flatten()).unflatten(1, (fits, classes))
+            residuals, true = torch.log_softmax(logits, dim=2), truth[:, None, None].expand(-1, fits, 1)
+            loss -= (count * residuals.gather(2, true)[..., 0]).sum()
+            residuals.exp_().scatter_add_(2, true, residuals.new_full(true.shape, -1.0)).mul_(count[..., None])
+            weight_grad.addmm_(residuals.flatten(1).T, part)
+            bias_grad += residuals.sum(dim=0)
+        weight.grad, bias.grad = weight_grad.view_as(weight) / scale[:, None] + strength * weight, bias_grad
         return loss
 
     optimizer.step(objective)

@@ -17,8 +17,18 @@ from data import collate, feature_rows, prepare
 from luthier.errors import UserError
 from luthier.fusion import _with_even_padding
 from luthier.images.views import EvaluationView
+from luthier.training import probe as probe_module
 from luthier.training.features import build_backbone, load_features
-from luthier.training.probe import STRENGTHS, LinearProbe, fit_probe, fit_shared_probes, minimise, state_with_probe
+from luthier.training.probe import (
+    STRENGTHS,
+    LinearProbe,
+    cross_fit,
+    fit_path,
+    fit_probe,
+    fit_shared_probes,
+    minimise,
+    state_with_probe,
+)
 from models import build_model, linear_head
 
 NAMES = {0: "blue", 1: "green", 2: "red"}
@@ -35,11 +45,11 @@ def clusters(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_optimum_equals_that_of_scikit_learn():
     features, labels = clusters(300, 0)
     features = (features - features.mean(dim=0)) / features.std(dim=0)
-    weight, bias = torch.zeros(3, 8, requires_grad=True), torch.zeros(3, requires_grad=True)
+    weight, bias = torch.zeros(1, 3, 8, requires_grad=True), torch.zeros(1, 3, requires_grad=True)
     for strength in (1.0, 0.03):  # the second fit starts from the first
         minimise(features, labels, weight, bias, strength)
         reference = LogisticRegression(C=1 / (len(labels) * strength), tol=1e-8, max_iter=1000).fit(features, labels)
-        probabilities = torch.softmax(features @ weight.T + bias, dim=1).detach().numpy()
+        probabilities = torch.softmax(features @ weight[0].T + bias[0], dim=1).detach().numpy()
         np.testing.assert_allclose(probabilities, reference.predict_proba(features.numpy()), atol=2e-3)
 
 
@@ -60,6 +70,43 @@ def test_constant_feature_does_no_harm():
     logits = fit_probe(features, labels, features, labels).logits(features)
     expected = fit_probe(without, labels, without, labels).logits(without)
     torch.testing.assert_close(logits.softmax(dim=1), expected.softmax(dim=1), atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 5])
+def test_probes_of_all_folds_are_those_of_each_fold(monkeypatch, at_once):
+    features, labels = clusters(200, 3)
+    folds = np.random.default_rng(0).choice([0, 2, 3, 7, 9], 200, p=[0.4, 0.3, 0.1, 0.1, 0.1])
+    monkeypatch.setattr(probe_module, "MAX_WEIGHTS", at_once * 3 * 8)
+    logits, seen = torch.zeros(2, 200, 3), np.zeros(200, int)
+    for part in cross_fit(features, labels, folds, 3, (0.3, 0.01)):
+        logits[:, part.rows] = part.logits
+        seen[part.rows] += 1
+        assert part.sample is None and part.learned.all()
+    assert (seen == 1).all()
+    for fold in np.unique(folds):
+        others, own = torch.from_numpy(folds != fold), torch.from_numpy(folds == fold)
+        for number, probe in enumerate(fit_path(features[others], labels[others], 3, (0.3, 0.01))):
+            expected = probe.logits(features[own]).softmax(dim=1)
+            torch.testing.assert_close(logits[number, own].softmax(dim=1), expected, atol=3e-3, rtol=0)
+
+
+def test_probes_of_folds_learn_from_a_sample_of_many_images(monkeypatch):
+    features, labels = clusters(240, 3)
+    folds = np.arange(240) % 4
+    monkeypatch.setattr(probe_module, "MAX_LEARNED", 60)
+    parts = list(cross_fit(features, labels, folds, 3, (0.01,)))
+    assert {part.sample for part in parts} == {60} and sum(len(part.rows) for part in parts) == 240
+    right = [(part.logits[0].argmax(dim=1) == labels[part.rows]).float().mean() for part in parts]
+    assert np.mean(right) > 0.7
+
+
+def test_fold_without_others_to_learn_from_has_no_opinion():
+    features, labels = clusters(7, 3)
+    for folds in (np.zeros(7, int), np.array([0, 0, 0, 0, 0, 0, 1])):
+        parts = {len(part.rows): part for part in cross_fit(features, labels, folds, 3, (0.01,))}
+        largest = parts[max(parts)]  # the others are one image, or none
+        assert torch.equal(largest.logits, torch.zeros_like(largest.logits)) and largest.learned.sum() <= 1
+    assert parts[1].logits.abs().sum() > 0 and parts[1].logits.isfinite().all()
 
 
 def build_trainer(model: PreTrainedModel, folder: Path) -> Trainer:
