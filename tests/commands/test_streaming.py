@@ -39,6 +39,7 @@ def test_run_that_streams_writes_what_others_do(timm_checkpoint, capsys):
     assert metrics["data"]["sample"] == 66 and metrics["test"]["n"] == 24
     assert [heat["step"] for heat in metrics["race"]["heats"]][-1] == 34 and metrics["baselines"]["linear_probe"]
     assert metrics["refit"]["scored_on"] == 66 and metrics["refit"]["done"] is False
+    assert "Findings in a sample of 66 training images" in Path("out/report.html").read_text(encoding="utf-8")
     assert {"report.html", "README.md", "predictions.csv", "audit.json", "model.safetensors", "images.json"} <= {
         path.name for path in Path("out").iterdir()
     }
