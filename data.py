@@ -77,6 +77,28 @@ def cut_splits(
 
 
 def load_images(
+    *, on_bad_image: str = "drop", max_unreadable: float = MAX_UNREADABLE, **source
+) -> tuple[DatasetDict, list[UnreadableImage]]:
+    """Load a labelled dataset in the splits that it has, at least train, and look at every image.
+
+    Args:
+        on_bad_image: `drop` leaves out images that cannot be read, `error` refuses them.
+        max_unreadable: share of the images that may be left out.
+        source: of `list_images`.
+
+    Returns the splits, and the images that were left out. The splits' columns are those of `list_images`, what
+    `inspection.inspect` adds, and those of `groups.add_groups`.
+
+    Raises:
+        UserError: nothing usable is there; the message says what, where and what to do.
+    """
+    splits, root = list_images(**source)
+    splits = DatasetDict({split: inspect(dataset, split, root) for split, dataset in splits.items()})
+    splits, unreadable = leave_out_unreadable(splits, 0.0 if on_bad_image == "error" else max_unreadable)
+    return add_groups(splits), unreadable
+
+
+def list_images(
     data_dir: str | None = None,
     dataset_name: str | None = None,
     dataset_config_name: str | None = None,
@@ -87,12 +109,10 @@ def load_images(
     group_column: str | None = None,
     group_by: str | None = None,
     label_names: list[str] | None = None,
-    on_bad_image: str = "drop",
-    max_unreadable: float = MAX_UNREADABLE,
     min_classes: int = 2,
     stream: Stream | None = None,
-) -> tuple[DatasetDict, list[UnreadableImage]]:
-    """Load a labelled dataset in the splits that it has, at least train.
+) -> tuple[DatasetDict, Path | None]:
+    """Return the images of a dataset with their labels, before any is opened.
 
     Args:
         data_dir: a folder of class folders, or one that holds train / validation|val|valid|dev / test, or one with a
@@ -105,17 +125,14 @@ def load_images(
         group_column: of what images belong to, such as a patient: a cut keeps them on one side.
         group_by: the same by the files' names, see `groups.build_grouping`.
         label_names: new class names, in the order of the old ones when sorted.
-        on_bad_image: `drop` leaves out images that cannot be read, `error` refuses them.
-        max_unreadable: share of the images that may be left out.
         min_classes: how many classes the images must have.
         stream: of the same data: train is then a sample, and the other splits are complete.
 
-    Returns the splits, and the images that were left out. The splits' columns are `image` (bytes or path, not
-    decoded), `label` (a `ClassLabel` whose names are sorted and the same in all of them), what `inspection.inspect`
-    adds, and those of `groups.add_groups`.
+    Returns the splits, with the columns `image` (bytes or path, not decoded) and `label` (a `ClassLabel` whose names
+    are sorted and the same in all of them); and the folder of the images, if they are files in one.
 
     Raises:
-        UserError: nothing usable is there; the message says what, where and what to do.
+        UserError: nothing usable is there.
     """
     root = Path(data_dir).expanduser() if data_dir else None
     columns = Columns(image_column, label_column, split_column, group_column)
@@ -133,13 +150,11 @@ def load_images(
     names = splits["train"].features["label"].names
     if len(names) < min_classes:
         raise UserError(f"all images have the one class {names[0]!r}: a classifier needs at least two")
-    splits = DatasetDict({split: inspect(dataset, split, root) for split, dataset in splits.items()})
-    splits, unreadable = leave_out_unreadable(splits, 0.0 if on_bad_image == "error" else max_unreadable)
-    return add_groups(splits), unreadable
+    return splits, root
 
 
 def _load_dataset(root: Path | None, name: str | None, config: str | None) -> DatasetDict:
-    """Return the splits of a folder of shards or of a dataset with their own columns; see `load_images`."""
+    """Return the splits of a folder of shards or of a dataset with their own columns; see `list_images`."""
     if root is None and name in (None, BUILT_IN):
         return DatasetDict(train=load_openmoji())
     return load_named(str(root or name), config)

@@ -7,17 +7,21 @@
 DATA is a folder of images, or the name of a dataset. FOLDER gets Parquet files
 of each split. Images that cannot be read, and exact copies of an image of the
 same class and split, are left out. A second start goes on after an
-interruption.
+interruption. Several machines with a common disk take a share each (docs/usage.md):
+
+    python prepare.py my_photos shards --share 2/4
 """
 
 import argparse
 import hashlib
 import json
 import os
+import re
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from luthier.errors import UserError, exit_on_user_error
 from luthier.terminal import plural, say
@@ -33,6 +37,7 @@ SHOWN = (
     "dataset_config_name", "labels", "image_column", "label_column", "split_column", "group_column", "group_by",
     "label_names", "on_bad_image", "validation_fraction", "test_fraction", "split_seed",
 )  # fmt: skip
+POLL = 5.0  # seconds between two looks for the other machines
 PLAN = "shards.json"  # what the shards in a folder are made of
 
 
@@ -54,6 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("side", "images"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} is {getattr(options, name)}, but must be at least 1")
+    share = parse_share(options.share)
     arguments = parse_arguments([*option_of_data(argv[0]), *rest, "--eval_strategy", "no"])
     unknown = arguments.run_args.given - {*SHOWN, "data_dir", "dataset_name", "eval_strategy"}
     if unknown:
@@ -63,11 +69,15 @@ def main(argv: list[str] | None = None) -> None:
     from luthier.machine import set_up_process
 
     set_up_process(arguments.training_args)
+    folder = Path(argv[1]).expanduser()
+    if share.machines > 1:
+        inspect_share(arguments.data_args.for_images(), folder, share)
     splits, unreadable = load_splits(**arguments.data_args.for_splits())
     if unreadable:
         say("left out", f"{plural(len(unreadable), 'image')} that cannot be read, such as {unreadable[0].name}")
-    write_shards(splits, Path(argv[1]).expanduser(), options.side, options.images)
-    say("next", f"accelerate launch train.py --data_dir {argv[1]}")
+    write_shards(splits, folder, options.side, options.images, share)
+    when = ", when all machines have ended" if share.machines > 1 else ""
+    say("next", f"accelerate launch train.py --data_dir {argv[1]}{when}")
 
 
 def build_parser() -> "Parser":
@@ -83,9 +93,59 @@ def add_own_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that train.py does not have."""
     parser.add_argument("--side", type=int, default=512, help="Shorter side of a stored image in pixels, at most.")
     parser.add_argument("--images", type=int, default=1000, help="Images in a file.")
+    parser.add_argument("--share", default="1/1", help="Such as 2/4: the second of four machines with a common disk.")
 
 
-def write_shards(splits: "DatasetDict", folder: Path, side: int, images: int) -> None:
+class Share(NamedTuple):
+    """Which of several machines this is, from 1 on."""
+
+    machine: int
+    machines: int
+
+
+def parse_share(text: str) -> Share:
+    """Return what `--share` says.
+
+    Raises:
+        UserError: it is no share.
+    """
+    if (
+        not re.fullmatch(r"[1-9]\d*/[1-9]\d*", text)
+        or (share := Share(*map(int, text.split("/")))).machine > share.machines
+    ):
+        raise UserError(f"--share {text} is not a share: give one such as 2/4, the second of four machines")
+    return share
+
+
+def inspect_share(source: dict, folder: Path, share: Share) -> None:
+    """Inspect every so manieth image file, wait until the other machines have done so, too; all is in a common cache.
+
+    Args:
+        source: of `data.load_images`.
+        folder: of the shards; tells the machines of each other.
+        share: of this machine.
+    """
+    from data import list_images
+    from luthier.images.folders import STAMP
+    from luthier.images.inspection import inspect
+
+    splits, root = list_images(**{key: value for key, value in source.items() if key != "on_bad_image"})
+    for split, dataset in splits.items():
+        if STAMP in dataset.column_names:  # other rows have no name by which another machine would know them
+            inspect(dataset.select(range(share.machine - 1, len(dataset), share.machines)), split, root)
+    done = [folder / f".inspected-{number}-of-{share.machines}" for number in range(1, share.machines + 1)]
+    folder.mkdir(parents=True, exist_ok=True)
+    done[share.machine - 1].touch()
+    missing: list[Path] = []
+    while not all(path.exists() for path in done):
+        if missing != (missing := [path for path in done if not path.exists()]):
+            say(
+                "wait", f"for {plural(len(missing), 'machine')} to inspect their share, such as {missing[0].name[11:]}"
+            )
+        time.sleep(POLL)
+
+
+def write_shards(splits: "DatasetDict", folder: Path, side: int, images: int, share: Share) -> None:
     """Write the images of each split into Parquet files, in an order that is random; files that are there stay.
 
     A file has the columns `image` and `label`, and `group`, the number of what an image belongs to.
@@ -95,6 +155,7 @@ def write_shards(splits: "DatasetDict", folder: Path, side: int, images: int) ->
         folder: to write to.
         side: the shorter side of a stored image in pixels, at most; see `data.store_training_image`.
         images: in a file.
+        share: of this machine, which writes every so manieth file.
 
     Raises:
         UserError: the folder has shards of something else, or an image cannot be read any more.
@@ -110,8 +171,9 @@ def write_shards(splits: "DatasetDict", folder: Path, side: int, images: int) ->
     for split, dataset in kept.items():
         copies = len(splits[split]) - len(dataset)
         order = np.argsort(draw_order(dataset["digest"][:], seed=1), kind="stable")
-        parts, there = np.array_split(order, -(-len(order) // images)), 0
-        for number, rows in enumerate(parts):
+        parts = list(enumerate(np.array_split(order, -(-len(order) // images))))
+        own, there = parts[share.machine - 1 :: share.machines], 0
+        for number, rows in own:
             path = folder / f"{split}-{number:05}-of-{len(parts):05}.parquet"
             if path.exists():
                 there += 1
@@ -119,7 +181,9 @@ def write_shards(splits: "DatasetDict", folder: Path, side: int, images: int) ->
             with written_whole(path) as whole:
                 resized(dataset, rows, side).to_parquet(str(whole), batch_size=BLOCK)
         found = f", {there} of them from before" if there else ""
-        text = f"{plural(len(dataset), 'image')} in {plural(len(parts), 'file')}{found}; copies left out: {copies}"
+        share_of = f", {len(own)} of them on this machine" if share.machines > 1 else ""
+        files = f"{plural(len(parts), 'file')}{share_of}{found}"
+        text = f"{plural(len(dataset), 'image')} in {files}; copies left out: {copies}"
         say("shards", f"{split}: {text}")
 
 

@@ -177,7 +177,7 @@ def open_stream(
     Args:
         name: a folder, or a dataset on the Hub.
         config: the configuration, where the dataset has several.
-        image_column, label_column, group_column: see `data.load_images`.
+        image_column, label_column, group_column: see `data.list_images`.
         split_seed: decides which blocks are for validation, and which are the sample.
         validation_fraction: share of the training images that is set apart for validation; a tenth, and at most
             `MAX_VALIDATION` of them, if not given.

@@ -3,12 +3,14 @@
 import io
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 from conftest import draw, draw_folder, load
 from PIL import Image
 
+import luthier.images.inspection
 import prepare
 
 LINE = ["images", "shards", "--side", "64", "--images", "7"]
@@ -65,9 +67,35 @@ def test_second_start_writes_what_is_missing_and_the_same(capsys):
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items() if path != gone)
 
 
+def test_machines_take_a_share_each_and_write_the_same_files(monkeypatch, capsys):
+    prepare.main(LINE)
+    whole = shards()
+    shutil.rmtree("shards")
+    inspected = []
+    inspect = luthier.images.inspection.inspect
+    monkeypatch.setattr(
+        luthier.images.inspection, "inspect", lambda rows, *more: inspected.append(len(rows)) or inspect(rows, *more)
+    )
+
+    def other_machine(seconds: float) -> None:  # which finishes while this one waits
+        Path("shards/.inspected-1-of-2").touch()
+
+    monkeypatch.setattr(time, "sleep", other_machine)
+    prepare.main([*LINE, "--share", "2/2"])
+    told = capsys.readouterr().out
+    assert "wait     for 1 machine to inspect their share, such as 1-of-2" in told and inspected == [19]
+    some = shards()
+    assert 0 < len(some) < len(whole) and some.items() <= whole.items()
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("there is nothing to wait for"))
+    prepare.main([*LINE, "--share", "1/2"])
+    assert shards() == whole and inspected == [19, 20]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        (["images", "shards", "--share", "3/2"], "--share 3/2 is not a share: give one such as 2/4"),
+        (["images", "shards", "--share", "half"], "--share half is not a share"),
         ([], "name the data and a folder"),
         (["images"], "name the data and a folder"),
         (["images", "shards", "--side", "0"], "--side is 0"),

@@ -15,6 +15,7 @@ from hub_server import TOKEN, Hub
 from safetensors.torch import load_file, save_file
 
 import luthier.serving.hub as hub
+import prepare
 import score
 from luthier.errors import UserError
 from luthier.reporting.card import write_model_card
@@ -342,6 +343,18 @@ def test_original_experiment_from_download_to_published_model(server, client, tm
     assert labels[:2] == ["harp", "baglama"]
     loaded = client("-c", LOAD_MODEL, "me/instruments", "plain", home="fresh")
     assert loaded.returncode == 0 and loaded.stdout.strip() in labels, loaded.stderr
+
+
+def test_dataset_of_the_hub_is_streamed(server, client, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    draw_folder(tmp_path / "images", per_class=40)
+    prepare.main(["images", "shards", "--images", "30"])
+    server.add("datasets", "me/shards", tmp_path / "shards")
+    options = ["--streaming", "--model_name", "simple_cnn", "--num_train_epochs", "1", "--disable_tqdm", "1"]
+    result = client(PROJECT / "train.py", "--dataset_name", "me/shards", *options, "--output_dir", "out")
+    assert result.returncode == 0 and "66 training images, read in blocks" in result.stdout, result.stderr
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert metrics["data"]["name"] == "me/shards" and metrics["data"]["splits"]["train"]["n"] == 66
 
 
 def test_no_network_gives_one_message(monkeypatch):
