@@ -85,7 +85,8 @@ def set_up(arguments: "Arguments", stopwatch: Stopwatch) -> "Experiment":
     set_seed(training_args.seed)  # decides the first weights of a new head
     model, processor = build(name)
     recipes = choose_recipes(model_args.recipe, name, linear_head(model) is not None, *run_args.pace)
-    judge = build_judge(model_args.metric, model_args.balance, model, splits, data_args.none_class)
+    learned = stream.labels if stream else None
+    judge = build_judge(model_args.metric, model_args.balance, model, splits, data_args.none_class, learned)
     stopwatch.stop("load")
     processor, views = choose_view(model, processor, sample, recipes[0].is_pretrained, not model_args.image_size)
     view = EvaluationView(processor)

@@ -186,7 +186,10 @@ def find_columns(features: Features, image_column: str | None, label_column: str
         raise UserError(f"the column {image_column!r} holds no images but {features[image_column]}")
     typed = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
     likely = typed or [name for name in LABEL_COLUMNS if name in features]
-    return image_column, _find_column("label", label_column, features, likely)
+    label_column = _find_column("label", label_column, features, likely)
+    if not isinstance(features[label_column], (ClassLabel, Value)):
+        raise UserError(f"the column {label_column!r} holds {features[label_column]} and no class names or numbers")
+    return image_column, label_column
 
 
 def labels_of_splits(splits: Mapping[str, list], label_column: str) -> dict[str, list]:
@@ -224,8 +227,12 @@ def index_of_labels(feature: object, values: set, label_column: str) -> dict:
 def _names_of_labels(feature: object, values: set, label_column: str) -> dict:
     """Return the class name of each label value, in the order of the classes."""
     if isinstance(feature, ClassLabel):
-        return {feature.str2int(name): name for name in sort_names(feature.names)}
-    if all(isinstance(value, (str, int)) for value in values):
+        known = {feature.str2int(name): name for name in sort_names(feature.names)}
+        unknown = [value for value in values if value not in known]
+        if unknown:
+            raise UserError(f"the column {label_column!r} has the label {unknown[0]!r}, which is none of its classes")
+        return known
+    if len({type(value) for value in values}) == 1 and isinstance(next(iter(values)), (str, int)):
         return {value: str(value) for value in sorted(values)}
     raise UserError(f"the column {label_column!r} holds {feature} where class names or numbers were expected")
 

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import itertools
 import logging
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,10 +33,11 @@ from luthier.terminal import plural, say
 
 logger = logging.getLogger(__name__)
 
-BLOCK = 256  # rows that are read together, or more where the row groups of a file have more
+BLOCK = 128  # rows that are read together, or more where the row groups of a file have more
 SAMPLE = 10_000  # training images that are stored, for all but the training itself
 VALIDATION, MAX_VALIDATION = 0.1, 10_000  # share and number of training images, where the data has no such split
-LANES = 8  # blocks that batches are drawn from in turns: data workers, up to 8 of them, have their own ones
+# Batches are drawn from so many places in turns, each time from so many rows there: see `block_batches.BlockBatches`.
+LANES, WINDOW = 8, 2 * BLOCK
 READERS = 16  # files whose ends are read at the same time: each may be a request to the Hub
 
 
@@ -56,9 +58,20 @@ class Block(NamedTuple):
     rows: int
 
     def read(self, columns: list[str]) -> Any:
-        """Return columns of its rows, as a `pyarrow.Table`."""
-        with _opened(self.url) as file:
-            return file.read_row_groups(range(self.first, self.last), columns=columns)
+        """Return columns of its rows, as a `pyarrow.Table`.
+
+        Raises:
+            UserError: the file has changed, or cannot be read.
+        """
+        try:
+            if _version_of(self.url) != self.version:
+                raise OSError("it has changed since the run began")
+            with _opened(self.url) as file:
+                return file.read_row_groups(range(self.first, self.last), columns=columns)
+        except (OSError, ValueError) as error:  # pyarrow's own are of these
+            raise UserError(
+                f"{self.url} cannot be read: {reason(error)}. Mend it, and resume with --resume_from_checkpoint auto"
+            ) from error
 
 
 class Stream(NamedTuple):
@@ -116,6 +129,7 @@ class StreamedRows:
         self.sizes = [block.rows for block in blocks]
         self._ends = np.cumsum(self.sizes)
         self._kept: OrderedDict[int, Any] = OrderedDict()
+        self._most_kept = 2 * WINDOW + 2 * max(self.sizes)  # rows of a lane: two windows, and what sticks out of them
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -139,9 +153,8 @@ class StreamedRows:
         """Return the images of a block, of which the last few stay in memory."""
         if number not in self._kept:
             worker = get_worker_info()
-            workers = worker.num_workers if worker else 1
-            lanes = LANES // workers if LANES % workers == 0 else LANES
-            while len(self._kept) >= 3 * lanes:  # two in use, where one ends in the middle of a batch, and its next
+            lanes = LANES // math.gcd(LANES, worker.num_workers if worker else 1)  # that this process sees
+            while self._kept and sum(map(len, self._kept.values())) + self.sizes[number] > lanes * self._most_kept:
                 self._kept.popitem(last=False)
             self._kept[number] = self.blocks[number].read([self.image_column]).column(0)
         self._kept.move_to_end(number)
@@ -183,14 +196,16 @@ def open_stream(
             `MAX_VALIDATION` of them, if not given.
 
     Raises:
-        UserError: it cannot be loaded, has no other split than train, or is ordered by class.
+        UserError: it cannot be loaded, lacks a split that cannot be set apart, or is ordered by class.
     """
     with explain_loading(name):
         files, features = _list_files(name, config)
         image_column, label_column = find_columns(features, image_column, label_column)
-        sources = {split: _read_labels(urls, label_column) for split, urls in files.items()}
+        sources = {split: _read_labels(urls, image_column, label_column) for split, urls in files.items()}
     values = labels_of_splits({split: source.values for split, source in sources.items()}, label_column)
     blocks = {split: sources[split].blocks for split in values}
+    if not sources["train"].values:
+        raise UserError(f"{name} has no training images")
     if len(blocks) == 1:
         raise UserError(f"--streaming needs a test split, which {name} lacks. {_remedy(name)}")
     if "test" not in blocks:
@@ -202,6 +217,8 @@ def open_stream(
     train = blocks["train"]
     of_block = np.split(labels, np.cumsum([block.rows for block in train])[:-1])
     order = np.random.default_rng(split_seed).permutation(len(train))
+    if "validation" not in blocks and group_column:
+        raise UserError(f"--group_column needs a validation split, which {name} lacks. {_remedy(name)}")
     if "validation" not in blocks:
         share = min(VALIDATION, MAX_VALIDATION / len(labels)) if validation_fraction is None else validation_fraction
         apart = _set_apart(of_block, order, share * len(labels))
@@ -210,9 +227,11 @@ def open_stream(
             raise UserError(f"{name} has too few row groups to set some apart for validation. {_remedy(name)}")
     blocks["train"] = [train[number] for number in _draw_sample(of_block, order)]
     kept = np.sort(order)
-    say("stream", f"{plural(sum(len(of_block[number]) for number in kept), 'training image')}, read in blocks")
+    images = plural(sum(len(of_block[number]) for number in kept), "training image")
+    say("stream", f"{images}, read in blocks; below, train is a sample of them")
     columns = [image_column, label_column, *([group_column] if group_column in features else [])]
-    splits = _store(blocks, Features({column: features[column] for column in columns}))
+    with explain_loading(name):
+        splits = _store(blocks, Features({column: features[column] for column in columns}))
     return Stream(
         [train[number] for number in kept], np.concatenate([of_block[number] for number in kept]), image_column, splits
     )
@@ -241,26 +260,36 @@ def _list_files(name: str, config: str | None) -> tuple[dict[str, list[str]], Fe
 @contextlib.contextmanager
 def _opened(url: str) -> Iterator[pq.ParquetFile]:
     """Open a Parquet file of this machine or of the Hub."""
-    source = HfFileSystem().open(url) if url.startswith("hf://") else contextlib.nullcontext(url)
-    with source as opened, pq.ParquetFile(opened) as file:
+    # Without a cache each column of a row group is one request; with it labels would bring megabytes of images along.
+    on_hub = url.startswith("hf://")
+    with (
+        HfFileSystem().open(url, cache_type="none") if on_hub else contextlib.nullcontext(url) as source,
+        pq.ParquetFile(source) as file,
+    ):
         yield file
 
 
-def _read_labels(urls: list[str], label_column: str) -> Source:
+def _version_of(url: str) -> str:
+    """Return what changes with a file; the address of one on the Hub has its revision."""
+    return "" if url.startswith("hf://") else "{0.st_size} {0.st_mtime_ns}".format(Path(url).stat())
+
+
+def _read_labels(urls: list[str], image_column: str, label_column: str) -> Source:
     """Return the blocks of some files, and the labels of their rows."""
     with ThreadPoolExecutor(READERS) as pool:
-        parts = list(pool.map(lambda url: _read_end(url, label_column), urls))
+        parts = list(pool.map(lambda url: _read_end(url, image_column, label_column), urls))
     return Source(
         [block for part in parts for block in part.blocks], [value for part in parts for value in part.values]
     )
 
 
-def _read_end(url: str, label_column: str) -> Source:
+def _read_end(url: str, image_column: str, label_column: str) -> Source:
     """Return the blocks of a file, and the labels of its rows."""
-    # The address of a file of the Hub has its revision.
-    version = "" if url.startswith("hf://") else "{0.st_size} {0.st_mtime_ns}".format(Path(url).stat())
-    blocks, first, rows = [], 0, 0
+    version, blocks, first, rows = _version_of(url), [], 0, 0
     with _opened(url) as file:
+        missing = {image_column, label_column} - set(file.schema_arrow.names)
+        if missing:
+            raise UserError(f"{url} has no column {min(missing)!r}, which other files have")
         groups = file.metadata.num_row_groups
         for group in range(groups):
             rows += file.metadata.row_group(group).num_rows
@@ -283,11 +312,16 @@ def _check_order(labels: np.ndarray, name: str) -> None:
 
 
 def _set_apart(per_block: list[np.ndarray], order: np.ndarray, wanted: float) -> list[int]:
-    """Return the first blocks of an order that have so many rows together; every class keeps an image elsewhere."""
+    """Return the first blocks of an order that have so many rows together, and less than twice as many.
+
+    Every class keeps an image elsewhere.
+    """
     left, taken, rows = np.bincount(np.concatenate(per_block)), [], 0
     for number in order:
+        if rows >= wanted:
+            break
         counts = np.bincount(per_block[number], minlength=len(left))
-        if rows < wanted and not ((counts > 0) & (counts == left)).any():
+        if rows + len(per_block[number]) < 2 * wanted and not ((counts > 0) & (counts == left)).any():
             left, rows = left - counts, rows + len(per_block[number])
             taken.append(int(number))
     return taken

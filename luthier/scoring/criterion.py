@@ -163,7 +163,12 @@ class Judge(NamedTuple):
 
 
 def build_judge(
-    metric: Metric, option: BalanceOption, model: PreTrainedModel, splits: DatasetDict, none_class: str | None = None
+    metric: Metric,
+    option: BalanceOption,
+    model: PreTrainedModel,
+    splits: DatasetDict,
+    none_class: str | None = None,
+    learned: np.ndarray | None = None,
 ) -> Judge:
     """Return what scores weights on validation, without a yardstick; the model's config is told the `none_class`.
 
@@ -176,6 +181,7 @@ def build_judge(
         model: as built.
         splits: as loaded; train has at least one image of each class.
         none_class: see `find_none`.
+        learned: class indices of all training images, where train is a sample of them.
 
     Raises:
         UserError: there is no such class; or the head is not one linear layer, whose bias could be changed.
@@ -192,7 +198,8 @@ def build_judge(
             "use --balance none, or another model"
         )
     if option != "none" and linear and (option != "auto" or metric in ASKS_FOR_BALANCE):
-        shares = np.bincount(train["label"][:], minlength=len(labels)) / len(train)
+        learned = np.array(train["label"][:]) if learned is None else learned
+        shares = np.bincount(learned, minlength=len(labels)) / len(learned)
         balance = Balance(shares, weighted=option == "weighted")
         shift_logits(model, balance.log_shares)
     return Judge(labels, Criterion(metric, balance, none), groups_of(splits["validation"]))

@@ -1,4 +1,4 @@
-"""Batches of rows that lie together in blocks: random, and each block is read once in an epoch."""
+"""Batches of rows that lie together in blocks: in random order, with few blocks in use at a time."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -7,16 +7,17 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
-from luthier.images.shards import BLOCK, LANES
+from luthier.images.shards import LANES, WINDOW
 
 
 class BlockBatches(Sampler[list[int]]):
     """The batches of one process: every row is in one batch of one process in an epoch.
 
     The blocks of an epoch come in random order, and form one long line of rows. Every process takes an equal part of
-    it, which it divides into `LANES` lanes. In a lane rows are in random order within each two blocks' worth. Batches
+    it, which it divides into `LANES` lanes. In a lane rows are in random order within each `WINDOW` of them. Batches
     come from the lanes in turns: data workers take batches in turns too, so that up to `LANES` of them read different
-    blocks. All processes have equally many batches, whose sizes differ by one at most.
+    blocks. All processes have equally many batches, whose sizes differ by one at most; a process that has fewer rows
+    than batches takes another one twice.
 
     So all follows from seed and epoch: a run that is resumed skips the batches that it has had.
 
@@ -43,9 +44,10 @@ class BlockBatches(Sampler[list[int]]):
             [np.arange(ends[block] - self.sizes[block], ends[block]) for block in generator.permutation(len(ends))]
         )
         rows, count = np.array_split(line, self.processes)[self.rank], len(self)
+        rows = np.append(rows, line[: max(0, count - len(rows))])
         batches = np.array([len(part) for part in np.array_split(rows, count)])  # their sizes
         lanes = np.split(rows, np.cumsum([batches[lane::LANES].sum() for lane in range(LANES)])[:-1])
-        windows = [iter(np.array_split(lane, max(1, len(lane) // (2 * BLOCK)))) for lane in lanes]
+        windows = [iter(np.array_split(lane, max(1, math.ceil(len(lane) / WINDOW)))) for lane in lanes]
         ready = [np.empty(0, int) for _ in lanes]
         for number, size in enumerate(batches):
             lane = number % LANES

@@ -231,7 +231,7 @@ def cross_fit(
 ) -> Iterator[HeldOut]:
     """Yield the logits of all rows, in parts, by probes that have not learned from the row's fold.
 
-    A probe learns from no more than `MAX_LEARNED` images, and `MAX_CELLS` images times classes, drawn at random from
+    A probe learns from about `MAX_LEARNED` images at most, and `MAX_CELLS` images times classes, drawn at random from
     the other folds.
 
     Args:
@@ -243,12 +243,13 @@ def cross_fit(
     """
     _, fold_of = np.unique(folds, return_inverse=True)
     k, truth, at_once = int(fold_of.max()) + 1, labels.cpu().numpy(), rows_at_once(features.device)
-    learns, most, sample = fold_of[:, None] != np.arange(k), max(1, min(MAX_LEARNED, MAX_CELLS // classes)), None
-    if (k - 1) * len(folds) > k * most:
-        sample, drawn = most, np.random.default_rng(0).permutation(len(folds))
-        learns[drawn[k * most // (k - 1) :]] = False
+    learns, most = fold_of[:, None] != np.arange(k), max(1, min(MAX_LEARNED, MAX_CELLS // classes))
+    is_sample = (k - 1) * len(folds) > k * most
+    if is_sample:
+        learns[np.random.default_rng(0).permutation(len(folds))[k * most // (k - 1) :]] = False
     for fold, path in enumerate(fit_parts(features, labels, classes, strengths, learns)):
         held_out, learned = np.flatnonzero(fold_of == fold), np.bincount(truth[learns[:, fold]], minlength=classes) > 0
+        sample = int(learns[:, fold].sum()) if is_sample else None
         for begin in range(0, len(held_out), at_once):
             part = held_out[begin : begin + at_once]
             logits = features.new_zeros((len(strengths), len(part), classes))
@@ -259,24 +260,23 @@ def cross_fit(
 
 def fit_parts(
     features: torch.Tensor, labels: torch.Tensor, classes: int, strengths: tuple[float, ...], learns: np.ndarray
-) -> list[list[LinearProbe]]:
-    """Return the probes of each strength that learn from each of several parts of the images.
+) -> Iterator[list[LinearProbe]]:
+    """Yield for each of several parts of the images the probes of each strength that learn from it.
 
     A part without images has no probes.
 
     Args:
         features, labels, classes, strengths: see `fit_path`.
-        learns: whether a probe learns from an image, bool [N, K].
+        learns: whether a part has an image, bool [N, K].
     """
-    fitted: list[list[LinearProbe]] = []
     together = max(1, MAX_WEIGHTS // (classes * features.shape[1]))
     for begin in range(0, learns.shape[1], together):
         some = learns[:, begin : begin + together]
         rows = np.flatnonzero(some.any(axis=1))
         tensors = [torch.from_numpy(each).to(features.device) for each in (rows, some[rows])]
         path = list(_fit_paths(features, labels, classes, strengths, None, *tensors)) if len(rows) else []
-        fitted += [[probes[number] for probes in path] for number in range(some.shape[1])]
-    return fitted
+        for number in range(some.shape[1]):
+            yield [probes[number] for probes in path]
 
 
 def _centre(features: torch.Tensor, rows: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -300,15 +300,20 @@ def _centre(features: torch.Tensor, rows: torch.Tensor | None) -> tuple[torch.Te
 
 
 def _measure_scale(centred: torch.Tensor, learns: torch.Tensor) -> torch.Tensor:
-    """Return the standard deviation of centred features [n, D] among the rows of each probe [K, D]."""
+    """Return the standard deviation of centred features [n, D] among the rows of each probe [K, D].
+
+    It is infinite where a feature is constant among these rows and not 0: a probe cannot learn from it, and must not
+    believe it elsewhere.
+    """
     sums = squares = torch.zeros(learns.shape[1], centred.shape[1], dtype=_exact(centred), device=centred.device)
     at_once = rows_at_once(centred.device)
     for part, own in zip(centred.split(at_once), learns.split(at_once), strict=True):
         values, member = part.to(sums.dtype), own.T.to(sums.dtype)
         sums, squares = sums + member @ values, squares + member @ values.square()
     numbers = learns.sum(dim=0)[:, None]
-    variance = (squares - sums.square() / numbers.clamp_min(1)) / (numbers - 1).clamp_min(1)
-    return variance.clamp_min(0).sqrt().float().clamp_min(1e-6)
+    means = sums / numbers.clamp_min(1)
+    deviation = ((squares - sums * means) / (numbers - 1).clamp_min(1)).clamp_min(0).sqrt()
+    return torch.where(deviation < 1e-5 * means.abs(), torch.inf, deviation.clamp_min(1e-6)).float()
 
 
 def _exact(features: torch.Tensor) -> torch.dtype:

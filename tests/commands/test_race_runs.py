@@ -240,7 +240,7 @@ def one_arm(tmp_path, epochs, best_step, own_test=True):
         kept=SimpleNamespace(arm="full"), learned_from=["digest"] * 10, probe=SimpleNamespace(strength=None),
     )  # fmt: skip
     splits = {"train": range(10), "validation": range(10), "test": range(10)}
-    return SimpleNamespace(splits=splits, own_test=own_test), result
+    return SimpleNamespace(splits=splits, own_test=own_test, stream=None), result
 
 
 def test_refit_has_the_time_limit_of_the_whole_run(tmp_path):

@@ -3,6 +3,9 @@
 import hashlib
 import io
 import logging
+import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +16,8 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from data import load_images
 from luthier.errors import UserError
 from luthier.images import shards
-from luthier.images.shards import open_stream
+from luthier.images.shards import Block, StreamedRows, open_stream
+from luthier.training.block_batches import BlockBatches
 
 NAMES = sorted(COLOURS)
 
@@ -92,6 +96,8 @@ def test_blocks_are_set_apart_for_validation():
     assert 16 <= len(apart) < 20 and apart | learned(stream).keys() == truth.keys()
     assert not apart & learned(stream).keys() and not apart & set(images["train"]["digest"][:])
     assert len(open_stream(".").labels) == 72  # a tenth, in whole blocks
+    with pytest.raises(UserError, match="too few row groups to set some apart"):
+        open_stream(".", validation_fraction=0.02)
     assert open_stream(".").fingerprint == open_stream(".").fingerprint != stream.fingerprint
 
 
@@ -105,6 +111,7 @@ def test_validation_is_test_where_there_is_none(capsys):
 
 def test_groups_are_read_with_the_images():
     write("train.parquet", mixed(40), patient=[f"p{row // 4}" for row in range(40)])
+    write("validation.parquet", mixed(9), 200, patient=["p98"] * 9)
     write("test.parquet", mixed(9), 300, patient=["p99"] * 9)
     stream = open_stream(".", group_column="patient")
     images, _ = load_images(data_dir=".", stream=stream, group_column="patient")
@@ -132,14 +139,80 @@ def test_image_that_cannot_be_read_is_replaced_by_the_next_of_its_block(caplog):
         stream.rows(lambda data: torch.tensor([][1]))[3]
 
 
-def test_few_blocks_stay_in_memory():
-    write("train.parquet", mixed(400))
+class Table(list):
+    """What stands in for a block that was read."""
+
+    def column(self, number: int) -> "Table":
+        return self
+
+
+@pytest.mark.parametrize("workers", [0, 2, 6, shards.LANES, 16])
+@pytest.mark.parametrize("sizes", [(128,), (128,) * 7 + (104,), (250,), (30,), (100, 5, 700)])
+def test_each_block_is_read_about_once_and_few_stay_in_memory(monkeypatch, workers, sizes):
+    monkeypatch.undo()  # the real sizes
+    sizes = (sizes * (24_000 // sum(sizes)))[: 24_000 // 8]
+    reads: list[int] = []
+
+    def read(block: Block, columns: list[str]) -> Table:
+        reads.append(block.first)
+        return Table([b""] * block.rows)
+
+    monkeypatch.setattr(Block, "read", read)
+    monkeypatch.setattr(shards, "get_worker_info", lambda: SimpleNamespace(num_workers=workers) if workers else None)
+    blocks = [Block("train.parquet", "", number, number + 1, size) for number, size in enumerate(sizes)]
+    ordered, most = list(BlockBatches(sizes, 32, 1, torch.tensor(0), 0, 1)), 0
+    for worker in range(max(1, workers)):
+        rows = StreamedRows(blocks, np.zeros(sum(sizes), int), "image", digest_of)
+        for number in np.concatenate([[], *ordered[worker :: max(1, workers)]]).astype(int):
+            rows.images_of(int(np.searchsorted(rows._ends, number, side="right")))
+        most = max(most, sum(map(len, rows._kept.values())))
+    lanes = shards.LANES // math.gcd(shards.LANES, workers or 1)
+    # Workers that share a lane read its blocks each.
+    assert len(reads) <= 1.25 * len(sizes) * max(1, workers) * lanes / shards.LANES + 20 * lanes
+    assert most <= lanes * (2 * shards.WINDOW + 2 * max(sizes))
+
+
+def test_changed_and_damaged_files_are_named():
+    truth = write("train.parquet", mixed(40))
     write("validation.parquet", mixed(9), 200)
     write("test.parquet", mixed(9), 300)
-    rows = open_stream(".").rows(digest_of)
-    for row in range(0, 400, 2):
-        assert rows[row]["labels"] == mixed(400)[row]
-    assert len(rows._kept) == 3 * shards.LANES
+    stream = open_stream(".")
+    assert learned(stream) == truth
+    write("train.parquet", mixed(40), 500)
+    with pytest.raises(UserError, match=r"train.parquet cannot be read: it has changed since the run began"):
+        learned(stream)
+    whole = Path("test.parquet").read_bytes()
+    Path("test.parquet").write_bytes(whole[:4] + b"\0" * 40 + whole[44:])  # the first page of images
+    with pytest.raises(UserError, match=r"cannot load .: .*test.parquet cannot be read"):
+        open_stream(".")
+
+
+def test_odd_files_give_one_message():
+    write("train-0.parquet", mixed(20))
+    write("validation.parquet", mixed(9), 200)
+    write("test.parquet", mixed(9), 300)
+    other = Dataset.from_dict(
+        {"photo": [], "kind": []}, features=Features({"photo": Image(), "kind": Value("string")})
+    )
+    other.to_parquet("train-1.parquet")
+    with pytest.raises(UserError, match=r"train-1.parquet has no column 'label', which other files have"):
+        open_stream(".")
+    write("train-1.parquet", mixed(8), typed=False)
+    with pytest.raises(UserError, match=r"has the label '[a-z]+', which is none of its classes"):
+        open_stream(".")
+    with pytest.raises(UserError, match=r"the column 'photo' holds Image.* and no class names or numbers"):
+        open_stream(".", label_column="photo")
+    for number in (0, 1):
+        write(f"train-{number}.parquet", [])
+    with pytest.raises(UserError, match="has no training images"):
+        open_stream(".")
+
+
+def test_groups_need_a_validation_split():
+    write("train.parquet", mixed(40), patient=[f"p{row // 4}" for row in range(40)])
+    write("test.parquet", mixed(9), 300, patient=["p99"] * 9)
+    with pytest.raises(UserError, match=r"--group_column needs a validation split, which . lacks. .*prepare.py"):
+        open_stream(".", group_column="patient")
 
 
 @pytest.mark.parametrize(

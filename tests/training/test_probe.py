@@ -90,12 +90,32 @@ def test_probes_of_all_folds_are_those_of_each_fold(monkeypatch, at_once):
             torch.testing.assert_close(logits[number, own].softmax(dim=1), expected, atol=3e-3, rtol=0)
 
 
+def test_feature_that_is_constant_in_a_part_tells_its_probe_nothing():
+    """As one that fires on few images, none of which may be in the part."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(200) % 4
+    dense = torch.relu(torch.randn(4, 40, generator=generator)[labels] + torch.randn(200, 40, generator=generator))
+    rare = torch.relu(torch.randn(200, 20, generator=generator)) * (torch.rand(200, 20, generator=generator) < 0.01)
+    features, folds = torch.cat([dense, rare], dim=1), np.arange(200) // 4 % 5
+    for part in cross_fit(features, labels, folds, 4, (0.03,)):
+        others = torch.from_numpy(np.flatnonzero(folds != folds[part.rows[0]]))
+        (probe,) = fit_path(features, labels, 4, (0.03,), rows=others)
+        alone = probe.logits(features[part.rows]).softmax(dim=1)
+        torch.testing.assert_close(part.logits[0].softmax(dim=1), alone, atol=1e-2, rtol=0)
+        assert (features[others].std(dim=0) == 0).any()
+
+
 def test_probes_of_folds_learn_from_a_sample_of_many_images(monkeypatch):
     features, labels = clusters(240, 3)
     folds = np.arange(240) % 4
     monkeypatch.setattr(probe_module, "MAX_LEARNED", 60)
     parts = list(cross_fit(features, labels, folds, 3, (0.01,)))
-    assert {part.sample for part in parts} == {60} and sum(len(part.rows) for part in parts) == 240
+    samples = {int(part.rows[0]) % 4: part.sample for part in parts}
+    assert (
+        sum(samples.values()) == 3 * 80
+        and 50 < min(samples.values()) < 70
+        and sum(len(part.rows) for part in parts) == 240
+    )
     right = [(part.logits[0].argmax(dim=1) == labels[part.rows]).float().mean() for part in parts]
     assert np.mean(right) > 0.7
 
