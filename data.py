@@ -28,8 +28,9 @@ from luthier.images.inspection import (
 )
 from luthier.images.metadata import Columns, has_shards, load_directory
 from luthier.images.openmoji import ATTRIBUTION, load_openmoji
-from luthier.images.shards import Stream, StreamedRows
+from luthier.images.shards import StreamedRows
 from luthier.images.splits import cut_missing_splits
+from luthier.images.streams import Stream
 from luthier.images.views import EvaluationView, ImageRows, random_crop_transform, training_transform
 from luthier.machine import pool_of_single_threads
 from luthier.terminal import plural, say

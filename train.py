@@ -55,7 +55,7 @@ def set_up(arguments: "Arguments", stopwatch: Stopwatch) -> "Experiment":
     from transformers import set_seed
 
     from data import collate, cut_splits, load_images, prepare, sample_rows
-    from luthier.images.shards import open_stream
+    from luthier.images.streams import open_stream
     from luthier.images.views import EvaluationView
     from luthier.reporting import console
     from luthier.scoring.audit import audit_images

@@ -119,7 +119,7 @@ class DataArguments:
         return {key: getattr(self, key) for key in (*DATA_KEYS, "on_bad_image") if key != "none_class"}
 
     def for_stream(self) -> dict:
-        """Return what `shards.open_stream` takes."""
+        """Return what `streams.open_stream` takes."""
         columns = ("image_column", "label_column", "group_column", "split_seed", "validation_fraction")
         name = str(Path(self.data_dir).expanduser()) if self.data_dir else self.dataset_name
         return {"name": name, "config": self.dataset_config_name} | {key: getattr(self, key) for key in columns}

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from datasets import DatasetDict
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
-from luthier.images.shards import Stream
+from luthier.images.streams import Stream
 from luthier.images.views import EvaluationView
 from luthier.scoring.baselines import ProbeResults
 from luthier.scoring.criterion import Judge

@@ -15,8 +15,9 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 
 from data import load_images
 from luthier.errors import UserError
-from luthier.images import shards
-from luthier.images.shards import Block, StreamedRows, open_stream
+from luthier.images import shards, streams
+from luthier.images.shards import Block, StreamedRows
+from luthier.images.streams import open_stream
 from luthier.training.block_batches import BlockBatches
 
 NAMES = sorted(COLOURS)
@@ -27,7 +28,7 @@ def small(tmp_path, monkeypatch):
     """Blocks of four rows, and a sample of a few of them."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(shards, "BLOCK", 4)
-    monkeypatch.setattr(shards, "SAMPLE", 12)
+    monkeypatch.setattr(streams, "SAMPLE", 12)
 
 
 def encode(name: str, seed: int) -> bytes:
