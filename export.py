@@ -228,6 +228,7 @@ def images_of_run(folder: Path, labels: list[str]) -> tuple["Images", "Images"]:
     from luthier.images.decode import read_bytes
     from luthier.images.groups import groups_of
     from luthier.images.splits import draw_order
+    from luthier.images.streams import open_stream
     from luthier.reporting.results import DIGEST, IMAGES
     from luthier.serving.parity import Images
 
@@ -236,7 +237,10 @@ def images_of_run(folder: Path, labels: list[str]) -> tuple["Images", "Images"]:
         record = json.loads((folder / IMAGES).read_text(encoding="utf-8"))
         test, options = set(record["test"]), record["options"]
         paths = {key: folder / options[key] for key in ("data_dir", "labels", "dataset_name") if options.get(key)}
-        splits, _ = load_images(**options | {key: str(path) for key, path in paths.items() if path.exists()})
+        options |= {key: str(path) for key, path in paths.items() if path.exists()}
+        if "stream" in options:
+            options["stream"] = open_stream(options["data_dir"] or options["dataset_name"], **options["stream"])
+        splits, _ = load_images(**options)
     except FileNotFoundError as error:
         raise UserError(f"{folder} does not say which images its model was scored on: {advice}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:

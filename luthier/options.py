@@ -135,14 +135,18 @@ class DataArguments:
         return self.for_images() | self.for_cut()
 
     def for_later(self, folder: Path) -> dict:
-        """Return what `data.load_images` takes, with paths relative to a folder: those of a machine tell of people."""
+        """Return what `data.load_images` takes, with paths relative to a folder: those of a machine tell of people.
+
+        Of a stream there is what `streams.open_stream` takes besides the name.
+        """
         paths = ["data_dir", "labels", *([] if self.is_built_in else ["dataset_name"])]
         relative = {
             key: os.path.relpath(Path(value).expanduser().resolve(), folder.resolve())
             for key in paths
             if (value := getattr(self, key)) and Path(value).expanduser().exists()
         }
-        return self.for_images() | relative
+        stream = {key: value for key, value in self.for_stream().items() if key != "name"}
+        return self.for_images() | relative | ({"stream": stream} if self.streaming else {})
 
     @property
     def name(self) -> str:

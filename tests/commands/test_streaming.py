@@ -12,6 +12,7 @@ from conftest import PROJECT, draw_folder
 from safetensors.torch import load_file
 
 import prepare
+from export import images_of_run
 from train import main
 
 
@@ -40,6 +41,12 @@ def test_run_that_streams_writes_what_others_do(timm_checkpoint, capsys):
     assert [heat["step"] for heat in metrics["race"]["heats"]][-1] == 34 and metrics["baselines"]["linear_probe"]
     assert metrics["refit"]["scored_on"] == 66 and metrics["refit"]["done"] is False
     assert "Findings in a sample of 66 training images" in Path("out/report.html").read_text(encoding="utf-8")
+    test, others = images_of_run(Path("out"), metrics["data"]["labels"])  # as `export.py` asks for them
+    assert (
+        len(test.names) == 24
+        and others.names
+        and "stream" in json.loads(Path("out/images.json").read_text())["options"]
+    )
     assert {"report.html", "README.md", "predictions.csv", "audit.json", "model.safetensors", "images.json"} <= {
         path.name for path in Path("out").iterdir()
     }
