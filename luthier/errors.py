@@ -59,7 +59,8 @@ def message_for_user(error: Exception) -> str | None:
     # only asked where it has been imported already.
     models = sys.modules.get("models")
     if isinstance(error, UserError) or (models is not None and isinstance(error, models.ModelError)):
-        return str(error)
+        # torch puts the traceback of a data worker before its message.
+        return str(error).rpartition(f"\n{UserError.__module__}.{UserError.__name__}: ")[2].strip()
     if isinstance(error, OSError) and error.errno in DISK_OR_RIGHTS:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}. Free some space, or check the rights, and start again"

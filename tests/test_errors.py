@@ -7,6 +7,7 @@ import textwrap
 
 import pytest
 from conftest import PROJECT
+from torch.utils.data import DataLoader
 
 import models
 from luthier.errors import UserError, exit_on_user_error, message_for_user
@@ -31,6 +32,27 @@ def test_users_mistake_gives_one_message_and_exit_code_2(error, message, capsys)
     assert exit_info.value.code == 2
     errors = capsys.readouterr().err
     assert errors.startswith(f"error: {message}") and errors.count("\n") == 1
+
+
+class Rows:
+    """Rows whose file cannot be read."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, row: int) -> int:
+        raise UserError("train.parquet cannot be read: mend it,\nand resume")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_mistake_in_a_data_worker_gives_its_message_alone(workers, capsys):
+    @exit_on_user_error
+    def command() -> None:
+        list(DataLoader(Rows(), num_workers=workers))  # type: ignore[arg-type]
+
+    with pytest.raises(SystemExit):
+        command()
+    assert capsys.readouterr().err == "error: train.parquet cannot be read: mend it,\nand resume\n"
 
 
 @pytest.mark.parametrize(

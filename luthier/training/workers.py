@@ -13,7 +13,7 @@ from transformers import Trainer
 from luthier.images.shards import StreamedRows
 from luthier.training.block_batches import BlockBatches
 
-# What a loader of blocks has in common with the Trainer's own.
+# What a loader of a stream has in common with the Trainer's own.
 KEPT = (
     "num_workers", "collate_fn", "pin_memory", "worker_init_fn", "multiprocessing_context", "prefetch_factor",
     "persistent_workers",
@@ -57,24 +57,18 @@ class WorkerTrainer(Trainer):
     `_get_dataloader`, and does accelerate's wrapper still keep the loader as `base_dataloader`?
     """
 
-    def _get_dataloader(self, dataset, *arguments, **options) -> DataLoader:
-        loader = super()._get_dataloader(dataset, *arguments, **options)
+    def _get_dataloader(self, dataset, description, batch_size, *arguments, **options) -> DataLoader:
+        loader = super()._get_dataloader(dataset, description, batch_size, *arguments, **options)
         inner = getattr(loader, "base_dataloader", loader)  # which accelerate has wrapped
         if not options.get("is_training") and len(loader) < BATCHES * inner.num_workers:
             inner.num_workers = 0
         inner.worker_init_fn = StartWorker(inner.worker_init_fn)
         if isinstance(dataset, SeededAugmentation) and isinstance(dataset.rows, StreamedRows):
-            return self._read_in_blocks(inner, dataset, dataset.rows.sizes)
+            rank, processes = self.args.process_index, self.args.world_size
+            batches = BlockBatches(dataset.rows.sizes, batch_size, dataset.seed, dataset.epoch, rank, processes)
+            # Not prepared by accelerate: these batches are this process's own.
+            return DataLoader(dataset, batch_sampler=batches, **{name: getattr(inner, name) for name in KEPT})
         return loader
-
-    def _read_in_blocks(self, loader: DataLoader, dataset: "SeededAugmentation", sizes: Sequence[int]) -> DataLoader:
-        """Return a loader with batches of blocks, which are this process's own: accelerate must not divide them."""
-        args = self.args
-        batches = BlockBatches(
-            sizes, args.train_batch_size, args.seed, dataset.epoch, args.process_index, args.world_size
-        )
-        same = {name: getattr(loader, name) for name in KEPT}
-        return DataLoader(dataset, batch_sampler=batches, **same)
 
 
 class StartWorker:
