@@ -277,7 +277,7 @@ def findings_in_words(findings: Mapping) -> str:
 def count_in_words(findings: Mapping, kind: str) -> str:
     """Return how much was found of a kind, and how it was searched where that was not the usual way."""
     sample = findings.get("checked_by") if kind == "suspect_labels" else None
-    by = f" (by probes that have learned from {plural(sample, 'image')} each)" if sample else ""
+    by = f" (by probes that have learned from about {plural(sample, 'image')} each)" if sample else ""
     return f"{KIND_NAMES[kind]}: {len(findings[kind])}{by}"
 
 

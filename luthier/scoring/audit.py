@@ -123,7 +123,7 @@ def _add_duplicates(findings: dict, members: list[tuple[bytes, dict]]) -> None:
 def suspect_labels(splits: DatasetDict, features: torch.Tensor, strength: float) -> tuple[list[dict], int | None]:
     """Return the images whose label is likely wrong, the likeliest first.
 
-    Besides, how many images each probe learned from, if that was a sample.
+    Besides, about how many images each probe learned from, if that was a sample.
 
     Linear probes that have not learned from an image, nor from its duplicates, give its probabilities. A label is
     suspect where another class is likelier, and at least as likely as it is on average for that class's own images

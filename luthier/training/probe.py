@@ -230,7 +230,7 @@ class HeldOut(NamedTuple):
     Attributes:
         rows: int [n].
         logits: float32 [S, n, C], by probes of each strength.
-        sample: how many images these probes have learned from; None where it is all of the other folds.
+        sample: about how many images these probes have learned from; None where it is all of the other folds.
         learned: which classes these are of, bool [C].
     """
 
@@ -258,12 +258,11 @@ def cross_fit(
     _, fold_of = np.unique(folds, return_inverse=True)
     k, truth, at_once = int(fold_of.max()) + 1, labels.cpu().numpy(), rows_at_once(features.device)
     learns, most = fold_of[:, None] != np.arange(k), max(1, min(MAX_LEARNED, MAX_CELLS // classes))
-    is_sample = (k - 1) * len(folds) > k * most
-    if is_sample:
+    sample = most if (k - 1) * len(folds) > k * most else None
+    if sample:
         learns[np.random.default_rng(0).permutation(len(folds))[k * most // (k - 1) :]] = False
     for fold, path in enumerate(fit_parts(features, labels, classes, strengths, learns)):
         held_out, learned = np.flatnonzero(fold_of == fold), np.bincount(truth[learns[:, fold]], minlength=classes) > 0
-        sample = int(learns[:, fold].sum()) if is_sample else None
         for begin in range(0, len(held_out), at_once):
             part = held_out[begin : begin + at_once]
             logits = features.new_zeros((len(strengths), len(part), classes))

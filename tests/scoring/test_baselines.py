@@ -51,7 +51,7 @@ def test_probe_of_many_images_is_cross_fitted_on_a_sample_and_says_so(measure, m
     probe = measure()
     assert probe.checked_by == 10 and 0 < probe.yardstick.mean < 10
     findings = {kind: [] for kind in KINDS} | probe.findings | {"suspect_labels": [{}]}
-    assert findings_in_words(findings) == "labels to check: 1 (by probes that have learned from 10 images each)"
+    assert findings_in_words(findings) == "labels to check: 1 (by probes that have learned from about 10 images each)"
 
 
 def test_classes_that_a_sample_lacks_are_not_suspect(monkeypatch):
