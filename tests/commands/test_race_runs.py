@@ -162,6 +162,7 @@ def test_refit_trains_as_many_epochs_where_the_steps_are_limited(timm_checkpoint
     assert [path.name for path in (tmp_path / "out/refit/full-6").glob("checkpoint-9")] == ["checkpoint-9"]
 
 
+@pytest.mark.slow
 def test_checkpoint_is_continued_in_another_directory(timm_checkpoint, tmp_path):
     draw_folder(tmp_path / "images", per_class=12)
     options = ["--recipe", "full", *RACE]

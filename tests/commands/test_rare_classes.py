@@ -65,6 +65,7 @@ def test_report_and_card_say_how_answers_make_up_for_rare_classes(folder, timm_c
     assert AutoModelForImageClassification.from_pretrained(folder / "refit").config.class_shares
 
 
+@pytest.mark.slow
 def test_refit_after_folds_learns_from_a_class_that_no_fold_tests(folder, timm_checkpoint):
     metrics = run(folder, timm_checkpoint, "folds-refit", "--recipe", "probe", "--folds", "3")
     assert metrics["test"]["n"] == sum(COUNTS.values()) - 1 and metrics["refit"]["images"] == sum(COUNTS.values())

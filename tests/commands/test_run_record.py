@@ -36,6 +36,7 @@ def test_config_that_changes_during_the_run_does_not_change_its_record(tmp_path,
     assert Path("out/README.md").exists()
 
 
+@pytest.mark.slow
 def test_seconds_cover_the_imports_before_the_arguments_are_parsed(tmp_path):
     draw_folder(tmp_path / "images", per_class=5)
     code = f"""

@@ -160,6 +160,7 @@ def test_model_from_a_private_repository_equals_the_pushed_one_bit_for_bit(
     assert local.keys() == remote.keys() and all((local[name] == remote[name]).all() for name in local)
 
 
+@pytest.mark.slow
 def test_familiarity_is_loaded_from_the_hub_and_may_be_missing(server, push, client, finished_run):
     assert push(finished_run, "me/colours").returncode == 0
     loaded = client("-c", LOAD_FAMILIARITY, "me/colours")
@@ -313,6 +314,7 @@ def test_finished_run_that_is_resumed_is_pushed_and_not_trained(server, client, 
     assert set(server.repositories["models/me/late"].files) == PUBLISHED
 
 
+@pytest.mark.slow
 def test_original_experiment_from_download_to_published_model(server, client, tmp_path, launch, monkeypatch):
     """The third original experiment, with drawn images and random weights in the layout of its dataset and model."""
     names = ["arp", "baglama", "elektro gitar", "gitar", "kanun", "keman", "kemence", "mandolin", "ud", "yayli tambur"]

@@ -86,6 +86,7 @@ def test_frozen_backbone_is_saved_unchanged(timm_checkpoint, tmp_path, monkeypat
     assert all(torch.equal(weights[n], t) for n, t in original.items() if not n.startswith("fc."))
 
 
+@pytest.mark.slow
 def test_same_seed_gives_the_same_weights_with_or_without_cached_features(timm_checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     draw_folder(Path("images"), per_class=5, first=300)

@@ -69,7 +69,7 @@ def assert_resumes_exactly(options: list[str], interrupted_after: tuple[int, ...
 
 
 @pytest.mark.parametrize(
-    "augmentation", [pytest.param("none", marks=SLOW), pytest.param("flip_crop", marks=SLOW), "trivial", "augmix"]
+    "augmentation", [pytest.param(each, marks=SLOW) for each in ("none", "flip_crop", "augmix")] + ["trivial"]
 )
 def test_resumes_exactly_for_every_augmentation(timm_checkpoint, augmentation):
     options = flags(str(timm_checkpoint), "--recipe", "full", "--keep", "trained", "--augmentation", augmentation)
@@ -228,7 +228,8 @@ def start_training(config: dict | None, *more: str) -> subprocess.Popen:
     raise AssertionError("it never trained")
 
 
-@pytest.mark.parametrize("processes", [pytest.param(1, marks=SLOW), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
 def test_sigterm_to_the_launcher_saves_one_checkpoint(processes):
     process = start_training(TWO_PROCESSES if processes == 2 else None)
     start = time.monotonic()
