@@ -34,6 +34,7 @@ from benchmarks.scale import draw, memory_of
 PROJECT = Path(__file__).parent.parent
 STOP_AT = 0.4  # of the epoch
 PORT = 29_517
+LINE = 65  # bytes of a digest and the end of its line
 NAMES, CABLE, ADDRESSES = ("luthier0", "luthier1"), ("cable0", "cable1"), ("10.77.0.1", "10.77.0.2")
 CONFIG = {
     "compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_GPU", "use_cpu": True, "num_processes": 2,
@@ -135,8 +136,9 @@ def run(line: list[str], folder: Path, hosts: bool, stop_after: float | None) ->
         launches.append(subprocess.Popen(command, **(common | {"env": environment})))
     begin, peak = time.perf_counter(), 0
     while any(launch.poll() is None for launch in launches):
-        time.sleep(1)
-        if stop_after is not None and len(read_logs(folder)) >= stop_after:
+        time.sleep(0.1)
+        trained_on = sum(log.stat().st_size for log in folder.glob("trained-*.txt")) / LINE
+        if stop_after is not None and trained_on >= stop_after:
             for launch in launches:
                 launch.send_signal(signal.SIGTERM)
             stop_after = None
