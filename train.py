@@ -43,8 +43,7 @@ def main(argv: list[str] | None = None) -> None:
         if resume == "auto" and has_ended(output_dir):
             say("done", f"{output_dir} holds a finished run: nothing is left to train")
         else:
-            parts = [fine_tune(part, stop, stopwatch) for part in arguments.folds()]
-            finish(*pool(parts), arguments, stopwatch)
+            finish(*pool([fine_tune(part, stop, stopwatch) for part in arguments.folds()]), arguments, stopwatch)
         with export_run(output_dir, wanted=run_args.export and is_main_process):
             if repo_id:  # of a finished run too: the push may have been what failed
                 hub.publish(output_dir, repo_id, private)
@@ -85,8 +84,7 @@ def set_up(arguments: "Arguments", stopwatch: Stopwatch) -> "Experiment":
     set_seed(training_args.seed)  # decides the first weights of a new head
     model, processor = build(name)
     recipes = choose_recipes(model_args.recipe, name, linear_head(model) is not None, *run_args.pace)
-    learned = stream.labels if stream else None
-    judge = build_judge(model_args.metric, model_args.balance, model, splits, data_args.none_class, learned)
+    judge = build_judge(model_args.metric, model_args.balance, model, splits, data_args.none_class, stream)
     stopwatch.stop("load")
     processor, views = choose_view(model, processor, sample, recipes[0].is_pretrained, not model_args.image_size)
     view = EvaluationView(processor)

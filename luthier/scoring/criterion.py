@@ -9,6 +9,7 @@ from transformers import EvalPrediction, PreTrainedModel
 
 from luthier.errors import UserError
 from luthier.images.groups import groups_of
+from luthier.images.streams import Stream
 from luthier.options import BalanceOption, Metric
 from luthier.scoring.metrics import Classification, Yardstick, fit_temperature, score
 from luthier.training.layers import shift_logits
@@ -168,7 +169,7 @@ def build_judge(
     model: PreTrainedModel,
     splits: DatasetDict,
     none_class: str | None = None,
-    learned: np.ndarray | None = None,
+    stream: Stream | None = None,
 ) -> Judge:
     """Return what scores weights on validation, without a yardstick; the model's config is told the `none_class`.
 
@@ -181,7 +182,7 @@ def build_judge(
         model: as built.
         splits: as loaded; train has at least one image of each class.
         none_class: see `find_none`.
-        learned: class indices of all training images, where train is a sample of them.
+        stream: what train is a sample of; None where it is all of train.
 
     Raises:
         UserError: there is no such class; or the head is not one linear layer, whose bias could be changed.
@@ -198,7 +199,7 @@ def build_judge(
             "use --balance none, or another model"
         )
     if option != "none" and linear and (option != "auto" or metric in ASKS_FOR_BALANCE):
-        learned = np.array(train["label"][:]) if learned is None else learned
+        learned = stream.labels if stream else np.array(train["label"][:])
         shares = np.bincount(learned, minlength=len(labels)) / len(learned)
         balance = Balance(shares, weighted=option == "weighted")
         shift_logits(model, balance.log_shares)
