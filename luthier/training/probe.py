@@ -19,7 +19,6 @@ STRENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
 SOFT = 3.0
 
 MAX_LEARNED, MAX_CELLS = 100_000, 20_000_000  # images, and images times classes, that a cross-fitted probe learns from
-MANY = 20_000  # images from which on a part of them tells which penalties are tried, and where to begin
 MAX_WEIGHTS = 2_000_000  # of probes that are fitted at once: L-BFGS holds twenty times as much
 
 
@@ -63,15 +62,9 @@ def fit_shared_probes(
         train, validation = (
             (features[split].to(device), torch.tensor(labels[split]).to(device)) for split in ("train", "validation")
         )
-        classes, start = int(train[1].max()) + 1, None
-        strengths: tuple[float, ...] = STRENGTHS
-        if len(train[0]) > MANY:  # a part of them tells where to begin: more images want no stronger penalty
-            rows = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(0))[:MANY].sort().values
-            part = fit_path(*train, classes, STRENGTHS, class_weights, rows.to(device))
-            start = choose_probe(part, *validation)
-            strengths = STRENGTHS[STRENGTHS.index(start.strength) :]
-        best = choose_probe(fit_path(*train, classes, strengths, class_weights, start=start), *validation)
-        return [best, next(fit_path(*train, classes, (SOFT,), class_weights, start=best))]
+        path = fit_path(*train, int(train[1].max()) + 1, (SOFT, *STRENGTHS), class_weights)
+        soft = next(path)  # and the others start from it
+        return [choose_probe(path, *validation), soft]
 
     best, soft = _on_main_process(trainer, fit)
     return best, soft
@@ -158,7 +151,6 @@ def fit_path(
     strengths: tuple[float, ...],
     class_weights: list[float] | None = None,
     rows: torch.Tensor | None = None,
-    start: LinearProbe | None = None,
 ) -> Iterator[LinearProbe]:
     """Yield the probe of each strength, one after the other; its `loss` is NaN.
 
@@ -175,9 +167,8 @@ def fit_path(
             logits still tell the probabilities in data like these: a probe that has learned from weighted images
             lacks the shares of the classes, and its bias gets them.
         rows: which images are learned from, int64 [n]; None is all.
-        start: what the first fit starts from; None is zero.
     """
-    for (probe,) in _fit_paths(features, labels, classes, strengths, class_weights, rows, start=start):
+    for (probe,) in _fit_paths(features, labels, classes, strengths, class_weights, rows):
         yield probe
 
 
@@ -189,14 +180,13 @@ def _fit_paths(
     class_weights: list[float] | None = None,
     rows: torch.Tensor | None = None,
     learns: torch.Tensor | None = None,
-    start: LinearProbe | None = None,
 ) -> Iterator[list[LinearProbe]]:
     """Yield the probes of each strength that learn from several parts of some rows; see `fit_path`.
 
     All are fitted at once: their objectives are added up, and every look at the features serves all of them.
 
     Args:
-        features, labels, classes, strengths, class_weights, rows, start: see `fit_path`.
+        features, labels, classes, strengths, class_weights, rows: see `fit_path`.
         learns: whether a probe learns from a row, bool [n, K]; None is one probe that learns from all. A probe of a
             single row learns nothing: all classes stay equally likely.
     """
@@ -213,10 +203,6 @@ def _fit_paths(
     shape = (len(numbers), classes, features.shape[1])
     weight = torch.zeros(shape, device=features.device, requires_grad=True)
     bias = torch.zeros(shape[:2], device=features.device, requires_grad=True)
-    if start is not None:
-        with torch.no_grad():
-            weight += start.weight * scale.nan_to_num(posinf=0.0)[:, None]
-            bias += start.bias + start.weight @ mean - log_shares
     for strength in strengths:
         minimise(centred, labels, weight, bias, strength, counts, scale)
         folded = weight.detach() / scale[:, None]

@@ -63,30 +63,6 @@ def test_strength_is_chosen_on_validation_and_the_scale_is_folded_in():
     assert STRENGTHS[0] > probe.strength > STRENGTHS[-1]
 
 
-def test_many_images_begin_where_a_part_of_them_ends(monkeypatch, tmp_path, timm_checkpoint):
-    """The same probes, but for the tolerance of the fits, with fewer looks at all of the images."""
-    looks: list[int] = []
-    minimise = probe_module.minimise
-    monkeypatch.setattr(
-        probe_module, "minimise", lambda features, *more: looks.append(len(features)) or minimise(features, *more)
-    )
-    trainer = build_trainer(build_model(str(timm_checkpoint), NAMES)[0], tmp_path)
-    (train, labels), (validation, validation_labels) = clusters(2000, 1), clusters(2000, 2)
-    features = {"train": train, "validation": validation}
-    references = {"train": labels.tolist(), "validation": validation_labels.tolist()}
-    weights = [0.5, 1.0, 1.5]
-    whole = fit_shared_probes(trainer, features, references, weights)
-    of_all = looks.count(2000)
-    looks.clear()
-    monkeypatch.setattr(probe_module, "MANY", 300)
-    begun = fit_shared_probes(trainer, features, references, weights)
-    assert looks.count(2000) < of_all and looks.count(300) > 2
-    for one, other in zip(whole, begun, strict=True):
-        assert one.strength == other.strength
-        both = [probe.logits(validation).softmax(dim=1) for probe in (one, other)]
-        torch.testing.assert_close(*both, atol=5e-3, rtol=0)
-
-
 def test_constant_feature_does_no_harm():
     features, labels = clusters(60, 1)
     features[:, 3] = 7.0
