@@ -142,9 +142,10 @@ def watch(found: list[str]) -> Iterator[None]:
     found.append(f"GPU {statistics.mean(busy):.0f}% busy, {max(memory):,} MiB" if samples else "")
 
 
-def train(folder: Path, *options: str, kill: bool = False) -> Run | None:
-    """Run train.py to the end, or kill it when it has written a checkpoint."""
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", str(PROJECT / "train.py")]
+def train(folder: Path, *options: str, kill: bool = False, launch: bool = False) -> Run | None:
+    """Run train.py to the end, or kill it when it has written a checkpoint; `launch` does it by accelerate."""
+    launcher = ["-m", "accelerate.commands.accelerate_cli", "launch"] if launch else []
+    command = [sys.executable, *launcher, str(PROJECT / "train.py")]
     command += ["--output_dir", str(folder), "--disable_tqdm", "1", *options]
     begin, use, log = time.perf_counter(), [""], folder.with_suffix(".log")
     with watch(use), log.open("a") as stream:
@@ -169,7 +170,11 @@ def train(folder: Path, *options: str, kill: bool = False) -> Run | None:
 
 def check_runs(images: Sequence[str], cpu: bool, scratch: Path) -> Iterator[Row]:
     """Train as a user would."""
-    here = ["--use_cpu", "1"] if cpu else []
+    here, expected = ["--use_cpu", "1"] if cpu else [], "data workers, bf16"
+    quick = train(scratch / "quick", *(["--recipe", "probe"] if cpu else []), *here, launch=True)
+    device = re.search(r"device +(.*)", quick.output)[1]
+    yield Row("quick start", f"{quick.accuracy:.1%} in {quick.seconds:.0f} s; {quick.use}")
+    yield Row("its device", device, "cpu" if cpu else expected, cpu or expected in device)
     options = [*images, "--recipe", "full", "--num_train_epochs", "2", "--refit", "none", "--keep", "trained"]
     options += ["--image_size", "128"]
     ours = train(scratch / "whole", *options, *here)
@@ -190,21 +195,16 @@ def check_runs(images: Sequence[str], cpu: bool, scratch: Path) -> Iterator[Row]
         "a step, and the same accuracy within the interval", bool(step) and low <= again.accuracy <= high,
     )  # fmt: skip
     vit = save_network("vit_small_patch16_224", scratch / "vit")
-    limits = ["--recipe", "full", "--num_train_epochs", "1", *(["--max_steps", "2", "--refit", "none"] if cpu else [])]
+    limits = ["--recipe", "full", "--num_train_epochs", "1", "--refit", "none", *(["--max_steps", "2"] if cpu else [])]
     run = train(scratch / "vit-run", *images, "--model_name", str(vit), *limits, *here)
-    yield Row("ViT-S with random weights, an epoch and the refit", f"trained in {run.seconds:.0f} s; {run.use}")
-    quick, expected = train(scratch / "quick", *(["--recipe", "probe"] if cpu else []), *here), "data workers, bf16"
-    device = re.search(r"device +(.*)", quick.output)[1]
-    yield Row("quick start", f"{quick.accuracy:.1%} in {quick.seconds:.0f} s; {quick.use}")
-    yield Row("its device", device, "cpu" if cpu else expected, cpu or expected in device)
+    yield Row("ViT-S with random weights, an epoch", f"trained in {run.seconds:.0f} s; {run.use}")
 
 
 def check_loop(cpu: bool) -> Iterator[Row]:
     """Compare the Trainer's loop with a bare one, and with itself when it is compiled."""
-    steps, rounds = (1, 1) if cpu else (40, 2)
-    plain = {}
+    rounds, plain = 1 if cpu else 3, {}
     for name in ("resnet18",) if cpu else TIMM:
-        for batch in (4,) if cpu else (32, 256):
+        for batch, steps in ((4, 1),) if cpu else ((32, 100), (256, 40)):
             use: list[str] = [""]
             with watch(use):
                 speed = compare(name, SIDE, rounds, steps, batch, ["--use_cpu", "1"] if cpu else [])
@@ -217,7 +217,7 @@ def check_loop(cpu: bool) -> Iterator[Row]:
                 f"{LEAST} of a bare loop", ratio >= LEAST or cpu,
             )  # fmt: skip
     if not cpu:
-        speed = compare("resnet18", SIDE, rounds, steps, 256, ["--torch_compile", "1"])
+        speed = compare("resnet18", SIDE, 2, 40, 256, ["--torch_compile", "1"])
         compiled = statistics.median(speed.ours)
         gain = compiled / plain["resnet18", 256]
         yield Row("--torch_compile, resnet18, batch 256", f"{compiled:,.0f} images/s, {gain:.2f} of without")

@@ -7,7 +7,5 @@ scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 # Empty caches, so that nothing of earlier runs is taken for a result of this one.
 export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 HF_DATASETS_CACHE="$scratch/cache"
-# Modules that cannot be cached where they are would be compiled again for each of the runs.
-unset PYTHONDONTWRITEBYTECODE
-export PYTHONPYCACHEPREFIX="$scratch/pycache"
+unset PYTHONDONTWRITEBYTECODE  # or each of the runs would compile modules again
 python3 -m benchmarks.gpu_check "$@"
