@@ -77,7 +77,7 @@ def learning_curve(
     correct = np.zeros((len(FRACTIONS), len(labels)))
     sizes = np.zeros(len(FRACTIONS))
     draws: list[list[float]] = [[] for _ in FRACTIONS]
-    repeats = REPEATS if len(labels) < MANY else 1
+    repeats, at_once = REPEATS if len(labels) < MANY else 1, rows_at_once(features.device)
     for seed in range(repeats):
         folds = stratified_folds(labels, groups, FOLDS, seed)
         ranks = np.ones((len(labels), FOLDS))  # of the images that a fold's probes may learn from below 1
@@ -87,11 +87,11 @@ def learning_curve(
             learns = ranks < fraction
             for fold, (probe,) in enumerate(fit_parts(features, truth, len(names), (strength,), learns)):
                 held_out = np.flatnonzero(folds == fold)
-                likely = [
-                    probe.logits(features[part]).argmax(dim=1)
-                    for part in torch.from_numpy(held_out).split(rows_at_once(features.device))
-                ]
-                is_correct = torch.cat(likely).cpu().numpy() == labels[held_out]
+                is_correct = np.empty(len(held_out), dtype=bool)
+                for begin in range(0, len(held_out), at_once):
+                    part = held_out[begin : begin + at_once]
+                    likely = probe.logits(features[part]).argmax(dim=1).cpu().numpy()
+                    is_correct[begin : begin + at_once] = likely == labels[part]
                 correct[index, held_out] += is_correct / repeats
                 draws[index].append(is_correct.mean())
             sizes[index] += learns.sum() / (FOLDS * repeats)
