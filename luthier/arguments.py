@@ -276,7 +276,9 @@ def _check_streaming(options: dict) -> None:
     if needs:
         raise UserError(f"--{needs[0]} needs all images before the training, which --streaming does not read")
     if options["data_dir"] is None and options["dataset_name"] in (None, "openmoji"):
-        raise UserError("--streaming reads Parquet files: name them with --data_dir or --dataset_name")
+        raise UserError(
+            "--streaming reads Parquet files and WebDataset archives: name them with --data_dir or --dataset_name"
+        )
 
 
 def _build_training_args(options: dict, output_dir: Path) -> TrainingArguments:

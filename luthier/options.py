@@ -68,7 +68,7 @@ class DataArguments:
     )
     streaming: bool = field(
         default=False,
-        metadata={"help": "Train from Parquet files as they are (docs/scaling.md)."},
+        metadata={"help": "Train from Parquet or WebDataset files as they are (docs/scaling.md)."},
     )
     none_class: str | None = field(default=None, metadata={"help": "The class of anything else, if not called none."})
     label_names: list[str] | None = field(

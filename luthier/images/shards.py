@@ -1,22 +1,27 @@
-"""Parquet files of images: their labels, and rows that are read in blocks when they are needed."""
+"""Parquet files and WebDataset archives: their labels, and rows that are read in blocks when they are needed."""
 
 import contextlib
+import json
 import logging
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tarfile import TarError
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from datasets import Features, load_dataset_builder
+from datasets import Features, load_dataset, load_dataset_builder
 from huggingface_hub import HfFileSystem
 from torch.utils.data import get_worker_info
 
+from luthier.cache import cache_key, read_cached, write_cached
 from luthier.errors import UserError
+from luthier.images.archives import index_archive, read_part
 from luthier.images.columns import explain_loading, find_columns, named_splits, resolved
 from luthier.images.decode import read_bytes, reason
 from luthier.terminal import plural
@@ -26,17 +31,19 @@ logger = logging.getLogger(__name__)
 BLOCK = 128  # rows that are read together, or more where the row groups of a file have more
 # Batches are drawn from so many places in turns, each time from so many rows there: see `block_batches.BlockBatches`.
 LANES, WINDOW = 8, 2 * BLOCK
+ARCHIVE = ".tar"
 READERS = 16  # files whose ends are read at the same time: each may be a request to the Hub
 
 
 class Block(NamedTuple):
-    """Rows of a Parquet file that are read together.
+    """Rows of a file that are read together.
 
     Attributes:
         url: of the file, or its path.
         version: of the file; it changes with its content.
-        first, last: row groups, `last` not included.
+        first, last: row groups of a Parquet file, or bytes of an archive, `last` not included.
         rows: how many these have.
+        image_column: of an archive: which column holds images.
     """
 
     url: str
@@ -44,6 +51,7 @@ class Block(NamedTuple):
     first: int
     last: int
     rows: int
+    image_column: str = ""
 
     def read(self, columns: list[str]) -> Any:
         """Return columns of its rows, as a `pyarrow.Table`.
@@ -55,8 +63,10 @@ class Block(NamedTuple):
             if _version_of(self.url) != self.version:
                 raise OSError("it has changed since the run began")
             with _opened(self.url) as file:
-                return file.read_row_groups(range(self.first, self.last), columns=columns)
-        except (OSError, ValueError) as error:  # pyarrow's own are of these
+                if self.url.endswith(ARCHIVE):
+                    return pa.Table.from_pylist(read_part(file, self.first, self.last, columns, self.image_column))
+                return pq.ParquetFile(file).read_row_groups(range(self.first, self.last), columns=columns)
+        except (OSError, ValueError, TarError) as error:  # pyarrow's own are of these
             raise UserError(
                 f"{self.url} cannot be read: {reason(error)}. Mend it, and resume with --resume_from_checkpoint auto"
             ) from error
@@ -121,7 +131,7 @@ class StreamedRows:
 
 
 class Source(NamedTuple):
-    """A split in Parquet files.
+    """A split in files.
 
     Attributes:
         blocks: of its rows.
@@ -158,31 +168,37 @@ def remedy(name: str) -> str:
 
 
 def _list_files(name: str, config: str | None) -> tuple[dict[str, list[str]], Features]:
-    """Return the Parquet files of each split of a dataset, and its columns.
+    """Return the files of each split of a dataset, and its columns.
 
     Raises:
-        UserError: it has other files.
+        UserError: they are neither Parquet files nor archives.
     """
     builder = load_dataset_builder(resolved(name), config)
-    if builder.name != "parquet" or not builder.config.data_files:
-        raise UserError(f"--streaming reads Parquet files, and {name} has others. {remedy(name)}")
-    files = named_splits({str(split): list(urls) for split, urls in builder.config.data_files.items()}, name)
+    files = {str(split): list(urls) for split, urls in (builder.config.data_files or {}).items()}
+    packed = any(not url.endswith(ARCHIVE) for urls in files.values() for url in urls)
+    if builder.name not in ("parquet", "webdataset") or not files or (builder.name == "webdataset" and packed):
+        raise UserError(
+            f"--streaming reads Parquet files and WebDataset archives (.tar), and {name} has others. {remedy(name)}"
+        )
+    files = named_splits(files, name)
     if builder.info.features:
         return files, builder.info.features
+    if builder.name == "webdataset":
+        return files, next(iter(load_dataset(resolved(name), config, streaming=True).values())).features
     with _opened(files["train"][0]) as file:
-        return files, Features.from_arrow_schema(file.schema_arrow)
+        return files, Features.from_arrow_schema(pq.ParquetFile(file).schema_arrow)
 
 
 @contextlib.contextmanager
-def _opened(url: str) -> Iterator[pq.ParquetFile]:
-    """Open a Parquet file of this machine or of the Hub."""
-    # Without a cache each column of a row group is one request; with it labels would bring megabytes of images along.
-    on_hub = url.startswith("hf://")
-    with (
-        HfFileSystem().open(url, cache_type="none") if on_hub else contextlib.nullcontext(url) as source,
-        pq.ParquetFile(source) as file,
-    ):
-        yield file
+def _opened(url: str, in_order: bool = False) -> Iterator[Any]:
+    """Open a file of this machine or of the Hub, which is read in order or here and there."""
+    if url.startswith("hf://"):
+        # Without a cache each column of a row group is one request; with it labels would bring megabytes of images.
+        with HfFileSystem().open(url, cache_type="readahead" if in_order else "none") as file:
+            yield file
+    else:
+        with Path(url).open("rb") as file:
+            yield file
 
 
 def _version_of(url: str) -> str:
@@ -192,17 +208,23 @@ def _version_of(url: str) -> str:
 
 def _read_labels(urls: list[str], image_column: str, label_column: str) -> Source:
     """Return the blocks of some files, and the labels of their rows."""
+
+    def read(url: str) -> Source:
+        read_file = _read_headers if url.endswith(ARCHIVE) else _read_end
+        return read_file(url, image_column, label_column)
+
     with ThreadPoolExecutor(READERS) as pool:
-        parts = list(pool.map(lambda url: _read_end(url, image_column, label_column), urls))
+        parts = list(pool.map(read, urls))
     return Source(
         [block for part in parts for block in part.blocks], [value for part in parts for value in part.values]
     )
 
 
 def _read_end(url: str, image_column: str, label_column: str) -> Source:
-    """Return the blocks of a file, and the labels of its rows."""
+    """Return the blocks of a Parquet file, and the labels of its rows."""
     version, blocks, first, rows = _version_of(url), [], 0, 0
-    with _opened(url) as file:
+    with _opened(url) as source:
+        file = pq.ParquetFile(source)
         missing = {image_column, label_column} - set(file.schema_arrow.names)
         if missing:
             raise UserError(f"{url} has no column {min(missing)!r}, which other files have")
@@ -213,3 +235,21 @@ def _read_end(url: str, image_column: str, label_column: str) -> Source:
                 blocks.append(Block(url, version, first, group + 1, rows))
                 first, rows = group + 1, 0
         return Source(blocks, file.read(columns=[label_column]).column(0).to_pylist())
+
+
+def _read_headers(url: str, image_column: str, label_column: str) -> Source:
+    """Return the blocks of an archive, and the labels of its rows; both are kept for the next run.
+
+    An archive of the Hub has to be read as a whole for this, because its labels lie between the images.
+    """
+    version = _version_of(url)
+    key = cache_key(url, version, label_column, BLOCK)
+    kept = read_cached("archives", key)
+    if kept is None:
+        with _opened(url, in_order=True) as file:
+            kept = torch.frombuffer(
+                bytearray(json.dumps(index_archive(file, label_column, BLOCK)).encode()), dtype=torch.uint8
+            )
+        write_cached("archives", key, kept)
+    parts, values = json.loads(kept.numpy().tobytes())
+    return Source([Block(url, version, begin, end, rows, image_column) for begin, end, rows in parts], values)

@@ -1,4 +1,4 @@
-"""A dataset whose training images stay in Parquet files: its sample, its other splits, and its rows."""
+"""A dataset whose training images stay in their files: its sample, its other splits, and its rows."""
 
 import hashlib
 import itertools
@@ -57,7 +57,9 @@ def open_stream(
     split_seed: int = 1,
     validation_fraction: float | None = None,
 ) -> Stream:
-    """Open a dataset of Parquet files: read all labels, and no image but those of the sample and the other splits.
+    """Open a dataset of Parquet files or WebDataset archives.
+
+    All labels are read, and no image but those of the sample and the other splits.
 
     If there is no test split, that of validation takes its place. If there is no validation split, blocks of train
     are set apart for it.

@@ -75,8 +75,11 @@ def test_two_processes_train_on_every_image_once_though_they_are_interrupted(fol
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--data_dir", "images"], "--streaming reads Parquet files, and images has others"),
-        ([], "--streaming reads Parquet files: name them with --data_dir or --dataset_name"),
+        (
+            ["--data_dir", "images"],
+            "--streaming reads Parquet files and WebDataset archives (.tar), and images has others",
+        ),
+        ([], "--streaming reads Parquet files and WebDataset archives: name them with --data_dir or --dataset_name"),
         (["--data_dir", "shards", "--folds", "3"], "--folds needs all images before the training"),
         (["--data_dir", "shards", "--fold", "1/3"], "--fold needs all images before the training"),
         (["--data_dir", "shards", "--on_bad_image", "error"], "--on_bad_image error needs all images"),

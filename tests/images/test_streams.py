@@ -1,9 +1,12 @@
-"""Training images that stay in Parquet files: their labels, the sample, the other splits; what cannot be streamed."""
+"""Training images that stay in their files: labels, the sample, the other splits; what cannot be streamed."""
 
+import gzip
 import hashlib
 import io
 import logging
 import math
+import os
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -235,5 +238,116 @@ def test_what_cannot_be_streamed_gives_one_message(train, others, options, messa
 
 
 def test_other_files_cannot_be_streamed(images):
-    with pytest.raises(UserError, match=r"--streaming reads Parquet files, and .* has others. .*prepare.py"):
+    with pytest.raises(UserError, match=r"--streaming reads Parquet files and .*, and .* has others. .*prepare.py"):
         open_stream(str(images))
+
+
+# --- archives
+
+
+def pack(path: str, labels: list[int], first: int = 0, label: str = "cls", folder: str = "") -> dict[str, int]:
+    """Write images of some labels into an archive, each with its label beside it; return the labels by digest."""
+    truth = {}
+    with tarfile.open(path, "w") as archive:
+        for row, number in enumerate(labels):
+            image = encode(NAMES[number % 3], first + row)
+            value = str(number) if label == "cls" else NAMES[number]
+            for column, data in (("png", image), (label, value.encode())):
+                add(archive, f"{folder}{first + row:05}.{column}", data)
+            truth[hashlib.sha256(image).hexdigest()] = number
+    return truth
+
+
+def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size = len(data)
+    archive.addfile(entry, io.BytesIO(data))
+
+
+@pytest.mark.parametrize("folder", ["", "images.v2/" + 30 * "long-name/"])
+@pytest.mark.parametrize("label", ["cls", "txt"])
+def test_archives_give_every_image_its_label(folder, label):
+    truth = pack("train-0.tar", mixed(30), 0, label, folder) | pack("train-1.tar", mixed(15, 1), 100, label, folder)
+    pack("validation.tar", mixed(9), 200, label, folder)
+    pack("test.tar", mixed(9), 300, label, folder)
+    column = None if label == "cls" else label
+    stream = open_stream(".", label_column=column)
+    assert learned(stream) == truth and [block.rows for block in stream.blocks] == [4] * 7 + [2] + [4] * 3 + [3]
+    images, unreadable = load_images(data_dir=".", stream=stream, label_column=column)
+    whole, _ = load_images(data_dir=".", label_column=column)
+    assert not unreadable and images["test"]["name"][:] == whole["test"]["name"][:]
+    assert images["test"]["digest"][:] == whole["test"]["digest"][:]
+    assert images["train"].features["label"] == whole["train"].features["label"]
+
+
+def test_archive_is_indexed_once(monkeypatch):
+    truth = pack("train.tar", mixed(30)) | pack("validation.tar", mixed(9), 200) | pack("test.tar", mixed(9), 300)
+    first = open_stream(".")
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "index_archive", None)  # not called
+        assert open_stream(".").blocks == first.blocks and learned(first).items() <= truth.items()
+    pack("train.tar", mixed(30), 500)
+    with pytest.raises(UserError, match=r"train.tar cannot be read: it has changed since the run began"):
+        learned(first)
+
+
+def test_archive_may_hold_other_files_too():
+    pack("validation.tar", mixed(9), 200)
+    pack("test.tar", mixed(9), 300)
+    labels, images = mixed(10), [encode(NAMES[row % 3], row) for row in range(10)]
+    with tarfile.open("train.tar", "w") as archive:
+        for row, label in enumerate(labels):
+            folder = tarfile.TarInfo(f"part{row}")
+            folder.type = tarfile.DIRTYPE
+            archive.addfile(folder)
+            add(archive, f"part{row}/._{row}.png", b"of a Macintosh")
+            add(archive, f"part{row}/{row}.cls", f"{label}\n".encode())
+            add(archive, f"part{row}/{row}.json", b"{}")
+            add(archive, f"part{row}/{row}.png", images[row])
+    stream = open_stream(".")
+    assert learned(stream) == {
+        hashlib.sha256(image).hexdigest(): label for image, label in zip(images, labels, strict=True)
+    }
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data[:5000], "cannot load .: unexpected end of data"),
+        (lambda data: data[:512].replace(b"ustar", b"\0\0\0\0\0") + data[600:], "cannot load ."),
+        (lambda data: b"", "cannot load .: empty file"),
+        (lambda data: data.replace(b"00014.cls", b"00014.txt"), "1 row of the train split has no label"),
+        (lambda data: data[: data.index(b"00014.cls") + 512] + b"x" + data[data.index(b"00014.cls") + 513 :],
+         "cannot load .: 00014.cls holds 'x' where a whole number was expected"),
+        (gzip.compress, "--streaming reads Parquet files and WebDataset archives .*, and . has others|cannot load"),
+    ],
+)  # fmt: skip
+def test_archive_that_is_damaged_gives_one_message(damage, message):
+    pack("train.tar", mixed(30))
+    pack("test.tar", mixed(9), 300)
+    whole = Path("train.tar").read_bytes()
+    Path("train.tar").write_bytes(damage(whole))
+    with pytest.raises(UserError, match=message):
+        open_stream(".")
+
+
+def test_archive_that_is_damaged_later_is_named():
+    pack("train.tar", mixed(30))
+    pack("test.tar", mixed(9), 300)
+    stream, (block, *_) = open_stream("."), open_stream(".").blocks
+    status = Path("train.tar").stat()
+    with Path("train.tar").open("r+b") as file:
+        file.seek(block.first)
+        file.write(b"\1" * 512)
+    os.utime("train.tar", ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(UserError, match=r"train.tar cannot be read: .*Mend it, and resume"):
+        learned(stream)
+
+
+def test_compressed_archives_are_refused():
+    for split in ("train", "test"):
+        pack(f"{split}.tar", mixed(9))
+        Path(f"{split}.tar.gz").write_bytes(gzip.compress(Path(f"{split}.tar").read_bytes()))
+        Path(f"{split}.tar").unlink()
+    with pytest.raises(UserError, match=r"--streaming reads Parquet files and WebDataset archives \(.tar\), and"):
+        open_stream(".")

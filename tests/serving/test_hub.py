@@ -359,6 +359,18 @@ def test_dataset_of_the_hub_is_streamed(server, client, tmp_path, monkeypatch):
     assert metrics["data"]["name"] == "me/shards" and metrics["data"]["splits"]["train"]["n"] == 66
 
 
+def test_archives_of_the_hub_are_streamed(server, client, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for split, n in (("train", 300), ("validation", 15), ("test", 15)):
+        write_archive(tmp_path / f"tars/{split}-0.tar", n, 1000 * len(split))
+    server.add("datasets", "me/archives", tmp_path / "tars")
+    options = ["--streaming", "--model_name", "simple_cnn", "--num_train_epochs", "1", "--disable_tqdm", "1"]
+    result = client(PROJECT / "train.py", "--dataset_name", "me/archives", *options, "--output_dir", "out")
+    assert result.returncode == 0 and "300 training images, read in blocks" in result.stdout, result.stderr
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert metrics["data"]["splits"]["train"]["per_class"] == {"0": 100, "1": 100, "2": 100}
+
+
 def test_no_network_gives_one_message(monkeypatch):
     monkeypatch.setattr(hub, "WAITS", (0, 0))
     calls = []

@@ -1,0 +1,123 @@
+"""WebDataset archives: which bytes hold which rows, and rows that are read from a part of the bytes."""
+
+import io
+import itertools
+import tarfile
+from collections.abc import Iterator, Sequence
+from typing import Any, BinaryIO, NamedTuple
+
+NUMBERS = ("cls", "cls2", "index", "inx", "id")  # files that hold a whole number, as `datasets` reads them
+
+
+class Part(NamedTuple):
+    """Bytes of an archive.
+
+    Attributes:
+        begin, end: where they are, `end` not included.
+        rows: how many they hold.
+    """
+
+    begin: int
+    end: int
+    rows: int
+
+
+def index_archive(file: BinaryIO, column: str, rows: int) -> tuple[list[Part], list]:
+    """Return the parts of an archive, with so many rows each, and the value that each row has in a column.
+
+    It reads the headers and the files of the column, and skips the others.
+
+    Args:
+        file: the archive, which is not compressed.
+        column: of the labels.
+        rows: in a part; the last one may have fewer.
+
+    Raises:
+        tarfile.TarError: it is no archive, or damaged.
+        ValueError: a file holds something else than a number where one is expected.
+    """
+    parts: list[Part] = []
+    values = []
+    with tarfile.open(fileobj=file, mode="r:") as archive:
+        for row in _read_rows(archive):
+            if not parts or parts[-1].rows == rows:
+                parts.append(Part(row.begin, row.end, 0))
+            parts[-1] = Part(parts[-1].begin, row.end, parts[-1].rows + 1)
+            values.append(_read_value(archive, row.files[column]) if column in row.files else None)
+    return parts, values
+
+
+def read_part(file: BinaryIO, begin: int, end: int, columns: Sequence[str], image_column: str) -> list[dict[str, Any]]:
+    """Return columns of the rows of a part: images as `datasets.Image` has them, other values as numbers or text.
+
+    Args:
+        file: the archive.
+        begin, end: of the part.
+        columns: endings of the files' names; a row without such a file has None.
+        image_column: which of them are images.
+
+    Raises:
+        OSError: the file ends too early.
+        tarfile.TarError: it is damaged.
+        ValueError: as in `index_archive`.
+    """
+    file.seek(begin)
+    data = file.read(end - begin)
+    if len(data) < end - begin:
+        raise OSError("it ends too early")
+    table = []
+    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
+        for _, _, name, files in _read_rows(archive):
+            values: dict[str, Any] = dict.fromkeys(columns)
+            for column in files.keys() & values.keys():
+                if column == image_column:
+                    values[column] = {"bytes": _read(archive, files[column]), "path": f"{name}.{column}"}
+                else:
+                    values[column] = _read_value(archive, files[column])
+            table.append(values)
+    return table
+
+
+class _Row(NamedTuple):
+    """The files of a row: where they are, their common name, and each of them by the rest of its name."""
+
+    begin: int
+    end: int
+    name: str
+    files: dict[str, tarfile.TarInfo]
+
+
+def _read_rows(archive: tarfile.TarFile) -> Iterator[_Row]:
+    """Yield the rows of an archive: neighbouring files whose names are the same up to the first dot."""
+    for name, group in itertools.groupby(_read_headers(archive), key=lambda row: row.name):
+        rows = list(group)
+        yield _Row(
+            rows[0].begin, rows[-1].end, name, {column: file for row in rows for column, file in row.files.items()}
+        )
+
+
+def _read_headers(archive: tarfile.TarFile) -> Iterator[_Row]:
+    """Yield each file as a row of its own."""
+    while file := archive.next():
+        archive.members.clear()  # type: ignore[attr-defined]  # it would keep them all
+        folder, slash, last = file.name.rpartition("/")
+        stem, dot, column = last.partition(".")
+        if file.isfile() and stem and dot:
+            yield _Row(file.offset, archive.offset, f"{folder}{slash}{stem}", {column: file})
+
+
+def _read(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = archive.extractfile(member)
+    assert file is not None  # for it is a file
+    return file.read()
+
+
+def _read_value(archive: tarfile.TarFile, member: tarfile.TarInfo) -> str | int:
+    """Return what a file holds: a whole number if its ending says so, or else text."""
+    text = _read(archive, member).decode("utf-8")
+    if member.name.rpartition(".")[2].lower() not in NUMBERS:
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{member.name} holds {text[:40]!r} where a whole number was expected") from None
