@@ -10,8 +10,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["OMP_NUM_THREADS"] = "1"  # one process of the tests runs on each core
 
+import io
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,6 +65,27 @@ def encoded(image: Image.Image, tmp_path: Path, suffix: str = "png", **options) 
     path = tmp_path / f"image.{suffix}"
     image.save(path, **options)
     return path.read_bytes()
+
+
+def encode(name: str, seed: int) -> bytes:
+    """Return a drawn image as a PNG file."""
+    file = io.BytesIO()
+    draw(name, seed).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_archive(path: Path, n: int, seed: int) -> None:
+    """Write images in one archive, with the number of the class beside each."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for row in range(n):
+            for extension, data in (
+                ("png", encode(sorted(COLOURS)[row % 3], seed + row)),
+                ("cls", str(row % 3).encode()),
+            ):
+                entry = tarfile.TarInfo(f"{path.stem}{row:04}.{extension}")
+                entry.size = len(data)
+                archive.addfile(entry, io.BytesIO(data))
 
 
 def load(**options) -> DatasetDict:

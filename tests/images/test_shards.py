@@ -1,23 +1,15 @@
 """Datasets in shards, as Parquet files and WebDataset archives: loaded like folders; one message where damaged."""
 
-import io
-import tarfile
 from pathlib import Path
 
 import pytest
-from conftest import COLOURS, draw, load
+from conftest import COLOURS, draw, encode, load, write_archive
 from datasets import ClassLabel, Dataset, Features, Image
 
 from luthier.errors import UserError
 from luthier.images.metadata import has_shards
 
 NAMES = sorted(COLOURS)
-
-
-def encode(name: str, seed: int) -> bytes:
-    file = io.BytesIO()
-    draw(name, seed).save(file, "PNG")
-    return file.getvalue()
 
 
 def write_parquet(folder: Path, split: str, n: int, seed: int) -> None:
@@ -30,17 +22,6 @@ def write_parquet(folder: Path, split: str, n: int, seed: int) -> None:
             for row in range(n)
         ]
         Dataset.from_list(rows, features=features).to_parquet(str(folder / f"{split}-0000{part}-of-00002.parquet"))
-
-
-def write_archive(path: Path, n: int, seed: int) -> None:
-    """Write images in one archive, with the number of the class beside each."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as archive:
-        for row in range(n):
-            for extension, data in (("png", encode(NAMES[row % 3], seed + row)), ("cls", str(row % 3).encode())):
-                entry = tarfile.TarInfo(f"{path.stem}{row:04}.{extension}")
-                entry.size = len(data)
-                archive.addfile(entry, io.BytesIO(data))
 
 
 @pytest.mark.parametrize("below", ["", "data"])

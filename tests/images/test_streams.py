@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import COLOURS, draw
+from conftest import COLOURS, encode
 from datasets import ClassLabel, Dataset, Features, Image, Value
 
 from data import load_images
@@ -32,12 +32,6 @@ def small(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(shards, "BLOCK", 4)
     monkeypatch.setattr(streams, "SAMPLE", 12)
-
-
-def encode(name: str, seed: int) -> bytes:
-    file = io.BytesIO()
-    draw(name, seed).save(file, "PNG")
-    return file.getvalue()
 
 
 def write(path: str, labels: list[int], first: int = 0, typed: bool = True, **columns) -> dict[str, int]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from conftest import PROJECT, draw, draw_folder
+from conftest import PROJECT, draw, draw_folder, write_archive
 from hub_server import TOKEN, Hub
 from safetensors.torch import load_file, save_file
 
