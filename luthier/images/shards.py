@@ -175,15 +175,17 @@ def _list_files(name: str, config: str | None) -> tuple[dict[str, list[str]], Fe
     """
     builder = load_dataset_builder(resolved(name), config)
     files = {str(split): list(urls) for split, urls in (builder.config.data_files or {}).items()}
-    packed = any(not url.endswith(ARCHIVE) for urls in files.values() for url in urls)
-    if builder.name not in ("parquet", "webdataset") or not files or (builder.name == "webdataset" and packed):
+    in_archives = builder.name == "webdataset" and all(
+        url.endswith(ARCHIVE) for urls in files.values() for url in urls
+    )
+    if not files or not (in_archives or builder.name == "parquet"):
         raise UserError(
             f"--streaming reads Parquet files and WebDataset archives (.tar), and {name} has others. {remedy(name)}"
         )
     files = named_splits(files, name)
     if builder.info.features:
         return files, builder.info.features
-    if builder.name == "webdataset":
+    if in_archives:
         return files, next(iter(load_dataset(resolved(name), config, streaming=True).values())).features
     with _opened(files["train"][0]) as file:
         return files, Features.from_arrow_schema(pq.ParquetFile(file).schema_arrow)
