@@ -199,7 +199,7 @@ def _opened(url: str, in_order: bool = False) -> Iterator[Any]:
         with HfFileSystem().open(url, cache_type="readahead" if in_order else "none") as file:
             yield file
     else:
-        with Path(url).open("rb") as file:
+        with pa.OSFile(url) as file:  # which Parquet is read from without Python
             yield file
 
 
@@ -210,19 +210,15 @@ def _version_of(url: str) -> str:
 
 def _read_labels(urls: list[str], image_column: str, label_column: str) -> Source:
     """Return the blocks of some files, and the labels of their rows."""
-
-    def read(url: str) -> Source:
-        read_file = _read_headers if url.endswith(ARCHIVE) else _read_end
-        return read_file(url, image_column, label_column)
-
+    index = _index_archive if urls[0].endswith(ARCHIVE) else _index_parquet
     with ThreadPoolExecutor(READERS) as pool:
-        parts = list(pool.map(read, urls))
+        parts = list(pool.map(lambda url: index(url, image_column, label_column), urls))
     return Source(
         [block for part in parts for block in part.blocks], [value for part in parts for value in part.values]
     )
 
 
-def _read_end(url: str, image_column: str, label_column: str) -> Source:
+def _index_parquet(url: str, image_column: str, label_column: str) -> Source:
     """Return the blocks of a Parquet file, and the labels of its rows."""
     version, blocks, first, rows = _version_of(url), [], 0, 0
     with _opened(url) as source:
@@ -239,7 +235,7 @@ def _read_end(url: str, image_column: str, label_column: str) -> Source:
         return Source(blocks, file.read(columns=[label_column]).column(0).to_pylist())
 
 
-def _read_headers(url: str, image_column: str, label_column: str) -> Source:
+def _index_archive(url: str, image_column: str, label_column: str) -> Source:
     """Return the blocks of an archive, and the labels of its rows; both are kept for the next run.
 
     An archive of the Hub has to be read as a whole for this, because its labels lie between the images.
@@ -249,9 +245,8 @@ def _read_headers(url: str, image_column: str, label_column: str) -> Source:
     kept = read_cached("archives", key)
     if kept is None:
         with _opened(url, in_order=True) as file:
-            kept = torch.frombuffer(
-                bytearray(json.dumps(index_archive(file, label_column, BLOCK)).encode()), dtype=torch.uint8
-            )
+            index = json.dumps(index_archive(file, label_column, BLOCK)).encode()
+        kept = torch.frombuffer(bytearray(index), dtype=torch.uint8)
         write_cached("archives", key, kept)
     parts, values = json.loads(kept.numpy().tobytes())
     return Source([Block(url, version, begin, end, rows, image_column) for begin, end, rows in parts], values)
