@@ -1,10 +1,10 @@
-"""Seconds from the command to the probe's score, beside those of another version of Luthier.
+"""Seconds from the command to the probe's score, or to the end, beside those of another version of Luthier.
 
     git worktree add ../before REVISION
-    python -m benchmarks.first_score path/to/instruments ../before [--rounds 5]
+    python -m benchmarks.first_score path/to/instruments ../before [--rounds 5] [--whole]
 
-Both take turns, each time with empty caches, and a round counts as the ratio of its two times. A run ends once it has
-said the score.
+Both take turns, each time with empty caches, and a round counts as the ratio of its two times. A run is ended once it
+has said the score, unless the whole run counts.
 """
 
 import argparse
@@ -26,33 +26,34 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="of class folders")
     parser.add_argument("before", type=Path, help="a checkout of the other version")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--whole", action="store_true", help="measure whole runs")
     args = parser.parse_args()
     ratios = []
     for _ in range(args.rounds):
-        before, now = (seconds_to_score(checkout, args.folder.resolve()) for checkout in (args.before, PROJECT))
+        before, now = (measure(checkout, args.folder.resolve(), args.whole) for checkout in (args.before, PROJECT))
         ratios.append(now / before)
         print(f"before {before:.1f} s, now {now:.1f} s", flush=True)
     print(f"ratio {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
 
 
-def seconds_to_score(checkout: Path, folder: Path) -> float:
-    """Return how long a run takes until its line that begins with `probe`."""
-    accelerate = str(Path(sys.executable).parent / "accelerate")
+def measure(checkout: Path, folder: Path, whole: bool) -> float:
+    """Return how long a run takes until its line that begins with `probe`, or the `whole` of it."""
+    end = "saved" if whole else "probe"
     with tempfile.TemporaryDirectory() as temporary:
         options = ["--data_dir", str(folder), "--output_dir", f"{temporary}/run"]
         environment = os.environ | {"HF_HOME": f"{temporary}/cache", "PYTHONUNBUFFERED": "1"}
         begin = time.perf_counter()
         with subprocess.Popen(
-            [accelerate, "launch", "--quiet", "train.py", *options],
+            [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet", "train.py", *options],
             cwd=checkout, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             text=True, start_new_session=True,
         ) as process:  # fmt: skip
             assert process.stdout is not None
-            found = any(line.startswith("probe") for line in process.stdout)
+            found = any(line.startswith(end) for line in process.stdout)
             seconds = time.perf_counter() - begin
             os.killpg(process.pid, signal.SIGKILL)
     if not found:
-        sys.exit(f"the run in {checkout} ended without a score of the probe")
+        sys.exit(f"the run in {checkout} ended without its line {end!r}")
     return seconds
 
 

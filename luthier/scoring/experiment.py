@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from luthier.images.streams import Stream
 from luthier.images.views import EvaluationView
+from luthier.machine import lay_out
 from luthier.scoring.baselines import ProbeResults
 from luthier.scoring.criterion import Judge
 from luthier.scoring.familiarity import Answers
@@ -59,6 +60,7 @@ class Experiment(NamedTuple):
     ) -> Workshop:
         """Return what builds the Trainers of this run; see `Workshop`."""
         measure, weights = self.judge.compute_metrics, self.judge.class_weights
+        lay_out(self.model, training_args.device, len(self.stream.labels if self.stream else self.splits["train"]))
         return Workshop(self.model, training_args, collate, measure, callbacks, weights, self.view.scale)
 
 

@@ -16,6 +16,7 @@ from transformers import BaseImageProcessor, PreTrainedModel, Trainer
 
 from luthier.images.splits import draw_order, stratified_folds
 from luthier.images.views import view_size
+from luthier.machine import lay_out
 from luthier.scoring.metrics import standard_error
 from luthier.terminal import say
 from luthier.training.features import build_backbone, compute_features, size_of
@@ -163,6 +164,7 @@ class Sample:
         assert head is not None  # asked for before
         each_rows, begin = [self.rows(each) for each in image_processors], time.perf_counter()
         trainer, backbone = self.predictor(model), build_backbone(model, head, size_of(each_rows[0]))
+        lay_out(backbone, trainer.args.device, len(self.labels))
         features = [compute_features(trainer, backbone, rows) for rows in each_rows]
         self.seconds = (time.perf_counter() - begin) / len(features)
         labels = torch.from_numpy(self.labels)
