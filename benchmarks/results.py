@@ -1,4 +1,4 @@
-"""The README's result table: every experiment through `accelerate launch train.py`, over several training seeds.
+"""The accuracy of the configs: every experiment through `accelerate launch train.py`, over several training seeds.
 
     python -m benchmarks.results openmoji
     python -m benchmarks.results path/to/instruments

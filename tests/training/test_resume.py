@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -25,6 +26,7 @@ import luthier.training.trainer as trainer
 from luthier.errors import UserError
 from luthier.machine import check_processes
 from luthier.training.checkpoints import find_damage, newest_whole
+from luthier.training.recipe import BATCH, FROM_SCRATCH
 from luthier.training.signals import Stop
 from luthier.training.trainer import SafeTrainer, explain_exhausted_memory
 from train import main
@@ -278,6 +280,18 @@ def test_two_processes_score_every_image_once_and_write_one_set_of_files(timm_ch
     )
     assert two_scores["validation"]["log_loss"] == pytest.approx(scores["validation"]["log_loss"], rel=1e-4)
     assert all(torch.allclose(tensor, two_weights[name], atol=1e-5) for name, tensor in weights.items())
+
+
+@pytest.mark.slow
+def test_two_processes_take_a_larger_batch_and_learn_faster_where_epochs_are_long(launch, folder):
+    draw_folder(Path("many"), per_class=3_600)
+    Path("accelerate.yaml").write_text(yaml.safe_dump(TWO_PROCESSES))
+    options = ["--data_dir", "many", "--model_name", "simple_cnn", "--max_steps", "2", "--disable_tqdm", "1"]
+    launcher = ("accelerate", "launch", "--config_file", "accelerate.yaml")
+    result = launch("train.py", *options, "--output_dir", "two", cwd=folder, launcher=launcher)
+    assert result.returncode == 0, result.stdout + result.stderr
+    batch, rate = re.search(r"batch (\d+), .* ([\d.e-]+), cosine", result.stdout).groups()
+    assert int(batch) == 2 * BATCH and float(rate) == pytest.approx(math.sqrt(2) * FROM_SCRATCH.learning_rate, rel=1e-3)
 
 
 @pytest.mark.slow
