@@ -19,6 +19,7 @@ STRENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
 SOFT = 3.0
 
 MAX_LEARNED, MAX_CELLS = 100_000, 20_000_000  # images, and images times classes, that a cross-fitted probe learns from
+TOLERANCE = 1e-6  # a fit ends when a step lowers the objective by less (docs/experiments.md)
 MAX_WEIGHTS = 2_000_000  # of probes that are fitted at once: L-BFGS holds twenty times as much
 
 
@@ -348,8 +349,9 @@ def minimise(
     counts = features.new_full((len(labels), fits), 1 / len(labels)) if counts is None else counts
     at_once = max(1, min(rows_at_once(features.device), MAX_CELLS // (fits * classes)))
     optimizer = torch.optim.LBFGS(
-        [weight, bias], max_iter=iterations, history_size=10, tolerance_grad=1e-5, line_search_fn="strong_wolfe"
-    )
+        [weight, bias], max_iter=iterations, history_size=10, tolerance_grad=1e-5, tolerance_change=TOLERANCE,
+        line_search_fn="strong_wolfe",
+    )  # fmt: skip
 
     @torch.no_grad()
     def objective() -> torch.Tensor:
