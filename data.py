@@ -296,7 +296,7 @@ def describe(splits: DatasetDict, name: str, built_in: bool = False, stream: Str
         splits: of `prepare`.
         name: of the dataset.
         built_in: it is OpenMoji, whose author must be named.
-        stream: what train is a sample of. It is counted as a whole; of its files the hash covers labels and order.
+        stream: what train is a sample of. It is counted as a whole; of its files the hash covers the labels.
     """
     labels = next(iter(splits.values())).features["label"].names
     counts, lines = {}, []

@@ -1,4 +1,4 @@
-"""Export a trained model to ONNX, and compare the export with the model on its test images; needs requirements-export.txt.
+"""Export a trained model to ONNX, and compare both on its test images; needs requirements-export.txt.
 
     python export.py outputs/my_run
     python export.py outputs/my_run --int8

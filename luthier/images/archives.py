@@ -8,6 +8,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 NUMBERS = ("cls", "cls2", "index", "inx", "id")  # files that hold a whole number, as `datasets` reads them
 
+CHUNK = 1 << 20  # bytes
+
 
 class Part(NamedTuple):
     """Bytes of an archive.
@@ -22,28 +24,41 @@ class Part(NamedTuple):
     rows: int
 
 
-def index_archive(file: BinaryIO, column: str, rows: int) -> tuple[list[Part], list]:
-    """Return the parts of an archive, with so many rows each, and the value that each row has in a column.
+def index_archive(file: BinaryIO, column: str, image_column: str, rows: int) -> tuple[list[Part], list]:
+    """Return the parts of an archive, with so many rows each, and the label of each row.
 
-    It reads the headers and the files of the column, and skips the others.
+    It reads the headers and the files of the labels, and skips the others.
 
     Args:
         file: the archive, which is not compressed.
-        column: of the labels.
+        column: ending of the labels' names.
+        image_column: of the images'.
         rows: in a part; the last one may have fewer.
 
     Raises:
         tarfile.TarError: it is no archive, or damaged.
-        ValueError: a file holds something else than a number where one is expected.
+        ValueError: a file holds something else than a number where one is expected, or a row has no image.
     """
     parts: list[Part] = []
     values = []
     with tarfile.open(fileobj=file, mode="r:") as archive:
         for row in _read_rows(archive):
+            if image_column not in row.files:
+                raise ValueError(
+                    f"{row.name} has no image {row.name}.{image_column}, but .{', .'.join(sorted(row.files))}. Give "
+                    "all images one ending, in small or capital letters alike"
+                )
             if not parts or parts[-1].rows == rows:
                 parts.append(Part(row.begin, row.end, 0))
             parts[-1] = Part(parts[-1].begin, row.end, parts[-1].rows + 1)
             values.append(_read_value(archive, row.files[column]) if column in row.files else None)
+        # A damaged header ends an archive for `tarfile`, as do the zeros at the end of the first of two in one file.
+        file.seek(archive.offset)
+        while rest := file.read(CHUNK):
+            if rest.strip(b"\0"):
+                raise tarfile.ReadError(
+                    f"the header at byte {archive.offset:,} is damaged, or another archive follows"
+                )
     return parts, values
 
 

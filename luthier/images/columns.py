@@ -1,6 +1,7 @@
 """A dataset by name, brought to two columns: `image`, not decoded, and `label`, a ClassLabel with sorted names."""
 
 import contextlib
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -9,7 +10,9 @@ from tarfile import TarError
 from typing import TypeVar
 
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
 from luthier.errors import UserError
@@ -37,7 +40,27 @@ def load_named(dataset_name: str, dataset_config_name: str | None) -> DatasetDic
     """
     with explain_loading(dataset_name):
         loaded = load_dataset(resolved(dataset_name), dataset_config_name)
+        if Path(dataset_name).is_dir():
+            files = load_dataset_builder(resolved(dataset_name), dataset_config_name).config.data_files or {}
+            for url in itertools.chain.from_iterable(files.values()):
+                if url.endswith(".parquet"):
+                    check_class_names(url, pq.read_schema(url), next(iter(loaded.values())).features)
     return DatasetDict(named_splits(loaded, dataset_name))
+
+
+def check_class_names(url: str, schema: pa.Schema, features: Features) -> None:
+    """Check that a Parquet file numbers its classes as the dataset does; `datasets` would read the numbers as its own.
+
+    Raises:
+        UserError: it does not.
+    """
+    for column, feature in Features.from_arrow_schema(schema).items():
+        expected = features.get(column)
+        if isinstance(feature, ClassLabel) and isinstance(expected, ClassLabel) and feature.names != expected.names:
+            raise UserError(
+                f"{url} numbers the classes of the column {column!r} by the names {', '.join(feature.names)}, and the "
+                f"first file by {', '.join(expected.names)}. Write all files with the same names, in the same order"
+            )
 
 
 def resolved(dataset_name: str) -> str:

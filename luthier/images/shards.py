@@ -15,14 +15,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from datasets import Features, load_dataset, load_dataset_builder
+from datasets import Features, Value, load_dataset, load_dataset_builder
 from huggingface_hub import HfFileSystem
 from torch.utils.data import get_worker_info
 
 from luthier.cache import cache_key, read_cached, write_cached
 from luthier.errors import UserError
 from luthier.images.archives import index_archive, read_part
-from luthier.images.columns import explain_loading, find_columns, named_splits, resolved
+from luthier.images.columns import check_class_names, explain_loading, find_columns, named_splits, resolved
 from luthier.images.decode import read_bytes, reason
 from luthier.terminal import plural
 
@@ -31,7 +31,8 @@ logger = logging.getLogger(__name__)
 BLOCK = 128  # rows that are read together, or more where the row groups of a file have more
 # Batches are drawn from so many places in turns, each time from so many rows there: see `block_batches.BlockBatches`.
 LANES, WINDOW = 8, 2 * BLOCK
-ARCHIVE = ".tar"
+MAX_GROUP = 512_000_000  # bytes of the images of a row group
+ARCHIVE, ARCHIVE_VERSION = ".tar", 2  # the version is that of an archive's index
 READERS = 16  # files whose ends are read at the same time: each may be a request to the Hub
 
 
@@ -64,9 +65,13 @@ class Block(NamedTuple):
                 raise OSError("it has changed since the run began")
             with _opened(self.url) as file:
                 if self.url.endswith(ARCHIVE):
-                    return pa.Table.from_pylist(read_part(file, self.first, self.last, columns, self.image_column))
-                return pq.ParquetFile(file).read_row_groups(range(self.first, self.last), columns=columns)
-        except (OSError, ValueError, TarError) as error:  # pyarrow's own are of these
+                    table = pa.Table.from_pylist(read_part(file, self.first, self.last, columns, self.image_column))
+                else:
+                    table = pq.ParquetFile(file).read_row_groups(range(self.first, self.last), columns=columns)
+            if len(table) != self.rows:
+                raise OSError(f"{plural(self.rows, 'row')} were there before, and now {len(table)}")
+            return table
+        except Exception as error:  # of the file, pyarrow or the network: they have no common base
             raise UserError(
                 f"{self.url} cannot be read: {reason(error)}. Mend it, and resume with --resume_from_checkpoint auto"
             ) from error
@@ -100,6 +105,11 @@ class StreamedRows:
         self._kept: OrderedDict[int, Any] = OrderedDict()
         self._most_kept = 2 * WINDOW + 2 * max(self.sizes)  # rows of a lane: two windows, and what sticks out of them
 
+    @property
+    def order(self) -> str:
+        """A hash of the labels and the blocks in their order, on which the batches of an epoch depend."""
+        return cache_key(self.sizes, self.labels.tobytes())
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -111,7 +121,9 @@ class StreamedRows:
             offset = (row - begin + step) % size
             try:
                 image = images[offset].as_py()
-                pixel_values = self.transform(read_bytes(image if isinstance(image, dict) else {"bytes": image}))
+                pixel_values = self.transform(
+                    read_bytes({"path": None, "bytes": image, **(image if isinstance(image, dict) else {})})
+                )
                 return {"pixel_values": pixel_values, "labels": int(self.labels[begin + offset])}
             except Exception as error:  # Pillow's plugins raise errors of any kind on damaged data
                 name = Path(self.blocks[number].url).name
@@ -158,7 +170,7 @@ def read_sources(
     with explain_loading(name):
         files, features = _list_files(name, config)
         image_column, label_column = find_columns(features, image_column, label_column)
-        sources = {split: _read_labels(urls, image_column, label_column) for split, urls in files.items()}
+        sources = {split: _read_labels(urls, image_column, label_column, features) for split, urls in files.items()}
     return sources, features, (image_column, label_column)
 
 
@@ -208,17 +220,17 @@ def _version_of(url: str) -> str:
     return "" if url.startswith("hf://") else "{0.st_size} {0.st_mtime_ns}".format(Path(url).stat())
 
 
-def _read_labels(urls: list[str], image_column: str, label_column: str) -> Source:
+def _read_labels(urls: list[str], image_column: str, label_column: str, features: Features) -> Source:
     """Return the blocks of some files, and the labels of their rows."""
     index = _index_archive if urls[0].endswith(ARCHIVE) else _index_parquet
     with ThreadPoolExecutor(READERS) as pool:
-        parts = list(pool.map(lambda url: index(url, image_column, label_column), urls))
-    return Source(
-        [block for part in parts for block in part.blocks], [value for part in parts for value in part.values]
-    )
+        parts = list(pool.map(lambda url: index(url, image_column, label_column, features), urls))
+    values = [value for part in parts for value in part.values]
+    stored = {value: _as_stored(features[label_column], value) for value in set(values)}
+    return Source([block for part in parts for block in part.blocks], [stored[value] for value in values])
 
 
-def _index_parquet(url: str, image_column: str, label_column: str) -> Source:
+def _index_parquet(url: str, image_column: str, label_column: str, features: Features) -> Source:
     """Return the blocks of a Parquet file, and the labels of its rows."""
     version, blocks, first, rows = _version_of(url), [], 0, 0
     with _opened(url) as source:
@@ -226,8 +238,16 @@ def _index_parquet(url: str, image_column: str, label_column: str) -> Source:
         missing = {image_column, label_column} - set(file.schema_arrow.names)
         if missing:
             raise UserError(f"{url} has no column {min(missing)!r}, which other files have")
+        check_class_names(url, file.schema_arrow, features)
         groups = file.metadata.num_row_groups
         for group in range(groups):
+            size = _size_of(file.metadata.row_group(group), image_column)
+            if size > MAX_GROUP:
+                raise UserError(
+                    f"{url} has a row group with {size / 1e6:,.0f} MB of images. They are read together, and a stream "
+                    f"has several in memory at a time: at most {MAX_GROUP / 1e6:,.0f} MB. Write it in row groups of "
+                    "a hundred rows, by python prepare.py or with to_parquet(row_group_size=100)"
+                )
             rows += file.metadata.row_group(group).num_rows
             if rows >= BLOCK or (rows and group == groups - 1):
                 blocks.append(Block(url, version, first, group + 1, rows))
@@ -235,18 +255,35 @@ def _index_parquet(url: str, image_column: str, label_column: str) -> Source:
         return Source(blocks, file.read(columns=[label_column]).column(0).to_pylist())
 
 
-def _index_archive(url: str, image_column: str, label_column: str) -> Source:
+def _size_of(group: Any, column: str) -> int:
+    """Return the bytes of a column in a row group, when it has been read."""
+    parts = [group.column(number) for number in range(group.num_columns)]
+    return sum(part.total_uncompressed_size for part in parts if part.path_in_schema.split(".")[0] == column)
+
+
+def _index_archive(url: str, image_column: str, label_column: str, features: Features) -> Source:
     """Return the blocks of an archive, and the labels of its rows; both are kept for the next run.
 
     An archive of the Hub has to be read as a whole for this, because its labels lie between the images.
+
+    Raises:
+        UserError: it is damaged, or a row has no image or not the label that its ending promises.
     """
     version = _version_of(url)
-    key = cache_key(url, version, label_column, BLOCK)
+    key = cache_key(ARCHIVE_VERSION, url, version, label_column, image_column, BLOCK)
     kept = read_cached("archives", key)
     if kept is None:
-        with _opened(url, in_order=True) as file:
-            index = json.dumps(index_archive(file, label_column, BLOCK)).encode()
+        try:
+            with _opened(url, in_order=True) as file:
+                index = json.dumps(index_archive(file, label_column, image_column, BLOCK)).encode()
+        except (TarError, ValueError) as error:
+            raise UserError(f"{url} cannot be read: {reason(error)}") from error
         kept = torch.frombuffer(bytearray(index), dtype=torch.uint8)
         write_cached("archives", key, kept)
     parts, values = json.loads(kept.numpy().tobytes())
     return Source([Block(url, version, begin, end, rows, image_column) for begin, end, rows in parts], values)
+
+
+def _as_stored(feature: Any, value: Any) -> Any:
+    """Return a value of a file as `datasets` stores it: text as a number where the column has numbers."""
+    return feature.encode_example(value) if isinstance(feature, Value) and value is not None else value

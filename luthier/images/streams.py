@@ -15,7 +15,7 @@ from luthier.images.columns import explain_loading, index_of_labels, labels_of_s
 from luthier.images.shards import Block, StreamedRows, read_sources, remedy
 from luthier.terminal import plural, say
 
-SAMPLE = 10_000  # training images that are stored, for all but the training itself
+SAMPLE, OF_CLASS = 10_000, 3  # training images that are stored, for all but the training itself; at least, of a class
 VALIDATION, MAX_VALIDATION = 0.1, 10_000  # share and number of training images, where the data has no such split
 
 
@@ -40,7 +40,7 @@ class Stream(NamedTuple):
 
     @property
     def fingerprint(self) -> str:
-        """A hash of labels and sizes of the files, in any order of these; the images themselves are not read."""
+        """A hash of labels and sizes of the blocks, in any order of these; the images themselves are not read."""
         starts = np.cumsum([0, *(block.rows for block in self.blocks)])
         parts = [
             hashlib.sha256(self.labels[begin:end].tobytes()).hexdigest() for begin, end in itertools.pairwise(starts)
@@ -147,15 +147,17 @@ def _set_apart(per_block: list[np.ndarray], order: np.ndarray, wanted: float) ->
 
 
 def _draw_sample(per_block: list[np.ndarray], order: np.ndarray) -> list[int]:
-    """Return the first blocks of an order that have `SAMPLE` rows together, and later ones that have new classes."""
-    seen: set[int] = set()
+    """Return the first blocks of an order that have `SAMPLE` rows together, and later ones that have rare classes.
+
+    Every class has `OF_CLASS` rows if there are so many: one of them may be an image that cannot be read.
+    """
+    counts = np.zeros(1 + max(int(labels.max()) for labels in per_block), dtype=int)
     drawn, rows = [], 0
     for number in order:
-        classes = set(np.unique(per_block[number]).tolist())
-        if rows < SAMPLE or classes - seen:
+        if rows < SAMPLE or (counts[per_block[number]] < OF_CLASS).any():
             rows += len(per_block[number])
             drawn.append(int(number))
-            seen |= classes
+            counts += np.bincount(per_block[number], minlength=len(counts))
     return drawn
 
 

@@ -16,6 +16,7 @@ from luthier.errors import UserError
 logger = logging.getLogger(__name__)
 
 HASHES = "hashes.json"  # SHA-256 of every other file of a checkpoint; written last
+ORDER = "order.txt"  # of a run that streams: what the order of its images depends on
 PARTIAL = ".partial"  # where a checkpoint is written before it gets its name
 
 
@@ -104,6 +105,26 @@ def check_named(checkpoint: Path) -> None:
     damage = find_damage(checkpoint) if (checkpoint / HASHES).exists() else None
     if damage:
         raise UserError(f"{checkpoint} is damaged: {damage}. Use another, or --resume_from_checkpoint auto")
+
+
+def write_order(checkpoint: Path, order: str) -> None:
+    """Write into a checkpoint what the order of the training images depends on; nothing if that is empty."""
+    if order:
+        (checkpoint / ORDER).write_text(order, encoding="utf-8")
+
+
+def check_order(checkpoint: Path, order: str) -> None:
+    """Check that the images come in the order of a checkpoint, which has left the rest of an epoch.
+
+    Raises:
+        UserError: the files of the stream are others now.
+    """
+    record = checkpoint / ORDER
+    if record.exists() and record.read_text(encoding="utf-8") != order:
+        raise UserError(
+            f"{checkpoint} is of other files, or of files with other names: images would come twice or never in the "
+            "rest of its epoch. Restore the files, or give another --output_dir"
+        )
 
 
 def load_weights(model: PreTrainedModel, checkpoint: Path) -> None:

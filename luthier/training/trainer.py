@@ -33,11 +33,13 @@ from luthier.training.callbacks import EpochTable, ProgressBar, ProgressLines, S
 from luthier.training.checkpoints import (
     PARTIAL,
     check_disk_space,
+    check_order,
     load_weights,
     newest,
     prune_checkpoints,
     seal,
     step_of,
+    write_order,
 )
 from luthier.training.heats import EndHeat, Schedule
 from luthier.training.layers import parameter_groups
@@ -101,6 +103,7 @@ class SafeTrainer(WorkerTrainer):
                 # The library looks for it in the folder that this one is written into.
                 self.state.best_model_checkpoint = str(output_dir / f"checkpoint-{best}") if best else None
                 self.state.save_to_json(str(written / "trainer_state.json"))
+                write_order(written, self.order)
                 seal(written, checkpoint)
                 prune_checkpoints(output_dir, self.args.save_total_limit, best)
         except Exception as error:  # safetensors and torch have errors of their own for a full disk
@@ -314,11 +317,13 @@ def train(trainer: SafeTrainer, end: int | None, checkpoint: Path | None, stop: 
         run_dir: the directory that a stopped run is resumed with.
 
     Raises:
-        UserError: the checkpoint is damaged, memory does not suffice, the loss is not finite, or the disk is full.
+        UserError: the checkpoint is damaged or of other files, memory does not suffice, the loss is not finite, or the
+            disk is full.
     """
     model, output_dir = model_of(trainer), Path(str(trainer.args.output_dir))
     set_seed(trainer.args.seed)  # the features may have come from the cache, which draws no random numbers
     if checkpoint:
+        check_order(checkpoint, trainer.order)
         load_weights(model, checkpoint)
     if checkpoint and end is not None and step_of(checkpoint) >= end:
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))

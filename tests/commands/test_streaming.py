@@ -64,6 +64,21 @@ def test_resumes_exactly_within_an_epoch(timm_checkpoint, workers):
         assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
 
 
+def test_run_is_not_resumed_with_files_in_another_order(timm_checkpoint, capsys):
+    options = flags(timm_checkpoint, "--recipe", "full", "--keep", "trained", "--max_steps", "2", "--refit", "none")
+    options += ["--save_strategy", "steps", "--save_steps", "1"]
+    main([*options, "--output_dir", "whole"])
+    shutil.copytree("whole/checkpoint-1", "cut/checkpoint-1")
+    first, *_, last = sorted(Path("shards").glob("train-*.parquet"))
+    first.rename("first")
+    last.rename(first)
+    Path("first").rename(last)
+    with pytest.raises(SystemExit) as exit_info:
+        main([*options, "--output_dir", "cut", "--resume_from_checkpoint", "auto"])
+    message = capsys.readouterr().err
+    assert exit_info.value.code == 2 and "cut/checkpoint-1 is of other files, or of files with other names" in message
+
+
 @pytest.mark.slow
 def test_two_processes_train_on_every_image_once_though_they_are_interrupted(folder):
     command = [sys.executable, "-m", "benchmarks.streaming", "--images", "2000", "--batch", "4"]

@@ -304,16 +304,29 @@ def test_archive_may_hold_other_files_too():
     }
 
 
+def renamed(data: bytes, old: str, new: str) -> bytes:
+    """Return an archive with another name of one of its files."""
+    changed = io.BytesIO()
+    with tarfile.open(fileobj=io.BytesIO(data)) as source, tarfile.open(fileobj=changed, mode="w") as target:
+        for entry in source:
+            entry.name = entry.name.replace(old, new)
+            target.addfile(entry, source.extractfile(entry))
+    return changed.getvalue()
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda data: data[:5000], "cannot load .: unexpected end of data"),
-        (lambda data: data[:512].replace(b"ustar", b"\0\0\0\0\0") + data[600:], "cannot load ."),
-        (lambda data: b"", "cannot load .: empty file"),
-        (lambda data: data.replace(b"00014.cls", b"00014.txt"), "1 row of the train split has no label"),
+        (lambda data: data[:5000], "train.tar cannot be read: unexpected end of data"),
+        (lambda data: data[:512].replace(b"ustar", b"\0\0\0\0\0") + data[600:], "cannot (load|be read)"),
+        (lambda data: b"", "cannot (load .|be read): empty file"),
+        (lambda data: renamed(data, "00014.cls", "00014.txt"), "1 row of the train split has no label"),
         (lambda data: data[: data.index(b"00014.cls") + 512] + b"x" + data[data.index(b"00014.cls") + 513 :],
-         "cannot load .: 00014.cls holds 'x' where a whole number was expected"),
-        (gzip.compress, "--streaming reads Parquet files and WebDataset archives .*, and . has others|cannot load"),
+         "train.tar cannot be read: 00014.cls holds 'x' where a whole number was expected"),
+        (lambda data: renamed(data, "00014.png", "00014.PNG"), "00014 has no image 00014.png, but .PNG, .cls. Give"),
+        (lambda data: data.replace(b"00014.png", b"00014.pn\xff"), "cannot be read: the header at byte .* is damaged"),
+        (lambda data: data + data, "train.tar cannot be read: the header .* is damaged, or another archive follows"),
+        (gzip.compress, "train.tar cannot be read: invalid header"),
     ],
 )  # fmt: skip
 def test_archive_that_is_damaged_gives_one_message(damage, message):
@@ -322,6 +335,42 @@ def test_archive_that_is_damaged_gives_one_message(damage, message):
     whole = Path("train.tar").read_bytes()
     Path("train.tar").write_bytes(damage(whole))
     with pytest.raises(UserError, match=message):
+        open_stream(".")
+
+
+def test_numbers_in_text_files_are_the_classes_of_every_split():
+    """`datasets` reads the files as numbers: 10 is after 2."""
+    for split, first in (("train", 0), ("validation", 100), ("test", 200)):
+        with tarfile.open(f"{split}.tar", "w") as archive:
+            for row in np.random.default_rng(first).permutation(48).tolist():
+                add(archive, f"{first + row:05}.png", encode("red", first + row))
+                add(archive, f"{first + row:05}.json", str(row % 12).encode())
+    stream = open_stream(".", label_column="json")
+    images, _ = load_images(data_dir=".", stream=stream, label_column="json")
+    names = images["train"].features["label"].names
+    assert names == [str(number) for number in range(12)]
+    truth = {hashlib.sha256(encode("red", row)).hexdigest(): str(row % 12) for row in range(48)}
+    assert {digest: names[label] for digest, label in learned(stream).items()} == truth
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_files_that_number_the_classes_in_other_ways_are_refused(streamed):
+    write("train.parquet", mixed(30))
+    write("validation.parquet", mixed(9), 200)
+    images = [{"bytes": encode("red", row), "path": None} for row in range(4)]
+    features = Features({"photo": Image(), "label": ClassLabel(names=["blue", "red"])})
+    Dataset.from_dict({"photo": images, "label": [1] * 4}, features=features).to_parquet("test.parquet")
+    with pytest.raises(
+        UserError, match=r"test.parquet numbers the classes of the column 'label' by the names blue, red"
+    ):
+        open_stream(".") if streamed else load_images(data_dir=".")
+
+
+def test_large_row_groups_are_refused(monkeypatch):
+    monkeypatch.setattr(shards, "MAX_GROUP", 20_000)
+    write("train.parquet", mixed(30))
+    write("test.parquet", mixed(9), 200)
+    with pytest.raises(UserError, match=r"train.parquet has a row group with 0 MB of images. .* prepare.py"):
         open_stream(".")
 
 
