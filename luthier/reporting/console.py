@@ -95,9 +95,8 @@ def describe_recipe(result: Result, augmentation: str) -> dict[str, str]:
     arm, how = result.outcome.arm, "probe: the logistic regression is the head"
     if arm is not None:
         args = arm.training_args
-        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         epochs = result.outcome.epochs_of(arm.recipe.name)
-        steps = f"{_epochs(epochs)}, batch {batch}, {augmentation}, {OptimizerNames(args.optim).value}"
+        steps = f"{_epochs(epochs)}, batch {arm.batch}, {augmentation}, {OptimizerNames(args.optim).value}"
         schedule = SchedulerType(args.lr_scheduler_type).value
         heats = f" in {plural(result.outcome.heats_of(arm.recipe.name), 'heat')}" if arm.schedule else ""
         how = f"{arm.recipe.name}: {steps} {args.learning_rate:g}, {schedule}{heats}"

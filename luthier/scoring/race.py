@@ -25,7 +25,7 @@ from luthier.training.arms import Arm, State, Workshop, plan_arm
 from luthier.training.callbacks import EpochTable
 from luthier.training.checkpoints import check_named, checkpoints_by_step, newest_shared, step_of
 from luthier.training.heats import EndInTime
-from luthier.training.recipe import Recipe
+from luthier.training.recipe import BATCH, Recipe
 from luthier.training.signals import Stop
 from luthier.training.trainer import SafeTrainer, model_of, train
 
@@ -149,10 +149,14 @@ def enter(
     """
     trained = [recipe for recipe in recipes if recipe.name != "probe"]
     folders = [run_dir / "race" / recipe.name if len(trained) > 1 else run_dir for recipe in trained]
-    return [
+    arms = [
         plan_arm(recipe, workshop, rows, folder, starts.get(recipe.start))
         for recipe, folder in zip(trained, folders, strict=True)
     ]
+    if arms and arms[0].batch != BATCH:
+        rates = ", ".join(f"{arm.recipe.name} {arm.training_args.learning_rate:.3g}" for arm in arms)
+        say("batch", f"{arms[0].batch} images in a step of all processes; learning rates: {rates}")
+    return arms
 
 
 def race(arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: str | None) -> Outcome:

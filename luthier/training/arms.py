@@ -85,6 +85,12 @@ class Arm(NamedTuple):
         return self.training_args.process_index == 0
 
     @property
+    def batch(self) -> int:
+        """The images of an optimizer step, of all processes together."""
+        args = self.training_args
+        return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+    @property
     def steps_per_epoch(self) -> int:
         """The optimizer steps of an epoch."""
         return count_steps(self.training_args, len(self.rows["train"]))
