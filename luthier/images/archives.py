@@ -52,14 +52,31 @@ def index_archive(file: BinaryIO, column: str, image_column: str, rows: int) -> 
                 parts.append(Part(row.begin, row.end, 0))
             parts[-1] = Part(parts[-1].begin, row.end, parts[-1].rows + 1)
             values.append(_read_value(archive, row.files[column]) if column in row.files else None)
-        # A damaged header ends an archive for `tarfile`, as do the zeros at the end of the first of two in one file.
-        file.seek(archive.offset)
-        while rest := file.read(CHUNK):
-            if rest.strip(b"\0"):
-                raise tarfile.ReadError(
-                    f"the header at byte {archive.offset:,} is damaged, or another archive follows"
-                )
+        _check_end(file, archive)
     return parts, values
+
+
+def check_whole(file: BinaryIO) -> None:
+    """Read the headers of an archive, to know that it can be read to its end.
+
+    Raises:
+        tarfile.TarError: it is no archive, or damaged.
+    """
+    with tarfile.open(fileobj=file, mode="r:") as archive:
+        for _ in _read_headers(archive):
+            pass
+        _check_end(file, archive)
+
+
+def _check_end(file: BinaryIO, archive: tarfile.TarFile) -> None:
+    """Raise `tarfile.ReadError` where something follows the last file that was found.
+
+    A damaged header ends an archive for `tarfile`, as do the zeros at the end of the first of two in one file.
+    """
+    file.seek(archive.offset)
+    while rest := file.read(CHUNK):
+        if rest.strip(b"\0"):
+            raise tarfile.ReadError(f"the header at byte {archive.offset:,} is damaged, or another archive follows")
 
 
 def read_part(file: BinaryIO, begin: int, end: int, columns: Sequence[str], image_column: str) -> list[dict[str, Any]]:

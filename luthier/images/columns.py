@@ -16,6 +16,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, l
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
 from luthier.errors import UserError
+from luthier.images.archives import check_whole
 from luthier.images.folders import SPLIT_OF_FOLDER, STAMP, sort_names
 from luthier.terminal import plural
 
@@ -43,9 +44,24 @@ def load_named(dataset_name: str, dataset_config_name: str | None) -> DatasetDic
         if Path(dataset_name).is_dir():
             files = load_dataset_builder(resolved(dataset_name), dataset_config_name).config.data_files or {}
             for url in itertools.chain.from_iterable(files.values()):
-                if url.endswith(".parquet"):
-                    check_class_names(url, pq.read_schema(url), next(iter(loaded.values())).features)
+                _check_file(url, next(iter(loaded.values())).features)
     return DatasetDict(named_splits(loaded, dataset_name))
+
+
+def _check_file(url: str, features: Features) -> None:
+    """Check what `datasets` does not: that an archive is read to its end, and the classes of a Parquet file.
+
+    Raises:
+        UserError: a file would be read wrongly.
+    """
+    if url.endswith(".parquet"):
+        check_class_names(url, pq.read_schema(url), features)
+    elif url.endswith(".tar"):
+        try:
+            with Path(url).open("rb") as file:
+                check_whole(file)
+        except TarError as error:
+            raise UserError(f"{url} cannot be read: {error}") from error
 
 
 def check_class_names(url: str, schema: pa.Schema, features: Features) -> None:

@@ -338,6 +338,18 @@ def test_archive_that_is_damaged_gives_one_message(damage, message):
         open_stream(".")
 
 
+@pytest.mark.parametrize(
+    "damage", [lambda data: data.replace(b"00014.png", b"00014.pn\xff"), lambda data: data + data]
+)
+def test_archive_that_would_be_read_in_part_is_refused_without_streaming_too(damage):
+    pack("train.tar", mixed(30))
+    pack("test.tar", mixed(9), 300)
+    assert len(load_images(data_dir=".")[0]["train"]) == 30
+    Path("train.tar").write_bytes(damage(Path("train.tar").read_bytes()))
+    with pytest.raises(UserError, match=r"train.tar cannot be read: the header .* is damaged, or another"):
+        load_images(data_dir=".")
+
+
 def test_numbers_in_text_files_are_the_classes_of_every_split():
     """`datasets` reads the files as numbers: 10 is after 2."""
     for split, first in (("train", 0), ("validation", 100), ("test", 200)):
