@@ -61,7 +61,7 @@ def table(actions: list[argparse.Action]) -> str:
         if "--help" in action.option_strings:
             continue
         name = f"`{action.option_strings[0]} {value_of(action)}`" if action.option_strings else f"`{action.dest}`"
-        name = f"`{action.option_strings[0]}`" if action.option_strings and action.nargs in (0, "?") else name
+        name = f"`{action.option_strings[0]}`" if action.option_strings and action.nargs == 0 else name
         default = (
             "" if action.default in (None, False, []) else f"`{getattr(action.default, 'value', action.default)}`"
         )
