@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 NUMBERS = ("cls", "cls2", "index", "inx", "id")  # files that hold a whole number, as `datasets` reads them
-
-CHUNK = 1 << 20  # bytes
+CHUNK = 1 << 20  # bytes that are read at a time where nothing should be
 
 
 class Part(NamedTuple):

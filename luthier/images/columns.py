@@ -75,7 +75,7 @@ def check_class_names(url: str, schema: pa.Schema, features: Features) -> None:
         if isinstance(feature, ClassLabel) and isinstance(expected, ClassLabel) and feature.names != expected.names:
             raise UserError(
                 f"{url} numbers the classes of the column {column!r} by the names {', '.join(feature.names)}, and the "
-                f"first file by {', '.join(expected.names)}. Write all files with the same names, in the same order"
+                f"dataset by {', '.join(expected.names)}. Write all files with the same names, in the same order"
             )
 
 
