@@ -23,7 +23,7 @@ SIDE = 64  # pixels of the thumbnail that is compared
 COSINES = np.cos(np.pi / SIDE * np.outer(np.arange(math.isqrt(BITS)), np.arange(SIDE) + 0.5))
 MIN_SIMILARITY = 0.975  # of two aligned thumbnails that show the same image
 CANDIDATES, MIN_NEAREST = 200_000, 8  # pairs that are compared in detail, but at least so many for each image
-CELL, CELLS = 150, 170  # images in a cell of the index, and cells that are searched: all of them below 25,500 images
+CELL, CELLS = 100, 256  # images in a cell of the index, and cells that are searched: all of them below 25,600 images
 QUERIES, PAIRS = 16_384, 64  # images that are searched for, and pairs that are compared, at a time
 
 
