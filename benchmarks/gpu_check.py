@@ -204,9 +204,8 @@ def check_loop(cpu: bool) -> Iterator[Row]:
     """Compare the Trainer's loop with a bare one, and with itself when it is compiled."""
     rounds, plain = 1 if cpu else 3, {}
     for name in ("resnet18",) if cpu else TIMM:
-        small = (
-            ((32, 100),) if name == "efficientnet_lite0" else ()
-        )  # of the default network alone: ten minutes are short
+        # Small batches of the default network alone, because ten minutes are short.
+        small = ((32, 100),) if name == "efficientnet_lite0" else ()
         for batch, steps in ((4, 1),) if cpu else (*small, (256, 40)):
             use: list[str] = [""]
             with watch(use):

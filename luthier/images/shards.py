@@ -1,6 +1,7 @@
 """Parquet files and WebDataset archives: their labels, and rows that are read in blocks when they are needed."""
 
 import contextlib
+import functools
 import json
 import logging
 import math
@@ -121,9 +122,8 @@ class StreamedRows:
             offset = (row - begin + step) % size
             try:
                 image = images[offset].as_py()
-                pixel_values = self.transform(
-                    read_bytes({"path": None, "bytes": image, **(image if isinstance(image, dict) else {})})
-                )
+                source = image if isinstance(image, dict) else {"bytes": image, "path": None}
+                pixel_values = self.transform(read_bytes(source))
                 return {"pixel_values": pixel_values, "labels": int(self.labels[begin + offset])}
             except Exception as error:  # Pillow's plugins raise errors of any kind on damaged data
                 name = Path(self.blocks[number].url).name
@@ -222,9 +222,10 @@ def _version_of(url: str) -> str:
 
 def _read_labels(urls: list[str], image_column: str, label_column: str, features: Features) -> Source:
     """Return the blocks of some files, and the labels of their rows."""
-    index = _index_archive if urls[0].endswith(ARCHIVE) else _index_parquet
+    in_archives = urls[0].endswith(ARCHIVE)
+    index = _index_archive if in_archives else functools.partial(_index_parquet, features=features)
     with ThreadPoolExecutor(READERS) as pool:
-        parts = list(pool.map(lambda url: index(url, image_column, label_column, features), urls))
+        parts = list(pool.map(lambda url: index(url, image_column, label_column), urls))
     values = [value for part in parts for value in part.values]
     stored = {value: _as_stored(features[label_column], value) for value in set(values)}
     return Source([block for part in parts for block in part.blocks], [stored[value] for value in values])
@@ -261,7 +262,7 @@ def _size_of(group: Any, column: str) -> int:
     return sum(part.total_uncompressed_size for part in parts if part.path_in_schema.split(".")[0] == column)
 
 
-def _index_archive(url: str, image_column: str, label_column: str, features: Features) -> Source:
+def _index_archive(url: str, image_column: str, label_column: str) -> Source:
     """Return the blocks of an archive, and the labels of its rows; both are kept for the next run.
 
     An archive of the Hub has to be read as a whole for this, because its labels lie between the images.

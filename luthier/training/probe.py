@@ -19,8 +19,8 @@ STRENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
 SOFT = 3.0
 
 MAX_LEARNED, MAX_CELLS = 100_000, 20_000_000  # images, and images times classes, that a cross-fitted probe learns from
-TOLERANCE = 1e-6  # a fit ends when a step lowers the objective by less (docs/experiments.md)
 MAX_WEIGHTS = 2_000_000  # of probes that are fitted at once: L-BFGS holds twenty times as much
+TOLERANCE = 1e-6  # a fit ends when a step lowers the objective by less (docs/experiments.md)
 
 
 class LinearProbe(NamedTuple):
