@@ -27,7 +27,7 @@ from luthier.machine import set_up_process
 from luthier.scoring.criterion import Balance, Criterion
 from luthier.scoring.intervals import balanced_accuracy, macro_f1
 from luthier.training.features import load_features
-from luthier.training.probe import fit_probe
+from luthier.training.probe import fit_probes
 from luthier.training.trainer import build_predictor
 from models import build_model, linear_head
 
@@ -99,7 +99,7 @@ def measure(splits: DatasetDict, features: Mapping[str, torch.Tensor], ratio: in
         shares = np.bincount(every[train], minlength=len(names)) / len(train)
         balance = None if option == "none" else Balance(shares, weighted=option == "weighted")
         criterion = Criterion("balanced_accuracy", balance)
-        probe = fit_probe(
+        probe, _ = fit_probes(
             features["train"][train], torch.tensor(every[train]), features["train"][validation],
             torch.tensor(every[validation]), criterion.class_weights,
         )  # fmt: skip

@@ -145,7 +145,7 @@ def load_as_example(folder: str, image_size: int) -> Dataset:
 def compare_probes(folder: str, image_size: int) -> None:
     """Print the validation score of a probe on stored training images and of one on the files."""
     # Here, because what it imports would count in the memory of `measure`.
-    from luthier.training.probe import fit_probe
+    from luthier.training.probe import fit_probes
 
     files, _ = load_splits(data_dir=folder)
     labels = dict(enumerate(files["train"].features["label"].names))
@@ -167,7 +167,7 @@ def compare_probes(folder: str, image_size: int) -> None:
     print("|---|---|---|---|")
     references = {split: torch.tensor(stored[split]["label"][:]) for split in stored}
     for name, views in train.items():
-        probe = fit_probe(features(views), references["train"], validation, references["validation"])
+        probe, _ = fit_probes(features(views), references["train"], validation, references["validation"])
         accuracy = (probe.logits(validation).argmax(dim=1) == references["validation"]).float().mean()
         print(f"| {name} | {probe.loss:.4f} | {accuracy:.1%} | {probe.strength} |")
     pairs = zip(*train.values(), strict=True)

@@ -29,7 +29,7 @@ from luthier.images.views import EvaluationView, training_transform
 from luthier.machine import configure_cpu, configure_logging
 from luthier.training.heats import Schedule, heat_ends
 from luthier.training.layers import freeze, parameter_groups
-from luthier.training.probe import SOFT, fit_path, fit_probe, state_with_probe
+from luthier.training.probe import fit_probes, state_with_probe
 from luthier.training.recipe import RECIPES, blend
 from models import build_model, linear_head
 
@@ -136,8 +136,7 @@ def prepare_start(splits: DatasetDict, size: int) -> tuple[Start, str]:
     begin = time.perf_counter()
     train, head = torch.stack([view(image) for image in images]), linear_head(model)
     train_features, validation_features = (compute_features(model, head, views) for views in (train, validation))
-    probe = fit_probe(train_features, labels, validation_features, validation_labels)
-    (soft,) = fit_path(train_features, labels, len(names), (SOFT,))
+    probe, soft = fit_probes(train_features, labels, validation_features, validation_labels)
     states = {"new": {name: tensor.clone() for name, tensor in model.state_dict().items()}}
     states |= {"probe": state_with_probe(model, head, probe), "soft probe": state_with_probe(model, head, soft)}
     row = spread([score(probe.logits(validation_features), validation_labels)])
@@ -174,7 +173,7 @@ def screen_augmented_views(start: Start, n: int) -> str:
     views = [torch.stack([start.view(image) for image in start.images])]
     views += [start.view.scale(torch.stack([transform(image) for image in start.images])) for _ in range(n)]
     features = torch.cat([compute_features(model, head, batch) for batch in views])
-    probe = fit_probe(features, start.labels.repeat(n + 1), validation, start.validation_labels)
+    probe, _ = fit_probes(features, start.labels.repeat(n + 1), validation, start.validation_labels)
     row = spread([score(probe.logits(validation), start.validation_labels)])
     return f"| and {n} augmented views of each | {row} | | | {time.perf_counter() - begin:.0f} |"
 

@@ -31,7 +31,7 @@ from benchmarks.balance import load
 from luthier.images.splits import stratified_cut
 from luthier.serving.classifier import Classifier
 from luthier.serving.torch_network import TorchNetwork
-from luthier.training.probe import LinearProbe, fit_probe
+from luthier.training.probe import LinearProbe, fit_probes
 from models import threshold_of
 
 PROJECT = Path(__file__).parent.parent
@@ -77,7 +77,7 @@ def leave_out(
     names = [str(name) for name in range(classes - 1)]
     cut = stratified_cut(truth, names, {"validation": 0.2}, seed=1, groups=groups[known])
     train, validation = (features["train"][known[cut[split]]] for split in ("train", "validation"))
-    probe = fit_probe(train, torch.tensor(truth[cut["train"]]), validation, torch.tensor(truth[cut["validation"]]))
+    probe, _ = fit_probes(train, torch.tensor(truth[cut["train"]]), validation, torch.tensor(truth[cut["validation"]]))
     unknown = labels["test"] == out
     answers = probe.logits(features["test"]).argmax(dim=1).numpy()
     right = ~unknown & (answers + (answers >= out) == labels["test"])

@@ -71,9 +71,9 @@ def cut_missing_splits(
 
 def _holds_class(labels: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """Return whether a row's group holds all images of a class, bool [N]: such a group is needed in train."""
-    pairs = np.unique(np.stack([labels, groups]), axis=1)
-    alone = np.bincount(pairs[0]) == 1  # by class
-    return np.isin(groups, groups[alone[labels]])
+    _, first, classes = np.unique(labels, return_index=True, return_inverse=True)
+    others = np.bincount(classes, groups != groups[first][classes])  # images outside of the group of the class's first
+    return np.isin(groups, groups[first][others == 0])
 
 
 def _report_missing(

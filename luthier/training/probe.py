@@ -20,6 +20,10 @@ SOFT = 3.0
 
 MAX_LEARNED, MAX_CELLS = 100_000, 20_000_000  # images, and images times classes, that a cross-fitted probe learns from
 MAX_WEIGHTS = 2_000_000  # of probes that are fitted at once: L-BFGS holds twenty times as much
+
+# From MANY images on the penalty is first chosen with one image in SAMPLED (docs/experiments.md).
+MANY, SAMPLED = 80_000, 8
+
 TOLERANCE = 1e-6  # a fit ends when a step lowers the objective by less (docs/experiments.md)
 
 
@@ -63,9 +67,7 @@ def fit_shared_probes(
         train, validation = (
             (features[split].to(device), torch.tensor(labels[split]).to(device)) for split in ("train", "validation")
         )
-        path = fit_path(*train, int(train[1].max()) + 1, (SOFT, *STRENGTHS), class_weights)
-        soft = next(path)  # and the others start from it
-        return [choose_probe(path, *validation), soft]
+        return list(fit_probes(*train, *validation, class_weights))
 
     best, soft = _on_main_process(trainer, fit)
     return best, soft
@@ -109,22 +111,35 @@ def _on_main_process(trainer: Trainer, fit: Callable[[torch.device], list[Linear
     return shared
 
 
-def fit_probe(
+def fit_probes(
     features: torch.Tensor,
     labels: torch.Tensor,
     validation: torch.Tensor,
     validation_labels: torch.Tensor,
     class_weights: list[float] | None = None,
-) -> LinearProbe:
-    """Fit multinomial logistic regressions and return the one with the lowest validation loss.
+) -> tuple[LinearProbe, LinearProbe]:
+    """Fit multinomial logistic regressions; return the one with the lowest validation loss, and the soft one.
+
+    With many images a sample finds the penalty, and the soft one is of the sample. More images never ask for a
+    stronger penalty, so the probe of all starts from the sample's and tries weaker ones.
 
     Args:
         features, validation: float32 [N, D], on the device of the fit.
         labels, validation_labels: int64 [N], every class among `labels`.
         class_weights: see `fit_path`.
     """
-    path = fit_path(features, labels, int(labels.max()) + 1, STRENGTHS, class_weights)
-    return choose_probe(path, validation, validation_labels)
+    classes, rows = int(labels.max()) + 1, None
+    if len(labels) >= MANY:
+        order = np.random.default_rng(0).permutation(len(labels))
+        rows = torch.from_numpy(np.sort(order[: len(labels) // SAMPLED])).to(features.device)
+    path = fit_path(features, labels, classes, (SOFT, *STRENGTHS), class_weights, rows)
+    soft = next(path)  # and the others start from it
+    best = choose_probe(path, validation, validation_labels)
+    if rows is not None:
+        weaker = STRENGTHS[STRENGTHS.index(best.strength) :]
+        path = fit_path(features, labels, classes, weaker, class_weights, start=best)
+        best = choose_probe(path, validation, validation_labels)
+    return best, soft
 
 
 def choose_probe(path: Iterator[LinearProbe], validation: torch.Tensor, labels: torch.Tensor) -> LinearProbe:
@@ -152,6 +167,7 @@ def fit_path(
     strengths: tuple[float, ...],
     class_weights: list[float] | None = None,
     rows: torch.Tensor | None = None,
+    start: LinearProbe | None = None,
 ) -> Iterator[LinearProbe]:
     """Yield the probe of each strength, one after the other; its `loss` is NaN.
 
@@ -168,8 +184,9 @@ def fit_path(
             logits still tell the probabilities in data like these: a probe that has learned from weighted images
             lacks the shares of the classes, and its bias gets them.
         rows: which images are learned from, int64 [n]; None is all.
+        start: where the first fit begins; None is at 0.
     """
-    for (probe,) in _fit_paths(features, labels, classes, strengths, class_weights, rows):
+    for (probe,) in _fit_paths(features, labels, classes, strengths, class_weights, rows, start=start):
         yield probe
 
 
@@ -181,13 +198,14 @@ def _fit_paths(
     class_weights: list[float] | None = None,
     rows: torch.Tensor | None = None,
     learns: torch.Tensor | None = None,
+    start: LinearProbe | None = None,
 ) -> Iterator[list[LinearProbe]]:
     """Yield the probes of each strength that learn from several parts of some rows; see `fit_path`.
 
     All are fitted at once: their objectives are added up, and every look at the features serves all of them.
 
     Args:
-        features, labels, classes, strengths, class_weights, rows: see `fit_path`.
+        features, labels, classes, strengths, class_weights, rows, start: see `fit_path`.
         learns: whether a probe learns from a row, bool [n, K]; None is one probe that learns from all. A probe of a
             single row learns nothing: all classes stay equally likely.
     """
@@ -202,8 +220,11 @@ def _fit_paths(
         weights = torch.tensor(class_weights, device=features.device)
         counts, log_shares = counts * weights[labels][:, None], -(classes * weights).log()
     shape = (len(numbers), classes, features.shape[1])
-    weight = torch.zeros(shape, device=features.device, requires_grad=True)
-    bias = torch.zeros(shape[:2], device=features.device, requires_grad=True)
+    weight, bias = features.new_zeros(shape), features.new_zeros(shape[:2])
+    if start is not None:  # a feature of infinite scale has no weight
+        weight += (start.weight * scale[:, None]).nan_to_num(0, 0, 0)
+        bias += start.bias + start.weight @ mean - log_shares
+    weight.requires_grad_(), bias.requires_grad_()
     for strength in strengths:
         minimise(centred, labels, weight, bias, strength, counts, scale)
         folded = weight.detach() / scale[:, None]

@@ -20,11 +20,12 @@ from luthier.images.views import EvaluationView
 from luthier.training import probe as probe_module
 from luthier.training.features import build_backbone, load_features
 from luthier.training.probe import (
+    SOFT,
     STRENGTHS,
     LinearProbe,
     cross_fit,
     fit_path,
-    fit_probe,
+    fit_probes,
     fit_shared_probes,
     minimise,
     state_with_probe,
@@ -56,7 +57,7 @@ def test_optimum_equals_that_of_scikit_learn():
 def test_strength_is_chosen_on_validation_and_the_scale_is_folded_in():
     features, labels = clusters(60, 1)
     validation, validation_labels = clusters(300, 2)
-    probe = fit_probe(features, labels, validation, validation_labels)
+    probe, _ = fit_probes(features, labels, validation, validation_labels)
     logits = probe.logits(validation)
     assert probe.loss == pytest.approx(torch.nn.functional.cross_entropy(logits, validation_labels).item())
     assert (logits.argmax(dim=1) == validation_labels).float().mean() > 0.8
@@ -67,9 +68,32 @@ def test_constant_feature_does_no_harm():
     features, labels = clusters(60, 1)
     features[:, 3] = 7.0
     without = features[:, [0, 1, 2, 4, 5, 6, 7]]
-    logits = fit_probe(features, labels, features, labels).logits(features)
-    expected = fit_probe(without, labels, without, labels).logits(without)
+    logits = fit_probes(features, labels, features, labels)[0].logits(features)
+    expected = fit_probes(without, labels, without, labels)[0].logits(without)
     torch.testing.assert_close(logits.softmax(dim=1), expected.softmax(dim=1), atol=2e-3, rtol=0)
+
+
+def test_probe_of_many_images_begins_with_that_of_a_sample(monkeypatch):
+    features, labels = clusters(4000, 1)
+    features[:, 3], features[:, 5] = 7.0, (torch.arange(4000) == 17).float()  # constant in all images, in the sample
+    validation, validation_labels = clusters(900, 2)
+    validation[:, 3], validation[:, 5] = 7.0, 0.0
+    weights, fitted = [0.5, 1.0, 2.0], []
+    whole, soft = fit_probes(features, labels, validation, validation_labels, weights)
+
+    def record(features, labels, weight, bias, strength, counts, scale):
+        fitted.append((len(features), strength))
+        minimise(features, labels, weight, bias, strength, counts, scale)
+
+    monkeypatch.setattr(probe_module, "minimise", record)
+    monkeypatch.setattr(probe_module, "MANY", 4000)
+    probe, of_sample = fit_probes(features, labels, validation, validation_labels, weights)
+    tried = [strength for images, strength in fitted if images == 4000]
+    assert {images for images, _ in fitted} == {500, 4000} and SOFT not in tried and len(tried) < len(fitted) / 2
+    assert (probe.strength, of_sample.strength) == (whole.strength, SOFT)
+    for one, other, tolerance in ((probe, whole, 0.01), (of_sample, soft, 0.1)):
+        chances = (each.logits(validation).softmax(dim=1) for each in (one, other))
+        torch.testing.assert_close(*chances, atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 5])
