@@ -38,7 +38,6 @@ SHOWN = (
     "label_names", "on_bad_image", "validation_fraction", "test_fraction", "split_seed",
 )  # fmt: skip
 POLL = 5.0  # seconds between two looks for the other machines
-PLAN = "shards.json"  # what the shards in a folder are made of
 
 
 @exit_on_user_error
@@ -69,7 +68,12 @@ def main(argv: list[str] | None = None) -> None:
     from luthier.machine import set_up_process
 
     set_up_process(arguments.training_args)
-    folder = Path(argv[1]).expanduser()
+    folder, source = Path(argv[1]).expanduser(), Path(argv[0]).expanduser()
+    if source.is_dir() and source.resolve() in (folder.resolve(), *folder.resolve().parents):
+        raise UserError(
+            f"{folder} is or lies in {source}, whose images its files would be among: give a folder elsewhere"
+        )
+    check_folder(folder)
     if share.machines > 1:
         inspect_share(arguments.data_args.for_images(), folder, share)
     splits, unreadable = load_splits(**arguments.data_args.for_splits())
@@ -164,27 +168,29 @@ def write_shards(splits: "DatasetDict", folder: Path, side: int, images: int, sh
 
     from luthier.images.shards import BLOCK
     from luthier.images.splits import draw_order
-    from luthier.output_dir import written_whole
+    from luthier.output_dir import lock_folder, written_whole
 
     kept = {split: keep_one_of_each(dataset) for split, dataset in splits.items()}
     claim_folder(folder, plan_of(kept, side, images))
-    for split, dataset in kept.items():
-        copies = len(splits[split]) - len(dataset)
-        order = np.argsort(draw_order(dataset["digest"][:], seed=1), kind="stable")
-        parts = list(enumerate(np.array_split(order, -(-len(order) // images))))
-        own, there = parts[share.machine - 1 :: share.machines], 0
-        for number, rows in own:
-            path = folder / f"{split}-{number:05}-of-{len(parts):05}.parquet"
-            if path.exists():
-                there += 1
-                continue
-            with written_whole(path) as whole:
-                resized(dataset, rows, side).to_parquet(str(whole), batch_size=BLOCK)
-        found = f", {there} of them from before" if there else ""
-        share_of = f", {len(own)} of them on this machine" if share.machines > 1 else ""
-        files = f"{plural(len(parts), 'file')}{share_of}{found}"
-        text = f"{plural(len(dataset), 'image')} in {files}; copies left out: {copies}"
-        say("shards", f"{split}: {text}")
+    busy = f"another prepare.py is writing into {folder}: wait for it, or give each machine another --share"
+    with lock_folder(folder, f".lock-{share.machine}-of-{share.machines}", busy):
+        for split, dataset in kept.items():
+            copies = len(splits[split]) - len(dataset)
+            order = np.argsort(draw_order(dataset["digest"][:], seed=1), kind="stable")
+            parts = list(enumerate(np.array_split(order, -(-len(order) // images))))
+            own, there = parts[share.machine - 1 :: share.machines], 0
+            for number, rows in own:
+                path = folder / f"{split}-{number:05}-of-{len(parts):05}.parquet"
+                if path.exists():
+                    there += 1
+                    continue
+                with written_whole(path) as whole:
+                    resized(dataset, rows, side).to_parquet(str(whole), batch_size=BLOCK)
+            found = f", {there} of them from before" if there else ""
+            share_of = f", {len(own)} of them on this machine" if share.machines > 1 else ""
+            files = f"{plural(len(parts), 'file')}{share_of}{found}"
+            text = f"{plural(len(dataset), 'image')} in {files}; copies left out: {copies}"
+            say("shards", f"{split}: {text}")
 
 
 def keep_one_of_each(dataset: "Dataset") -> "Dataset":
@@ -208,25 +214,37 @@ def plan_of(splits: dict[str, "Dataset"], side: int, images: int) -> dict:
     return plan
 
 
+def check_folder(folder: Path) -> None:
+    """Check that a folder is empty, or one that this command has begun.
+
+    Raises:
+        UserError: it has something else.
+    """
+    from luthier.images.columns import PLAN
+    from luthier.images.decode import is_hidden
+
+    foreign = folder.exists() and (not folder.is_dir() or any(not is_hidden(path.name) for path in folder.iterdir()))
+    if foreign and not (folder / PLAN).is_file():
+        raise UserError(f"{folder} is not an empty folder: give another one for the shards")
+
+
 def claim_folder(folder: Path, plan: dict) -> None:
     """Write the plan into a folder, if that is empty or has the same plan already.
 
     Raises:
         UserError: it has something else.
     """
-    from luthier.images.decode import is_hidden
+    from luthier.images.columns import PLAN
     from luthier.output_dir import written_whole
 
     text = json.dumps(plan, indent=1)
+    check_folder(folder)
     try:
-        if (folder / PLAN).is_file():
-            if (folder / PLAN).read_text(encoding="utf-8") == text:
-                return
+        if not (folder / PLAN).is_file():
+            with written_whole(folder / PLAN) as whole:
+                whole.write_text(text, encoding="utf-8")
+        elif (folder / PLAN).read_text(encoding="utf-8") != text:
             raise UserError(f"{folder} has shards of other images, splits or sizes: give another folder, or remove it")
-        if folder.exists() and (not folder.is_dir() or any(not is_hidden(path.name) for path in folder.iterdir())):
-            raise UserError(f"{folder} is not an empty folder: give another one for the shards")
-        with written_whole(folder / PLAN) as whole:
-            whole.write_text(text, encoding="utf-8")
     except (FileExistsError, NotADirectoryError) as error:
         raise UserError(f"{folder} cannot be a folder: {error.strerror}. Give another one for the shards") from error
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from luthier.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+CARD = "README.md"  # the model card
 LOCK = ".lock"  # in the directory while a run writes there
 
 
@@ -51,7 +53,12 @@ def is_empty(folder: Path) -> bool:
 
 def has_ended(output_dir: Path) -> bool:
     """Tell whether a run has written all of its output: the model card comes last."""
-    return all((output_dir / name).exists() for name in ("metrics.json", "README.md"))
+    return all((output_dir / name).exists() for name in ("metrics.json", CARD))
+
+
+def mark_unfinished(output_dir: Path) -> None:
+    """Let a run that goes on not count as finished before it has written all of its output again."""
+    (output_dir / CARD).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -77,7 +84,8 @@ def claim_output_dir(output_dir: Path, continues: bool, enabled: bool = True) ->
     except OSError as error:
         raise UserError(f"cannot create --output_dir {output_dir}: {error.strerror}. Give another") from error
     try:
-        with _lock(output_dir):
+        busy = f"another run is writing into {output_dir}: wait for it, stop it, or give another --output_dir"
+        with lock_folder(output_dir, LOCK, busy):
             if not continues and not is_empty(output_dir):
                 raise UserError(f"another run has just written into {output_dir}: start again")
             yield
@@ -88,22 +96,30 @@ def claim_output_dir(output_dir: Path, continues: bool, enabled: bool = True) ->
 
 
 @contextlib.contextmanager
-def _lock(output_dir: Path) -> Iterator[None]:
-    lock = FileLock(output_dir / LOCK)
+def lock_folder(folder: Path, name: str, busy: str) -> Iterator[None]:
+    """Keep other processes out of a folder; the lock belongs to the system and ends with the process.
+
+    Args:
+        folder: to write to.
+        name: of the lock's file in it.
+        busy: the message if another process has the lock.
+
+    Raises:
+        UserError: another process has it.
+    """
+    lock = FileLock(folder / name)
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        raise UserError(
-            f"another run is writing into {output_dir}: wait for it, stop it, or give another --output_dir"
-        ) from None
+        raise UserError(busy) from None
     except (OSError, NotImplementedError) as error:  # some network disks have no locks
-        logger.warning(f"{output_dir} cannot be locked against a second run: {error}")
+        logger.warning(f"{folder} cannot be locked against a second run: {error}")
     try:
         yield
     finally:
         # Before the release, so that it is never another run's lock. Windows removes it only once it is released.
         with contextlib.suppress(OSError):
-            (output_dir / LOCK).unlink()
+            (folder / name).unlink()
         lock.release()
 
 
@@ -114,6 +130,8 @@ def written_whole(target: Path) -> Iterator[Path]:
     whole = target.with_name(f".{target.name}")
     try:
         yield whole
+        with whole.open("rb+") as file:
+            os.fsync(file.fileno())
         whole.replace(target)
     finally:
         whole.unlink(missing_ok=True)

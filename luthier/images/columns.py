@@ -2,7 +2,9 @@
 
 import contextlib
 import itertools
+import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+PLAN = "shards.json"  # in a folder that prepare.py writes: what its files are made of
 ENCODED_IMAGE = {"bytes": Value("binary"), "path": Value("string")}  # an image column that lost its type
 GIVEN_GROUP = "given_group"  # the column of what an image belongs to, where the user has told it
 LABEL_COLUMNS = ("label", "labels", "class", "cls", "category", "target", "fine_label")
@@ -42,10 +45,28 @@ def load_named(dataset_name: str, dataset_config_name: str | None) -> DatasetDic
     with explain_loading(dataset_name):
         loaded = load_dataset(resolved(dataset_name), dataset_config_name)
         if Path(dataset_name).is_dir():
+            check_complete(Path(dataset_name))
             files = load_dataset_builder(resolved(dataset_name), dataset_config_name).config.data_files or {}
             for url in itertools.chain.from_iterable(files.values()):
                 _check_file(url, next(iter(loaded.values())).features)
     return DatasetDict(named_splits(loaded, dataset_name))
+
+
+def check_complete(folder: Path) -> None:
+    """Check that prepare.py has written all files of a folder that it began.
+
+    Raises:
+        UserError: some are missing.
+    """
+    if not (folder / PLAN).is_file():
+        return
+    for split in json.loads((folder / PLAN).read_text(encoding="utf-8"))["splits"]:
+        names = [path.name for path in folder.glob(f"{split}-*-of-*")]
+        if not names or len(names) < int(re.split(r"-of-|\.", names[0])[1]):
+            raise UserError(
+                f"{folder} lacks files of the split {split}: prepare.py was interrupted, or other machines have not "
+                "written their share. Run it again with the same options, and it writes what is missing"
+            )
 
 
 def _check_file(url: str, features: Features) -> None:

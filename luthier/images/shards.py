@@ -23,7 +23,14 @@ from torch.utils.data import get_worker_info
 from luthier.cache import cache_key, read_cached, write_cached
 from luthier.errors import UserError
 from luthier.images.archives import index_archive, read_part
-from luthier.images.columns import check_class_names, explain_loading, find_columns, named_splits, resolved
+from luthier.images.columns import (
+    check_class_names,
+    check_complete,
+    explain_loading,
+    find_columns,
+    named_splits,
+    resolved,
+)
 from luthier.images.decode import read_bytes, reason
 from luthier.terminal import plural
 
@@ -167,6 +174,8 @@ def read_sources(
     Raises:
         UserError: it cannot be loaded, or is in other files.
     """
+    if Path(name).is_dir():
+        check_complete(Path(name))
     with explain_loading(name):
         files, features = _list_files(name, config)
         image_column, label_column = find_columns(features, image_column, label_column)

@@ -69,6 +69,15 @@ def cut_missing_splits(
     return DatasetDict({split: complete[split] for split in ("train", "validation", "test")})
 
 
+def hash_splits(splits: DatasetDict) -> str:
+    """Return a hash of the images of each split, by content, with their order and classes."""
+    total = hashlib.sha256()
+    for split, dataset in splits.items():
+        total.update(f"{split} {dataset.features['label'].names} {dataset['label'][:]}".encode())
+        total.update("".join(dataset["digest"][:]).encode())
+    return total.hexdigest()
+
+
 def _holds_class(labels: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """Return whether a row's group holds all images of a class, bool [N]: such a group is needed in train."""
     _, first, classes = np.unique(labels, return_index=True, return_inverse=True)

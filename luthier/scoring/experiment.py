@@ -6,6 +6,7 @@ from typing import NamedTuple
 from datasets import DatasetDict
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
+from luthier.images.splits import hash_splits
 from luthier.images.streams import Stream
 from luthier.images.views import EvaluationView
 from luthier.machine import lay_out
@@ -61,7 +62,8 @@ class Experiment(NamedTuple):
         """Return what builds the Trainers of this run; see `Workshop`."""
         measure, weights = self.judge.compute_metrics, self.judge.class_weights
         lay_out(self.model, training_args.device, len(self.stream.labels if self.stream else self.splits["train"]))
-        return Workshop(self.model, training_args, collate, measure, callbacks, weights, self.view.scale)
+        data = hash_splits(self.splits)
+        return Workshop(self.model, training_args, collate, measure, callbacks, weights, self.view.scale, data)
 
 
 class Result(NamedTuple):

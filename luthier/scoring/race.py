@@ -8,6 +8,7 @@ far, or when one has run its last heat.
 """
 
 import json
+import logging
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import Trainer
 
 from luthier.errors import UserError
+from luthier.output_dir import mark_unfinished, written_whole
 from luthier.scoring.criterion import Judge
 from luthier.scoring.selection import Candidate, choose, load_candidate, score_candidates
 from luthier.terminal import Stopwatch, plural, say
@@ -29,7 +31,9 @@ from luthier.training.recipe import BATCH, Recipe
 from luthier.training.signals import Stop
 from luthier.training.trainer import SafeTrainer, model_of, train
 
-RECORD = "race.json"  # in the directory of a run: its finished heats
+logger = logging.getLogger(__name__)
+
+RECORD = "race.json"  # in the directory of a run: when the heats of its arms end, those finished, why the race ended
 FAR = 3.0  # times the probe's loss that the arms may have after the first heat, and go on
 MIN_GAIN, LEAST_GAIN = 0.05, 0.005  # that the rest of an arm must promise: a share of the best loss, and in nats
 
@@ -172,27 +176,29 @@ def race(arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: s
         resume: None, `auto`, or for a single arm the checkpoint to continue from.
 
     Raises:
-        UserError: see `trainer.train`; or the run was begun with another metric.
+        UserError: see `trainer.train`; or the run was begun with another metric or other data.
     """
     if probe and len(arms) > 1 and probe.loss < course.judge.criterion.enough:
         return Outcome(reason="the probe, which leaves little to gain", probe=probe)
     named = Path(resume) if resume and resume != "auto" else None
-    heats = _read_record(course, arms, named) if resume else []
+    heats, reason = _read_record(course, arms, named) if resume else ([], "")
     earlier = sum(heat.seconds for heat in heats)
     if named:
-        check_named(named)
+        check_named(named, arms[0].origin)
+        mark_unfinished(course.whole_run_dir)
         _drop_later(arms[0], named)
-    reason, last, begun = "", None, False
+        _write_record(course.run_dir, arms, heats, "")
+    last, begun = None, False
 
-    def advance(arm: Arm, number: int) -> tuple[Arm, SafeTrainer, list[Candidate]]:
+    def advance(arm: Arm, end: int) -> tuple[Arm, SafeTrainer, list[Candidate]]:
         nonlocal begun, named
         checkpoint = named or newest_shared(arm.folder, arm.is_main_process)
         if resume and not begun:
             say("resume", _where(checkpoint, heats))
         if not begun:
             EpochTable.write_header(arm.training_args)
-        begun, named = True, named if named and step_of(named) >= arm.ends[number] else None
-        return _advance(arm, number, course, checkpoint)
+        begun, named = True, named if named and step_of(named) >= end else None
+        return _advance(arm, end, course, checkpoint)
 
     while arms and not reason:  # an arm that was asked for is compared with itself alone
         arm, reason = _choose_next(heats, arms, probe if len(arms) > 1 else None, named)
@@ -203,18 +209,19 @@ def race(arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: s
             reason = "the time limit"
             break
         last, begin = None, course.stopwatch.total()  # one model at a time in memory
-        last = advance(arm, number)
+        last = advance(arm, arm.ends[number])
         seconds = course.stopwatch.total() - begin
-        heats.append(_describe(last, arm, number, seconds, course.judge.criterion.metric))
-        _write_record(course.run_dir, heats, arm.is_main_process)
-        reason = "the time limit" if last[1].state.global_step < arm.ends[number] else ""
+        heats.append(_describe(last, seconds, course.judge.criterion.metric))
+        reason = "the time limit" if heats[-1].step < arm.ends[number] else ""
+        _write_record(course.run_dir, arms, heats, reason)
+    _write_record(course.run_dir, arms, heats, reason)
     finished = [arm for arm in arms if _results(heats, arm)]
     if not finished:  # there was nothing to train, or no time
         return Outcome(heats=heats, reason=reason, earlier=earlier, probe=probe)
     winner = min(finished, key=lambda arm: _results(heats, arm)[-1].loss)
     if last is None or last[0] is not winner:
         last = None
-        last = advance(winner, winner.ends.index(_results(heats, winner)[-1].step))
+        last = advance(winner, _results(heats, winner)[-1].step)
     return Outcome(*last, heats, reason, earlier, probe)
 
 
@@ -273,27 +280,23 @@ def _promise(heats: list[Heat], arm: Arm) -> float:
     return predict_loss(before, now, now.epochs * arm.ends[-1] / now.step)
 
 
-def _advance(
-    arm: Arm, number: int, course: Course, checkpoint: Path | None
-) -> tuple[Arm, SafeTrainer, list[Candidate]]:
-    """Run a heat of an arm from a checkpoint, or from the arm's start; score its best weights so far."""
+def _advance(arm: Arm, end: int, course: Course, checkpoint: Path | None) -> tuple[Arm, SafeTrainer, list[Candidate]]:
+    """Train an arm up to a step, from a checkpoint or from the arm's start; score its best weights so far."""
     trainer = arm.trainer()
     if arm.schedule is None:
         trainer.add_callback(EndInTime(course.ends_in_time))
-    train(trainer, arm.ends[number] if arm.schedule else None, checkpoint, course.stop, course.whole_run_dir)
+    there = checkpoint is not None and step_of(checkpoint) >= end
+    train(trainer, end if arm.schedule or there else None, checkpoint, course.stop, course.whole_run_dir)
     shares = (1.0,) if course.only_trained else arm.recipe.shares
     candidates = score_candidates(trainer, arm.rows["validation"], arm.start, shares, course.judge, arm.recipe.name)
     return arm, trainer, candidates
 
 
-def _describe(
-    advanced: tuple[Arm, SafeTrainer, list[Candidate]], arm: Arm, number: int, seconds: float, metric: str
-) -> Heat:
-    _, trainer, candidates = advanced
+def _describe(advanced: tuple[Arm, SafeTrainer, list[Candidate]], seconds: float, metric: str) -> Heat:
+    arm, trainer, candidates = advanced
     best = min(candidates, key=lambda candidate: candidate.loss)
-    epochs = float(trainer.state.epoch or 0)
-    accuracy = best.validation["accuracy"]
-    return Heat(arm.recipe.name, arm.ends[number], epochs, best.loss, accuracy, round(seconds, 3), metric)
+    step, epochs, accuracy = trainer.state.global_step, float(trainer.state.epoch or 0), best.validation["accuracy"]
+    return Heat(arm.recipe.name, step, epochs, best.loss, accuracy, round(seconds, 3), metric)
 
 
 def _results(heats: list[Heat], arm: Arm) -> list[Heat]:
@@ -310,10 +313,11 @@ def _next_heat(heats: list[Heat], arm: Arm, named: Path | None) -> int:
 
 def _expected_seconds(heats: list[Heat], arm: Arm, number: int) -> float:
     """Return the seconds that a heat will take, by those of the arm's last one, or by another arm's first one."""
-    if number == 0:
+    own = _results(heats, arm)
+    if number == 0 or not own:  # a named checkpoint may be past the first heats
         return max((heat.seconds for heat in heats), default=0.0)
     lengths = [end - begin for begin, end in zip((0, *arm.ends), arm.ends, strict=False)]
-    return _results(heats, arm)[-1].seconds * lengths[number] / lengths[number - 1]
+    return own[-1].seconds * lengths[number] / lengths[number - 1]
 
 
 def _where(checkpoint: Path | None, heats: list[Heat]) -> str:
@@ -323,21 +327,33 @@ def _where(checkpoint: Path | None, heats: list[Heat]) -> str:
     return f"after {plural(len(heats), 'heat')}" if heats else "there is no whole checkpoint: from the start"
 
 
-def _read_record(course: Course, arms: Sequence[Arm], named: Path | None) -> list[Heat]:
-    """Return these arms' heats that an earlier part of the run has finished, up to the checkpoint that is named.
+def _read_record(course: Course, arms: Sequence[Arm], named: Path | None) -> tuple[list[Heat], str]:
+    """Return the heats of an earlier part of the race and why it ended, if it has; up to a checkpoint that is named.
 
     Raises:
         UserError: their losses are of another metric.
     """
-    path, names = course.run_dir / RECORD, {arm.recipe.name for arm in arms}
-    heats = [Heat(**row) for row in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []
+    path = course.run_dir / RECORD
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        planned, heats, ended = record["arms"], [Heat(**row) for row in record["heats"]], record["ended"]
+    except FileNotFoundError:
+        return [], ""
+    except (ValueError, TypeError, KeyError) as error:
+        logger.warning(f"Not used: {path}, which cannot be read ({error}). The checkpoints are")
+        return [], ""
+    ends = {arm.recipe.name: list(arm.ends) for arm in arms}
+    if planned.keys() != ends.keys():  # another race: its checkpoints are in other folders
+        return [], ""
     for heat in heats:
         if heat.metric != course.judge.criterion.metric:
             raise UserError(
                 f"{course.whole_run_dir} was begun with --metric {heat.metric}: resume it with the same, or give "
                 "another --output_dir"
             )
-    return [heat for heat in heats if heat.arm in names and (named is None or heat.step <= step_of(named))]
+    if named is None:
+        return heats, ended if planned == ends else ""
+    return [heat for heat in heats if heat.step <= step_of(named)], ""
 
 
 def _drop_later(arm: Arm, named: Path) -> None:
@@ -348,8 +364,9 @@ def _drop_later(arm: Arm, named: Path) -> None:
                 shutil.rmtree(checkpoint)
 
 
-def _write_record(run_dir: Path, heats: list[Heat], is_main_process: bool) -> None:
-    if is_main_process:
-        partial = run_dir / f".{RECORD}"
-        partial.write_text(json.dumps([heat._asdict() for heat in heats], indent=2) + "\n", encoding="utf-8")
-        partial.replace(run_dir / RECORD)
+def _write_record(run_dir: Path, arms: Sequence[Arm], heats: list[Heat], ended: str) -> None:
+    if arms and arms[0].is_main_process:
+        planned = {arm.recipe.name: arm.ends for arm in arms}
+        record = {"arms": planned, "ended": ended, "heats": [heat._asdict() for heat in heats]}
+        with written_whole(run_dir / RECORD) as whole:
+            whole.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from transformers import BaseImageProcessor, PreTrainedModel, Trainer
 
@@ -235,14 +235,19 @@ def choose_backbone(
         return known
     tried: list[Backbone] = []
     for name in (*EFFICIENTNETS, *HUB_BACKBONES):
+        built, failure = None, None
         try:
-            model, image_processor = build(name)
-        except HubUnreachable:
+            built = build(name)
+        except ModelError as error:
+            failure = (isinstance(error, HubUnreachable), str(error))
+        failures = [each for each in gather_object([failure]) if each]  # all processes go on alike
+        if any(unreachable for unreachable, _ in failures):
             say("backbone", "the Hub cannot be reached: only the built-in ones are compared")
             break
-        except ModelError as error:
-            say("backbone", f"{name} is left out: {error}")
+        if failures or built is None:
+            say("backbone", f"{name} is left out: {failures[0][1]}")
             continue
+        model, image_processor = built
         (losses,) = sample.losses(model, image_processor)
         tried.append(Backbone(name, float(losses.mean()), 1000 * sample.seconds / len(sample.labels)))
     affordable = [backbone for backbone in tried if backbone.milliseconds <= milliseconds] or tried[:1]

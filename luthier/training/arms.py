@@ -11,6 +11,7 @@ import torch
 from transformers import EvalPrediction, PreTrainedModel, SchedulerType, Trainer, TrainerCallback, TrainingArguments
 
 from luthier.fusion import fuse_for_training
+from luthier.training.checkpoints import Origin
 from luthier.training.heats import Schedule, first_heat, heat_ends
 from luthier.training.layers import freeze
 from luthier.training.recipe import Recipe
@@ -31,6 +32,7 @@ class Workshop:
         callbacks: of every training.
         class_weights: of `criterion.Balance`; None counts all images alike.
         scale: from 8-bit levels to pixel values, see `EvaluationView.scale`.
+        data: hash of the splits, see `splits.hash_splits`.
     """
 
     model: PreTrainedModel
@@ -40,6 +42,7 @@ class Workshop:
     callbacks: Sequence[TrainerCallback] = ()
     class_weights: list[float] | None = None
     scale: Callable[[torch.Tensor], torch.Tensor] | None = None
+    data: str = ""
 
     def predictor(self, state: State | None = None) -> Trainer:
         """Return a Trainer that only predicts, with the model in a state, or as it was built."""
@@ -95,6 +98,11 @@ class Arm(NamedTuple):
         """The optimizer steps of an epoch."""
         return count_steps(self.training_args, len(self.rows["train"]))
 
+    @property
+    def origin(self) -> Origin:
+        """What its checkpoints keep of the data; see `Origin`."""
+        return Origin(self.workshop.data, self.batch, getattr(self.rows["train"], "order", ""))
+
     def trainer(self) -> SafeTrainer:
         """Return a Trainer with a copy of the model, at the arm's start."""
         model = self.workshop.copy(self.start)
@@ -103,10 +111,12 @@ class Arm(NamedTuple):
             height, width = self.rows["train"][0]["pixel_values"].shape[-2:]
             model = fuse_for_training(model, (height, width))
         shop = self.workshop
-        return build_trainer(
+        trainer = build_trainer(
             model, self.recipe, self.training_args, self.rows, shop.collate, shop.compute_metrics, shop.callbacks,
             self.schedule, shop.class_weights, shop.scale,
         )  # fmt: skip
+        trainer.origin = self.origin
+        return trainer
 
 
 def plan_arm(recipe: Recipe, workshop: Workshop, rows: Mapping[str, Any], folder: Path, start: State | None) -> Arm:

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
@@ -16,8 +17,22 @@ from luthier.errors import UserError
 logger = logging.getLogger(__name__)
 
 HASHES = "hashes.json"  # SHA-256 of every other file of a checkpoint; written last
-ORDER = "order.txt"  # of a run that streams: what the order of its images depends on
+ORIGIN = "origin.json"  # in a checkpoint, see `Origin`
 PARTIAL = ".partial"  # where a checkpoint is written before it gets its name
+
+
+class Origin(NamedTuple):
+    """What a resumed training must have in common with its beginning.
+
+    Attributes:
+        data: hash of the splits, see `splits.hash_splits`.
+        batch: images in an optimizer step, of all processes together.
+        order: of a stream: what the order of its images depends on.
+    """
+
+    data: str
+    batch: int
+    order: str = ""
 
 
 def seal(folder: Path, checkpoint: Path) -> None:
@@ -96,35 +111,55 @@ def newest_shared(output_dir: Path, is_main_process: bool) -> Path | None:
     return checkpoint
 
 
-def check_named(checkpoint: Path) -> None:
-    """Refuse a checkpoint that is not as it was written.
+def check_named(checkpoint: Path, origin: Origin) -> None:
+    """Refuse a checkpoint that is not as it was written, or of other data.
 
     Raises:
-        UserError: it is damaged.
+        UserError: it is damaged, or see `check_origin`.
     """
     damage = find_damage(checkpoint) if (checkpoint / HASHES).exists() else None
     if damage:
         raise UserError(f"{checkpoint} is damaged: {damage}. Use another, or --resume_from_checkpoint auto")
+    check_origin(checkpoint, origin)
 
 
-def write_order(checkpoint: Path, order: str) -> None:
-    """Write into a checkpoint what the order of the training images depends on; nothing if that is empty."""
-    if order:
-        (checkpoint / ORDER).write_text(order, encoding="utf-8")
+def write_origin(checkpoint: Path, origin: Origin) -> None:
+    """Write into a checkpoint what a training that continues it must have in common with this one."""
+    (checkpoint / ORIGIN).write_text(json.dumps(origin._asdict(), indent=2) + "\n", encoding="utf-8")
 
 
-def check_order(checkpoint: Path, order: str) -> None:
-    """Check that the images come in the order of a checkpoint, which has left the rest of an epoch.
+def check_origin(checkpoint: Path, origin: Origin) -> None:
+    """Check that a checkpoint is of the same data. Otherwise its weights may have learned from images of other splits.
 
     Raises:
-        UserError: the files of the stream are others now.
+        UserError: images, classes, splits, the order or the batch are others now.
     """
-    record = checkpoint / ORDER
-    if record.exists() and record.read_text(encoding="utf-8") != order:
+    record = checkpoint / ORIGIN
+    if not record.exists():  # of an earlier version
+        return
+    begun = Origin(**json.loads(record.read_text(encoding="utf-8")))
+    if (begun.data, begun.order) != (origin.data, origin.order):
         raise UserError(
-            f"{checkpoint} is of other files, or of files with other names: images would come twice or never in the "
-            "rest of its epoch. Restore the files, or give another --output_dir"
+            f"{checkpoint} is of other images or files, or of another cut into train, validation and test: it may "
+            "have learned from images that are tested now. Restore the files, their names and the options (like "
+            "--split_seed and --fold), or begin a new run in another --output_dir"
         )
+    if begun.batch != origin.batch:
+        raise UserError(
+            f"{checkpoint} was trained with {begun.batch} images in a step, and now there would be {origin.batch}. "
+            "Give --per_device_train_batch_size and --gradient_accumulation_steps: their product, times the number "
+            f"of processes, must be {begun.batch}"
+        )
+
+
+def bring_best(checkpoint: Path, output_dir: Path) -> None:
+    """Copy the best checkpoint so far beside those of a training that continues in another directory."""
+    best = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8")).get("best_global_step")
+    source, target = checkpoint.parent / f"checkpoint-{best}", output_dir / f"checkpoint-{best}"
+    if source.exists() and not target.exists():
+        partial = output_dir / PARTIAL / target.name
+        shutil.copytree(source, partial, dirs_exist_ok=True)
+        partial.rename(target)
 
 
 def load_weights(model: PreTrainedModel, checkpoint: Path) -> None:

@@ -32,14 +32,16 @@ from luthier.terminal import has_terminal
 from luthier.training.callbacks import EpochTable, ProgressBar, ProgressLines, SetEpoch
 from luthier.training.checkpoints import (
     PARTIAL,
+    Origin,
+    bring_best,
     check_disk_space,
-    check_order,
+    check_origin,
     load_weights,
     newest,
     prune_checkpoints,
     seal,
     step_of,
-    write_order,
+    write_origin,
 )
 from luthier.training.heats import EndHeat, Schedule
 from luthier.training.layers import parameter_groups
@@ -61,6 +63,7 @@ class SafeTrainer(WorkerTrainer):
     schedule: Schedule | None = None  # of the learning rate, in the place of `lr_scheduler_type`
     class_weights: torch.Tensor | None = None  # [C]; see `criterion.Balance`
     scale: Callable[[torch.Tensor], torch.Tensor] | None = None  # 8-bit levels to pixel values
+    origin: Origin | None = None  # which checkpoints keep
     writing_to: str | None = None
     save_postponed = False
     not_finite_at: torch.Tensor | None = None  # step of the first loss or gradient that was not finite, or -1
@@ -103,7 +106,8 @@ class SafeTrainer(WorkerTrainer):
                 # The library looks for it in the folder that this one is written into.
                 self.state.best_model_checkpoint = str(output_dir / f"checkpoint-{best}") if best else None
                 self.state.save_to_json(str(written / "trainer_state.json"))
-                write_order(written, self.order)
+                if self.origin:
+                    write_origin(written, self.origin)
                 seal(written, checkpoint)
                 prune_checkpoints(output_dir, self.args.save_total_limit, best)
         except Exception as error:  # safetensors and torch have errors of their own for a full disk
@@ -317,13 +321,16 @@ def train(trainer: SafeTrainer, end: int | None, checkpoint: Path | None, stop: 
         run_dir: the directory that a stopped run is resumed with.
 
     Raises:
-        UserError: the checkpoint is damaged or of other files, memory does not suffice, the loss is not finite, or the
+        UserError: the checkpoint is damaged or of other data, memory does not suffice, the loss is not finite, or the
             disk is full.
     """
     model, output_dir = model_of(trainer), Path(str(trainer.args.output_dir))
     set_seed(trainer.args.seed)  # the features may have come from the cache, which draws no random numbers
     if checkpoint:
-        check_order(checkpoint, trainer.order)
+        if trainer.origin:
+            check_origin(checkpoint, trainer.origin)
+        if trainer.is_world_process_zero():
+            bring_best(checkpoint, output_dir)
         load_weights(model, checkpoint)
     if checkpoint and end is not None and step_of(checkpoint) >= end:
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
@@ -336,9 +343,8 @@ def train(trainer: SafeTrainer, end: int | None, checkpoint: Path | None, stop: 
             exit_stopped(output_dir, stop.received, run_dir)
     trainer.accelerator.free_memory()  # its data workers too
     # The best step was chosen on validation. With other strategies than Luthier's it may have no checkpoint.
-    folders = [output_dir, *([checkpoint.parent] if checkpoint else [])]
-    best = [folder / f"checkpoint-{trainer.state.best_global_step}" for folder in folders]
-    (found,) = broadcast_object_list([next((path for path in best if path.exists()), None)])
+    best = output_dir / f"checkpoint-{trainer.state.best_global_step}"
+    (found,) = broadcast_object_list([best if best.exists() else None])
     if found is None:
         trainer.state.best_global_step = None
     elif found.exists():  # on this machine

@@ -57,12 +57,6 @@ class WorkerTrainer(Trainer):
     `_get_dataloader`, and does accelerate's wrapper still keep the loader as `base_dataloader`?
     """
 
-    @property
-    def order(self) -> str:
-        """What the order of the training images depends on besides seed and epoch; empty where they do not stream."""
-        rows = getattr(self.train_dataset, "rows", None)
-        return rows.order if isinstance(rows, StreamedRows) else ""
-
     def _get_dataloader(self, dataset, description, batch_size, *arguments, **options) -> DataLoader:
         loader = super()._get_dataloader(dataset, description, batch_size, *arguments, **options)
         inner = getattr(loader, "base_dataloader", loader)  # which accelerate has wrapped

@@ -12,6 +12,9 @@ from PIL import Image
 
 import luthier.images.inspection
 import prepare
+from luthier.errors import UserError
+from luthier.images.streams import open_stream
+from luthier.output_dir import lock_folder
 
 LINE = ["images", "shards", "--side", "64", "--images", "7"]
 
@@ -91,6 +94,29 @@ def test_machines_take_a_share_each_and_write_the_same_files(monkeypatch, capsys
     assert shards() == whole and inspected == [19, 20]
 
 
+def test_folder_that_is_not_complete_is_not_trained_from(monkeypatch):
+    prepare.main(LINE)
+    for missing in (sorted(Path("shards").glob("train-*"))[-1:], list(Path("shards").glob("test-*"))):
+        assert missing
+        for path in missing:
+            path.rename(path.with_name(f".{path.name}"))  # as in an interrupted run
+        for load_them in (lambda: load(data_dir="shards"), lambda: open_stream("shards")):
+            with pytest.raises(UserError, match=r"shards lacks files of the split t.*: prepare.py was interrupted"):
+                load_them()
+        for path in missing:
+            path.with_name(f".{path.name}").rename(path)
+    load(data_dir="shards")
+
+
+def test_two_cannot_write_the_same_share(capsys):
+    Path("shards").mkdir()
+    with lock_folder(Path("shards"), ".lock-1-of-1", ""), pytest.raises(SystemExit) as exit_info:
+        prepare.main(LINE)
+    assert exit_info.value.code == 2 and "another prepare.py is writing into shards" in capsys.readouterr().err
+    prepare.main(LINE)
+    assert not list(Path("shards").glob(".*"))
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -102,15 +128,19 @@ def test_machines_take_a_share_each_and_write_the_same_files(monkeypatch, capsys
         (["images", "shards", "--images", "many"], "--images"),
         (["images", "shards", "--recipe", "probe"], "trains nothing: leave out --recipe"),
         (["images", "shards", "--sid", "24"], "--sid"),
-        (["images", "images"], "images is not an empty folder"),
-        (["images", "images/red/copy.png/x"], "cannot be a folder"),
+        (["images", "images"], "images is or lies in images"),
+        (["images", "images/shards"], "images/shards is or lies in images, whose images its files would be among"),
+        (["images", "notes.txt/x"], "cannot be a folder"),
         (["imagse", "shards"], "for the dataset imagse, which is neither in the local cache nor a folder here"),
-        (["images", "images/red/copy.png"], "is not an empty folder"),
+        (["images", "notes.txt"], "is not an empty folder"),
+        (["images", "many"], "many is not an empty folder"),
         (["images", "other", "--side", "24"], "other has shards of other images"),
         (["images/red", "shards"], "no images in class folders"),
     ],
 )
 def test_mistake_gives_one_message(line, message, capsys):
+    Path("notes.txt").touch()
+    draw_folder(Path("many"), per_class=1)
     Path("other").mkdir()
     Path("other/shards.json").write_text(json.dumps({"side": 512}))
     with pytest.raises(SystemExit) as exit_info:

@@ -67,8 +67,8 @@ def test_interrupted_race_ends_like_an_uninterrupted_one(raced, timm_checkpoint,
     folder, whole = raced
     name, write_record = f"cut after {kept}", race._write_record
 
-    def cut(run_dir: Path, heats: list[race.Heat], is_main_process: bool) -> None:
-        write_record(run_dir, heats, is_main_process)
+    def cut(run_dir: Path, arms: list, heats: list[race.Heat], ended: str) -> None:
+        write_record(run_dir, arms, heats, ended)
         if len(heats) == kept:
             raise SystemExit
 
@@ -76,7 +76,7 @@ def test_interrupted_race_ends_like_an_uninterrupted_one(raced, timm_checkpoint,
         patch.setattr(race, "_write_record", cut)
         run(folder, timm_checkpoint, *RACE, out=name)
     assert not (folder / name / "metrics.json").exists()
-    begun = json.loads((folder / name / "race.json").read_text())
+    begun = json.loads((folder / name / "race.json").read_text())["heats"]
     resume = ["--resume_from_checkpoint", "auto"]
     with pytest.raises(SystemExit):  # its losses do not compare
         run(folder, timm_checkpoint, *RACE, *resume, "--metric", "accuracy", out=name)
@@ -126,6 +126,9 @@ def test_time_limit_ends_a_training_without_heats_after_an_epoch(tmp_path):
     metrics = run(tmp_path, Path("simple_cnn"), "--time_limit", "0.001")
     (heat,) = metrics["race"]["heats"]
     assert heat["epochs"] == 1 and metrics["race"]["ended"] == "the time limit" and metrics["test"]["n"] == 6
+    (tmp_path / "out/README.md").unlink()  # as if it had been killed before its end
+    again = run(tmp_path, Path("simple_cnn"), "--time_limit", "9", "--resume_from_checkpoint", "auto")
+    assert again["race"]["heats"] == [heat] and again["history"] == metrics["history"][:-1]  # but the seconds
 
 
 def test_folds_score_every_image_once(timm_checkpoint, tmp_path):
@@ -163,9 +166,10 @@ def test_refit_trains_as_many_epochs_where_the_steps_are_limited(timm_checkpoint
 
 
 @pytest.mark.slow
-def test_checkpoint_is_continued_in_another_directory(timm_checkpoint, tmp_path):
+@pytest.mark.parametrize("keep", ["best", "trained"])
+def test_checkpoint_is_continued_in_another_directory(timm_checkpoint, tmp_path, keep):
     draw_folder(tmp_path / "images", per_class=12)
-    options = ["--recipe", "full", *RACE]
+    options = ["--recipe", "full", *RACE, "--keep", keep]
     whole = run(tmp_path, timm_checkpoint, *options)
     last = max((tmp_path / "out").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     again = run(tmp_path, timm_checkpoint, *options, "--resume_from_checkpoint", str(last), out="again")

@@ -76,7 +76,7 @@ def test_run_is_not_resumed_with_files_in_another_order(timm_checkpoint, capsys)
     with pytest.raises(SystemExit) as exit_info:
         main([*options, "--output_dir", "cut", "--resume_from_checkpoint", "auto"])
     message = capsys.readouterr().err
-    assert exit_info.value.code == 2 and "cut/checkpoint-1 is of other files, or of files with other names" in message
+    assert exit_info.value.code == 2 and "cut/checkpoint-1 is of other images or files" in message
 
 
 @pytest.mark.slow

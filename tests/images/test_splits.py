@@ -7,7 +7,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from luthier.errors import UserError
-from luthier.images.splits import cut_missing_splits, stratified_cut, stratified_folds
+from luthier.images.splits import cut_missing_splits, hash_splits, stratified_cut, stratified_folds
 
 NAMES = ["a", "b", "c"]
 FRACTIONS = {"validation": 0.1, "test": 0.2}
@@ -162,3 +162,19 @@ def test_fold_of_data_with_a_test_split_is_refused():
     splits = DatasetDict(train=dataset(30)["train"], test=dataset(6)["train"])
     with pytest.raises(UserError, match="--fold cuts the test split, but the data has one"):
         cut_missing_splits(splits, np.arange(30), 1, 0.1, 0.2, (1, 5))
+
+
+def test_hash_of_splits_tells_images_classes_order_and_split_apart():
+    splits = cut_missing_splits(dataset(30), np.arange(30), 1, 0.2, 0.2)
+    train, test = splits["train"], splits["test"]
+    others = [
+        cut_missing_splits(dataset(30), np.arange(30), 2, 0.2, 0.2),
+        DatasetDict(splits | {"train": train.select(range(1, len(train)))}),
+        DatasetDict(splits | {"train": train.select(range(len(train) - 1, -1, -1))}),
+        DatasetDict(splits | {"train": test, "test": train}),
+        DatasetDict(splits | {"train": train.map(lambda row: {"label": 1 - row["label"]})}),
+    ]
+    hashes = [hash_splits(each) for each in (splits, *others)]
+    assert len(set(hashes)) == 6
+    again = cut_missing_splits(dataset(30), np.arange(30), 1, 0.2, 0.2)
+    assert hash_splits(again) == hashes[0]

@@ -1,5 +1,6 @@
 """Which arms of a race go on, and which weights are kept at the end."""
 
+import json
 import math
 from types import SimpleNamespace
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from luthier.scoring.criterion import Judge
-from luthier.scoring.race import FAR, Heat, _choose_next, predict_loss, race
+from luthier.scoring.race import FAR, RECORD, Heat, _choose_next, _expected_seconds, _read_record, predict_loss, race
 from luthier.scoring.selection import Candidate, choose
 
 
@@ -86,6 +87,30 @@ def test_arm_that_diverged_does_not_keep_others_from_going_on():
 
 def test_arm_that_leads_to_less_than_the_probe_does_not_go_on():
     assert next_one(heats(full=[0.60, 0.58]), [arm("full")], 0.3) == (None, "no more gain in sight")
+
+
+def test_heat_after_a_named_checkpoint_is_expected_to_take_as_long_as_any():
+    tried = heats(lp_ft=[0.4])
+    assert _expected_seconds([], arm("full"), 1) == 0 and _expected_seconds(tried, arm("full"), 1) == 1.0
+    assert _expected_seconds(tried, arm("lp_ft"), 1) == 2.0
+
+
+def test_record_of_a_race_counts_for_the_same_arms_alone(tmp_path, caplog):
+    course = SimpleNamespace(run_dir=tmp_path, judge=SimpleNamespace(criterion=SimpleNamespace(metric="log_loss")))
+    tried, arms = heats(full=[0.5, 0.4]), [arm("full")]
+    assert _read_record(course, arms, None) == ([], "")
+    rows = [heat._asdict() for heat in tried]
+    text = json.dumps({"arms": {"full": [10, 30, 70, 150]}, "ended": "the time limit", "heats": rows})
+    (tmp_path / RECORD).write_text(text)
+    assert _read_record(course, arms, None) == (tried, "the time limit")
+    assert _read_record(course, [arm("full", (10, 30, 300))], None) == (tried, ""), "more epochs: it may go on"
+    assert _read_record(course, ARMS, None) == ([], "")
+    assert not caplog.text
+    for damaged in ("", text[:-9], "[]", "{}"):
+        (tmp_path / RECORD).write_text(damaged)
+        assert _read_record(course, arms, None) == ([], "")
+        assert "race.json, which cannot be read" in caplog.text
+        caplog.clear()
 
 
 def test_power_law_goes_through_both_heats_and_never_rises():

@@ -8,12 +8,16 @@ import pytest
 from luthier.errors import UserError
 from luthier.training.checkpoints import (
     HASHES,
+    Origin,
+    bring_best,
     check_disk_space,
+    check_origin,
     checkpoints_by_step,
     find_damage,
     newest_whole,
     prune_checkpoints,
     seal,
+    write_origin,
 )
 
 
@@ -80,3 +84,32 @@ def test_too_little_disk_space_is_refused(tmp_path):
     check_disk_space(tmp_path, 1000, 2)
     with pytest.raises(UserError, match=r"GB left, and this run's checkpoints need up to 4000000.00 GB"):
         check_disk_space(tmp_path, 10**15, 2)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"data": "b"}, "may have learned from images that are tested now"),
+        ({"order": "b"}, "is of other images or files"),
+        ({"batch": 64}, "was trained with 32 images in a step, and now there would be 64"),
+    ],
+)
+def test_checkpoint_of_other_data_is_refused(tmp_path, changed, message):
+    origin = Origin("a", 32, "a")
+    check_origin(tmp_path, origin)  # of an earlier version
+    write_origin(tmp_path, origin)
+    check_origin(tmp_path, origin)
+    with pytest.raises(UserError, match=message):
+        check_origin(tmp_path, origin._replace(**changed))
+
+
+def test_best_checkpoint_comes_along_into_another_directory(tmp_path):
+    best, named = (write_checkpoint(tmp_path / "one", step) for step in (4, 8))
+    (named / "trainer_state.json").write_text('{"best_global_step": 4}')
+    (tmp_path / "other").mkdir()
+    bring_best(named, tmp_path / "other")
+    assert newest_whole(tmp_path / "other") == tmp_path / "other/checkpoint-4"
+    bring_best(named, tmp_path / "one")
+    (named / "trainer_state.json").write_text('{"best_global_step": null}')
+    bring_best(named, tmp_path / "other")
+    assert find_damage(best) is None and list(checkpoints_by_step(tmp_path / "other")) == [4]

@@ -25,6 +25,7 @@ from transformers import TrainingArguments
 import luthier.training.trainer as trainer
 from luthier.errors import UserError
 from luthier.machine import check_processes
+from luthier.output_dir import has_ended
 from luthier.training.checkpoints import find_damage, newest_whole
 from luthier.training.recipe import BATCH, FROM_SCRATCH
 from luthier.training.signals import Stop
@@ -119,6 +120,25 @@ def test_damaged_checkpoint_that_was_named_is_refused(timm_checkpoint, capsys):
     with pytest.raises(SystemExit) as exit_info:
         main([*options, "--resume_from_checkpoint", "out/checkpoint-2"])
     assert exit_info.value.code == 2 and "scheduler.pt is missing" in capsys.readouterr().err
+
+
+def test_checkpoint_that_may_have_learned_from_test_images_is_refused(timm_checkpoint, monkeypatch, capsys):
+    options = [*flags(str(timm_checkpoint), "--recipe", "full", "--keep", "trained"), "--output_dir", "out"]
+    main(options)
+    files = sorted(Path("out").rglob("*"))
+    for other in (["--split_seed", "7"], ["--fold", "1/3"], ["--per_device_train_batch_size", "2"]):
+        with pytest.raises(SystemExit) as exit_info:
+            main([*options, *other, "--resume_from_checkpoint", "out/checkpoint-2"])
+        message = capsys.readouterr().err
+        assert exit_info.value.code == 2 and "out/checkpoint-2 " in message
+        assert ("images in a step" if "2" in other else "another cut into train, validation and test") in message
+    assert sorted(Path("out").rglob("*")) == files and has_ended(Path("out"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(SafeTrainer, "train", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        main([*options, "--resume_from_checkpoint", "out/checkpoint-2"])
+    assert not has_ended(Path("out"))  # the rest is trained again, and a run that stops here can be resumed
+    main([*options, "--resume_from_checkpoint", "auto"])
+    assert "resume   from out/checkpoint-2" in capsys.readouterr().out and has_ended(Path("out"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
