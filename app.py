@@ -52,7 +52,11 @@ def main(argv: list[str] | None = None) -> None:
         return
     examples = images_in(args.examples) if args.examples else []
     page = build_page(args.model, args.always_answer, examples)
-    page.launch(max_file_size=MAX_FILE_SIZE, allowed_paths=examples)
+    try:
+        page.launch(max_file_size=MAX_FILE_SIZE, allowed_paths=examples)
+    except OSError as error:
+        remedy = "set GRADIO_SERVER_NAME or GRADIO_SERVER_PORT to another address or port"
+        raise UserError(f"the app cannot be served ({error}): {remedy}") from error
 
 
 def images_in(folder: Path) -> list[str]:

@@ -57,7 +57,10 @@ def main(argv: list[str] | None = None) -> None:
     from luthier.reporting.results import read_correct
     from luthier.scoring.comparison import RunResult, check_same_images, compare_pairs, summarise_experiment
 
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create --output_dir {args.output_dir}: {error.strerror}. Give another") from error
     results: dict[str, dict[str, RunResult]] = {}
     for number, run in enumerate(runs, 1):
         if run.folder not in finished:

@@ -116,8 +116,8 @@ def list_images(
     """Return the images of a dataset with their labels, before any is opened.
 
     Args:
-        data_dir: a folder of class folders, or one that holds train / validation|val|valid|dev / test, or one with a
-            metadata file, see `metadata.find_tables`; or one of Parquet files or WebDataset archives.
+        data_dir: a folder of class folders, or one that holds the splits, see `folders.SPLIT_OF_FOLDER`, or one
+            with a metadata file, see `metadata.find_tables`; or one of Parquet files or WebDataset archives.
         dataset_name: `openmoji` or what `datasets.load_dataset` takes: a Hub name or a local dataset folder.
         dataset_config_name: the configuration of a Hub dataset that has several.
         labels: a table of the images below `data_dir`, in the place of class folders.

@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from luthier.errors import UserError, exit_on_user_error
 from luthier.escape import escape_cell, escape_terminal
-from luthier.images.decode import is_hidden, is_image, reason
+from luthier.images.decode import CONVERT, is_image, is_unread, reason
+from luthier.images.image_files import walk
 from luthier.terminal import plural
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ def main(argv: list[str] | None = None) -> None:
     """Predict the inputs; see `python predict.py --help`."""
     args = build_parser().parse_args(argv)
     accept_undecodable_names()
+    if args.output and is_image(args.output.name):
+        raise UserError(f"--output {args.output} would replace an image: give the name of a file for the predictions")
     # Slow imports come after the options, so that wrong ones are reported first. What they create stays: searching it
     # for garbage, again and again and at exit, would take two seconds more.
     gc.disable()
@@ -123,11 +126,10 @@ def expand(inputs: Iterable[str], stdin: Iterable[str] = ()) -> Iterator[tuple[s
 
 def _images_in(folder: str) -> Iterator[tuple[str, str | None]]:
     empty, errors = True, list[OSError]()
-    for directory, subdirectories, names in os.walk(folder, onerror=errors.append):
-        subdirectories[:] = sorted(name for name in subdirectories if not is_hidden(name))
-        for name in filter(is_image, sorted(names)):
+    for path in (directory / name for directory, names in walk(Path(folder), errors.append) for name in names):
+        if is_image(path.name) or is_unread(path.name):
             empty = False
-            yield str(Path(directory, name)), None
+            yield str(path), None if is_image(path.name) else f"its format is not read: {CONVERT}"
     for error in errors:
         empty = False
         yield error.filename, reason(error)

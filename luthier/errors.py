@@ -61,7 +61,10 @@ def message_for_user(error: Exception) -> str | None:
     if isinstance(error, UserError) or (models is not None and isinstance(error, models.ModelError)):
         # torch puts the traceback of a data worker before its message.
         return str(error).rpartition(f"\n{UserError.__module__}.{UserError.__name__}: ")[2].strip()
-    if isinstance(error, OSError) and error.errno in DISK_OR_RIGHTS:
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror}. Free some space, or check the rights, and start again"
+    cause: BaseException | None = error
+    while cause is not None:  # `datasets` puts an error of its own around the system's, and has one without a number
+        if isinstance(cause, OSError) and (cause.errno in DISK_OR_RIGHTS or "Not enough disk space" in str(cause)):
+            where = f"{cause.filename}: " if cause.filename else ""
+            return f"{where}{cause.strerror or cause}. Free some space, or check the rights, and start again"
+        cause = cause.__cause__
     return None

@@ -13,6 +13,12 @@ import models
 from luthier.errors import UserError, exit_on_user_error, message_for_user
 
 
+def caused(cause: Exception) -> Exception:
+    error = RuntimeError("while the dataset was written")
+    error.__cause__ = cause
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [
@@ -20,6 +26,11 @@ from luthier.errors import UserError, exit_on_user_error, message_for_user
         (models.ModelError("no such model"), "no such model"),
         (OSError(errno.ENOSPC, "No space left on device", "/data/x"), "/data/x: No space left on device. Free some"),
         (PermissionError(errno.EACCES, "Permission denied", "/data/x"), "/data/x: Permission denied. Free some"),
+        (
+            caused(OSError(errno.ENOSPC, "No space left on device", "/data/x")),
+            "/data/x: No space left on device. Free",
+        ),
+        (OSError("Not enough disk space. Needed: 1 GB"), "Not enough disk space. Needed: 1 GB. Free some"),
     ],
 )
 def test_users_mistake_gives_one_message_and_exit_code_2(error, message, capsys):

@@ -12,6 +12,11 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 # Raster formats that Pillow decodes itself; EPS, for one, would be handed to Ghostscript.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")
 EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif"}
+UNREAD = {
+    ".heic", ".heif", ".jp2", ".jxl", ".dng", ".cr2", ".nef", ".arw", ".psd", ".svg", ".ppm", ".pgm", ".tga", ".dcm",
+}  # fmt: skip
+MAX_RATIO = 500  # of an image's sides: a view enlarges the shorter one, and the longer one with it
+CONVERT = "convert it to JPEG or PNG"
 NOT_OPENED = "cannot be opened: "  # prefix of reasons that may be gone at the next try
 
 
@@ -44,7 +49,7 @@ def decode_rgb(data: bytes, shorter_side: int | None = None, max_pixels: int | N
         max_pixels: larger images are refused before they take memory; Pillow itself refuses them above 179 million.
 
     Raises:
-        OSError: the data is damaged, in a format that is not allowed, or too large.
+        OSError: the data is damaged, in a format that is not allowed, too large or too elongated.
     """
     if not data:
         raise OSError("the file is empty")
@@ -58,6 +63,8 @@ def decode_rgb(data: bytes, shorter_side: int | None = None, max_pixels: int | N
         size = image.size
         if max_pixels and size[0] * size[1] > max_pixels:
             raise OSError(f"{size[0]} x {size[1]} px are more than the {max_pixels:,} pixels that are allowed")
+        if max(size) > MAX_RATIO * min(size):
+            raise OSError(f"{size[0]} x {size[1]} px: one side is more than {MAX_RATIO} times the other")
         if shorter_side and min(image.size) > shorter_side and image.format in ("JPEG", "MPO"):
             scale = shorter_side / min(image.size)
             image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
@@ -86,6 +93,11 @@ def is_hidden(name: str) -> bool:
 def is_image(name: str) -> bool:
     """Tell whether a file's name is that of an image."""
     return Path(name).suffix.lower() in EXTENSIONS and not is_hidden(name)
+
+
+def is_unread(name: str) -> bool:
+    """Tell whether a file's name is that of an image in a format that is not read."""
+    return Path(name).suffix.lower() in UNREAD and not is_hidden(name)
 
 
 def reason(error: BaseException) -> str:

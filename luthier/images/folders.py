@@ -6,6 +6,7 @@ train" for a split.
 
 import logging
 import os
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -15,18 +16,22 @@ from typing import NamedTuple
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, NamedSplit, Value
 
 from luthier.errors import UserError
-from luthier.images.decode import EXTENSIONS, is_hidden, is_image
+from luthier.images.decode import CONVERT, EXTENSIONS, is_hidden, is_image, is_unread
+from luthier.images.image_files import walk
 from luthier.terminal import plural
 
 logger = logging.getLogger(__name__)
 
 SPLIT_OF_FOLDER = {
     "train": "train",
+    "training": "train",
     "validation": "validation",
     "val": "validation",
     "valid": "validation",
     "dev": "validation",
+    "validate": "validation",
     "test": "test",
+    "testing": "test",
 }
 
 STAMP = "stamp"  # the column that changes with a file: its path, its size in bytes, and when it was last changed
@@ -53,12 +58,14 @@ def sort_names(names: Iterable[str]) -> list[str]:
     return sorted(names, key=int) if all(name.isascii() and name.isdecimal() for name in names) else names
 
 
-def load_folder(root: Path, grouping: Grouping = no_group) -> DatasetDict:
+def load_folder(root: Path, grouping: Grouping = no_group, to_train: bool = True) -> DatasetDict:
     """Load the splits that a folder holds, or all of it as `train`.
 
     Args:
         root: the folder.
         grouping: gives an image's group by its path below the class folder, see `groups.build_grouping`.
+        to_train: False takes the folder of test (or validation) for `train` where there is none, because a model is
+            scored only.
 
     Returns the splits as `load_listed` does.
 
@@ -67,7 +74,9 @@ def load_folder(root: Path, grouping: Grouping = no_group) -> DatasetDict:
     """
     if not root.is_dir():
         raise UserError(f"--data_dir {root} is not a folder: give one with a folder of images for each class")
-    roots = _split_folders(root) or {"train": root}
+    roots = _split_folders(root, to_train) or {"train": root}
+    if "train" not in roots:
+        roots = {"train": roots.get("test") or roots["validation"]}
     skipped: Counter[str] = Counter()
     files = {split: _list_class_folders(folder, root, skipped, grouping) for split, folder in roots.items()}
     if not any(files.values()):
@@ -116,12 +125,13 @@ def load_listed(files: dict[str, list[ListedImage]]) -> DatasetDict:
     )
 
 
-def _split_folders(root: Path) -> dict[str, Path]:
+def _split_folders(root: Path, to_train: bool) -> dict[str, Path]:
     """Return the folder of each split, or nothing where the folders are classes."""
     folders = subfolders(root)
     named = [folder for folder in folders if folder.name.lower() in SPLIT_OF_FOLDER]
     splits = {SPLIT_OF_FOLDER[folder.name.lower()]: folder for folder in named}
-    if "train" not in splits or (len(named) == 1 and len(folders) > 1):
+    if not splits or (to_train and "train" not in splits) or (len(named) == 1 and len(folders) > 1):
+        _check_names(root, folders)
         return {}  # images of trains are not a training split
     names = ", ".join(folder.name for folder in named)
     if len(splits) < len(named):
@@ -140,6 +150,21 @@ def _split_folders(root: Path) -> dict[str, Path]:
     return splits if with_classes else {}
 
 
+def _check_names(root: Path, folders: list[Path]) -> None:
+    """Check that folders are classes, and not splits with names that are not known.
+
+    Raises:
+        UserError: all are called like splits, and have folders of the same names in them.
+    """
+    like_splits = all(SPLIT_OF_FOLDER.keys() & set(re.split(r"[^a-z]+", folder.name.lower())) for folder in folders)
+    if folders and like_splits and set.intersection(*({sub.name for sub in subfolders(each)} for each in folders)):
+        names = ", ".join(folder.name for folder in folders)
+        raise UserError(
+            f"{root} holds {names}, which look like splits, but one must be called train: call them train, validation "
+            "and test"
+        )
+
+
 def subfolders(folder: Path) -> list[Path]:
     """Return the folders in a folder, sorted, without hidden ones."""
     return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not is_hidden(entry.name))
@@ -154,16 +179,21 @@ def _list_class_folders(split_root: Path, root: Path, skipped: Counter, grouping
     for folder in subfolders(split_root):
         # macOS and Linux write an accented letter differently; a model must not see two classes in that.
         label = unicodedata.normalize("NFC", folder.name)
-        files = []
-        for directory, subdirectories, names in os.walk(folder):
-            subdirectories[:] = sorted(name for name in subdirectories if not is_hidden(name))
-            for path in (Path(directory, name) for name in sorted(names) if not is_hidden(name)):
-                if is_image(path.name):
-                    below = PurePosixPath(path.relative_to(folder).as_posix())
-                    files.append(ListedImage(_as_text(path), label, grouping(below)))
-                else:
-                    skipped[str(path.relative_to(root))] += 1
-        if not files and split_root.name.lower() not in ("validation", "val", "valid", "dev", "test"):
+        files, others = [], []
+        for path in (directory / name for directory, names in walk(folder) for name in names):
+            if is_image(path.name):
+                below = PurePosixPath(path.relative_to(folder).as_posix())
+                files.append(ListedImage(_as_text(path), label, grouping(below)))
+            else:
+                others.append(path)
+        skipped.update(str(path.relative_to(root)) for path in others)
+        unread = [path.name for path in others if is_unread(path.name)]
+        if not files and unread:
+            raise UserError(
+                f"the class folder {folder} has {plural(len(unread), 'image')} in a format that is not read, such as "
+                f"{unread[0]}: {CONVERT}"
+            )
+        if not files and SPLIT_OF_FOLDER.get(split_root.name.lower(), "train") == "train":
             raise UserError(f"the class folder {folder} has no images: fill it or remove it")
         listed += files
     return listed

@@ -4,10 +4,11 @@ import itertools
 import os
 import unicodedata
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
-from luthier.images.decode import EXTENSIONS, is_hidden, is_image
+from luthier.errors import UserError
+from luthier.images.decode import CONVERT, EXTENSIONS, is_hidden, is_image, is_unread
 
 SAMPLE = 1000  # rows by which columns, and the folders to skip, are found
 MAX_NAME = 1000  # characters of a file's name with its folders
@@ -26,7 +27,8 @@ class ImageFiles:
 
     def __init__(self, root: Path):
         self.root = root
-        self.paths = sorted(_list_images(root), key=str)
+        found = (folder / name for folder, names in walk(root) for name in names if is_image(name))
+        self.paths = sorted((PurePosixPath(path.relative_to(root).as_posix()) for path in found), key=str)
         self.by_name: dict[tuple[str, ...], list[PurePosixPath]] = defaultdict(list)
         for path in self.paths:
             *folders, file = _compared(path.parts)
@@ -47,6 +49,8 @@ class ImageFiles:
         if _parts(name) is None:
             return f"{name!r} leads out of the folder"
         found = self.matches(name, skip)
+        if not found and is_unread(name):
+            return f"{name!r} is in a format that is not read: {CONVERT}"
         if not found:
             return f"there is no image {name!r} below {self.root}"
         if len(found) > 1:
@@ -76,18 +80,33 @@ class ImageFiles:
         return found.index(max(found))
 
 
-def _list_images(root: Path) -> list[PurePosixPath]:
-    found, seen = [], set()
-    for directory, subdirectories, names in os.walk(root, followlinks=True):
+def walk(root: Path, onerror: Callable[[OSError], None] | None = None) -> Iterator[tuple[Path, list[str]]]:
+    """Yield each folder below a folder, and itself, with the names of its files, in order and without hidden ones.
+
+    Links to folders are followed, but not in a ring.
+
+    Args:
+        root: the folder.
+        onerror: gets the error of a folder that cannot be read.
+
+    Raises:
+        UserError: a folder cannot be read, and `onerror` is not given.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(
+            f"the folder {error.filename} cannot be read: {error.strerror}. Change its rights or remove it"
+        )
+
+    seen = {str(folder) for folder in root.resolve().parents}
+    for directory, subdirectories, names in os.walk(root, onerror=onerror or refuse, followlinks=True):
         seen.add(os.path.realpath(directory))
-        subdirectories[:] = [
+        subdirectories[:] = sorted(
             name
             for name in subdirectories
-            if not is_hidden(name) and os.path.realpath(Path(directory, name)) not in seen  # a link in a ring
-        ]
-        folder = PurePosixPath(Path(directory).relative_to(root).as_posix())
-        found += [folder / name for name in names if is_image(name) and not is_hidden(name)]
-    return found
+            if not is_hidden(name) and os.path.realpath(Path(directory, name)) not in seen
+        )
+        yield Path(directory), sorted(name for name in names if not is_hidden(name))
 
 
 def _parts(name: str) -> list[str] | None:

@@ -70,7 +70,7 @@ def load_directory(
             if labels or named:
                 raise
             try:
-                splits = load_folder(root, grouping)
+                splits = load_folder(root, grouping, to_train)
             except UserError:
                 raise error from None
             logger.warning(f"Not used: {next(iter(tables.values()))}. The labels are those of class folders; {error}")
@@ -79,7 +79,7 @@ def load_directory(
             f"{named[0]} names a column of a table, but {root} has no metadata.csv: give one with --labels"
         )
     else:
-        splits = load_folder(root, grouping)
+        splits = load_folder(root, grouping, to_train)
     if group_by:
         check_groups(splits, group_by)
     return splits

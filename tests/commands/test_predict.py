@@ -118,6 +118,8 @@ def test_each_bad_input_gets_its_own_message(model, capsys, tmp_path):
     frames = [draw("red", seed) for seed in range(3)]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
     (tmp_path / "locked.eps").write_text("%!PS-Adobe")
+    (tmp_path / "phone").mkdir()
+    (tmp_path / "phone/IMG_1.HEIC").write_bytes(b"heic")
     expected = {
         "missing.png": "there is no such file",
         "empty": "no images in this folder",
@@ -126,6 +128,7 @@ def test_each_bad_input_gets_its_own_message(model, capsys, tmp_path):
         "nothing.png": "the file is empty",
         "huge.png": "exceeds limit",
         "locked.eps": "not an image in an allowed format",
+        "phone": "its format is not read: convert it to JPEG or PNG",
         "*.none": "no file matches",
         "a\0b": "there is no such file",
         "x" * 5000: "there is no such file",
@@ -284,6 +287,7 @@ def test_odd_configs_from_the_hub(model, capsys, tmp_path):
         (["{tmp}", "a.png"], "cannot load a model from the folder"),
         (["{model}", "a.png", "--top_k", "0"], "0 is not a number above 0"),
         (["{model}", "a.png", "--format", "xml"], "invalid choice: 'xml'"),
+        (["{model}", "--output", "a.jpg", "b.jpg"], "--output a.jpg would replace an image"),
         (["{model}", "a.png", "--output", "{tmp}/no/such/folder"], "No such file or directory"),
     ],
 )

@@ -1,5 +1,7 @@
 """Decoding an image file to upright RGB: Pillow modes, transparency, EXIF, animations, decompression bombs."""
 
+import io
+
 import numpy as np
 import pytest
 from conftest import encoded
@@ -67,3 +69,14 @@ def test_decompression_bomb_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(PILImage, "MAX_IMAGE_PIXELS", 30)
     with pytest.raises(PILImage.DecompressionBombError):
         decode_rgb(encoded(PILImage.new("RGB", (8, 8)), tmp_path))
+
+
+def test_very_elongated_image_is_refused():
+    for size, refused in (((1, 501), True), ((1002, 2), True), ((1, 500), False)):
+        file = io.BytesIO()
+        PILImage.new("L", size).save(file, "PNG")
+        if refused:
+            with pytest.raises(OSError, match="px: one side is more than 500 times the other"):
+                decode_rgb(file.getvalue())
+        else:
+            assert decode_rgb(file.getvalue()).image.size == size

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from conftest import draw, draw_folder, labels_of, load
 
+import data
 from luthier.errors import UserError
+from luthier.images.image_files import walk
 
 
 def test_class_keeps_its_index_if_a_split_lacks_other_classes(tmp_path):
@@ -112,3 +114,53 @@ def test_broken_link_is_refused(images):
 def test_missing_folder_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"nowhere is not a folder"):
         load(data_dir=str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("names", [("Training", "Testing"), ("train", "testing"), ("training", "validate", "test")])
+def test_common_names_of_splits_are_known(tmp_path, names):
+    for number, name in enumerate(names):
+        draw_folder(tmp_path / name, 3, first=20 * number)
+    splits = load(data_dir=str(tmp_path))
+    assert labels_of(splits) == ["blue", "green", "red"]
+    assert len(splits["test"]) == 9
+
+
+@pytest.mark.parametrize("names", [("seg_train", "seg_test"), ("val", "test"), ("test",), ("train", "test-2024")])
+def test_folders_that_look_like_splits_are_not_taken_for_classes(tmp_path, names):
+    for number, name in enumerate(names):
+        draw_folder(tmp_path / name, 3, first=20 * number)
+    with pytest.raises(UserError, match=f"{', '.join(sorted(names))}, which look like splits"):
+        load(data_dir=str(tmp_path))
+
+
+def test_folder_with_test_images_alone_can_be_scored(tmp_path):
+    draw_folder(tmp_path / "test", 3)
+    splits, _ = data.list_images(data_dir=str(tmp_path), min_classes=1)
+    assert labels_of(splits) == ["blue", "green", "red"] and len(splits["train"]) == 9
+
+
+def test_linked_folders_are_read_and_rings_end(images, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("disk")
+    draw_folder(elsewhere, 2, classes=("red",), first=70)
+    (images / "red/more").symlink_to(elsewhere)
+    (images / "red/ring").symlink_to(images)
+    (images / "red/more/red/again").symlink_to(elsewhere)
+    splits, _ = data.list_images(data_dir=str(images))
+    assert len(splits["train"]) == 26
+
+
+def test_folder_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"the folder .*nowhere cannot be read: No such file"):
+        list(walk(tmp_path / "nowhere"))
+    errors: list[OSError] = []
+    assert list(walk(tmp_path / "nowhere", errors.append)) == [] and len(errors) == 1
+
+
+def test_class_folder_of_images_in_a_format_that_is_not_read_says_so(images):
+    (images / "violet").mkdir()
+    for number in range(2):
+        (images / f"violet/IMG_{number}.HEIC").write_bytes(b"heic")
+    with pytest.raises(
+        UserError, match=r"violet has 2 images in a format that is not read, such as IMG_0\.HEIC: convert"
+    ):
+        load(data_dir=str(images))
