@@ -1,12 +1,13 @@
 """Train from a stream with two processes, interrupt them, go on, and count how often each image was trained on.
 
     python -m benchmarks.streaming --images 300000
-    python -m benchmarks.streaming --images 20000 --hosts
+    python -m benchmarks.streaming --images 20000 --hosts --archives
 
 It draws JPEGs of 64 x 64 px (see `benchmarks.scale`), writes shards with prepare.py, and trains `simple_cnn` from
 scratch for an epoch by `train.py --streaming`. Each process writes the digest of every image that it trains on. At two
 fifths of the epoch both are stopped with SIGTERM, and then resumed. With `--hosts` the processes are in network
-namespaces of their own, joined by a virtual cable, as two machines with a common disk (Linux, as root).
+namespaces of their own, joined by a virtual cable, as two machines with a common disk (Linux, as root). With
+`--archives` the shards are turned into WebDataset archives first.
 
 The exit code is 1 unless every training image of the shards was trained on once.
 """
@@ -14,10 +15,12 @@ The exit code is 1 unless every training image of the shards was trained on once
 import argparse
 import contextlib
 import hashlib
+import io
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections import Counter
@@ -47,6 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=300_000, help="how many are drawn")
     parser.add_argument("--hosts", action="store_true", help="each process in a network namespace")
+    parser.add_argument("--archives", action="store_true", help="train from WebDataset archives")
     parser.add_argument("--batch", type=int, default=32, help="images in a batch of a process")
     parser.add_argument("--train", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -61,6 +65,9 @@ def main() -> None:
         print(f"prepare.py: {time.perf_counter() - begin:.0f} s for {args.images:,} images", flush=True)
         files = sorted((folder / "shards").glob("train-*.parquet"))
         digests = Counter(digest for file in files for digest in digests_of(file))
+        if args.archives:
+            for file in (folder / "shards").glob("*.parquet"):
+                turn_into_archive(file)
         options = ["--data_dir", folder / "shards", "--streaming", "--model_name", "simple_cnn"]
         options += [
             "--num_train_epochs",
@@ -93,6 +100,17 @@ def digests_of(file: Path) -> list[str]:
     """Return the digests of the images in a Parquet file."""
     images = pq.read_table(file, columns=["image"]).column(0).to_pylist()
     return [hashlib.sha256(image["bytes"]).hexdigest() for image in images]
+
+
+def turn_into_archive(file: Path) -> None:
+    """Replace a Parquet file with a WebDataset archive of the same images and class numbers."""
+    with tarfile.open(file.with_suffix(".tar"), "w") as archive:
+        for number, row in enumerate(pq.read_table(file, columns=["image", "label"]).to_pylist()):
+            for ending, content in (("jpg", row["image"]["bytes"]), ("cls", str(row["label"]).encode())):
+                member = tarfile.TarInfo(f"{number:06}.{ending}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    file.unlink()
 
 
 @contextlib.contextmanager
