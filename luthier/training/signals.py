@@ -27,12 +27,13 @@ class Stop(TrainerCallback):
     """Turns a signal into a checkpoint at the end of the step; where nothing is trained, ends the process at once.
 
     Attributes:
-        received: the signal, None before it.
+        received: the signal that this process has received, None before it.
+        stopping: all processes stop after this step.
     """
 
     def __init__(self):
         self.received: int | None = None
-        self.training, self.exits, self.since, self.group = False, False, 0.0, None
+        self.training, self.stopping, self.exits, self.since, self.group = False, False, False, 0.0, None
         self.handlers: dict[int, object] = {}  # that were there before
 
     def __enter__(self) -> "Stop":
@@ -63,31 +64,39 @@ class Stop(TrainerCallback):
             self.group = torch.distributed.new_group(backend="gloo")
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self._agreed():
-            control.should_training_stop = True
+        if self.agree():
+            self.stopping = control.should_training_stop = True
             # After the last step of an epoch comes its evaluation, and then its checkpoint, as always.
             control.should_save = not float(state.epoch).is_integer()
             control.should_evaluate = control.should_log = False
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        if self.received and not float(state.epoch).is_integer():
+        if self.stopping and not float(state.epoch).is_integer():
             control.should_save = control.should_evaluate = control.should_log = False
 
     def on_prediction_step(self, args, state, control, **kwargs):
-        if self.training and self.received and time.monotonic() - self.since > PATIENCE:
-            raise StoppedInEvaluation
+        if self.training:
+            late = self.received is not None and time.monotonic() - self.since > PATIENCE
+            if self._highest(int(late)):
+                raise StoppedInEvaluation
 
     def on_train_end(self, args, state, control, **kwargs):
         self.training = False
 
-    def _agreed(self) -> bool:
-        """Tell whether any process has received a signal: all must stop after the same step."""
-        if self.group is not None:
-            number = torch.tensor(self.received or 0)
-            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, group=self.group)
-            if number and self.received is None:
-                self.received, self.since = int(number), time.monotonic()
-        return self.received is not None
+    def agree(self) -> int:
+        """Return the signal that any process has received, or 0: all must do the same.
+
+        Nothing else may decide it: a signal may come to one process while they agree, and counts at the next time.
+        """
+        return self._highest(self.received or 0)
+
+    def _highest(self, number: int) -> int:
+        """Return the highest number of all processes."""
+        if self.group is None:
+            return number
+        shared = torch.tensor(number)
+        torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX, group=self.group)
+        return int(shared)
 
 
 def die_with_launcher() -> None:

@@ -339,8 +339,9 @@ def train(trainer: SafeTrainer, end: int | None, checkpoint: Path | None, stop: 
             trainer.add_callback(EndHeat(end, evaluate=trainer.eval_dataset is not None))
         with explain_exhausted_memory(trainer.args), contextlib.suppress(StoppedInEvaluation):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if stop.received:
-            exit_stopped(output_dir, stop.received, run_dir)
+        received = stop.agree()
+        if received:
+            exit_stopped(output_dir, received, run_dir)
     trainer.accelerator.free_memory()  # its data workers too
     # The best step was chosen on validation. With other strategies than Luthier's it may have no checkpoint.
     best = output_dir / f"checkpoint-{trainer.state.best_global_step}"

@@ -28,7 +28,7 @@ from luthier.machine import check_processes
 from luthier.output_dir import has_ended
 from luthier.training.checkpoints import find_damage, newest_whole
 from luthier.training.recipe import BATCH, FROM_SCRATCH
-from luthier.training.signals import Stop
+from luthier.training.signals import Stop, StoppedInEvaluation
 from luthier.training.trainer import SafeTrainer, explain_exhausted_memory
 from train import main
 
@@ -178,6 +178,35 @@ def test_second_ctrl_c_ends_at_once(monkeypatch):
     with pytest.raises(SystemExit) as exit_info:
         stop._receive(signal.SIGINT, None)
     assert exit_info.value.code == 130
+
+
+def test_processes_stop_after_the_same_step_whenever_the_signal_comes(monkeypatch):
+    stop = Stop()
+    stop.training, stop.group = True, object()
+    in_between, of_others = [lambda: stop._receive(signal.SIGTERM, None)], [0]
+
+    def all_reduce(number, *_, **__):  # during which the signal comes, too late for the others to know
+        number.fill_(max(int(number), *of_others))
+        if in_between:
+            in_between.pop()()
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    state, control = SimpleNamespace(epoch=0.5), SimpleNamespace(should_training_stop=False)
+    stop.on_step_end(None, state, control)
+    stop.on_epoch_end(None, state, control)
+    assert stop.received == signal.SIGTERM and vars(control) == {"should_training_stop": False}
+    stop.on_step_end(None, state, control)
+    assert control.should_training_stop and control.should_save and not control.should_evaluate
+    stop.received, of_others[:] = None, [int(signal.SIGINT)]
+    assert stop.agree() == signal.SIGINT
+    with pytest.raises(StoppedInEvaluation):  # another process has waited long enough
+        stop.on_prediction_step(None, state, control)
+    of_others[:] = [0]
+    stop._receive(signal.SIGTERM, None)
+    stop.on_prediction_step(None, state, control)
+    stop.since -= 7
+    with pytest.raises(StoppedInEvaluation):
+        stop.on_prediction_step(None, state, control)
 
 
 @pytest.mark.parametrize("recipe", ["full", "head"])
