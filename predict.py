@@ -126,10 +126,13 @@ def expand(inputs: Iterable[str], stdin: Iterable[str] = ()) -> Iterator[tuple[s
 
 def _images_in(folder: str) -> Iterator[tuple[str, str | None]]:
     empty, errors = True, list[OSError]()
-    for path in (directory / name for directory, names in walk(Path(folder), errors.append) for name in names):
-        if is_image(path.name) or is_unread(path.name):
-            empty = False
-            yield str(path), None if is_image(path.name) else f"its format is not read: {CONVERT}"
+    for directory, names in walk(Path(folder), errors.append):
+        images = list(filter(is_image, names))
+        stems = {Path(name).stem for name in images}  # a camera may write a raw file beside its JPEG
+        unread = [name for name in names if is_unread(name) and Path(name).stem not in stems]
+        empty = empty and not images and not unread
+        yield from ((str(directory / name), None) for name in images)
+        yield from ((str(directory / name), f"its format is not read: {CONVERT}") for name in unread)
     for error in errors:
         empty = False
         yield error.filename, reason(error)

@@ -13,7 +13,7 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")
 EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif"}
 UNREAD = {
-    ".heic", ".heif", ".jp2", ".jxl", ".dng", ".cr2", ".nef", ".arw", ".psd", ".svg", ".ppm", ".pgm", ".tga", ".dcm",
+    ".heic", ".heif", ".jp2", ".jxl", ".dng", ".cr2", ".nef", ".arw", ".ppm", ".pgm", ".tga", ".dcm",
 }  # fmt: skip
 MAX_RATIO = 500  # of an image's sides: a view enlarges the shorter one, and the longer one with it
 CONVERT = "convert it to JPEG or PNG"

@@ -130,13 +130,14 @@ def _split_folders(root: Path, to_train: bool) -> dict[str, Path]:
     folders = subfolders(root)
     named = [folder for folder in folders if folder.name.lower() in SPLIT_OF_FOLDER]
     splits = {SPLIT_OF_FOLDER[folder.name.lower()]: folder for folder in named}
-    if not splits or (to_train and "train" not in splits) or (len(named) == 1 and len(folders) > 1):
+    with_classes = any(subfolders(folder) for folder in named)
+    needed = to_train or len(named) < len(folders) or not with_classes
+    if ("train" not in splits and needed) or (len(named) == 1 and len(folders) > 1):
         _check_names(root, folders)
         return {}  # images of trains are not a training split
     names = ", ".join(folder.name for folder in named)
     if len(splits) < len(named):
         raise UserError(f"{root} holds two folders for one split: {names}. Merge or remove one")
-    with_classes = any(subfolders(folder) for folder in named)
     if len(named) == len(folders) and not with_classes:
         raise UserError(
             f"{root} has the splits {names}, but no class folders in them: put the images in folders such as "
@@ -154,10 +155,13 @@ def _check_names(root: Path, folders: list[Path]) -> None:
     """Check that folders are classes, and not splits with names that are not known.
 
     Raises:
-        UserError: all are called like splits, and have folders of the same names in them.
+        UserError: each is called like another split, and all have folders of the same names in them.
     """
-    like_splits = all(SPLIT_OF_FOLDER.keys() & set(re.split(r"[^a-z]+", folder.name.lower())) for folder in folders)
-    if folders and like_splits and set.intersection(*({sub.name for sub in subfolders(each)} for each in folders)):
+    words = [set(re.split(r"[^a-z]+", folder.name.lower())) for folder in folders]
+    splits = [{SPLIT_OF_FOLDER[word] for word in each & SPLIT_OF_FOLDER.keys()} for each in words]
+    if len(folders) < 2 or any(len(each) != 1 for each in splits) or len(set.union(*splits)) < len(folders):
+        return
+    if set.intersection(*({below.name for below in subfolders(folder)} for folder in folders)):
         names = ", ".join(folder.name for folder in folders)
         raise UserError(
             f"{root} holds {names}, which look like splits, but one must be called train: call them train, validation "

@@ -27,7 +27,8 @@ class ImageFiles:
 
     def __init__(self, root: Path):
         self.root = root
-        found = (folder / name for folder, names in walk(root) for name in names if is_image(name))
+        # A folder that cannot be read may be one of the system, which no row needs.
+        found = (folder / name for folder, names in walk(root, lambda _: None) for name in names if is_image(name))
         self.paths = sorted((PurePosixPath(path.relative_to(root).as_posix()) for path in found), key=str)
         self.by_name: dict[tuple[str, ...], list[PurePosixPath]] = defaultdict(list)
         for path in self.paths:
@@ -83,7 +84,7 @@ class ImageFiles:
 def walk(root: Path, onerror: Callable[[OSError], None] | None = None) -> Iterator[tuple[Path, list[str]]]:
     """Yield each folder below a folder, and itself, with the names of its files, in order and without hidden ones.
 
-    Links to folders are followed, but not in a ring.
+    Links to folders are followed, but no folder comes twice, and none that holds this one.
 
     Args:
         root: the folder.
@@ -100,12 +101,12 @@ def walk(root: Path, onerror: Callable[[OSError], None] | None = None) -> Iterat
 
     seen = {str(folder) for folder in root.resolve().parents}
     for directory, subdirectories, names in os.walk(root, onerror=onerror or refuse, followlinks=True):
-        seen.add(os.path.realpath(directory))
-        subdirectories[:] = sorted(
-            name
-            for name in subdirectories
-            if not is_hidden(name) and os.path.realpath(Path(directory, name)) not in seen
-        )
+        place = os.path.realpath(directory)
+        if place in seen:
+            subdirectories.clear()
+            continue
+        seen.add(place)
+        subdirectories[:] = sorted(name for name in subdirectories if not is_hidden(name))
         yield Path(directory), sorted(name for name in names if not is_hidden(name))
 
 

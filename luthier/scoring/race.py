@@ -25,7 +25,7 @@ from luthier.scoring.selection import Candidate, choose, load_candidate, score_c
 from luthier.terminal import Stopwatch, plural, say
 from luthier.training.arms import Arm, State, Workshop, plan_arm
 from luthier.training.callbacks import EpochTable
-from luthier.training.checkpoints import check_named, checkpoints_by_step, newest_shared, step_of
+from luthier.training.checkpoints import check_named, checkpoints_by_step, load_weights, newest_shared, step_of
 from luthier.training.heats import EndInTime
 from luthier.training.recipe import BATCH, Recipe
 from luthier.training.signals import Stop
@@ -185,6 +185,7 @@ def race(arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: s
     earlier = sum(heat.seconds for heat in heats)
     if named:
         check_named(named, arms[0].origin)
+        load_weights(arms[0].workshop.copy(), named)  # before anything is removed: it may be of another model
         mark_unfinished(course.whole_run_dir)
         _drop_later(arms[0], named)
         _write_record(course.run_dir, arms, heats, "")

@@ -120,6 +120,9 @@ def test_each_bad_input_gets_its_own_message(model, capsys, tmp_path):
     (tmp_path / "locked.eps").write_text("%!PS-Adobe")
     (tmp_path / "phone").mkdir()
     (tmp_path / "phone/IMG_1.HEIC").write_bytes(b"heic")
+    (tmp_path / "camera").mkdir()
+    (tmp_path / "camera/1.NEF").write_bytes(b"raw")
+    draw("red", 2).save(tmp_path / "camera/1.jpg")
     expected = {
         "missing.png": "there is no such file",
         "empty": "no images in this folder",
@@ -136,7 +139,7 @@ def test_each_bad_input_gets_its_own_message(model, capsys, tmp_path):
         "http://127.0.0.1:9/a.png": "is not public",
     }
     inputs = [name if "://" in name else str(tmp_path / name) for name in expected]
-    args = [model, tmp_path / "good.png", *inputs, tmp_path / "moving.gif"]
+    args = [model, tmp_path / "camera", *inputs, tmp_path / "moving.gif"]
     code, out, err = run_predict(capsys, *args, "--format", "jsonl")
     first, *bad, last = parse_json_lines(out)
     assert code == 1 and f"no prediction for {len(expected)} inputs" in err

@@ -125,12 +125,40 @@ def test_common_names_of_splits_are_known(tmp_path, names):
     assert len(splits["test"]) == 9
 
 
-@pytest.mark.parametrize("names", [("seg_train", "seg_test"), ("val", "test"), ("test",), ("train", "test-2024")])
+@pytest.mark.parametrize("names", [("seg_train", "seg_test"), ("val", "test"), ("train", "test-2024")])
 def test_folders_that_look_like_splits_are_not_taken_for_classes(tmp_path, names):
     for number, name in enumerate(names):
         draw_folder(tmp_path / name, 3, first=20 * number)
     with pytest.raises(UserError, match=f"{', '.join(sorted(names))}, which look like splits"):
         load(data_dir=str(tmp_path))
+
+
+def put(folder: Path, first: int) -> None:
+    """Write three images into a folder."""
+    folder.mkdir(parents=True)
+    for seed in range(first, first + 3):
+        draw("red", seed).save(folder / f"{seed}.png")
+
+
+@pytest.mark.parametrize(
+    "names", [("freight train", "passenger train"), ("a_test", "b_test"), ("train 1", "test, red")]
+)
+def test_classes_that_share_words_of_splits_or_folders_are_classes(tmp_path, names):
+    for number, name in enumerate(names):
+        for place in ("day", "night") if "," not in names[1] else (name,):
+            put(tmp_path / name / place, 20 * number + len(place))
+    assert labels_of(load(data_dir=str(tmp_path))) == sorted(names)
+
+
+def test_classes_with_names_of_splits_can_be_scored(tmp_path):
+    put(tmp_path / "dev", 0)
+    put(tmp_path / "test", 10)
+    splits, _ = data.list_images(data_dir=str(tmp_path), min_classes=1)
+    assert labels_of(splits) == ["dev", "test"]
+    put(tmp_path / "prod/2024", 20)
+    put(tmp_path / "dev/2024", 30)
+    splits, _ = data.list_images(data_dir=str(tmp_path), min_classes=1)
+    assert labels_of(splits) == ["dev", "prod", "test"]
 
 
 def test_folder_with_test_images_alone_can_be_scored(tmp_path):
@@ -145,6 +173,7 @@ def test_linked_folders_are_read_and_rings_end(images, tmp_path_factory):
     (images / "red/more").symlink_to(elsewhere)
     (images / "red/ring").symlink_to(images)
     (images / "red/more/red/again").symlink_to(elsewhere)
+    (images / "red/same").symlink_to(elsewhere)
     splits, _ = data.list_images(data_dir=str(images))
     assert len(splits["train"]) == 26
 

@@ -113,26 +113,29 @@ def test_auto_resume_starts_anew_falls_back_or_ends(timm_checkpoint, capsys, cap
     assert "optimizer.pt is not as it was written" in caplog.text
 
 
-def test_damaged_checkpoint_that_was_named_is_refused(timm_checkpoint, capsys):
-    options = [*flags(str(timm_checkpoint), "--recipe", "full"), "--output_dir", "out"]
-    main(options)
-    Path("out/checkpoint-2/scheduler.pt").unlink()
-    with pytest.raises(SystemExit) as exit_info:
-        main([*options, "--resume_from_checkpoint", "out/checkpoint-2"])
-    assert exit_info.value.code == 2 and "scheduler.pt is missing" in capsys.readouterr().err
-
-
-def test_checkpoint_that_may_have_learned_from_test_images_is_refused(timm_checkpoint, monkeypatch, capsys):
+def test_named_checkpoint_that_cannot_be_continued_is_refused_and_nothing_is_removed(
+    timm_checkpoint, vit_checkpoint, monkeypatch, capsys
+):
     options = [*flags(str(timm_checkpoint), "--recipe", "full", "--keep", "trained"), "--output_dir", "out"]
     main(options)
     files = sorted(Path("out").rglob("*"))
-    for other in (["--split_seed", "7"], ["--fold", "1/3"], ["--per_device_train_batch_size", "2"]):
+    others = {
+        "another cut into train, validation and test": ["--split_seed", "7"],
+        "images in a step": ["--per_device_train_batch_size", "2"],
+        "is of another model": ["--model_name", str(vit_checkpoint)],
+    }
+    for told, other in others.items():
         with pytest.raises(SystemExit) as exit_info:
             main([*options, *other, "--resume_from_checkpoint", "out/checkpoint-2"])
         message = capsys.readouterr().err
-        assert exit_info.value.code == 2 and "out/checkpoint-2 " in message
-        assert ("images in a step" if "2" in other else "another cut into train, validation and test") in message
+        assert exit_info.value.code == 2 and "out/checkpoint-2 " in message and told in message
     assert sorted(Path("out").rglob("*")) == files and has_ended(Path("out"))
+    Path("out/checkpoint-3/scheduler.pt").unlink()
+    with pytest.raises(SystemExit) as exit_info:
+        main([*options, "--resume_from_checkpoint", "out/checkpoint-3"])
+    assert (
+        exit_info.value.code == 2 and "scheduler.pt is missing" in capsys.readouterr().err and has_ended(Path("out"))
+    )
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(SafeTrainer, "train", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         main([*options, "--resume_from_checkpoint", "out/checkpoint-2"])
