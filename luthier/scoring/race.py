@@ -184,11 +184,7 @@ def race(arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: s
     heats, reason = _read_record(course, arms, named) if resume else ([], "")
     earlier = sum(heat.seconds for heat in heats)
     if named:
-        check_named(named, arms[0].origin)
-        load_weights(arms[0].workshop.copy(), named)  # before anything is removed: it may be of another model
-        mark_unfinished(course.whole_run_dir)
-        _drop_later(arms[0], named)
-        _write_record(course.run_dir, arms, heats, "")
+        _return_to(named, arms, heats, course)
     last, begun = None, False
 
     def advance(arm: Arm, end: int) -> tuple[Arm, SafeTrainer, list[Candidate]]:
@@ -357,12 +353,21 @@ def _read_record(course: Course, arms: Sequence[Arm], named: Path | None) -> tup
     return [heat for heat in heats if heat.step <= step_of(named)], ""
 
 
-def _drop_later(arm: Arm, named: Path) -> None:
-    """Remove the checkpoints after the one that is named: they are written again."""
+def _return_to(named: Path, arms: Sequence[Arm], heats: list[Heat], course: Course) -> None:
+    """Let a run go on from a checkpoint: it is no longer finished, and later checkpoints are written again.
+
+    Raises:
+        UserError: it cannot go on from there; then nothing is removed.
+    """
+    arm = arms[0]
+    check_named(named, arm.origin)
+    load_weights(arm.workshop.copy(), named)
+    mark_unfinished(course.whole_run_dir)
     if arm.is_main_process:
         for step, checkpoint in checkpoints_by_step(arm.folder).items():
             if step > step_of(named):
                 shutil.rmtree(checkpoint)
+    _write_record(course.run_dir, arms, heats, "")
 
 
 def _write_record(run_dir: Path, arms: Sequence[Arm], heats: list[Heat], ended: str) -> None:

@@ -87,6 +87,7 @@ def test_class_is_found_by_its_name_and_not_scored(folder, timm_checkpoint, caps
     assert "all images of the test split are of the class 'None'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_class_is_given_or_switched_off(folder, timm_checkpoint, capsys):
     given = run(folder, timm_checkpoint, "given", "--none_class", "blue", "--folds", "3")
     assert (given["test"]["n"], given["test"]["none"]["n"]) == (60, 20)

@@ -34,7 +34,7 @@ def run(folder, timm_checkpoint, name: str, *options: str) -> dict:
     [
         ("probe", ["--recipe", "probe"]),
         ("weighted", ["--recipe", "full", "--balance", "weighted", "--num_train_epochs", "2"]),
-        ("folds", ["--recipe", "probe", "--folds", "3"]),
+        pytest.param("folds", ["--recipe", "probe", "--folds", "3"], marks=pytest.mark.slow),
     ],
 )
 def test_shipped_model_answers_as_the_scored_one(folder, timm_checkpoint, name, options, capsys):

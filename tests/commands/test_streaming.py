@@ -64,6 +64,7 @@ def test_resumes_exactly_within_an_epoch(timm_checkpoint, workers):
         assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
 
 
+@pytest.mark.slow
 def test_run_is_not_resumed_with_files_in_another_order(timm_checkpoint, capsys):
     options = flags(timm_checkpoint, "--recipe", "full", "--keep", "trained", "--max_steps", "2", "--refit", "none")
     options += ["--save_strategy", "steps", "--save_steps", "1"]
