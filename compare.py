@@ -53,14 +53,12 @@ def main(argv: list[str] | None = None) -> None:
     args, configs, rest = parse_line(sys.argv[1:] if argv is None else argv)
     runs = build_runs(build_experiments(configs, args.set), args, rest)
     finished = {run.folder for run in runs if is_finished(run)}
+    from luthier.output_dir import create_output_dir
     from luthier.reporting.console import comparison_table, verdict_in_words
     from luthier.reporting.results import read_correct
     from luthier.scoring.comparison import RunResult, check_same_images, compare_pairs, summarise_experiment
 
-    try:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot create --output_dir {args.output_dir}: {error.strerror}. Give another") from error
+    create_output_dir(args.output_dir)
     results: dict[str, dict[str, RunResult]] = {}
     for number, run in enumerate(runs, 1):
         if run.folder not in finished:

@@ -61,6 +61,18 @@ def mark_unfinished(output_dir: Path) -> None:
     (output_dir / CARD).unlink(missing_ok=True)
 
 
+def create_output_dir(output_dir: Path) -> None:
+    """Create a directory, and those above it, where they are not there.
+
+    Raises:
+        UserError: it cannot be created.
+    """
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create --output_dir {output_dir}: {error.strerror}. Give another") from error
+
+
 @contextlib.contextmanager
 def claim_output_dir(output_dir: Path, continues: bool, enabled: bool = True) -> Iterator[None]:
     """Create a run's directory and keep other runs out of it; remove what was created if it stays empty.
@@ -79,10 +91,7 @@ def claim_output_dir(output_dir: Path, continues: bool, enabled: bool = True) ->
         yield
         return
     created = [path for path in (output_dir, *output_dir.parents) if not path.exists()]
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot create --output_dir {output_dir}: {error.strerror}. Give another") from error
+    create_output_dir(output_dir)
     try:
         busy = f"another run is writing into {output_dir}: wait for it, stop it, or give another --output_dir"
         with lock_folder(output_dir, LOCK, busy):

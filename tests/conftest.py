@@ -10,6 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["OMP_NUM_THREADS"] = "1"  # one process of the tests runs on each core
 
+import hashlib
 import io
 import subprocess
 import sys
@@ -34,6 +35,8 @@ from transformers import (
 )
 
 from data import load_splits
+from luthier.images import shards, streams
+from luthier.images.streams import Stream
 from luthier.images.views import EvaluationView
 from models import build_model
 
@@ -74,6 +77,13 @@ def encode(name: str, seed: int) -> bytes:
     return file.getvalue()
 
 
+def add_file(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    """Add a file to an archive."""
+    entry = tarfile.TarInfo(name)
+    entry.size = len(data)
+    archive.addfile(entry, io.BytesIO(data))
+
+
 def write_archive(path: Path, n: int, seed: int) -> None:
     """Write images in one archive, with the number of the class beside each."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,9 +93,32 @@ def write_archive(path: Path, n: int, seed: int) -> None:
                 ("png", encode(sorted(COLOURS)[row % 3], seed + row)),
                 ("cls", str(row % 3).encode()),
             ):
-                entry = tarfile.TarInfo(f"{path.stem}{row:04}.{extension}")
-                entry.size = len(data)
-                archive.addfile(entry, io.BytesIO(data))
+                add_file(archive, f"{path.stem}{row:04}.{extension}", data)
+
+
+@pytest.fixture
+def small_blocks(tmp_path, monkeypatch):
+    """A stream of blocks of four rows, and a sample of a few of them; a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(shards, "BLOCK", 4)
+    monkeypatch.setattr(streams, "SAMPLE", 12)
+
+
+def mixed(n: int, seed: int = 0) -> list[int]:
+    """Return n labels of three classes in random order."""
+    return np.random.default_rng(seed).permutation(np.arange(n) % 3).tolist()
+
+
+def digest_of(data: bytes) -> torch.Tensor:
+    """Return the SHA-256 of an image file as `pixel_values`, by which a test knows the image."""
+    return torch.tensor(list(hashlib.sha256(data).digest()), dtype=torch.uint8)
+
+
+def learned(stream: Stream) -> dict[str, int]:
+    """Return the labels that training gets from a stream, by the digests of the images."""
+    rows = stream.rows(digest_of)
+    all_rows = [rows[row] for row in range(len(rows))]
+    return {bytes(row["pixel_values"].tolist()).hex(): row["labels"] for row in all_rows}
 
 
 def load(**options) -> DatasetDict:

@@ -42,10 +42,10 @@ def load_named(dataset_name: str, dataset_config_name: str | None) -> DatasetDic
     Raises:
         UserError: it cannot be loaded, or has no split to train on.
     """
+    check_complete(Path(dataset_name))
     with explain_loading(dataset_name):
         loaded = load_dataset(resolved(dataset_name), dataset_config_name)
         if Path(dataset_name).is_dir():
-            check_complete(Path(dataset_name))
             files = load_dataset_builder(resolved(dataset_name), dataset_config_name).config.data_files or {}
             for url in itertools.chain.from_iterable(files.values()):
                 _check_file(url, next(iter(loaded.values())).features)
@@ -53,7 +53,7 @@ def load_named(dataset_name: str, dataset_config_name: str | None) -> DatasetDic
 
 
 def check_complete(folder: Path) -> None:
-    """Check that prepare.py has written all files of a folder that it began.
+    """Check that prepare.py has written all files of a folder, if it has begun that.
 
     Raises:
         UserError: some are missing.

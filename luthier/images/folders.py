@@ -131,8 +131,8 @@ def _split_folders(root: Path, to_train: bool) -> dict[str, Path]:
     named = [folder for folder in folders if folder.name.lower() in SPLIT_OF_FOLDER]
     splits = {SPLIT_OF_FOLDER[folder.name.lower()]: folder for folder in named}
     with_classes = any(subfolders(folder) for folder in named)
-    needed = to_train or len(named) < len(folders) or not with_classes
-    if ("train" not in splits and needed) or (len(named) == 1 and len(folders) > 1):
+    to_score = not to_train and with_classes and len(named) == len(folders)
+    if ("train" not in splits and not to_score) or (len(named) == 1 and len(folders) > 1):
         _check_names(root, folders)
         return {}  # images of trains are not a training split
     names = ", ".join(folder.name for folder in named)

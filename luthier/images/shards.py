@@ -174,8 +174,7 @@ def read_sources(
     Raises:
         UserError: it cannot be loaded, or is in other files.
     """
-    if Path(name).is_dir():
-        check_complete(Path(name))
+    check_complete(Path(name))
     with explain_loading(name):
         files, features = _list_files(name, config)
         image_column, label_column = find_columns(features, image_column, label_column)
