@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from luthier.errors import UserError, exit_on_user_error, require
 from luthier.images.decode import is_image, reason
+from luthier.terminal import percent
 
 if TYPE_CHECKING:
     import gradio
@@ -130,7 +131,7 @@ def answerer(classifier: "Classifier", load: Callable) -> Callable[[str | None],
         label, share = prediction.top[0]
         if prediction.none:
             return "None of these", dict(prediction.top)
-        likeliest = f"{label} ({share:.0%})"
+        likeliest = f"{label} ({percent(share, 0)})"
         return (f"Unsure. Most likely: {likeliest}" if prediction.unsure else likeliest), dict(prediction.top)
 
     return answer

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from luthier.errors import UserError, exit_on_user_error
 from luthier.output_dir import has_ended
+from luthier.terminal import percent
 
 PROJECT = Path(__file__).parent
 
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
         results.setdefault(run.experiment, {})[run.part] = RunResult(metrics, correct)
         scored, seconds = metrics["test"], metrics["seconds"]["total"]
         print(
-            f"[{number}/{len(runs)}] {run.experiment}, {run.part}: test {scored['accuracy']:.1%} "
+            f"[{number}/{len(runs)}] {run.experiment}, {run.part}: test {percent(scored['accuracy'])} "
             f"(n = {scored['n']}), {seconds:.0f} s{', from before' if run.folder in finished else ''}",
             flush=True,
         )

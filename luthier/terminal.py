@@ -22,11 +22,17 @@ def plural(n: int, noun: str, nouns: str | None = None) -> str:
     return f"{n:,} {noun if n == 1 else nouns or f'{noun}s'}"
 
 
+def percent(share: float, places: int = 1) -> str:
+    """Return a share in percent: `71.8%`. Nearly all never reads 100%, and nearly none never 0%."""
+    least = 10.0 ** -(places + 2)
+    return f"{min(max(share, least), 1 - least) if 0 < share < 1 else share:.{places}%}"
+
+
 def percent_with_interval(scored: Mapping) -> str:
     """Return an accuracy with its interval and n: `71.8% (95% interval 65.3% to 77.4%, n = 209)`."""
     low, high = scored["accuracy_ci95"]
     groups = f" in {plural(scored['groups'], 'group')}" if "groups" in scored else ""
-    return f"{scored['accuracy']:.1%} (95% interval {low:.1%} to {high:.1%}, n = {scored['n']}{groups})"
+    return f"{percent(scored['accuracy'])} (95% interval {percent(low)} to {percent(high)}, n = {scored['n']}{groups})"
 
 
 def balance_with_intervals(scored: Mapping) -> str:
@@ -35,7 +41,7 @@ def balance_with_intervals(scored: Mapping) -> str:
         return f"macro F1 {scored['macro_f1']:.3f}"
     (low, high), (lowest, highest) = scored["balanced_accuracy_ci95"], scored["macro_f1_ci95"]
     return (
-        f"balanced accuracy {scored['balanced_accuracy']:.1%} ({low:.1%} to {high:.1%}), "
+        f"balanced accuracy {percent(scored['balanced_accuracy'])} ({percent(low)} to {percent(high)}), "
         f"macro F1 {scored['macro_f1']:.3f} ({lowest:.3f} to {highest:.3f})"
     )
 

@@ -9,7 +9,7 @@ import pytest
 from conftest import PROJECT, draw_folder
 
 import luthier.terminal as module
-from luthier.terminal import Stopwatch, Tenths, plural, say
+from luthier.terminal import Stopwatch, Tenths, percent, plural, say
 
 
 @pytest.mark.parametrize(
@@ -82,3 +82,12 @@ def test_log_file_has_progress_lines_and_no_carriage_returns(tmp_path, timm_chec
     assert b"\r" not in result.stdout + result.stderr
     lines = [text for text in result.stderr.decode().splitlines() if text.startswith("train    ")]
     assert len(lines) == 10 and lines[-1].startswith("train    15 of 15 steps"), result.stderr
+
+
+@pytest.mark.parametrize(
+    ("share", "places", "expected"),
+    [(0.718, 1, "71.8%"), (1, 1, "100.0%"), (2999 / 3000, 1, "99.9%"), (1e-5, 1, "0.1%"), (0, 1, "0.0%"),
+     (0.996, 0, "99%"), (0.002, 0, "1%"), (float("nan"), 1, "nan%")],
+)  # fmt: skip
+def test_only_all_is_100_percent_and_only_none_0(share, places, expected):
+    assert percent(share, places) == expected

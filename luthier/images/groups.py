@@ -75,8 +75,14 @@ def check_groups(splits: DatasetDict, group_by: str) -> None:
 
 
 def groups_of(dataset: Dataset) -> np.ndarray | None:
-    """Return the group of each image of a loaded split, int [N]; None where the user has given no groups."""
-    return np.array(dataset["group"][:]) if GIVEN_GROUP in dataset.column_names else None
+    """Return the group of each image of a loaded split, int [N]: one for near-duplicates and images of a given group.
+
+    None where each image stands alone, and the user has given no groups.
+    """
+    if "group" not in dataset.column_names:
+        return None
+    groups = np.array(dataset["group"][:])
+    return groups if GIVEN_GROUP in dataset.column_names or len(np.unique(groups)) < len(groups) else None
 
 
 def propose_grouping(names: Sequence[str], classes: int) -> str | None:

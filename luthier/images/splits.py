@@ -127,6 +127,8 @@ def validation_share(images: int) -> float:
 def stratified_folds(labels: np.ndarray, groups: np.ndarray, k: int, seed: int) -> np.ndarray:
     """Return the fold, from 0 to k - 1, of each row: each class dealt out evenly, each group as a whole.
 
+    What is left over of a class goes to the folds that are smallest so far, so that small classes fill all of them.
+
     Args:
         labels, groups: int [N].
         k: number of folds; a class with fewer groups is missing from some of them.
@@ -134,11 +136,13 @@ def stratified_folds(labels: np.ndarray, groups: np.ndarray, k: int, seed: int) 
     """
     _, numbers = np.unique(groups, return_inverse=True)
     fold_of: dict[int, int] = {}
+    filled = np.zeros(k)
     for rows in _rows_of_classes(labels, np.arange(len(labels))):
         taken, size = np.zeros(k), _sizes(numbers[np.random.default_rng(seed).permutation(rows)])
         for group in sorted(size, key=lambda group: group not in fold_of):  # those that an earlier class dealt first
-            fold = fold_of.setdefault(group, int(taken.argmin()))
+            fold = fold_of.setdefault(group, int(np.lexsort((filled, taken))[0]))
             taken[fold] += size[group]
+            filled[fold] += size[group]
     return np.array([fold_of[group] for group in range(len(fold_of))], dtype=int)[numbers]
 
 

@@ -14,7 +14,7 @@ from luthier.reporting.console import (
     refit_in_words,
     trust_remote_code,
 )
-from luthier.terminal import balance_with_intervals, percent_with_interval
+from luthier.terminal import balance_with_intervals, percent, percent_with_interval
 
 EXPORTS = "export.json"  # how exported files compare with the model
 FIGURES = {  # that a model card shows
@@ -55,7 +55,7 @@ def write_model_card(path: Path, metrics: dict, custom_code: bool, repo_id: str 
     )
     environment.filters |= {
         "text": escape_markdown,
-        "percent": lambda share: f"{share:.1%}",
+        "percent": percent,
         "interval": percent_with_interval,
         "balance": balance_with_intervals,
     }

@@ -19,7 +19,7 @@ from luthier.scoring.race import Outcome
 from luthier.scoring.refit import Plan
 from luthier.scoring.screening import View
 from luthier.scoring.selection import Candidate
-from luthier.terminal import balance_with_intervals, percent_with_interval, plural, say
+from luthier.terminal import balance_with_intervals, percent, percent_with_interval, plural, say
 from luthier.training.trainer import model_of
 
 KIND_NAMES = {  # of findings
@@ -82,7 +82,7 @@ def criterion_in_words(criterion: Criterion) -> str:
         return f"{metric}; answers do not make up for rare classes" if criterion.metric in ASKS_FOR_BALANCE else metric
     low, high = min(balance.shares), max(balance.shares)
     weights = ", and rare classes count more in training" if balance.weighted else ""
-    return f"{metric}; answers as if all classes were equally frequent ({low:.1%} to {high:.1%}){weights}"
+    return f"{metric}; answers as if all classes were equally frequent ({percent(low)} to {percent(high)}){weights}"
 
 
 def describe_recipe(result: Result, augmentation: str) -> dict[str, str]:
@@ -127,7 +127,8 @@ def say_setup(splits: Mapping[str, Dataset], name: str, setup: Mapping[str, str]
 
 def say_probe(scored: Mapping) -> None:
     """Say how the linear probe does on validation."""
-    say("probe", f"validation accuracy {scored['accuracy']:.1%}, loss {scored['log_loss']:.3f} (on frozen features)")
+    accuracy, loss = percent(scored["accuracy"]), scored["log_loss"]
+    say("probe", f"validation accuracy {accuracy}, loss {loss:.3f} (on frozen features)")
 
 
 def say_estimates(probe: ProbeResults, curve: bool) -> None:
@@ -183,16 +184,16 @@ def say_results(output_dir: Path, metrics: Mapping, custom_code: bool | None = N
     """
     test, majority = metrics["test"], metrics["baselines"]["majority"]
     probe, before = metrics["baselines"].get("linear_probe"), metrics["calibration"].get("before")
-    baselines = [f"linear probe {probe['test']['accuracy']:.1%}"] if probe else []
-    baselines.append(f"always {majority['label']!r} {majority['accuracy']:.1%}")
+    baselines = [f"linear probe {percent(probe['test']['accuracy'])}"] if probe else []
+    baselines.append(f"always {majority['label']!r} {percent(majority['accuracy'])}")
     say("test", f"accuracy {percent_with_interval(test)}")
     say("", balance_with_intervals(test))
     say("", f"compare: {'; '.join(baselines)}")
     if "none" in test:
         for sentence in none_in_words(test["none"], metrics["unsure"]).split(". "):
             say("", sentence)
-    uncalibrated = f", before calibration {before['test']['ece']:.1%}" if before else ""
-    say("", f"calibration error {test['ece']:.1%}{uncalibrated}")
+    uncalibrated = f", before calibration {percent(before['test']['ece'])}" if before else ""
+    say("", f"calibration error {percent(test['ece'])}{uncalibrated}")
     stages = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in metrics["seconds"].items() if stage != "total")
     say("time", f"{metrics['seconds']['total']:.0f} s: {stages}")
     say("saved", f"{output_dir}; open report.html in it")
@@ -207,8 +208,9 @@ def none_in_words(none: Mapping, unsure: Mapping) -> str:
     low, high = none["refused_ci95"]
     refused, known = 1 - unsure["none_answered"], 1 - unsure["answered"]
     return (
-        f"{plural(none['n'], 'image')} of none of the classes: {none['refused']:.1%} refused (95% interval {low:.1%} "
-        f"to {high:.1%}), {refused:.1%} refused or unsure. The others: {none['known_refused']:.1%}, {known:.1%}"
+        f"{plural(none['n'], 'image')} of none of the classes: {percent(none['refused'])} refused (95% interval "
+        f"{percent(low)} to {percent(high)}), {percent(refused)} refused or unsure. The others: "
+        f"{percent(none['known_refused'])}, {percent(known)}"
     )
 
 
@@ -222,9 +224,9 @@ def inflation_in_words(inflation: Mapping) -> str:
     low, high = (100 * gain for gain in inflation["ci95"])
     return (
         f"{inflation['images']:,} images of train and validation in {plural(inflation['groups'], 'group')}. A linear "
-        f"probe scores {inflation['accuracy']:.1%} on groups that it has not seen. With splits that ignore the groups "
-        f"it would seem to score {inflation['ignoring']:.1%}: {100 * inflation['inflation']:+.1f} points (95% "
-        f"interval {low:+.1f} to {high:+.1f})"
+        f"probe scores {percent(inflation['accuracy'])} on groups that it has not seen. With splits that ignore the "
+        f"groups it would seem to score {percent(inflation['ignoring'])}: {100 * inflation['inflation']:+.1f} points "
+        f"(95% interval {low:+.1f} to {high:+.1f})"
     )
 
 
@@ -236,7 +238,7 @@ def learning_curve_in_words(curve: Mapping | None) -> str:
     low, high = (100 * gain for gain in curve["gain_ci95"])
     return (
         f"With twice the training images ({twice['n']:,} instead of {now['n']:,}) a linear probe would score about "
-        f"{twice['accuracy']:.1%} instead of {now['accuracy']:.1%}: {100 * curve['gain']:+.1f} points "
+        f"{percent(twice['accuracy'])} instead of {percent(now['accuracy'])}: {100 * curve['gain']:+.1f} points "
         f"(95% interval {low:+.1f} to {high:+.1f})"
     )
 
@@ -321,9 +323,9 @@ def comparison_table(rows: list[dict]) -> str:
     for row in rows:
         lines.append(
             f"| {row['experiment']} | {row['runs']} "
-            f"| {row['test accuracy']:.1%} ({row['lowest']:.1%} to {row['highest']:.1%}) "
-            f"| {row['interval low']:.1%} to {row['interval high']:.1%} | {row['n']} "
-            f"| {row['validation accuracy']:.1%} | {row['seconds']:.0f} |"
+            f"| {percent(row['test accuracy'])} ({percent(row['lowest'])} to {percent(row['highest'])}) "
+            f"| {percent(row['interval low'])} to {percent(row['interval high'])} | {row['n']} "
+            f"| {percent(row['validation accuracy'])} | {row['seconds']:.0f} |"
         )
     return "\n".join(lines)
 

@@ -5,13 +5,18 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter, StrMethodFormatter
 
-from luthier.terminal import percent_with_interval
+from luthier.terminal import percent, percent_with_interval
 
 BLUE, ORANGE = "#0072B2", "#D55E00"  # of the Okabe-Ito palette, which the colour-blind can tell apart
+# matplotlib's own font lacks most scripts. Of others, those that are installed are asked for what it lacks.
+FONTS = ("DejaVu Sans", "Noto Sans CJK JP", "Noto Sans CJK SC", "Hiragino Sans", "PingFang SC", "Yu Gothic",
+         "Microsoft YaHei", "Malgun Gothic", "WenQuanYi Zen Hei", "Noto Sans Arabic", "Noto Sans Devanagari",
+         "Noto Sans Thai", "Arial Unicode MS", "Unifont")  # fmt: skip
 
 
 def plot_confusion_matrix(scored: dict, labels: list[str], path: Path, shares: bool = False) -> None:
@@ -38,7 +43,7 @@ def plot_confusion_matrix(scored: dict, labels: list[str], path: Path, shares: b
         if len(labels) <= 40:
             for row, column in zip(*matrix.nonzero(), strict=True):
                 colour = "white" if share[row, column] > 0.5 else "black"
-                cell = f"{share[row, column]:.0%}" if shares else matrix[row, column]
+                cell = f"{percent(share[row, column], 0)}" if shares else matrix[row, column]
                 axes.text(column, row, cell, ha="center", va="center", color=colour, fontsize=size)
         figure.savefig(path, dpi=120)
 
@@ -97,7 +102,7 @@ def plot_coverage(unsure: dict, path: Path) -> None:
         axes = figure.subplots()
         axes.plot([point["coverage"] for point in curve], [point["accuracy"] for point in curve], color=BLUE)
         if unsure["accuracy"] is not None:
-            mark = f"unsure of {1 - unsure['answered']:.0%}"
+            mark = f"unsure of {percent(1 - unsure['answered'], 0)}"
             axes.plot(unsure["answered"], unsure["accuracy"], color=ORANGE, marker="s", linestyle="", label=mark)
             axes.legend(loc="lower left")
         lowest = min(point["accuracy"] for point in curve)
@@ -141,4 +146,8 @@ def plot_learning_curve(curve: dict, path: Path) -> None:
 
 
 def _style():
-    return matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
+    installed = set(font_manager.get_font_names())
+    fonts = [font for font in FONTS if font in installed]
+    return matplotlib.rc_context(
+        {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "font.family": fonts}
+    )

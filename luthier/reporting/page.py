@@ -23,6 +23,7 @@ from luthier.reporting.console import (
     refit_in_words,
 )
 from luthier.scoring.metrics import TestPredictions
+from luthier.terminal import percent
 
 THUMBNAIL = 160  # pixels: longer side of the images in a page
 MAX_SHOWN = 12  # wrong predictions, and correct ones
@@ -67,7 +68,7 @@ def most_telling(test: TestPredictions, labels: list[str]) -> tuple[list[dict], 
     predicted, confidence = probabilities.argmax(axis=-1), probabilities.max(axis=-1)
 
     def entry(row: int) -> dict:
-        correct, sure = predicted[row] == test.references[row], f"{confidence[row]:.0%} sure"
+        correct, sure = predicted[row] == test.references[row], f"{percent(confidence[row], 0)} sure"
         return {
             "split": "test",
             "row": row,
@@ -100,6 +101,7 @@ def _render(template: str, path: Path, splits: DatasetDict, **values) -> None:
         inflation_in_words,
         learning_curve_in_words,
         none_in_words,
+        percent,
         refit_in_words,
     )
     environment.globals |= {function.__name__: function for function in words}

@@ -12,6 +12,7 @@ from luthier.images.columns import GIVEN_GROUP, fixed_width
 from luthier.images.groups import propose_grouping
 from luthier.images.inspection import UnreadableImage
 from luthier.images.splits import stratified_folds
+from luthier.terminal import percent
 from luthier.training.probe import cross_fit
 
 # What Pillow calls a format, and the extensions that files of it may have.
@@ -163,7 +164,7 @@ def suspect_labels(splits: DatasetDict, features: torch.Tensor, strength: float)
                 "label": names[labels[number]],
                 "likelier": likely,
                 "probability": float(given[number]),
-                "why": f"looks like {likely}; its own label has a probability of {given[number]:.1%}",
+                "why": f"looks like {likely}; its own label has a probability of {percent(given[number])}",
             }
         )
     return found, sample

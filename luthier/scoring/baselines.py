@@ -119,7 +119,7 @@ def probe_inflation(
 ) -> dict | None:
     """Return what ignoring the given groups would add to a probe's accuracy, see `grouping.measure_inflation`.
 
-    None where there are no given groups.
+    None where there are no given groups, or too few to tell.
 
     Args:
         splits: as loaded.
@@ -158,9 +158,12 @@ def build_yardstick(
     labels, groups = (np.concatenate([dataset[column][:] for dataset in both]) for column in ("label", "group"))
     classes = both[0].features["label"].num_classes
     everything, truth = join([features["train"], features["validation"]]).to(device), torch.tensor(labels)
-    folds, losses = stratified_folds(labels, groups, FOLDS, seed=0), np.zeros(len(labels))
+    folds, losses, known = stratified_folds(labels, groups, FOLDS, seed=0), np.zeros(len(labels)), labels < 0
     for part in cross_fit(everything, truth.to(device), folds, classes, (strength,)):
         losses[part.rows] = criterion.losses(criterion.answers(part.logits[0].cpu().numpy()), labels[part.rows])
+        known[part.rows] = part.learned[labels[part.rows]]
+    # How hard an image is tells no probe that has not learned its class, as one whose images are all in one fold.
+    losses[~known] = losses[known].mean() if known.any() else 0.0
     return Yardstick(losses[len(both[0]) :], float(losses.mean()))
 
 

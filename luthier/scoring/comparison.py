@@ -66,6 +66,12 @@ def check_same_images(results: dict[str, dict[str, RunResult]], part: str) -> No
             f"{', '.join(fingerprints)} do not have the same splits in {part}: name the data and the split once, for "
             "all of them, on the command line of compare.py"
         )
+    counted = {tuple(digest for digest, *_ in parts[part].correct) for parts in results.values() if part in parts}
+    if len(counted) > 1:
+        raise UserError(
+            f"{', '.join(fingerprints)} do not count the same test images in {part}: name --none_class once, for all "
+            "of them, on the command line of compare.py"
+        )
 
 
 def summarise_experiment(name: str, parts: dict[str, RunResult]) -> dict[str, str | int | float]:

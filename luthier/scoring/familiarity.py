@@ -74,7 +74,7 @@ def learn_familiarity(
 ) -> Familiarity | None:
     """Return what is familiar to the model that is kept; None where its head is not one linear layer, or it diverged.
 
-    The scale and the threshold are those of validation, where the threshold costs one in twenty correct answers.
+    The scale and the threshold are those of validation, where at most one in twenty correct answers is withheld.
 
     Args:
         trainer: has the model with its final weights.

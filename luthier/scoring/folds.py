@@ -50,7 +50,7 @@ def pool(parts: Sequence[tuple[Experiment, Result]]) -> tuple[Experiment, Result
     none = leader.course.judge.criterion.none
     confidence, correct = confidence_and_correct(answers, references)
     correct &= references != none
-    threshold = round(choose_threshold(confidence, correct), 4)
+    threshold = choose_threshold(confidence, correct)
     kept = leader.kept._replace(temperature=temperature, threshold=threshold)
     sureness, familiarity = pool_familiarity(own, leader.answers.familiarity, answers, correct)
 

@@ -17,10 +17,11 @@ def measure_inflation(
     groups: np.ndarray,
     classes: int,
     strength: float,
-) -> dict:
+) -> dict | None:
     """Return the accuracy of cross-fitted probes with folds that keep groups together, and with folds that do not.
 
-    Both keep duplicates together. The interval of the difference comes from bootstrap samples of the groups.
+    Both keep duplicates together. An image counts if all of its probes have learned its class, which they cannot where
+    the class has one group. The interval of the difference comes from bootstrap samples of the groups.
 
     Args:
         features: float32 [N, D], on the device of the fits.
@@ -30,17 +31,22 @@ def measure_inflation(
         classes: how many there are.
         strength: of the probes.
 
-    Returns `images`, `groups`, `accuracy`, `ignoring` (the accuracy without groups), `inflation` and its `ci95`.
+    Returns `images` and `groups` that count, `accuracy`, `ignoring` (the accuracy without groups), `inflation` and its
+    `ci95`; None where no image counts.
     """
     truth = torch.as_tensor(labels, device=features.device)
-    correct = {"accuracy": np.zeros(len(labels)), "ignoring": np.zeros(len(labels))}
+    correct, counts = {"accuracy": np.zeros(len(labels)), "ignoring": np.zeros(len(labels))}, labels >= 0
     for seed in range(REPEATS):
         for name, together in (("accuracy", groups), ("ignoring", duplicates)):
             folds = stratified_folds(labels, together, FOLDS, seed)
             for part in cross_fit(features, truth, folds, classes, (strength,)):
                 likely = part.logits[0].argmax(dim=1).cpu().numpy()
                 correct[name][part.rows] += (likely == labels[part.rows]) / REPEATS
-    _, index = np.unique(groups, return_inverse=True)
+                counts[part.rows] &= part.learned[labels[part.rows]]
+    if not counts.any():
+        return None
+    correct = {name: values[counts] for name, values in correct.items()}
+    _, index = np.unique(groups[counts], return_inverse=True)
     sizes = np.bincount(index)
     gains = np.bincount(index, weights=correct["ignoring"] - correct["accuracy"])
     generator = np.random.default_rng(0)
@@ -49,7 +55,7 @@ def measure_inflation(
         drawn = generator.integers(len(sizes), size=len(sizes))
         resampled.append(gains[drawn].sum() / sizes[drawn].sum())
     return {
-        "images": len(labels),
+        "images": int(counts.sum()),
         "groups": len(sizes),
         **{name: float(values.mean()) for name, values in correct.items()},
         "inflation": float(gains.sum() / sizes.sum()),

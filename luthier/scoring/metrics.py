@@ -133,10 +133,9 @@ def score(
     `groups` (how many, where there are any), `per_class` by class name, `confusion_matrix` (by true class), and `none`
     where there are images of that class: how many, which share of them is taken for it, and of the others.
     """
-    known = references != none
-    none = none if known.any() else None
-    if not known.all() and known.any():
+    if not known_images(references, none).all():
         return _score_known(logits, references, labels, groups, class_shares, none)
+    none = none if (references != none).any() else None
     predictions = logits.argmax(axis=-1)
     result = Classification(keep_in_memory=True).compute(
         predictions=predictions, references=references, num_labels=len(labels), none=none
@@ -163,6 +162,12 @@ def score(
         },
         "confusion_matrix": result["confusion_matrix"],
     }
+
+
+def known_images(references: np.ndarray, none: int | None) -> np.ndarray:
+    """Return which images show one of the classes, bool [N]: all but those of the class `none`, or all of these."""
+    known = references != none
+    return known | (not known.any())
 
 
 def _score_known(
@@ -243,7 +248,8 @@ def choose_threshold(sureness: np.ndarray, correct: np.ndarray) -> float:
     inputs are compared in the same way (at 95% true positives, Hendrycks and Gimpel 2017). No unfamiliar images are
     available to choose it with.
     """
-    return float(np.quantile(sureness[correct], MAX_CORRECT_WITHHELD, method="lower")) if correct.any() else 0.0
+    kept = np.sort(sureness[correct])
+    return float(kept[int(MAX_CORRECT_WITHHELD * len(kept))]) if len(kept) else 0.0
 
 
 def selective(sureness: np.ndarray, correct: np.ndarray, threshold: float) -> dict:

@@ -13,6 +13,7 @@ from luthier.scoring.metrics import (
     calibration_scores,
     choose_threshold,
     confidence_and_correct,
+    known_images,
     reliability,
     selective,
     standard_error,
@@ -89,12 +90,15 @@ def score_candidates(
     for share in shares if start else (1.0,):
         model.load_state_dict(blend(start or end, end, share))
         logits, references = predict(trainer, rows)
+        known = known_images(references, judge.criterion.none)
         criterion = judge.criterion
         temperature = criterion.temperature(logits, references) if linear_head(model) else 1.0
         answers = criterion.answers(logits) / temperature
-        validation, uncalibrated = judge.score(answers, references), calibration_scores(logits, references)
-        known = references != criterion.none
-        threshold = round(choose_threshold(*confidence_and_correct(answers[known], references[known])), 4)
+        validation, uncalibrated = (
+            judge.score(answers, references),
+            calibration_scores(logits[known], references[known]),
+        )
+        threshold = choose_threshold(*confidence_and_correct(answers[known], references[known]))
         losses, class_shares = judge.losses(answers, references), criterion.class_shares
         candidates.append(
             Candidate(share, temperature, threshold, validation, uncalibrated, losses, arm, class_shares)
@@ -159,23 +163,24 @@ def score_test(test: TestPredictions, threshold: float) -> dict:
     confidence, correct = confidence_and_correct(test.logits, test.references)
     by, sureness = ("confidence", confidence) if test.sureness is None else ("familiarity", test.sureness)
     sureness = np.where(test.logits.argmax(axis=-1) == test.none, -np.inf, sureness)
-    known = test.references != test.none
-    known |= not known.any()
+    known = known_images(test.references, test.none)
     unsure = {"by": by, **selective(sureness[known], correct[known], threshold)}
     if not known.all():
         unsure["none_answered"] = float((sureness[~known] >= threshold).mean())
     return {
         "test": test.score(),
         "unsure": unsure,
-        "calibration": {"reliability": reliability(test.likely, test.references)},
+        "calibration": {"reliability": reliability(test.likely[known], test.references[known])},
     }
 
 
 def score_run(kept: Candidate, test: TestPredictions, threshold: float) -> dict:
     """Return all scores of a run: those of `score_test`, validation, and what calibration changed."""
     scores, before = score_test(test, threshold), replace(test, logits=test.logits * kept.temperature)
+    known = known_images(test.references, test.none)
+    uncalibrated = calibration_scores(before.likely[known], test.references[known])
     scores["calibration"] |= {
         "temperature": kept.temperature,
-        "before": {"validation": kept.uncalibrated, "test": calibration_scores(before.likely, before.references)},
+        "before": {"validation": kept.uncalibrated, "test": uncalibrated},
     }
     return {"validation": kept.validation, **scores}

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainingArguments
 
-from luthier.terminal import Stopwatch, Tenths
+from luthier.terminal import Stopwatch, Tenths, percent
 
 QUIET_SECONDS = 10  # of an evaluation before its progress is said line by line
 
@@ -84,8 +84,8 @@ class EpochTable(TrainerCallback):
             now = time.perf_counter()
             tqdm.write(
                 f"{state.epoch:5.4g}  {self.train.get('loss', float('nan')):6.3f}"
-                f"  {self.train.get('accuracy', float('nan')):9.1%}  {logs['eval_loss']:7.3f}"
-                f"  {logs['eval_accuracy']:8.1%}  {logs['eval_macro_f1']:9.3f}  {now - self.epoch_start:7.1f}"
+                f"  {percent(self.train.get('accuracy', float('nan'))):>9}  {logs['eval_loss']:7.3f}"
+                f"  {percent(logs['eval_accuracy']):>8}  {logs['eval_macro_f1']:9.3f}  {now - self.epoch_start:7.1f}"
                 f"  {self.recipe}"
             )
             self.epoch_start = now

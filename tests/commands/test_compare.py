@@ -189,6 +189,9 @@ def test_other_images_are_refused():
     runs["b"]["0"].metrics["data"]["fingerprint"] = "y"
     with pytest.raises(UserError, match="a, b do not have the same splits in 0"):
         check_same_images(runs, "0")
+    others = results(("a", [[True, False]]), ("b", [[True]]))  # one of them with --none_class
+    with pytest.raises(UserError, match="a, b do not count the same test images in 0: name --none_class once"):
+        check_same_images(others, "0")
 
 
 @pytest.mark.slow

@@ -178,3 +178,8 @@ def test_hash_of_splits_tells_images_classes_order_and_split_apart():
     assert len(set(hashes)) == 6
     again = cut_missing_splits(dataset(30), np.arange(30), 1, 0.2, 0.2)
     assert hash_splits(again) == hashes[0]
+
+
+def test_small_classes_fill_all_folds():
+    labels = np.repeat(np.arange(50), 2)
+    assert np.bincount(stratified_folds(labels, np.arange(100), 5, seed=1)).tolist() == [20] * 5

@@ -12,7 +12,8 @@ from data import collate, feature_rows, prepare
 from luthier.images.views import EvaluationView
 from luthier.reporting.console import findings_in_words
 from luthier.scoring.audit import KINDS, suspect_labels
-from luthier.scoring.baselines import majority_baseline, measure_probe
+from luthier.scoring.baselines import build_yardstick, majority_baseline, measure_probe
+from luthier.scoring.criterion import LOG_LOSS
 from luthier.training.features import join
 from models import build_model
 
@@ -43,6 +44,20 @@ def test_probe_gives_a_baseline_starting_weights_and_suspect_labels(measure):
     assert set(probe.starts) == {"probe", "soft probe"} and probe.learning_curve is None
     assert isinstance(probe.suspect_labels, list)
     assert len(probe.yardstick.losses) == probe.baseline["validation"]["n"] and 0 < probe.yardstick.mean < 10
+
+
+def test_classes_that_no_probe_has_learned_do_not_move_the_yardstick():
+    """Those of one image or one group, whose losses would be huge; validation may have none of them."""
+    labels = np.r_[np.tile(np.arange(4), 20), 4, 5, 6]
+    columns = {"label": labels, "group": np.arange(83)}
+    features = torch.tensor(np.eye(7)[labels] * 20 + np.random.default_rng(0).normal(size=(83, 7))).float()
+    both = Dataset.from_dict(columns).cast_column("label", ClassLabel(names=list("abcdefg")))
+    rows = {"train": [*range(40), 80, 81], "validation": [*range(40, 80), 82]}
+    splits = DatasetDict({split: both.select(chosen) for split, chosen in rows.items()})
+    parts = {split: features[chosen] for split, chosen in rows.items()}
+    yardstick = build_yardstick(parts, splits, 0.001, LOG_LOSS, torch.device("cpu"))
+    assert yardstick.mean < 0.1 and yardstick.losses.max() < 0.5
+    assert yardstick.losses[-1] == pytest.approx(yardstick.mean)
 
 
 def test_probe_of_many_images_is_cross_fitted_on_a_sample_and_says_so(measure, monkeypatch):

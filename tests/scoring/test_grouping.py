@@ -28,3 +28,13 @@ def test_bursts_inflate_a_score_that_ignores_them():
 def test_groups_that_share_nothing_inflate_nothing():
     found = measure(shared=0.0)
     assert found["ci95"][0] < 0.06 and abs(found["inflation"]) < 0.08
+
+
+def test_classes_in_one_group_do_not_count():
+    generator, labels = np.random.default_rng(0), np.repeat(np.arange(4), 20)
+    groups = labels * 10 + np.arange(80) % 4 * (labels > 0)  # the first class has one group
+    features = torch.tensor(np.eye(4)[labels] * 10 + generator.normal(size=(80, 4))).float()
+    found = measure_inflation(features, labels, np.arange(80), groups, 4, 0.01)
+    assert (found["images"], found["groups"]) == (60, 12)
+    assert found["accuracy"] == found["ignoring"] == 1 and found["inflation"] == 0
+    assert measure_inflation(features, labels, np.arange(80), labels, 4, 0.01) is None

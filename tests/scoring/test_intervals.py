@@ -71,3 +71,22 @@ def test_bootstrap_draws_whole_groups():
 def test_score_says_how_many_groups_there_are():
     scored = score(np.eye(2)[[0, 1, 1, 0]], np.array([0, 1, 0, 0]), ["a", "b"], np.array([7, 7, 3, 3]))
     assert scored["groups"] == 2 and "groups" not in score(np.eye(2), np.arange(2), ["a", "b"])
+
+
+def test_interval_of_macro_f1_is_about_the_score_where_classes_have_few_images():
+    generator, references, inside = np.random.default_rng(0), np.repeat(np.arange(100), 2), 0
+    for _ in range(20):
+        wrong = generator.random(200) < 0.3
+        predictions = np.where(wrong, (references + generator.integers(1, 100, 200)) % 100, references)
+        scored = score(np.eye(100)[predictions], references, [str(index) for index in range(100)])
+        low, high = scored["macro_f1_ci95"]
+        assert low < scored["macro_f1"] < high
+        inside += low <= 0.7 <= high  # what these predictions score on many images
+    assert inside >= 16
+
+
+def test_perfect_scores_on_few_images_are_as_uncertain_as_the_accuracy():
+    references = np.repeat(np.arange(3), 4)
+    scored = score(np.eye(3)[references], references, ["a", "b", "c"])
+    assert scored["macro_f1_ci95"] == scored["balanced_accuracy_ci95"] == scored["accuracy_ci95"]
+    assert scored["accuracy_ci95"][0] < 0.8

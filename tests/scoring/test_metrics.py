@@ -4,14 +4,30 @@ import math
 
 import numpy as np
 import pytest
+from datasets import ClassLabel, Dataset, DatasetDict
 
 from luthier.scoring.intervals import wilson_interval
-from luthier.scoring.metrics import Yardstick, fit_temperature, log_loss, reliability, score
+from luthier.scoring.metrics import (
+    TestPredictions,
+    Yardstick,
+    choose_threshold,
+    fit_temperature,
+    log_loss,
+    reliability,
+    score,
+)
+from luthier.scoring.selection import score_test
 
 LABELS = ["a", "b", "c"]
 REFERENCES = np.array([0, 0, 0, 0, 1, 1])
 PREDICTIONS = np.array([0, 0, 0, 1, 1, 0])
 LOGITS = np.eye(3)[PREDICTIONS]
+
+
+def tested(references, labels, groups):
+    """Return a test split of images in groups of near-duplicates."""
+    columns = {"label": list(references), "group": list(groups)}
+    return DatasetDict(test=Dataset.from_dict(columns).cast_column("label", ClassLabel(names=labels)))
 
 
 def test_score_equals_values_worked_out_by_hand():
@@ -98,3 +114,28 @@ def test_images_of_no_class_are_counted_by_themselves():
     groups = np.array([0, 0, 1, 1, 2, 3])
     assert score(logits, references, ["a", "b", "none"], groups, none=2)["groups"] == 2
     assert "none" not in score(logits[:4], references[:4], ["a", "b", "none"], none=2)
+
+
+@pytest.mark.parametrize("n", [10, 20, 39, 40, 100, 180])
+def test_threshold_is_the_highest_that_withholds_one_in_twenty(n):
+    sureness, correct = np.random.default_rng(0).random(n + 5), np.arange(n + 5) < n
+    threshold = choose_threshold(sureness, correct)
+    higher = sureness[correct & (sureness > threshold)].min()
+    assert (sureness[correct] < threshold).sum() <= n / 20 < (sureness[correct] < higher).sum()
+
+
+def test_calibration_is_that_of_images_of_the_classes():
+    labels, references = ["a", "b", "none"], np.array([0, 1, 0, 1, 2, 2])
+    logits = np.eye(3)[[0, 1, 1, 1, 0, 0]] * 2.0
+    splits = tested(references, labels, range(6))
+    scored = score_test(TestPredictions(splits, logits, references, none=2), threshold=0.0)
+    assert sum(b["n"] for b in scored["calibration"]["reliability"]) == scored["test"]["n"] == 4
+
+
+def test_near_duplicates_count_as_one_image():
+    references, groups = [0, 1] * 20, [row // 4 for row in range(40)]
+    splits = tested(references, ["a", "b"], groups)
+    test = TestPredictions(splits, np.eye(2)[references] * 3.0, np.array(references))
+    assert test.score()["groups"] == 10 and test.score()["accuracy_ci95"][0] < 0.8
+    alone = tested(references, ["a", "b"], range(40))
+    assert "groups" not in TestPredictions(alone, test.logits, test.references).score()
