@@ -24,7 +24,7 @@ PREDICTIONS = np.array([0, 0, 0, 1, 1, 0])
 LOGITS = np.eye(3)[PREDICTIONS]
 
 
-def tested(references, labels, groups):
+def split_of(references, labels, groups):
     """Return a test split of images in groups of near-duplicates."""
     columns = {"label": list(references), "group": list(groups)}
     return DatasetDict(test=Dataset.from_dict(columns).cast_column("label", ClassLabel(names=labels)))
@@ -127,15 +127,15 @@ def test_threshold_is_the_highest_that_withholds_one_in_twenty(n):
 def test_calibration_is_that_of_images_of_the_classes():
     labels, references = ["a", "b", "none"], np.array([0, 1, 0, 1, 2, 2])
     logits = np.eye(3)[[0, 1, 1, 1, 0, 0]] * 2.0
-    splits = tested(references, labels, range(6))
+    splits = split_of(references, labels, range(6))
     scored = score_test(TestPredictions(splits, logits, references, none=2), threshold=0.0)
     assert sum(b["n"] for b in scored["calibration"]["reliability"]) == scored["test"]["n"] == 4
 
 
 def test_near_duplicates_count_as_one_image():
     references, groups = [0, 1] * 20, [row // 4 for row in range(40)]
-    splits = tested(references, ["a", "b"], groups)
+    splits = split_of(references, ["a", "b"], groups)
     test = TestPredictions(splits, np.eye(2)[references] * 3.0, np.array(references))
     assert test.score()["groups"] == 10 and test.score()["accuracy_ci95"][0] < 0.8
-    alone = tested(references, ["a", "b"], range(40))
+    alone = split_of(references, ["a", "b"], range(40))
     assert "groups" not in TestPredictions(alone, test.logits, test.references).score()
