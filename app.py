@@ -129,10 +129,13 @@ def answerer(classifier: "Classifier", load: Callable) -> Callable[[str | None],
         except Exception as error:  # Pillow raises errors of any kind on damaged data
             return f"No prediction: {reason(error)}", {}
         label, share = prediction.top[0]
+        shown: dict[str, float] = {}
+        for name, probability in prediction.top:
+            shown.setdefault(name, probability)  # of classes with one name the likeliest
         if prediction.none:
-            return "None of these", dict(prediction.top)
+            return "None of these", shown
         likeliest = f"{label} ({percent(share, 0)})"
-        return (f"Unsure. Most likely: {likeliest}" if prediction.unsure else likeliest), dict(prediction.top)
+        return (f"Unsure. Most likely: {likeliest}" if prediction.unsure else likeliest), shown
 
     return answer
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, concatenate_datasets
 from PIL import Image as PILImage
-from torch.utils.data import default_collate
+from torch.utils.data import default_collate, get_worker_info
 from transformers import BaseImageProcessor
 
 from luthier.cache import cache_key, library_versions, make_rows
@@ -35,10 +35,11 @@ from luthier.images.views import EvaluationView, ImageRows, random_crop_transfor
 from luthier.machine import pool_of_single_threads
 from luthier.terminal import plural, say
 
-PREPARATION = 7  # part of the cache's key: raise it when what is stored changes
+PREPARATION = 8  # part of the cache's key: raise it when what is stored changes
 STORED_SIDE = 2  # shorter side of a stored training image, in sides of the view
 SMALL = 4  # a file is stored that has a fourth of its view's bytes, and no more than four times its pixels
 BUILT_IN = "openmoji"
+THREADS = 4  # that make views: 16 made fewer on the host of an H100, for each takes only milliseconds
 
 
 # --- load
@@ -169,8 +170,13 @@ def load_labelled(names: list[str], **options) -> tuple[DatasetDict, list[Unread
         options: of `load_images`, which returns all splits, and raises the same errors.
 
     Raises:
-        UserError: the model does not know all classes.
+        UserError: the model does not know all classes, or has several of one name.
     """
+    if repeated := sorted(name for name, count in Counter(names).items() if count > 1):
+        raise UserError(
+            f"the model has several classes with the name {repeated[0]!r}, and classes are matched by name: rename "
+            "them in `id2label` of its config.json"
+        )
     splits, unreadable = load_images(**options, min_classes=1)
     used = ["test"] if "test" in splits else list(splits)
     dataset = concatenate_datasets([splits[split] for split in used])
@@ -406,8 +412,8 @@ def batch_transform(
     """Return the `with_transform` function that makes `pixel_values` of a column, row by row, and keeps the label."""
 
     def transform_batch(batch: dict) -> dict:
-        if in_threads and len(batch[column]) > 1:
-            with pool_of_single_threads() as pool:
+        if in_threads and len(batch[column]) > 1 and get_worker_info() is None:  # data workers are many already
+            with pool_of_single_threads(THREADS) as pool:
                 rows = {"pixel_values": list(pool.map(transform, batch[column]))}
         else:
             rows = {"pixel_values": [transform(entry) for entry in batch[column]]}

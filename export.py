@@ -17,6 +17,7 @@ import os
 import shlex
 import sys
 import tempfile
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -207,9 +208,14 @@ def find_images(model_name: str, check: Path | None, labels: list[str], calibrat
         least = "at least two images, one of them to calibrate --int8 with" if calibrate else "images"
         raise UserError(f"--check {check} is not a folder with {least}")
 
+    def class_of(path: Path) -> str | None:
+        folders = [*path.relative_to(check).parts[:-1], check.resolve().name]
+        names = [unicodedata.normalize("NFC", folder) for folder in folders]  # as training does
+        return next((name for name in names if name in labels), None)
+
     def images(paths: list[Path]) -> Images:
-        known = all(path.parent.name in labels for path in paths)
-        numbers = np.array([labels.index(path.parent.name) for path in paths]) if known else None
+        classes = [name for path in paths if (name := class_of(path)) is not None]
+        numbers = np.array(list(map(labels.index, classes))) if len(classes) == len(paths) else None
         return Images([str(path) for path in paths], lambda number: paths[number].read_bytes(), numbers)
 
     return images(paths[used:]), images(paths[:used])

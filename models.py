@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -305,7 +304,7 @@ def _from_pretrained(
             dtype=torch.float32,
             trust_remote_code=False,
         )
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # damaged files of a model raise errors of any kind
         raise _explain(model_name, error) from error
     finally:
         logging.set_verbosity(verbosity)
@@ -315,7 +314,7 @@ def _from_pretrained(
 
 def _explain(model_name: str, error: Exception) -> ModelError:
     """Return what went wrong in words, with advice."""
-    first_line = str(error).strip().splitlines()[0]
+    first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
     if Path(model_name).is_dir():
         return ModelError(f"cannot load a model from the folder {model_name}: {first_line}")
     if "connect" in str(error):

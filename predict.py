@@ -9,6 +9,7 @@ prediction; 1: some have none, and each says why; 2: the command is wrong.
 """
 
 import argparse
+import codecs
 import csv
 import gc
 import glob
@@ -118,7 +119,9 @@ def expand(inputs: Iterable[str], stdin: Iterable[str] = ()) -> Iterator[tuple[s
         elif os.path.isdir(text):  # noqa: PTH112
             yield from _images_in(text)
         elif glob.has_magic(text) and (names := sorted(glob.iglob(text, recursive=True))):  # noqa: PTH207
-            for name in names:
+            files = [name for name in names if not Path(name).is_dir()]
+            # With ** a folder's images match too, and would come again with the folder.
+            for name in files if files and "**" in text else names:
                 yield from _images_in(name) if Path(name).is_dir() else [(name, None)]
         else:
             yield text, "no file matches" if glob.has_magic(text) else "there is no such file"
@@ -179,6 +182,8 @@ def write_table(file: TextIO, top_k: int) -> Callable[["Prediction"], None]:
 
 def write_jsonl(file: TextIO, top_k: int) -> Callable[["Prediction"], None]:
     """Return the function that writes a prediction as a line of JSON; `answer` is null without one, and if unsure."""
+    # What another encoding lacks would be escaped as Python does, which is no JSON.
+    ascii_alone = codecs.lookup(file.encoding or "utf-8").name != "utf-8"
 
     def write(prediction: "Prediction") -> None:
         line: dict[str, object] = {"input": prediction.name, "answer": None}
@@ -187,7 +192,7 @@ def write_jsonl(file: TextIO, top_k: int) -> Callable[["Prediction"], None]:
         else:
             line["answer"] = None if prediction.unsure else prediction.top[0][0]
             line["top"] = [{"label": label, "score": round(share, 6)} for label, share in prediction.top]
-        print(json.dumps(line, ensure_ascii=False), file=file, flush=True)
+        print(json.dumps(line, ensure_ascii=ascii_alone), file=file, flush=True)
 
     return write
 

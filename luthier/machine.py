@@ -7,8 +7,10 @@ import gc
 import logging
 import os
 import platform
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 import transformers
@@ -16,9 +18,11 @@ from torch import nn
 from transformers import TrainingArguments
 
 from luthier.errors import UserError
-from luthier.terminal import has_terminal
+from luthier.terminal import has_terminal, plural, say
 
 LONG_RUN = 20_000  # images for which channels_last pays on a GPU
+SHARED = 2**28  # bytes of shared memory for a data worker: two batches of 64 images of 512 px, and one that is read
+DRIVER = Path("/proc/driver/nvidia/version")
 
 
 class OneGPUTrainingArguments(TrainingArguments):
@@ -52,7 +56,7 @@ def fill_in_machine_defaults(options: dict) -> None:
     pinned = gpu if options["dataloader_pin_memory"] is None else options["dataloader_pin_memory"]
     defaults = {
         # A GPU starves where the process that feeds it decodes too; on a CPU the model needs the cores.
-        "dataloader_num_workers": min(available_cores(), 8) if gpu else 0,
+        "dataloader_num_workers": _data_workers() if gpu and options["dataloader_num_workers"] is None else 0,
         "dataloader_persistent_workers": gpu and options["dataloader_num_workers"] is None,
         "dataloader_pin_memory": gpu,  # it speeds up copies to a GPU
         # Otherwise the host waits for the GPU at every step, to copy the next batch.
@@ -64,6 +68,19 @@ def fill_in_machine_defaults(options: dict) -> None:
     for name, value in defaults.items():
         if options[name] is None:
             options[name] = value
+
+
+def _data_workers() -> int:
+    """Return how many data workers a process gets: as many as there is shared memory for, to hand over batches in."""
+    workers, shared = min(available_cores(), 8), Path("/dev/shm")
+    if not shared.is_dir():
+        return workers
+    room = shutil.disk_usage(shared).free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    fitting = min(workers, room // SHARED)
+    if fitting < workers:
+        advice = "images load slowly. Start the container with --shm-size 4g"
+        say("careful", f"shared memory for {fitting} of {plural(workers, 'data worker')} ({shared}): {advice}")
+    return fitting
 
 
 def lay_out(model: nn.Module, device: torch.device, images: int) -> None:
@@ -93,6 +110,8 @@ def set_up_process(training_args: TrainingArguments) -> None:
     if not has_terminal():
         datasets.disable_progress_bars()  # in a file each refresh adds to one endless line; see terminal.Tenths
     check_processes(training_args)
+    if training_args.device.type == "cpu" and not training_args.use_cpu and DRIVER.is_file():
+        say("careful", "torch cannot use the NVIDIA GPU here, and trains on the CPU: its CUDA needs a newer driver")
     configure_cpu(training_args.device)
     gc.freeze()  # of the libraries' half a million objects none will be garbage; a collection took a third of a second
 
@@ -125,14 +144,18 @@ def configure_cpu(device: torch.device) -> None:
     keep_freed_memory()
 
 
-def pool_of_single_threads() -> ThreadPoolExecutor:
+def pool_of_single_threads(most: int | None = None) -> ThreadPoolExecutor:
     """Return a pool of a thread for each core, each with one thread of torch: together they keep all cores busy.
 
     With as many threads each as there are cores, they would wait for one another. New threads take their number from
     the one that was set last, in whatever thread; this one asks for its own before, and so keeps it.
+
+    Args:
+        most: how many threads at most; for short work more of them wait for the interpreter.
     """
     torch.get_num_threads()
-    return ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,))
+    threads = min(available_cores(), most or available_cores())
+    return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
 
 
 @contextlib.contextmanager

@@ -52,8 +52,12 @@ def is_empty(folder: Path) -> bool:
 
 
 def has_ended(output_dir: Path) -> bool:
-    """Tell whether a run has written all of its output: the model card comes last."""
-    return all((output_dir / name).exists() for name in ("metrics.json", CARD))
+    """Tell whether a run has written all of its output.
+
+    The model card comes last. Mounted buckets upload in an order of their own, so the weights must be there too.
+    """
+    names = ("metrics.json", CARD)
+    return all((output_dir / name).exists() for name in names) and any(output_dir.glob("*.safetensors"))
 
 
 def mark_unfinished(output_dir: Path) -> None:
@@ -139,11 +143,17 @@ def written_whole(target: Path) -> Iterator[Path]:
     whole = target.with_name(f".{target.name}")
     try:
         yield whole
-        with whole.open("rb+") as file:
-            os.fsync(file.fileno())
+        sync(whole)
         whole.replace(target)
     finally:
         whole.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until what has been written to a file is on the disk."""
+    # A mounted bucket may refuse to open a file for writing again. Windows needs it.
+    with path.open("rb+" if os.name == "nt" else "rb") as file:
+        os.fsync(file.fileno())
 
 
 def copy_whole(source: Path, target: Path) -> None:

@@ -41,8 +41,9 @@ def commands(first: str) -> list[list[str]]:
     ],
 )
 def test_task_starts_a_process_for_each_gpu_of_each_machine(tmp_path, nodes, gpus, expected):
-    (tmp_path / "accelerate").write_text('#!/bin/sh\necho "$@"\n')
-    (tmp_path / "accelerate").chmod(0o755)
+    for program, script in (("accelerate", 'echo "$@"'), ("python", "exit 0")):
+        (tmp_path / program).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / program).chmod(0o755)
     variables = {"SKYPILOT_NUM_NODES": nodes, "SKYPILOT_NUM_GPUS_PER_NODE": gpus, "SKYPILOT_NODE_RANK": 0}
     variables |= {"SKYPILOT_NODE_IPS": "10.0.0.2\n10.0.0.3", "ARGS": "--output_dir /runs/a --seed 2"}
     variables |= {"HOME": tmp_path, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
@@ -54,6 +55,8 @@ def test_task_starts_a_process_for_each_gpu_of_each_machine(tmp_path, nodes, gpu
     assert result.stdout.startswith(f"launch {expected}")
     end = "train.py --data_dir /data --resume_from_checkpoint auto --output_dir /runs/a --seed 2\n"
     assert result.stdout.endswith(end)
+    (tmp_path / "python").write_text("#!/bin/sh\nexit 1\n")  # torch cannot use the GPU
+    assert subprocess.run(["bash", "-uc", script], env=environment, capture_output=True).returncode == 1
 
 
 def test_hf_accepts_the_job(tmp_path):
@@ -63,6 +66,13 @@ def test_hf_accepts_the_job(tmp_path):
     (tmp_path / "my_photos").mkdir()
     result = subprocess.run(launcher, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0 and "t4-small" in result.stdout, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("command", commands("hf buckets"), ids=lambda command: command[2])
+def test_hf_has_the_options_for_buckets(command):
+    known = subprocess.run([str(Path(sys.executable).with_name("hf")), *command[1:3], "--help"], capture_output=True)
+    flags = [word for word in command if word.startswith("--")]
+    assert flags and all(flag in known.stdout.decode() for flag in flags), known
 
 
 @pytest.mark.slow

@@ -144,6 +144,23 @@ def test_damaged_weights_are_refused(timm_checkpoint, tmp_path):
         build_model(str(tmp_path / "model"), ID2LABEL)
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.json", "null"),
+        ("config.json", '{"model_type": "vit", "hidden_size": "abc"}'),
+        ("config.json", '{"model_type": "vit", "patch_size": 0}'),
+        ("config.json", '{"model_type": "vit", "id2label": ["a"]}'),
+        ("preprocessor_config.json", "[]"),
+    ],
+)
+def test_damaged_configs_are_refused(vit_checkpoint, tmp_path, file, content):
+    shutil.copytree(vit_checkpoint, tmp_path / "model")
+    (tmp_path / "model" / file).write_text(content)
+    with pytest.raises(ModelError, match="cannot load a model from the folder"):
+        build_model(str(tmp_path / "model"), ID2LABEL)
+
+
 # --- resolution
 
 

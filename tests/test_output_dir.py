@@ -83,8 +83,10 @@ def test_disk_without_locks_gives_a_warning(tmp_path, monkeypatch, caplog):
     assert "cannot be locked against a second run" in caplog.text
 
 
-def test_run_has_ended_when_model_card_and_metrics_exist(tmp_path):
+def test_run_has_ended_when_model_card_metrics_and_weights_exist(tmp_path):
     (tmp_path / "README.md").touch()
     assert not has_ended(tmp_path)
     (tmp_path / "metrics.json").touch()
+    assert not has_ended(tmp_path)  # a mounted bucket may upload the weights last
+    (tmp_path / "model.safetensors").touch()
     assert has_ended(tmp_path)

@@ -7,13 +7,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, UnidentifiedImageError
 
 # Raster formats that Pillow decodes itself; EPS, for one, would be handed to Ghostscript.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")
 EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif"}
 UNREAD = {
     ".heic", ".heif", ".jp2", ".jxl", ".dng", ".cr2", ".nef", ".arw", ".ppm", ".pgm", ".tga", ".dcm",
+}  # fmt: skip
+UPRIGHT = {  # what turns an image upright, by its EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
 MAX_RATIO = 500  # of an image's sides: a view enlarges the shorter one, and the longer one with it
 CONVERT = "convert it to JPEG or PNG"
@@ -69,9 +74,10 @@ def decode_rgb(data: bytes, shorter_side: int | None = None, max_pixels: int | N
             scale = shorter_side / min(image.size)
             image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
         image.load()
-        upright = ImageOps.exif_transpose(image)
-        changed = image.mode != "RGB" or image.has_transparency_data or image.getexif().get(0x0112, 1) != 1
-        return Decoded(_to_rgb(upright), changed, str(image.format), size)
+        # Not `ImageOps.exif_transpose`, which writes the tags anew, and fails at odd ones that do not matter here.
+        turn = UPRIGHT.get(image.getexif().get(0x0112, 1))
+        changed = image.mode != "RGB" or image.has_transparency_data or turn is not None
+        return Decoded(_to_rgb(image if turn is None else image.transpose(turn)), changed, str(image.format), size)
 
 
 def read_bytes(source: dict | None) -> bytes:
@@ -109,10 +115,12 @@ def reason(error: BaseException) -> str:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
-        grey = np.asarray(image, dtype=np.float64) / 257
+        levels = np.asarray(image, dtype=np.float64)
+        grey = np.where(levels == image.info.get("transparency"), 255, levels / 257)
     elif image.mode in ("I", "F"):  # no range is written in the file, so it is taken from the values
-        grey = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        highest = grey.max()
+        grey = np.asarray(image, dtype=np.float64)
+        highest = grey.max(where=np.isfinite(grey), initial=0)
+        grey = np.nan_to_num(grey, posinf=highest, neginf=0)
         scale = 255 if image.mode == "F" and highest <= 1 else 1 if highest <= 255 else 1 / 257
         grey = grey * scale
     elif image.mode == "LAB":

@@ -14,6 +14,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from luthier.escape import escape_cell
 from luthier.familiarity import Familiarity, describe_in_config, save_references
+from luthier.output_dir import has_ended
 from luthier.reporting.card import EXPORTS, write_model_card
 from luthier.reporting.console import describe_recipe, say_results
 from luthier.scoring.audit import KINDS
@@ -214,7 +215,10 @@ def save_models(
 
 
 def note_export(folder: Path, file: str, parity: Mapping) -> None:
-    """Note in `EXPORTS` and in the model card of a folder how an exported file compares with the model."""
+    """Note in `EXPORTS` and in the model card of a folder how an exported file compares with the model.
+
+    A run that has not ended has no card, and gets none.
+    """
     path = folder / EXPORTS
     try:
         known = dict(json.loads(path.read_text(encoding="utf-8")))
@@ -224,6 +228,8 @@ def note_export(folder: Path, file: str, parity: Mapping) -> None:
     whole = path.with_name(f".{path.name}")
     whole.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
     whole.replace(path)
+    if not has_ended(folder):
+        return
     try:
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         write_model_card(folder / "README.md", metrics, (folder / "models.py").exists())

@@ -43,14 +43,19 @@ def fetch(url: str, allow_private: bool = False, seconds: float = MAX_SECONDS) -
     for _ in range(MAX_REQUESTS):
         with _request(url, allow_private, deadline) as response:
             if response.status in REDIRECTS and response.headers["Location"]:
-                url = urljoin(url, response.headers["Location"].encode("latin-1").decode("utf-8", "replace"))
+                location = response.headers["Location"].encode("latin-1").decode("utf-8", "replace")
+                try:
+                    url = urljoin(url, location)
+                except ValueError:
+                    raise OSError(f"{location[:80]!r}, where the server redirects to, is no address") from None
                 continue
             pause = _retry_after(response)
             if response.status in (429, 503) and time.monotonic() + pause < deadline:
                 time.sleep(pause)
                 continue
             if response.status != 200:
-                raise OSError(f"the server answers {response.status} {response.reason}".rstrip())
+                words = "".join(filter(str.isprintable, response.reason))
+                raise OSError(f"the server answers {response.status} {words}".rstrip())
             kind = response.headers.get("Content-Type", "").partition(";")[0]
             if kind.startswith("text/"):
                 raise OSError(f"the server sends {kind}, not an image: give the address of the image itself")
@@ -69,14 +74,14 @@ def _request(url: str, allow_private: bool, deadline: float) -> Iterator[http.cl
         parts = urlsplit(url)
         port = parts.port or (443 if parts.scheme == "https" else 80)
         host = (parts.hostname or "").encode("idna").decode()
+        query = f"?{parts.query}" if parts.query else ""
+        target = quote(f"{parts.path or '/'}{query}", safe="/%:@!$&'()*+,;=?~", errors="surrogateescape")
     except ValueError:  # UnicodeError is one too
         raise OSError(f"{url[:80]!r} names no host") from None
     if parts.scheme not in ("http", "https") or not host:
         raise OSError(f"only http and https addresses are fetched, not {url[:80]!r}")
     if re.search(r"[^\w.:%-]", host):
         raise OSError(f"{url[:80]!r} names no host")
-    query = f"?{parts.query}" if parts.query else ""
-    target = quote(f"{parts.path or '/'}{query}", safe="/%:@!$&'()*+,;=?~")
     left = deadline - time.monotonic()
     too_slow = OSError("the server took too long")
     if left <= 0:

@@ -16,6 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 from jinja2 import TemplateError
 
 from luthier.errors import UserError
+from luthier.output_dir import has_ended
 from luthier.reporting.card import EXPORTS, FIGURES, write_model_card
 from luthier.terminal import say
 
@@ -51,7 +52,8 @@ def check_access(repo_id: str, private: bool | None, repo_type: str = "model", s
         sdk: of a new Space.
 
     Raises:
-        UserError: there is no login, no network or no right to write, or the name is not allowed.
+        UserError: there is no login, no network or no right to write, the name is not allowed, or the repository
+            should be hidden and is public.
     """
     api = HfApi()
     try:
@@ -64,6 +66,11 @@ def check_access(repo_id: str, private: bool | None, repo_type: str = "model", s
         lambda: api.create_repo(repo_id, repo_type=repo_type, private=private, space_sdk=sdk, exist_ok=True), repo_id
     )
     with_retries(lambda: api.auth_check(repo_id, repo_type=repo_type, write=True), repo_id)
+    if private and not with_retries(lambda: api.repo_info(repo_id, repo_type=repo_type), repo_id).private:
+        raise UserError(
+            f"{repo_id} exists and is public: make it private in its settings on the Hub, give another name, or push "
+            "without asking for a private repository"
+        )
     return repo_id
 
 
@@ -124,6 +131,10 @@ def stage(output_dir: Path, repo_id: str, staging: Path) -> None:
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, copy)
         write_model_card(staging / "README.md", metrics, (staging / "models.py").exists(), repo_id)
+        if not has_ended(output_dir):
+            raise UserError(
+                f"the run in {output_dir} has not ended: go on with it by --resume_from_checkpoint auto, then push it"
+            )
     except (OSError, ValueError, KeyError, TypeError, TemplateError) as error:
         raise UserError(
             f"{output_dir} holds no finished run ({error!r}): give the output directory of train.py"

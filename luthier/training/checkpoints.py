@@ -13,6 +13,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
 from luthier.errors import UserError
+from luthier.output_dir import sync
 
 logger = logging.getLogger(__name__)
 
@@ -220,8 +221,7 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def _sync_and_hash(path: Path) -> str:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
+    sync(path)
     return _hash(path)
 
 

@@ -117,10 +117,11 @@ def test_unsure_prediction_is_shown_as_unsure():
         def predict(self, image, top_k):
             from luthier.serving.classifier import Prediction
 
-            return Prediction("", [("a", 0.4), ("b", 0.3)], unsure=True)
+            return Prediction("", [("a", 0.4), ("b", 0.3), ("a", 0.2)], unsure=True)  # two classes have one name
 
     answer, classes = app.answerer(UnsureClassifier(), lambda source: source)("image")
     assert answer == "Unsure. Most likely: a (40%)" and classes == {"a": 0.4, "b": 0.3}
+    assert list(classes) == ["a", "b"]
 
 
 def test_files_of_a_space_follow_from_the_imports():

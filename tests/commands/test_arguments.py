@@ -1,6 +1,8 @@
 """Configs and command lines: which setting wins, and one clear message for every mistake."""
 
 import functools
+import gc
+import shutil
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from transformers import TrainingArguments
 
 from luthier.arguments import ARGUMENTS, COMMON, DataArguments, ModelArguments, build_parser, parse_arguments
 from luthier.errors import UserError
-from luthier.machine import OneGPUTrainingArguments, fill_in_machine_defaults
+from luthier.machine import OneGPUTrainingArguments, fill_in_machine_defaults, set_up_process
 
 ALL_NAMES = {option.name for group in ARGUMENTS for option in fields(group) if option.init}
 
@@ -26,18 +28,41 @@ def write_config(text: str, name: str = "some.yaml") -> str:
     return name
 
 
-def test_on_a_gpu_workers_load_and_copies_do_not_wait(monkeypatch):
+def defaults_on_a_gpu(monkeypatch, **given) -> dict:
+    """Return the options that the machine decides, those that are given among them."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     names = ("dataloader_num_workers", "dataloader_persistent_workers", "dataloader_pin_memory", "accelerator_config")
     names += ("per_device_eval_batch_size", "bf16", "ddp_backend")
-    options = dict.fromkeys(names) | {"use_cpu": False, "fp16": False}
+    options = dict.fromkeys(names) | {"use_cpu": False, "fp16": False} | given
     fill_in_machine_defaults(options)
+    return options
+
+
+def test_on_a_gpu_workers_load_and_copies_do_not_wait(monkeypatch):
+    options = defaults_on_a_gpu(monkeypatch)
     assert options["dataloader_num_workers"] >= 1 and options["bf16"] and options["dataloader_pin_memory"]
     assert options["accelerator_config"] == {"non_blocking": True}
-    given = dict.fromkeys(names) | {"use_cpu": False, "fp16": False, "dataloader_pin_memory": False}
-    fill_in_machine_defaults(given)
-    assert given["accelerator_config"] is None
+    assert defaults_on_a_gpu(monkeypatch, dataloader_pin_memory=False)["accelerator_config"] is None
+
+
+@pytest.mark.parametrize(("megabytes", "workers"), [(64, 0), (600, 2), (10**5, 8)])
+def test_data_workers_have_shared_memory(monkeypatch, capsys, megabytes, workers):
+    """Docker gives a container 64 MB of it, in which batches do not fit: PyTorch would end the run."""
+    monkeypatch.setattr("luthier.machine.available_cores", lambda: 16)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, megabytes * 10**6))
+    assert defaults_on_a_gpu(monkeypatch)["dataloader_num_workers"] == workers
+    assert (f"shared memory for {workers} of 8 data workers" in capsys.readouterr().out) == (workers < 8)
+
+
+def test_gpu_that_torch_cannot_use_is_pointed_out(monkeypatch, capsys):
+    monkeypatch.setattr("luthier.machine.DRIVER", Path(__file__))
+    monkeypatch.setattr(gc, "freeze", lambda: None)
+    set_up_process(parse_arguments(["--use_cpu", "1"]).training_args)
+    assert not capsys.readouterr().out
+    if not torch.cuda.is_available():
+        set_up_process(parse_arguments([]).training_args)
+        assert "torch cannot use the NVIDIA GPU here" in capsys.readouterr().out
 
 
 def test_defaults_are_the_built_in_dataset_and_model():

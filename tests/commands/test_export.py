@@ -176,6 +176,11 @@ def test_images_may_be_given_in_class_folders_or_not(run, capsys, tmp_path):
                                "--allow_worse")  # fmt: skip
     assert code == 0 and "on 8 images\n" in printed  # 7 of them calibrate
     assert json.loads((tmp_path / "out/export.json").read_text())["model_int8.onnx"]["labelled"]
+    (tmp_path / "new/red/later").mkdir()  # training takes images at any depth of a class folder
+    for path in (tmp_path / "new/red").glob("*.png"):
+        path.rename(path.parent / "later" / path.name)
+    code, printed = run_export(capsys, run, "--output_dir", tmp_path / "deep", "--check", tmp_path / "new")
+    assert code == 0 and "on 15 images\n" in printed
     for number, path in enumerate(sorted((tmp_path / "new").rglob("*.png"))):
         path.rename(tmp_path / f"new/{number}.png")
     code, printed = run_export(capsys, run, "--output_dir", tmp_path / "other", "--check", tmp_path / "new")

@@ -21,7 +21,7 @@ import predict
 import train
 from data import load_splits
 from luthier.images.decode import EXTENSIONS
-from luthier.serving.classifier import Classifier, open_network
+from luthier.serving.classifier import Classifier, Prediction, open_network
 from luthier.serving.torch_network import TorchNetwork
 
 
@@ -105,6 +105,24 @@ def test_every_kind_of_input_keeps_its_order(model, capsys, monkeypatch, tmp_pat
     names = [str(Path(answer["input"]).relative_to(tmp_path)) for answer in parse_json_lines(out)]
     expected = [f"in/{colour}/{number:03}.png" for colour in ("blue", "green", "red") for number in (0, 1)]
     assert code == 0 and names == [*expected, *expected[2:4], "single.PNG", *expected[:2]]
+
+
+@pytest.mark.parametrize("pattern", ["**", "**/*", "**/*.png", "*"])
+def test_pattern_gives_every_image_once(tmp_path, pattern):
+    draw_folder(tmp_path / "in/deep", per_class=2)
+    draw("red", 9).save(tmp_path / "in/single.png")
+    found = [name for name, error in predict.expand([f"{tmp_path}/in/{pattern}"]) if error is None]
+    assert sorted(found) == sorted(map(str, (tmp_path / "in").rglob("*.png")))
+
+
+@pytest.mark.parametrize(("encoding", "readable"), [("cp1252", False), ("ascii", False), ("utf-8", True)])
+def test_lines_are_json_in_any_encoding(encoding, readable):
+    content = io.BytesIO()
+    file = io.TextIOWrapper(content, encoding, errors="backslashreplace")
+    predict.WRITERS["jsonl"](file, 1)(Prediction("caf\u00e9\udcff.png", [("\U0001f3bb", 0.9)]))
+    line = content.getvalue().decode(encoding)
+    assert json.loads(line)["top"] == [{"label": "\U0001f3bb", "score": 0.9}]
+    assert ("\U0001f3bb" in line) == readable
 
 
 def test_each_bad_input_gets_its_own_message(model, capsys, tmp_path):

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 
 import evaluate
@@ -121,6 +122,7 @@ def test_only_the_test_split_is_scored_if_there_is_one(model, tmp_path, monkeypa
             r"does not know 1 class of the images, such as 'violet'.*blue, green, red",
         ),
         (["--data_dir", "nowhere"], "nowhere is not a folder"),
+        (["twice", "--data_dir", "good"], "has several classes with the name 'red'"),
         (["empty/", "--data_dir", "good"], "cannot load a model from the folder"),
         (["unfinished", "--data_dir", "good"], "lacks .* of its weights"),
         (["--data_dir", "good", "--push_to_hub"], "--push_to_hub is about training"),
@@ -141,6 +143,8 @@ def test_bad_input_gives_one_message(model, timm_checkpoint, tmp_path, monkeypat
     weights = load_file("unfinished/model.safetensors")
     weights.pop(next(iter(weights)))
     save_file(weights, "unfinished/model.safetensors", {"format": "pt"})
+    shutil.copytree(model, "twice")
+    Path("twice/config.json").write_text(json.dumps(config | {"label_names": ["red", "green", "red"]}))
     with pytest.raises(SystemExit) as exit_info:
         score.main(args if args[0] != "--data_dir" else [str(model), *args])
     errors = capsys.readouterr().err

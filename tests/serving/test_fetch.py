@@ -64,6 +64,13 @@ class MisbehavingHandler(BaseHTTPRequestHandler):
     def inside(self):
         self.respond(302, Location="http://169.254.169.254/latest/meta-data/")
 
+    def to_nowhere(self):
+        self.respond(302, Location="http://[::1")
+
+    def colourful(self):
+        self.send_response(404, "\x1b[31mred")
+        self.end_headers()
+
     def to_file(self):
         self.respond(302, Location="file:///etc/passwd")
 
@@ -116,7 +123,7 @@ def server():
     http_server.shutdown()
 
 
-@pytest.mark.parametrize("path", ["good.png", "round-about", "busy.png", "good.png?a=ü b"])
+@pytest.mark.parametrize("path", ["good.png", "round-about", "busy.png", "good.png?a=ü b", "good.png?\udcff"])
 def test_good_image_is_fetched(server, path):
     assert decode_rgb(fetch.fetch(f"{server}/{path}", allow_private=True)).image.size == (48, 40)
     assert MisbehavingHandler.agents[-1].startswith("Luthier/")
@@ -131,6 +138,8 @@ def test_good_image_is_fetched(server, path):
         ("loop", "after 6 requests"),
         ("to-file", "only http and https"),
         ("always-busy", "answers 429"),
+        ("to-nowhere", r"'http://\[::1', where the server redirects to, is no address"),
+        ("colourful", r"^the server answers 404 \[31mred$"),
         ("endless", "larger than 32 MB"),
         ("garbage", "does not speak HTTP"),
     ],

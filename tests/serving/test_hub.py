@@ -18,7 +18,8 @@ import luthier.serving.hub as hub
 import prepare
 import score
 from luthier.errors import UserError
-from luthier.reporting.card import write_model_card
+from luthier.reporting.card import EXPORTS, write_model_card
+from luthier.reporting.results import note_export
 
 PUBLISHED = {
     ".gitattributes", "README.md", "config.json", "confusion_matrix.png", "coverage.png", "curves.png",
@@ -283,6 +284,17 @@ def test_missing_permission_gives_one_message(push, finished_run, token, repo_id
     assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr, result.stderr
 
 
+def test_public_repository_is_not_taken_for_a_private_one(server, push, finished_run):
+    assert push(finished_run, "me/open").returncode == 0
+    before = dict(server.repositories["models/me/open"].files)
+    result = push(finished_run, "me/open", "--private")
+    assert result.returncode == 2 and "me/open exists and is public" in result.stderr, result.stderr
+    assert server.repositories["models/me/open"].files == before
+    for _ in range(2):
+        assert push(finished_run, "me/hidden", "--private").returncode == 0
+    assert server.repositories["models/me/hidden"].private
+
+
 def test_permission_is_checked_before_training(server, client, tmp_path):
     draw_folder(tmp_path / "images", per_class=6)
     args = ["--data_dir", "images", "--model_name", "simple_cnn", "--num_train_epochs", "1", "--push_to_hub"]
@@ -414,6 +426,13 @@ def test_output_of_score_is_refused(server, push, finished_run, tmp_path):
 def test_unfinished_folders_are_refused(finished_run, tmp_path):
     with pytest.raises(UserError, match="holds no finished run"):
         hub.stage(tmp_path, "me/x", tmp_path)
+    shutil.copytree(finished_run, tmp_path / "interrupted")
+    (tmp_path / "interrupted/README.md").unlink()
+    note_export(tmp_path / "interrupted", "model.onnx", {})  # which does not make it a finished one
+    (tmp_path / "interrupted" / EXPORTS).unlink()
+    (tmp_path / "first").mkdir()
+    with pytest.raises(UserError, match="interrupted has not ended"):
+        hub.stage(tmp_path / "interrupted", "me/x", tmp_path / "first")
     (tmp_path / "metrics.json").write_text((finished_run / "metrics.json").read_text())
     (tmp_path / "staging").mkdir()
     with pytest.raises(UserError, match=r"holds no model: score.py writes none"):
