@@ -32,14 +32,14 @@ from luthier.images.shards import StreamedRows
 from luthier.images.splits import cut_missing_splits
 from luthier.images.streams import Stream
 from luthier.images.views import EvaluationView, ImageRows, random_crop_transform, training_transform
-from luthier.machine import pool_of_single_threads
+from luthier.machine import available_cores, pool_of_single_threads
 from luthier.terminal import plural, say
 
 PREPARATION = 8  # part of the cache's key: raise it when what is stored changes
 STORED_SIDE = 2  # shorter side of a stored training image, in sides of the view
 SMALL = 4  # a file is stored that has a fourth of its view's bytes, and no more than four times its pixels
 BUILT_IN = "openmoji"
-THREADS = 4  # that make views: 16 made fewer on the host of an H100, for each takes only milliseconds
+VIEW_THREADS = 8  # that read stored views: each takes a millisecond or so, and 16 threads were slower than 4
 
 
 # --- load
@@ -381,7 +381,7 @@ def join_for_training(
 def sample_rows(dataset: Dataset, image_processor: BaseImageProcessor) -> Dataset:
     """Return a loaded split whose rows are the `pixel_values` of an image processor, of the files as they are."""
     view = EvaluationView(image_processor)
-    transform = batch_transform("image", lambda source: view(decode_rgb(read_bytes(source)).image), in_threads=True)
+    transform = batch_transform("image", lambda source: view(decode_rgb(read_bytes(source)).image), available_cores())
     return dataset.select_columns(["image"]).with_transform(transform)
 
 
@@ -389,9 +389,7 @@ def evaluation_rows(dataset: Dataset, view: EvaluationView, columns: Sequence[st
     """Return a prepared split, train too, whose rows are the `pixel_values` of evaluation, and `labels` if asked."""
     column, transform = ("view", view.measure().unpack) if "view" in dataset.column_names else ("image", view)
     # Nothing in it is random, so that threads may share it.
-    return dataset.select_columns([column, *columns]).with_transform(
-        batch_transform(column, transform, in_threads=True)
-    )
+    return dataset.select_columns([column, *columns]).with_transform(batch_transform(column, transform, VIEW_THREADS))
 
 
 def feature_rows(splits: DatasetDict, view: EvaluationView) -> dict[str, ImageRows]:
@@ -406,14 +404,18 @@ def feature_rows(splits: DatasetDict, view: EvaluationView) -> dict[str, ImageRo
     }
 
 
-def batch_transform(
-    column: str, transform: Callable[..., torch.Tensor], in_threads: bool = False
-) -> Callable[[dict], dict]:
-    """Return the `with_transform` function that makes `pixel_values` of a column, row by row, and keeps the label."""
+def batch_transform(column: str, transform: Callable[..., torch.Tensor], threads: int = 1) -> Callable[[dict], dict]:
+    """Return the `with_transform` function that makes `pixel_values` of a column, row by row, and keeps the label.
+
+    Args:
+        column: of the images.
+        transform: makes the pixel values of one.
+        threads: that do it, at most, but for data workers, of which there are many.
+    """
 
     def transform_batch(batch: dict) -> dict:
-        if in_threads and len(batch[column]) > 1 and get_worker_info() is None:  # data workers are many already
-            with pool_of_single_threads(THREADS) as pool:
+        if threads > 1 and len(batch[column]) > 1 and get_worker_info() is None:
+            with pool_of_single_threads(threads) as pool:
                 rows = {"pixel_values": list(pool.map(transform, batch[column]))}
         else:
             rows = {"pixel_values": [transform(entry) for entry in batch[column]]}

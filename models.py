@@ -391,14 +391,12 @@ def takes_size(model: PreTrainedModel, image_size: int) -> bool:
 
 def _refusal(model: PreTrainedModel, image_size: int) -> str | None:
     """Return the error with which a model refuses square images of this side in pixels; None if it takes them."""
-    training = model.training
+    probed = copy.deepcopy(model).eval()  # because Swin keeps the smaller windows of a small image
     try:
         with torch.no_grad():
-            model.eval()(pixel_values=torch.zeros(1, 3, image_size, image_size, device=model.device))
+            probed(pixel_values=torch.zeros(1, 3, image_size, image_size, device=model.device))
     except (RuntimeError, ValueError, AssertionError) as error:
         return str(error).splitlines()[0]
-    finally:
-        model.train(training)
     return None
 
 

@@ -119,10 +119,12 @@ def expand(inputs: Iterable[str], stdin: Iterable[str] = ()) -> Iterator[tuple[s
         elif os.path.isdir(text):  # noqa: PTH112
             yield from _images_in(text)
         elif glob.has_magic(text) and (names := sorted(glob.iglob(text, recursive=True))):  # noqa: PTH207
-            files = [name for name in names if not Path(name).is_dir()]
-            # With ** a folder's images match too, and would come again with the folder.
-            for name in files if files and "**" in text else names:
-                yield from _images_in(name) if Path(name).is_dir() else [(name, None)]
+            seen: set[str] = set()  # with ** both a folder and its images match
+            for name in names:
+                for entry in _images_in(name) if Path(name).is_dir() else [(name, None)]:
+                    if (path := os.path.normpath(entry[0])) not in seen:
+                        seen.add(path)
+                        yield entry
         else:
             yield text, "no file matches" if glob.has_magic(text) else "there is no such file"
 

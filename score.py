@@ -30,6 +30,7 @@ TRAINING_ONLY = (
     "recipe", "image_size", "resume_from_checkpoint", "push_to_hub", "learning_curve", "keep", "time_limit", "refit",
     "milliseconds", "augmentation", "test_view", "fold", "folds", "split_seed", "validation_fraction", "test_fraction",
     "num_train_epochs", "learning_rate", "metric", "balance", "none_class", "export",
+    "streaming",
 )  # fmt: skip
 
 
@@ -114,7 +115,7 @@ def score_model(arguments: "Arguments", output_dir: Path, stopwatch: Stopwatch) 
     stopwatch.stop("evaluate")
     if trainer.is_world_process_zero():
         test = TestPredictions(splits, *answers[:2], class_shares_of(model), answers.sureness, none_of(model))
-        majority = majority_baseline(data, getattr(model.config, "none_class", None))
+        majority = majority_baseline(data, test)
         threshold = familiarity.unsure_below if familiarity else threshold_of(model)
         metrics = collect_metrics(
             scores=score_test(test, threshold), majority=majority,

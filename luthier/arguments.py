@@ -154,6 +154,8 @@ REFUSED = {
     "hub_always_push": "pushes while training, where Luthier pushes the finished model",
     "save_only_model": "would keep checkpoints that nothing can be resumed from",
     "load_best_model_at_end": "has no effect, because Luthier keeps the best weights by itself",
+    "auto_find_batch_size": "changes the batch that heats and learning rates are planned for, where "
+    "--per_device_train_batch_size sets it",
     "hub_revision": "has no effect, because Luthier pushes to the main branch",
 }
 

@@ -17,6 +17,10 @@ class UserError(Exception):
     """What the user can mend: the message says what is wrong, where, and what to do about it."""
 
 
+class NotFinite(UserError):
+    """A loss or a gradient that is not a finite number, from which nothing more can be learned."""
+
+
 def require(what: str, packages: Collection[str], requirements: str) -> None:
     """Check that the packages of a part of the project that not everybody needs are installed.
 

@@ -49,15 +49,19 @@ def fill_in_machine_defaults(options: dict) -> None:
             `dataloader_persistent_workers`, `dataloader_pin_memory`, `accelerator_config`,
             `per_device_eval_batch_size`, `bf16`.
     """
+    if not options["use_cpu"] and DRIVER.is_file() and torch.version.cuda and not torch.cuda.is_available():
+        hint = "is its driver too old, or is it hidden (CUDA_VISIBLE_DEVICES, a container without --gpus)?"
+        say("careful", f"torch cannot use the NVIDIA GPU of this machine, and uses the CPU: {hint}")
     if _processes_started() > 1 and (options["use_cpu"] or not torch.cuda.is_available()):
         # Without these the Trainer ignores the other processes, and each trains alone.
         options["use_cpu"], options["ddp_backend"] = True, options["ddp_backend"] or "gloo"
     gpu = torch.cuda.is_available() and not options["use_cpu"]
     pinned = gpu if options["dataloader_pin_memory"] is None else options["dataloader_pin_memory"]
+    # A GPU starves where the process that feeds it decodes too; on a CPU the model needs the cores.
+    workers = _data_workers() if gpu and options["dataloader_num_workers"] is None else 0
     defaults = {
-        # A GPU starves where the process that feeds it decodes too; on a CPU the model needs the cores.
-        "dataloader_num_workers": _data_workers() if gpu and options["dataloader_num_workers"] is None else 0,
-        "dataloader_persistent_workers": gpu and options["dataloader_num_workers"] is None,
+        "dataloader_num_workers": workers,
+        "dataloader_persistent_workers": workers > 0,
         "dataloader_pin_memory": gpu,  # it speeds up copies to a GPU
         # Otherwise the host waits for the GPU at every step, to copy the next batch.
         "accelerator_config": {"non_blocking": True} if gpu and pinned else None,
@@ -110,8 +114,6 @@ def set_up_process(training_args: TrainingArguments) -> None:
     if not has_terminal():
         datasets.disable_progress_bars()  # in a file each refresh adds to one endless line; see terminal.Tenths
     check_processes(training_args)
-    if training_args.device.type == "cpu" and not training_args.use_cpu and DRIVER.is_file():
-        say("careful", "torch cannot use the NVIDIA GPU here, and trains on the CPU: its CUDA needs a newer driver")
     configure_cpu(training_args.device)
     gc.freeze()  # of the libraries' half a million objects none will be garbage; a collection took a third of a second
 

@@ -57,7 +57,7 @@ def has_ended(output_dir: Path) -> bool:
     The model card comes last. Mounted buckets upload in an order of their own, so the weights must be there too.
     """
     names = ("metrics.json", CARD)
-    return all((output_dir / name).exists() for name in names) and any(output_dir.glob("*.safetensors"))
+    return all((output_dir / name).exists() for name in names) and any(output_dir.glob("model*.safetensors"))
 
 
 def mark_unfinished(output_dir: Path) -> None:

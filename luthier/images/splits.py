@@ -34,7 +34,10 @@ def cut_missing_splits(
         UserError: the fractions leave nothing, a class is too small, or a split is empty.
     """
     if fold and "test" in splits:
-        raise UserError("--fold cuts the test split, but the data has one of its own: leave the option out")
+        raise UserError(
+            "--fold and --folds cut the test split, but the data has one of its own: leave the option out, or move "
+            "the images of test into train"
+        )
     if validation_fraction is None:
         validation_fraction = validation_share(len(splits["train"]))
     fractions = {"validation": validation_fraction, "test": 1 / fold[1] if fold else test_fraction}

@@ -13,8 +13,8 @@ from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter, StrMet
 from luthier.terminal import percent, percent_with_interval
 
 BLUE, ORANGE = "#0072B2", "#D55E00"  # of the Okabe-Ito palette, which the colour-blind can tell apart
-# matplotlib's own font lacks most scripts. Of others, those that are installed are asked for what it lacks.
-FONTS = ("DejaVu Sans", "Noto Sans CJK JP", "Noto Sans CJK SC", "Hiragino Sans", "PingFang SC", "Yu Gothic",
+# matplotlib's own font lacks most scripts. Of these, those that are installed are asked for what it lacks.
+FONTS = ("Noto Sans CJK JP", "Noto Sans CJK SC", "Hiragino Sans", "PingFang SC", "Yu Gothic",
          "Microsoft YaHei", "Malgun Gothic", "WenQuanYi Zen Hei", "Noto Sans Arabic", "Noto Sans Devanagari",
          "Noto Sans Thai", "Arial Unicode MS", "Unifont")  # fmt: skip
 
@@ -43,7 +43,7 @@ def plot_confusion_matrix(scored: dict, labels: list[str], path: Path, shares: b
         if len(labels) <= 40:
             for row, column in zip(*matrix.nonzero(), strict=True):
                 colour = "white" if share[row, column] > 0.5 else "black"
-                cell = f"{percent(share[row, column], 0)}" if shares else matrix[row, column]
+                cell = percent(share[row, column], 0) if shares else matrix[row, column]
                 axes.text(column, row, cell, ha="center", va="center", color=colour, fontsize=size)
         figure.savefig(path, dpi=120)
 
@@ -147,7 +147,7 @@ def plot_learning_curve(curve: dict, path: Path) -> None:
 
 def _style():
     installed = set(font_manager.get_font_names())
-    fonts = [font for font in FONTS if font in installed]
+    fonts = [*matplotlib.rcParams["font.family"], *(font for font in FONTS if font in installed)]
     return matplotlib.rc_context(
         {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "font.family": fonts}
     )

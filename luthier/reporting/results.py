@@ -46,9 +46,10 @@ def collect_run(
     """
     outcome = result.outcome
     of_run = {key: value for key, value in record.items() if key != "images"}
+    test = result.predictions(experiment.splits)
     metrics = collect_metrics(
-        scores=score_run(result.kept, result.predictions(experiment.splits), result.threshold),
-        majority=majority_baseline(data, getattr(result.model.config, "none_class", None)),
+        scores=score_run(result.kept, test, result.threshold),
+        majority=majority_baseline(data, test),
         linear_probe=result.probe.baseline,
         learning_curve=result.probe.learning_curve,
         groups=result.probe.inflation,

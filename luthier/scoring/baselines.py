@@ -18,9 +18,9 @@ from luthier.images.views import ImageRows
 from luthier.scoring.audit import suspect_labels
 from luthier.scoring.criterion import LOG_LOSS, Criterion
 from luthier.scoring.grouping import measure_inflation
-from luthier.scoring.intervals import wilson_interval
+from luthier.scoring.intervals import interval_of_share
 from luthier.scoring.learning_curve import probe_learning_curve
-from luthier.scoring.metrics import Yardstick, score
+from luthier.scoring.metrics import TestPredictions, Yardstick, known_images, score
 from luthier.training.features import feature_size, join, load_features
 from luthier.training.probe import LinearProbe, cross_fit, fit_shared_probes, state_with_probe
 from luthier.training.trainer import model_of
@@ -167,18 +167,21 @@ def build_yardstick(
     return Yardstick(losses[len(both[0]) :], float(losses.mean()))
 
 
-def majority_baseline(data: Mapping, none: str | None = None) -> dict:
+def majority_baseline(data: Mapping, test: TestPredictions) -> dict:
     """Return what always predicting the most frequent class scores on test.
 
     Args:
         data: of `data.describe`; the class is the most frequent one in train, or in test where that is all there is.
-        none: the class of images that show none of the others; they are not counted.
+        test: its images are scored, but for those of none of the classes.
     """
-    tested = data["splits"]["test"]["per_class"]
     learned = data["splits"].get("train", data["splits"]["test"])["per_class"]
+    none = None if test.none is None else test.labels[test.none]
     label = max((label for label in learned if label != none), key=learned.__getitem__)
-    correct, n = tested[label], max(1, sum(count for name, count in tested.items() if name != none))
-    return {"label": label, "accuracy": correct / n, "accuracy_ci95": wilson_interval(correct, n), "n": n}
+    known = known_images(test.references, test.none)
+    correct = test.references[known] == test.labels.index(label)
+    groups = None if test.groups is None else test.groups[known]
+    interval = interval_of_share(correct, groups)
+    return {"label": label, "accuracy": float(correct.mean()), "accuracy_ci95": interval, "n": int(known.sum())}
 
 
 def probe_baseline(

@@ -92,7 +92,8 @@ def summarise_experiment(name: str, parts: dict[str, RunResult]) -> dict[str, st
 def count_correct(parts: dict[str, RunResult]) -> tuple[np.ndarray, list[str]]:
     """Return in how many runs of an experiment each test image is predicted correctly, int [N], and its group.
 
-    Runs of several seeds have one test set, runs of several folds one each.
+    Runs of several seeds have one test set, runs of several folds one each. All groups are "" where each image stands
+    alone; otherwise an image without a group gets one of its own.
     """
     counts: dict[tuple, int] = {}
     groups: dict[tuple, str] = {}
@@ -101,7 +102,8 @@ def count_correct(parts: dict[str, RunResult]) -> tuple[np.ndarray, list[str]]:
             key = result.metrics["data"]["fingerprint"], digest, row
             counts[key] = counts.get(key, 0) + is_correct
             groups[key] = group
-    return np.array(list(counts.values())), list(groups.values())
+    names = [group or f"alone {row}" if any(groups.values()) else "" for row, group in enumerate(groups.values())]
+    return np.array(list(counts.values())), names
 
 
 def vote_p_value(votes: np.ndarray, groups: Sequence[str]) -> float:

@@ -18,7 +18,8 @@ def wilson_interval(correct: float, n: float, z: float = 1.959964) -> list[float
     centre = share + z * z / (2 * n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
-    return [max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)]
+    # Exact where all or none are correct, which rounding would miss.
+    return [(centre - half) / scale if correct > 0 else 0.0, (centre + half) / scale if correct < n else 1.0]
 
 
 def interval_of_share(correct: np.ndarray, groups: np.ndarray | None = None) -> list[float]:
@@ -96,7 +97,7 @@ def bootstrap_intervals(
 
     Images are drawn again with replacement, or whole groups of them. Draws lack classes of which there are few images,
     so that their mean is below the score: the interval is moved by that bias. It is still too narrow where a class has
-    only a few, as a single image that is right is right in every draw. Where all draws are alike it is the accuracy's.
+    only a few: a single image that is right is right in every draw. If all images are right it is the accuracy's.
 
     Args:
         references, predictions: int [N], true and predicted classes.
@@ -127,6 +128,6 @@ def bootstrap_intervals(
     scores = np.array(both(sizes if groups is None else np.ones(len(first), dtype=int)))
     drawn = np.array([both(generator.multinomial(draws, shares)) for _ in range(resamples)])  # [resamples, 2]
     ends = np.clip(np.quantile(drawn, (0.025, 0.975), axis=0) + scores - drawn.mean(axis=0), 0, 1)
-    alike = np.ptp(drawn, axis=0) < TINY
-    ends[:, alike] = np.array(interval_of_share(references == predictions, groups))[:, None]
+    if (references == predictions).all():
+        ends[:] = np.array(interval_of_share(references == predictions, groups))[:, None]
     return {"balanced_accuracy_ci95": ends[:, 0].tolist(), "macro_f1_ci95": ends[:, 1].tolist()}

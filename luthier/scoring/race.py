@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from accelerate.utils import broadcast_object_list
 from transformers import Trainer
 
-from luthier.errors import UserError
+from luthier.errors import NotFinite, UserError
 from luthier.output_dir import mark_unfinished, written_whole
 from luthier.scoring.criterion import Judge
 from luthier.scoring.selection import Candidate, choose, load_candidate, score_candidates
@@ -49,7 +49,8 @@ class Heat(NamedTuple):
         epochs: that the arm has trained so far.
         loss: of its best weights so far, see `selection.Candidate.loss`.
         accuracy: on validation, of the same weights.
-        seconds: that the heat took, with its evaluation.
+        seconds: that the heat took, with its evaluation. After an interruption within it they are those since then,
+            in proportion to the steps.
         metric: of the loss, see `criterion.Criterion`.
     """
 
@@ -176,7 +177,8 @@ def race(arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: s
         resume: None, `auto`, or for a single arm the checkpoint to continue from.
 
     Raises:
-        UserError: see `trainer.train`; or the run was begun with another metric or other data.
+        UserError: see `trainer.train`; or the run was begun with another metric or other data. NotFinite is raised
+            only where nothing else is left; otherwise the arm leaves the race with the heats that it has run.
     """
     if probe and len(arms) > 1 and probe.loss < course.judge.criterion.enough:
         return Outcome(reason="the probe, which leaves little to gain", probe=probe)
@@ -185,9 +187,10 @@ def race(arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: s
     earlier = sum(heat.seconds for heat in heats)
     if named:
         _return_to(named, arms, heats, course)
-    last, begun = None, False
+    last, begun, running = None, False, list(arms)
 
-    def advance(arm: Arm, end: int) -> tuple[Arm, SafeTrainer, list[Candidate]]:
+    def advance(arm: Arm, end: int) -> tuple[tuple[Arm, SafeTrainer, list[Candidate]], float]:
+        """Train an arm up to the end of a heat; return what `_advance` does, and the seconds of the whole heat."""
         nonlocal begun, named
         checkpoint = named or newest_shared(arm.folder, arm.is_main_process)
         if resume and not begun:
@@ -195,22 +198,32 @@ def race(arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: s
         if not begun:
             EpochTable.write_header(arm.training_args)
         begun, named = True, named if named and step_of(named) >= end else None
-        return _advance(arm, end, course, checkpoint)
+        parts, begin = _parts(arm, end, checkpoint), course.stopwatch.total()
+        advanced = _advance(arm, end, course, checkpoint)  # which may remove the checkpoint
+        return advanced, (course.stopwatch.total() - begin) * parts
 
-    while arms and not reason:  # an arm that was asked for is compared with itself alone
-        arm, reason = _choose_next(heats, arms, probe if len(arms) > 1 else None, named)
+    while running and not reason:  # an arm that was asked for is compared with itself alone
+        arm, reason = _choose_next(heats, running, probe if len(arms) > 1 else None, named)
         if arm is None:
             break
         number = _next_heat(heats, arm, named)
         if (probe or heats) and not course.ends_in_time(_expected_seconds(heats, arm, number)):
             reason = "the time limit"
             break
-        last, begin = None, course.stopwatch.total()  # one model at a time in memory
-        last = advance(arm, arm.ends[number])
-        seconds = course.stopwatch.total() - begin
+        last = None  # one model at a time in memory
+        try:
+            last, seconds = advance(arm, arm.ends[number])
+        except NotFinite as error:
+            running.remove(arm)
+            if len(arms) == 1 or not (running or heats or probe):
+                raise
+            say("careful", f"{arm.recipe.name} leaves the race: {error}")
+            continue
         heats.append(_describe(last, seconds, course.judge.criterion.metric))
         reason = "the time limit" if heats[-1].step < arm.ends[number] else ""
         _write_record(course.run_dir, arms, heats, reason)
+    if arms and not running:
+        reason = "no recipe is left"
     _write_record(course.run_dir, arms, heats, reason)
     finished = [arm for arm in arms if _results(heats, arm)]
     if not finished:  # there was nothing to train, or no time
@@ -218,7 +231,7 @@ def race(arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: s
     winner = min(finished, key=lambda arm: _results(heats, arm)[-1].loss)
     if last is None or last[0] is not winner:
         last = None
-        last = advance(winner, _results(heats, winner)[-1].step)
+        last, _ = advance(winner, _results(heats, winner)[-1].step)
     return Outcome(*last, heats, reason, earlier, probe)
 
 
@@ -287,6 +300,13 @@ def _advance(arm: Arm, end: int, course: Course, checkpoint: Path | None) -> tup
     shares = (1.0,) if course.only_trained else arm.recipe.shares
     candidates = score_candidates(trainer, arm.rows["validation"], arm.start, shares, course.judge, arm.recipe.name)
     return arm, trainer, candidates
+
+
+def _parts(arm: Arm, end: int, checkpoint: Path | None) -> float:
+    """Return how much longer the heat that ends at a step is than what a checkpoint leaves of it."""
+    first = max(step for step in (0, *arm.ends) if step < end)
+    begun = step_of(checkpoint) if checkpoint else first
+    return (end - first) / (end - begun) if first < begun < end else 1.0
 
 
 def _describe(advanced: tuple[Arm, SafeTrainer, list[Candidate]], seconds: float, metric: str) -> Heat:

@@ -122,7 +122,7 @@ def stage(output_dir: Path, repo_id: str, staging: Path) -> None:
     files = [path for pattern in PUBLISHED for path in output_dir.glob(pattern)]
     try:
         metrics = json.loads((output_dir / "metrics.json").read_text(encoding="utf-8"))
-        if "test" in metrics and not any(path.suffix == ".safetensors" for path in files):
+        if "test" in metrics and not any(output_dir.glob("model*.safetensors")):
             raise UserError(
                 f"{output_dir} holds no model: score.py writes none. Give the output directory of train.py"
             )

@@ -140,7 +140,8 @@ def plan_arm(recipe: Recipe, workshop: Workshop, rows: Mapping[str, Any], folder
         total = math.ceil(recipe.num_train_epochs * per_epoch)
     else:
         total = (2**recipe.heats - 1) * first
-    in_heats = recipe.heats > 1 and args.lr_scheduler_type == SchedulerType.COSINE
+    # Heats have a schedule of their own: another one, or one with settings, trains in one.
+    in_heats = recipe.heats > 1 and args.lr_scheduler_type == SchedulerType.COSINE and not args.lr_scheduler_kwargs
     ends = heat_ends(first, total) if in_heats else (total,)
     rate, epochs = recipe.rate_of_batch(batch), total / per_epoch
     own = replace(args, learning_rate=rate, num_train_epochs=epochs, output_dir=str(folder))

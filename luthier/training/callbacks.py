@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 
+import torch
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainingArguments
 
@@ -68,11 +69,10 @@ class EpochTable(TrainerCallback):
         if args.process_index == 0 and args.eval_strategy != "no":
             tqdm.write(cls.HEADER)
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.correct, self.seen = 0, 0
-        self.train = {}
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.correct: torch.Tensor | int = 0
+        self.seen, self.train = 0, dict[str, float]()
         self.epoch_start = time.perf_counter()
-        self.hook = model.register_forward_hook(self._count, with_kwargs=True)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
@@ -90,15 +90,11 @@ class EpochTable(TrainerCallback):
             )
             self.epoch_start = now
 
-    def on_train_end(self, args, state, control, **kwargs):
-        self.hook.remove()
-
-    def _count(self, module, args, kwargs, output):
-        labels = kwargs.get("labels")
-        if module.training and labels is not None:
-            # Summed on the device and read once an epoch: reading it here would make a GPU wait at every step.
-            self.correct = self.correct + (output.logits.detach().argmax(dim=-1) == labels).sum()
-            self.seen += labels.numel()
+    def count(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        """Count the correct answers of a training step, from its logits [N, C] and labels [N]."""
+        # Summed on the device and read once an epoch: reading it here would make a GPU wait at every step.
+        self.correct = self.correct + (logits.argmax(dim=-1) == labels).sum()
+        self.seen += labels.numel()
 
 
 class StageTimes(TrainerCallback):

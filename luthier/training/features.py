@@ -112,8 +112,8 @@ def compute_features(trainer: Trainer, backbone: PreTrainedModel, rows: Any) -> 
         return None
     if not torch.isfinite(features).all():
         raise UserError(
-            "the model's features of these images are not finite numbers: its weights are damaged, or do not fit "
-            "its architecture. Use another checkpoint"
+            "the model's features of these images are not finite numbers. Likely causes: half precision (--bf16 "
+            "False, --fp16 False), or weights that are damaged or do not fit the architecture: use another checkpoint"
         )
     return features
 

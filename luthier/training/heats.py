@@ -20,7 +20,8 @@ class Schedule(NamedTuple):
 
     Attributes:
         ends: the optimizer step at which each heat ends.
-        warmup: steps in which the rate rises at the beginning of a heat, or their share of the heat if below 1.
+        warmup: steps in which the rate rises at the beginning of a heat, half of it at most; or their share of the
+            heat if below 1.
     """
 
     ends: tuple[int, ...]
@@ -32,7 +33,7 @@ class Schedule(NamedTuple):
         for end in self.ends:
             if step < end:
                 length = end - begin
-                warmup = self.warmup * length if self.warmup < 1 else self.warmup
+                warmup = self.warmup * length if self.warmup < 1 else min(self.warmup, length / 2)
                 rise = (step - begin + 1) / max(1.0, warmup)
                 return min(rise, (1 + math.cos(math.pi * (step - begin) / length)) / 2)
             begin = end

@@ -17,17 +17,20 @@ def layer_numbers(model: PreTrainedModel) -> dict[str, int]:
     """Number the layers from the input (0) to the head (the highest), by parameter name.
 
     The names tell, in timm's models as in transformers': parameters form a layer if they share their name up to its
-    first number (`blocks.3`, `encoder.layer.11`), or if they stand together without one (the stem).
+    first number (`blocks.3`, `encoder.layer.11`), or if they stand together without one (the stem). Where no name has
+    a number by itself, one at the end of a word does as well (`s1`, `denseblock1`).
     """
     head = head_parameters(model)
+    names = [name for name, _ in model.named_parameters() if name not in head]
+    for pattern in (r"(.*?\.\d+)\.", r"(.*?\d+)\."):
+        layers = [numbered[1] if (numbered := re.match(pattern, name)) else "" for name in names]
+        if len(set(layers)) > 1:
+            break
     numbers: dict[str, int] = {}
     last, number = None, -1
-    for name, _ in model.named_parameters():
-        if name not in head:
-            numbered = re.match(r"(.*?\.\d+)\.", name)
-            layer = numbered[1] if numbered else ""
-            number += layer != last
-            numbers[name], last = number, layer
+    for name, layer in zip(names, layers, strict=True):
+        number += layer != last
+        numbers[name], last = number, layer
     return numbers | dict.fromkeys(head, number + 1)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.distributed
 from accelerate.utils import broadcast_object_list
+from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
     EvalPrediction,
@@ -27,7 +28,7 @@ from transformers import (
 )
 from transformers.training_args import OptimizerNames
 
-from luthier.errors import UserError
+from luthier.errors import NotFinite, UserError
 from luthier.terminal import has_terminal
 from luthier.training.callbacks import EpochTable, ProgressBar, ProgressLines, SetEpoch
 from luthier.training.checkpoints import (
@@ -49,7 +50,7 @@ from luthier.training.recipe import Recipe
 from luthier.training.signals import Stop, StoppedInEvaluation, exit_stopped
 from luthier.training.workers import SeededAugmentation, WorkerTrainer
 
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "No executable batch size found")
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 class SafeTrainer(WorkerTrainer):
@@ -62,6 +63,7 @@ class SafeTrainer(WorkerTrainer):
 
     schedule: Schedule | None = None  # of the learning rate, in the place of `lr_scheduler_type`
     class_weights: torch.Tensor | None = None  # [C]; see `criterion.Balance`
+    watch_answers: Callable[[torch.Tensor, torch.Tensor], None] | None = None  # gets logits and labels of training
     scale: Callable[[torch.Tensor], torch.Tensor] | None = None  # 8-bit levels to pixel values
     origin: Origin | None = None  # which checkpoints keep
     writing_to: str | None = None
@@ -148,20 +150,25 @@ class SafeTrainer(WorkerTrainer):
         return inputs
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Return the model's own loss, or while it trains with class weights the mean of the weighted losses.
+        """Return the mean cross-entropy of a batch, and with `return_outputs` the logits by name.
 
-        The weighted loss is that of the answers, which lack the shares of the classes; see `criterion.Balance`.
+        Some architectures have no loss of their own, and that of others is multiplied by the number of processes and
+        of accumulated batches. With class weights training has the weighted losses of the answers, which lack the
+        shares of the classes; see `criterion.Balance`.
         """
-        weights = self.class_weights
-        if weights is None or not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        outputs, labels = model(**inputs), inputs["labels"]
-        answers = outputs.logits + (len(weights) * weights).log()
-        smoothing = self.args.label_smoothing_factor
-        losses = torch.nn.functional.cross_entropy(
-            answers, labels, weight=weights, reduction="none", label_smoothing=smoothing
-        )
-        return (losses.mean(), outputs) if return_outputs else losses.mean()
+        labels = inputs["labels"]
+        logits = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits
+        if not model.training:
+            loss = cross_entropy(logits, labels)
+        else:
+            if self.watch_answers:
+                self.watch_answers(logits.detach(), labels)
+            weights = self.class_weights
+            answers = logits if weights is None else logits + (len(weights) * weights).log()
+            smoothing = self.args.label_smoothing_factor
+            # Not the mean of `cross_entropy`, which divides by the weights.
+            loss = cross_entropy(answers, labels, weights, reduction="none", label_smoothing=smoothing).mean()
+        return (loss, {"logits": logits}) if return_outputs else loss
 
     def training_step(self, *arguments, **options) -> torch.Tensor:
         """Do a step, and check that its loss is finite."""
@@ -190,13 +197,13 @@ class SafeTrainer(WorkerTrainer):
         super().log(*arguments, **options)
 
     def stop_if_not_finite(self) -> None:
-        """Raise UserError if a loss or a gradient was not finite."""
+        """Raise NotFinite if a loss or a gradient was not finite."""
         step = -1 if self.not_finite_at is None else int(self.not_finite_at)
         if step >= 0:
             self.not_finite_at = None
             last = newest(Path(str(self.args.output_dir)))
             kept = f" {last} is from before and whole." if last else ""
-            raise UserError(
+            raise NotFinite(
                 f"the loss or its gradient is not a finite number at step {step}. Likely causes: a learning rate "
                 f"that is too high (it is {self.args.learning_rate:g}: try a tenth), half precision (--bf16 False, "
                 f"--fp16 False), or damaged weights.{kept}"
@@ -252,12 +259,14 @@ def build_trainer(
     trainer.schedule, trainer.scale = schedule, scale
     if class_weights is not None:
         trainer.class_weights = torch.tensor(class_weights, device=training_args.device)
-        trainer.model_accepts_loss_kwargs = False  # the weighted loss is the mean of a batch
+    _compute_losses(trainer)
     if (training_args.save_strategy != "no" or schedule) and trainer.is_world_process_zero():
         limit = training_args.save_total_limit or round(training_args.num_train_epochs)
         check_disk_space(Path(str(training_args.output_dir)), trainer.checkpoint_size(), limit)
     _replace_progress(trainer)
-    for callback in (SetEpoch(train_dataset.set_epoch), EpochTable(recipe.name), *callbacks):
+    table = EpochTable(recipe.name)
+    trainer.watch_answers = table.count
+    for callback in (SetEpoch(train_dataset.set_epoch), table, *callbacks):
         trainer.add_callback(callback)
     return trainer
 
@@ -267,9 +276,16 @@ def build_predictor(
 ) -> Trainer:
     """Return a Trainer that only predicts."""
     # With evaluations the Trainer would ask for their rows. Trackers follow the training alone.
-    trainer = WorkerTrainer(model, replace(training_args, eval_strategy="no", report_to="none"), collate)
+    trainer = SafeTrainer(model, replace(training_args, eval_strategy="no", report_to="none"), collate)
+    _compute_losses(trainer)
     _replace_progress(trainer)
     return trainer
+
+
+def _compute_losses(trainer: SafeTrainer) -> None:
+    """Let a Trainer take its own losses, each the mean of a batch, whatever the model's `forward` takes."""
+    trainer.label_names = ["labels"]
+    trainer.model_accepts_loss_kwargs = False
 
 
 def _replace_progress(trainer: Trainer) -> None:
@@ -321,8 +337,8 @@ def train(trainer: SafeTrainer, end: int | None, checkpoint: Path | None, stop: 
         run_dir: the directory that a stopped run is resumed with.
 
     Raises:
-        UserError: the checkpoint is damaged or of other data, memory does not suffice, the loss is not finite, or the
-            disk is full.
+        UserError: the checkpoint is damaged or of other data, memory does not suffice, or the disk is full.
+        NotFinite: the loss is not finite.
     """
     model, output_dir = model_of(trainer), Path(str(trainer.args.output_dir))
     set_seed(trainer.args.seed)  # the features may have come from the cache, which draws no random numbers
@@ -391,6 +407,5 @@ def explain_exhausted_memory(training_args: TrainingArguments) -> Iterator[None]
         raise UserError(
             f"not enough memory for batches of {batch}: use smaller ones and as many images as before in a step "
             f"(--per_device_train_batch_size {max(1, batch // 2)} --gradient_accumulation_steps "
-            f"{2 * training_args.gradient_accumulation_steps}), let --auto_find_batch_size try, or use fewer pixels "
-            "(--image_size)"
+            f"{2 * training_args.gradient_accumulation_steps}), or fewer pixels (--image_size)"
         ) from error

@@ -1,7 +1,6 @@
 """Configs and command lines: which setting wins, and one clear message for every mistake."""
 
 import functools
-import gc
 import shutil
 from dataclasses import fields, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from transformers import TrainingArguments
 
 from luthier.arguments import ARGUMENTS, COMMON, DataArguments, ModelArguments, build_parser, parse_arguments
 from luthier.errors import UserError
-from luthier.machine import OneGPUTrainingArguments, fill_in_machine_defaults, set_up_process
+from luthier.machine import OneGPUTrainingArguments, fill_in_machine_defaults
 
 ALL_NAMES = {option.name for group in ARGUMENTS for option in fields(group) if option.init}
 
@@ -51,18 +50,20 @@ def test_data_workers_have_shared_memory(monkeypatch, capsys, megabytes, workers
     """Docker gives a container 64 MB of it, in which batches do not fit: PyTorch would end the run."""
     monkeypatch.setattr("luthier.machine.available_cores", lambda: 16)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, megabytes * 10**6))
-    assert defaults_on_a_gpu(monkeypatch)["dataloader_num_workers"] == workers
+    options = defaults_on_a_gpu(monkeypatch)
+    assert options["dataloader_num_workers"] == workers
+    assert options["dataloader_persistent_workers"] == (workers > 0)  # without workers PyTorch refuses it
     assert (f"shared memory for {workers} of 8 data workers" in capsys.readouterr().out) == (workers < 8)
 
 
 def test_gpu_that_torch_cannot_use_is_pointed_out(monkeypatch, capsys):
     monkeypatch.setattr("luthier.machine.DRIVER", Path(__file__))
-    monkeypatch.setattr(gc, "freeze", lambda: None)
-    set_up_process(parse_arguments(["--use_cpu", "1"]).training_args)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    parse_arguments(["--use_cpu", "1"])
     assert not capsys.readouterr().out
-    if not torch.cuda.is_available():
-        set_up_process(parse_arguments([]).training_args)
-        assert "torch cannot use the NVIDIA GPU here" in capsys.readouterr().out
+    parse_arguments([])
+    assert "torch cannot use the NVIDIA GPU of this machine, and uses the CPU" in capsys.readouterr().out
 
 
 def test_defaults_are_the_built_in_dataset_and_model():

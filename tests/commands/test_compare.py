@@ -1,13 +1,20 @@
 """compare.py: experiments on the same images, the table, the verdicts, and runs that are reused or resumed."""
 
+import numpy as np
 import pytest
 from conftest import draw_folder
 
 from compare import Run, build_experiments, build_runs, is_finished, main, parse_line
 from luthier.errors import UserError
 from luthier.reporting.console import verdict_in_words
-from luthier.scoring.comparison import RunResult, check_same_images, compare_pairs, summarise_experiment
-from luthier.scoring.intervals import wilson_interval
+from luthier.scoring.comparison import (
+    RunResult,
+    check_same_images,
+    compare_pairs,
+    count_correct,
+    summarise_experiment,
+)
+from luthier.scoring.intervals import interval_of_share, wilson_interval
 
 
 def results(*experiments: tuple[str, list[list[bool]]], folds: bool = False, together: int = 0) -> dict:
@@ -182,6 +189,20 @@ def test_mistake_on_the_command_line_is_reported_before_anything_runs(tmp_path, 
         main(flags)
     assert exit_info.value.code == 2 and message in capsys.readouterr().err
     assert not (tmp_path / "outputs").exists()
+
+
+def test_near_duplicates_in_one_fold_do_not_join_the_images_of_the_others():
+    """A fold without near-duplicates has no groups in its predictions."""
+    first_fold, second_fold = [True, False] * 20, [True] * 40
+    runs = results(("a", [first_fold, second_fold]), ("b", [second_fold, first_fold]), folds=True)
+    for parts in runs.values():
+        first = parts["0"].correct
+        parts["0"] = parts["0"]._replace(correct=[(digest, right, "g") for digest, right, _ in first[:2]] + first[2:])
+    (verdict,) = compare_pairs(runs)
+    assert (verdict.n, verdict.groups) == (80, 79)
+    correct, groups = count_correct(runs["a"])
+    alone = interval_of_share(correct)
+    assert interval_of_share(correct, np.array(groups)) == pytest.approx(alone, abs=0.02)
 
 
 def test_other_images_are_refused():

@@ -107,7 +107,7 @@ def test_every_kind_of_input_keeps_its_order(model, capsys, monkeypatch, tmp_pat
     assert code == 0 and names == [*expected, *expected[2:4], "single.PNG", *expected[:2]]
 
 
-@pytest.mark.parametrize("pattern", ["**", "**/*", "**/*.png", "*"])
+@pytest.mark.parametrize("pattern", ["**", "**/", "**/*", "**/*.png", "*", "./**", "**/[dsr]*"])
 def test_pattern_gives_every_image_once(tmp_path, pattern):
     draw_folder(tmp_path / "in/deep", per_class=2)
     draw("red", 9).save(tmp_path / "in/single.png")

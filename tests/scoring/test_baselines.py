@@ -14,6 +14,8 @@ from luthier.reporting.console import findings_in_words
 from luthier.scoring.audit import KINDS, suspect_labels
 from luthier.scoring.baselines import build_yardstick, majority_baseline, measure_probe
 from luthier.scoring.criterion import LOG_LOSS
+from luthier.scoring.intervals import interval_of_share
+from luthier.scoring.metrics import TestPredictions
 from luthier.training.features import join
 from models import build_model
 
@@ -21,10 +23,16 @@ LABELS = {0: "blue", 1: "green", 2: "red"}
 
 
 def test_majority_class_is_taken_from_train_and_scored_on_test():
-    train, test = {"per_class": {"a": 7, "b": 3}}, {"per_class": {"a": 1, "b": 9}, "n": 10}
-    assert majority_baseline({"splits": {"train": train, "test": test}})["accuracy"] == 0.1
-    without_train = majority_baseline({"splits": {"test": test}})
-    assert (without_train["label"], without_train["accuracy"], without_train["n"]) == ("b", 0.9, 10)
+    train, test = {"per_class": {"a": 7, "b": 3, "c": 20}}, {"per_class": {"a": 1, "b": 9, "c": 2}}
+    references = np.repeat([0, 1, 2], [1, 9, 2])
+    columns = {"label": references, "group": np.arange(12) // 2}
+    split = Dataset.from_dict(columns).cast_column("label", ClassLabel(names=["a", "b", "c"]))
+    tested = TestPredictions(DatasetDict(test=split), np.zeros((12, 3)), references, none=2)  # "c" is no class
+    found = majority_baseline({"splits": {"train": train, "test": test}}, tested)
+    assert (found["label"], found["accuracy"], found["n"]) == ("a", 0.1, 10)
+    without_train = majority_baseline({"splits": {"test": test}}, tested)
+    assert (without_train["label"], without_train["accuracy"]) == ("b", 0.9)
+    assert without_train["accuracy_ci95"] == interval_of_share(np.arange(10) > 0, np.arange(10) // 2)
 
 
 @pytest.fixture

@@ -90,3 +90,15 @@ def test_perfect_scores_on_few_images_are_as_uncertain_as_the_accuracy():
     scored = score(np.eye(3)[references], references, ["a", "b", "c"])
     assert scored["macro_f1_ci95"] == scored["balanced_accuracy_ci95"] == scored["accuracy_ci95"]
     assert scored["accuracy_ci95"][0] < 0.8
+
+
+def test_one_answer_to_all_images_does_not_get_the_interval_of_its_accuracy():
+    references = np.repeat(np.arange(2), [135, 15])
+    scored = score(np.eye(2)[np.zeros(150, int)], references, ["a", "b"])
+    low, high = scored["balanced_accuracy_ci95"]
+    assert low <= 0.5 <= high < scored["accuracy_ci95"][0]
+
+
+@pytest.mark.parametrize("n", [4, 10, 14, 75, 125])
+def test_interval_of_all_and_none_has_the_share_in_it(n):
+    assert wilson_interval(n, n)[1] == 1 and wilson_interval(0, n)[0] == 0

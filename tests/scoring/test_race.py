@@ -7,9 +7,24 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+import luthier.scoring.race as module
+from luthier.errors import NotFinite
 from luthier.scoring.criterion import Judge
-from luthier.scoring.race import FAR, RECORD, Heat, _choose_next, _expected_seconds, _read_record, predict_loss, race
+from luthier.scoring.race import (
+    FAR,
+    RECORD,
+    Course,
+    Heat,
+    _choose_next,
+    _expected_seconds,
+    _parts,
+    _read_record,
+    predict_loss,
+    race,
+)
 from luthier.scoring.selection import Candidate, choose
+from luthier.terminal import Stopwatch
+from luthier.training.signals import Stop
 
 
 def arm(name: str, ends: tuple[int, ...] = (10, 30, 70, 150)) -> SimpleNamespace:
@@ -95,6 +110,16 @@ def test_heat_after_a_named_checkpoint_is_expected_to_take_as_long_as_any():
     assert _expected_seconds(tried, arm("lp_ft"), 1) == 2.0
 
 
+@pytest.mark.parametrize(
+    ("end", "checkpoint", "times"),
+    [(70, None, 1), (70, 30, 1), (70, 50, 2), (70, 60, 4), (70, 70, 1), (10, None, 1), (10, 5, 2), (70, 10, 1)],
+)
+def test_seconds_of_a_heat_that_was_interrupted_are_those_of_the_whole(tmp_path, end, checkpoint, times):
+    if checkpoint:
+        (tmp_path / "trainer_state.json").write_text(json.dumps({"global_step": checkpoint}))
+    assert _parts(arm("full"), end, tmp_path if checkpoint else None) == times
+
+
 def test_record_of_a_race_counts_for_the_same_arms_alone(tmp_path, caplog):
     course = SimpleNamespace(run_dir=tmp_path, judge=SimpleNamespace(criterion=SimpleNamespace(metric="log_loss")))
     tried, arms = heats(full=[0.5, 0.4]), [arm("full")]
@@ -132,6 +157,31 @@ def test_probe_must_be_ahead_beyond_doubt():
 def test_weights_that_diverged_are_not_kept():
     broken, probe = candidate([math.nan] * 4), candidate([0.5] * 4, "probe")
     assert choose([broken, probe]) is probe and choose([probe, broken]) is probe
+
+
+@pytest.mark.parametrize(("broken", "kept"), [(["full"], "lp_ft"), (["full", "lp_ft", "full_from_probe"], None)])
+def test_arm_whose_loss_is_not_finite_leaves_the_race(tmp_path, monkeypatch, capsys, broken, kept):
+    def advance(arm, end, course, checkpoint):
+        if arm.recipe.name in broken:
+            raise NotFinite("its loss is not finite")
+        state = SimpleNamespace(global_step=end, epoch=end / 10)
+        loss = candidate([0.4 if arm.recipe.name == "lp_ft" else 0.6] * 4, arm.recipe.name)
+        return arm, SimpleNamespace(state=state), [loss._replace(validation={"accuracy": 0.9})]
+
+    monkeypatch.setattr(module, "_advance", advance)
+    monkeypatch.setattr(module.EpochTable, "write_header", lambda args: None)
+    monkeypatch.setattr(module, "newest_shared", lambda *_: None)
+    arms = [SimpleNamespace(**vars(one), is_main_process=True, folder=tmp_path, training_args=None) for one in ARMS]
+    course = Course(Judge([]), Stop(), tmp_path, tmp_path, Stopwatch())
+    outcome = race(arms, candidate([0.5] * 4, "probe"), course, None)
+    assert (outcome.arm and outcome.arm.recipe.name) == kept
+    printed = capsys.readouterr().out
+    assert all(f"{name} leaves the race: its loss is not finite" in printed for name in broken)
+    assert not {heat.arm for heat in outcome.heats} & set(broken)
+    if kept is None:
+        assert outcome.reason == "no recipe is left"
+        with pytest.raises(NotFinite):  # nothing is left but the error
+            race(arms, None, course, None)
 
 
 def test_no_race_where_the_probe_leaves_little_to_gain():

@@ -41,3 +41,4 @@ def test_learning_rate_rises_and_decays_in_each_heat():
     assert rates[9] < 0.03 and rates[29] < 0.01 and schedule(30) == 0.0
     assert rates[20] == pytest.approx((1 + math.cos(math.pi / 2)) / 2)
     assert Schedule((10,), warmup=5)(0) == 0.2 and Schedule((10,))(0) == 1.0
+    assert max(map(Schedule((10,), warmup=500), range(10))) > 0.5  # half of a heat at most

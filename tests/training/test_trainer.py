@@ -1,10 +1,12 @@
-"""The Trainer of a run: settings and checkpoints that are refused before it trains."""
+"""The Trainer of a run: what is refused before it trains, and its losses, whatever the architecture."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import draw_folder
+from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher, ViTImageProcessor
 
 import train
 from luthier.errors import UserError
@@ -51,3 +53,39 @@ def test_weights_of_a_short_run_on_a_gpu_are_in_the_default_memory_format(timm_c
     assert kernels and all(each.is_contiguous(memory_format=torch.channels_last) == last for each in kernels)
     assert all(each.is_contiguous() != last for each in kernels)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+
+def run(checkpoint: Path, *options: str) -> list[dict]:
+    """Train all layers for an epoch at a rate that changes next to nothing; return the Trainer's log."""
+    folder = Path(f"out{len(list(Path().glob('out*')))}")
+    args = ["--data_dir", "images", "--model_name", str(checkpoint), "--recipe", "full", "--num_train_epochs", "1"]
+    args += ["--learning_rate", "1e-9", "--keep", "trained", "--refit", "none", "--augmentation", "none"]
+    train.main([*args, "--output_dir", str(folder), "--disable_tqdm", "1", *options])
+    return json.loads((folder / "metrics.json").read_text())["history"]
+
+
+@pytest.mark.parametrize(
+    "options", [["4", "--gradient_accumulation_steps", "4"], ["16", "--label_smoothing_factor", "0.2"]]
+)
+def test_loss_is_the_mean_of_the_images_of_a_step(resnet_checkpoint, tmp_path, monkeypatch, options):
+    """Some architectures have a loss that is multiplied by the batches that are accumulated."""
+    monkeypatch.chdir(tmp_path)
+    draw_folder(Path("images"), per_class=16)
+    whole, other = (run(resnet_checkpoint, "--per_device_train_batch_size", *words) for words in (["16"], options))
+    for key, tolerance in (("loss", 0.2), ("grad_norm", 0.5), ("train_accuracy", 1e-9)):  # smoothing changes the loss
+        before, after = ([entry[key] for entry in log if key in entry] for log in (whole, other))
+        assert before and after == pytest.approx(before, rel=0.02 if "accumulation" in options[1] else tolerance)
+
+
+def test_model_without_a_loss_of_its_own_is_trained(tmp_path, monkeypatch):
+    """DeiT with a distillation token, whose `forward` takes no labels, and which has three outputs."""
+    monkeypatch.chdir(tmp_path)
+    draw_folder(Path("images"), per_class=8)
+    config = DeiTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32, patch_size=8,
+        num_labels=3,
+    )  # fmt: skip
+    DeiTForImageClassificationWithTeacher(config).save_pretrained("deit")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained("deit")
+    log = run(Path("deit"))
+    assert [entry["loss"] for entry in log if "loss" in entry] and [True for entry in log if "eval_loss" in entry]
