@@ -182,15 +182,11 @@ def race(arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: s
     """
     if probe and len(arms) > 1 and probe.loss < course.judge.criterion.enough:
         return Outcome(reason="the probe, which leaves little to gain", probe=probe)
-    named = Path(resume) if resume and resume != "auto" else None
-    heats, reason = _read_record(course, arms, named) if resume else ([], "")
+    heats, reason, named = _take_up(course, arms, resume) if resume else ([], "", None)
     earlier = sum(heat.seconds for heat in heats)
-    if named:
-        _return_to(named, arms, heats, course)
     last, begun, running = None, False, list(arms)
 
     def advance(arm: Arm, end: int) -> tuple[tuple[Arm, SafeTrainer, list[Candidate]], float]:
-        """Train an arm up to the end of a heat; return what `_advance` does, and the seconds of the whole heat."""
         nonlocal begun, named
         checkpoint = named or newest_shared(arm.folder, arm.is_main_process)
         if resume and not begun:
@@ -198,9 +194,7 @@ def race(arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: s
         if not begun:
             EpochTable.write_header(arm.training_args)
         begun, named = True, named if named and step_of(named) >= end else None
-        parts, begin = _parts(arm, end, checkpoint), course.stopwatch.total()
-        advanced = _advance(arm, end, course, checkpoint)  # which may remove the checkpoint
-        return advanced, (course.stopwatch.total() - begin) * parts
+        return _advance(arm, end, course, checkpoint)
 
     while running and not reason:  # an arm that was asked for is compared with itself alone
         arm, reason = _choose_next(heats, running, probe if len(arms) > 1 else None, named)
@@ -218,21 +212,18 @@ def race(arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: s
             if len(arms) == 1 or not (running or heats or probe):
                 raise
             say("careful", f"{arm.recipe.name} leaves the race: {error}")
+            reason = "" if running else "no recipe is left"
             continue
         heats.append(_describe(last, seconds, course.judge.criterion.metric))
         reason = "the time limit" if heats[-1].step < arm.ends[number] else ""
         _write_record(course.run_dir, arms, heats, reason)
-    if arms and not running:
-        reason = "no recipe is left"
     _write_record(course.run_dir, arms, heats, reason)
-    finished = [arm for arm in arms if _results(heats, arm)]
-    if not finished:  # there was nothing to train, or no time
-        return Outcome(heats=heats, reason=reason, earlier=earlier, probe=probe)
-    winner = min(finished, key=lambda arm: _results(heats, arm)[-1].loss)
-    if last is None or last[0] is not winner:
+    winner = _leading(heats, arms)
+    if winner and (last is None or last[0] is not winner):
         last = None
         last, _ = advance(winner, _results(heats, winner)[-1].step)
-    return Outcome(*last, heats, reason, earlier, probe)
+    best, trainer, candidates = last or (None, None, ())
+    return Outcome(best, trainer, candidates, heats, reason, earlier, probe)
 
 
 def keep_best(
@@ -284,14 +275,27 @@ def _choose_next(
     return min(promising, key=lambda arm: _promise(heats, arm)), ""
 
 
+def _leading(heats: list[Heat], arms: Sequence[Arm]) -> Arm | None:
+    """Return the arm with the lowest loss; None where nothing was trained."""
+    return min(
+        (arm for arm in arms if _results(heats, arm)), key=lambda arm: _results(heats, arm)[-1].loss, default=None
+    )
+
+
 def _promise(heats: list[Heat], arm: Arm) -> float:
     """Return the loss where an arm's last two heats lead at the end of its training."""
     before, now = _results(heats, arm)[-2:]
     return predict_loss(before, now, now.epochs * arm.ends[-1] / now.step)
 
 
-def _advance(arm: Arm, end: int, course: Course, checkpoint: Path | None) -> tuple[Arm, SafeTrainer, list[Candidate]]:
-    """Train an arm up to a step, from a checkpoint or from the arm's start; score its best weights so far."""
+def _advance(
+    arm: Arm, end: int, course: Course, checkpoint: Path | None
+) -> tuple[tuple[Arm, SafeTrainer, list[Candidate]], float]:
+    """Train an arm up to the end of a heat, from a checkpoint or from the arm's start; score its best weights so far.
+
+    Returns the arm, its Trainer and the scored weights; and the seconds of the whole heat, see `Heat`.
+    """
+    parts, begin = _parts(arm, end, checkpoint), course.stopwatch.total()
     trainer = arm.trainer()
     if arm.schedule is None:
         trainer.add_callback(EndInTime(course.ends_in_time))
@@ -299,7 +303,7 @@ def _advance(arm: Arm, end: int, course: Course, checkpoint: Path | None) -> tup
     train(trainer, end if arm.schedule or there else None, checkpoint, course.stop, course.whole_run_dir)
     shares = (1.0,) if course.only_trained else arm.recipe.shares
     candidates = score_candidates(trainer, arm.rows["validation"], arm.start, shares, course.judge, arm.recipe.name)
-    return arm, trainer, candidates
+    return (arm, trainer, candidates), (course.stopwatch.total() - begin) * parts
 
 
 def _parts(arm: Arm, end: int, checkpoint: Path | None) -> float:
@@ -342,6 +346,15 @@ def _where(checkpoint: Path | None, heats: list[Heat]) -> str:
     if checkpoint:
         return f"from {checkpoint}"
     return f"after {plural(len(heats), 'heat')}" if heats else "there is no whole checkpoint: from the start"
+
+
+def _take_up(course: Course, arms: Sequence[Arm], resume: str) -> tuple[list[Heat], str, Path | None]:
+    """Return what `_read_record` does of a run that is resumed, and the checkpoint that is named."""
+    named = None if resume == "auto" else Path(resume)
+    heats, reason = _read_record(course, arms, named)
+    if named:
+        _return_to(named, arms, heats, course)
+    return heats, reason, named
 
 
 def _read_record(course: Course, arms: Sequence[Arm], named: Path | None) -> tuple[list[Heat], str]:

@@ -160,7 +160,7 @@ def test_folds_are_disjoint_and_cover_everything():
 
 def test_fold_of_data_with_a_test_split_is_refused():
     splits = DatasetDict(train=dataset(30)["train"], test=dataset(6)["train"])
-    with pytest.raises(UserError, match="--fold cuts the test split, but the data has one"):
+    with pytest.raises(UserError, match="--fold and --folds cut the test split, but the data has one"):
         cut_missing_splits(splits, np.arange(30), 1, 0.1, 0.2, (1, 5))
 
 
