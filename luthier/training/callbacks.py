@@ -62,6 +62,8 @@ class EpochTable(TrainerCallback):
 
     def __init__(self, recipe: str):
         self.recipe = recipe
+        self.correct: torch.Tensor | int = 0
+        self.seen = 0
 
     @classmethod
     def write_header(cls, args: TrainingArguments) -> None:
@@ -70,8 +72,7 @@ class EpochTable(TrainerCallback):
             tqdm.write(cls.HEADER)
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.correct: torch.Tensor | int = 0
-        self.seen, self.train = 0, dict[str, float]()
+        self.correct, self.seen, self.train = 0, 0, dict[str, float]()
         self.epoch_start = time.perf_counter()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
