@@ -7,8 +7,6 @@ its promise, another one may promise more. The race ends when no arm leads beyon
 far, or when one has run its last heat.
 """
 
-import json
-import logging
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -18,9 +16,10 @@ from typing import Any, NamedTuple
 from accelerate.utils import broadcast_object_list
 from transformers import Trainer
 
-from luthier.errors import NotFinite, UserError
-from luthier.output_dir import mark_unfinished, written_whole
+from luthier.errors import NotFinite
+from luthier.output_dir import mark_unfinished
 from luthier.scoring.criterion import Judge
+from luthier.scoring.race_record import Heat, read_record, write_record
 from luthier.scoring.selection import Candidate, choose, load_candidate, score_candidates
 from luthier.terminal import Stopwatch, plural, say
 from luthier.training.arms import Arm, State, Workshop, plan_arm
@@ -31,36 +30,10 @@ from luthier.training.recipe import BATCH, Recipe
 from luthier.training.signals import Stop
 from luthier.training.trainer import SafeTrainer, model_of, train
 
-logger = logging.getLogger(__name__)
-
-RECORD = "race.json"  # in the directory of a run: when the heats of its arms end, those finished, why the race ended
 FAR = 3.0  # times the probe's loss that the arms may have after the first heat, and go on
 MIN_GAIN, LEAST_GAIN = 0.05, 0.005  # that the rest of an arm must promise: a share of the best loss, and in nats
 
 TINY = 1e-9  # a loss that is as good as none
-
-
-class Heat(NamedTuple):
-    """How an arm did in a heat.
-
-    Attributes:
-        arm: name of its recipe.
-        step: at which the heat ended.
-        epochs: that the arm has trained so far.
-        loss: of its best weights so far, see `selection.Candidate.loss`.
-        accuracy: on validation, of the same weights.
-        seconds: that the heat took, with its evaluation. After an interruption within it they are those since then,
-            in proportion to the steps.
-        metric: of the loss, see `criterion.Criterion`.
-    """
-
-    arm: str
-    step: int
-    epochs: float
-    loss: float
-    accuracy: float
-    seconds: float
-    metric: str = "log_loss"
 
 
 class Outcome(NamedTuple):
@@ -167,8 +140,8 @@ def enter(
 def race(arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: str | None) -> Outcome:
     """Run the arms in heats until more training does not pay; return the best one.
 
-    Every heat ends with a checkpoint and a line in `RECORD`. So a race that was interrupted goes on where it was, and
-    an arm goes on with its optimizer's state.
+    Every heat ends with a checkpoint and a line in `race_record.RECORD`. So a race that was interrupted goes on where
+    it was, and an arm goes on with its optimizer's state.
 
     Args:
         arms: a single one is not compared, and goes on as long as it pays.
@@ -216,8 +189,8 @@ def race(arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: s
             continue
         heats.append(_describe(last, seconds, course.judge.criterion.metric))
         reason = "the time limit" if heats[-1].step < arm.ends[number] else ""
-        _write_record(course.run_dir, arms, heats, reason)
-    _write_record(course.run_dir, arms, heats, reason)
+        write_record(course.run_dir, arms, heats, reason)
+    write_record(course.run_dir, arms, heats, reason)
     winner = _leading(heats, arms)
     if winner and (last is None or last[0] is not winner):
         last = None
@@ -349,41 +322,12 @@ def _where(checkpoint: Path | None, heats: list[Heat]) -> str:
 
 
 def _take_up(course: Course, arms: Sequence[Arm], resume: str) -> tuple[list[Heat], str, Path | None]:
-    """Return what `_read_record` does of a run that is resumed, and the checkpoint that is named."""
+    """Return what `read_record` does of a run that is resumed, and the checkpoint that is named."""
     named = None if resume == "auto" else Path(resume)
-    heats, reason = _read_record(course, arms, named)
+    heats, reason = read_record(course.run_dir, arms, course.judge.criterion.metric, named)
     if named:
         _return_to(named, arms, heats, course)
     return heats, reason, named
-
-
-def _read_record(course: Course, arms: Sequence[Arm], named: Path | None) -> tuple[list[Heat], str]:
-    """Return the heats of an earlier part of the race and why it ended, if it has; up to a checkpoint that is named.
-
-    Raises:
-        UserError: their losses are of another metric.
-    """
-    path = course.run_dir / RECORD
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        planned, heats, ended = record["arms"], [Heat(**row) for row in record["heats"]], record["ended"]
-    except FileNotFoundError:
-        return [], ""
-    except (ValueError, TypeError, KeyError) as error:
-        logger.warning(f"Not used: {path}, which cannot be read ({error}). The checkpoints are")
-        return [], ""
-    ends = {arm.recipe.name: list(arm.ends) for arm in arms}
-    if planned.keys() != ends.keys():  # another race: its checkpoints are in other folders
-        return [], ""
-    for heat in heats:
-        if heat.metric != course.judge.criterion.metric:
-            raise UserError(
-                f"{course.whole_run_dir} was begun with --metric {heat.metric}: resume it with the same, or give "
-                "another --output_dir"
-            )
-    if named is None:
-        return heats, ended if planned == ends else ""
-    return [heat for heat in heats if heat.step <= step_of(named)], ""
 
 
 def _return_to(named: Path, arms: Sequence[Arm], heats: list[Heat], course: Course) -> None:
@@ -400,12 +344,4 @@ def _return_to(named: Path, arms: Sequence[Arm], heats: list[Heat], course: Cour
         for step, checkpoint in checkpoints_by_step(arm.folder).items():
             if step > step_of(named):
                 shutil.rmtree(checkpoint)
-    _write_record(course.run_dir, arms, heats, "")
-
-
-def _write_record(run_dir: Path, arms: Sequence[Arm], heats: list[Heat], ended: str) -> None:
-    if arms and arms[0].is_main_process:
-        planned = {arm.recipe.name: arm.ends for arm in arms}
-        record = {"arms": planned, "ended": ended, "heats": [heat._asdict() for heat in heats]}
-        with written_whole(run_dir / RECORD) as whole:
-            whole.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_record(course.run_dir, arms, heats, "")

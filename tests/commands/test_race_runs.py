@@ -15,6 +15,7 @@ from transformers import pipeline
 import luthier.scoring.race as race
 import train
 from luthier.scoring.criterion import Judge
+from luthier.scoring.race_record import Heat
 from luthier.scoring.refit import Plan, plan_refit
 from luthier.scoring.screening import cross_fitted_losses
 
@@ -65,15 +66,15 @@ def test_report_shows_what_was_tried(raced):
 def test_interrupted_race_ends_like_an_uninterrupted_one(raced, timm_checkpoint, monkeypatch, kept):
     """Cut in the second heats, or after the first heat of the first recipe."""
     folder, whole = raced
-    name, write_record = f"cut after {kept}", race._write_record
+    name, write_record = f"cut after {kept}", race.write_record
 
-    def cut(run_dir: Path, arms: list, heats: list[race.Heat], ended: str) -> None:
+    def cut(run_dir: Path, arms: list, heats: list[Heat], ended: str) -> None:
         write_record(run_dir, arms, heats, ended)
         if len(heats) == kept:
             raise SystemExit
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(race, "_write_record", cut)
+        patch.setattr(race, "write_record", cut)
         run(folder, timm_checkpoint, *RACE, out=name)
     assert not (folder / name / "metrics.json").exists()
     begun = json.loads((folder / name / "race.json").read_text())["heats"]
@@ -241,7 +242,7 @@ def one_arm(tmp_path, epochs, best_step, own_test=True):
     trainer = SimpleNamespace(state=SimpleNamespace(best_global_step=best_step, global_step=10))
     result = SimpleNamespace(
         course=course,
-        outcome=race.Outcome(trainer=trainer, heats=[race.Heat("full", 10, epochs, 0.5, 0.9, 30.0)]),
+        outcome=race.Outcome(trainer=trainer, heats=[Heat("full", 10, epochs, 0.5, 0.9, 30.0)]),
         kept=SimpleNamespace(arm="full"), learned_from=["digest"] * 10, probe=SimpleNamespace(strength=None),
     )  # fmt: skip
     splits = {"train": range(10), "validation": range(10), "test": range(10)}

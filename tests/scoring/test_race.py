@@ -12,16 +12,14 @@ from luthier.errors import NotFinite
 from luthier.scoring.criterion import Judge
 from luthier.scoring.race import (
     FAR,
-    RECORD,
     Course,
-    Heat,
     _choose_next,
     _expected_seconds,
     _parts,
-    _read_record,
     predict_loss,
     race,
 )
+from luthier.scoring.race_record import RECORD, Heat, read_record
 from luthier.scoring.selection import Candidate, choose
 from luthier.terminal import Stopwatch
 from luthier.training.signals import Stop
@@ -121,19 +119,18 @@ def test_seconds_of_a_heat_that_was_interrupted_are_those_of_the_whole(tmp_path,
 
 
 def test_record_of_a_race_counts_for_the_same_arms_alone(tmp_path, caplog):
-    course = SimpleNamespace(run_dir=tmp_path, judge=SimpleNamespace(criterion=SimpleNamespace(metric="log_loss")))
     tried, arms = heats(full=[0.5, 0.4]), [arm("full")]
-    assert _read_record(course, arms, None) == ([], "")
+    assert read_record(tmp_path, arms, "log_loss") == ([], "")
     rows = [heat._asdict() for heat in tried]
     text = json.dumps({"arms": {"full": [10, 30, 70, 150]}, "ended": "the time limit", "heats": rows})
     (tmp_path / RECORD).write_text(text)
-    assert _read_record(course, arms, None) == (tried, "the time limit")
-    assert _read_record(course, [arm("full", (10, 30, 300))], None) == (tried, ""), "more epochs: it may go on"
-    assert _read_record(course, ARMS, None) == ([], "")
+    assert read_record(tmp_path, arms, "log_loss") == (tried, "the time limit")
+    assert read_record(tmp_path, [arm("full", (10, 30, 300))], "log_loss") == (tried, ""), "more epochs: it may go on"
+    assert read_record(tmp_path, ARMS, "log_loss") == ([], "")
     assert not caplog.text
     for damaged in ("", text[:-9], "[]", "{}"):
         (tmp_path / RECORD).write_text(damaged)
-        assert _read_record(course, arms, None) == ([], "")
+        assert read_record(tmp_path, arms, "log_loss") == ([], "")
         assert "race.json, which cannot be read" in caplog.text
         caplog.clear()
 
