@@ -39,7 +39,7 @@ PREPARATION = 8  # part of the cache's key: raise it when what is stored changes
 STORED_SIDE = 2  # shorter side of a stored training image, in sides of the view
 SMALL = 4  # a file is stored that has a fourth of its view's bytes, and no more than four times its pixels
 BUILT_IN = "openmoji"
-VIEW_THREADS = 8  # that read stored views: each takes a millisecond or so, and 16 threads were slower than 4
+VIEW_THREADS = 4  # that read stored views: each takes a millisecond or so, and more threads were slower
 
 
 # --- load

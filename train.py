@@ -156,7 +156,7 @@ def finish(experiment: "Experiment", result: "Result", arguments: "Arguments", s
     if plan.pays:
         options = (experiment.view, data_args.augmentation, experiment.size)
         images = feature_rows(experiment.prepared, experiment.view)
-        refitted = refit(plan, result, experiment.splits, images, lambda parts: join_for_training(parts, *options))
+        plan, refitted = refit(plan, result, experiment.splits, images, lambda them: join_for_training(them, *options))
         stopwatch.stop("refit")
 
     # Report

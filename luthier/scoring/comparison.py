@@ -102,7 +102,8 @@ def count_correct(parts: dict[str, RunResult]) -> tuple[np.ndarray, list[str]]:
             key = result.metrics["data"]["fingerprint"], digest, row
             counts[key] = counts.get(key, 0) + is_correct
             groups[key] = group
-    names = [group or f"alone {row}" if any(groups.values()) else "" for row, group in enumerate(groups.values())]
+    grouped = any(groups.values())
+    names = [group or (f"alone {row}" if grouped else "") for row, group in enumerate(groups.values())]
     return np.array(list(counts.values())), names
 
 

@@ -97,7 +97,7 @@ def bootstrap_intervals(
 
     Images are drawn again with replacement, or whole groups of them. Draws lack classes of which there are few images,
     so that their mean is below the score: the interval is moved by that bias. It is still too narrow where a class has
-    only a few: a single image that is right is right in every draw. If all images are right it is the accuracy's.
+    only a few: a single image that is right is right in every draw. If all are right, or none, it is the accuracy's.
 
     Args:
         references, predictions: int [N], true and predicted classes.
@@ -128,6 +128,7 @@ def bootstrap_intervals(
     scores = np.array(both(sizes if groups is None else np.ones(len(first), dtype=int)))
     drawn = np.array([both(generator.multinomial(draws, shares)) for _ in range(resamples)])  # [resamples, 2]
     ends = np.clip(np.quantile(drawn, (0.025, 0.975), axis=0) + scores - drawn.mean(axis=0), 0, 1)
-    if (references == predictions).all():
-        ends[:] = np.array(interval_of_share(references == predictions, groups))[:, None]
+    right = references == predictions
+    if right.all() or not right.any():
+        ends[:] = np.array(interval_of_share(right, groups))[:, None]
     return {"balanced_accuracy_ci95": ends[:, 0].tolist(), "macro_f1_ci95": ends[:, 1].tolist()}

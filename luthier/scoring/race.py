@@ -151,7 +151,7 @@ def race(arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: s
 
     Raises:
         UserError: see `trainer.train`; or the run was begun with another metric or other data. NotFinite is raised
-            only where nothing else is left; otherwise the arm leaves the race with the heats that it has run.
+            only where nothing else is left, or there are several processes; otherwise the arm leaves the race.
     """
     if probe and len(arms) > 1 and probe.loss < course.judge.criterion.enough:
         return Outcome(reason="the probe, which leaves little to gain", probe=probe)
@@ -159,7 +159,7 @@ def race(arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: s
     earlier = sum(heat.seconds for heat in heats)
     last, begun, running = None, False, list(arms)
 
-    def advance(arm: Arm, end: int) -> tuple[tuple[Arm, SafeTrainer, list[Candidate]], float]:
+    def advance(arm: Arm, end: int) -> tuple[Arm, SafeTrainer, list[Candidate]]:
         nonlocal begun, named
         checkpoint = named or newest_shared(arm.folder, arm.is_main_process)
         if resume and not begun:
@@ -174,19 +174,19 @@ def race(arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: s
         if arm is None:
             break
         number = _next_heat(heats, arm, named)
-        if (probe or heats) and not course.ends_in_time(_expected_seconds(heats, arm, number)):
+        expected = _expected_seconds(heats, arm, number)
+        if (probe or heats) and not course.ends_in_time(expected):
             reason = "the time limit"
             break
-        last = None  # one model at a time in memory
+        # Of the first heat after an interruption a part may have been trained before.
+        least, last, begin = 0.0 if begun or not resume else expected, None, course.stopwatch.total()
         try:
-            last, seconds = advance(arm, arm.ends[number])
+            last = advance(arm, arm.ends[number])  # one model at a time in memory
         except NotFinite as error:
-            running.remove(arm)
-            if len(arms) == 1 or not (running or heats or probe):
-                raise
-            say("careful", f"{arm.recipe.name} leaves the race: {error}")
-            reason = "" if running else "no recipe is left"
+            _leave(arm, running, heats, error, probe if len(arms) > 1 else None)
+            reason = "" if running else "no recipe left"
             continue
+        seconds = max(course.stopwatch.total() - begin, least)
         heats.append(_describe(last, seconds, course.judge.criterion.metric))
         reason = "the time limit" if heats[-1].step < arm.ends[number] else ""
         write_record(course.run_dir, arms, heats, reason)
@@ -194,7 +194,7 @@ def race(arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: s
     winner = _leading(heats, arms)
     if winner and (last is None or last[0] is not winner):
         last = None
-        last, _ = advance(winner, _results(heats, winner)[-1].step)
+        last = advance(winner, _results(heats, winner)[-1].step)
     best, trainer, candidates = last or (None, None, ())
     return Outcome(best, trainer, candidates, heats, reason, earlier, probe)
 
@@ -248,6 +248,19 @@ def _choose_next(
     return min(promising, key=lambda arm: _promise(heats, arm)), ""
 
 
+def _leave(arm: Arm, running: list[Arm], heats: list[Heat], error: NotFinite, probe: Candidate | None) -> None:
+    """Let an arm leave the race with its heats.
+
+    Raises:
+        NotFinite: the error, where nothing else is left, or other processes may not know of it and would wait.
+    """
+    if arm.training_args.world_size > 1 or (probe is None and len(running) == 1):
+        raise error
+    running.remove(arm)
+    heats[:] = [heat for heat in heats if heat.arm != arm.recipe.name]
+    say("careful", f"{arm.recipe.name} leaves the race: {error}")
+
+
 def _leading(heats: list[Heat], arms: Sequence[Arm]) -> Arm | None:
     """Return the arm with the lowest loss; None where nothing was trained."""
     return min(
@@ -261,14 +274,8 @@ def _promise(heats: list[Heat], arm: Arm) -> float:
     return predict_loss(before, now, now.epochs * arm.ends[-1] / now.step)
 
 
-def _advance(
-    arm: Arm, end: int, course: Course, checkpoint: Path | None
-) -> tuple[tuple[Arm, SafeTrainer, list[Candidate]], float]:
-    """Train an arm up to the end of a heat, from a checkpoint or from the arm's start; score its best weights so far.
-
-    Returns the arm, its Trainer and the scored weights; and the seconds of the whole heat, see `Heat`.
-    """
-    parts, begin = _parts(arm, end, checkpoint), course.stopwatch.total()
+def _advance(arm: Arm, end: int, course: Course, checkpoint: Path | None) -> tuple[Arm, SafeTrainer, list[Candidate]]:
+    """Train an arm up to a step, from a checkpoint or from the arm's start; score its best weights so far."""
     trainer = arm.trainer()
     if arm.schedule is None:
         trainer.add_callback(EndInTime(course.ends_in_time))
@@ -276,14 +283,7 @@ def _advance(
     train(trainer, end if arm.schedule or there else None, checkpoint, course.stop, course.whole_run_dir)
     shares = (1.0,) if course.only_trained else arm.recipe.shares
     candidates = score_candidates(trainer, arm.rows["validation"], arm.start, shares, course.judge, arm.recipe.name)
-    return (arm, trainer, candidates), (course.stopwatch.total() - begin) * parts
-
-
-def _parts(arm: Arm, end: int, checkpoint: Path | None) -> float:
-    """Return how much longer the heat that ends at a step is than what a checkpoint leaves of it."""
-    first = max(step for step in (0, *arm.ends) if step < end)
-    begun = step_of(checkpoint) if checkpoint else first
-    return (end - first) / (end - begun) if first < begun < end else 1.0
+    return arm, trainer, candidates
 
 
 def _describe(advanced: tuple[Arm, SafeTrainer, list[Candidate]], seconds: float, metric: str) -> Heat:

@@ -25,8 +25,8 @@ class Heat(NamedTuple):
         epochs: that the arm has trained so far.
         loss: of its best weights so far, see `selection.Candidate.loss`.
         accuracy: on validation, of the same weights.
-        seconds: that the heat took, with its evaluation. After an interruption within it they are those since then,
-            in proportion to the steps.
+        seconds: that the heat took, with its evaluation; after an interruption within it at least those that were
+            expected.
         metric: of the loss, see `criterion.Criterion`.
     """
 

@@ -8,6 +8,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedModel
 
+from luthier.errors import NotFinite
 from luthier.familiarity import Familiarity
 from luthier.images.views import ImageRows
 from luthier.scoring.criterion import Balance
@@ -15,6 +16,7 @@ from luthier.scoring.experiment import Experiment, Result
 from luthier.scoring.familiarity import refit_references
 from luthier.scoring.race import Course
 from luthier.scoring.selection import load_candidate
+from luthier.terminal import say
 from luthier.training.arms import Arm, State
 from luthier.training.checkpoints import newest_shared
 from luthier.training.features import join
@@ -108,8 +110,10 @@ def refit(
     splits: DatasetDict,
     images: Mapping[str, ImageRows],
     prepare: Callable[[list[Dataset]], Any],
-) -> Refitted:
-    """Return the model that has learned from all images of a plan, for as many epochs as the kept weights.
+) -> tuple[Plan, Refitted | None]:
+    """Return the plan, and the model that has learned from all of its images, for as many epochs as the kept weights.
+
+    Where its loss is not finite, the plan says why there is none, and the scored weights are shipped.
 
     The temperature and the thresholds are those of the kept weights. Where answers make up for rare classes, they
     make up for the shares of the classes among these images.
@@ -122,7 +126,7 @@ def refit(
         prepare: returns the training rows of several splits together; not called where the probe is kept.
 
     Raises:
-        UserError: see `trainer.train`.
+        UserError: see `trainer.train`; NotFinite only where there are several processes.
     """
     kept, outcome, probe, workshop = result.kept, result.outcome, result.probe, result.workshop
     labels = [label for split in plan.splits for label in splits[split]["label"][:]]
@@ -144,14 +148,20 @@ def refit(
     else:
         with workshop.training_args.main_process_first(desc="preparing the images"):
             rows = prepare([splits[split] for split in plan.splits])
-        model = _train_again(arm, outcome.best_step, rows, start, result.course)
+        try:
+            model = _train_again(arm, outcome.best_step, rows, start, result.course)
+        except NotFinite as error:
+            if workshop.training_args.world_size > 1:  # the others may not know of it, and would wait
+                raise
+            say("careful", f"the scored weights are shipped, because the refit fails: {error}")
+            return plan._replace(refusal="its loss is not finite"), None
     load_candidate(model, start, kept)
     trainer = build_predictor(model, workshop.training_args, workshop.collate)
     familiarity = refit_references(
         trainer, result.answers.familiarity, plan.splits, images, splits, probe.features, arm is None,
         result.course.judge.criterion.none,
     )  # fmt: skip
-    return Refitted(model, familiarity)
+    return plan, Refitted(model, familiarity)
 
 
 def _train_again(arm: Arm, best: int, rows: Any, start: State | None, course: Course) -> PreTrainedModel:

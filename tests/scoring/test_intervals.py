@@ -87,9 +87,10 @@ def test_interval_of_macro_f1_is_about_the_score_where_classes_have_few_images()
 
 def test_perfect_scores_on_few_images_are_as_uncertain_as_the_accuracy():
     references = np.repeat(np.arange(3), 4)
-    scored = score(np.eye(3)[references], references, ["a", "b", "c"])
-    assert scored["macro_f1_ci95"] == scored["balanced_accuracy_ci95"] == scored["accuracy_ci95"]
-    assert scored["accuracy_ci95"][0] < 0.8
+    for predictions, uncertain in ((references, [0.757, 1]), ((references + 1) % 3, [0, 0.243])):
+        scored = score(np.eye(3)[predictions], references, ["a", "b", "c"])
+        assert scored["macro_f1_ci95"] == scored["balanced_accuracy_ci95"] == scored["accuracy_ci95"]
+        assert scored["accuracy_ci95"] == pytest.approx(uncertain, abs=1e-3)
 
 
 def test_one_answer_to_all_images_does_not_get_the_interval_of_its_accuracy():

@@ -15,7 +15,6 @@ from luthier.scoring.race import (
     Course,
     _choose_next,
     _expected_seconds,
-    _parts,
     predict_loss,
     race,
 )
@@ -108,16 +107,6 @@ def test_heat_after_a_named_checkpoint_is_expected_to_take_as_long_as_any():
     assert _expected_seconds(tried, arm("lp_ft"), 1) == 2.0
 
 
-@pytest.mark.parametrize(
-    ("end", "checkpoint", "times"),
-    [(70, None, 1), (70, 30, 1), (70, 50, 2), (70, 60, 4), (70, 70, 1), (10, None, 1), (10, 5, 2), (70, 10, 1)],
-)
-def test_seconds_of_a_heat_that_was_interrupted_are_those_of_the_whole(tmp_path, end, checkpoint, times):
-    if checkpoint:
-        (tmp_path / "trainer_state.json").write_text(json.dumps({"global_step": checkpoint}))
-    assert _parts(arm("full"), end, tmp_path if checkpoint else None) == times
-
-
 def test_record_of_a_race_counts_for_the_same_arms_alone(tmp_path, caplog):
     tried, arms = heats(full=[0.5, 0.4]), [arm("full")]
     assert read_record(tmp_path, arms, "log_loss") == ([], "")
@@ -163,12 +152,13 @@ def test_arm_whose_loss_is_not_finite_leaves_the_race(tmp_path, monkeypatch, cap
             raise NotFinite("its loss is not finite")
         state = SimpleNamespace(global_step=end, epoch=end / 10)
         loss = candidate([0.4 if arm.recipe.name == "lp_ft" else 0.6] * 4, arm.recipe.name)
-        return (arm, SimpleNamespace(state=state), [loss._replace(validation={"accuracy": 0.9})]), 1.0
+        return arm, SimpleNamespace(state=state), [loss._replace(validation={"accuracy": 0.9})]
 
     monkeypatch.setattr(module, "_advance", advance)
     monkeypatch.setattr(module.EpochTable, "write_header", lambda args: None)
     monkeypatch.setattr(module, "newest_shared", lambda *_: None)
-    arms = [SimpleNamespace(**vars(one), is_main_process=True, folder=tmp_path, training_args=None) for one in ARMS]
+    args = SimpleNamespace(world_size=1)
+    arms = [SimpleNamespace(**vars(one), is_main_process=True, folder=tmp_path, training_args=args) for one in ARMS]
     course = Course(Judge([]), Stop(), tmp_path, tmp_path, Stopwatch())
     outcome = race(arms, candidate([0.5] * 4, "probe"), course, None)
     assert (outcome.arm and outcome.arm.recipe.name) == kept
@@ -176,9 +166,12 @@ def test_arm_whose_loss_is_not_finite_leaves_the_race(tmp_path, monkeypatch, cap
     assert all(f"{name} leaves the race: its loss is not finite" in printed for name in broken)
     assert not {heat.arm for heat in outcome.heats} & set(broken)
     if kept is None:
-        assert outcome.reason == "no recipe is left"
+        assert outcome.reason == "no recipe left"
         with pytest.raises(NotFinite):  # nothing is left but the error
             race(arms, None, course, None)
+        args.world_size = 2
+        with pytest.raises(NotFinite):  # of which another process may not know
+            race(arms, candidate([0.5] * 4, "probe"), course, None)
 
 
 def test_no_race_where_the_probe_leaves_little_to_gain():

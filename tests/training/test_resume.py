@@ -231,6 +231,24 @@ def test_loss_that_is_not_finite_stops_the_run(timm_checkpoint, monkeypatch, cap
     assert all(torch.isfinite(tensor).all() for tensor in load_file("out/checkpoint-5/model.safetensors").values())
 
 
+def test_refit_that_diverges_leaves_the_scored_weights(timm_checkpoint, monkeypatch, capsys):
+    training_step = SafeTrainer.training_step
+
+    def step_with_nan_weights(self, model, *arguments, **rest):
+        if self.args.output_dir.startswith(str(Path("out/refit"))):
+            with torch.no_grad():
+                list(model.parameters())[-1].fill_(float("nan"))
+        return training_step(self, model, *arguments, **rest)
+
+    monkeypatch.setattr(SafeTrainer, "training_step", step_with_nan_weights)
+    options = ["--recipe", "full", "--keep", "trained", "--refit", "auto", "--output_dir", "out"]
+    main(flags(str(timm_checkpoint), *options))
+    assert "the scored weights are shipped, because the refit fails: the loss" in capsys.readouterr().out
+    assert has_ended(Path("out")) and not Path("out/scored").exists()
+    assert all(torch.isfinite(tensor).all() for tensor in load_file("out/model.safetensors").values())
+    assert json.loads(Path("out/metrics.json").read_text())["refit"]["refusal"] == "its loss is not finite"
+
+
 def test_full_disk_keeps_the_last_whole_checkpoint(timm_checkpoint, monkeypatch, capsys):
     def seal_on_full_disk(partial, folder):
         if folder.name == "checkpoint-3":
