@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
     from export import export_run
     from luthier.machine import set_up_process
-    from luthier.output_dir import claim_output_dir, has_ended
+    from luthier.output_dir import claim_output_dir, describe_ended, has_ended
     from luthier.scoring.folds import pool
     from luthier.serving import hub
     from luthier.training.signals import Stop, die_with_launcher
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
         if run_args.push_to_hub and is_main_process:  # rights are checked before the training, not after it
             repo_id = hub.check_access(training_args.hub_model_id or output_dir.name, private)
         if resume == "auto" and has_ended(output_dir):
-            say("done", f"{output_dir} holds a finished run: nothing is left to train")
+            say("done", describe_ended(output_dir, run_args.settings))
         else:
             finish(*pool([fine_tune(part, stop, stopwatch) for part in arguments.folds()]), arguments, stopwatch)
         with export_run(output_dir, wanted=run_args.export and is_main_process):

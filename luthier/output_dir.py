@@ -1,6 +1,7 @@
 """The directory of a run: which one is free, whether its run has ended, and a lock against a second run."""
 
 import contextlib
+import json
 import logging
 import os
 import shutil
@@ -58,6 +59,15 @@ def has_ended(output_dir: Path) -> bool:
     """
     names = ("metrics.json", CARD)
     return all((output_dir / name).exists() for name in names) and any(output_dir.glob("model*.safetensors"))
+
+
+def describe_ended(output_dir: Path, settings: str) -> str:
+    """Return in words that a run has ended, and whether it had other settings (their digest) than those given now."""
+    metrics = json.loads((output_dir / "metrics.json").read_text(encoding="utf-8"))
+    done = f"{output_dir} holds a finished run: nothing is left to train"
+    if metrics.get("settings") == settings:
+        return done
+    return f"{done}. It had other options: to train with those of now, give another --output_dir"
 
 
 def mark_unfinished(output_dir: Path) -> None:

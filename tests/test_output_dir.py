@@ -9,7 +9,7 @@ from conftest import PROJECT
 
 import luthier.output_dir as module
 from luthier.errors import UserError
-from luthier.output_dir import claim_output_dir, free_output_dir, has_ended
+from luthier.output_dir import claim_output_dir, describe_ended, free_output_dir, has_ended
 
 
 def test_second_run_is_refused_until_the_first_is_killed(tmp_path):
@@ -91,3 +91,6 @@ def test_run_has_ended_when_model_card_metrics_and_weights_exist(tmp_path):
     assert not has_ended(tmp_path)  # a mounted bucket may upload the weights last
     (tmp_path / "model.safetensors").touch()
     assert has_ended(tmp_path)
+    (tmp_path / "metrics.json").write_text('{"settings": "a"}')
+    assert describe_ended(tmp_path, "a").endswith("nothing is left to train")
+    assert "to train with those of now, give another --output_dir" in describe_ended(tmp_path, "b")

@@ -42,6 +42,8 @@ def load_named(dataset_name: str, dataset_config_name: str | None) -> DatasetDic
     Raises:
         UserError: it cannot be loaded, or has no split to train on.
     """
+    if dataset_name.startswith((".", "/", "~")) and not Path(dataset_name).exists():
+        raise UserError(f"{dataset_name} is not a folder, and no name of a dataset on the Hub: check the path")
     check_complete(Path(dataset_name))
     with explain_loading(dataset_name):
         loaded = load_dataset(resolved(dataset_name), dataset_config_name)

@@ -101,7 +101,9 @@ class Arm(NamedTuple):
     @property
     def origin(self) -> Origin:
         """What its checkpoints keep of the data; see `Origin`."""
-        return Origin(self.workshop.data, self.batch, getattr(self.rows["train"], "order", ""))
+        height, width = self.rows["train"][0]["pixel_values"].shape[-2:]
+        settings = f"crops of {height} x {width} px and a learning rate of {self.training_args.learning_rate:.3g}"
+        return Origin(self.workshop.data, self.batch, getattr(self.rows["train"], "order", ""), settings)
 
     def trainer(self) -> SafeTrainer:
         """Return a Trainer with a copy of the model, at the arm's start."""

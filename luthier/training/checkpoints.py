@@ -29,11 +29,13 @@ class Origin(NamedTuple):
         data: hash of the splits, see `splits.hash_splits`.
         batch: images in an optimizer step, of all processes together.
         order: of a stream: what the order of its images depends on.
+        settings: in words, what else the weights have learned with.
     """
 
     data: str
     batch: int
     order: str = ""
+    settings: str = ""
 
 
 def seal(folder: Path, checkpoint: Path) -> None:
@@ -133,7 +135,7 @@ def check_origin(checkpoint: Path, origin: Origin) -> None:
     """Check that a checkpoint is of the same data. Otherwise its weights may have learned from images of other splits.
 
     Raises:
-        UserError: images, classes, splits, the order or the batch are others now.
+        UserError: images, classes, splits, the order, the batch or the settings are others now.
     """
     record = checkpoint / ORIGIN
     if not record.exists():  # of an earlier version
@@ -150,6 +152,11 @@ def check_origin(checkpoint: Path, origin: Origin) -> None:
             f"{checkpoint} was trained with {begun.batch} images in a step, and now there would be {origin.batch}. "
             "Give --per_device_train_batch_size and --gradient_accumulation_steps: their product, times the number "
             f"of processes, must be {begun.batch}"
+        )
+    if begun.settings and begun.settings != origin.settings:  # those of earlier versions have none
+        raise UserError(
+            f"{checkpoint} was trained with {begun.settings}, and now there would be {origin.settings}: give the "
+            "options that the run was begun with, or another --output_dir"
         )
 
 

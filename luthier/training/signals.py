@@ -1,5 +1,6 @@
 """SIGTERM and Ctrl-C: a checkpoint at the end of the step, and out."""
 
+import shlex
 import signal
 import sys
 import threading
@@ -117,6 +118,6 @@ def exit_stopped(checkpoints: Path, received: int, run_dir: Path) -> NoReturn:
         run_dir: the directory of the run.
     """
     last = newest(checkpoints)
-    resume = f"{last}; resume with --output_dir {run_dir} --resume_from_checkpoint auto"
+    resume = f"{last}; resume with --output_dir {shlex.quote(str(run_dir))} --resume_from_checkpoint auto"
     say("stopped", f"by {signal.Signals(received).name}: {resume if last else 'there is no checkpoint yet'}")
     sys.exit(128 + received)
