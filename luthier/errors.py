@@ -18,7 +18,7 @@ class UserError(Exception):
 
 
 class NotFinite(UserError):
-    """A loss or a gradient that is not a finite number, from which nothing more can be learned."""
+    """A loss or a gradient that is not a finite number: nothing more is learned from it, but a run may go on."""
 
 
 def require(what: str, packages: Collection[str], requirements: str) -> None:

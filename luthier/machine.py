@@ -23,6 +23,7 @@ from luthier.terminal import has_terminal, plural, say
 LONG_RUN = 20_000  # images for which channels_last pays on a GPU
 SHARED = 2**28  # bytes of shared memory for a data worker: two batches of 64 images of 512 px, and one that is read
 DRIVER = Path("/proc/driver/nvidia/version")
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 class OneGPUTrainingArguments(TrainingArguments):
@@ -156,8 +157,8 @@ def pool_of_single_threads(most: int | None = None) -> ThreadPoolExecutor:
         most: how many threads at most; for short work more of them wait for the interpreter.
     """
     torch.get_num_threads()
-    threads = min(available_cores(), most or available_cores())
-    return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    cores = available_cores()
+    return ThreadPoolExecutor(min(cores, most or cores), initializer=torch.set_num_threads, initargs=(1,))
 
 
 @contextlib.contextmanager
@@ -183,6 +184,26 @@ def keep_freed_memory() -> None:
         # Before glibc 2.35 the second value is the largest one allowed.
         if libc.mallopt(m_mmap_threshold, 2**30) or libc.mallopt(m_mmap_threshold, 2**25):
             libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+@contextlib.contextmanager
+def explain_exhausted_memory(training_args: TrainingArguments) -> Iterator[None]:
+    """Turn the errors of exhausted memory into advice.
+
+    Raises:
+        UserError: there was not enough memory.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
+            raise
+        batch = training_args.per_device_train_batch_size
+        raise UserError(
+            f"not enough memory for batches of {batch}: use smaller ones and as many images as before in a step "
+            f"(--per_device_train_batch_size {max(1, batch // 2)} --gradient_accumulation_steps "
+            f"{2 * training_args.gradient_accumulation_steps}), or fewer pixels (--image_size)"
+        ) from error
 
 
 def configure_logging() -> None:

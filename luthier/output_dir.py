@@ -57,8 +57,12 @@ def has_ended(output_dir: Path) -> bool:
 
     The model card comes last. Mounted buckets upload in an order of their own, so the weights must be there too.
     """
-    names = ("metrics.json", CARD)
-    return all((output_dir / name).exists() for name in names) and any(output_dir.glob("model*.safetensors"))
+    return all((output_dir / name).exists() for name in ("metrics.json", CARD)) and has_weights(output_dir)
+
+
+def has_weights(folder: Path) -> bool:
+    """Tell whether a folder holds the weights of a model, or some of them."""
+    return any(folder.glob("model*.safetensors"))
 
 
 def describe_ended(output_dir: Path, settings: str) -> str:

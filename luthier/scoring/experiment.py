@@ -62,8 +62,9 @@ class Experiment(NamedTuple):
         """Return what builds the Trainers of this run; see `Workshop`."""
         measure, weights = self.judge.compute_metrics, self.judge.class_weights
         lay_out(self.model, training_args.device, len(self.stream.labels if self.stream else self.splits["train"]))
-        data = hash_splits(self.splits)
-        return Workshop(self.model, training_args, collate, measure, callbacks, weights, self.view.scale, data)
+        data, (height, width) = hash_splits(self.splits), self.view.size
+        images = f"images of {height} x {width} px"
+        return Workshop(self.model, training_args, collate, measure, callbacks, weights, self.view.scale, data, images)
 
 
 class Result(NamedTuple):

@@ -151,7 +151,7 @@ def race(arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: s
 
     Raises:
         UserError: see `trainer.train`; or the run was begun with another metric or other data. NotFinite is raised
-            only where nothing else is left, or there are several processes; otherwise the arm leaves the race.
+            only where nothing else is left; otherwise the arm leaves the race.
     """
     if probe and len(arms) > 1 and probe.loss < course.judge.criterion.enough:
         return Outcome(reason="the probe, which leaves little to gain", probe=probe)
@@ -178,15 +178,15 @@ def race(arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: s
         if (probe or heats) and not course.ends_in_time(expected):
             reason = "the time limit"
             break
-        # Of the first heat after an interruption a part may have been trained before.
-        least, last, begin = 0.0 if begun or not resume else expected, None, course.stopwatch.total()
+        partial = resume and not begun  # a part of this heat may have been trained before
+        last, begin = None, course.stopwatch.total()
         try:
             last = advance(arm, arm.ends[number])  # one model at a time in memory
         except NotFinite as error:
             _leave(arm, running, heats, error, probe if len(arms) > 1 else None)
             reason = "" if running else "no recipe left"
             continue
-        seconds = max(course.stopwatch.total() - begin, least)
+        seconds = max(course.stopwatch.total() - begin, expected if partial else 0.0)
         heats.append(_describe(last, seconds, course.judge.criterion.metric))
         reason = "the time limit" if heats[-1].step < arm.ends[number] else ""
         write_record(course.run_dir, arms, heats, reason)
@@ -252,9 +252,9 @@ def _leave(arm: Arm, running: list[Arm], heats: list[Heat], error: NotFinite, pr
     """Let an arm leave the race with its heats.
 
     Raises:
-        NotFinite: the error, where nothing else is left, or other processes may not know of it and would wait.
+        NotFinite: the error, where nothing else is left.
     """
-    if arm.training_args.world_size > 1 or (probe is None and len(running) == 1):
+    if probe is None and len(running) == 1:
         raise error
     running.remove(arm)
     heats[:] = [heat for heat in heats if heat.arm != arm.recipe.name]

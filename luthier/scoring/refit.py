@@ -126,7 +126,7 @@ def refit(
         prepare: returns the training rows of several splits together; not called where the probe is kept.
 
     Raises:
-        UserError: see `trainer.train`; NotFinite only where there are several processes.
+        UserError: see `trainer.train`.
     """
     kept, outcome, probe, workshop = result.kept, result.outcome, result.probe, result.workshop
     labels = [label for split in plan.splits for label in splits[split]["label"][:]]
@@ -151,8 +151,6 @@ def refit(
         try:
             model = _train_again(arm, outcome.best_step, rows, start, result.course)
         except NotFinite as error:
-            if workshop.training_args.world_size > 1:  # the others may not know of it, and would wait
-                raise
             say("careful", f"the scored weights are shipped, because the refit fails: {error}")
             return plan._replace(refusal="its loss is not finite"), None
     load_candidate(model, start, kept)

@@ -94,10 +94,8 @@ def score_candidates(
         criterion = judge.criterion
         temperature = criterion.temperature(logits, references) if linear_head(model) else 1.0
         answers = criterion.answers(logits) / temperature
-        validation, uncalibrated = (
-            judge.score(answers, references),
-            calibration_scores(logits[known], references[known]),
-        )
+        validation = judge.score(answers, references)
+        uncalibrated = calibration_scores(logits[known], references[known])
         threshold = choose_threshold(*confidence_and_correct(answers[known], references[known]))
         losses, class_shares = judge.losses(answers, references), criterion.class_shares
         candidates.append(

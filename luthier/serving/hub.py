@@ -16,7 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 from jinja2 import TemplateError
 
 from luthier.errors import UserError
-from luthier.output_dir import has_ended
+from luthier.output_dir import has_ended, has_weights
 from luthier.reporting.card import EXPORTS, FIGURES, write_model_card
 from luthier.terminal import say
 
@@ -122,7 +122,7 @@ def stage(output_dir: Path, repo_id: str, staging: Path) -> None:
     files = [path for pattern in PUBLISHED for path in output_dir.glob(pattern)]
     try:
         metrics = json.loads((output_dir / "metrics.json").read_text(encoding="utf-8"))
-        if "test" in metrics and not any(output_dir.glob("model*.safetensors")):
+        if "test" in metrics and not has_weights(output_dir):
             raise UserError(
                 f"{output_dir} holds no model: score.py writes none. Give the output directory of train.py"
             )

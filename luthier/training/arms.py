@@ -33,6 +33,7 @@ class Workshop:
         class_weights: of `criterion.Balance`; None counts all images alike.
         scale: from 8-bit levels to pixel values, see `EvaluationView.scale`.
         data: hash of the splits, see `splits.hash_splits`.
+        images: in words, how large the model sees them.
     """
 
     model: PreTrainedModel
@@ -43,6 +44,7 @@ class Workshop:
     class_weights: list[float] | None = None
     scale: Callable[[torch.Tensor], torch.Tensor] | None = None
     data: str = ""
+    images: str = ""
 
     def predictor(self, state: State | None = None) -> Trainer:
         """Return a Trainer that only predicts, with the model in a state, or as it was built."""
@@ -101,8 +103,7 @@ class Arm(NamedTuple):
     @property
     def origin(self) -> Origin:
         """What its checkpoints keep of the data; see `Origin`."""
-        height, width = self.rows["train"][0]["pixel_values"].shape[-2:]
-        settings = f"crops of {height} x {width} px and a learning rate of {self.training_args.learning_rate:.3g}"
+        settings = f"{self.workshop.images} and a learning rate of {self.training_args.learning_rate:.3g}"
         return Origin(self.workshop.data, self.batch, getattr(self.rows["train"], "order", ""), settings)
 
     def trainer(self) -> SafeTrainer:

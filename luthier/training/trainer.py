@@ -2,7 +2,7 @@
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -29,6 +29,7 @@ from transformers import (
 from transformers.training_args import OptimizerNames
 
 from luthier.errors import NotFinite, UserError
+from luthier.machine import explain_exhausted_memory
 from luthier.terminal import has_terminal
 from luthier.training.callbacks import EpochTable, ProgressBar, ProgressLines, SetEpoch
 from luthier.training.checkpoints import (
@@ -50,8 +51,6 @@ from luthier.training.recipe import Recipe
 from luthier.training.signals import Stop, StoppedInEvaluation, exit_stopped
 from luthier.training.workers import SeededAugmentation, WorkerTrainer
 
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
-
 
 class SafeTrainer(WorkerTrainer):
     """The Trainer whose checkpoints are whole, and which stops where nothing can be learned any more.
@@ -69,6 +68,11 @@ class SafeTrainer(WorkerTrainer):
     writing_to: str | None = None
     save_postponed = False
     not_finite_at: torch.Tensor | None = None  # step of the first loss or gradient that was not finite, or -1
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        # The library derives both from what the model's `forward` takes. Here each loss is the mean of a batch.
+        self.label_names, self.model_accepts_loss_kwargs = ["labels"], False
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         """Create the scheduler of the heats, or the one that the training arguments name."""
@@ -197,13 +201,17 @@ class SafeTrainer(WorkerTrainer):
         super().log(*arguments, **options)
 
     def stop_if_not_finite(self) -> None:
-        """Raise NotFinite if a loss or a gradient was not finite."""
+        """Raise NotFinite if a loss or a gradient was not finite; with several processes a plain UserError.
+
+        The others may not know of it. They would wait for this one if it went on with something else.
+        """
         step = -1 if self.not_finite_at is None else int(self.not_finite_at)
         if step >= 0:
             self.not_finite_at = None
             last = newest(Path(str(self.args.output_dir)))
             kept = f" {last} is from before and whole." if last else ""
-            raise NotFinite(
+            kind = NotFinite if self.args.world_size == 1 else UserError
+            raise kind(
                 f"the loss or its gradient is not a finite number at step {step}. Likely causes: a learning rate "
                 f"that is too high (it is {self.args.learning_rate:g}: try a tenth), half precision (--bf16 False, "
                 f"--fp16 False), or damaged weights.{kept}"
@@ -259,7 +267,6 @@ def build_trainer(
     trainer.schedule, trainer.scale = schedule, scale
     if class_weights is not None:
         trainer.class_weights = torch.tensor(class_weights, device=training_args.device)
-    _compute_losses(trainer)
     if (training_args.save_strategy != "no" or schedule) and trainer.is_world_process_zero():
         limit = training_args.save_total_limit or round(training_args.num_train_epochs)
         check_disk_space(Path(str(training_args.output_dir)), trainer.checkpoint_size(), limit)
@@ -277,15 +284,8 @@ def build_predictor(
     """Return a Trainer that only predicts."""
     # With evaluations the Trainer would ask for their rows. Trackers follow the training alone.
     trainer = SafeTrainer(model, replace(training_args, eval_strategy="no", report_to="none"), collate)
-    _compute_losses(trainer)
     _replace_progress(trainer)
     return trainer
-
-
-def _compute_losses(trainer: SafeTrainer) -> None:
-    """Let a Trainer take its own losses, each the mean of a batch, whatever the model's `forward` takes."""
-    trainer.label_names = ["labels"]
-    trainer.model_accepts_loss_kwargs = False
 
 
 def _replace_progress(trainer: Trainer) -> None:
@@ -337,8 +337,8 @@ def train(trainer: SafeTrainer, end: int | None, checkpoint: Path | None, stop: 
         run_dir: the directory that a stopped run is resumed with.
 
     Raises:
-        UserError: the checkpoint is damaged or of other data, memory does not suffice, or the disk is full.
-        NotFinite: the loss is not finite.
+        UserError: the checkpoint is damaged or of other data, memory does not suffice, the disk is full, or the loss
+            is not finite, see `SafeTrainer.stop_if_not_finite`.
     """
     model, output_dir = model_of(trainer), Path(str(trainer.args.output_dir))
     set_seed(trainer.args.seed)  # the features may have come from the cache, which draws no random numbers
@@ -389,23 +389,3 @@ def concatenate_batches(outputs: Any) -> np.ndarray:
     batches = outputs if isinstance(outputs, list) else [outputs]
     arrays = [batch[0] if isinstance(batch, tuple) else batch for batch in batches]
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-
-
-@contextlib.contextmanager
-def explain_exhausted_memory(training_args: TrainingArguments) -> Iterator[None]:
-    """Turn the errors of exhausted memory into advice.
-
-    Raises:
-        UserError: there was not enough memory.
-    """
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
-            raise
-        batch = training_args.per_device_train_batch_size
-        raise UserError(
-            f"not enough memory for batches of {batch}: use smaller ones and as many images as before in a step "
-            f"(--per_device_train_batch_size {max(1, batch // 2)} --gradient_accumulation_steps "
-            f"{2 * training_args.gradient_accumulation_steps}), or fewer pixels (--image_size)"
-        ) from error

@@ -93,13 +93,13 @@ def test_too_little_disk_space_is_refused(tmp_path):
         ({"order": "b"}, "is of other images or files"),
         ({"batch": 64}, "was trained with 32 images in a step, and now there would be 64"),
         (
-            {"settings": "crops of 96 x 96 px"},
-            "rate of 0.002, and now there would be crops of 96 x 96 px: give",
+            {"settings": "images of 96 x 96 px"},
+            "rate of 0.002, and now there would be images of 96 x 96 px: give",
         ),
     ],
 )
 def test_checkpoint_of_other_data_is_refused(tmp_path, changed, message):
-    origin = Origin("a", 32, "a", "crops of 192 x 192 px and a learning rate of 0.002")
+    origin = Origin("a", 32, "a", "images of 192 x 192 px and a learning rate of 0.002")
     check_origin(tmp_path, origin)  # of an earlier version
     write_origin(tmp_path, origin)
     check_origin(tmp_path, origin)

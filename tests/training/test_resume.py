@@ -23,13 +23,13 @@ from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 import luthier.training.trainer as trainer
-from luthier.errors import UserError
-from luthier.machine import check_processes
+from luthier.errors import NotFinite, UserError
+from luthier.machine import check_processes, explain_exhausted_memory
 from luthier.output_dir import has_ended
 from luthier.training.checkpoints import find_damage, newest_whole
 from luthier.training.recipe import BATCH, FROM_SCRATCH
 from luthier.training.signals import Stop, StoppedInEvaluation
-from luthier.training.trainer import SafeTrainer, explain_exhausted_memory
+from luthier.training.trainer import SafeTrainer
 from train import main
 
 SLOW = pytest.mark.slow
@@ -229,6 +229,16 @@ def test_loss_that_is_not_finite_stops_the_run(timm_checkpoint, monkeypatch, cap
     assert "out/checkpoint-5 is from before and whole" in errors
     assert newest_whole(Path("out")) == Path("out/checkpoint-5")
     assert all(torch.isfinite(tensor).all() for tensor in load_file("out/checkpoint-5/model.safetensors").values())
+
+
+@pytest.mark.parametrize(("processes", "kind"), [(1, NotFinite), (2, UserError)])
+def test_several_processes_end_where_one_would_go_on(processes, kind):
+    """Another process may not know of the loss, and would wait."""
+    args = SimpleNamespace(world_size=processes, output_dir="out", learning_rate=1.0)
+    trainer = SimpleNamespace(not_finite_at=torch.tensor(3), args=args)
+    with pytest.raises(UserError, match="not a finite number at step 3") as found:
+        SafeTrainer.stop_if_not_finite(trainer)
+    assert found.type is kind
 
 
 def test_refit_that_diverges_leaves_the_scored_weights(timm_checkpoint, monkeypatch, capsys):
