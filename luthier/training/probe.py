@@ -24,7 +24,8 @@ MAX_WEIGHTS = 2_000_000  # of probes that are fitted at once: L-BFGS holds twent
 # From MANY images on the penalty is first chosen with one image in SAMPLED (docs/experiments.md).
 MANY, SAMPLED = 80_000, 8
 
-TOLERANCE = 1e-6  # a fit ends when a step lowers the objective by less (docs/experiments.md)
+# A fit ends when a step lowers the objective by less; the second is of `MANY` images (docs/experiments.md).
+TOLERANCE, LOOSE_TOLERANCE = 1e-6, 1e-5
 
 
 class LinearProbe(NamedTuple):
@@ -370,8 +371,8 @@ def minimise(
     counts = features.new_full((len(labels), fits), 1 / len(labels)) if counts is None else counts
     at_once = max(1, min(rows_at_once(features.device), MAX_CELLS // (fits * classes)))
     optimizer = torch.optim.LBFGS(
-        [weight, bias], max_iter=iterations, history_size=10, tolerance_grad=1e-5, tolerance_change=TOLERANCE,
-        line_search_fn="strong_wolfe",
+        [weight, bias], max_iter=iterations, history_size=10, tolerance_grad=1e-5,
+        tolerance_change=TOLERANCE if len(labels) < MANY else LOOSE_TOLERANCE, line_search_fn="strong_wolfe",
     )  # fmt: skip
 
     @torch.no_grad()
