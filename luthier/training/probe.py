@@ -23,8 +23,7 @@ MAX_WEIGHTS = 2_000_000  # of probes that are fitted at once: L-BFGS holds twent
 
 # From MANY images on the penalty is first chosen with one image in SAMPLED (docs/experiments.md).
 MANY, SAMPLED = 80_000, 8
-
-# A fit ends when a step lowers the objective by less; the second is of `MANY` images (docs/experiments.md).
+# A fit ends when a step lowers the objective by less than the first; with MANY images by less than the second.
 TOLERANCE, LOOSE_TOLERANCE = 1e-6, 1e-5
 
 

@@ -96,6 +96,19 @@ def test_probe_of_many_images_begins_with_that_of_a_sample(monkeypatch):
         torch.testing.assert_close(*chances, atol=tolerance, rtol=0)
 
 
+def test_fit_of_many_images_ends_a_little_before_the_best_one(monkeypatch):
+    features, labels = clusters(400, 1)
+
+    def objective() -> float:
+        (probe,) = fit_path(features, labels, 3, (0.001,))
+        loss = torch.nn.functional.cross_entropy(probe.logits(features), labels)
+        return float(loss + 0.001 / 2 * (probe.weight * features.std(dim=0)).square().sum())
+
+    few = objective()
+    monkeypatch.setattr(probe_module, "MANY", 400)
+    assert few < objective() < few + 1e-3
+
+
 @pytest.mark.parametrize("at_once", [1, 2, 5])
 def test_probes_of_all_folds_are_those_of_each_fold(monkeypatch, at_once):
     features, labels = clusters(200, 3)
