@@ -9,6 +9,7 @@ as a Space, which loads the model from the Hub.
 """
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,6 +53,9 @@ def main(argv: list[str] | None = None) -> None:
         print(f"pushed   {push_to_space(args.model, args.push_to_space)}")
         return
     examples = images_in(args.examples) if args.examples else []
+    port = os.environ.get("GRADIO_SERVER_PORT", "0")
+    if not port.isdecimal():  # gradio's own error is a traceback
+        raise UserError(f"GRADIO_SERVER_PORT is {port!r}, but must be a number such as 7860")
     page = build_page(args.model, args.always_answer, examples)
     try:
         page.launch(max_file_size=MAX_FILE_SIZE, allowed_paths=examples)

@@ -11,7 +11,6 @@ train.py`. Finished runs are not run again, interrupted ones are resumed.
 import argparse
 import csv
 import itertools
-import json
 import os
 import shutil
 import subprocess
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from luthier.errors import UserError, exit_on_user_error
-from luthier.output_dir import has_ended
+from luthier.output_dir import has_ended, read_metrics
 from luthier.terminal import percent
 
 PROJECT = Path(__file__).parent
@@ -64,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     for number, run in enumerate(runs, 1):
         if run.folder not in finished:
             execute(run)
-        metrics = json.loads((run.folder / "metrics.json").read_text(encoding="utf-8"))
+        metrics = read_metrics(run.folder)
         correct = read_correct(run.folder / "predictions.csv")
         results.setdefault(run.experiment, {})[run.part] = RunResult(metrics, correct)
         scored, seconds = metrics["test"], metrics["seconds"]["total"]
@@ -177,8 +176,7 @@ def is_finished(run: Run) -> bool:
     settings = None
     finished = has_ended(run.folder)
     if finished:
-        metrics = json.loads((run.folder / "metrics.json").read_text(encoding="utf-8"))
-        settings = metrics["settings"]
+        settings = read_metrics(run.folder).get("settings")
     elif run.note.exists():
         settings = run.note.read_text(encoding="utf-8").strip()
     if settings != run.settings and run.folder.exists():

@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     die_with_launcher()
     set_up_process(training_args)
     output_dir, is_main_process = Path(str(training_args.output_dir)), training_args.process_index == 0
-    with Stop(), claim_output_dir(output_dir, continues=False, enabled=is_main_process):
+    with Stop(output_dir), claim_output_dir(output_dir, continues=False, enabled=is_main_process):
         score_model(arguments, output_dir, stopwatch)
 
 

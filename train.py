@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     set_up_process(training_args)
     output_dir, resume = Path(str(training_args.output_dir)), training_args.resume_from_checkpoint
     is_main_process = training_args.process_index == 0
-    with Stop() as stop, claim_output_dir(output_dir, continues=bool(resume), enabled=is_main_process):
+    with Stop(output_dir) as stop, claim_output_dir(output_dir, continues=bool(resume), enabled=is_main_process):
         repo_id, private = None, training_args.hub_private_repo
         if run_args.push_to_hub and is_main_process:  # rights are checked before the training, not after it
             repo_id = hub.check_access(training_args.hub_model_id or output_dir.name, private)
@@ -128,7 +128,7 @@ def fine_tune(arguments: "Arguments", stop: "Stop", stopwatch: Stopwatch) -> tup
     run_dir, resume = Path(str(training_args.output_dir)), training_args.resume_from_checkpoint
     only_trained = model_args.keep == "trained" and recipes[0].name != "probe"
     judge = judge._replace(yardstick=probe.yardstick)
-    course = Course(judge, stop, run_dir, arguments.run_dir, stopwatch, model_args.time_limit, only_trained)
+    course = Course(judge, stop, run_dir, stopwatch, model_args.time_limit, only_trained)
     baseline = None if only_trained else score_probe(workshop, probe, rows["validation"], judge)
     outcome = race(enter(recipes, workshop, rows, probe.starts, run_dir), baseline, course, resume)
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,12 +67,32 @@ def has_weights(folder: Path) -> bool:
 
 
 def describe_ended(output_dir: Path, settings: str) -> str:
-    """Return in words that a run has ended, and whether it had other settings (their digest) than those given now."""
-    metrics = json.loads((output_dir / "metrics.json").read_text(encoding="utf-8"))
+    """Return in words that a run has ended, and whether it had other settings (their digest) than those given now.
+
+    Raises:
+        UserError: see `read_metrics`.
+    """
+    metrics = read_metrics(output_dir)
     done = f"{output_dir} holds a finished run: nothing is left to train"
     if metrics.get("settings") == settings:
         return done
     return f"{done}. It had other options: to train with those of now, give another --output_dir"
+
+
+def read_metrics(output_dir: Path) -> dict:
+    """Return what `metrics.json` of a run holds.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path = output_dir / "metrics.json"
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{path} is damaged ({error}): remove it, and let the run write it again with --output_dir "
+            f"{shlex.quote(str(output_dir))} --resume_from_checkpoint auto"
+        ) from error
 
 
 def mark_unfinished(output_dir: Path) -> None:

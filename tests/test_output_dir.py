@@ -94,3 +94,7 @@ def test_run_has_ended_when_model_card_metrics_and_weights_exist(tmp_path):
     (tmp_path / "metrics.json").write_text('{"settings": "a"}')
     assert describe_ended(tmp_path, "a").endswith("nothing is left to train")
     assert "to train with those of now, give another --output_dir" in describe_ended(tmp_path, "b")
+    for damaged in ("", '{"settings": ', "null"):
+        (tmp_path / "metrics.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"metrics.json is damaged \(.+ --resume_from_checkpoint auto"):
+            describe_ended(tmp_path, "a")

@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 from transformers import BaseImageProcessor
 
 from luthier.errors import UserError
-from luthier.images.decode import decode_rgb
+from luthier.images.decode import decode_rgb, reason
 from luthier.machine import one_thread
 
 if TYPE_CHECKING:  # predict.py needs no `datasets`, which takes a second to import
@@ -24,12 +24,18 @@ def view_size(image_processor: BaseImageProcessor) -> tuple[int, int]:
     """Return (height, width) in pixels of what a model sees.
 
     Raises:
-        UserError: it differs from image to image.
+        UserError: it differs from image to image, or the processor has settings that it cannot work with.
     """
-    wide, tall = (
-        tuple(image_processor(Image.new("RGB", size), return_tensors="pt")["pixel_values"].shape[-2:])
-        for size in ((96, 64), (64, 96))
-    )
+    try:
+        wide, tall = (
+            tuple(image_processor(Image.new("RGB", size), return_tensors="pt")["pixel_values"].shape[-2:])
+            for size in ((96, 64), (64, 96))
+        )
+    except Exception as error:  # settings that make no sense raise errors of any kind
+        raise UserError(
+            f"this model's image processor cannot process an image ({reason(error)}): mend its settings in "
+            "preprocessor_config.json"
+        ) from error
     if wide != tall:
         raise UserError(
             f"this model's image processor gives every image another size ({wide} and {tall}), and such images form "

@@ -338,6 +338,11 @@ def verdict_in_words(verdict: Verdict) -> str:
         f"{verdict.for_a} for {a}, {verdict.for_b} for {b}, of {plural(verdict.n, 'test image')}{groups}; "
         f"p = {verdict.p:.2g}"
     )
+    if not verdict.for_a + verdict.for_b:
+        return (
+            f"- {a} and {b}: right and wrong on the same of {plural(verdict.n, 'test image')}. If that surprises you, "
+            "check that what differs between them has an effect: a probe, for one, sees no augmentation."
+        )
     if not verdict.is_clear:
         return f"- {a} and {b}: too close to call at n = {verdict.n} ({votes})."
     return f"- {a} is {'better' if verdict.for_a > verdict.for_b else 'worse'} than {b} ({votes})."

@@ -88,7 +88,6 @@ class Course(NamedTuple):
         judge: scores weights on validation.
         stop: the signal handler.
         run_dir: the directory of the run, or of its fold.
-        whole_run_dir: what a stopped run is resumed with: that of the run, not of its fold.
         stopwatch: of the run.
         time_limit: minutes that the run may take; None is no limit.
         only_trained: the trained weights are the only candidates.
@@ -97,7 +96,6 @@ class Course(NamedTuple):
     judge: Judge
     stop: Stop
     run_dir: Path
-    whole_run_dir: Path
     stopwatch: Stopwatch
     time_limit: float | None = None
     only_trained: bool = False
@@ -280,7 +278,7 @@ def _advance(arm: Arm, end: int, course: Course, checkpoint: Path | None) -> tup
     if arm.schedule is None:
         trainer.add_callback(EndInTime(course.ends_in_time))
     there = checkpoint is not None and step_of(checkpoint) >= end
-    train(trainer, end if arm.schedule or there else None, checkpoint, course.stop, course.whole_run_dir)
+    train(trainer, end if arm.schedule or there else None, checkpoint, course.stop)
     shares = (1.0,) if course.only_trained else arm.recipe.shares
     candidates = score_candidates(trainer, arm.rows["validation"], arm.start, shares, course.judge, arm.recipe.name)
     return arm, trainer, candidates
@@ -339,7 +337,7 @@ def _return_to(named: Path, arms: Sequence[Arm], heats: list[Heat], course: Cour
     arm = arms[0]
     check_named(named, arm.origin)
     load_weights(arm.workshop.copy(), named)
-    mark_unfinished(course.whole_run_dir)
+    mark_unfinished(course.stop.run_dir)
     if arm.is_main_process:
         for step, checkpoint in checkpoints_by_step(arm.folder).items():
             if step > step_of(named):

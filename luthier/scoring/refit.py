@@ -176,5 +176,5 @@ def _train_again(arm: Arm, best: int, rows: Any, start: State | None, course: Co
         again = again._replace(ends=ends, schedule=arm.schedule._replace(ends=ends))
     trainer = again.trainer()
     checkpoint = newest_shared(again.folder, again.is_main_process)
-    train(trainer, max(1, round(best * scale)), checkpoint, course.stop, course.whole_run_dir)
+    train(trainer, max(1, round(best * scale)), checkpoint, course.stop)
     return model_of(trainer)

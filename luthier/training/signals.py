@@ -28,11 +28,13 @@ class Stop(TrainerCallback):
     """Turns a signal into a checkpoint at the end of the step; where nothing is trained, ends the process at once.
 
     Attributes:
+        run_dir: the directory that a stopped run is resumed with: that of the run, not of its fold.
         received: the signal that this process has received, None before it.
         stopping: all processes stop after this step.
     """
 
-    def __init__(self):
+    def __init__(self, run_dir: Path):
+        self.run_dir = run_dir
         self.received: int | None = None
         self.training, self.stopping, self.exits, self.since, self.group = False, False, False, 0.0, None
         self.handlers: dict[int, object] = {}  # that were there before
@@ -53,7 +55,9 @@ class Stop(TrainerCallback):
         again = self.received is not None and number == signal.SIGINT and time.monotonic() - self.since > 1
         if not self.training or again:
             if not self.exits:  # the launcher may send a second one
-                print(f"stopped  by {signal.Signals(number).name}", file=sys.stderr, flush=True)
+                begun = any(self.run_dir.rglob("checkpoint-*/trainer_state.json"))
+                how = f"; {self.how_to_resume()}" if begun else ""
+                print(f"stopped  by {signal.Signals(number).name}{how}", file=sys.stderr, flush=True)
             self.exits = True
             sys.exit(128 + number)
         if self.received is None:
@@ -91,6 +95,22 @@ class Stop(TrainerCallback):
         """
         return self._highest(self.received or 0)
 
+    def exit_with(self, received: int, checkpoints: Path) -> NoReturn:
+        """Say how to resume a run that was stopped, and exit as a shell expects of a process that a signal ended.
+
+        Args:
+            received: the signal.
+            checkpoints: the folder of the checkpoints that were being written.
+        """
+        last = newest(checkpoints)
+        how = f"{last}; {self.how_to_resume()}" if last else "there is no checkpoint yet"
+        say("stopped", f"by {signal.Signals(received).name}: {how}")
+        sys.exit(128 + received)
+
+    def how_to_resume(self) -> str:
+        """Return the options that go on with the run."""
+        return f"resume with --output_dir {shlex.quote(str(self.run_dir))} --resume_from_checkpoint auto"
+
     def _highest(self, number: int) -> int:
         """Return the highest number of all processes."""
         if self.group is None:
@@ -107,17 +127,3 @@ def die_with_launcher() -> None:
 
         pr_set_pdeathsig = 1  # prctl(2)
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-
-
-def exit_stopped(checkpoints: Path, received: int, run_dir: Path) -> NoReturn:
-    """Say how to resume a run that was stopped, and exit as a shell expects of a process that a signal ended.
-
-    Args:
-        checkpoints: the folder of the checkpoints that were being written.
-        received: the signal.
-        run_dir: the directory of the run.
-    """
-    last = newest(checkpoints)
-    resume = f"{last}; resume with --output_dir {shlex.quote(str(run_dir))} --resume_from_checkpoint auto"
-    say("stopped", f"by {signal.Signals(received).name}: {resume if last else 'there is no checkpoint yet'}")
-    sys.exit(128 + received)

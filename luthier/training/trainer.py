@@ -48,7 +48,7 @@ from luthier.training.checkpoints import (
 from luthier.training.heats import EndHeat, Schedule
 from luthier.training.layers import parameter_groups
 from luthier.training.recipe import Recipe
-from luthier.training.signals import Stop, StoppedInEvaluation, exit_stopped
+from luthier.training.signals import Stop, StoppedInEvaluation
 from luthier.training.workers import SeededAugmentation, WorkerTrainer
 
 
@@ -326,7 +326,7 @@ def check_scheduler(training_args: TrainingArguments) -> None:
         raise UserError(f"--lr_scheduler_type {schedule.value}{settings} cannot be used: {error}") from error
 
 
-def train(trainer: SafeTrainer, end: int | None, checkpoint: Path | None, stop: Stop, run_dir: Path) -> None:
+def train(trainer: SafeTrainer, end: int | None, checkpoint: Path | None, stop: Stop) -> None:
     """Train up to a step, and leave the model as it was after its best evaluation so far.
 
     Args:
@@ -334,7 +334,6 @@ def train(trainer: SafeTrainer, end: int | None, checkpoint: Path | None, stop: 
         end: the last step; None is the end of the training arguments.
         checkpoint: to continue from. One of the last step itself needs no more training.
         stop: the signal handler; after a signal the process ends here, with a checkpoint.
-        run_dir: the directory that a stopped run is resumed with.
 
     Raises:
         UserError: the checkpoint is damaged or of other data, memory does not suffice, the disk is full, or the loss
@@ -357,7 +356,7 @@ def train(trainer: SafeTrainer, end: int | None, checkpoint: Path | None, stop: 
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         received = stop.agree()
         if received:
-            exit_stopped(output_dir, received, run_dir)
+            stop.exit_with(received, output_dir)
     trainer.accelerator.free_memory()  # its data workers too
     # The best step was chosen on validation. With other strategies than Luthier's it may have no checkpoint.
     best = output_dir / f"checkpoint-{trainer.state.best_global_step}"

@@ -168,3 +168,10 @@ def test_mistake_on_the_command_line_gives_one_message(capsys, args, message):
     with pytest.raises(SystemExit) as exit_info:
         app.main(args)
     assert exit_info.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_port_that_is_no_number_gives_one_message(capsys, monkeypatch):
+    monkeypatch.setenv("GRADIO_SERVER_PORT", "abc")
+    with pytest.raises(SystemExit) as exit_info:
+        app.main(["nowhere"])
+    assert exit_info.value.code == 2 and "GRADIO_SERVER_PORT is 'abc', but must be a number" in capsys.readouterr().err

@@ -49,8 +49,10 @@ def test_verdict_is_that_of_the_exact_mcnemar_test():
     assert "10 for a, 2 for b, of 100 test images; p = 0.039" in sentence and "a is better than b" in sentence
     (sentence,) = verdicts(results(("b", [b]), ("a", [a])))
     assert "b is worse than a" in sentence
-    (sentence,) = verdicts(results(("a", [a[:50]]), ("b", [b[:50]])))
-    assert "too close to call at n = 50" in sentence and "p = 1" in sentence
+    (sentence,) = verdicts(results(("a", [a[:82]]), ("b", [b[:82]])))
+    assert "too close to call at n = 82" in sentence and "p = 0.5" in sentence
+    (sentence,) = verdicts(results(("a", [a]), ("b", [a])))
+    assert "right and wrong on the same of 100 test images" in sentence and "has an effect" in sentence
 
 
 def test_groups_change_sides_as_a_whole():

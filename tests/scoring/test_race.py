@@ -158,7 +158,7 @@ def test_arm_whose_loss_is_not_finite_leaves_the_race(tmp_path, monkeypatch, cap
     monkeypatch.setattr(module.EpochTable, "write_header", lambda args: None)
     monkeypatch.setattr(module, "newest_shared", lambda *_: None)
     arms = [SimpleNamespace(**vars(one), is_main_process=True, folder=tmp_path, training_args=None) for one in ARMS]
-    course = Course(Judge([]), Stop(), tmp_path, tmp_path, Stopwatch())
+    course = Course(Judge([]), Stop(tmp_path), tmp_path, Stopwatch())
     outcome = race(arms, candidate([0.5] * 4, "probe"), course, None)
     assert (outcome.arm and outcome.arm.recipe.name) == kept
     printed = capsys.readouterr().out

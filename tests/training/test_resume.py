@@ -169,8 +169,8 @@ def test_signal_saves_at_the_end_of_the_step_and_resumes_exactly(timm_checkpoint
     )
 
 
-def test_second_ctrl_c_ends_at_once(monkeypatch):
-    stop = Stop()
+def test_second_ctrl_c_ends_at_once(tmp_path, capsys):
+    stop = Stop(tmp_path / "of mine")
     stop.training = True
     stop._receive(signal.SIGINT, None)
     stop._receive(signal.SIGINT, None)  # the same Ctrl-C: the terminal sends it to the whole group
@@ -179,11 +179,21 @@ def test_second_ctrl_c_ends_at_once(monkeypatch):
     stop.since -= 2
     with pytest.raises(SystemExit) as exit_info:
         stop._receive(signal.SIGINT, None)
-    assert exit_info.value.code == 130
+    assert exit_info.value.code == 130 and capsys.readouterr().err == "stopped  by SIGINT\n"
 
 
-def test_processes_stop_after_the_same_step_whenever_the_signal_comes(monkeypatch):
-    stop = Stop()
+def test_signal_between_trainings_says_how_to_resume(tmp_path, capsys):
+    stop, checkpoint = Stop(tmp_path / "of mine"), tmp_path / "of mine/race/full/checkpoint-3"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").touch()
+    with pytest.raises(SystemExit):
+        stop._receive(signal.SIGTERM, None)
+    how = f"--output_dir '{tmp_path}/of mine' --resume_from_checkpoint auto"
+    assert capsys.readouterr().err == f"stopped  by SIGTERM; resume with {how}\n"
+
+
+def test_processes_stop_after_the_same_step_whenever_the_signal_comes(monkeypatch, tmp_path):
+    stop = Stop(tmp_path)
     stop.training, stop.group = True, object()
     in_between, of_others = [lambda: stop._receive(signal.SIGTERM, None)], [0]
 
