@@ -12,7 +12,6 @@ import argparse
 import csv
 import itertools
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -190,14 +189,24 @@ def is_finished(run: Run) -> bool:
 def execute(run: Run) -> None:
     """Train, or resume; what train.py prints goes to a file beside the run's folder.
 
-    Exits with 1 where the run fails.
+    Exits with 1 where the run fails, and with 130 after Ctrl-C, which the run has received too.
     """
     log = run.folder.with_name(f"{run.folder.name}.log")
     run.note.write_text(f"{run.settings}\n", encoding="utf-8")
-    command = [shutil.which("accelerate") or "accelerate", "launch", "--quiet", str(PROJECT / "train.py"), *run.line]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]  # this environment's accelerate
     environment = os.environ | {"PYTHONUTF8": "1"}  # class names may not fit into the code page of Windows
-    with log.open("w", encoding="utf-8") as file:
-        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False).returncode
+    with (
+        log.open("w", encoding="utf-8") as file,
+        subprocess.Popen(
+            [*launch, str(PROJECT / "train.py"), *run.line], stdout=file, stderr=subprocess.STDOUT, env=environment
+        ) as process,
+    ):
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            process.wait()  # for its checkpoint
+            print(f"stopped in {run.experiment}, {run.part}: give the same command to go on", file=sys.stderr)
+            sys.exit(130)
     if code:
         last = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:])
         print(f"error: {run.experiment}, {run.part} failed; all it printed is in {log}:\n{last}", file=sys.stderr)

@@ -108,7 +108,7 @@ def fine_tune(arguments: "Arguments", stop: "Stop", stopwatch: Stopwatch) -> tup
     from luthier.training.callbacks import StageTimes
     from luthier.training.trainer import model_of
 
-    data_args, model_args, training_args, _ = arguments
+    data_args, model_args, training_args, run_args = arguments
     experiment = set_up(arguments, stopwatch)
     splits, prepared, view, stream = experiment.splits, experiment.prepared, experiment.view, experiment.stream
     rows = with_transforms(prepared, view, data_args.augmentation, data_args.test_view, experiment.size, stream)
@@ -128,7 +128,7 @@ def fine_tune(arguments: "Arguments", stop: "Stop", stopwatch: Stopwatch) -> tup
     run_dir, resume = Path(str(training_args.output_dir)), training_args.resume_from_checkpoint
     only_trained = model_args.keep == "trained" and recipes[0].name != "probe"
     judge = judge._replace(yardstick=probe.yardstick)
-    course = Course(judge, stop, run_dir, stopwatch, model_args.time_limit, only_trained)
+    course = Course(judge, stop, run_dir, stopwatch, model_args.time_limit, only_trained, run_args.of_training)
     baseline = None if only_trained else score_probe(workshop, probe, rows["validation"], judge)
     outcome = race(enter(recipes, workshop, rows, probe.starts, run_dir), baseline, course, resume)
 

@@ -25,6 +25,7 @@ class RunArguments(NamedTuple):
     Attributes:
         command: the command line, without the paths that tell of a machine or a person.
         settings: SHA-256 of all options except those that say where a run goes and how it is shown.
+        of_training: the options that losses and weights depend on: a run is resumed with the same.
         given: names of all options that the config or the command line sets.
         seeds: the random seeds of training and splits, and the fold.
         learning_rate, num_train_epochs, batch: the user's, the batch that of a device; None leaves the recipe's.
@@ -34,6 +35,7 @@ class RunArguments(NamedTuple):
 
     command: str
     settings: str
+    of_training: dict
     given: frozenset[str]
     seeds: dict
     learning_rate: float | None
@@ -176,6 +178,12 @@ POSITIVE = (
 # Where a run goes, and how it is shown: not part of what it computes.
 NOT_SETTINGS = ("output_dir", "disable_tqdm", "resume_from_checkpoint", "export")
 
+# What losses and weights depend on, besides what a checkpoint knows itself: data, batch, learning rate, size.
+OF_TRAINING = (
+    "metric", "balance", "none_class", "keep", "augmentation", "seed", "weight_decay", "optim", "lr_scheduler_type",
+    "warmup_steps", "label_smoothing_factor", "max_grad_norm",
+)  # fmt: skip
+
 
 def parse_arguments(argv: list[str], command: str | None = None) -> Arguments:
     """Read `[CONFIG.yaml] [--key value ...]`; the command line overrides the file.
@@ -201,6 +209,7 @@ def parse_arguments(argv: list[str], command: str | None = None) -> Arguments:
     run_args = RunArguments(
         command=command or describe_command("train.py", argv),
         settings=settings,
+        of_training=json.loads(json.dumps({key: options[key] for key in OF_TRAINING})),
         given=given,
         seeds={key: options[key] for key in ("seed", "split_seed", "fold")},
         learning_rate=options["learning_rate"],

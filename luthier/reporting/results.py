@@ -206,12 +206,16 @@ def save_models(
         save_references(folder, familiarity)
         return custom_code
 
-    short = sorted({digest[:DIGEST] for digest in learned_from})
-    (output_dir / LEARNED_FROM).write_text("\n".join(short) + "\n", encoding="utf-8")
+    def note(digests: Sequence[str], folder: Path) -> None:
+        short = sorted({digest[:DIGEST] for digest in digests})
+        (folder / LEARNED_FROM).write_text("\n".join(short) + "\n", encoding="utf-8")
+
+    note(learned_from, output_dir)
     scored = (result.model, result.answers.familiarity)
     if refitted is None:
         return save(*scored, output_dir)
     save(*scored, output_dir / SCORED)
+    note(result.learned_from, output_dir / SCORED)
     return save(*refitted, output_dir)
 
 

@@ -14,7 +14,8 @@ from luthier.scoring.baselines import ProbeResults
 from luthier.scoring.criterion import Judge
 from luthier.scoring.familiarity import Answers
 from luthier.scoring.metrics import TestPredictions
-from luthier.scoring.race import Course, Outcome
+from luthier.scoring.race import Outcome
+from luthier.scoring.race_record import Course
 from luthier.scoring.selection import Candidate
 from luthier.training.arms import Workshop
 from luthier.training.layers import training_size

@@ -65,14 +65,10 @@ def learning_curve(
     `ci95`), `gain` and `gain_ci95`, and the `curve` that was fitted (`n`, `accuracy`, `low`, `high`).
 
     Raises:
-        UserError: a class has fewer images than there are folds.
+        UserError: a class has fewer images than there are folds, counting those of a group as one: a fold could
+            hold all of them, and its probes would not know the class.
     """
-    fewest = min(range(len(names)), key=lambda index: (labels == index).sum())
-    if (labels == fewest).sum() < FOLDS:
-        raise UserError(
-            f"--learning_curve needs {FOLDS} images of each class in train and validation, but {names[fewest]!r} "
-            f"has {plural(int((labels == fewest).sum()), 'image')}: add some, or leave the option out"
-        )
+    _check_classes(labels, names, groups)
     truth = torch.as_tensor(labels, device=features.device)
     correct = np.zeros((len(FRACTIONS), len(labels)))
     sizes = np.zeros(len(FRACTIONS))
@@ -102,6 +98,18 @@ def learning_curve(
         ],
         **extrapolate(sizes, correct, groups, target),
     }
+
+
+def _check_classes(labels: np.ndarray, names: list[str], groups: np.ndarray) -> None:
+    """Check that every class has enough images; see `learning_curve`."""
+    sizes = [len(np.unique(groups[labels == index])) for index in range(len(names))]
+    fewest = int(np.argmin(sizes))
+    if sizes[fewest] < FOLDS:
+        raise UserError(
+            f"--learning_curve needs {FOLDS} images of each class in train and validation, where near-duplicates and "
+            f"images of one group count as one, but {names[fewest]!r} has {plural(sizes[fewest], 'image')}: add some, "
+            "or leave the option out"
+        )
 
 
 def _ranks_in_class(labels: np.ndarray, seed: int) -> np.ndarray:

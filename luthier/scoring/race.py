@@ -9,25 +9,22 @@ far, or when one has run its last heat.
 
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from accelerate.utils import broadcast_object_list
 from transformers import Trainer
 
 from luthier.errors import NotFinite
 from luthier.output_dir import mark_unfinished
-from luthier.scoring.criterion import Judge
-from luthier.scoring.race_record import Heat, read_record, write_record
+from luthier.scoring.race_record import NO_TIME, Course, Heat, read_record, write_record
 from luthier.scoring.selection import Candidate, choose, load_candidate, score_candidates
-from luthier.terminal import Stopwatch, plural, say
+from luthier.terminal import plural, say
 from luthier.training.arms import Arm, State, Workshop, plan_arm
 from luthier.training.callbacks import EpochTable
 from luthier.training.checkpoints import check_named, checkpoints_by_step, load_weights, newest_shared, step_of
 from luthier.training.heats import EndInTime
 from luthier.training.recipe import BATCH, Recipe
-from luthier.training.signals import Stop
 from luthier.training.trainer import SafeTrainer, model_of, train
 
 FAR = 3.0  # times the probe's loss that the arms may have after the first heat, and go on
@@ -81,32 +78,6 @@ class Outcome(NamedTuple):
         return sum(heat.arm == arm for heat in self.heats)
 
 
-class Course(NamedTuple):
-    """What all arms of a race share.
-
-    Attributes:
-        judge: scores weights on validation.
-        stop: the signal handler.
-        run_dir: the directory of the run, or of its fold.
-        stopwatch: of the run.
-        time_limit: minutes that the run may take; None is no limit.
-        only_trained: the trained weights are the only candidates.
-    """
-
-    judge: Judge
-    stop: Stop
-    run_dir: Path
-    stopwatch: Stopwatch
-    time_limit: float | None = None
-    only_trained: bool = False
-
-    def ends_in_time(self, seconds: float) -> bool:
-        """Tell, on every process alike, whether something that takes so long would end within the time limit."""
-        in_time = self.time_limit is None or self.stopwatch.total() + seconds <= 60 * self.time_limit
-        (shared,) = broadcast_object_list([in_time])
-        return shared
-
-
 def enter(
     recipes: Sequence[Recipe],
     workshop: Workshop,
@@ -148,7 +119,7 @@ def race(arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: s
         resume: None, `auto`, or for a single arm the checkpoint to continue from.
 
     Raises:
-        UserError: see `trainer.train`; or the run was begun with another metric or other data. NotFinite is raised
+        UserError: see `trainer.train`; or the run was begun with other options or other data. NotFinite is raised
             only where nothing else is left; otherwise the arm leaves the race.
     """
     if probe and len(arms) > 1 and probe.loss < course.judge.criterion.enough:
@@ -165,7 +136,7 @@ def race(arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: s
         if not begun:
             EpochTable.write_header(arm.training_args)
         begun, named = True, named if named and step_of(named) >= end else None
-        return _advance(arm, end, course, checkpoint)
+        return _advance(arm, end, course, checkpoint, lambda: write_record(course, arms, heats, reason))
 
     while running and not reason:  # an arm that was asked for is compared with itself alone
         arm, reason = _choose_next(heats, running, probe if len(arms) > 1 else None, named)
@@ -174,7 +145,7 @@ def race(arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: s
         number = _next_heat(heats, arm, named)
         expected = _expected_seconds(heats, arm, number)
         if (probe or heats) and not course.ends_in_time(expected):
-            reason = "the time limit"
+            reason = NO_TIME
             break
         partial = resume and not begun  # a part of this heat may have been trained before
         last, begin = None, course.stopwatch.total()
@@ -185,10 +156,10 @@ def race(arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: s
             reason = "" if running else "no recipe left"
             continue
         seconds = max(course.stopwatch.total() - begin, expected if partial else 0.0)
-        heats.append(_describe(last, seconds, course.judge.criterion.metric))
-        reason = "the time limit" if heats[-1].step < arm.ends[number] else ""
-        write_record(course.run_dir, arms, heats, reason)
-    write_record(course.run_dir, arms, heats, reason)
+        heats.append(_describe(last, seconds))
+        reason = NO_TIME if heats[-1].step < arm.ends[number] else ""
+        write_record(course, arms, heats, reason)
+    write_record(course, arms, heats, reason)
     winner = _leading(heats, arms)
     if winner and (last is None or last[0] is not winner):
         last = None
@@ -213,6 +184,8 @@ def keep_best(
 
 def predict_loss(before: Heat, now: Heat, epochs: float) -> float:
     """Return the loss that a power law through two heats predicts after a number of epochs."""
+    if not math.isfinite(before.loss):
+        return now.loss
     ratio = max(now.loss, TINY) / max(before.loss, TINY)
     slope = math.log(ratio) / math.log(now.epochs / before.epochs)
     return now.loss * (epochs / now.epochs) ** min(slope, 0.0)
@@ -272,9 +245,12 @@ def _promise(heats: list[Heat], arm: Arm) -> float:
     return predict_loss(before, now, now.epochs * arm.ends[-1] / now.step)
 
 
-def _advance(arm: Arm, end: int, course: Course, checkpoint: Path | None) -> tuple[Arm, SafeTrainer, list[Candidate]]:
+def _advance(
+    arm: Arm, end: int, course: Course, checkpoint: Path | None, begin: Callable[[], None]
+) -> tuple[Arm, SafeTrainer, list[Candidate]]:
     """Train an arm up to a step, from a checkpoint or from the arm's start; score its best weights so far."""
     trainer = arm.trainer()
+    begin()  # nothing is written before the settings are known to work
     if arm.schedule is None:
         trainer.add_callback(EndInTime(course.ends_in_time))
     there = checkpoint is not None and step_of(checkpoint) >= end
@@ -284,11 +260,11 @@ def _advance(arm: Arm, end: int, course: Course, checkpoint: Path | None) -> tup
     return arm, trainer, candidates
 
 
-def _describe(advanced: tuple[Arm, SafeTrainer, list[Candidate]], seconds: float, metric: str) -> Heat:
+def _describe(advanced: tuple[Arm, SafeTrainer, list[Candidate]], seconds: float) -> Heat:
     arm, trainer, candidates = advanced
     best = min(candidates, key=lambda candidate: candidate.loss)
     step, epochs, accuracy = trainer.state.global_step, float(trainer.state.epoch or 0), best.validation["accuracy"]
-    return Heat(arm.recipe.name, step, epochs, best.loss, accuracy, round(seconds, 3), metric)
+    return Heat(arm.recipe.name, step, epochs, best.loss, accuracy, round(seconds, 3))
 
 
 def _results(heats: list[Heat], arm: Arm) -> list[Heat]:
@@ -322,7 +298,7 @@ def _where(checkpoint: Path | None, heats: list[Heat]) -> str:
 def _take_up(course: Course, arms: Sequence[Arm], resume: str) -> tuple[list[Heat], str, Path | None]:
     """Return what `read_record` does of a run that is resumed, and the checkpoint that is named."""
     named = None if resume == "auto" else Path(resume)
-    heats, reason = read_record(course.run_dir, arms, course.judge.criterion.metric, named)
+    heats, reason = read_record(course, arms, named)
     if named:
         _return_to(named, arms, heats, course)
     return heats, reason, named
@@ -342,4 +318,4 @@ def _return_to(named: Path, arms: Sequence[Arm], heats: list[Heat], course: Cour
         for step, checkpoint in checkpoints_by_step(arm.folder).items():
             if step > step_of(named):
                 shutil.rmtree(checkpoint)
-    write_record(course.run_dir, arms, heats, "")
+    write_record(course, arms, heats, "")

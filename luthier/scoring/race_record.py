@@ -1,19 +1,28 @@
-"""The record of a race, from which an interrupted one goes on."""
+"""What the arms of a race share, and its record, from which an interrupted one goes on."""
 
 import json
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from accelerate.utils import broadcast_object_list
 
 from luthier.errors import UserError
 from luthier.output_dir import written_whole
+from luthier.scoring.criterion import Judge
+from luthier.terminal import Stopwatch
 from luthier.training.arms import Arm
 from luthier.training.checkpoints import step_of
+from luthier.training.signals import Stop
 
 logger = logging.getLogger(__name__)
 
-RECORD = "race.json"  # in the directory of a run: when the heats of its arms end, those finished, why the race ended
+# In the directory of a run: its options, when the heats of its arms end, those finished, why the race ended.
+RECORD = "race.json"
+NO_TIME = "the time limit"  # why a race ended
 
 
 class Heat(NamedTuple):
@@ -27,7 +36,6 @@ class Heat(NamedTuple):
         accuracy: on validation, of the same weights.
         seconds: that the heat took, with its evaluation; after an interruption within it at least those that were
             expected.
-        metric: of the loss, see `criterion.Criterion`.
     """
 
     arm: str
@@ -36,25 +44,55 @@ class Heat(NamedTuple):
     loss: float
     accuracy: float
     seconds: float
-    metric: str = "log_loss"
 
 
-def read_record(run_dir: Path, arms: Sequence[Arm], metric: str, named: Path | None = None) -> tuple[list[Heat], str]:
+class Course(NamedTuple):
+    """What all arms of a race share.
+
+    Attributes:
+        judge: scores weights on validation.
+        stop: the signal handler.
+        run_dir: the directory of the run, or of its fold.
+        stopwatch: of the run.
+        time_limit: minutes that the run may take; None is no limit.
+        only_trained: the trained weights are the only candidates.
+        options: what losses and weights depend on, see `RunArguments.of_training`.
+    """
+
+    judge: Judge
+    stop: Stop
+    run_dir: Path
+    stopwatch: Stopwatch
+    time_limit: float | None = None
+    only_trained: bool = False
+    options: Mapping[str, Any] = MappingProxyType({})
+
+    def ends_in_time(self, seconds: float) -> bool:
+        """Tell, on every process alike, whether something that takes so long would end within the time limit."""
+        in_time = self.time_limit is None or self.stopwatch.total() + seconds <= 60 * self.time_limit
+        (shared,) = broadcast_object_list([in_time])
+        return shared
+
+
+def read_record(course: Course, arms: Sequence[Arm], named: Path | None = None) -> tuple[list[Heat], str]:
     """Return the heats of an earlier part of a race and why it ended, if it has.
 
+    A race that the time limit ended goes on where there is more time now.
+
     Args:
-        run_dir: the directory of the run, or of its fold.
+        course: of the race.
         arms: of the race.
-        metric: of its losses, see `criterion.Criterion`.
         named: a checkpoint up to which heats count.
 
     Raises:
-        UserError: their losses are of another metric.
+        UserError: the race was begun with other options.
     """
-    path = run_dir / RECORD
+    path = course.run_dir / RECORD
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        planned, heats, ended = record["arms"], [Heat(**row) for row in record["heats"]], record["ended"]
+        planned, ended, options = record["arms"], record["ended"], record["options"]
+        heats = [Heat(**row) for row in record["heats"]]
+        more_time = (course.time_limit or math.inf) > (record["time_limit"] or math.inf)
     except FileNotFoundError:
         return [], ""
     except (ValueError, TypeError, KeyError) as error:
@@ -63,21 +101,27 @@ def read_record(run_dir: Path, arms: Sequence[Arm], metric: str, named: Path | N
     ends = {arm.recipe.name: list(arm.ends) for arm in arms}
     if planned.keys() != ends.keys():  # another race: its checkpoints are in other folders
         return [], ""
-    for heat in heats:
-        if heat.metric != metric:
+    for name, now in course.options.items():
+        if name in options and options[name] != now:
             raise UserError(
-                f"{run_dir} was begun with --metric {heat.metric}: resume it with the same, or give another "
-                "--output_dir"
+                f"{course.run_dir} was begun with {_in_words(name, options[name])}, and now there would be "
+                f"{_in_words(name, now)}: give the options that the run was begun with, or another --output_dir"
             )
     if named is None:
-        return heats, ended if planned == ends else ""
+        return heats, ended if planned == ends and not (ended == NO_TIME and more_time) else ""
     return [heat for heat in heats if heat.step <= step_of(named)], ""
 
 
-def write_record(run_dir: Path, arms: Sequence[Arm], heats: Sequence[Heat], ended: str) -> None:
+def _in_words(name: str, value: Any) -> str:
+    return f"no --{name}" if value is None else f"--{name} {value}"
+
+
+def write_record(course: Course, arms: Sequence[Arm], heats: Sequence[Heat], ended: str) -> None:
     """Write the heats of a race and why it has ended, or "", on the main process."""
     if arms and arms[0].is_main_process:
         planned = {arm.recipe.name: arm.ends for arm in arms}
-        record = {"arms": planned, "ended": ended, "heats": [heat._asdict() for heat in heats]}
-        with written_whole(run_dir / RECORD) as whole:
+        rows = [heat._asdict() for heat in heats]
+        begun = {"options": dict(course.options), "time_limit": course.time_limit}
+        record = {**begun, "arms": planned, "ended": ended, "heats": rows}
+        with written_whole(course.run_dir / RECORD) as whole:
             whole.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

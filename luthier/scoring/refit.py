@@ -14,7 +14,7 @@ from luthier.images.views import ImageRows
 from luthier.scoring.criterion import Balance
 from luthier.scoring.experiment import Experiment, Result
 from luthier.scoring.familiarity import refit_references
-from luthier.scoring.race import Course
+from luthier.scoring.race_record import Course
 from luthier.scoring.selection import load_candidate
 from luthier.terminal import say
 from luthier.training.arms import Arm, State

@@ -189,6 +189,9 @@ def draw_sample(
     order, present = np.argsort(draw_order(train["digest"][:], seed=1), kind="stable"), np.unique(labels)
     if len(present) > CLASSES:  # one image of each of many classes would tell nothing
         order = order[np.isin(labels[order], generator.permutation(present)[:CLASSES])]
+    # Without two of a class, nothing learned from the sample could be wrong about it.
+    firsts = np.concatenate([np.flatnonzero(labels[order] == label)[:2] for label in np.unique(labels[order])])
+    order = np.concatenate([order[firsts], np.delete(order, firsts)])
     drawn = train.select(np.sort(order[:IMAGES]))
     sizes = list(zip(drawn["width"][:], drawn["height"][:], strict=True))
     groups = np.array(drawn["group"][:])

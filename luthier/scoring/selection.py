@@ -1,5 +1,6 @@
 """Which weights a run ends with: those that are best on validation, calibrated."""
 
+import math
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -55,8 +56,9 @@ class Candidate(NamedTuple):
 
     @property
     def loss(self) -> float:
-        """What is compared: the mean of the corrected losses."""
-        return max(float(self.losses.mean()), 0.0)
+        """What is compared: the mean of the corrected losses; infinite where that is no number."""
+        mean = float(self.losses.mean())
+        return max(mean, 0.0) if math.isfinite(mean) else math.inf
 
     @property
     def is_probe(self) -> bool:
@@ -122,7 +124,7 @@ def choose(candidates: list[Candidate]) -> Candidate:
     """
     probe = next((candidate for candidate in candidates if candidate.is_probe), None)
     trained = [candidate for candidate in candidates if not candidate.is_probe]
-    best = min(trained, key=lambda candidate: candidate.loss if np.isfinite(candidate.loss) else np.inf, default=probe)
+    best = min(trained, key=lambda candidate: candidate.loss, default=probe)
     assert best is not None  # there is at least one candidate
     if probe is None or best is probe:
         return best

@@ -7,7 +7,7 @@ import threading
 import time
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed
@@ -36,7 +36,8 @@ class Stop(TrainerCallback):
     def __init__(self, run_dir: Path):
         self.run_dir = run_dir
         self.received: int | None = None
-        self.training, self.stopping, self.exits, self.since, self.group = False, False, False, 0.0, None
+        self.training, self.stopping, self.exits, self.since = False, False, False, 0.0
+        self.group: Any = None  # of the hosts, to agree in; None where there is one process
         self.handlers: dict[int, object] = {}  # that were there before
 
     def __enter__(self) -> "Stop":

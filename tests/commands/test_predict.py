@@ -293,7 +293,10 @@ def test_odd_configs_from_the_hub(model, capsys, tmp_path):
     code, out, err = run_predict(capsys, other, tmp_path / "a.png", "http://127.0.0.1/\x1b[0m", "--top_k", "3")
     assert code == 1 and "\x1b" not in out and "Traceback" not in err
     settings = json.loads((model / "preprocessor_config.json").read_text())
-    odd = {"do_center_crop": (False, "gives every image another size"), "resample": (99, "cannot process an image (99")}
+    odd = {
+        "do_center_crop": (False, "gives every image another size"),
+        "resample": (99, "cannot process an image (99"),
+    }
     for name, (value, message) in odd.items():
         (other / "preprocessor_config.json").write_text(json.dumps(settings | {name: value}))
         code, _, err = run_predict(capsys, other, tmp_path / "a.png")

@@ -68,8 +68,8 @@ def test_interrupted_race_ends_like_an_uninterrupted_one(raced, timm_checkpoint,
     folder, whole = raced
     name, write_record = f"cut after {kept}", race.write_record
 
-    def cut(run_dir: Path, arms: list, heats: list[Heat], ended: str) -> None:
-        write_record(run_dir, arms, heats, ended)
+    def cut(course: race.Course, arms: list, heats: list[Heat], ended: str) -> None:
+        write_record(course, arms, heats, ended)
         if len(heats) == kept:
             raise SystemExit
 
@@ -94,7 +94,8 @@ def test_scored_weights_stay_and_shipped_ones_have_learned_from_all_images(raced
     shipped, scored = (load_file(folder / name / "model.safetensors") for name in ("out", "out/scored"))
     assert any(not torch.equal(shipped[key], scored[key]) for key in scored)
     assert metrics["refit"]["done"] and metrics["refit"]["images"] == 98
-    assert len((folder / "out/learned_from.txt").read_text().split()) == 98
+    learned = {name: (folder / name / "learned_from.txt").read_text().split() for name in ("out", "out/scored")}
+    assert len(learned["out"]) == 98 and set(learned["out/scored"]) < set(learned["out"])
     configs = [json.loads((folder / name / "config.json").read_text()) for name in ("out", "out/scored")]
     assert configs[0]["unsure_below"] == configs[1]["unsure_below"]
     assert configs[0]["familiarity"] == configs[1]["familiarity"]
@@ -128,8 +129,12 @@ def test_time_limit_ends_a_training_without_heats_after_an_epoch(tmp_path):
     (heat,) = metrics["race"]["heats"]
     assert heat["epochs"] == 1 and metrics["race"]["ended"] == "the time limit" and metrics["test"]["n"] == 6
     (tmp_path / "out/README.md").unlink()  # as if it had been killed before its end
-    again = run(tmp_path, Path("simple_cnn"), "--time_limit", "9", "--resume_from_checkpoint", "auto")
+    resume = ["--resume_from_checkpoint", "auto", "--time_limit"]
+    again = run(tmp_path, Path("simple_cnn"), *resume, "0.001")
     assert again["race"]["heats"] == [heat] and again["history"] == metrics["history"][:-1]  # but the seconds
+    (tmp_path / "out/README.md").unlink()
+    more = run(tmp_path, Path("simple_cnn"), *resume, "9")["race"]
+    assert more["heats"][0] == heat and more["heats"][-1]["epochs"] > 1 and more["ended"] == "its last heat"
 
 
 def test_folds_score_every_image_once(timm_checkpoint, tmp_path):
@@ -238,7 +243,7 @@ def test_cross_fitted_losses_are_those_of_images_that_were_not_learned_from():
 
 def one_arm(tmp_path, epochs, best_step, own_test=True):
     """Return an experiment of ten images a split, and its result: ten steps of one arm, in 30 seconds."""
-    course = race.Course(Judge([]), None, tmp_path, tmp_path, SimpleNamespace(total=lambda: 100.0), time_limit=1.0)
+    course = race.Course(Judge([]), None, tmp_path, SimpleNamespace(total=lambda: 100.0), time_limit=1.0)
     trainer = SimpleNamespace(state=SimpleNamespace(best_global_step=best_step, global_step=10))
     result = SimpleNamespace(
         course=course,

@@ -54,6 +54,10 @@ def test_class_with_too_few_images_is_refused():
     labels = np.where(np.arange(40) < 3, 3, labels % 3)
     with pytest.raises(UserError, match=r"needs 4 images of each class .* 'd' has 3"):
         learning_curve(features, labels, NAMES, np.arange(40), 0.1, 30)
+    labels, groups = np.arange(40) % 4, np.arange(40)
+    groups[labels == 2] = 2 + 4 * (np.arange(10) % 2)  # two bursts: a fold would hold all of the class, or half
+    with pytest.raises(UserError, match=r"images of one group count as one, but 'c' has 2 images"):
+        learning_curve(features, labels, NAMES, groups, 0.1, 30)
 
 
 def test_power_law_is_recovered():

@@ -2,23 +2,17 @@
 
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import luthier.scoring.race as module
-from luthier.errors import NotFinite
+from luthier.errors import NotFinite, UserError
 from luthier.scoring.criterion import Judge
-from luthier.scoring.race import (
-    FAR,
-    Course,
-    _choose_next,
-    _expected_seconds,
-    predict_loss,
-    race,
-)
-from luthier.scoring.race_record import RECORD, Heat, read_record
+from luthier.scoring.race import FAR, _choose_next, _expected_seconds, predict_loss, race
+from luthier.scoring.race_record import RECORD, Course, Heat, read_record, write_record
 from luthier.scoring.selection import Candidate, choose
 from luthier.terminal import Stopwatch
 from luthier.training.signals import Stop
@@ -107,21 +101,51 @@ def test_heat_after_a_named_checkpoint_is_expected_to_take_as_long_as_any():
     assert _expected_seconds(tried, arm("lp_ft"), 1) == 2.0
 
 
+def course_in(folder: Path, **terms) -> Course:
+    return Course(Judge([]), Stop(folder), folder, Stopwatch(), **terms)
+
+
 def test_record_of_a_race_counts_for_the_same_arms_alone(tmp_path, caplog):
-    tried, arms = heats(full=[0.5, 0.4]), [arm("full")]
-    assert read_record(tmp_path, arms, "log_loss") == ([], "")
-    rows = [heat._asdict() for heat in tried]
-    text = json.dumps({"arms": {"full": [10, 30, 70, 150]}, "ended": "the time limit", "heats": rows})
+    tried, arms, course = heats(full=[0.5, 0.4]), [arm("full")], course_in(tmp_path, time_limit=5)
+    assert read_record(course, arms) == ([], "")
+    begun = {"arms": {"full": [10, 30, 70, 150]}, "options": {"seed": 1}, "time_limit": 5}
+    text = json.dumps({**begun, "ended": "the time limit", "heats": [heat._asdict() for heat in tried]})
     (tmp_path / RECORD).write_text(text)
-    assert read_record(tmp_path, arms, "log_loss") == (tried, "the time limit")
-    assert read_record(tmp_path, [arm("full", (10, 30, 300))], "log_loss") == (tried, ""), "more epochs: it may go on"
-    assert read_record(tmp_path, ARMS, "log_loss") == ([], "")
+    assert read_record(course, arms) == (tried, "the time limit")
+    assert read_record(course, [arm("full", (10, 30, 300))]) == (tried, ""), "more epochs: it may go on"
+    assert read_record(course, ARMS) == ([], "")
     assert not caplog.text
     for damaged in ("", text[:-9], "[]", "{}"):
         (tmp_path / RECORD).write_text(damaged)
-        assert read_record(tmp_path, arms, "log_loss") == ([], "")
+        assert read_record(course, arms) == ([], "")
         assert "race.json, which cannot be read" in caplog.text
         caplog.clear()
+
+
+@pytest.mark.parametrize(("limit", "ended"), [(5, "the time limit"), (4, "the time limit"), (6, ""), (None, "")])
+def test_race_that_the_time_limit_ended_goes_on_with_more_time(tmp_path, limit, ended):
+    arms = [SimpleNamespace(**vars(arm("full")), is_main_process=True)]
+    write_record(course_in(tmp_path, time_limit=5), arms, heats(full=[0.5]), "the time limit")
+    assert read_record(course_in(tmp_path, time_limit=limit), arms) == (heats(full=[0.5]), ended)
+    write_record(course_in(tmp_path), arms, heats(full=[0.5]), "its last heat")
+    assert read_record(course_in(tmp_path, time_limit=limit), arms)[1] == "its last heat"
+
+
+def test_race_is_not_resumed_with_other_options(tmp_path):
+    arms = [SimpleNamespace(**vars(arm("full")), is_main_process=True)]
+    write_record(course_in(tmp_path, options={"balance": "auto", "none_class": None}), arms, [], "")
+    assert read_record(course_in(tmp_path, options={"balance": "auto", "seed": 3}), arms) == ([], "")
+    with pytest.raises(UserError, match="begun with --balance auto, and now there would be --balance weighted: give"):
+        read_record(course_in(tmp_path, options={"balance": "weighted"}), arms)
+    with pytest.raises(UserError, match="begun with no --none_class, and now there would be --none_class other"):
+        read_record(course_in(tmp_path, options={"none_class": "other"}), arms)
+
+
+def test_loss_that_is_no_number_never_wins():
+    broken = candidate([math.nan] * 4, "full")
+    assert broken.loss == math.inf
+    assert predict_loss(*heats(full=[math.inf, 0.5]), 150) == 0.5
+    assert module._leading(heats(full=[math.inf], lp_ft=[0.3]), ARMS).recipe.name == "lp_ft"
 
 
 def test_power_law_goes_through_both_heats_and_never_rises():
@@ -147,7 +171,7 @@ def test_weights_that_diverged_are_not_kept():
 
 @pytest.mark.parametrize(("broken", "kept"), [(["full"], "lp_ft"), (["full", "lp_ft", "full_from_probe"], None)])
 def test_arm_whose_loss_is_not_finite_leaves_the_race(tmp_path, monkeypatch, capsys, broken, kept):
-    def advance(arm, end, course, checkpoint):
+    def advance(arm, end, course, checkpoint, begin):
         if arm.recipe.name in broken:
             raise NotFinite("its loss is not finite")
         state = SimpleNamespace(global_step=end, epoch=end / 10)
@@ -158,7 +182,7 @@ def test_arm_whose_loss_is_not_finite_leaves_the_race(tmp_path, monkeypatch, cap
     monkeypatch.setattr(module.EpochTable, "write_header", lambda args: None)
     monkeypatch.setattr(module, "newest_shared", lambda *_: None)
     arms = [SimpleNamespace(**vars(one), is_main_process=True, folder=tmp_path, training_args=None) for one in ARMS]
-    course = Course(Judge([]), Stop(tmp_path), tmp_path, Stopwatch())
+    course = course_in(tmp_path)
     outcome = race(arms, candidate([0.5] * 4, "probe"), course, None)
     assert (outcome.arm and outcome.arm.recipe.name) == kept
     printed = capsys.readouterr().out

@@ -15,7 +15,14 @@ from hub_server import Hub
 from safetensors.torch import save_file
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
-from luthier.scoring.screening import HUB_BACKBONES, choose_backbone, choose_view, cross_fitted_losses, draw_sample
+from luthier.scoring.screening import (
+    HUB_BACKBONES,
+    Sample,
+    choose_backbone,
+    choose_view,
+    cross_fitted_losses,
+    draw_sample,
+)
 from models import EFFICIENTNETS, HubUnreachable, ModelError, build_model
 
 CANDIDATES = (*EFFICIENTNETS, *HUB_BACKBONES)
@@ -94,14 +101,24 @@ def test_small_images_are_tried_at_their_own_size_and_its_doubles(shorter_side, 
     )
 
 
-def test_sample_of_many_classes_has_several_images_of_each():
-    labels = [number % 100 for number in range(3000)]
+def sample_of(labels: list[int]) -> Sample:
     train = Dataset.from_dict(
         dict.fromkeys(("label", "group"), labels)
-        | dict.fromkeys(("width", "height"), [64] * 3000)
-        | {"digest": [f"{number:064x}" for number in range(3000)]}
+        | dict.fromkeys(("width", "height"), [64] * len(labels))
+        | {"digest": [f"{number:064x}" for number in range(len(labels))]}
     )
-    sample = draw_sample(train, lambda drawn, processor: None, None)
+    return draw_sample(train, lambda drawn, processor: None, None)
+
+
+def test_sample_has_two_images_of_a_rare_class():
+    for seed in range(10):
+        labels = np.zeros(2000, dtype=int)
+        labels[np.random.default_rng(seed).choice(2000, 5)] = 1
+        assert np.bincount(sample_of(labels.tolist()).labels, minlength=2)[1] >= 2
+
+
+def test_sample_of_many_classes_has_several_images_of_each():
+    sample = sample_of([number % 100 for number in range(3000)])
     assert len(sample.labels) == 192 and set(sample.labels) == set(range(24)) and np.bincount(sample.labels).min() > 1
 
 
