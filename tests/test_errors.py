@@ -79,6 +79,7 @@ def test_bug_keeps_its_traceback(error):
         command()
 
 
+@pytest.mark.slow
 def test_bug_in_the_librarys_training_loop_keeps_its_traceback(tmp_path):
     """A ValueError after hours of training must show where it comes from."""
     code = f"""

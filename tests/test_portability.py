@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 
+import pytest
 from conftest import PROJECT
 
 MODULES = sorted(
@@ -14,6 +15,7 @@ MODULES = sorted(
 )
 
 
+@pytest.mark.slow
 def test_every_module_can_be_imported_without_posix(tmp_path):
     code = f"""
         import builtins, importlib, os, sys

@@ -144,12 +144,14 @@ def test_folds_score_every_image_once(timm_checkpoint, tmp_path):
     assert metrics["refit"]["images"] == 45 and len((tmp_path / "out/learned_from.txt").read_text().split()) == 45
     names = [line.split(",")[0] for line in (tmp_path / "out/predictions.csv").read_text().splitlines()[1:]]
     assert len(set(names)) == 45
-    again = run(tmp_path, timm_checkpoint, "--folds", "3", "--recipe", "full", out="trained")
-    assert again["test"]["n"] == 45 and {path.name for path in (tmp_path / "trained").glob("fold-*")} == {
-        "fold-1",
-        "fold-2",
-        "fold-3",
-    }
+
+
+@pytest.mark.slow
+def test_folds_are_trained_each_in_a_directory_of_its_own(timm_checkpoint, tmp_path):
+    draw_folder(tmp_path / "images", per_class=15)
+    metrics = run(tmp_path, timm_checkpoint, "--folds", "3", "--recipe", "full")
+    folders = {path.name for path in (tmp_path / "out").glob("fold-*")}
+    assert metrics["test"]["n"] == 45 and folders == {"fold-1", "fold-2", "fold-3"}
 
 
 def test_folds_leave_a_validation_split_of_the_users_own_as_it_is(timm_checkpoint, tmp_path):

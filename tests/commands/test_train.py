@@ -200,6 +200,7 @@ def test_plain_command_makes_no_network_call(tmp_path):
     assert "OpenMoji" in Path(tmp_path, "outputs/efficientnet_lite0_openmoji/README.md").read_text()
 
 
+@pytest.mark.slow
 def test_second_run_takes_the_next_name_and_leaves_the_first_unchanged(run, launch):
     folder, _ = run
     before = {path: path.stat().st_mtime_ns for path in (folder / "outputs/tiny").rglob("*")}
