@@ -13,6 +13,7 @@ interruption. Several machines with a common disk take a share each (docs/usage.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -138,7 +139,7 @@ def inspect_share(source: dict, folder: Path, share: Share) -> None:
         if STAMP in dataset.column_names:  # other rows have no name by which another machine would know them
             inspect(dataset.select(range(share.machine - 1, len(dataset), share.machines)), split, root)
     done = [folder / f".inspected-{number}-of-{share.machines}" for number in range(1, share.machines + 1)]
-    folder.mkdir(parents=True, exist_ok=True)
+    create_folder(folder)
     done[share.machine - 1].touch()
     missing: list[Path] = []
     while not all(path.exists() for path in done):
@@ -228,6 +229,18 @@ def check_folder(folder: Path) -> None:
         raise UserError(f"{folder} is not an empty folder: give another one for the shards")
 
 
+def create_folder(folder: Path) -> None:
+    """Create a folder for shards where it is not there.
+
+    Raises:
+        UserError: it cannot be one.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"{folder} cannot be a folder: {error.strerror}. Give another one for the shards") from error
+
+
 def claim_folder(folder: Path, plan: dict) -> None:
     """Write the plan into a folder, if that is empty or has the same plan already.
 
@@ -239,14 +252,14 @@ def claim_folder(folder: Path, plan: dict) -> None:
 
     text = json.dumps(plan, indent=1)
     check_folder(folder)
-    try:
+    create_folder(folder)
+    # Of several machines one may rename what another is writing. Their plans must be the same, whichever is left.
+    with contextlib.suppress(FileNotFoundError):
         if not (folder / PLAN).is_file():
             with written_whole(folder / PLAN) as whole:
                 whole.write_text(text, encoding="utf-8")
-        elif (folder / PLAN).read_text(encoding="utf-8") != text:
-            raise UserError(f"{folder} has shards of other images, splits or sizes: give another folder, or remove it")
-    except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"{folder} cannot be a folder: {error.strerror}. Give another one for the shards") from error
+    if (folder / PLAN).read_text(encoding="utf-8") != text:
+        raise UserError(f"{folder} has shards of other images, splits or sizes: give another folder, or remove it")
 
 
 def resized(dataset: "Dataset", rows: "np.ndarray", side: int) -> "Dataset":
@@ -257,17 +270,22 @@ def resized(dataset: "Dataset", rows: "np.ndarray", side: int) -> "Dataset":
     from luthier.images.decode import read_bytes, reason
 
     chosen = dataset.select(rows)
+    sources = chosen.select_columns(["image", "name", "digest"])
 
-    def store(row: dict) -> dict:
+    def store(number: int) -> dict:
+        row = sources[number]  # read here, so that few images are in memory at a time
         try:
-            image = store_training_image(read_bytes(row["image"]), side)
+            content = read_bytes(row["image"])
+            if hashlib.sha256(content).hexdigest() != row["digest"]:
+                raise ValueError("it has changed; start again, with another folder")
+            image = store_training_image(content, side)
         except Exception as error:  # Pillow's plugins raise errors of any kind on damaged data
-            raise UserError(f"{row['name']} could be read before, and now it cannot: {reason(error)}") from error
+            raise UserError(f"{row['name']} is no longer as it was inspected: {reason(error)}") from error
         return image | {"path": row["name"].replace(os.sep, "-").replace("/", "-")}
 
     # Threads are enough, because Pillow releases the interpreter while it decodes, resizes and encodes.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        images = list(pool.map(store, chosen.select_columns(["image", "name"])))
+        images = list(pool.map(store, range(len(sources))))
     features = Features({"image": Image(), "label": dataset.features["label"], "group": Value("int64")})
     columns = {"image": images, "label": chosen["label"][:], "group": chosen["group"][:]}
     return Dataset.from_dict(columns, features=features)

@@ -10,7 +10,7 @@ from typing import ParamSpec
 Parameters = ParamSpec("Parameters")
 
 # What the system refuses because of the user's disk or rights, wherever it happens.
-DISK_OR_RIGHTS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS}
+DISK_OR_RIGHTS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 class UserError(Exception):

@@ -19,6 +19,7 @@ import data
 import luthier.images.inspection as inspection
 from data import collate, describe, load_splits, prepare, store_training_image, with_transforms
 from luthier.errors import UserError
+from luthier.images.columns import _names_of_labels
 from luthier.images.decode import decode_rgb
 from luthier.images.views import EvaluationView
 from models import build_model
@@ -417,3 +418,12 @@ def test_fingerprint_depends_on_labels_and_not_on_file_names(images, tmp_path, v
     assert fingerprint(tmp_path / "copy") == before
     (tmp_path / "copy/red/000.png").rename(tmp_path / "copy/blue/moved.png")
     assert fingerprint(tmp_path / "copy") != before
+
+
+def test_numbers_are_ordered_by_value_whatever_they_are_stored_as():
+    numbers = list(range(11))
+    expected = list(map(str, numbers))
+    for values in (set(expected), set(numbers), set(map(float, numbers))):
+        assert list(_names_of_labels(Value("string"), values, "label").values()) == expected
+    with pytest.raises(UserError, match="where class names or numbers were expected"):
+        _names_of_labels(Value("float64"), {0.5, 1.0}, "label")

@@ -60,9 +60,11 @@ def check_complete(folder: Path) -> None:
     Raises:
         UserError: some are missing.
     """
-    if not (folder / PLAN).is_file():
-        return
-    for split in json.loads((folder / PLAN).read_text(encoding="utf-8"))["splits"]:
+    try:
+        splits = dict(json.loads((folder / PLAN).read_text(encoding="utf-8"))["splits"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return  # there is none, or it is another program's
+    for split in splits:
         names = [path.name for path in folder.glob(f"{split}-*-of-*")]
         if not names or len(names) < int(re.split(r"-of-|\.", names[0])[1]):
             raise UserError(
@@ -294,8 +296,13 @@ def _names_of_labels(feature: object, values: set, label_column: str) -> dict:
         if unknown:
             raise UserError(f"the column {label_column!r} has the label {unknown[0]!r}, which is none of its classes")
         return known
-    if len({type(value) for value in values}) == 1 and isinstance(next(iter(values)), (str, int)):
+    kinds = {type(value) for value in values}
+    if kinds == {str}:
+        return {name: name for name in sort_names(values)}
+    if kinds == {int} or kinds == {bool}:
         return {value: str(value) for value in sorted(values)}
+    if kinds == {float} and all(value.is_integer() for value in values):  # pandas makes whole numbers so
+        return {value: str(int(value)) for value in sorted(values)}
     raise UserError(f"the column {label_column!r} holds {feature} where class names or numbers were expected")
 
 

@@ -13,6 +13,16 @@ MAX_NAMED = 5  # classes that a message names
 MIN_VALIDATION, MAX_VALIDATION_SHARE = 150, 0.25
 
 
+def check_fraction(split: str, fraction: float) -> None:
+    """Check the share of the images that is for a split.
+
+    Raises:
+        UserError: it leaves nothing, or takes everything.
+    """
+    if not 0 < fraction < 1:
+        raise UserError(f"--{split}_fraction is {fraction}, but must lie between 0 and 1")
+
+
 def cut_missing_splits(
     splits: DatasetDict,
     groups: np.ndarray,
@@ -43,8 +53,7 @@ def cut_missing_splits(
     fractions = {"validation": validation_fraction, "test": 1 / fold[1] if fold else test_fraction}
     fractions = {split: fraction for split, fraction in fractions.items() if split not in splits}
     for split, fraction in fractions.items():
-        if not 0 < fraction < 1:
-            raise UserError(f"--{split}_fraction is {fraction}, but must lie between 0 and 1")
+        check_fraction(split, fraction)
     if sum(fractions.values()) >= 1:
         raise UserError(f"--validation_fraction and --test_fraction leave nothing to train on: {fractions}")
     labels, names = np.array(splits["train"]["label"][:]), splits["train"].features["label"].names

@@ -13,6 +13,7 @@ from luthier.cache import cache_key
 from luthier.errors import UserError
 from luthier.images.columns import explain_loading, index_of_labels, labels_of_splits
 from luthier.images.shards import Block, StreamedRows, read_sources, remedy
+from luthier.images.splits import check_fraction
 from luthier.terminal import plural, say
 
 SAMPLE, OF_CLASS = 10_000, 3  # training images that are stored, for all but the training itself; at least, of a class
@@ -86,6 +87,7 @@ def open_stream(
     order = np.random.default_rng(split_seed).permutation(len(train))
     if "validation" not in blocks:
         share = min(VALIDATION, MAX_VALIDATION / len(labels)) if validation_fraction is None else validation_fraction
+        check_fraction("validation", share)
         apart = _set_apart(per_block, order, share * len(labels))
         blocks["validation"], order = [train[number] for number in apart], order[~np.isin(order, apart)]
         if not apart or not len(order):

@@ -106,6 +106,22 @@ def test_folder_that_is_not_complete_is_not_trained_from(monkeypatch):
         for path in missing:
             path.with_name(f".{path.name}").rename(path)
     load(data_dir="shards")
+    for of_another_program in ("[]", '{"splits": 3}', "{"):
+        Path("shards/shards.json").write_text(of_another_program)
+        load(data_dir="shards")
+
+
+def test_image_that_changes_after_its_inspection_is_not_stored(monkeypatch, capsys):
+    write = prepare.write_shards
+
+    def change_and_write(*arguments):
+        draw("red", 78, width=300, height=200).save("images/red/large.jpg")
+        write(*arguments)
+
+    monkeypatch.setattr(prepare, "write_shards", change_and_write)
+    with pytest.raises(SystemExit):
+        prepare.main(LINE)
+    assert "large.jpg is no longer as it was inspected: it has changed" in capsys.readouterr().err
 
 
 def test_two_cannot_write_the_same_share(capsys):
@@ -131,6 +147,7 @@ def test_two_cannot_write_the_same_share(capsys):
         (["images", "images"], "images is or lies in images"),
         (["images", "images/shards"], "images/shards is or lies in images, whose images its files would be among"),
         (["images", "notes.txt/x"], "cannot be a folder"),
+        (["images", "notes.txt/x", "--share", "1/2"], "cannot be a folder"),
         (["imagse", "shards"], "for the dataset imagse, which is neither in the local cache nor a folder here"),
         (["images", "notes.txt"], "is not an empty folder"),
         (["images", "many"], "many is not an empty folder"),

@@ -71,6 +71,9 @@ def test_blocks_are_set_apart_for_validation():
     assert len(open_stream(".").labels) == 72  # a tenth, in whole blocks
     with pytest.raises(UserError, match="too few row groups to set some apart"):
         open_stream(".", validation_fraction=0.02)
+    for share in (15, 0, -1):
+        with pytest.raises(UserError, match=f"--validation_fraction is {share}, but must lie between 0 and 1"):
+            open_stream(".", validation_fraction=share)
     assert open_stream(".").fingerprint == open_stream(".").fingerprint != stream.fingerprint
 
 
