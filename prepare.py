@@ -136,8 +136,9 @@ def inspect_share(source: dict, folder: Path, share: Share) -> None:
 
     splits, root = list_images(**{key: value for key, value in source.items() if key != "on_bad_image"})
     for split, dataset in splits.items():
-        if STAMP in dataset.column_names:  # other rows have no name by which another machine would know them
-            inspect(dataset.select(range(share.machine - 1, len(dataset), share.machines)), split, root)
+        own = range(share.machine - 1, len(dataset), share.machines)
+        if STAMP in dataset.column_names and own:  # other rows have no name by which another machine would know them
+            inspect(dataset.select(own), split, root)
     done = [folder / f".inspected-{number}-of-{share.machines}" for number in range(1, share.machines + 1)]
     create_folder(folder)
     done[share.machine - 1].touch()
@@ -195,9 +196,10 @@ def write_shards(splits: "DatasetDict", folder: Path, side: int, images: int, sh
 
 
 def keep_one_of_each(dataset: "Dataset") -> "Dataset":
-    """Return a split without images that have the pixels and the class of an earlier one."""
+    """Return a split without images whose file and class are those of an earlier one."""
     seen: dict[tuple[str, int], int] = {}
-    for row, image in enumerate(zip(dataset["pixels"][:], dataset["label"][:], strict=True)):
+    # Not the column `pixels`: large JPEGs are decoded at a reduced scale for it, where fine details are lost.
+    for row, image in enumerate(zip(dataset["digest"][:], dataset["label"][:], strict=True)):
         seen.setdefault(image, row)
     return dataset.select(seen.values())
 

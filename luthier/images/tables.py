@@ -4,10 +4,11 @@ import csv
 import io
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datasets import Dataset, Image
+from datasets import ClassLabel, Dataset, Image
 from datasets.exceptions import DatasetGenerationError
 
 from luthier.errors import UserError
@@ -142,9 +143,16 @@ def _read_parquet(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
         raise UserError(f"{path} is not a Parquet file that can be read: write it anew, or save it as CSV") from error
     if any(feature == ENCODED_IMAGE or isinstance(feature, Image) for feature in table.features.values()):
         raise UserError(f"{path} holds the images themselves: load it with --dataset_name {path.parent}")
-    values = [map(_as_text, table[name][:]) for name in table.column_names]
+    values = [map(_as_text, _named(table[name][:], table.features[name])) for name in table.column_names]
     rows = [(number, list(row)) for number, row in enumerate(zip(*values, strict=True), start=1)]
     return table.column_names or [""], rows
+
+
+def _named(values: Sequence[Any], feature: Any) -> Sequence[Any]:
+    """Return values with the names of classes in the place of numbers, which another file may give otherwise."""
+    if not isinstance(feature, ClassLabel):
+        return values
+    return [None if value is None or value < 0 else feature.int2str(value) for value in values]
 
 
 def _as_text(value: Any) -> str:

@@ -94,6 +94,14 @@ def test_machines_take_a_share_each_and_write_the_same_files(monkeypatch, capsys
     assert shards() == whole and inspected == [19, 20]
 
 
+def test_machine_may_have_no_image_of_its_own():
+    Path("shards").mkdir()
+    for number in range(1, 60):
+        Path(f"shards/.inspected-{number}-of-60").touch()
+    prepare.main([*LINE, "--share", "60/60"])
+    assert not shards()
+
+
 def test_folder_that_is_not_complete_is_not_trained_from(monkeypatch):
     prepare.main(LINE)
     for missing in (sorted(Path("shards").glob("train-*"))[-1:], list(Path("shards").glob("test-*"))):

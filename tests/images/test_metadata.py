@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import draw
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, Value
 
 from data import load_images
 from luthier.errors import UserError
@@ -83,6 +83,18 @@ def test_parquet_is_read(root):
     Dataset.from_list([{"file": name, "label": label} for name, label in pairs()]).to_parquet(str(path))
     splits, _ = load_images(data_dir=str(root), labels=str(path))
     assert len(splits["train"]) == 12
+
+
+def test_class_labels_of_a_parquet_file_are_read_by_name(root):
+    names = sorted({label for _, label in pairs()}, reverse=True)  # which another file may number otherwise
+    features = Features({"file": Value("string"), "label": ClassLabel(names=names)})
+    rows = [{"file": name, "label": label} for name, label in pairs()]
+    path = root.parent / "labels.parquet"
+    Dataset.from_list(rows, features=features).to_parquet(str(path))
+    train = load_images(data_dir=str(root), labels=str(path))[0]["train"]
+    labels = [names[label] for names in [train.features["label"].names] for label in train["label"]]
+    found = dict(zip([Path(name).name for name in train["name"]], labels, strict=True))
+    assert found == dict(pairs())
 
 
 def test_numbers_that_became_floats_are_whole_again(root):
