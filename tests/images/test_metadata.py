@@ -92,7 +92,7 @@ def test_class_labels_of_a_parquet_file_are_read_by_name(root):
     path = root.parent / "labels.parquet"
     Dataset.from_list(rows, features=features).to_parquet(str(path))
     train = load_images(data_dir=str(root), labels=str(path))[0]["train"]
-    labels = [names[label] for names in [train.features["label"].names] for label in train["label"]]
+    labels = map(train.features["label"].int2str, train["label"])
     found = dict(zip([Path(name).name for name in train["name"]], labels, strict=True))
     assert found == dict(pairs())
 
