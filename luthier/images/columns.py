@@ -299,7 +299,7 @@ def _names_of_labels(feature: object, values: set, label_column: str) -> dict:
     kinds = {type(value) for value in values}
     if kinds == {str}:
         return {name: name for name in sort_names(values)}
-    if kinds == {int} or kinds == {bool}:
+    if kinds in ({int}, {bool}):
         return {value: str(value) for value in sorted(values)}
     if kinds == {float} and all(value.is_integer() for value in values):  # pandas makes whole numbers so
         return {value: str(int(value)) for value in sorted(values)}
