@@ -26,6 +26,7 @@ from luthier.terminal import Tenths
 logger = logging.getLogger(__name__)
 
 PART = "rows-"  # how the names of files of rows begin; `datasets` puts its own beside them
+PART_ROWS = 16_384  # new rows in a file: a run that is killed loses at most so many
 KEY = "key"  # the column, or tensor, that tells what a row is made of
 AT_ONCE = 2048  # rows of features that are worked on at a time: of four times as many the heap kept 400 MB
 MAX_IN_MEMORY = 64_000_000  # bytes
@@ -154,36 +155,39 @@ def make_rows(
     What was made stays in the files that it is in. The answer has an index of its rows, unless all of them are new.
 
     Args:
-        dataset: N rows; those that are new are mapped 32 at a time, so that few photographs are in memory.
+        dataset: N rows; those that are new are mapped 32 at a time, so that few photographs are in memory, and kept
+            `PART_ROWS` at a time.
         keys: what each row is, such as the digest of its image [N].
         kind: what is made; it names the folder.
         key: of all that the function depends on.
-        make: as `Dataset.map` takes it, for batches with indices among the new rows.
+        make: as `Dataset.map` takes it, for batches with the numbers of their rows.
         features: of what it makes.
-        lasts: tells of the new rows whether they may be kept.
+        lasts: tells of new rows whether they may be kept.
         topic, unit: of the lines of progress, see `terminal.Tenths`.
         beside: columns of small values that the answer has too, as they are in the dataset.
     """
     keys, folder = _number(keys), _folder(kind, key)
     parts, place_of = _open_parts(folder, set(keys))
     new = [row for row, name in enumerate(keys) if name not in place_of]
-    if new:
-        names, progress = [keys[row] for row in new], Tenths(topic, len(new), unit, quiet_seconds=10)
-        begin = sum(map(len, parts))
-        place_of |= {name: begin + row for row, name in enumerate(names)}
+    begin, progress = sum(map(len, parts)), Tenths(topic, len(new), unit, quiet_seconds=10)
+    place_of |= {keys[row]: begin + number for number, row in enumerate(new)}
+    file = f"{PART}{cache_key(*(keys[row] for row in new))}"
+    for first in range(0, len(new), PART_ROWS):
+        rows = new[first : first + PART_ROWS]
 
-        def make_batch(batch: dict, indices: list[int]) -> dict:
-            made = make(batch, indices) | {KEY: [names[index] for index in indices]}
-            progress.reach(indices[-1] + 1)
+        def make_batch(batch: dict, indices: list[int], first: int = first, rows: list[int] = rows) -> dict:
+            numbers = [rows[index] for index in indices]
+            made = make(batch, numbers) | {KEY: [keys[row] for row in numbers]}
+            progress.reach(first + indices[-1] + 1)
             return made
 
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{PART}{cache_key(*names)}.arrow"
-        part = (dataset if len(new) == len(dataset) else dataset.select(new)).map(
+        path = folder / f"{file}-{first:09}.arrow"  # so that the files are in the order of the rows
+        part = dataset.select(rows).map(
             make_batch, batched=True, with_indices=True, batch_size=32, writer_batch_size=32,
             remove_columns=dataset.column_names, features=Features(features | {KEY: Value("string")}),
-            cache_file_name=str(path), load_from_cache_file=False, new_fingerprint=cache_key(key, *names),
-            desc=f"{topic}: {unit}",
+            cache_file_name=str(path), load_from_cache_file=False, new_fingerprint=cache_key(key, path.name),
+            desc=f"{topic}: {unit}" + (f", {first:,} of {len(new):,} done" if len(new) > PART_ROWS else ""),
         )  # fmt: skip
         if not lasts(part):  # the file stays readable for this process, not for the next one
             path.unlink(missing_ok=True)

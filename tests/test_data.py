@@ -16,6 +16,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 
 import data
+import luthier.cache as cache
 import luthier.images.inspection as inspection
 from data import collate, describe, load_splits, prepare, store_training_image, with_transforms
 from luthier.errors import UserError
@@ -179,7 +180,10 @@ def test_test_split_without_labels_is_replaced(tmp_path):
 
 def test_some_rows_without_label_are_refused(tmp_path):
     path = save_dataset(tmp_path / "set", Value("string"), {"train": ["a", "b", None] * 10})
-    with pytest.raises(UserError, match="10 rows of the train split have no label"):
+    with pytest.raises(UserError, match=r"10 rows of the train split have no label in the column 'label'$"):
+        load(dataset_name=path)
+    path = save_dataset(tmp_path / "numbers", Value("int64"), {"train": [1, -1] * 10})
+    with pytest.raises(UserError, match="-1 stands for none: if it is a class, write names"):
         load(dataset_name=path)
 
 
@@ -191,6 +195,8 @@ def test_label_names_rename_the_classes_in_order(images):
         load(data_dir=str(images), label_names=["a", "b"])
     with pytest.raises(UserError, match="'a' twice"):
         load(data_dir=str(images), label_names=["a", "b", "a"])
+    with pytest.raises(UserError, match="would swap them: blue, green, red"):
+        load(data_dir=str(images), label_names=["red", "green", "blue"])
 
 
 def test_unreachable_dataset_is_a_user_error():
@@ -271,6 +277,30 @@ def test_read_error_is_not_cached(images, monkeypatch, view, empty_cache):
             patch.setattr(module, "decode_rgb", fail)
             prepare(load(data_dir=str(images)), view)
     assert len(prepare(load(data_dir=str(images)), view)["train"]) == 15
+
+
+def test_inspection_that_is_interrupted_goes_on_where_it_was(tmp_path, monkeypatch, empty_cache):
+    """The rows of a dataset have no names but their numbers, which must stay what they are."""
+    path = save_dataset(tmp_path / "set", Value("string"), {"train": ["a", "b"] * 10})
+    inspected, decode = [], inspection.decode_rgb
+
+    def decode_some(content, *rest):
+        if len(inspected) == limit:
+            raise KeyboardInterrupt
+        inspected.append(content)
+        return decode(content, *rest)
+
+    monkeypatch.setattr(cache, "PART_ROWS", 8)
+    monkeypatch.setattr(inspection, "decode_rgb", decode_some)
+    limit = 12
+    with pytest.raises(KeyboardInterrupt):
+        load(dataset_name=path)
+    inspected.clear()
+    limit = 100
+    splits = load(dataset_name=path)
+    names = sorted((name for split in splits.values() for name in split["name"][:]), key=lambda name: int(name[10:]))
+    assert names == [f"train row {row}" for row in range(20)] and 12 <= len(inspected) < 20
+    assert load(dataset_name=path)["train"]["name"][:] == splits["train"]["name"][:]
 
 
 def test_file_that_changes_with_its_size_and_time_is_not_kept_as_another(images, view, empty_cache):

@@ -271,6 +271,7 @@ def labels_of_splits(splits: Mapping[str, list], label_column: str) -> dict[str,
             have = "has" if unlabelled == 1 else "have"
             raise UserError(
                 f"{plural(unlabelled, 'row')} of the {split} split {have} no label in the column {label_column!r}"
+                + (", because -1 stands for none: if it is a class, write names for numbers" if -1 in values else "")
             )
         else:
             labels[split] = values
@@ -317,6 +318,11 @@ def _rename_labels(names: list[str], label_names: list[str] | None) -> list[str]
     twice = [name for name, count in Counter(label_names).items() if count > 1]
     if twice:
         raise UserError(f"label_names has {twice[0]!r} twice: every class needs a name of its own")
+    if set(label_names) == set(names) and label_names != names:
+        raise UserError(
+            f"label_names has the names that the classes have already, which would swap them: {', '.join(names)}. "
+            "Leave it out, or give them in this order"
+        )
     return label_names
 
 

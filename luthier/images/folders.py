@@ -34,6 +34,7 @@ SPLIT_OF_FOLDER = {
     "testing": "test",
 }
 
+MOST_NAMED = 5  # folders that a message names
 STAMP = "stamp"  # the column that changes with a file: its path, its size in bytes, and when it was last changed
 
 Grouping = Callable[[PurePosixPath], str]  # the group of an image; an empty one is none
@@ -152,21 +153,33 @@ def _split_folders(root: Path, to_train: bool) -> dict[str, Path]:
 
 
 def _check_names(root: Path, folders: list[Path]) -> None:
-    """Check that folders are classes, and not splits with names that are not known.
+    """Check that folders are classes, and not splits of which some have names that are not known.
 
     Raises:
-        UserError: each is called like another split, and all have folders of the same names in them.
+        UserError: each is called like another split, and all have folders of the same names in them; or one is a split
+            with class folders in it.
     """
+    below = {folder: {each.name for each in subfolders(folder)} for folder in folders}
     words = [set(re.split(r"[^a-z]+", folder.name.lower())) for folder in folders]
     splits = [{SPLIT_OF_FOLDER[word] for word in each & SPLIT_OF_FOLDER.keys()} for each in words]
-    if len(folders) < 2 or any(len(each) != 1 for each in splits) or len(set.union(*splits)) < len(folders):
-        return
-    if set.intersection(*({below.name for below in subfolders(folder)} for folder in folders)):
+    are_splits = len(folders) > 1 and all(len(each) == 1 for each in splits)
+    if are_splits and len(set.union(*splits)) == len(folders) and set.intersection(*below.values()):
         names = ", ".join(folder.name for folder in folders)
         raise UserError(
             f"{root} holds {names}, which look like splits, but one must be called train: call them train, validation "
             "and test"
         )
+    for folder in folders:
+        others = [other for other in folders if other is not folder]
+        # The folders in classes such as train and bus have names of their own: places, cameras, days.
+        same = all(not below[other] or below[other] & below[folder] for other in others)
+        if folder.name.lower() in SPLIT_OF_FOLDER and len(below[folder]) > 1 and others and same:
+            names = ", ".join(other.name for other in others[:MOST_NAMED])
+            raise UserError(
+                f"{root} holds {folder.name}, which looks like a split, and beside it {names}: call the splits train, "
+                f"validation and test, and move what is none elsewhere. If {folder.name} is a class, give it another "
+                "name"
+            )
 
 
 def subfolders(folder: Path) -> list[Path]:
@@ -187,7 +200,7 @@ def _list_class_folders(split_root: Path, root: Path, skipped: Counter, grouping
         for path in (directory / name for directory, names in walk(folder) for name in names):
             if is_image(path.name):
                 below = PurePosixPath(path.relative_to(folder).as_posix())
-                files.append(ListedImage(_as_text(path), label, grouping(below)))
+                files.append(ListedImage(as_text(path), label, grouping(below)))
             else:
                 others.append(path)
         skipped.update(str(path.relative_to(root)) for path in others)
@@ -203,11 +216,16 @@ def _list_class_folders(split_root: Path, root: Path, skipped: Counter, grouping
     return listed
 
 
-def _as_text(path: Path) -> str:
+def as_text(path: Path) -> str:
+    """Return a path as `datasets` can keep it.
+
+    Raises:
+        UserError: it is not valid UTF-8.
+    """
     try:
         return str(path).encode().decode()
     except UnicodeEncodeError:
-        raise UserError(f"the file name {os.fsencode(path)!r} is not valid UTF-8: rename the file") from None
+        raise UserError(f"the file name {os.fsencode(path)!r} is not valid UTF-8: rename it or its folder") from None
 
 
 def _with_stamps(files: list[ListedImage]) -> tuple[tuple, ...]:

@@ -60,7 +60,8 @@ class ImageFiles:
 
     def matches(self, name: str, skip: int) -> list[PurePosixPath]:
         """Return the image files that a name could mean."""
-        wanted = _compared((_parts(name) or [])[skip:])
+        parts = (_parts(name) or [])[skip:]
+        wanted = _compared(parts)
         if not wanted:
             return []
         *folders, file = wanted
@@ -69,6 +70,13 @@ class ImageFiles:
             *above, own = _compared(path.parts)
             if above[len(above) - len(folders) :] == folders and file in (own, _stem(own)):
                 found.append(path)
+        # Of `a.png` and `A.png` the one that is written as the name is.
+        as_written = [
+            path
+            for path in found
+            if list(path.parts[-len(parts) : -1]) == parts[:-1] and parts[-1] in (path.name, _stem(path.name))
+        ]
+        found = as_written or found
         exact = [path for path in found if len(path.parts) == len(wanted)]
         return exact if len(exact) == 1 else found
 

@@ -12,7 +12,15 @@ from datasets import DatasetDict
 from luthier.errors import UserError
 from luthier.images.columns import LABEL_COLUMNS
 from luthier.images.decode import is_image
-from luthier.images.folders import SPLIT_OF_FOLDER, Grouping, ListedImage, load_folder, load_listed, subfolders
+from luthier.images.folders import (
+    SPLIT_OF_FOLDER,
+    Grouping,
+    ListedImage,
+    as_text,
+    load_folder,
+    load_listed,
+    subfolders,
+)
 from luthier.images.groups import build_grouping, check_groups
 from luthier.images.image_files import SAMPLE, ImageFiles
 from luthier.images.inspection import listing
@@ -209,7 +217,7 @@ def _read_images(
     images: dict[str, list[ListedImage]] = defaultdict(list)
     for path, entry in first.items():
         group = entry.group if columns.group else grouping(PurePosixPath(path.relative_to(root).as_posix()))
-        images[entry.split].append(ListedImage(str(path), entry.label, group))
+        images[entry.split].append(ListedImage(as_text(path), entry.label, group))
     return images
 
 

@@ -241,7 +241,7 @@ def _deal(size: dict[int, int], images: int, fractions: dict[str, float], split_
     for split in sorted(fractions, reverse=True):  # validation first: test is what the score is of
         if sum(lacking.values()) >= images:
             del lacking[split]
-    wanted = sorted(lacking)
+    wanted, own = sorted(lacking), [group for group in size if group not in split_of]
     for group in size:  # one that has images of an earlier class too
         if split_of.get(group) in lacking:
             lacking[split_of[group]] -= size[group]
@@ -252,14 +252,10 @@ def _deal(size: dict[int, int], images: int, fractions: dict[str, float], split_
                 lacking[split] -= size[group]
     for group in size:
         split_of.setdefault(group, "train")
-    _fill_empty(size, split_of, wanted)
-
-
-def _fill_empty(size: dict[int, int], split_of: dict[int, str], splits: list[str]) -> None:
-    """Give each split that got no image of a class the smallest of the class's groups in train, except the last."""
-    for split in splits:
+    for split in wanted:
         if any(split_of[group] == split for group in size):
             continue
-        spare = sorted((group for group in size if split_of[group] == "train"), key=lambda group: size[group])
-        if len(spare) > 1:
+        # The smallest group in train goes there, except the last one; not those that other classes may need in train.
+        spare = sorted((group for group in own if split_of[group] == "train"), key=lambda group: size[group])
+        if spare and [split_of[group] for group in size].count("train") > 1:
             split_of[spare[0]] = split

@@ -101,7 +101,7 @@ def test_unusable_folder_is_refused(tmp_path, build, message):
 
 def test_file_name_that_is_not_utf8_is_refused(images):
     Path(os.fsdecode(os.fsencode(images / "red") + b"/\xff.png")).touch()
-    with pytest.raises(UserError, match=r"xff.png' is not valid UTF-8: rename the file"):
+    with pytest.raises(UserError, match=r"xff.png' is not valid UTF-8: rename it or its folder"):
         load(data_dir=str(images))
 
 
@@ -133,6 +133,14 @@ def test_folders_that_look_like_splits_are_not_taken_for_classes(tmp_path, names
         load(data_dir=str(tmp_path))
 
 
+@pytest.mark.parametrize("other", ["eval", "unlabelled"])
+def test_split_beside_a_folder_that_is_none_is_not_taken_for_a_class(tmp_path, other):
+    draw_folder(tmp_path / "train", 3)
+    draw_folder(tmp_path / other, 3, first=20) if other == "eval" else put(tmp_path / other, 20)
+    with pytest.raises(UserError, match=f"holds train, which looks like a split, and beside it {other}: call the"):
+        load(data_dir=str(tmp_path))
+
+
 def put(folder: Path, first: int) -> None:
     """Write three images into a folder."""
     folder.mkdir(parents=True)
@@ -141,11 +149,11 @@ def put(folder: Path, first: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "names", [("freight train", "passenger train"), ("a_test", "b_test"), ("train 1", "test, red")]
+    "names", [("freight train", "passenger train"), ("a_test", "b_test"), ("train 1", "test, red"), ("bus", "train")]
 )
 def test_classes_that_share_words_of_splits_or_folders_are_classes(tmp_path, names):
     for number, name in enumerate(names):
-        for place in ("day", "night") if "," not in names[1] else (name,):
+        for place in ("day", "night") if "_" in names[1] or " train" in names[1] else (name, f"{name} 2"):
             put(tmp_path / name / place, 20 * number + len(place))
     assert labels_of(load(data_dir=str(tmp_path))) == sorted(names)
 

@@ -1,6 +1,7 @@
 """Tables of images as people have them: what is found in each, and what each mistake is told."""
 
 import json
+import os
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -216,6 +217,22 @@ def test_name_that_two_images_have_needs_its_folder(root):
     with pytest.raises(UserError, match=r"row 14, column 'file': 'b' could be left/b\.png or right/b\.png"):
         load(root, text([*pairs(), ("b", "red")]))
     assert load(root, text([*pairs(), ("left/b", "red"), ("right/b", "red")]))["train"]["left/b.png"] == "red"
+
+
+def test_names_that_differ_in_capitals_alone_are_two_images(root):
+    for seed, name in enumerate(("b.png", "B.png")):
+        draw("red", 90 + seed).save(root / name)
+    if len(list(root.glob("[bB].png"))) < 2:
+        pytest.skip("the file system does not tell them apart")
+    assert load(root, text([*pairs(), ("b.png", "red"), ("B.png", "blue")]))["train"]["B.png"] == "blue"
+
+
+def test_folder_that_is_not_utf8_is_named(root):
+    folder = Path(os.fsdecode(os.fsencode(root) + b"/\xff"))
+    folder.mkdir()
+    (root / "a0.png").rename(folder / "a0.png")
+    with pytest.raises(UserError, match=r"xff/a0.png' is not valid UTF-8: rename it or its folder"):
+        load(root, text(pairs()))
 
 
 def test_every_fault_is_counted_and_the_first_ones_are_listed(root):

@@ -132,6 +132,15 @@ def test_class_without_training_images_is_refused():
     assert all(has_all_classes)
 
 
+def test_small_class_does_not_take_the_last_group_of_another_class_out_of_train():
+    # The class b has groups that are all its own or of a; the larger ones of a leave room for none of them.
+    for seed in range(20):
+        labels = np.array([0] * 4 + [1] * 3 + [2] * 4)
+        groups = np.array([0, 1, 2, 3, 4, 4, 5, 4, 6, 6, 6])
+        cut = stratified_cut(labels, ["a", "b", "c"], {"validation": 0.2, "test": 0.2}, seed, groups)
+        assert {*labels[cut["train"]].tolist()} == {0, 1, 2}
+
+
 @pytest.mark.parametrize(("n", "k"), [(8, 5), (14, 10), (6, 4), (3, 5), (100, 7)])
 def test_folds_are_even_for_every_class_size(n, k):
     labels = np.repeat(np.arange(3), n)
