@@ -148,7 +148,7 @@ def list_images(
         raise UserError(f"--labels, --split_column and --group_by are for image files in a folder: {where}")
     else:
         splits, root = _load_dataset(root, dataset_name, dataset_config_name), None
-    splits = label_and_image(splits, columns.image, columns.label, columns.group, label_names)
+    splits = label_and_image(splits, columns.image, columns.label, columns.group, label_names, min_classes > 1)
     names = splits["train"].features["label"].names
     if len(names) < min_classes:
         raise UserError(f"all images have the one class {names[0]!r}: a classifier needs at least two")

@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict, Features
+from datasets import Image as ImageFeature
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import (
@@ -124,6 +125,17 @@ def learned(stream: Stream) -> dict[str, int]:
 def load(**options) -> DatasetDict:
     """Load the splits, a tenth for validation unless told otherwise, without the list of unreadable images."""
     return load_splits(**{"validation_fraction": 0.1} | options)[0]
+
+
+def save_dataset(folder: Path, label_feature, values: dict[str, list], columns=("image", "label")) -> str:
+    """Save drawn images as a Hub dataset in Parquet files; `values` holds the labels of each split."""
+    (folder / "data").mkdir(parents=True)
+    for split, labels in values.items():
+        images = [draw("red", index) for index in range(len(labels))]
+        features = Features({columns[0]: ImageFeature(), columns[1]: label_feature})
+        dataset = Dataset.from_dict({columns[0]: images, columns[1]: labels}, features=features)
+        dataset.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+    return str(folder)
 
 
 def labels_of(splits: DatasetDict) -> list[str]:

@@ -11,8 +11,8 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import COLOURS, draw, draw_folder, encoded, labels_of, load
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+from conftest import COLOURS, draw, draw_folder, encoded, labels_of, load, save_dataset
+from datasets import DatasetDict, Image, Value
 from PIL import Image as PILImage
 
 import data
@@ -20,7 +20,6 @@ import luthier.cache as cache
 import luthier.images.inspection as inspection
 from data import collate, describe, load_splits, prepare, store_training_image, with_transforms
 from luthier.errors import UserError
-from luthier.images.columns import _names_of_labels
 from luthier.images.decode import decode_rgb
 from luthier.images.views import EvaluationView
 from models import build_model
@@ -106,102 +105,6 @@ def test_impossible_fraction_is_refused(images, fractions):
 def test_fractions_that_leave_no_training_images_are_refused(images):
     with pytest.raises(UserError, match="leave nothing to train on"):
         load(data_dir=str(images), validation_fraction=0.5, test_fraction=0.5)
-
-
-# --- datasets
-
-
-def save_dataset(folder: Path, label_feature, values: dict[str, list], columns=("image", "label")) -> str:
-    """Save drawn images as a Hub dataset in Parquet files; `values` holds the labels of each split."""
-    (folder / "data").mkdir(parents=True)
-    for split, labels in values.items():
-        images = [draw("red", index) for index in range(len(labels))]
-        features = Features({columns[0]: Image(), columns[1]: label_feature})
-        dataset = Dataset.from_dict({columns[0]: images, columns[1]: labels}, features=features)
-        dataset.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
-    return str(folder)
-
-
-@pytest.mark.parametrize(
-    ("feature", "values", "names"),
-    [
-        (ClassLabel(names=["zither", "banjo"]), [0, 1], ["banjo", "zither"]),
-        (Value("string"), ["zither", "banjo"], ["banjo", "zither"]),
-        (Value("int64"), [10, 9], ["9", "10"]),
-    ],
-)
-def test_labels_may_be_class_labels_strings_or_numbers(tmp_path, feature, values, names):
-    path = save_dataset(tmp_path / "set", feature, {"train": values * 10, "test": values * 2}, ("image", "class"))
-    splits = load(dataset_name=path)
-    assert labels_of(splits) == names
-    assert {split: len(dataset) for split, dataset in splits.items()} == {"train": 18, "validation": 2, "test": 4}
-    assert splits["test"]["label"][:] == [1, 0, 1, 0]  # zither and 10 sort last
-
-
-def test_image_and_label_columns_can_be_named(tmp_path, view):
-    features = Features({"photo": Image(), "thumbnail": Image(), "kind": Value("string"), "label": Value("string")})
-    rows = {"photo": [draw("red", i) for i in range(20)], "thumbnail": [draw("blue", i) for i in range(20)]}
-    rows |= {"kind": ["a", "b"] * 10, "label": ["c", "d"] * 10}
-    (tmp_path / "set").mkdir()
-    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "set/train.parquet")
-    path = str(tmp_path / "set")
-    with pytest.raises(UserError, match=r"photo or thumbnail could be the image column: name it with --image_column"):
-        load(dataset_name=path)
-    assert labels_of(load(dataset_name=path, image_column="photo")) == ["c", "d"]
-    splits = prepare(load(dataset_name=path, image_column="photo", label_column="kind"), view)
-    assert labels_of(splits) == ["a", "b"]
-    assert np.asarray(splits["train"][0]["image"])[..., 0].mean() > 150
-    with pytest.raises(UserError, match="no column 'nothing'"):
-        load(dataset_name=path, image_column="nothing")
-    with pytest.raises(UserError, match="holds no images"):
-        load(dataset_name=path, image_column="kind")
-
-
-def test_image_column_may_hold_plain_bytes(tmp_path, images, view):
-    raw = [path.read_bytes() for path in sorted(images.rglob("*.png"))]
-    names = [path.parent.name for path in sorted(images.rglob("*.png"))]
-    (tmp_path / "set").mkdir()
-    Dataset.from_dict({"image": raw, "label": names}).to_parquet(tmp_path / "set/train.parquet")
-    splits = prepare(load(dataset_name=str(tmp_path / "set"), image_column="image"), view)
-    folder = prepare(load(data_dir=str(images)), view)
-    assert describe(splits, "drawn")["fingerprint"] == describe(folder, "drawn")["fingerprint"]
-
-
-def test_single_split_is_the_training_split_whatever_its_name(tmp_path):
-    path = save_dataset(tmp_path / "set", Value("string"), {"test": ["a", "b"] * 10})
-    assert len(load(dataset_name=path)["train"]) == 14
-
-
-def test_test_split_without_labels_is_replaced(tmp_path):
-    names = ClassLabel(names=["a", "b"])
-    path = save_dataset(tmp_path / "set", names, {"train": [0, 1] * 10, "test": [-1, -1]})
-    assert len(load(dataset_name=path)["test"]) == 4
-
-
-def test_some_rows_without_label_are_refused(tmp_path):
-    path = save_dataset(tmp_path / "set", Value("string"), {"train": ["a", "b", None] * 10})
-    with pytest.raises(UserError, match=r"10 rows of the train split have no label in the column 'label'$"):
-        load(dataset_name=path)
-    path = save_dataset(tmp_path / "numbers", Value("int64"), {"train": [1, -1] * 10})
-    with pytest.raises(UserError, match="-1 stands for none: if it is a class, write names"):
-        load(dataset_name=path)
-
-
-def test_label_names_rename_the_classes_in_order(images):
-    assert labels_of(load(data_dir=str(images), label_names=["mavi", "yeşil", "kırmızı"])) == [
-        "mavi", "yeşil", "kırmızı",
-    ]  # fmt: skip
-    with pytest.raises(UserError, match="label_names has 2 names, but the data has 3 classes: blue, green, red"):
-        load(data_dir=str(images), label_names=["a", "b"])
-    with pytest.raises(UserError, match="'a' twice"):
-        load(data_dir=str(images), label_names=["a", "b", "a"])
-    with pytest.raises(UserError, match="would swap them: blue, green, red"):
-        load(data_dir=str(images), label_names=["red", "green", "blue"])
-
-
-def test_unreachable_dataset_is_a_user_error():
-    with pytest.raises(UserError, match=r"someone/their-set.*--data_dir"):
-        load(dataset_name="someone/their-set")
 
 
 # --- preparation
@@ -448,12 +351,3 @@ def test_fingerprint_depends_on_labels_and_not_on_file_names(images, tmp_path, v
     assert fingerprint(tmp_path / "copy") == before
     (tmp_path / "copy/red/000.png").rename(tmp_path / "copy/blue/moved.png")
     assert fingerprint(tmp_path / "copy") != before
-
-
-def test_numbers_are_ordered_by_value_whatever_they_are_stored_as():
-    numbers = list(range(11))
-    expected = list(map(str, numbers))
-    for values in (set(expected), set(numbers), set(map(float, numbers))):
-        assert list(_names_of_labels(Value("string"), values, "label").values()) == expected
-    with pytest.raises(UserError, match="where class names or numbers were expected"):
-        _names_of_labels(Value("float64"), {0.5, 1.0}, "label")

@@ -179,6 +179,7 @@ def label_and_image(
     label_column: str | None = None,
     group_column: str | None = None,
     label_names: list[str] | None = None,
+    to_train: bool = True,
 ) -> DatasetDict:
     """Return the splits with the columns `image` (not decoded) and `label` (one ClassLabel, sorted, then renamed).
 
@@ -191,6 +192,7 @@ def label_and_image(
         image_column, label_column: where types and names do not tell them.
         group_column: of what images belong to, such as a patient.
         label_names: new class names, in the order of the old ones when sorted.
+        to_train: train must have images of each class that another split has.
 
     Raises:
         UserError: a column is missing, ambiguous or of the wrong type, or labels are missing.
@@ -202,7 +204,7 @@ def label_and_image(
     index_of = {name: index for index, name in enumerate(name_of.values())}
     learned = {name_of[value] for value in values["train"]}
     missing = [name for name in index_of if name not in learned]
-    if missing:
+    if missing and to_train:
         raise UserError(f"no training image has the class {', '.join(map(repr, missing))}: add some, or remove it")
     label = ClassLabel(names=_rename_labels(list(index_of), label_names))
     groups = _groups_of_splits(splits, group_column, image_column) if group_column else {}
@@ -264,7 +266,7 @@ def labels_of_splits(splits: Mapping[str, list], label_column: str) -> dict[str,
     """
     labels = {}
     for split, values in splits.items():
-        unlabelled = sum(value in (None, -1, "") for value in values)
+        unlabelled = sum(value in (None, -1, "") or value != value for value in values)  # NaN is not equal to itself
         if unlabelled == len(values) and split != "train":
             logger.warning(f"Not used: the {split} split, which has no labels")
         elif unlabelled:
@@ -296,7 +298,11 @@ def _names_of_labels(feature: object, values: set, label_column: str) -> dict:
         unknown = [value for value in values if value not in known]
         if unknown:
             raise UserError(f"the column {label_column!r} has the label {unknown[0]!r}, which is none of its classes")
-        return known
+        unused = [name for value, name in known.items() if value not in values]
+        if unused:
+            classes = plural(len(unused), "class", "classes")
+            logger.warning(f"Not used: {classes} of the column {label_column!r} without images, such as {unused[0]!r}")
+        return {value: name for value, name in known.items() if value in values}
     kinds = {type(value) for value in values}
     if kinds == {str}:
         return {name: name for name in sort_names(values)}

@@ -13,7 +13,8 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")
 EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif"}
 UNREAD = {
-    ".heic", ".heif", ".jp2", ".jxl", ".dng", ".cr2", ".nef", ".arw", ".ppm", ".pgm", ".tga", ".dcm",
+    ".heic", ".heif", ".jp2", ".jxl", ".svg", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2",
+    ".pbm", ".pgm", ".pnm", ".ppm", ".tga", ".dcm",
 }  # fmt: skip
 UPRIGHT = {  # what turns an image upright, by its EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -75,8 +76,11 @@ def decode_rgb(data: bytes, shorter_side: int | None = None, max_pixels: int | N
             image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
         image.load()
         # Not `ImageOps.exif_transpose`, which writes the tags anew, and fails at odd ones that do not matter here.
-        turn = UPRIGHT.get(image.getexif().get(0x0112, 1))
-        changed = image.mode != "RGB" or image.has_transparency_data or turn is not None
+        try:
+            turn, readable = UPRIGHT.get(image.getexif().get(0x0112, 1)), True
+        except Exception:  # damaged tags give errors of any kind
+            turn, readable = None, False  # and `datasets` would fail at them
+        changed = image.mode != "RGB" or image.has_transparency_data or turn is not None or not readable
         return Decoded(_to_rgb(image if turn is None else image.transpose(turn)), changed, str(image.format), size)
 
 

@@ -5,7 +5,6 @@ train" for a split.
 """
 
 import logging
-import os
 import re
 import unicodedata
 from collections import Counter
@@ -17,7 +16,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, NamedSpl
 
 from luthier.errors import UserError
 from luthier.images.decode import CONVERT, EXTENSIONS, is_hidden, is_image, is_unread
-from luthier.images.image_files import walk
+from luthier.images.image_files import as_text, walk
 from luthier.terminal import plural
 
 logger = logging.getLogger(__name__)
@@ -75,7 +74,10 @@ def load_folder(root: Path, grouping: Grouping = no_group, to_train: bool = True
     """
     if not root.is_dir():
         raise UserError(f"--data_dir {root} is not a folder: give one with a folder of images for each class")
-    roots = _split_folders(root, to_train) or {"train": root}
+    roots = _split_folders(root, to_train)
+    if not roots:
+        _check_classes(root)
+        roots = {"train": root}
     if "train" not in roots:
         roots = {"train": roots.get("test") or roots["validation"]}
     skipped: Counter[str] = Counter()
@@ -87,6 +89,11 @@ def load_folder(root: Path, grouping: Grouping = no_group, to_train: bool = True
         )
     for split, listed in files.items():
         if not listed:
+            if any(is_image(path.name) for path in roots[split].iterdir()):
+                raise UserError(
+                    f"the images of the split folder {roots[split]} have no labels, because they are in no class "
+                    "folders: sort them, or move the folder elsewhere"
+                )
             raise UserError(
                 f"the split folder {roots[split]} has no images: fill it, or remove it, and a split is cut from train"
             )
@@ -130,8 +137,8 @@ def _split_folders(root: Path, to_train: bool) -> dict[str, Path]:
     """Return the folder of each split, or nothing where the folders are classes."""
     folders = subfolders(root)
     named = [folder for folder in folders if folder.name.lower() in SPLIT_OF_FOLDER]
-    splits = {SPLIT_OF_FOLDER[folder.name.lower()]: folder for folder in named}
-    with_classes = any(subfolders(folder) for folder in named)
+    splits = {SPLIT_OF_FOLDER[folder.name.lower()]: _unpacked(folder) for folder in named}
+    with_classes = any(subfolders(folder) for folder in splits.values())
     to_score = not to_train and with_classes and len(named) == len(folders)
     if ("train" not in splits and not to_score) or (len(named) == 1 and len(folders) > 1):
         _check_names(root, folders)
@@ -140,6 +147,7 @@ def _split_folders(root: Path, to_train: bool) -> dict[str, Path]:
     if len(splits) < len(named):
         raise UserError(f"{root} holds two folders for one split: {names}. Merge or remove one")
     if len(named) == len(folders) and not with_classes:
+        _check_shards(root, *splits.values())
         raise UserError(
             f"{root} has the splits {names}, but no class folders in them: put the images in folders such as "
             f"{splits['train']}/CLASS"
@@ -152,39 +160,74 @@ def _split_folders(root: Path, to_train: bool) -> dict[str, Path]:
     return splits if with_classes else {}
 
 
+def _unpacked(folder: Path) -> Path:
+    """Return a folder, or the one of the same name in it where there is no other: archives unpack to `train/train`."""
+    below = subfolders(folder)
+    return _unpacked(below[0]) if len(below) == 1 and below[0].name == folder.name else folder
+
+
 def _check_names(root: Path, folders: list[Path]) -> None:
     """Check that folders are classes, and not splits of which some have names that are not known.
 
     Raises:
-        UserError: each is called like another split, and all have folders of the same names in them; or one is a split
-            with class folders in it.
+        UserError: some are called like splits, and have folders of the same names in them, as class folders are.
     """
-    below = {folder: {each.name for each in subfolders(folder)} for folder in folders}
-    words = [set(re.split(r"[^a-z]+", folder.name.lower())) for folder in folders]
-    splits = [{SPLIT_OF_FOLDER[word] for word in each & SPLIT_OF_FOLDER.keys()} for each in words]
-    are_splits = len(folders) > 1 and all(len(each) == 1 for each in splits)
-    if are_splits and len(set.union(*splits)) == len(folders) and set.intersection(*below.values()):
-        names = ", ".join(folder.name for folder in folders)
-        raise UserError(
-            f"{root} holds {names}, which look like splits, but one must be called train: call them train, validation "
-            "and test"
-        )
-    for folder in folders:
-        others = [other for other in folders if other is not folder]
+    below = {folder: {each.name for each in subfolders(_unpacked(folder))} for folder in folders}
+    words = {folder: {*re.split(r"[^a-z]+", folder.name.lower())} & SPLIT_OF_FOLDER.keys() for folder in folders}
+    split_of = {folder: SPLIT_OF_FOLDER[each.pop()] for folder, each in words.items() if len(each) == 1}
+    several = list(split_of) if len(set(split_of.values())) == len(split_of) > 1 else []
+    exact = [[folder] for folder in split_of if folder.name.lower() in SPLIT_OF_FOLDER]
+    for like_splits in filter(None, (several, *exact)):
+        shared = set.intersection(*(below[folder] for folder in like_splits))
+        others = [folder for folder in folders if folder not in like_splits]
         # The folders in classes such as train and bus have names of their own: places, cameras, days.
-        same = all(not below[other] or below[other] & below[folder] for other in others)
-        if folder.name.lower() in SPLIT_OF_FOLDER and len(below[folder]) > 1 and others and same:
-            names = ", ".join(other.name for other in others[:MOST_NAMED])
+        alike = all(not below[other] or below[other] & shared for other in others)
+        if alike and len(shared) > (0 if len(like_splits) == len(folders) > 1 else 1):
+            names = ", ".join(folder.name for folder in like_splits)
+            look = "look like splits" if len(like_splits) > 1 else "looks like a split"
+            beside = f", and beside it {', '.join(folder.name for folder in others[:MOST_NAMED])}" if others else ""
             raise UserError(
-                f"{root} holds {folder.name}, which looks like a split, and beside it {names}: call the splits train, "
-                f"validation and test, and move what is none elsewhere. If {folder.name} is a class, give it another "
-                "name"
+                f"{root} holds {names}, which {look}{beside}: call the splits train, validation and test, and move "
+                "what is none elsewhere. If these are classes, give them other names"
             )
 
 
+def _check_classes(root: Path) -> None:
+    """Check that the splits are not in the class folders.
+
+    Raises:
+        UserError: they are.
+    """
+    below = [{each.name for each in subfolders(folder)} for folder in subfolders(root)]
+    names = set().union(*below)
+    found = {SPLIT_OF_FOLDER.get(name.lower()) for name in names}
+    if all(below) and "train" in found and None not in found and len(found) > 1:
+        raise UserError(
+            f"the class folders of {root} hold the splits {', '.join(sorted(names))}. Put the splits first: "
+            f"{root}/train/CLASS/image.jpg"
+        )
+
+
+def _check_shards(folder: Path, *places: Path) -> None:
+    """Raise UserError where folders hold Parquet or tar files: these are no folders of images."""
+    if any(path.suffix in (".parquet", ".tar") for place in places for path in place.iterdir()):
+        raise UserError(
+            f"{folder} holds Parquet or tar files: give --dataset_name {folder}, or --data_dir with the folder that "
+            "they are in"
+        )
+
+
 def subfolders(folder: Path) -> list[Path]:
-    """Return the folders in a folder, sorted, without hidden ones."""
-    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not is_hidden(entry.name))
+    """Return the folders in a folder, sorted, without hidden ones.
+
+    Raises:
+        UserError: one is a link to nowhere.
+    """
+    entries = sorted(entry for entry in folder.iterdir() if not is_hidden(entry.name))
+    for entry in entries:
+        if entry.is_symlink() and not entry.exists() and not is_image(entry.name):
+            raise UserError(f"{entry} is a link to what is not there: mend or remove it")
+    return [entry for entry in entries if entry.is_dir()]
 
 
 def _list_class_folders(split_root: Path, root: Path, skipped: Counter, grouping: Grouping) -> list[ListedImage]:
@@ -211,21 +254,11 @@ def _list_class_folders(split_root: Path, root: Path, skipped: Counter, grouping
                 f"{unread[0]}: {CONVERT}"
             )
         if not files and SPLIT_OF_FOLDER.get(split_root.name.lower(), "train") == "train":
-            raise UserError(f"the class folder {folder} has no images: fill it or remove it")
+            _check_shards(folder, folder)
+            formats = f" in the formats {', '.join(sorted(EXTENSIONS))}, but {others[0].name}" if others else ""
+            raise UserError(f"the class folder {folder} has no images{formats}: fill it or remove it")
         listed += files
     return listed
-
-
-def as_text(path: Path) -> str:
-    """Return a path as `datasets` can keep it.
-
-    Raises:
-        UserError: it is not valid UTF-8.
-    """
-    try:
-        return str(path).encode().decode()
-    except UnicodeEncodeError:
-        raise UserError(f"the file name {os.fsencode(path)!r} is not valid UTF-8: rename it or its folder") from None
 
 
 def _with_stamps(files: list[ListedImage]) -> tuple[tuple, ...]:

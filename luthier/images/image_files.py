@@ -1,6 +1,7 @@
 """The image files below a folder, found by what a table calls them."""
 
 import itertools
+import logging
 import os
 import unicodedata
 from collections import defaultdict
@@ -9,6 +10,9 @@ from pathlib import Path, PurePosixPath
 
 from luthier.errors import UserError
 from luthier.images.decode import CONVERT, EXTENSIONS, is_hidden, is_image, is_unread
+from luthier.terminal import plural
+
+logger = logging.getLogger(__name__)
 
 SAMPLE = 1000  # rows by which columns, and the folders to skip, are found
 MAX_NAME = 1000  # characters of a file's name with its folders
@@ -37,6 +41,22 @@ class ImageFiles:
             for folder in ([], folders[-1:]) if folders else ([],):
                 key = (*folder, _stem(file))
                 self.by_name[key].append(path)
+
+    def find_all(self, names: Sequence[str]) -> list[Path | str]:
+        """Return the path of each image of a table, or why there is none."""
+        skip = self.folders_to_skip(names)
+        found = [self.find(name, skip) for name in names]
+        deeper = [
+            (name, path)
+            for name, path in zip(names, found, strict=True)
+            if isinstance(path, Path) and len(path.parts) - len(self.root.parts) > len(_parts(name) or []) - skip
+        ]
+        if deeper and len(deeper) < len(found) / 2:  # where most are, names without folders mean files in any of them
+            logger.warning(
+                f"{plural(len(deeper), 'image')} found in folders that the table does not name, such as "
+                f"{as_text(deeper[0][1].relative_to(self.root))} for {deeper[0][0]}"
+            )
+        return found
 
     def find(self, name: str, skip: int) -> Path | str:
         """Return the path of an image, or why there is none.
@@ -116,6 +136,18 @@ def walk(root: Path, onerror: Callable[[OSError], None] | None = None) -> Iterat
         seen.add(place)
         subdirectories[:] = sorted(name for name in subdirectories if not is_hidden(name))
         yield Path(directory), sorted(name for name in names if not is_hidden(name))
+
+
+def as_text(path: Path) -> str:
+    """Return a path as `datasets` can keep it.
+
+    Raises:
+        UserError: it is not valid UTF-8.
+    """
+    try:
+        return str(path).encode().decode()
+    except UnicodeEncodeError:
+        raise UserError(f"the file name {os.fsencode(path)!r} is not valid UTF-8: rename it or its folder") from None
 
 
 def _parts(name: str) -> list[str] | None:

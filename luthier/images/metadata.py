@@ -16,13 +16,12 @@ from luthier.images.folders import (
     SPLIT_OF_FOLDER,
     Grouping,
     ListedImage,
-    as_text,
     load_folder,
     load_listed,
     subfolders,
 )
 from luthier.images.groups import build_grouping, check_groups
-from luthier.images.image_files import SAMPLE, ImageFiles
+from luthier.images.image_files import SAMPLE, ImageFiles, as_text
 from luthier.images.inspection import listing
 from luthier.images.tables import METADATA, Table, read_table
 from luthier.terminal import plural, say
@@ -36,8 +35,8 @@ SHARDS = ("*.parquet", "*.tar")  # files that hold many images
 WHOLE_NUMBER = re.compile(r"-?\d+(\.0+)?")
 
 
-class UnclearTableError(UserError):
-    """A table whose columns cannot be told from their names and values."""
+class ForeignTableError(UserError):
+    """A table of which no column, or more than one, names image files: it may be about something else."""
 
 
 class Columns(NamedTuple):
@@ -73,8 +72,8 @@ def load_directory(
     named = [f"--{kind}_column" for kind, name in given._asdict().items() if name]
     if tables:
         try:
-            splits = load_tables(root, tables, given, grouping, to_train)
-        except UnclearTableError as error:
+            splits = load_tables(root, tables, bool(labels), given, grouping, to_train)
+        except ForeignTableError as error:
             if labels or named:
                 raise
             try:
@@ -114,7 +113,10 @@ def find_tables(root: Path, labels: str | None) -> dict[str, Path]:
         UserError: a folder holds two metadata files, or not every split folder has one.
     """
     if labels:
-        return {"all": Path(labels).expanduser()}
+        named = Path(labels).expanduser()
+        if not named.is_file() and (root / labels).is_file():
+            raise UserError(f"--labels {labels} is not a file here: did you mean {root / labels}?")
+        return {"all": named}
     if not root.is_dir():
         return {}
     found = _metadata_of(root)
@@ -136,13 +138,14 @@ def _metadata_of(folder: Path) -> Path | None:
 
 
 def load_tables(
-    root: Path, tables: dict[str, Path], given: Columns, grouping: Grouping, to_train: bool
+    root: Path, tables: dict[str, Path], is_named: bool, given: Columns, grouping: Grouping, to_train: bool
 ) -> DatasetDict:
     """Load the images that tables name, with their labels; without a split column all of them are `train`.
 
     Args:
         root: the folder that holds the images, at any depth.
         tables: of `find_tables`.
+        is_named: the user has named the table, and not laid it into the folder.
         given: the columns that the user has named.
         grouping: gives an image's group by its path below the folder, where there is no group column.
         to_train: see `load_directory`.
@@ -155,11 +158,20 @@ def load_tables(
     if not root.is_dir():
         raise UserError(f"--data_dir {root} is not a folder: give the one that holds the images of the table")
     listed: dict[str, list[ListedImage]] = defaultdict(list)
-    for split, path in tables.items():
-        say("labels", f"of {path}")
-        folder, only = (root, None) if split == "all" else (path.parent, split)
-        for name, images in _read_images(folder, read_table(path), given, grouping, only).items():
+    for split, path in sorted(tables.items(), key=lambda item: item[0] != "train"):
+        files, only = (ImageFiles(root), None) if split == "all" else (ImageFiles(path.parent), split)
+        table = read_table(path, least=1 if listed else 2)
+        if listed and given.label not in table.columns:  # which train has told
+            logger.warning(f"Not used: the {split} split, because {path} has no column {given.label!r}")
+            continue
+        columns = _find_columns(table, files, given, only)
+        of_splits = f", the splits of {columns.split!r}" if columns.split else ""
+        say("labels", f"of the column {columns.label!r} of {path}{of_splits}")
+        for name, images in _read_images(files, table, columns, grouping, only).items():
             listed[name] += images
+        if not is_named and not given.label and str(columns.label).lower() not in LABEL_COLUMNS:
+            _check_folders(path, columns, listed)
+        given = given._replace(label=columns.label)
     if "train" not in listed and not to_train:
         listed = {"train": listed.get("test") or listed["validation"]}
     if not listed.get("train"):
@@ -177,17 +189,31 @@ class Entry(NamedTuple):
     group: str
 
 
+def _check_folders(path: Path, columns: Columns, listed: dict[str, list[ListedImage]]) -> None:
+    """Check that folders do not mean classes, where no name of a column says that it holds them.
+
+    Raises:
+        UserError: the images of a table are in several folders.
+    """
+    folders = {Path(image.path).parent.name for images in listed.values() for image in images}
+    folders = {name for name in folders if name.lower() not in SPLIT_OF_FOLDER}
+    if len(folders) > 1:
+        names = ", ".join(sorted(folders)[:3])
+        raise UserError(
+            f"are the classes those of the column {columns.label!r} of {path}, or the folders, such as {names}? Give "
+            f"--label_column {columns.label}, or take {path.name} out of the folder"
+        )
+
+
 def _read_images(
-    root: Path, table: Table, given: Columns, grouping: Grouping, split: str | None
+    files: ImageFiles, table: Table, columns: Columns, grouping: Grouping, split: str | None
 ) -> dict[str, list[ListedImage]]:
     """Return the images of a table by split."""
-    files = ImageFiles(root)
-    columns = _find_columns(table, files, given)
+    root, begin = files.root, 0
     entries = _read_entries(table, columns, split)
-    skip = files.folders_to_skip([entry.name for entry in entries])
-    found_of = [files.find(entry.name, skip) for entry in entries]
-    if not columns.split and not split:
-        entries = _split_by_folders(entries, found_of, root)
+    found_of = files.find_all([entry.name for entry in entries])
+    if not columns.split and not split and (of_folders := _split_by_folders(entries, found_of, root)):
+        entries, begin = of_folders, 1  # a group lies below the folder of its split
     with_labels = {entry.split for entry in entries if entry.label} | {"train"}
     for name in sorted({entry.split for entry in entries} - with_labels):
         logger.warning(f"Not used: the {name} split of {table.path.name}, which has no labels")
@@ -216,17 +242,17 @@ def _read_images(
         )
     images: dict[str, list[ListedImage]] = defaultdict(list)
     for path, entry in first.items():
-        group = entry.group if columns.group else grouping(PurePosixPath(path.relative_to(root).as_posix()))
+        group = entry.group if columns.group else grouping(PurePosixPath(*path.relative_to(root).parts[begin:]))
         images[entry.split].append(ListedImage(as_text(path), entry.label, group))
     return images
 
 
 def _split_by_folders(entries: list[Entry], found: list[Path | str], root: Path) -> list[Entry]:
-    """Return the rows with the splits whose folders their images are in, where all are in such folders."""
+    """Return the rows with the splits whose folders their images are in; none where not all are in such folders."""
     folders = [path.relative_to(root).parts[0] for path in found if isinstance(path, Path)]
     splits = {SPLIT_OF_FOLDER.get(folder.lower()) for folder in folders}
     if "train" not in splits or None in splits:
-        return entries
+        return []
     split_of: dict[Path | str, str] = {
         path: SPLIT_OF_FOLDER[path.relative_to(root).parts[0].lower()] for path in found if isinstance(path, Path)
     }
@@ -268,8 +294,14 @@ def _faults_of(entry: Entry, found: Path | str, earlier: Entry, columns: Columns
     return [f"row {entry.number}, column {column!r}: {what}" for column, what in faults]
 
 
-def _find_columns(table: Table, files: ImageFiles, given: Columns) -> Columns:
+def _find_columns(table: Table, files: ImageFiles, given: Columns, of_split: str | None) -> Columns:
     """Return the columns of a table: those that are given, and the others by their names and what they hold.
+
+    Args:
+        table: as it was read.
+        files: that it names.
+        given: by the user.
+        of_split: the one split of all rows; None where a column may tell it.
 
     Raises:
         UserError: there is no such column, or more than one could be meant.
@@ -281,6 +313,7 @@ def _find_columns(table: Table, files: ImageFiles, given: Columns) -> Columns:
                 f"{', '.join(table.columns)}"
             )
     split = given.split or next((name for name in table.columns if name.lower() == SPLIT_COLUMN), None)
+    split = split or (None if of_split else _find_split_column(table, given))
     rest = [name for name in table.columns if name not in (given.image, given.label, split, given.group)]
     named = [name for name in rest if name.lower() in LABEL_COLUMNS]
     image = given.image or _find_image_column(table, files, [name for name in rest if name not in named] or rest)
@@ -290,21 +323,45 @@ def _find_columns(table: Table, files: ImageFiles, given: Columns) -> Columns:
             f"the first row of {table.path} names an image, {image!r}: put a row with the names of the columns above "
             "it, such as file_name,label"
         )
-    rest = [name for name in rest if name != image and not _is_index(name)]
+    rest = [name for name in rest if name != image and name not in table.nested and not _is_index(name)]
     likely = named if len(named) == 1 else rest
     if not given.label and len(likely) != 1:
-        raise UnclearTableError(
+        raise UserError(
             f"which column of {table.path} holds the labels? Name it with --label_column; the columns are "
-            f"{', '.join(table.columns)}"
+            f"{', '.join(table.columns)}. Where class folders tell them, take {table.path.name} out of the folder"
         )
-    return Columns(image, given.label or likely[0], split, given.group)
+    columns = Columns(image, given.label or likely[0], split, given.group)
+    for name in table.nested.intersection(filter(None, columns)):
+        raise UserError(
+            f"the column {name!r} of {table.path} holds lists or objects, but each image has one file and one class"
+        )
+    return columns
+
+
+def _find_split_column(table: Table, given: Columns) -> str | None:
+    """Return the column all of whose values are names of splits, if there is one.
+
+    Raises:
+        UserError: there are several.
+    """
+    names = [name for name in table.columns if name not in given and name.lower() not in LABEL_COLUMNS]
+    found = []
+    for name in names:
+        splits = {SPLIT_OF_FOLDER.get(value.lower()) for value in set(table.column(name))}
+        if "train" in splits and None not in splits and len(splits) > 1:
+            found.append(name)
+    if len(found) > 1:
+        raise UserError(
+            f"{' and '.join(found)} of {table.path} both name splits: name the one to use with --split_column"
+        )
+    return found[0] if found else None
 
 
 def _find_image_column(table: Table, files: ImageFiles, names: list[str]) -> str:
     """Return the column whose values name image files; of several the one with extensions, then one of a known name.
 
     Raises:
-        UnclearTableError: no column does, or several do.
+        ForeignTableError: no column does, or several do.
     """
     ranks = {}
     for name in (name for name in names if not _is_index(name)):
@@ -318,7 +375,7 @@ def _find_image_column(table: Table, files: ImageFiles, names: list[str]) -> str
     best = [name for name, rank in ranks.items() if rank == max(ranks.values())]
     if len(best) != 1:
         which = f"{' and '.join(best)} both name" if best else "none of them names"
-        raise UnclearTableError(
+        raise ForeignTableError(
             f"which column of {table.path} holds the image files? The columns are {', '.join(table.columns)}, and "
             f"{which} files below {files.root}. Name the column with --image_column, and the folder with --data_dir"
         )

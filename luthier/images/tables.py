@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datasets import ClassLabel, Dataset, Image
+from datasets import ClassLabel, Dataset, Image, Value
 from datasets.exceptions import DatasetGenerationError
 
 from luthier.errors import UserError
@@ -28,12 +28,14 @@ class Table(NamedTuple):
         columns: names, each of them once.
         rows: the values of each row, without white space around them; an empty text where there is none.
         numbers: of the rows, as an editor or a spreadsheet shows them.
+        nested: the columns of lists or objects.
     """
 
     path: Path
     columns: list[str]
     rows: list[list[str]]
     numbers: list[int]
+    nested: frozenset[str] = frozenset()
 
     def column(self, name: str) -> list[str]:
         """Return the values of a column."""
@@ -41,8 +43,12 @@ class Table(NamedTuple):
         return [row[index] for row in self.rows]
 
 
-def read_table(path: Path) -> Table:
+def read_table(path: Path, least: int = 2) -> Table:
     """Read a CSV, TSV, JSON lines or Parquet file; rows without any value are left out.
+
+    Args:
+        path: of the file.
+        least: how many columns it must have.
 
     Raises:
         UserError: it is not such a file, or not a table.
@@ -54,24 +60,25 @@ def read_table(path: Path) -> Table:
         raise UserError(f"{path} is a spreadsheet: save it as CSV, and give that file")
     if suffix not in SUFFIXES:
         raise UserError(f"{path} is not a table that can be read: give one of {', '.join(SUFFIXES)}")
+    nested: set[str] = set()
     if suffix == ".parquet":
-        columns, rows = _read_parquet(path)
+        columns, rows = _read_parquet(path, nested)
     elif SUFFIXES[suffix] is None:
-        columns, rows = _read_json_lines(path)
+        columns, rows = _read_json_lines(path, nested)
     else:
         columns, rows = _read_delimited(path)
-    _check_columns(path, columns)
+    _check_columns(path, columns, least)
     filled = [(number, row) for number, row in rows if any(row)]
     if not filled:
         raise UserError(f"{path} has no rows: give a table with a row for each image")
-    return Table(path, columns, [row for _, row in filled], [number for number, _ in filled])
+    return Table(path, columns, [row for _, row in filled], [number for number, _ in filled], frozenset(nested))
 
 
-def _check_columns(path: Path, columns: list[str]) -> None:
+def _check_columns(path: Path, columns: list[str], least: int) -> None:
     twice = sorted({name for name in columns if columns.count(name) > 1})
     if twice:
         raise UserError(f"{path} has two columns {twice[0]!r}: rename or remove one")
-    if len(columns) < 2:
+    if len(columns) < least:
         raise UserError(
             f"{path} has the one column {columns[0]!r}: it needs one for the image files and one for the labels, "
             f"with a name for each in the first row, divided by one of {' '.join(map(repr, DELIMITERS))}"
@@ -121,7 +128,7 @@ def _read_delimited(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]
     return columns or [""], rows
 
 
-def _read_json_lines(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+def _read_json_lines(path: Path, nested: set[str]) -> tuple[list[str], list[tuple[int, list[str]]]]:
     found: list[tuple[int, dict]] = []
     for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if line.strip():
@@ -132,17 +139,19 @@ def _read_json_lines(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]
             if not isinstance(values, dict):
                 raise UserError(f"{path}, row {number} is not an object in curly brackets: each line holds one")
             found.append((number, values))
+            nested |= {name for name, value in values.items() if isinstance(value, (list, dict))}
     columns = list(dict.fromkeys(name for _, values in found for name in values)) or [""]
     return columns, [(number, [_as_text(values.get(name)) for name in columns]) for number, values in found]
 
 
-def _read_parquet(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+def _read_parquet(path: Path, nested: set[str]) -> tuple[list[str], list[tuple[int, list[str]]]]:
     try:
         table = Dataset.from_parquet(str(path), keep_in_memory=True)
     except (DatasetGenerationError, OSError, ValueError) as error:
         raise UserError(f"{path} is not a Parquet file that can be read: write it anew, or save it as CSV") from error
     if any(feature == ENCODED_IMAGE or isinstance(feature, Image) for feature in table.features.values()):
         raise UserError(f"{path} holds the images themselves: load it with --dataset_name {path.parent}")
+    nested |= {name for name, feature in table.features.items() if not isinstance(feature, (Value, ClassLabel))}
     values = [map(_as_text, _named(table[name][:], table.features[name])) for name in table.column_names]
     rows = [(number, list(row)) for number, row in enumerate(zip(*values, strict=True), start=1)]
     return table.column_names or [""], rows

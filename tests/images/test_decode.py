@@ -72,6 +72,13 @@ def test_every_orientation_is_that_of_pillow(tmp_path, orientation):
     assert changed == (orientation != 1)
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("exif", [b"Exif\0\0II*\0", b"Exif\0\0" + bytes(20)])
+def test_damaged_tags_do_no_harm(tmp_path, suffix, exif):
+    image, changed, *_ = decode_rgb(encoded(PILImage.new("RGB", (20, 10), "white"), tmp_path, suffix, exif=exif))
+    assert image.size == (20, 10) and (changed or suffix == "jpg")
+
+
 def test_odd_tag_beside_the_orientation_does_no_harm(tmp_path):
     entries = [(0x0112, 3, 1, struct.pack("<HH", 6, 0)), (0x0213, 2, 4, b"odd\0")]  # a text in the place of a number
     tags = b"".join(struct.pack("<HHI", tag, kind, count) + value for tag, kind, count, value in entries)

@@ -141,6 +141,55 @@ def test_split_beside_a_folder_that_is_none_is_not_taken_for_a_class(tmp_path, o
         load(data_dir=str(tmp_path))
 
 
+@pytest.mark.parametrize("names", [("train", "test"), ("seg_train", "seg_test", "seg_pred")])
+def test_splits_that_archives_have_doubled_are_seen(tmp_path, names):
+    for number, name in enumerate(names):
+        draw_folder(tmp_path / name / name, 3, first=20 * number)
+    if "train" in names:
+        splits = load(data_dir=str(tmp_path))
+        assert labels_of(splits) == ["blue", "green", "red"] and len(splits["test"]) == 9
+        return
+    with pytest.raises(UserError, match=r"seg_test, seg_train, which look like splits, and beside it seg_pred: call"):
+        load(data_dir=str(tmp_path))
+
+
+def test_splits_in_class_folders_are_refused(tmp_path):
+    for number, name in enumerate(("cat/train", "cat/test", "dog/train")):
+        put(tmp_path / name, 10 * number)
+    with pytest.raises(UserError, match=r"hold the splits test, train. Put the splits first: .*/train/CLASS"):
+        load(data_dir=str(tmp_path))
+
+
+def test_link_to_a_folder_that_is_not_there_is_refused(images):
+    (images / "violet").symlink_to("nowhere")
+    with pytest.raises(UserError, match="violet is a link to what is not there: mend or remove it"):
+        load(data_dir=str(images))
+
+
+@pytest.mark.parametrize("names", [("assets", "data"), ("train", "test")])
+def test_folder_of_parquet_files_is_no_class(tmp_path, names):
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "part-0.parquet").touch()
+    if "assets" in names:
+        (tmp_path / "assets/part-0.parquet").unlink()
+        draw("red", 1).save(tmp_path / "assets/1.png")
+    with pytest.raises(UserError, match=r"holds Parquet or tar files: give --dataset_name"):
+        load(data_dir=str(tmp_path))
+
+
+def test_message_of_a_folder_without_images_says_what_is_there(images, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("splits")
+    draw_folder(folder / "train")
+    put(folder / "test", 50)
+    with pytest.raises(UserError, match="test have no labels, because they are in no class folders"):
+        load(data_dir=str(folder))
+    (images / "violet").mkdir()
+    (images / "violet/1.png_large").touch()
+    with pytest.raises(UserError, match=r"violet has no images in the formats .*\.png.*, but 1.png_large"):
+        load(data_dir=str(images))
+
+
 def put(folder: Path, first: int) -> None:
     """Write three images into a folder."""
     folder.mkdir(parents=True)

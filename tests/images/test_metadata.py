@@ -235,6 +235,74 @@ def test_folder_that_is_not_utf8_is_named(root):
         load(root, text(pairs()))
 
 
+@pytest.mark.parametrize("values", [["red"], {"name": "red"}])
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_lists_are_no_classes(root, values, suffix):
+    rows = [{"file_name": file, "label": values, "boxes": [1]} for file, _ in pairs()]
+    path = root.parent / f"labels.{suffix}"
+    if suffix == "parquet":
+        Dataset.from_list(rows).to_parquet(str(path))
+    else:
+        path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match=rf"the column 'label' of .*labels.{suffix} holds lists or objects"):
+        load_images(data_dir=str(root), labels=str(path))
+    other = [{"file_name": file, "kind": label, "boxes": [1]} for file, label in pairs()]
+    assert load(root, "\n".join(map(json.dumps, other)), "other.jsonl") == EXPECTED
+
+
+def test_column_of_splits_is_known_by_its_values(root, capsys):
+    rows = [(*pair, "test" if number < 3 else "train") for number, pair in enumerate(pairs())]
+    splits = load(root, text(rows, "file,label,partition"))
+    assert {split: len(images) for split, images in splits.items()} == {"train": 9, "test": 3}
+    assert "the splits of 'partition'" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"first and second of .* both name splits: name the one to use"):
+        load(root, text([(*row, row[-1]) for row in rows], "file,label,first,second"))
+
+
+def test_table_that_may_not_be_of_the_classes_is_refused(tmp_path):
+    for number in range(12):
+        (tmp_path / CLASSES[number % 3]).mkdir(exist_ok=True)
+        draw(CLASSES[number % 3], number).save(tmp_path / CLASSES[number % 3] / f"{number}.png")
+    table = tmp_path / "metadata.csv"
+    table.write_text(text([(number, "AB"[number % 2]) for number in range(12)], "file_name,photographer"))
+    with pytest.raises(UserError, match=r"'photographer' of .*, or the folders, such as blue, green, red\? Give"):
+        load_images(data_dir=str(tmp_path))
+    splits, _ = load_images(data_dir=str(tmp_path), label_column="photographer")
+    assert splits["train"].features["label"].names == ["A", "B"]
+    table.write_text(text([(number, "AB"[number % 2], "x") for number in range(12)], "file_name,photographer,place"))
+    with pytest.raises(UserError, match=r"which column of .*Where class folders tell them, take metadata.csv out"):
+        load_images(data_dir=str(tmp_path))
+
+
+def test_image_of_another_folder_is_named(root, caplog):
+    (root / "masks").mkdir()
+    (root / "a5.png").rename(root / "masks/a5.png")
+    assert "masks/a5.png" in load(root, text(pairs()))["train"]
+    assert "1 image found in folders that the table does not name, such as masks/a5.png for a5.png" in caplog.text
+
+
+def test_groups_are_below_the_folders_of_splits(root):
+    for split, numbers in (("train", range(8)), ("test", range(8, 12))):
+        for number in numbers:
+            folder = root / split / f"p{number // 3}"
+            folder.mkdir(parents=True, exist_ok=True)
+            (root / f"a{number}.png").rename(folder / f"a{number}.png")
+    (root.parent / "labels.csv").write_text(text(pairs()))
+    splits, _ = load_images(data_dir=str(root), labels=str(root.parent / "labels.csv"), group_by="folder")
+    assert len(set(splits["train"]["group"][:])) == 3 and len(set(splits["test"]["group"][:])) == 2
+
+
+def test_table_of_a_split_without_labels_is_not_used(tmp_path, caplog):
+    for split, first in (("train", 0), ("test", 20)):
+        (tmp_path / split).mkdir()
+        for number in range(12):
+            draw(CLASSES[number % 3], first + number).save(tmp_path / split / f"a{number}.png")
+    (tmp_path / "train/metadata.csv").write_text(text(pairs(), "file_name,label"))
+    (tmp_path / "test/metadata.csv").write_text("file_name\n" + "".join(f"{name}\n" for name, _ in pairs()))
+    assert set(load_images(data_dir=str(tmp_path))[0]) == {"train"}
+    assert "Not used: the test split, because " in caplog.text
+
+
 def test_every_fault_is_counted_and_the_first_ones_are_listed(root):
     with pytest.raises(UserError, match="11 values cannot be used") as raised:
         load(root, text([pairs()[0], *((f"b{number}.png", "red") for number in range(11))]))
@@ -245,6 +313,9 @@ def test_table_needs_a_folder(root):
     (root.parent / "labels.csv").write_text(text(pairs()))
     with pytest.raises(UserError, match="are for image files in a folder"):
         load_images(labels=str(root.parent / "labels.csv"))
+    (root / "inside.csv").write_text(text(pairs()))
+    with pytest.raises(UserError, match=r"inside\.csv is not a file here: did you mean .*images/inside\.csv"):
+        load_images(data_dir=str(root), labels="inside.csv")
     with pytest.raises(UserError, match=r"nowhere\.csv is not a file"):
         load_images(data_dir=str(root), labels="nowhere.csv")
     with pytest.raises(UserError, match="--split_column names a column of a table, but"):
