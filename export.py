@@ -19,14 +19,14 @@ import sys
 import tempfile
 import unicodedata
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from luthier.errors import UserError, exit_on_user_error, message_for_user, require
 from luthier.images.decode import is_hidden, is_image
 from luthier.options import EXPORT_PACKAGES
-from luthier.output_dir import copy_whole
+from luthier.output_dir import copy_whole, lock_folder
 from luthier.terminal import plural, say
 
 if TYPE_CHECKING:
@@ -67,7 +67,9 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"there is no folder {args.model!r}: for a model of the Hub, give --output_dir too")
     check_destinations(args)
     precisions = [name for name in ("fp16", "int8") if getattr(args, name)]
-    refused = export(args.model, folder, precisions, args.check, args.allow_worse)
+    busy = f"another export is writing into {folder}: wait for it"
+    with lock_folder(folder, ".export.lock", busy) if folder.is_dir() else nullcontext():
+        refused = export(args.model, folder, precisions, args.check, args.allow_worse)
     model = folder / "onnx" / "model.onnx"
     if "model.onnx" not in refused:
         publish_page(args, model)
@@ -88,7 +90,8 @@ def check_destinations(args: argparse.Namespace) -> None:
         raise UserError(f"--push_to_space {args.push_to_space} is not a name for a Space: give owner/name")
     if args.web:
         check_folder(args.web)
-    for option, path in (("--output_dir", args.output_dir), ("--web", args.web)):
+    own = ("the model's folder", Path(args.model)) if args.output_dir is None else ("--output_dir", args.output_dir)
+    for option, path in (own, ("--web", args.web)):
         if path is None:
             continue
         existing = next(parent for parent in [path, *path.absolute().parents] if parent.exists())
@@ -244,12 +247,15 @@ def images_of_run(folder: Path, labels: list[str]) -> tuple["Images", "Images"]:
         test, options = set(record["test"]), record["options"]
         paths = {key: folder / options[key] for key in ("data_dir", "labels", "dataset_name") if options.get(key)}
         options |= {key: str(path) for key, path in paths.items() if path.exists()}
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} does not say which images its model was scored on: {advice}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / IMAGES} is damaged ({error}): {advice}") from error
+    try:
         if "stream" in options:
             options["stream"] = open_stream(options["data_dir"] or options["dataset_name"], **options["stream"])
         splits, _ = load_images(**options)
-    except FileNotFoundError as error:
-        raise UserError(f"{folder} does not say which images its model was scored on: {advice}") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except TypeError as error:  # an option that there is none of
         raise UserError(f"{folder / IMAGES} is damaged ({error}): {advice}") from error
     except UserError as error:
         raise UserError(f"the images of the run are not what they were ({error}). Or {advice}") from error
@@ -260,7 +266,8 @@ def images_of_run(folder: Path, labels: list[str]) -> tuple["Images", "Images"]:
     of_test = np.array([digest[:DIGEST] in test for digest in digests])
     missing = len(test - {digest[:DIGEST] for digest in digests})
     if not of_test.any() or of_test.all():
-        raise UserError(f"the test images of the run are no longer there: {advice}")
+        gone = "other images" if of_test.any() else "test images"
+        raise UserError(f"the {gone} of the run are no longer there: {advice}")
     if missing:
         say("careful", f"{plural(missing, 'test image')} of the run are no longer there, or have changed")
 

@@ -4,12 +4,14 @@ What is kept of each image is in files of many, so that a run that has more imag
 is new. A file is written whole or not at all, and never changed.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
 import logging
 import os
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -29,6 +31,7 @@ PART = "rows-"  # how the names of files of rows begin; `datasets` puts its own 
 PART_ROWS = 16_384  # new rows in a file: a run that is killed loses at most so many
 KEY = "key"  # the column, or tensor, that tells what a row is made of
 AT_ONCE = 2048  # rows of features that are worked on at a time: of four times as many the heap kept 400 MB
+REMAINS = 24 * 3600  # seconds after which a temporary file is one of a process that was killed
 MAX_IN_MEMORY = 64_000_000  # bytes
 
 
@@ -172,6 +175,9 @@ def make_rows(
     begin, progress = sum(map(len, parts)), Tenths(topic, len(new), unit, quiet_seconds=10)
     place_of |= {keys[row]: begin + number for number, row in enumerate(new)}
     file = f"{PART}{cache_key(*(keys[row] for row in new))}"
+    if new:
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_remains(folder)
     for first in range(0, len(new), PART_ROWS):
         rows = new[first : first + PART_ROWS]
 
@@ -181,7 +187,6 @@ def make_rows(
             progress.reach(first + indices[-1] + 1)
             return made
 
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{file}-{first:09}.arrow"  # so that the files are in the order of the rows
         part = dataset.select(rows).map(
             make_batch, batched=True, with_indices=True, batch_size=32, writer_batch_size=32,
@@ -196,6 +201,14 @@ def make_rows(
     for column in beside:
         made = made.add_column(column, _put(dataset[column][:], places, len(made)), feature=dataset.features[column])
     return (made if places == list(range(len(made))) else made.select(places)), len(keys) - len(new)
+
+
+def _remove_remains(folder: Path) -> None:
+    """Remove files of `Dataset.map` that nobody has written to lately, as processes leave them that are killed."""
+    for path in folder.glob("tmp*"):
+        with contextlib.suppress(OSError):  # another process may remove it
+            if path.stat().st_mtime < time.time() - REMAINS:
+                path.unlink()
 
 
 def _put(values: list, places: list[int], length: int) -> list:

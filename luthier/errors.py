@@ -3,6 +3,8 @@
 import errno
 import functools
 import importlib.util
+import os
+import re
 import sys
 from collections.abc import Callable, Collection
 from typing import ParamSpec
@@ -70,5 +72,8 @@ def message_for_user(error: Exception) -> str | None:
         if isinstance(cause, OSError) and (cause.errno in DISK_OR_RIGHTS or "Not enough disk space" in str(cause)):
             where = f"{cause.filename}: " if cause.filename else ""
             return f"{where}{cause.strerror or cause}. Free some space, or check the rights, and start again"
+        number = re.search(r"\(os error (\d+)\)", str(cause)) if type(cause).__name__ == "SafetensorError" else None
+        if number and int(number[1]) in DISK_OR_RIGHTS:  # weights: safetensors has no other way to say it
+            return f"{os.strerror(int(number[1]))}. Free some space, or check the rights, and start again"
         cause = cause.__cause__
     return None

@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import shutil
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -217,6 +218,27 @@ def test_file_that_changes_with_its_size_and_time_is_not_kept_as_another(images,
         prepare(splits, view)
     path.write_bytes(content)
     assert len(prepare(splits, view)["train"]) == len(splits["train"])
+
+
+def test_image_that_memory_did_not_suffice_for_is_read_again(images, monkeypatch, empty_cache):
+    def fail(*arguments):
+        raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="there is not enough memory"):
+        patch.setattr(inspection, "decode_rgb", fail)
+        load(data_dir=str(images))
+    assert sum(map(len, load(data_dir=str(images)).values())) == 24
+
+
+def test_files_of_killed_processes_are_removed(images, view, empty_cache, tmp_path):
+    prepare(load(data_dir=str(images)), view)
+    folder = next((tmp_path / "cache").glob("luthier_inspected/*"))
+    for name, age in (("tmpold", 2 * cache.REMAINS), ("tmpnew", 60)):
+        (folder / name).touch()
+        os.utime(folder / name, (time.time() - age,) * 2)
+    draw("red", 7000).save(images / "red/more.png")
+    load(data_dir=str(images))
+    assert not (folder / "tmpold").exists() and (folder / "tmpnew").exists()
 
 
 def test_folder_that_is_read_again_warns_of_nothing(images, view, empty_cache, caplog):

@@ -7,6 +7,7 @@ import textwrap
 
 import pytest
 from conftest import PROJECT
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 
 import models
@@ -30,6 +31,7 @@ def caused(cause: Exception) -> Exception:
             caused(OSError(errno.ENOSPC, "No space left on device", "/data/x")),
             "/data/x: No space left on device. Free",
         ),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "No space left on device. Free some"),
         (OSError("Not enough disk space. Needed: 1 GB"), "Not enough disk space. Needed: 1 GB. Free some"),
     ],
 )

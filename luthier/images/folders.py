@@ -265,11 +265,20 @@ def _with_stamps(files: list[ListedImage]) -> tuple[tuple, ...]:
     rows = []
     for image in files:
         try:
-            status = Path(image.path).stat()
+            rows.append((*image, stamp_of(image.path)))
         except OSError as error:  # a link to nowhere
             raise UserError(f"{image.path} cannot be read: {error.strerror}. Replace or remove it") from error
-        rows.append((*image, f"{Path(image.path).absolute()} {status.st_size} {status.st_mtime_ns}"))
     return tuple(rows)
+
+
+def stamp_of(path: str) -> str:
+    """Return the `STAMP` of a file.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    status = Path(path).stat()
+    return f"{Path(path).absolute()} {status.st_size} {status.st_mtime_ns}"
 
 
 def _file_rows(files: tuple[tuple, ...], columns: tuple[str, ...]) -> Iterator[dict]:

@@ -60,6 +60,7 @@ def write_model_card(path: Path, metrics: dict, custom_code: bool, repo_id: str 
         "balance": balance_with_intervals,
     }
     exports = path.parent / EXPORTS
+    compared = json.loads(exports.read_text(encoding="utf-8")) if exports.is_file() else {}
     card = environment.get_template("card.md").render(
         metadata=metadata.to_yaml(),
         name=name,
@@ -72,7 +73,7 @@ def write_model_card(path: Path, metrics: dict, custom_code: bool, repo_id: str 
         not_known=none_in_words(test["none"], metrics["unsure"]) if "none" in test else "",
         refit=refit_in_words(metrics["refit"]) if metrics.get("refit") else "",
         figures={file: title for file, title in FIGURES.items() if (path.parent / file).exists()},
-        exports=json.loads(exports.read_text(encoding="utf-8")) if exports.is_file() else {},
+        exports={file: row for file, row in compared.items() if (path.parent / "onnx" / file).is_file()},
         command=" ".join(metrics["command"].split()),
     )
     written = path.with_name(f".{path.name}")  # renamed when it is whole: its presence says that the run has ended

@@ -286,7 +286,7 @@ def list_findings(findings: Mapping) -> str:
     """Return everything that was found, for the terminal: a line for each image or set of images."""
     classes = sorted(findings["classes"].items(), key=lambda item: -item[1])
     (largest, most), (smallest, fewest) = classes[0], classes[-1]
-    sizes = f"from {fewest:,} ({smallest}) to {most:,} ({largest}) each"
+    sizes = f"from {fewest:,} ({escape_terminal(smallest)}) to {most:,} ({escape_terminal(largest)}) each"
     lines = [f"{plural(findings['images'], 'image')} of {plural(len(classes), 'class', 'classes')}, {sizes}"]
     lines += [f"\ngroups: {grouping_in_words(findings['grouping'])}"] if findings["grouping"] else []
     lines += [f"\ngroups: {inflation_in_words(findings['inflation'])}"] if findings.get("inflation") else []

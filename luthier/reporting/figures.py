@@ -1,5 +1,8 @@
 """The figures of a run, as PNG."""
 
+import contextlib
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter, StrMethodFormatter
 
+from luthier.escape import escape_terminal
 from luthier.terminal import percent, percent_with_interval
+
+MAX_CELLS = 40  # classes whose confusion matrix has a number in each cell
 
 BLUE, ORANGE = "#0072B2", "#D55E00"  # of the Okabe-Ito palette, which the colour-blind can tell apart
 # matplotlib's own font lacks most scripts. Of these, those that are installed are asked for what it lacks.
@@ -22,7 +28,8 @@ FONTS = ("Noto Sans CJK JP", "Noto Sans CJK SC", "Hiragino Sans", "PingFang SC",
 def plot_confusion_matrix(scored: dict, labels: list[str], path: Path, shares: bool = False) -> None:
     """Draw the confusion matrix [C, C] of `metrics.score`: colour by the share of the true class.
 
-    Each cell holds the number of images, or with `shares` the percentage of the true class; above 40 classes nothing.
+    Each cell holds the number of images, or with `shares` the percentage of the true class; above `MAX_CELLS` classes
+    nothing.
     """
     matrix = np.array(scored["confusion_matrix"])
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
@@ -33,14 +40,15 @@ def plot_confusion_matrix(scored: dict, labels: list[str], path: Path, shares: b
         image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
         figure.colorbar(image, format=PercentFormatter(1), shrink=0.8, label="share of the true class")
         size = float(np.clip(72 * side / len(labels) / 4, 3, 10))
-        short = [name if len(name) <= 24 else f"{name[:23]}…" for name in labels]
+        short = [escape_terminal(" ".join(name.split())) for name in labels]
+        short = [name if len(name) <= 24 else f"{name[:23]}…" for name in short]
         # Names are data: a dollar sign in one must not start a formula.
         text: dict[str, Any] = {"fontsize": min(10.0, 72 * side / len(labels) * 0.6), "parse_math": False}
         axes.set_xticks(range(len(labels)), short, rotation=45, ha="right", rotation_mode="anchor", **text)
         axes.set_yticks(range(len(labels)), short, **text)
         axes.set(xlabel="predicted class", ylabel="true class")
         axes.set_title(f"Test accuracy {percent_with_interval(scored)}", fontsize=10, loc="left")
-        if len(labels) <= 40:
+        if len(labels) <= MAX_CELLS:
             for row, column in zip(*matrix.nonzero(), strict=True):
                 colour = "white" if share[row, column] > 0.5 else "black"
                 cell = percent(share[row, column], 0) if shares else matrix[row, column]
@@ -145,9 +153,12 @@ def plot_learning_curve(curve: dict, path: Path) -> None:
         figure.savefig(path, dpi=120)
 
 
-def _style():
+@contextlib.contextmanager
+def _style() -> Iterator[None]:
+    """Draw in the project's style, names of classes in any script that a font is installed for."""
     installed = set(font_manager.get_font_names())
     fonts = [*matplotlib.rcParams["font.family"], *(font for font in FONTS if font in installed)]
-    return matplotlib.rc_context(
-        {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "font.family": fonts}
-    )
+    style: dict[str, Any] = {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+    with matplotlib.rc_context(style | {"font.family": fonts}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # one for each character, in a name that shows as boxes
+        yield

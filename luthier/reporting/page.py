@@ -39,8 +39,11 @@ def write_report(output_dir: Path, metrics: dict, findings: dict, test: TestPred
         test: what the model predicts.
     """
     labels = metrics["data"]["labels"]
-    figures.plot_confusion_matrix(metrics["test"], labels, output_dir / "confusion_matrix.png")
-    figures.plot_confusion_matrix(metrics["test"], labels, output_dir / "confusion_matrix_rows.png", shares=True)
+    if metrics["test"]["confusion_matrix"]:
+        figures.plot_confusion_matrix(metrics["test"], labels, output_dir / "confusion_matrix.png")
+        if len(labels) <= figures.MAX_CELLS:  # the figures differ in what is written into the cells alone
+            rows = output_dir / "confusion_matrix_rows.png"
+            figures.plot_confusion_matrix(metrics["test"], labels, rows, shares=True)
     figures.plot_reliability(metrics["calibration"]["reliability"], output_dir / "reliability.png")
     figures.plot_coverage(metrics["unsure"], output_dir / "coverage.png")
     if any("eval_loss" in entry for entry in metrics["history"]):

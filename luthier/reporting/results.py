@@ -4,6 +4,7 @@ import csv
 import importlib.metadata
 import json
 import platform
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -252,7 +253,10 @@ def count_learned(folder: Path, digests: Iterable[str]) -> int:
 def write_metrics(path: Path, metrics: Mapping) -> None:
     """Write `metrics.json`; what is not a number, after a run that diverged, is null."""
     plain = json.loads(json.dumps(metrics), parse_constant=lambda _: None)
-    path.write_text(json.dumps(plain, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(plain, indent=2, ensure_ascii=False)
+    # A list of numbers is one line, such as a row of the confusion matrix. No text in quotes holds such a line break.
+    text = re.sub(r"\[\n([-+\s\d.,eE]+)\]", lambda found: f"[{' '.join(found[1].split())}]", text)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def write_audit(path: Path, findings: Mapping) -> None:

@@ -15,6 +15,7 @@ from luthier.images.groups import groups_of
 from luthier.scoring.intervals import balanced_accuracy, bootstrap_intervals, interval_of_share, macro_f1
 
 BINS = 15  # of confidence, for the calibration error (Guo et al. 2017)
+MAX_CONFUSED = 1000  # classes with a confusion matrix: that of ten thousand has a hundred million cells
 TOP = 5  # classes among which the true one may be, for the top-5 accuracy
 MAX_CORRECT_WITHHELD = 0.05  # share of the correct answers that "unsure" may cost
 
@@ -85,9 +86,13 @@ class Classification(evaluate.Metric):
     def _compute(
         self, predictions: list[int], references: list[int], num_labels: int, none: int | None = None
     ) -> dict:
-        matrix = np.zeros((num_labels, num_labels), dtype=np.int64)  # true class by predicted class
-        np.add.at(matrix, (references, predictions), 1)
-        correct, predicted, support = np.diag(matrix), matrix.sum(axis=0), matrix.sum(axis=1)
+        true, answers = np.array(references), np.array(predictions)
+        counts = (true[true == answers], answers, true)
+        correct, predicted, support = (np.bincount(each, minlength=num_labels) for each in counts)
+        matrix = None
+        if num_labels <= MAX_CONFUSED:
+            matrix = np.zeros((num_labels, num_labels), dtype=np.int64)  # true class by predicted class
+            np.add.at(matrix, (true, answers), 1)
         if none is not None:
             predicted[none] = 0
         # A class never predicted has no precision, one without images no recall: both count as 0, as in scikit-learn.
@@ -95,14 +100,14 @@ class Classification(evaluate.Metric):
         recall = correct / np.maximum(support, 1)
         f1 = 2 * correct / np.maximum(predicted + support, 1)
         return {
-            "accuracy": float(correct.sum() / matrix.sum()),
+            "accuracy": float((true == answers).mean()),
             "balanced_accuracy": float(balanced_accuracy(correct, support)),
             "macro_f1": float(macro_f1(correct, support, predicted)),
             "precision": precision.tolist(),
             "recall": recall.tolist(),
             "f1": f1.tolist(),
             "support": support.tolist(),
-            "confusion_matrix": matrix.tolist(),
+            "confusion_matrix": matrix if matrix is None else matrix.tolist(),
         }
 
 
@@ -130,8 +135,9 @@ def score(
     Returns `accuracy`, and `top_5_accuracy` where there are more than 5 classes; `balanced_accuracy` (the mean recall
     of the classes that occur) and `macro_f1` (over the classes that occur or are predicted); the 95% interval of each
     as `..._ci95`; `log_loss` (mean cross-entropy in nats), `ece` (expected calibration error, see `reliability`), `n`,
-    `groups` (how many, where there are any), `per_class` by class name, `confusion_matrix` (by true class), and `none`
-    where there are images of that class: how many, which share of them is taken for it, and of the others.
+    `groups` (how many, where there are any), `per_class` by class name, `confusion_matrix` (by true class; None above
+    `MAX_CONFUSED` classes), and `none` where there are images of that class: how many, which share of them is taken
+    for it, and of the others.
     """
     if not known_images(references, none).all():
         return _score_known(logits, references, labels, groups, class_shares, none)

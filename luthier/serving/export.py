@@ -32,6 +32,7 @@ FILES = {"fp32": "model.onnx", "fp16": "model_fp16.onnx", "int8": "model_int8.on
 OPSET = 20
 WEIGHTED = ("Conv", "MatMul", "Gemm")
 BETWEEN = ("Add", "Clip", "Relu", "MaxPool", "AveragePool", "GlobalAveragePool")
+MAX_BYTES = 2e9  # of an ONNX file, which is one protobuf message
 MAX_BATCH = 4096  # images; more at a time are no batch
 
 
@@ -101,13 +102,16 @@ def export_model(network: TorchNetwork, path: Path) -> Facts:
         path: of the file; it is there when it is whole, or not at all.
 
     Raises:
-        UserError: its image processor does more than resize and crop, or its architecture cannot be exported.
+        UserError: its image processor does more than resize and crop, its architecture cannot be exported, or it is
+            too large.
     """
     view = EvaluationView(network.image_processor)
     facts = Facts(network.labels, find_rule(view), network.unsure_below, network.none)
     # On the CPU, wherever the model has predicted: the file is the same, and its parts are in one place.
     module, example = PixelsToAnswer(network, view).cpu().eval(), torch.zeros(2, *view.size, 3, dtype=torch.uint8)
-    name = network.model.config.model_type
+    name, size = network.model.config.model_type, sum(tensor.numel() * 4 for tensor in module.state_dict().values())
+    if size > MAX_BYTES:
+        raise UserError(f"the model has {size / 1e9:.1f} GB of weights, and an ONNX file holds 2: choose another one")
     try:
         with torch.no_grad():
             program = torch.onnx.export(

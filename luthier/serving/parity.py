@@ -59,6 +59,7 @@ class Parity(NamedTuple):
         precision: of the exported weights.
         n: how many images both have answered.
         same: for how many of them the likeliest class is the same.
+        not_finite: for how many the exported model's answer is no finite number, and the trained one's is.
         other_answers: how many are unsure by one and not by the other, by more than rounding.
         largest_difference: of a probability.
         labelled: their classes are known; otherwise the trained model's answers count as correct.
@@ -69,6 +70,7 @@ class Parity(NamedTuple):
     precision: str
     n: int
     same: int
+    not_finite: int
     other_answers: int
     largest_difference: float
     labelled: bool
@@ -78,6 +80,8 @@ class Parity(NamedTuple):
     @property
     def refusal(self) -> str | None:
         """Why nobody should use the exported model; None where there is no reason."""
+        if self.not_finite:
+            return f"the answers to {plural(self.not_finite, 'image')} are no finite numbers"
         if self.precision == "fp32" and self.same < self.n:
             return f"{plural(self.n - self.same, 'image gets', 'images get')} another class than by the trained model"
         if self.precision == "fp32" and self.other_answers:
@@ -122,13 +126,16 @@ def compare(exported: Network, rated: Rated, images: Images, precision: str) -> 
     truth = before if images.labels is None else images.labels
     correct = [(answers == truth).astype(int) for answers in (before, after)]
     sure = [each.sureness >= exported.unsure_below for each in (rated, other)]
-    apart = np.abs(rated.sureness - other.sureness) > ROUNDING
+    apart = ~(np.abs(rated.sureness - other.sureness) <= ROUNDING)  # so of what is no number, too
+    finite = [np.isfinite(each.probabilities).all(axis=1) & ~np.isnan(each.sureness) for each in (rated, other)]
+    differences = np.abs(rated.probabilities - other.probabilities)
     return Parity(
         precision=precision,
         n=len(truth),
         same=int((before == after).sum()),
+        not_finite=int((finite[0] & ~finite[1]).sum()),
         other_answers=int(((sure[0] != sure[1]) & apart).sum()),
-        largest_difference=float(np.abs(rated.probabilities - other.probabilities).max()),
+        largest_difference=float(np.nan_to_num(differences, nan=1.0).max()),
         labelled=images.labels is not None,
         accuracy=(float(correct[0].mean()), float(correct[1].mean())),
         difference_ci95=interval_of_difference(correct[1] - correct[0], images.groups),

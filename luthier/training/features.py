@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,12 +12,26 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
-from luthier.cache import as_bytes, cache_key, empty_rows, fill_rows, rows_at_once, write_rows
+from luthier.cache import (
+    as_bytes,
+    cache_key,
+    empty_rows,
+    fill_rows,
+    library_versions,
+    rows_at_once,
+    write_rows,
+)
 from luthier.errors import UserError
 from luthier.fusion import fuse_batchnorm
 from luthier.images.views import ImageRows
 from luthier.terminal import say
 from luthier.training.trainer import concatenate_batches, model_of
+
+# What a model's config says of a run, and not of its backbone.
+OF_RUN = {
+    "_name_or_path", "architectures", "class_shares", "dtype", "familiarity", "id2label", "label2id", "none_class",
+    "num_labels", "problem_type", "transformers_version", "unsure_below",
+}  # fmt: skip
 
 
 def load_features(
@@ -30,14 +45,16 @@ def load_features(
     Args:
         trainer: runs the model, on its device and in its precision, over all of its processes.
         head: name of the model's head, see `models.linear_head`.
-        images: of `data.feature_rows`. The model's weights, the precision and torch's version are added to their key.
+        images: of `data.feature_rows`. The model's weights and config, the precision, and the versions of torch and
+            timm are added to their key.
         space: where the features are written, float32 [N, D]; None takes new space. Other processes have none.
 
     Raises:
         UserError: the features are not finite.
     """
     model, (rows, key, digests) = model_of(trainer), images
-    key = cache_key(key, trainer.accelerator.mixed_precision, torch.__version__, *_backbone_weights(model, head))
+    versions = library_versions("torch", "timm")
+    key = cache_key(key, trainer.accelerator.mixed_precision, versions, *_backbone(model, head))
     is_main_process, new = trainer.is_world_process_zero(), []
     if is_main_process:
         space = empty_rows(len(digests), feature_size(model, head)) if space is None else space
@@ -130,8 +147,10 @@ def run_backbone(trainer: Trainer, backbone: PreTrainedModel, rows: Any) -> torc
     return torch.from_numpy(concatenate_batches(outputs)).float().contiguous()
 
 
-def _backbone_weights(model: PreTrainedModel, head: str) -> list[object]:
-    parts: list[object] = []
+def _backbone(model: PreTrainedModel, head: str) -> list[object]:
+    """Return what the features depend on, as parts of a key: the config, less what is of a run, and the weights."""
+    config = {name: value for name, value in model.config.to_dict().items() if name not in OF_RUN}
+    parts: list[object] = [json.dumps(config, sort_keys=True, default=str)]
     for name, tensor in model.state_dict().items():
         if not name.startswith(f"{head}."):
             data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)

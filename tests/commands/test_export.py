@@ -28,6 +28,7 @@ from luthier.scoring.intervals import interval_of_difference
 from luthier.serving import export as exporting
 from luthier.serving.classifier import open_network
 from luthier.serving.export import export_model
+from luthier.serving.network import Rated
 from luthier.serving.onnx_network import OnnxNetwork
 from luthier.serving.parity import Images, Parity, compare
 from luthier.serving.torch_network import TorchNetwork
@@ -227,7 +228,7 @@ def test_failed_export_leaves_a_finished_run(run, capsys, monkeypatch):
 def test_refusal_depends_on_the_interval():
     def parity(lost: int, n: int) -> Parity:
         low, high = interval_of_difference(-np.repeat([1, 0], [lost, n - lost]))
-        return Parity("int8", n, n - lost, 0, 0.1, True, (1.0, 1 - lost / n), (low, high))
+        return Parity("int8", n, n - lost, 0, 0, 0.1, True, (1.0, 1 - lost / n), (low, high))
 
     assert parity(0, 20).refusal is None and parity(3, 100).refusal is None
     assert parity(100, 2000).refusal and parity(10, 50).refusal
@@ -258,9 +259,33 @@ def test_shipped_file_is_judged_too(run, capsys, monkeypatch, tmp_path):
 
 
 def test_float32_that_is_unsure_otherwise_is_refused():
-    parity = Parity("fp32", 9, 9, 1, 0.0, True, (1.0, 1.0), (-0.1, 0.1))
+    parity = Parity("fp32", 9, 9, 0, 1, 0.0, True, (1.0, 1.0), (-0.1, 0.1))
     assert parity.refusal == "1 image is unsure by one of the two alone"
     assert parity._replace(other_answers=0).refusal is None
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_answers_that_are_no_numbers_are_refused(precision):
+    answers = np.tile([0.9, 0.1], (300, 1))
+    rated = Rated(answers, answers.max(axis=1))
+    broken = Rated(np.where(np.arange(300)[:, None] < 20, np.nan, answers), rated.sureness)
+
+    class Exported:
+        unsure_below, batch_size = 0.6, 300
+
+    class Fixed(Images):
+        def rate(self, network, topic):
+            return broken
+
+    parity = compare(Exported(), rated, Fixed(["image"] * 300, lambda number: b"", np.zeros(300, int)), precision)
+    assert parity.refusal == "the answers to 20 images are no finite numbers" and parity.largest_difference == 1
+
+
+def test_model_that_is_too_large_for_an_onnx_file_is_refused(run, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(exporting, "MAX_BYTES", 1000)
+    with pytest.raises(SystemExit):
+        export.main([str(run), "--output_dir", str(tmp_path)])
+    assert "GB of weights, and an ONNX file holds 2: choose another one" in capsys.readouterr().err
 
 
 def test_comparison_counts_what_differs(tmp_path):

@@ -1,5 +1,7 @@
 """A dataset by name: which columns hold images and labels, which classes there are, and how they are ordered."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from conftest import draw, labels_of, load, save_dataset
@@ -54,6 +56,21 @@ def test_image_column_may_hold_plain_bytes(tmp_path, images, view):
     splits = prepare(load(dataset_name=str(tmp_path / "set"), image_column="image"), view)
     folder = prepare(load(data_dir=str(images)), view)
     assert describe(splits, "drawn")["fingerprint"] == describe(folder, "drawn")["fingerprint"]
+
+
+def test_changed_file_that_a_dataset_names_is_read_again(images):
+    paths = sorted(str(path) for path in images.rglob("*.png"))
+    rows = {"image": [{"bytes": None, "path": path} for path in paths], "label": [Path(p).parent.name for p in paths]}
+    features = Features({"image": {"bytes": Value("binary"), "path": Value("string")}, "label": Value("string")})
+    folder = images.parent / "shards"
+    folder.mkdir()
+    Dataset.from_dict(rows, features=features).to_parquet(folder / "train-0.parquet")
+    source = {"data_dir": str(folder), "image_column": "image"}  # it has lost its type
+    before, _ = data.load_images(**source)
+    draw("red", 999).save(paths[0])
+    after, _ = data.load_images(**source)
+    changed = [a != b for a, b in zip(before["train"]["digest"][:], after["train"]["digest"][:], strict=True)]
+    assert changed[0] and sum(changed) == 1
 
 
 def test_single_split_is_the_training_split_whatever_its_name(tmp_path):

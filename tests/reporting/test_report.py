@@ -1,5 +1,6 @@
 """Figures, model card and pages: they show the score, escape names and need no network."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -11,10 +12,11 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from data import load_splits
+from luthier.reporting import figures
 from luthier.reporting.card import write_model_card
 from luthier.reporting.figures import plot_confusion_matrix, plot_curves, plot_learning_curve, plot_reliability
 from luthier.reporting.page import write_audit_page, write_report
-from luthier.reporting.results import TestPredictions, write_predictions
+from luthier.reporting.results import TestPredictions, write_metrics, write_predictions
 from luthier.scoring.audit import audit_images
 from luthier.scoring.metrics import confidence_and_correct, reliability, score, selective
 from luthier.terminal import percent_with_interval
@@ -90,6 +92,32 @@ def test_confusion_matrix_of_a_hundred_classes(tmp_path):
     references = np.arange(100).repeat(2)
     plot_confusion_matrix(score(np.eye(100)[references], references, labels), labels, tmp_path / "a.png")
     assert 1000 < max(read_pixels(tmp_path / "a.png").shape) < 4000
+
+
+def test_names_in_any_script_are_drawn_without_a_warning(metrics, tmp_path, recwarn):
+    labels = ["\U0001f3bb violin", "two\nlines", "\x1b[31mred"]
+    plot_confusion_matrix(score(np.eye(3)[REFERENCES], REFERENCES, labels), labels, tmp_path / "a.png")
+    assert read_pixels(tmp_path / "a.png").std() > 10 and not len(recwarn)
+
+
+def test_metrics_have_a_row_of_the_confusion_matrix_on_a_line(metrics, tmp_path):
+    metrics["data"] = metrics["data"] | {"labels": ["[1,  2]", "b", "c"]}
+    write_metrics(tmp_path / "metrics.json", metrics)
+    text = (tmp_path / "metrics.json").read_text()
+    first = metrics["test"]["confusion_matrix"][0]
+    assert f"\n      {json.dumps(first)},\n" in text and json.loads(text) == json.loads(json.dumps(metrics))
+
+
+@pytest.mark.parametrize("most", [2, 3])
+def test_report_of_very_many_classes_has_no_confusion_matrix(metrics, images, tmp_path, monkeypatch, most):
+    splits, unreadable = load_splits(data_dir=str(images))
+    findings = audit_images(splits, unreadable)
+    monkeypatch.setattr(figures, "MAX_CELLS", most)
+    metrics["test"] = metrics["test"] | {"confusion_matrix": None if most == 3 else [[1, 0, 0]] * 3}
+    test = TestPredictions(splits | {"test": splits["test"].select(range(6))}, LOGITS, REFERENCES)
+    write_report(tmp_path, metrics, findings, test)
+    assert [path.name for path in tmp_path.glob("confusion*")] == ["confusion_matrix.png"] * (most == 2)
+    assert (tmp_path / "report.html").read_text().count('alt="Confusion matrix') == (most == 2)
 
 
 def test_curves_are_drawn(tmp_path):

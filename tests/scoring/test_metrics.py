@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict
 
+from luthier.scoring import metrics
 from luthier.scoring.intervals import wilson_interval
 from luthier.scoring.metrics import (
     TestPredictions,
@@ -41,6 +42,14 @@ def test_score_equals_values_worked_out_by_hand():
     assert metrics["macro_f1"] == pytest.approx((0.75 + 0.5) / 2)  # c does not occur and does not count
     correct, wrong = math.log(math.e + 2) - 1, math.log(math.e + 2)
     assert metrics["log_loss"] == pytest.approx((4 * correct + 2 * wrong) / 6)
+
+
+def test_very_many_classes_have_no_confusion_matrix(monkeypatch):
+    monkeypatch.setattr(metrics, "MAX_CONFUSED", 2)
+    expected = score(LOGITS[:, :2], REFERENCES, LABELS[:2])
+    without = score(LOGITS, REFERENCES, LABELS)
+    assert expected["confusion_matrix"] and without["confusion_matrix"] is None
+    assert without["per_class"]["a"] == expected["per_class"]["a"] and without["accuracy"] == expected["accuracy"]
 
 
 def test_perfect_and_worst_scores():

@@ -11,14 +11,15 @@ from conftest import draw, draw_folder, load
 from datasets import DatasetDict
 from sklearn.linear_model import LogisticRegression
 from timm.layers import Conv2dSame
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, ResNetConfig, ResNetForImageClassification, Trainer, TrainingArguments
 
 from data import collate, feature_rows, prepare
+from luthier.cache import cache_key
 from luthier.errors import UserError
 from luthier.fusion import _with_even_padding
 from luthier.images.views import EvaluationView
 from luthier.training import probe as probe_module
-from luthier.training.features import build_backbone, load_features
+from luthier.training.features import _backbone, build_backbone, load_features
 from luthier.training.probe import (
     SOFT,
     STRENGTHS,
@@ -226,6 +227,15 @@ def test_features_are_cached_for_images_weights_and_view(timm_checkpoint, tmp_pa
     assert count_passes(str(tmp_path / "moved"), folder)[0] == 2
     draw("red", 999).save(next((tmp_path / "p/red").iterdir()))
     assert count_passes(name, folder)[0] >= 1
+
+
+def test_config_of_a_model_is_a_part_of_the_key_of_its_features():
+    def key(**changes) -> str:
+        torch.manual_seed(0)
+        config = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic", **changes)
+        return cache_key(*_backbone(ResNetForImageClassification(config), "classifier.1"))
+
+    assert key() == key(id2label={0: "x", 1: "y"}) != key(hidden_act="gelu")
 
 
 def test_features_of_new_images_alone_are_computed(probe_setup, monkeypatch, capsys):
