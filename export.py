@@ -253,9 +253,9 @@ def images_of_run(folder: Path, labels: list[str]) -> tuple["Images", "Images"]:
         raise UserError(f"{folder / IMAGES} is damaged ({error}): {advice}") from error
     try:
         if "stream" in options:
-            options["stream"] = open_stream(options["data_dir"] or options["dataset_name"], **options["stream"])
+            options["stream"] = open_stream(options.get("data_dir") or options["dataset_name"], **options["stream"])
         splits, _ = load_images(**options)
-    except TypeError as error:  # an option that there is none of
+    except (TypeError, KeyError) as error:  # an option that there is none of, or one is missing
         raise UserError(f"{folder / IMAGES} is damaged ({error}): {advice}") from error
     except UserError as error:
         raise UserError(f"the images of the run are not what they were ({error}). Or {advice}") from error

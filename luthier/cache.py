@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import logging
 import os
+import shutil
 import tempfile
 import time
 from collections import Counter
@@ -130,6 +131,7 @@ def write_rows(kind: str, key: str, digests: Sequence[str], rows: torch.Tensor) 
         digests: SHA-256 of each image [N], in hexadecimal, each once.
         rows: [N, ...]; where there is no space or no right to write, they are computed again next time.
     """
+    _remove_remains(kind)
     names = as_bytes(digests).view(np.uint8).reshape(len(digests), -1)
     path = _folder(kind, key, f"{cache_key(*digests)}.safetensors")
     _write_tensors(path, {KEY: torch.from_numpy(names.copy()), "tensor": rows})
@@ -177,7 +179,7 @@ def make_rows(
     file = f"{PART}{cache_key(*(keys[row] for row in new))}"
     if new:
         folder.mkdir(parents=True, exist_ok=True)
-        _remove_remains(folder)
+        _remove_remains(kind)
     for first in range(0, len(new), PART_ROWS):
         rows = new[first : first + PART_ROWS]
 
@@ -203,12 +205,13 @@ def make_rows(
     return (made if places == list(range(len(made))) else made.select(places)), len(keys) - len(new)
 
 
-def _remove_remains(folder: Path) -> None:
-    """Remove files of `Dataset.map` that nobody has written to lately, as processes leave them that are killed."""
-    for path in folder.glob("tmp*"):
+@functools.cache
+def _remove_remains(kind: str) -> None:
+    """Remove temporary files that nobody has written to lately, as processes leave them that are killed."""
+    for path in _folder(kind).glob("*/tmp*"):
         with contextlib.suppress(OSError):  # another process may remove it
             if path.stat().st_mtime < time.time() - REMAINS:
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _put(values: list, places: list[int], length: int) -> list:

@@ -42,8 +42,8 @@ def free_output_dir(given: str | None, name: str, resume_from_checkpoint: str | 
     if path.is_file() or (path.is_dir() and not is_empty(path) and not continues):
         raise UserError(
             f"--output_dir {given} already holds something, which is neither overwritten nor deleted: give another, "
-            "leave the option out to use the next free name under outputs/, or continue an interrupted run with "
-            "--resume_from_checkpoint auto"
+            "leave the option out to use the next free name under outputs/, or let train.py continue an interrupted "
+            "run with --resume_from_checkpoint auto"
         )
     return path
 

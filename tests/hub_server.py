@@ -264,6 +264,7 @@ class _Handler(BaseHTTPRequestHandler):
                 "private": repository.private,
                 "siblings": siblings,
             }
+            reply |= {"sdk": repository.sdk} if repository.sdk else {}
             reply |= {"modelId": name, "tags": [], "gated": False, "disabled": False, "downloads": 0}
             self._respond(200, reply)
 

@@ -233,12 +233,13 @@ def test_image_that_memory_did_not_suffice_for_is_read_again(images, monkeypatch
 def test_files_of_killed_processes_are_removed(images, view, empty_cache, tmp_path):
     prepare(load(data_dir=str(images)), view)
     folder = next((tmp_path / "cache").glob("luthier_inspected/*"))
-    for name, age in (("tmpold", 2 * cache.REMAINS), ("tmpnew", 60)):
-        (folder / name).touch()
+    cache._remove_remains.cache_clear()
+    for name, age in (("tmpold", 2 * cache.REMAINS), ("tmpnew", 60), ("tmpfolder", 2 * cache.REMAINS)):
+        (folder / name).touch() if name != "tmpfolder" else (folder / name).mkdir()
         os.utime(folder / name, (time.time() - age,) * 2)
     draw("red", 7000).save(images / "red/more.png")
     load(data_dir=str(images))
-    assert not (folder / "tmpold").exists() and (folder / "tmpnew").exists()
+    assert [path.name for path in folder.glob("tmp*")] == ["tmpnew"]
 
 
 def test_folder_that_is_read_again_warns_of_nothing(images, view, empty_cache, caplog):

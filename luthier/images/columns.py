@@ -201,6 +201,11 @@ def label_and_image(
     image_column, label_column = find_columns(features, image_column, label_column)
     values = labels_of_splits({split: dataset[label_column][:] for split, dataset in splits.items()}, label_column)
     name_of = _names_of_labels(features[label_column], set().union(*values.values()), label_column)
+    feature = features[label_column]
+    unused = sorted(set(feature.names) - {*name_of.values()}) if isinstance(feature, ClassLabel) else []
+    if unused:
+        classes = plural(len(unused), "class", "classes")
+        logger.warning(f"Not used: {classes} of the column {label_column!r} without images, such as {unused[0]!r}")
     index_of = {name: index for index, name in enumerate(name_of.values())}
     learned = {name_of[value] for value in values["train"]}
     missing = [name for name in index_of if name not in learned]
@@ -298,10 +303,6 @@ def _names_of_labels(feature: object, values: set, label_column: str) -> dict:
         unknown = [value for value in values if value not in known]
         if unknown:
             raise UserError(f"the column {label_column!r} has the label {unknown[0]!r}, which is none of its classes")
-        unused = [name for value, name in known.items() if value not in values]
-        if unused:
-            classes = plural(len(unused), "class", "classes")
-            logger.warning(f"Not used: {classes} of the column {label_column!r} without images, such as {unused[0]!r}")
         return {value: name for value, name in known.items() if value in values}
     kinds = {type(value) for value in values}
     if kinds == {str}:

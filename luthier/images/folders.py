@@ -5,6 +5,7 @@ train" for a split.
 """
 
 import logging
+import os
 import re
 import unicodedata
 from collections import Counter
@@ -33,7 +34,7 @@ SPLIT_OF_FOLDER = {
     "testing": "test",
 }
 
-MOST_NAMED = 5  # folders that a message names
+MOST_SPLITS = 5  # folders that splits may be; more are classes
 STAMP = "stamp"  # the column that changes with a file: its path, its size in bytes, and when it was last changed
 
 Grouping = Callable[[PurePosixPath], str]  # the group of an image; an empty one is none
@@ -74,7 +75,10 @@ def load_folder(root: Path, grouping: Grouping = no_group, to_train: bool = True
     """
     if not root.is_dir():
         raise UserError(f"--data_dir {root} is not a folder: give one with a folder of images for each class")
+    _check_links(root)
     roots = _split_folders(root, to_train)
+    for folder in roots.values():
+        _check_links(folder)
     if not roots:
         _check_classes(root)
         roots = {"train": root}
@@ -89,7 +93,7 @@ def load_folder(root: Path, grouping: Grouping = no_group, to_train: bool = True
         )
     for split, listed in files.items():
         if not listed:
-            if any(is_image(path.name) for path in roots[split].iterdir()):
+            if _holds_images(roots[split]):
                 raise UserError(
                     f"the images of the split folder {roots[split]} have no labels, because they are in no class "
                     "folders: sort them, or move the folder elsewhere"
@@ -161,9 +165,27 @@ def _split_folders(root: Path, to_train: bool) -> dict[str, Path]:
 
 
 def _unpacked(folder: Path) -> Path:
-    """Return a folder, or the one of the same name in it where there is no other: archives unpack to `train/train`."""
+    """Return a folder, or the one of the same name in it where there is nothing else: archives make `train/train`."""
     below = subfolders(folder)
-    return _unpacked(below[0]) if len(below) == 1 and below[0].name == folder.name else folder
+    doubled = len(below) == 1 and below[0].name == folder.name and not _holds_images(folder)
+    return _unpacked(below[0]) if doubled else folder
+
+
+def _holds_images(folder: Path) -> bool:
+    return any(is_image(path.name) for path in folder.iterdir())
+
+
+def _check_links(folder: Path) -> None:
+    """Check that no class or split is a link to a disk that is away; a link to another file is reported later.
+
+    Raises:
+        UserError: one is.
+    """
+    with os.scandir(folder) as entries:
+        links = [Path(entry.path) for entry in entries if entry.is_symlink() and not is_hidden(entry.name)]
+    for link in links:
+        if not link.suffix and not link.exists():
+            raise UserError(f"{link} is a link to what is not there: mend or remove it")
 
 
 def _check_names(root: Path, folders: list[Path]) -> None:
@@ -172,20 +194,23 @@ def _check_names(root: Path, folders: list[Path]) -> None:
     Raises:
         UserError: some are called like splits, and have folders of the same names in them, as class folders are.
     """
-    below = {folder: {each.name for each in subfolders(_unpacked(folder))} for folder in folders}
     words = {folder: {*re.split(r"[^a-z]+", folder.name.lower())} & SPLIT_OF_FOLDER.keys() for folder in folders}
     split_of = {folder: SPLIT_OF_FOLDER[each.pop()] for folder, each in words.items() if len(each) == 1}
+    if not split_of or len(folders) > MOST_SPLITS:
+        return
+    below = {folder: {each.name for each in subfolders(_unpacked(folder))} for folder in folders}
     several = list(split_of) if len(set(split_of.values())) == len(split_of) > 1 else []
     exact = [[folder] for folder in split_of if folder.name.lower() in SPLIT_OF_FOLDER]
     for like_splits in filter(None, (several, *exact)):
         shared = set.intersection(*(below[folder] for folder in like_splits))
         others = [folder for folder in folders if folder not in like_splits]
-        # The folders in classes such as train and bus have names of their own: places, cameras, days.
-        alike = all(not below[other] or below[other] & shared for other in others)
+        # One folder without class folders may be of images without labels. Several are classes.
+        alike = all(below[other] & shared for other in others) or (len(others) == 1 and not below[others[0]])
+        alike &= len(others) < 2 or like_splits is not several  # words in a few of the names are chance
         if alike and len(shared) > (0 if len(like_splits) == len(folders) > 1 else 1):
             names = ", ".join(folder.name for folder in like_splits)
-            look = "look like splits" if len(like_splits) > 1 else "looks like a split"
-            beside = f", and beside it {', '.join(folder.name for folder in others[:MOST_NAMED])}" if others else ""
+            look, it = ("look like splits", "them") if len(like_splits) > 1 else ("looks like a split", "it")
+            beside = f", and beside {it} {', '.join(folder.name for folder in others)}" if others else ""
             raise UserError(
                 f"{root} holds {names}, which {look}{beside}: call the splits train, validation and test, and move "
                 "what is none elsewhere. If these are classes, give them other names"
@@ -198,10 +223,14 @@ def _check_classes(root: Path) -> None:
     Raises:
         UserError: they are.
     """
-    below = [{each.name for each in subfolders(folder)} for folder in subfolders(root)]
-    names = set().union(*below)
-    found = {SPLIT_OF_FOLDER.get(name.lower()) for name in names}
-    if all(below) and "train" in found and None not in found and len(found) > 1:
+    names: set[str] = set()
+    for folder in subfolders(root):
+        below = {each.name for each in subfolders(folder)}
+        names |= below
+        if not below or any(name.lower() not in SPLIT_OF_FOLDER for name in below):
+            return
+    found = {SPLIT_OF_FOLDER[name.lower()] for name in names}
+    if "train" in found and len(found) > 1:
         raise UserError(
             f"the class folders of {root} hold the splits {', '.join(sorted(names))}. Put the splits first: "
             f"{root}/train/CLASS/image.jpg"
@@ -221,13 +250,16 @@ def subfolders(folder: Path) -> list[Path]:
     """Return the folders in a folder, sorted, without hidden ones.
 
     Raises:
-        UserError: one is a link to nowhere.
+        UserError: it cannot be read.
     """
-    entries = sorted(entry for entry in folder.iterdir() if not is_hidden(entry.name))
-    for entry in entries:
-        if entry.is_symlink() and not entry.exists() and not is_image(entry.name):
-            raise UserError(f"{entry} is a link to what is not there: mend or remove it")
-    return [entry for entry in entries if entry.is_dir()]
+    try:
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in entries if entry.is_dir() and not is_hidden(entry.name)]
+    except OSError as error:
+        raise UserError(
+            f"the folder {folder} cannot be read: {error.strerror}. Change its rights or remove it"
+        ) from error
+    return sorted(folder / name for name in names)
 
 
 def _list_class_folders(split_root: Path, root: Path, skipped: Counter, grouping: Grouping) -> list[ListedImage]:

@@ -90,15 +90,15 @@ class ImageFiles:
             *above, own = _compared(path.parts)
             if above[len(above) - len(folders) :] == folders and file in (own, _stem(own)):
                 found.append(path)
-        # Of `a.png` and `A.png` the one that is written as the name is.
-        as_written = [
-            path
-            for path in found
-            if list(path.parts[-len(parts) : -1]) == parts[:-1] and parts[-1] in (path.name, _stem(path.name))
-        ]
-        found = as_written or found
         exact = [path for path in found if len(path.parts) == len(wanted)]
-        return exact if len(exact) == 1 else found
+        if len(exact) > 1 or (not exact and len(found) > 1):  # of `a.png` and `A.png` the one that is written so
+            as_written = [
+                path
+                for path in exact or found
+                if list(path.parts[-len(parts) : -1]) == parts[:-1] and parts[-1] in (path.name, _bare(path))
+            ]
+            return as_written if len(as_written) == 1 else found
+        return exact or found
 
     def folders_to_skip(self, names: Sequence[str]) -> int:
         """Return how many folders at the beginning of all names are not here: so many that most names are found."""
@@ -172,3 +172,8 @@ def _stem(name: str) -> str:
     """Return a file name without the extension of an image."""
     path = PurePosixPath(name)
     return path.stem if path.suffix in EXTENSIONS else path.name
+
+
+def _bare(path: PurePosixPath) -> str:
+    """Return a file's name as it is written, without the extension of an image."""
+    return path.stem if path.suffix.lower() in EXTENSIONS else path.name

@@ -128,9 +128,9 @@ def leave_out_unreadable(
         dataset = dataset.remove_columns("error")
         readable[split] = dataset.select([row for row, error in enumerate(errors) if not error]) if rows else dataset
     total = sum(map(len, splits.values()))
-    present = set(readable["train"]["label"][:])
+    before, present = (set(each["train"]["label"][:]) for each in (splits, readable))
     lost = [f"all of the {split} split" for split, dataset in readable.items() if not len(dataset)]
-    lost += [f"all of the class {name!r} in train" for index, name in enumerate(names) if index not in present]
+    lost += [f"all of the class {name!r} in train" for index, name in enumerate(names) if index in before - present]
     if unreadable and (lost or len(unreadable) > max_unreadable * total):
         listed = [f"{split}: {name}: {why}" for split, name, _, why in unreadable]
         which = f", {lost[0]}" if lost else f", which is more than {max_unreadable:.0%}" if max_unreadable else ""

@@ -12,14 +12,7 @@ from datasets import DatasetDict
 from luthier.errors import UserError
 from luthier.images.columns import LABEL_COLUMNS
 from luthier.images.decode import is_image
-from luthier.images.folders import (
-    SPLIT_OF_FOLDER,
-    Grouping,
-    ListedImage,
-    load_folder,
-    load_listed,
-    subfolders,
-)
+from luthier.images.folders import SPLIT_OF_FOLDER, Grouping, ListedImage, load_folder, load_listed, subfolders
 from luthier.images.groups import build_grouping, check_groups
 from luthier.images.image_files import SAMPLE, ImageFiles, as_text
 from luthier.images.inspection import listing
@@ -158,20 +151,24 @@ def load_tables(
     if not root.is_dir():
         raise UserError(f"--data_dir {root} is not a folder: give the one that holds the images of the table")
     listed: dict[str, list[ListedImage]] = defaultdict(list)
+    learned = given.label
     for split, path in sorted(tables.items(), key=lambda item: item[0] != "train"):
         files, only = (ImageFiles(root), None) if split == "all" else (ImageFiles(path.parent), split)
         table = read_table(path, least=1 if listed else 2)
-        if listed and given.label not in table.columns:  # which train has told
-            logger.warning(f"Not used: the {split} split, because {path} has no column {given.label!r}")
+        own = given
+        if learned in table.columns:  # the first one, which is of train, tells the column of the others
+            own = given._replace(label=learned)
+        elif learned and not any(name.lower() in LABEL_COLUMNS for name in table.columns):
+            logger.warning(f"Not used: the {split} split, because {path} has no column {learned!r}")
             continue
-        columns = _find_columns(table, files, given, only)
+        columns = _find_columns(table, files, own, only)
         of_splits = f", the splits of {columns.split!r}" if columns.split else ""
         say("labels", f"of the column {columns.label!r} of {path}{of_splits}")
         for name, images in _read_images(files, table, columns, grouping, only).items():
             listed[name] += images
         if not is_named and not given.label and str(columns.label).lower() not in LABEL_COLUMNS:
             _check_folders(path, columns, listed)
-        given = given._replace(label=columns.label)
+        learned = given.label or columns.label
     if "train" not in listed and not to_train:
         listed = {"train": listed.get("test") or listed["validation"]}
     if not listed.get("train"):
@@ -339,11 +336,7 @@ def _find_columns(table: Table, files: ImageFiles, given: Columns, of_split: str
 
 
 def _find_split_column(table: Table, given: Columns) -> str | None:
-    """Return the column all of whose values are names of splits, if there is one.
-
-    Raises:
-        UserError: there are several.
-    """
+    """Return the column all of whose values are names of splits, if there is one; of several none."""
     names = [name for name in table.columns if name not in given and name.lower() not in LABEL_COLUMNS]
     found = []
     for name in names:
@@ -351,10 +344,8 @@ def _find_split_column(table: Table, given: Columns) -> str | None:
         if "train" in splits and None not in splits and len(splits) > 1:
             found.append(name)
     if len(found) > 1:
-        raise UserError(
-            f"{' and '.join(found)} of {table.path} both name splits: name the one to use with --split_column"
-        )
-    return found[0] if found else None
+        logger.warning(f"{table.path} has several columns of splits, {', '.join(found)}: name one with --split_column")
+    return found[0] if len(found) == 1 else None
 
 
 def _find_image_column(table: Table, files: ImageFiles, names: list[str]) -> str:

@@ -60,18 +60,18 @@ def read_table(path: Path, least: int = 2) -> Table:
         raise UserError(f"{path} is a spreadsheet: save it as CSV, and give that file")
     if suffix not in SUFFIXES:
         raise UserError(f"{path} is not a table that can be read: give one of {', '.join(SUFFIXES)}")
-    nested: set[str] = set()
+    nested = frozenset[str]()
     if suffix == ".parquet":
-        columns, rows = _read_parquet(path, nested)
+        columns, rows, nested = _read_parquet(path)
     elif SUFFIXES[suffix] is None:
-        columns, rows = _read_json_lines(path, nested)
+        columns, rows, nested = _read_json_lines(path)
     else:
         columns, rows = _read_delimited(path)
     _check_columns(path, columns, least)
     filled = [(number, row) for number, row in rows if any(row)]
     if not filled:
         raise UserError(f"{path} has no rows: give a table with a row for each image")
-    return Table(path, columns, [row for _, row in filled], [number for number, _ in filled], frozenset(nested))
+    return Table(path, columns, [row for _, row in filled], [number for number, _ in filled], nested)
 
 
 def _check_columns(path: Path, columns: list[str], least: int) -> None:
@@ -128,7 +128,7 @@ def _read_delimited(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]
     return columns or [""], rows
 
 
-def _read_json_lines(path: Path, nested: set[str]) -> tuple[list[str], list[tuple[int, list[str]]]]:
+def _read_json_lines(path: Path) -> tuple[list[str], list[tuple[int, list[str]]], frozenset[str]]:
     found: list[tuple[int, dict]] = []
     for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if line.strip():
@@ -139,22 +139,24 @@ def _read_json_lines(path: Path, nested: set[str]) -> tuple[list[str], list[tupl
             if not isinstance(values, dict):
                 raise UserError(f"{path}, row {number} is not an object in curly brackets: each line holds one")
             found.append((number, values))
-            nested |= {name for name, value in values.items() if isinstance(value, (list, dict))}
     columns = list(dict.fromkeys(name for _, values in found for name in values)) or [""]
-    return columns, [(number, [_as_text(values.get(name)) for name in columns]) for number, values in found]
+    nested = frozenset(name for _, row in found for name, value in row.items() if isinstance(value, (list, dict)))
+    rows = [(number, [_as_text(values.get(name)) for name in columns]) for number, values in found]
+    return columns, rows, nested
 
 
-def _read_parquet(path: Path, nested: set[str]) -> tuple[list[str], list[tuple[int, list[str]]]]:
+def _read_parquet(path: Path) -> tuple[list[str], list[tuple[int, list[str]]], frozenset[str]]:
     try:
         table = Dataset.from_parquet(str(path), keep_in_memory=True)
     except (DatasetGenerationError, OSError, ValueError) as error:
         raise UserError(f"{path} is not a Parquet file that can be read: write it anew, or save it as CSV") from error
     if any(feature == ENCODED_IMAGE or isinstance(feature, Image) for feature in table.features.values()):
         raise UserError(f"{path} holds the images themselves: load it with --dataset_name {path.parent}")
-    nested |= {name for name, feature in table.features.items() if not isinstance(feature, (Value, ClassLabel))}
     values = [map(_as_text, _named(table[name][:], table.features[name])) for name in table.column_names]
     rows = [(number, list(row)) for number, row in enumerate(zip(*values, strict=True), start=1)]
-    return table.column_names or [""], rows
+    plain = (Value, ClassLabel)
+    nested = frozenset(name for name, feature in table.features.items() if not isinstance(feature, plain))
+    return table.column_names or [""], rows, nested
 
 
 def _named(values: Sequence[Any], feature: Any) -> Sequence[Any]:

@@ -52,8 +52,8 @@ def check_access(repo_id: str, private: bool | None, repo_type: str = "model", s
         sdk: of a new Space.
 
     Raises:
-        UserError: there is no login, no network or no right to write, the name is not allowed, or the repository
-            should be hidden and is public.
+        UserError: there is no login, no network or no right to write, the name is not allowed, the repository should
+            be hidden and is public, or it is a Space of another SDK.
     """
     api = HfApi()
     try:
@@ -66,7 +66,13 @@ def check_access(repo_id: str, private: bool | None, repo_type: str = "model", s
         lambda: api.create_repo(repo_id, repo_type=repo_type, private=private, space_sdk=sdk, exist_ok=True), repo_id
     )
     with_retries(lambda: api.auth_check(repo_id, repo_type=repo_type, write=True), repo_id)
-    if private and not with_retries(lambda: api.repo_info(repo_id, repo_type=repo_type), repo_id).private:
+    found = with_retries(lambda: api.repo_info(repo_id, repo_type=repo_type), repo_id) if private or sdk else None
+    if found and sdk and (other := getattr(found, "sdk", None)) not in (None, sdk):
+        raise UserError(
+            f"{repo_id} is a Space of another kind ({other}, not {sdk}), whose files would be among the new ones: "
+            "give another name, or delete it on the Hub"
+        )
+    if found and private and not found.private:
         raise UserError(
             f"{repo_id} exists and is public: make it private in its settings on the Hub, give another name, or push "
             "without asking for a private repository"

@@ -12,15 +12,7 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
-from luthier.cache import (
-    as_bytes,
-    cache_key,
-    empty_rows,
-    fill_rows,
-    library_versions,
-    rows_at_once,
-    write_rows,
-)
+from luthier.cache import as_bytes, cache_key, empty_rows, fill_rows, library_versions, rows_at_once, write_rows
 from luthier.errors import UserError
 from luthier.fusion import fuse_batchnorm
 from luthier.images.views import ImageRows
@@ -29,8 +21,8 @@ from luthier.training.trainer import concatenate_batches, model_of
 
 # What a model's config says of a run, and not of its backbone.
 OF_RUN = {
-    "_name_or_path", "architectures", "class_shares", "dtype", "familiarity", "id2label", "label2id", "none_class",
-    "num_labels", "problem_type", "transformers_version", "unsure_below",
+    "_name_or_path", "architectures", "class_shares", "dtype", "familiarity", "id2label", "label2id", "label_names",
+    "none_class", "num_classes", "num_labels", "problem_type", "transformers_version", "unsure_below",
 }  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import draw, labels_of, load, save_dataset
+from conftest import draw, draw_folder, labels_of, load, save_dataset
 from datasets import ClassLabel, Dataset, Features, Image, Value
 
 import data
@@ -103,6 +103,12 @@ def test_class_without_images_is_left_out(tmp_path, caplog):
         load(dataset_name=path)
     images, _ = data.load_labelled(["a", "b", "c"], dataset_name=path)
     assert images["test"].features["label"].names == ["a", "b", "c"] and images["test"]["label"][:2] == [0, 2]
+    folder = tmp_path / "folder"
+    draw_folder(folder / "train", 20, classes=("red", "blue"))
+    draw_folder(folder / "test", 20, first=100)
+    (folder / "test/red/100.png").write_bytes(b"no image")
+    images, unreadable = data.load_labelled(["blue", "green", "red"], data_dir=str(folder))
+    assert len(images["test"]) == 59 and len(unreadable) == 1
 
 
 def test_label_names_rename_the_classes_in_order(images):

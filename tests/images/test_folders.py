@@ -149,7 +149,7 @@ def test_splits_that_archives_have_doubled_are_seen(tmp_path, names):
         splits = load(data_dir=str(tmp_path))
         assert labels_of(splits) == ["blue", "green", "red"] and len(splits["test"]) == 9
         return
-    with pytest.raises(UserError, match=r"seg_test, seg_train, which look like splits, and beside it seg_pred: call"):
+    with pytest.raises(UserError, match="seg_test, seg_train, which look like splits, and beside them seg_pred"):
         load(data_dir=str(tmp_path))
 
 
@@ -164,6 +164,19 @@ def test_link_to_a_folder_that_is_not_there_is_refused(images):
     (images / "violet").symlink_to("nowhere")
     with pytest.raises(UserError, match="violet is a link to what is not there: mend or remove it"):
         load(data_dir=str(images))
+    (images / "violet").unlink()
+    (images / "red/notes.txt").symlink_to("nowhere.txt")  # as a data set has it whose other files were not fetched
+    assert "violet" not in labels_of(load(data_dir=str(images)))
+
+
+def test_image_beside_a_doubled_folder_is_not_lost_in_silence(tmp_path, caplog):
+    for number, name in enumerate(("train/train/a", "train/train/b", "test/a", "test/b")):
+        put(tmp_path / name, 10 * number)
+    assert labels_of(load(data_dir=str(tmp_path))) == ["a", "b"]
+    draw("red", 99).save(tmp_path / "train/loose.png")
+    with pytest.raises(UserError, match="no training image has the class 'a', 'b'"):
+        load(data_dir=str(tmp_path))
+    assert "such as train/loose.png" in caplog.text
 
 
 @pytest.mark.parametrize("names", [("assets", "data"), ("train", "test")])
@@ -198,13 +211,27 @@ def put(folder: Path, first: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "names", [("freight train", "passenger train"), ("a_test", "b_test"), ("train 1", "test, red"), ("bus", "train")]
+    ("names", "below"),
+    [
+        (("freight train", "passenger train"), ("day", "night")),
+        (("a_test", "b_test"), ("day", "night")),
+        (("bus stop", "test tube", "train station", "x", "y"), ("day", "night")),
+        (("bus", "car", "plane", "ship", "train", "tram"), ("day", "night")),
+        (("train 1", "test, red"), ("NAME",)),
+        (("bus", "train"), ("NAME", "NAME 2")),
+    ],
 )
-def test_classes_that_share_words_of_splits_or_folders_are_classes(tmp_path, names):
+def test_classes_that_share_words_of_splits_or_folders_are_classes(tmp_path, names, below):
     for number, name in enumerate(names):
-        for place in ("day", "night") if "_" in names[1] or " train" in names[1] else (name, f"{name} 2"):
-            put(tmp_path / name / place, 20 * number + len(place))
+        for place in below:
+            put(tmp_path / name / place.replace("NAME", name), 20 * number + len(place))
     assert labels_of(load(data_dir=str(tmp_path))) == sorted(names)
+
+
+def test_train_is_a_class_beside_classes_without_folders(tmp_path):
+    for number, name in enumerate(("bus", "car", "train/freight", "train/passenger")):
+        put(tmp_path / name, 10 * number)
+    assert labels_of(load(data_dir=str(tmp_path))) == ["bus", "car", "train"]
 
 
 def test_classes_with_names_of_splits_can_be_scored(tmp_path):

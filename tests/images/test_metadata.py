@@ -225,6 +225,9 @@ def test_names_that_differ_in_capitals_alone_are_two_images(root):
     if len(list(root.glob("[bB].png"))) < 2:
         pytest.skip("the file system does not tell them apart")
     assert load(root, text([*pairs(), ("b.png", "red"), ("B.png", "blue")]))["train"]["B.png"] == "blue"
+    draw("red", 95).save(root / "b.PNG")
+    with pytest.raises(UserError, match=r"'b' could be .*: write the folder too"):
+        load(root, text([*pairs(), ("b", "red")]))
 
 
 def test_folder_that_is_not_utf8_is_named(root):
@@ -250,13 +253,15 @@ def test_lists_are_no_classes(root, values, suffix):
     assert load(root, "\n".join(map(json.dumps, other)), "other.jsonl") == EXPECTED
 
 
-def test_column_of_splits_is_known_by_its_values(root, capsys):
+def test_column_of_splits_is_known_by_its_values(root, capsys, caplog):
     rows = [(*pair, "test" if number < 3 else "train") for number, pair in enumerate(pairs())]
     splits = load(root, text(rows, "file,label,partition"))
     assert {split: len(images) for split, images in splits.items()} == {"train": 9, "test": 3}
     assert "the splits of 'partition'" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"first and second of .* both name splits: name the one to use"):
-        load(root, text([(*row, row[-1]) for row in rows], "file,label,first,second"))
+    two = text([(*row, row[-1]) for row in rows], "file,label,first,second")
+    assert load(root, two, label_column="label") == EXPECTED
+    assert "several columns of splits, first, second: name one with --split_column" in caplog.text
+    assert load(root, two, label_column="label", split_column="first") == splits
 
 
 def test_table_that_may_not_be_of_the_classes_is_refused(tmp_path):
@@ -301,6 +306,10 @@ def test_table_of_a_split_without_labels_is_not_used(tmp_path, caplog):
     (tmp_path / "test/metadata.csv").write_text("file_name\n" + "".join(f"{name}\n" for name, _ in pairs()))
     assert set(load_images(data_dir=str(tmp_path))[0]) == {"train"}
     assert "Not used: the test split, because " in caplog.text
+    (tmp_path / "test/metadata.csv").write_text(text(pairs(), "file_name,Class"))
+    assert set(load_images(data_dir=str(tmp_path))[0]) == {"train", "test"}
+    with pytest.raises(UserError, match="there is no column 'label'"):
+        load_images(data_dir=str(tmp_path), label_column="label")
 
 
 def test_every_fault_is_counted_and_the_first_ones_are_listed(root):

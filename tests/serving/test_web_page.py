@@ -254,3 +254,9 @@ def test_page_as_a_static_space(model, exported, tmp_path):
         assert space.sdk == "static" and {"index.html", "model.onnx", "model.json", "sw.js"} <= set(space.files)
         assert yaml.safe_load(space.files["README.md"].decode().split("---")[1])["sdk"] == "static"
         assert b"connect-src 'self' https://huggingface.co" in space.files["index.html"]
+        space.sdk = "gradio"
+        refused = subprocess.run(
+            [sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert refused.returncode == 2 and "is a Space of another kind (gradio, not static)" in refused.stderr
+        assert "Traceback" not in refused.stderr and len(space.commits) == 2

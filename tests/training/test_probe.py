@@ -229,13 +229,18 @@ def test_features_are_cached_for_images_weights_and_view(timm_checkpoint, tmp_pa
     assert count_passes(name, folder)[0] >= 1
 
 
-def test_config_of_a_model_is_a_part_of_the_key_of_its_features():
+def test_config_of_a_model_is_a_part_of_the_key_of_its_features(timm_checkpoint):
     def key(**changes) -> str:
         torch.manual_seed(0)
         config = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic", **changes)
         return cache_key(*_backbone(ResNetForImageClassification(config), "classifier.1"))
 
-    assert key() == key(id2label={0: "x", 1: "y"}) != key(hidden_act="gelu")
+    assert key() == key(id2label={0: "x", 1: "y", 2: "z"}) != key(hidden_act="gelu")
+    parts = []
+    for names in (NAMES, {0: "x", 1: "y", 2: "z", 3: "w"}):
+        model, _ = build_model(str(timm_checkpoint), names)
+        parts.append(_backbone(model, linear_head(model))[0])
+    assert parts[0] == parts[1]  # a class that is added changes no feature
 
 
 def test_features_of_new_images_alone_are_computed(probe_setup, monkeypatch, capsys):
