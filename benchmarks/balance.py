@@ -18,9 +18,12 @@ import numpy as np
 import torch
 from datasets import DatasetDict, concatenate_datasets
 from scipy.special import log_softmax
+from scipy.stats import t as student
 
+from benchmarks._common import directory
 from data import collate, feature_rows, load_splits, prepare
 from luthier.arguments import parse_arguments
+from luthier.errors import exit_on_user_error
 from luthier.images.splits import stratified_cut
 from luthier.images.views import EvaluationView
 from luthier.machine import set_up_process
@@ -36,10 +39,11 @@ OPTIONS = ("none", "logit_adjusted", "weighted")
 SCORES = ("balanced accuracy", "macro F1", "accuracy", "log loss")
 
 
+@exit_on_user_error
 def main() -> None:
-    """Print a row for each data set, ratio and option, and the means with the spread over all draws."""
+    """Print a row for each data set, ratio and option, and the mean gains with the interval over the data sets."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", nargs="+", help="folders of class folders")
+    parser.add_argument("data", nargs="+", type=directory, help="folders of class folders")
     parser.add_argument("--draws", type=int, default=5, help="how many (default: 5)")
     args = parser.parse_args()
     gains: dict[int, list[np.ndarray]] = {ratio: [] for ratio in RATIOS}
@@ -51,13 +55,14 @@ def main() -> None:
             for option in OPTIONS:
                 cells = [spread([draw[option][number] for draw in draws]) for number in range(len(SCORES))]
                 print(f"| {Path(folder).name} | 1:{ratio} | {option} | {' | '.join(cells)} |", flush=True)
-            gains[ratio] += [draw["logit_adjusted"] - draw["none"] for draw in draws]
+            gains[ratio].append(np.mean([draw["logit_adjusted"] - draw["none"] for draw in draws], axis=0))
     for ratio, differences in gains.items():
         said = []
         for name, column in zip(SCORES, np.transpose(differences), strict=True):
-            half = 1.96 * column.std() / np.sqrt(len(column))
+            # The draws of a data set share its images, so that each set counts once.
+            half = student.ppf(0.975, len(column) - 1) * column.std(ddof=1) / np.sqrt(len(column))
             said.append(f"{name} {column.mean():+.3f} ({column.mean() - half:+.3f} to {column.mean() + half:+.3f})")
-        print(f"1:{ratio}, logit_adjusted minus none, {len(differences)} draws: {', '.join(said)}")
+        print(f"1:{ratio}, logit_adjusted minus none, {len(differences)} data sets: {', '.join(said)}")
 
 
 def load(folder: str) -> tuple[DatasetDict, dict[str, torch.Tensor]]:

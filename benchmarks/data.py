@@ -30,6 +30,7 @@ from datasets import Dataset, load_dataset
 from PIL import Image
 from torchvision.transforms import Compose, Normalize, RandomHorizontalFlip, RandomResizedCrop, ToTensor
 
+from benchmarks._common import own_caches
 from data import load_splits, prepare, with_transforms
 from luthier.images.decode import decode_rgb, read_bytes
 from luthier.images.views import EvaluationView
@@ -98,7 +99,7 @@ def draw(folder: Path, numbers: Iterable[int]) -> None:
 def measure_in_process(way: str, folder: Path, cache: Path, image_size: int) -> dict:
     """Return what `measure` returns, from a process of its own with its own cache."""
     command = [sys.executable, "-m", "benchmarks.data", "--measure", way, str(folder), "--image_size", str(image_size)]
-    environment = os.environ | {"HF_HOME": str(cache), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | own_caches(cache)
     process = subprocess.run(command, cwd=PROJECT, env=environment, check=True, capture_output=True, text=True)
     return json.loads(process.stdout.splitlines()[-1])
 

@@ -3,7 +3,8 @@
     git worktree add ../before REVISION
     python -m benchmarks.first_score path/to/instruments ../before [--rounds 5] [--whole]
 
-Both take turns, each time with empty caches, and a round counts as the ratio of its two times. A run is ended once it
+Both take turns, each time with empty caches, and a round counts as the ratio of its two times. Another one begins in
+every round, because the first run of all also reads files that the later ones find in memory. A run is ended once it
 has said the score, unless the whole run counts.
 """
 
@@ -17,20 +18,24 @@ import time
 from pathlib import Path
 from statistics import median
 
+from benchmarks._common import directory, own_caches
+
 PROJECT = Path(__file__).parent.parent
 
 
 def main() -> None:
     """Print the seconds of both in every round, and the median ratio with its lowest and highest."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="of class folders")
-    parser.add_argument("before", type=Path, help="a checkout of the other version")
+    parser.add_argument("folder", type=directory, help="of class folders")
+    parser.add_argument("before", type=directory, help="a checkout of the other version")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--whole", action="store_true", help="measure whole runs")
     args = parser.parse_args()
     ratios = []
-    for _ in range(args.rounds):
-        before, now = (measure(checkout, args.folder.resolve(), args.whole) for checkout in (args.before, PROJECT))
+    for number in range(args.rounds):
+        turns = (args.before, PROJECT) if number % 2 else (PROJECT, args.before)
+        seconds = {checkout: measure(checkout, args.folder.resolve(), args.whole) for checkout in turns}
+        before, now = seconds[args.before], seconds[PROJECT]
         ratios.append(now / before)
         print(f"before {before:.1f} s, now {now:.1f} s", flush=True)
     print(f"ratio {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
@@ -41,7 +46,7 @@ def measure(checkout: Path, folder: Path, whole: bool) -> float:
     end = "saved" if whole else "probe"
     with tempfile.TemporaryDirectory() as temporary:
         options = ["--data_dir", str(folder), "--output_dir", f"{temporary}/run"]
-        environment = os.environ | {"HF_HOME": f"{temporary}/cache", "PYTHONUNBUFFERED": "1"}
+        environment = os.environ | own_caches(Path(temporary, "cache")) | {"PYTHONUNBUFFERED": "1"}
         begin = time.perf_counter()
         with subprocess.Popen(
             [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet", "train.py", *options],

@@ -14,8 +14,10 @@ from pathlib import Path
 import torch
 from torchvision.transforms import v2
 
+from benchmarks._common import directory
 from data import collate, feature_rows, load_splits, prepare
 from luthier.arguments import parse_arguments
+from luthier.errors import exit_on_user_error
 from luthier.images.decode import decode_rgb
 from luthier.images.views import EvaluationView
 from luthier.machine import set_up_process
@@ -28,10 +30,11 @@ BURSTS, FRAMES = 15, 5  # of each class
 PATTERN = r"^(IMG_\d+)_"
 
 
+@exit_on_user_error
 def main() -> None:
     """Print what ignoring the groups adds to a probe's accuracy."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="a folder of class folders")
+    parser.add_argument("data", type=directory, help="a folder of class folders")
     parser.add_argument("--group_by", help="the groups of these images, as train.py takes them")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

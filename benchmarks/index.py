@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from benchmarks._common import directory
 from luthier.images import duplicates
 from luthier.images.decode import decode_rgb, is_image
 from luthier.images.duplicates import BITS, BORDERS, CELL, CELLS, find_candidates, fingerprint
@@ -30,9 +31,11 @@ PARTS = 6
 def main() -> None:
     """Print the share of the copies that are found, by the number of images."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="with images at any depth")
+    parser.add_argument("folders", nargs="+", type=directory, metavar="FOLDER", help="with images at any depth")
     args = parser.parse_args()
     files = [path for folder in args.folders for path in sorted(folder.rglob("*")) if is_image(path.name)]
+    if not files:
+        parser.error(f"there are no images below {args.folders[0]}")
     with ProcessPoolExecutor() as pool:
         hashes = np.concatenate(list(pool.map(hashes_of, files, range(len(files)), chunksize=20)))
     copies = np.arange(len(files)) * (PARTS + 2)
@@ -41,7 +44,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     for images in AS_MANY:
         cells = images // CELL
-        duplicates.CELL = len(hashes) // cells if cells else len(hashes)
+        duplicates.CELL = max(1, len(hashes) // cells) if cells else len(hashes)
         begin = time.perf_counter()
         pairs = find_candidates(hashes)
         seconds, found = time.perf_counter() - begin, share_found(pairs, copies)

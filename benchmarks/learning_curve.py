@@ -12,8 +12,10 @@ import time
 import numpy as np
 import torch
 
+from benchmarks._common import directory
 from data import collate, feature_rows, load_splits, prepare
 from luthier.arguments import parse_arguments
+from luthier.errors import exit_on_user_error
 from luthier.images.views import EvaluationView
 from luthier.machine import set_up_process
 from luthier.scoring.learning_curve import FOLDS, learning_curve
@@ -25,10 +27,11 @@ from models import build_model, linear_head
 USED = ("train", "validation")
 
 
+@exit_on_user_error
 def main() -> None:
     """Print a row for each half."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", help="a folder of class folders")
+    parser.add_argument("data", type=directory, help="a folder of class folders")
     parser.add_argument("--halves", type=int, default=10, help="how many (default: 10)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -29,18 +29,21 @@ from transformers import (
     ViTImageProcessor,
 )
 
+from benchmarks._common import directory
 from benchmarks._networks import NAMES, save_network
+from luthier.errors import exit_on_user_error
 from models import build_model, save_model
 
 PROJECT = Path(__file__).parent.parent
 OPTIONS = ["--recipe", "probe", "--disable_tqdm", "1"]
 
 
+@exit_on_user_error
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="a folder of data sets, each with train and test")
-    parser.add_argument("--also", nargs="*", type=Path, default=[], help="more data sets")
+    parser.add_argument("folder", type=directory, help="a folder of data sets, each with train and test")
+    parser.add_argument("--also", nargs="*", type=directory, default=[], help="more data sets")
     args = parser.parse_args()
     sets = [*sorted(path for path in args.folder.iterdir() if path.is_dir()), *args.also]
     print("| model | precision | MB | same class | largest difference | model / export | points (95% interval) |")

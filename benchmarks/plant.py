@@ -22,14 +22,17 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 import audit
+from benchmarks._common import directory
+from luthier.errors import exit_on_user_error
 
 SHAPES = ("disc", "bar", "triangle", "ring")
 
 
+@exit_on_user_error
 def main() -> None:
     """Plant, audit, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", type=Path, help="class folders to plant faults in (default: drawn ones)")
+    parser.add_argument("folder", nargs="?", type=directory, help="of class folders, for the faults (default: drawn)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary, "images")

@@ -33,6 +33,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel, pipeline
 
+from benchmarks._common import directory
 from benchmarks._networks import save_network
 from luthier.images.decode import decode_rgb, is_image
 from luthier.machine import keep_freed_memory
@@ -61,8 +62,8 @@ with torch.inference_mode():
 def main() -> None:
     """Print both tables of every model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", type=Path, metavar="MODEL", help="folders with saved models")
-    parser.add_argument("--folder", type=Path, help="a folder of images (default: draws some)")
+    parser.add_argument("models", nargs="*", type=directory, metavar="MODEL", help="folders with saved models")
+    parser.add_argument("--folder", type=directory, help="a folder of images (default: draws some)")
     parser.add_argument("--images", type=int, default=640, help="how many (default: 640)")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each way (default: 3)")
     args = parser.parse_args()

@@ -3,9 +3,10 @@
     python -m benchmarks.probe
     python -m benchmarks.probe --folds
 
-Both minimise the same objective with L-BFGS, from zero and to the same tolerance, on the same drawn features
-(overlapping clusters of 1,280 dimensions), in one process and in turns. At the largest size both stop after 15
-iterations. scikit-learn has no GPU path; Luthier's fit runs where the features are.
+Both minimise the same objective with L-BFGS, from zero and to the same size of the gradient, on the same drawn
+features (overlapping clusters of 1,280 dimensions), in one process and in turns. Luthier also ends where a step gains
+less than 1e-6, or 1e-5 with many images. At the largest size both stop after 15 iterations. scikit-learn has no GPU
+path; Luthier's fit runs where the features are.
 
 With `--folds` the probes of five folds are fitted at once, as a run does, and one after the other.
 """

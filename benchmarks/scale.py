@@ -276,7 +276,9 @@ def report(run: str, by_size: Mapping[int, dict]) -> Iterator[str]:
     if len(large) < 2:
         return
     for stage in (*stages, "total"):
-        seconds = [by_size[size]["seconds"].get(stage, by_size[size]["total"]) for size in large]
+        seconds = [
+            by_size[size]["total"] if stage == "total" else by_size[size]["seconds"].get(stage, 0) for size in large
+        ]
         if seconds[-1] >= LEAST_SECONDS:
             exponent = float(np.polyfit(np.log(large), np.log(np.maximum(seconds, 1e-3)), 1)[0])
             print(f"exponent {stage} {exponent:.2f}")

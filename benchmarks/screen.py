@@ -23,7 +23,9 @@ from torch import nn
 from torchvision.transforms import v2
 from transformers import PreTrainedModel
 
+from benchmarks._common import directory
 from data import load_splits, prepare
+from luthier.errors import exit_on_user_error
 from luthier.images.splits import stratified_cut
 from luthier.images.views import EvaluationView, training_transform
 from luthier.machine import configure_cpu, configure_logging
@@ -88,10 +90,11 @@ class Start(NamedTuple):
     validation_labels: torch.Tensor
 
 
+@exit_on_user_error
 def main() -> None:
     """Print a row for each variant: loss and accuracy on validation."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", help="a folder of class folders")
+    parser.add_argument("data", type=directory, help="a folder of class folders")
     parser.add_argument("--seeds", type=int, default=1, help="training seeds (default: 1)")
     parser.add_argument("--only", nargs="*", choices=VARIANTS, default=list(VARIANTS), help="which of them")
     parser.add_argument("--probes", action="store_true", help="only probes: resolutions, flips, augmented views")

@@ -11,12 +11,12 @@ import io
 import itertools
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks._common import directory
 from luthier.images.decode import decode_rgb, is_image
 from luthier.images.views import EvaluationView
 from models import build_model
@@ -27,7 +27,7 @@ IMAGES = 100
 def main() -> None:
     """Print a row for each folder and way."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="with images at any depth")
+    parser.add_argument("folders", nargs="+", type=directory, metavar="FOLDER", help="with images at any depth")
     parser.add_argument("--image_size", type=int, help="side of the view in pixels (default: the model's own)")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -36,6 +36,8 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     for folder in args.folders:
         paths = sorted(path for path in folder.rglob("*") if is_image(path.name))
+        if not paths:
+            parser.error(f"there are no images below {folder}")
         files = [path.read_bytes() for path in paths[:: max(1, len(paths) // IMAGES)][:IMAGES]]
         side = np.median([min(decode_rgb(data).size) for data in files])
         for way, (store, read) in ways(view).items():

@@ -32,6 +32,7 @@ import psutil
 import pyarrow.parquet as pq
 import yaml
 
+from benchmarks._common import own_caches
 from benchmarks.scale import draw, memory_of
 
 PROJECT = Path(__file__).parent.parent
@@ -92,7 +93,7 @@ def main() -> None:
 
 def in_project(folder: Path) -> dict:
     """Return how a command is run: from the checkout, with a cache of its own."""
-    home = {"HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(PROJECT)}
+    home = own_caches(folder / "home") | {"PYTHONPATH": str(PROJECT)}
     return {"cwd": PROJECT, "env": os.environ | home, "check": True, "stdout": subprocess.DEVNULL}
 
 

@@ -6,7 +6,7 @@
 FOLDER holds data sets, each a folder with `train` and `test`. --also adds folders; one without a test split is cut as
 Luthier cuts it. OpenMoji is added unless --without_openmoji is given. Every run is a process of its own with empty
 caches, and is timed from its start. All tools start from the same ImageNet weights of EfficientNet-Lite0. The other
-tools get Luthier's cut of train and validation. Nothing is chosen by test images: they make the table only.
+tools get Luthier's cut of train and validation. No run chooses anything by test images: they make the table only.
 
     python -m benchmarks.suite FOLDER --only probe "probe of lite2" "probe of auto"
 
@@ -38,6 +38,10 @@ from statistics import mean
 from typing import NamedTuple
 
 from PIL import Image
+
+from benchmarks._common import directory, own_caches
+from luthier.errors import UserError, exit_on_user_error
+from luthier.output_dir import written_whole
 
 PROJECT = Path(__file__).parent.parent
 LUTHIER = {  # the options of train.py
@@ -82,25 +86,31 @@ class Run(NamedTuple):
     alone: float = math.nan
 
 
+@exit_on_user_error
 def main() -> None:
     """Run what is missing, print the tables, and write them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="a folder of data sets, each with train and test")
-    parser.add_argument("--also", type=Path, nargs="*", default=[], help="more data sets")
+    parser.add_argument("folder", type=directory, help="a folder of data sets, each with train and test")
+    parser.add_argument("--also", type=directory, nargs="*", default=[], help="more data sets")
     parser.add_argument("--without_openmoji", action="store_true", help="leave OpenMoji out")
     parser.add_argument("--sets", nargs="*", help="which data sets, by name (default: all)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of training and of the cut (default: 3)")
     parser.add_argument("--only", nargs="*", choices=[*LUTHIER, *BACKBONES, *OTHERS], help="which contestants")
-    parser.add_argument("--checkout", type=Path, default=PROJECT, help="the checkout of Luthier that is measured")
+    parser.add_argument("--checkout", type=directory, default=PROJECT, help="the checkout of Luthier that is measured")
     parser.add_argument("--runs", type=Path, nargs="*", default=[], help="suite.csv of earlier times")
     parser.add_argument("--out", type=Path, default=Path("outputs/suite"), help="where the runs are kept")
     args = parser.parse_args()
-    if not args.folder.is_dir():
-        parser.error(f"there is no folder {args.folder}")
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     folders = collect_sets(args.folder, args.also, not args.without_openmoji, out / "data") if args.seeds else {}
-    known = {(run.data, run.contestant, run.seed): run for path in args.runs for run in read_csv(path)}
+    if unknown := set(args.sets or ()) - set(folders) if args.seeds else set():
+        parser.error(f"there is no data set {min(unknown)}: there are {', '.join(folders)}")
+    known: dict[tuple, Run] = {}
+    for path in args.runs:
+        own = {(run.data, run.contestant, run.seed): run for run in read_csv(path)}
+        if again := own.keys() & known.keys():
+            print(f"{len(again)} runs of {path} take the place of those of an earlier file")
+        known |= own
     runs = [] if args.seeds else [run for run in known.values() if run.contestant in (args.only or LUTHIER | OTHERS)]
     for seed in range(1, args.seeds + 1):
         for name, folder in folders.items():
@@ -108,6 +118,8 @@ def main() -> None:
                 for contestant in args.only or [*LUTHIER, *OTHERS]:
                     run = known.get((name, contestant, seed))
                     runs.append(run or run_once(name, folder, contestant, seed, out, args.checkout.resolve()))
+    if not runs:
+        parser.error("nothing was run, and --runs holds nothing that is asked for")
     tables = f"{accuracy_table(runs)}\n\n{summary_table(runs)}\n\n{refit_sentence(runs)}\n{choice_sentence(runs)}\n"
     print(f"\n{tables}", end="")
     (out / "suite.md").write_text(tables, encoding="utf-8")
@@ -158,20 +170,29 @@ def link_splits(splits: dict, names: dict[str, str], folder: Path) -> None:
 
 
 def run_once(data: str, folder: Path, contestant: str, seed: int, out: Path, checkout: Path) -> Run:
-    """Run a contestant on a data set; a run that was finished earlier is read from its file."""
+    """Run a contestant on a data set; a run that was finished earlier is read from its file.
+
+    Raises:
+        UserError: that was on other images, or by another checkout.
+    """
+    origin = {"folder": str(folder), "checkout": str(checkout)}
     kept = out / f"{data}-{contestant.replace(', ', '_').replace(' ', '_')}-seed{seed}.json"
     if not kept.exists():
         with tempfile.TemporaryDirectory() as folder_of_run:
             temporary = Path(folder_of_run)
-            environment = os.environ | {"HF_HOME": f"{temporary}/cache", "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"}
+            environment = os.environ | own_caches(temporary / "cache") | {"PYTHONUTF8": "1"}
             if contestant in OTHERS:
                 run = run_other(data, cut(data, folder, seed, out), contestant, seed, environment)
             else:
                 run = run_luthier(data, folder, contestant, seed, temporary, checkout, environment)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(run._asdict(), indent=2))
+        with written_whole(kept) as whole:
+            whole.write_text(json.dumps(run._asdict() | {"of": origin}, indent=2))
         print(f"{data}, {contestant}, seed {seed}: {run.accuracy:.1%}, {run.seconds:.0f} s  {run.said}", flush=True)
-    return Run(**json.loads(kept.read_text()))
+    found = json.loads(kept.read_text())
+    earlier = found.pop("of", origin)
+    if earlier != origin:
+        raise UserError(f"{kept} is of {' and '.join(earlier.values())}: give another --out")
+    return Run(**found)
 
 
 def run_luthier(

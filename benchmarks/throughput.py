@@ -33,7 +33,7 @@ from luthier.training.callbacks import EpochTable
 from luthier.training.layers import parameter_groups
 from luthier.training.recipe import RECIPES
 from luthier.training.trainer import build_trainer
-from models import build_model
+from models import build_model, keep_in_eval_mode
 
 LABELS = {index: f"class {index}" for index in range(10)}
 MODELS = ("efficientnet_lite0", "resnet18")
@@ -114,7 +114,10 @@ def build(name: str, size: int) -> PreTrainedModel:
     config = TimmWrapperConfig(
         architecture=name, num_labels=len(LABELS), pretrained_cfg={"input_size": [3, size, size]}
     )
-    return TimmWrapperForImageClassification(config).to(memory_format=torch.channels_last)
+    model = TimmWrapperForImageClassification(config).to(memory_format=torch.channels_last)
+    # As in the models of train.py, or the loops would not do the same.
+    keep_in_eval_mode(module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d))
+    return model
 
 
 def compare(name: str, size: int, rounds: int, steps: int, batch: int, options: Sequence[str] = ()) -> Speed:

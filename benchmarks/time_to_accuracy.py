@@ -6,8 +6,8 @@
 All start from the same ImageNet weights of EfficientNet-Lite0 and see the same split. Each run is a process of its own
 with empty caches and is timed from its start. It reports its validation accuracy after each epoch and its test
 accuracy at the end. Every tool runs at its defaults with every seed, and once with each of its settings in `TUNED`.
-Finished runs are kept in --out and not run again. The figures go to time_to_accuracy.csv, the chart to
-time_to_accuracy.png.
+Finished runs are kept in --out, in a folder of the data's name, and not run again. The figures go to
+time_to_accuracy.csv there, the chart to time_to_accuracy.png.
 """
 
 import argparse
@@ -21,7 +21,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks._common import directory, own_caches
+
 # Libraries are imported in the functions: a run's seconds include its imports, so it imports only what it needs.
+from luthier.errors import exit_on_user_error
 
 PROJECT = Path(__file__).parent.parent
 DEFAULTS = {
@@ -37,13 +40,14 @@ TUNED = {
 }
 
 
+@exit_on_user_error
 def main() -> None:
     """Run what is missing; write the CSV and the chart; print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="a folder of class folders")
+    parser.add_argument("data", type=directory, help="a folder of class folders")
     parser.add_argument("--seeds", type=int, default=3, help="training seeds (default: 3)")
     parser.add_argument("--out", type=Path, default=Path("outputs/time_to_accuracy"), help="where the runs are kept")
-    parser.add_argument("--only", nargs="*", default=list(DEFAULTS), help="which tools")
+    parser.add_argument("--only", nargs="*", choices=DEFAULTS, default=list(DEFAULTS), help="which tools")
     parser.add_argument("--defaults_only", action="store_true", help="leave out the tuned settings")
     parser.add_argument("--child", nargs=3, metavar=("NAME", "SETTING", "SEED"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -52,6 +56,7 @@ def main() -> None:
         fine_tune = fine_tune_with_fastai if name == "fastai" else fine_tune_with_trainer
         fine_tune(args.data, seed=int(seed), name=name, **json.loads(setting))
         return
+    args.out /= args.data.resolve().name
     split = link_split(args.data, args.out.resolve() / "split")
     runs = []
     for name in args.only:
@@ -95,7 +100,7 @@ def run_timed(name: str, setting: dict, split: Path, seed: int, out: Path) -> di
             command = [str(Path(sys.executable).parent / "accelerate"), "launch", str(PROJECT / "train.py")]
             command += ["--data_dir", str(split), "--seed", str(seed), "--output_dir", f"{folder}/out"]
             command += ["--disable_tqdm", "1"]
-        environment = os.environ | {"HF_HOME": f"{folder}/cache", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+        environment = os.environ | own_caches(Path(folder, "cache")) | {"PYTHONUNBUFFERED": "1"}
         start = time.perf_counter()
         process = subprocess.Popen(
             command, env=environment, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -103,10 +108,8 @@ def run_timed(name: str, setting: dict, split: Path, seed: int, out: Path) -> di
         epochs, test = [], None
         for line in process.stdout:
             words = line.split()
-            if name == "luthier" and (probe := re.match(r"probe +validation accuracy ([\d.]+)%", line)):
-                epochs.append((time.perf_counter() - start, float(probe[1]) / 100))
-            elif name == "luthier" and len(words) == 7 and words[0].replace(".", "").isdigit():
-                epochs.append((time.perf_counter() - start, float(words[4].rstrip("%")) / 100))
+            if name == "luthier" and (accuracy := read_accuracy(line)) is not None:
+                epochs.append((time.perf_counter() - start, accuracy))
             elif words[:1] == ["EPOCH"]:
                 epochs.append((time.perf_counter() - start, float(words[1])))
             elif words[:1] == ["TEST"]:
@@ -123,6 +126,14 @@ def run_timed(name: str, setting: dict, split: Path, seed: int, out: Path) -> di
     kept.write_text(json.dumps(result))
     print(f"{label}: {seconds:.0f} s, validation {epochs[-1][1]:.1%}, test {test:.1%}", flush=True)
     return result
+
+
+def read_accuracy(line: str) -> float | None:
+    """Return the validation accuracy that a line of train.py tells of: the probe's, or an epoch's in its table."""
+    found = re.match(r"probe +validation accuracy ([\d.]+)%", line) or re.match(
+        r" *[\d.]+ +(?:[\d.]+|nan) +(?:[\d.]+|nan)% +[\d.]+ +([\d.]+)% +[\d.]+ +[\d.]+ +\w+$", line
+    )
+    return float(found[1]) / 100 if found else None
 
 
 def load_backbone() -> dict:

@@ -21,6 +21,7 @@ from datasets import disable_progress_bars
 from PIL import Image
 from torchvision import transforms
 
+from benchmarks._common import directory
 from data import load_splits, prepare, training_rows
 from luthier.images.views import AUGMENTATIONS, EvaluationView
 from models import build_model
@@ -31,7 +32,7 @@ DRAWN, SIDE = 120, 768
 def main() -> None:
     """Print a row for each augmentation."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", type=Path, metavar="FOLDER", help="of class folders (default: draws some)")
+    parser.add_argument("--data_dir", type=directory, metavar="FOLDER", help="of class folders (default: draws some)")
     parser.add_argument("--images", type=int, default=200, help="of a round (default: 200)")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each way (default: 5)")
     args = parser.parse_args()

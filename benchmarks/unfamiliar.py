@@ -8,11 +8,12 @@ share of its own test images, from its metrics.json.
 
 import argparse
 import json
-from pathlib import Path
 
 import numpy as np
 from datasets import Image
 
+from benchmarks._common import directory
+from luthier.errors import exit_on_user_error
 from luthier.images.decode import decode_rgb, read_bytes
 from luthier.images.openmoji import load_openmoji
 from luthier.serving.torch_network import TorchNetwork
@@ -21,10 +22,11 @@ from models import threshold_of
 BATCH = 16
 
 
+@exit_on_user_error
 def main() -> None:
     """Print the shares."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="the output directory of a run")
+    parser.add_argument("model", type=directory, help="the output directory of a run")
     args = parser.parse_args()
     unsure = json.loads((args.model / "metrics.json").read_text())["unsure"]
     network = TorchNetwork(str(args.model))

@@ -27,7 +27,9 @@ import torch
 from scipy.stats import rankdata
 from torch.nn import functional
 
+from benchmarks._common import directory
 from benchmarks.balance import load
+from luthier.errors import exit_on_user_error
 from luthier.images.splits import stratified_cut
 from luthier.serving.classifier import Classifier
 from luthier.serving.torch_network import TorchNetwork
@@ -42,10 +44,11 @@ SHRINKAGE = 0.1  # of a covariance towards its diagonal
 Familiarity = Callable[[torch.Tensor], torch.Tensor]  # features [N, D] to figures [N], higher for known classes
 
 
+@exit_on_user_error
 def main() -> None:
     """Print a row for each data set, and the means over the data sets."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", nargs="+", help="folders of class folders")
+    parser.add_argument("data", nargs="+", type=directory, help="folders of class folders")
     parser.add_argument("--train", nargs=argparse.REMAINDER, help="a recipe, and more options of train.py")
     args = parser.parse_args()
     if args.train:

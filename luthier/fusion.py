@@ -29,8 +29,8 @@ def fuse_for_training(model: PreTrainedModel, size: tuple[int, int]) -> PreTrain
 
     There BatchNorm multiplies each channel and shifts it. In each forward pass the weights of the convolution before
     it are multiplied, and not its output. The gradients are the same, and a step on a CPU takes about an eighth less
-    time (`python -m benchmarks.training_step`). On a GPU EfficientNet-Lite0 takes 1.45 times as long and ResNet-18
-    0.89 times (`benchmarks/gpu_check.sh`). See `fuse_batchnorm` for the check.
+    time (`python -m benchmarks.training_step`). On a GPU EfficientNet-Lite0 takes 1.45 times as long
+    (`benchmarks/gpu_check.sh`). See `fuse_batchnorm` for the check.
 
     Args:
         model: its BatchNorm layers stay in evaluation mode while it trains. It is put into evaluation mode.
