@@ -4,14 +4,13 @@ from typing import NamedTuple
 
 import numpy as np
 from datasets import DatasetDict
-from scipy.special import log_softmax
 from transformers import EvalPrediction, PreTrainedModel
 
 from luthier.errors import UserError
 from luthier.images.groups import groups_of
 from luthier.images.streams import Stream
 from luthier.options import BalanceOption, Metric
-from luthier.scoring.metrics import Classification, Yardstick, fit_temperature, score
+from luthier.scoring.metrics import Classification, Yardstick, fit_temperature, log_losses, score
 from luthier.training.layers import shift_logits
 from luthier.training.trainer import concatenate_batches
 from models import linear_head
@@ -97,10 +96,9 @@ class Criterion(NamedTuple):
             answers: float [N, C], see `answers`, calibrated.
             references: int [N], the true classes.
         """
-        rows, log_shares = np.arange(len(references)), self.balance.log_shares if self.balance else 0
-        log_losses = -log_softmax(answers.astype(np.float64) + log_shares, axis=-1)[rows, references]
+        cross_entropies = log_losses(answers, references, self.balance.log_shares if self.balance else 0.0)
         if self.metric == "log_loss":
-            return log_losses
+            return cross_entropies
         predictions = answers.argmax(axis=-1)
         worth = np.ones(len(references))  # of a correct answer: these add up to the metric's highest value
         if self.metric != "accuracy":
@@ -109,7 +107,7 @@ class Criterion(NamedTuple):
             size = support if self.metric == "balanced_accuracy" else (support + predicted) / 2
             occurs = support > 0 if self.metric == "balanced_accuracy" else size > 0
             worth = len(references) / (occurs.sum() * size[references])
-        return 1 - worth * (predictions == references) + TIE * log_losses
+        return 1 - worth * (predictions == references) + TIE * cross_entropies
 
 
 LOG_LOSS = Criterion()

@@ -1,7 +1,7 @@
 """What a classifier scores, computed through the `evaluate` library without the network."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -15,6 +15,9 @@ from luthier.images.groups import groups_of
 from luthier.scoring.intervals import balanced_accuracy, bootstrap_intervals, interval_of_share, macro_f1
 
 BINS = 15  # of confidence, for the calibration error (Guo et al. 2017)
+CELLS = (
+    4_000_000  # logits that are worked on at a time: copies of all take memory where there are thousands of classes
+)
 MAX_CONFUSED = 1000  # classes with a confusion matrix: that of ten thousand has a hundred million cells
 TOP = 5  # classes among which the true one may be, for the top-5 accuracy
 MAX_CORRECT_WITHHELD = 0.05  # share of the correct answers that "unsure" may cost
@@ -150,7 +153,8 @@ def score(
     n = len(references)
     shares = {"accuracy": predictions == references}
     if len(labels) > TOP:
-        shares["top_5_accuracy"] = (np.argsort(logits, axis=-1)[:, -TOP:] == references[:, None]).any(axis=-1)
+        top = [np.argpartition(logits[rows], -TOP)[:, -TOP:] == references[rows, None] for rows in _parts(logits)]
+        shares["top_5_accuracy"] = np.concatenate(top).any(axis=-1)
     scored: dict = {}
     for name, correct in shares.items():
         scored |= {name: float(correct.mean()), f"{name}_ci95": interval_of_share(correct, groups)}
@@ -223,10 +227,32 @@ class Yardstick(NamedTuple):
         return losses + np.clip(slope, 0, 1) * (self.mean - self.losses)
 
 
+def _parts(logits: np.ndarray) -> Iterator[slice]:
+    """Yield rows of logits [N, C], of about `CELLS` cells."""
+    step = max(1, CELLS // logits.shape[1])
+    for begin in range(0, len(logits), step):
+        yield slice(begin, begin + step)
+
+
+def log_losses(logits: np.ndarray, references: np.ndarray, shift: np.ndarray | float = 0.0) -> np.ndarray:
+    """Return the cross-entropy of each row of logits [N, C], in nats, float64 [N].
+
+    Args:
+        logits: of the images.
+        references: int [N], the true classes.
+        shift: added to the logits of each row, [C].
+    """
+    losses = np.empty(len(logits))
+    with np.errstate(invalid="ignore"):  # a diverged model's loss is NaN, which needs no warning as well
+        for rows in _parts(logits):
+            logs = log_softmax(logits[rows].astype(np.float64) + shift, axis=-1)
+            losses[rows] = -logs[np.arange(len(logs)), references[rows]]
+    return losses
+
+
 def log_loss(logits: np.ndarray, references: np.ndarray) -> float:
     """Return the mean cross-entropy of logits [N, C], in nats."""
-    with np.errstate(invalid="ignore"):  # a diverged model's loss is NaN, which needs no warning as well
-        return float(-log_softmax(logits.astype(np.float64), axis=-1)[np.arange(len(logits)), references].mean())
+    return float(log_losses(logits, references).mean())
 
 
 def calibration_scores(logits: np.ndarray, references: np.ndarray) -> dict[str, float]:
@@ -280,8 +306,10 @@ def selective(sureness: np.ndarray, correct: np.ndarray, threshold: float) -> di
 
 def confidence_and_correct(logits: np.ndarray, references: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the confidence of each prediction [N], and whether it is correct [N]; NaN logits have confidence 0."""
+    confidence = np.empty(len(logits))
     with np.errstate(invalid="ignore"):
-        confidence = np.exp(log_softmax(logits.astype(np.float64), axis=-1)).max(axis=-1)
+        for rows in _parts(logits):
+            confidence[rows] = np.exp(log_softmax(logits[rows].astype(np.float64), axis=-1)).max(axis=-1)
     return np.nan_to_num(confidence), logits.argmax(axis=-1) == references
 
 
@@ -296,13 +324,15 @@ def fit_temperature(
     One imaginary image with equal shares of every class is added, as Platt (1999) does. Where all predictions are
     correct the lowest loss would otherwise be at temperature 0, and every answer would be certain.
     """
-    n, classes = logits.shape
-    targets = (np.eye(classes)[references] * n + 1 / classes) / (n + 1)
-    logits, log_shares = logits.astype(np.float64), 0 if class_shares is None else np.log(class_shares)
+    n, log_shares = len(logits), 0 if class_shares is None else np.log(class_shares)
     if not np.isfinite(logits).all():
         return 1.0
 
     def loss(log_temperature: float) -> float:
-        return -(targets * log_softmax(logits / np.exp(log_temperature) + log_shares, axis=-1)).sum(axis=-1).mean()
+        total = 0.0
+        for rows in _parts(logits):
+            logs = log_softmax(logits[rows].astype(np.float64) / np.exp(log_temperature) + log_shares, axis=-1)
+            total -= (n * logs[np.arange(len(logs)), references[rows]] + logs.mean(axis=-1)).sum()
+        return total / (n * (n + 1))
 
     return float(np.exp(minimize_scalar(loss, bounds=(np.log(0.05), np.log(20)), method="bounded").x))

@@ -52,6 +52,24 @@ def test_very_many_classes_have_no_confusion_matrix(monkeypatch):
     assert without["per_class"]["a"] == expected["per_class"]["a"] and without["accuracy"] == expected["accuracy"]
 
 
+def test_scores_in_parts_are_those_of_all_at_once(monkeypatch):
+    generator = np.random.default_rng(0)
+    references = generator.integers(0, 7, 50)
+    logits = generator.normal(size=(50, 7)) + 2 * np.eye(7)[references]
+    shares = np.arange(1, 8) / 28
+
+    def everything() -> list:
+        found = score(logits, references, list("abcdefg"), class_shares=shares)
+        return [found, fit_temperature(logits, references), fit_temperature(logits, references, shares)]
+
+    whole = everything()
+    monkeypatch.setattr(metrics, "CELLS", 30)
+    parts = everything()
+    assert parts[0] == whole[0] and parts[1:] == pytest.approx(whole[1:])
+    logs = logits / whole[1] - np.log(np.exp(logits / whole[1]).sum(axis=1, keepdims=True))
+    assert log_loss(logits / whole[1], references) == pytest.approx(-logs[np.arange(50), references].mean())
+
+
 def test_perfect_and_worst_scores():
     assert score(np.eye(3)[REFERENCES], REFERENCES, LABELS)["macro_f1"] == 1
     assert score(np.eye(3)[(REFERENCES + 1) % 3], REFERENCES, LABELS)["accuracy"] == 0
