@@ -100,7 +100,7 @@ def fine_tune(arguments: "Arguments", stop: "Stop", stopwatch: Stopwatch) -> tup
     """Race the recipes, keep the weights that are best on validation, and predict test with them, once."""
     from data import collate, feature_rows, with_transforms
     from luthier.reporting import console
-    from luthier.scoring.baselines import ProbeResults, measure_probe
+    from luthier.scoring.baselines import ProbeResults, measure_probe, with_yardstick
     from luthier.scoring.experiment import Result
     from luthier.scoring.familiarity import answer, learn_familiarity
     from luthier.scoring.race import Course, enter, keep_best, race
@@ -119,6 +119,7 @@ def fine_tune(arguments: "Arguments", stop: "Stop", stopwatch: Stopwatch) -> tup
     judge, recipes = experiment.judge, experiment.recipes
     if recipes[0].is_pretrained:
         probe = measure_probe(workshop.predictor(), splits, images, judge.criterion, curve, console.say_probe)
+        judge = with_yardstick(judge, probe, splits, recipes, training_args.device)
     stopwatch.stop("features")
     console.say_estimates(probe, curve)
     experiment.findings.update(probe.findings)
@@ -127,7 +128,6 @@ def fine_tune(arguments: "Arguments", stop: "Stop", stopwatch: Stopwatch) -> tup
     # Train
     run_dir, resume = Path(str(training_args.output_dir)), training_args.resume_from_checkpoint
     only_trained = model_args.keep == "trained" and recipes[0].name != "probe"
-    judge = judge._replace(yardstick=probe.yardstick)
     course = Course(judge, stop, run_dir, stopwatch, model_args.time_limit, only_trained, run_args.of_training)
     baseline = None if only_trained else score_probe(workshop, probe, rows["validation"], judge)
     outcome = race(enter(recipes, workshop, rows, probe.starts, run_dir), baseline, course, resume)

@@ -55,7 +55,6 @@ STAGES = {
     "preparation": ("data", "prepare"),
     "features": ("luthier.scoring.baselines", "load_features"),
     "probe": ("luthier.scoring.baselines", "fit_shared_probes"),
-    "yardstick": ("luthier.scoring.baselines", "build_yardstick"),
     "label check": ("luthier.scoring.baselines", "suspect_labels"),
     "learning curve": ("luthier.scoring.baselines", "probe_learning_curve"),
     "training": ("luthier.scoring.race", "race"),

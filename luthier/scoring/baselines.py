@@ -1,6 +1,6 @@
 """What a score is compared with: the most frequent class, and the linear probe."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -16,13 +16,14 @@ from luthier.images.groups import groups_of
 from luthier.images.splits import stratified_folds
 from luthier.images.views import ImageRows
 from luthier.scoring.audit import suspect_labels
-from luthier.scoring.criterion import LOG_LOSS, Criterion
+from luthier.scoring.criterion import LOG_LOSS, Criterion, Judge
 from luthier.scoring.grouping import measure_inflation
 from luthier.scoring.intervals import interval_of_share
 from luthier.scoring.learning_curve import probe_learning_curve
 from luthier.scoring.metrics import TestPredictions, Yardstick, known_images, score
 from luthier.training.features import feature_size, join, load_features
 from luthier.training.probe import LinearProbe, cross_fit, fit_shared_probes, state_with_probe
+from luthier.training.recipe import Recipe
 from luthier.training.trainer import model_of
 from models import linear_head
 
@@ -35,7 +36,6 @@ class ProbeResults(NamedTuple):
     Attributes:
         starts: the model's state with the probe as its head, on every process, by `recipe.Recipe.start`.
         strength: the probe's penalty, on every process.
-        yardstick: corrects validation losses, on every process.
         features: of every split, float32 [N, D].
         baseline: of `probe_baseline`.
         logits: float [N, C] of test, calibrated.
@@ -46,7 +46,6 @@ class ProbeResults(NamedTuple):
 
     starts: Mapping[str, dict[str, torch.Tensor]] = MappingProxyType({})
     strength: float | None = None
-    yardstick: Yardstick | None = None
     features: dict[str, torch.Tensor] | None = None
     baseline: dict | None = None
     logits: np.ndarray | None = None
@@ -97,21 +96,17 @@ def measure_probe(
     probe, soft = fit_shared_probes(trainer, known or None, references, criterion.class_weights)
     if announce and known:
         announce(probe_baseline(probe, {"validation": known["validation"]}, splits, criterion)[0]["validation"])
-    corrects = build_yardstick(known, splits, probe.strength, criterion, trainer.args.device) if known else None
-    (yardstick,) = broadcast_object_list([corrects])
     if "test" in images:  # an audit may have none
         load_features(trainer, head, images["test"], known.get("test"))
     starts = {"probe": state_with_probe(model, head, probe), "soft probe": state_with_probe(model, head, soft)}
     if space is None:
-        return ProbeResults(starts, probe.strength, yardstick)
+        return ProbeResults(starts, probe.strength)
     device = trainer.args.device
     baseline, logits = probe_baseline(probe, known, splits, criterion)
     suspects, checked_by = suspect_labels(splits, space.to(device), probe.strength)
     curve = probe_learning_curve(splits, known, probe, device) if with_learning_curve else None
     inflation = probe_inflation(splits, known, probe.strength, device)
-    return ProbeResults(
-        starts, probe.strength, yardstick, known, baseline, logits, suspects, checked_by, curve, inflation
-    )
+    return ProbeResults(starts, probe.strength, known, baseline, logits, suspects, checked_by, curve, inflation)
 
 
 def probe_inflation(
@@ -136,6 +131,25 @@ def probe_inflation(
     )
     everything = join([features["train"], features["validation"]]).to(device)
     return measure_inflation(everything, labels, duplicates, groups, classes, strength)
+
+
+def with_yardstick(
+    judge: Judge, probe: ProbeResults, splits: DatasetDict, recipes: Sequence[Recipe], device: torch.device
+) -> Judge:
+    """Return a judge that corrects validation losses, on every process, where there are some to compare.
+
+    Args:
+        judge: without a yardstick.
+        probe: of the run.
+        splits: as loaded.
+        recipes: of the run.
+        device: of the fits.
+    """
+    if probe.strength is None or all(recipe.name == "probe" for recipe in recipes):
+        return judge
+    corrects = probe.features and build_yardstick(probe.features, splits, probe.strength, judge.criterion, device)
+    (yardstick,) = broadcast_object_list([corrects])
+    return judge._replace(yardstick=yardstick)
 
 
 def build_yardstick(
