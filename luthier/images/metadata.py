@@ -65,7 +65,7 @@ def load_directory(
     named = [f"--{kind}_column" for kind, name in given._asdict().items() if name]
     if tables:
         try:
-            splits = load_tables(root, tables, bool(labels), given, grouping, to_train)
+            splits = load_tables(root, tables, bool(labels) or group_by == "folder", given, grouping, to_train)
         except ForeignTableError as error:
             if labels or named:
                 raise
@@ -131,14 +131,14 @@ def _metadata_of(folder: Path) -> Path | None:
 
 
 def load_tables(
-    root: Path, tables: dict[str, Path], is_named: bool, given: Columns, grouping: Grouping, to_train: bool
+    root: Path, tables: dict[str, Path], is_sure: bool, given: Columns, grouping: Grouping, to_train: bool
 ) -> DatasetDict:
     """Load the images that tables name, with their labels; without a split column all of them are `train`.
 
     Args:
         root: the folder that holds the images, at any depth.
         tables: of `find_tables`.
-        is_named: the user has named the table, and not laid it into the folder.
+        is_sure: folders are no classes, because the user has named the table, or says what they are.
         given: the columns that the user has named.
         grouping: gives an image's group by its path below the folder, where there is no group column.
         to_train: see `load_directory`.
@@ -151,7 +151,7 @@ def load_tables(
     if not root.is_dir():
         raise UserError(f"--data_dir {root} is not a folder: give the one that holds the images of the table")
     listed: dict[str, list[ListedImage]] = defaultdict(list)
-    learned = given.label
+    learned: str | None = None
     for split, path in sorted(tables.items(), key=lambda item: item[0] != "train"):
         files, only = (ImageFiles(root), None) if split == "all" else (ImageFiles(path.parent), split)
         table = read_table(path, least=1 if listed else 2)
@@ -166,9 +166,9 @@ def load_tables(
         say("labels", f"of the column {columns.label!r} of {path}{of_splits}")
         for name, images in _read_images(files, table, columns, grouping, only).items():
             listed[name] += images
-        if not is_named and not given.label and str(columns.label).lower() not in LABEL_COLUMNS:
+        if not is_sure and not given.label and str(columns.label).lower() not in LABEL_COLUMNS:
             _check_folders(path, columns, listed)
-        learned = given.label or columns.label
+        learned = columns.label
     if "train" not in listed and not to_train:
         listed = {"train": listed.get("test") or listed["validation"]}
     if not listed.get("train"):

@@ -272,6 +272,10 @@ def test_table_that_may_not_be_of_the_classes_is_refused(tmp_path):
     table.write_text(text([(number, "AB"[number % 2]) for number in range(12)], "file_name,photographer"))
     with pytest.raises(UserError, match=r"'photographer' of .*, or the folders, such as blue, green, red\? Give"):
         load_images(data_dir=str(tmp_path))
+    with pytest.raises(UserError, match="there is no column 'kind'"):
+        load_images(data_dir=str(tmp_path), label_column="kind")
+    splits, _ = load_images(data_dir=str(tmp_path), group_by="folder")
+    assert splits["train"].features["label"].names == ["A", "B"]
     splits, _ = load_images(data_dir=str(tmp_path), label_column="photographer")
     assert splits["train"].features["label"].names == ["A", "B"]
     table.write_text(text([(number, "AB"[number % 2], "x") for number in range(12)], "file_name,photographer,place"))
