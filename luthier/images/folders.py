@@ -75,9 +75,8 @@ def load_folder(root: Path, grouping: Grouping = no_group, to_train: bool = True
     """
     if not root.is_dir():
         raise UserError(f"--data_dir {root} is not a folder: give one with a folder of images for each class")
-    _check_links(root)
     roots = _split_folders(root, to_train)
-    for folder in roots.values():
+    for folder in (root, *roots.values()):
         _check_links(folder)
     if not roots:
         _check_classes(root)
