@@ -73,7 +73,7 @@ def _keys_of(dataset: Dataset) -> list[str]:
     if not first or first["bytes"] is not None or first["path"] is None:
         return keys
     stamps = []
-    for image in dataset["image"]:
+    for image in dataset["image"][:]:  # no content is in these rows
         try:
             stamps.append(stamp_of(image["path"]))
         except (OSError, TypeError):  # the reason comes when the file is read
