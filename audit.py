@@ -78,9 +78,13 @@ def build_parser() -> "Parser":
     from luthier.arguments import build_parser
 
     parser = build_parser("audit.py", "python audit.py DATA [--option value ...]", str(__doc__), SHOWN)
+    own = {
+        "output_dir": "Where audit.json and audit.html are written; nothing is written if not given.",
+        "validation_fraction": "Share of each class for a missing validation split; a tenth if not given.",
+        "image_size": "Side of the images that the model sees, in pixels; the model's own if not given.",
+    }
     for action in parser._actions:
-        if action.dest == "output_dir":
-            action.help = "Where audit.json and audit.html are written; nothing is written if not given."
+        action.help = own.get(action.dest, action.help)
     return parser
 
 
