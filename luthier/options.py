@@ -212,7 +212,7 @@ class ModelArguments:
     )
     time_limit: float | None = field(
         default=None,
-        metadata={"help": "Minutes that the run may take; no heat and no refit begins that would end later."},
+        metadata={"help": "Minutes that the run may take; no heat begins that would end later."},
     )
     refit: Literal["auto", "none"] = field(
         default="auto",
