@@ -35,6 +35,7 @@ SPLIT_OF_FOLDER = {
 }
 
 MOST_SPLITS = 5  # folders that splits may be; more are classes
+SHARDS = (".parquet", ".tar")  # of files that hold many images
 STAMP = "stamp"  # the column that changes with a file: its path, its size in bytes, and when it was last changed
 
 Grouping = Callable[[PurePosixPath], str]  # the group of an image; an empty one is none
@@ -238,7 +239,7 @@ def _check_classes(root: Path) -> None:
 
 def _check_shards(folder: Path, *places: Path) -> None:
     """Raise UserError where folders hold Parquet or tar files: these are no folders of images."""
-    if any(path.suffix in (".parquet", ".tar") for place in places for path in place.iterdir()):
+    if any(path.suffix in SHARDS for place in places for path in place.iterdir()):
         raise UserError(
             f"{folder} holds Parquet or tar files: give --dataset_name {folder}, or --data_dir with the folder that "
             "they are in"

@@ -95,7 +95,7 @@ class ImageFiles:
             as_written = [
                 path
                 for path in exact or found
-                if list(path.parts[-len(parts) : -1]) == parts[:-1] and parts[-1] in (path.name, _bare(path))
+                if list(path.parts[-len(parts) : -1]) == parts[:-1] and parts[-1] in (path.name, _stem(path.name))
             ]
             return as_written if len(as_written) == 1 else found
         return exact or found
@@ -171,9 +171,4 @@ def _compared(parts: Sequence[str]) -> list[str]:
 def _stem(name: str) -> str:
     """Return a file name without the extension of an image."""
     path = PurePosixPath(name)
-    return path.stem if path.suffix in EXTENSIONS else path.name
-
-
-def _bare(path: PurePosixPath) -> str:
-    """Return a file's name as it is written, without the extension of an image."""
     return path.stem if path.suffix.lower() in EXTENSIONS else path.name

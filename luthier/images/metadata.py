@@ -12,7 +12,7 @@ from datasets import DatasetDict
 from luthier.errors import UserError
 from luthier.images.columns import LABEL_COLUMNS
 from luthier.images.decode import is_image
-from luthier.images.folders import SPLIT_OF_FOLDER, Grouping, ListedImage, load_folder, load_listed, subfolders
+from luthier.images.folders import SHARDS, SPLIT_OF_FOLDER, Grouping, ListedImage, load_folder, load_listed, subfolders
 from luthier.images.groups import build_grouping, check_groups
 from luthier.images.image_files import SAMPLE, ImageFiles, as_text
 from luthier.images.inspection import listing
@@ -24,7 +24,6 @@ logger = logging.getLogger(__name__)
 # Names of an image column, where several columns name image files.
 IMAGE_COLUMNS = ("file_name", "filename", "file", "image", "image_path", "path", "filepath", "image_id", "id")
 SPLIT_COLUMN = "split"
-SHARDS = ("*.parquet", "*.tar")  # files that hold many images
 WHOLE_NUMBER = re.compile(r"-?\d+(\.0+)?")
 
 
@@ -91,7 +90,7 @@ def has_shards(root: Path) -> bool:
         return False
     if any(is_image(path.name) for path in root.iterdir()):
         return False
-    files = [path for folder in (root, root / "data") for pattern in SHARDS for path in folder.glob(pattern)]
+    files = [path for folder in (root, root / "data") for suffix in SHARDS for path in folder.glob(f"*{suffix}")]
     return bool(files)
 
 
@@ -246,14 +245,16 @@ def _read_images(
 
 def _split_by_folders(entries: list[Entry], found: list[Path | str], root: Path) -> list[Entry]:
     """Return the rows with the splits whose folders their images are in; none where not all are in such folders."""
-    folders = [path.relative_to(root).parts[0] for path in found if isinstance(path, Path)]
-    splits = {SPLIT_OF_FOLDER.get(folder.lower()) for folder in folders}
+    split_of = {
+        path: SPLIT_OF_FOLDER.get(path.relative_to(root).parts[0].lower()) for path in found if isinstance(path, Path)
+    }
+    splits = set(split_of.values())
     if "train" not in splits or None in splits:
         return []
-    split_of: dict[Path | str, str] = {
-        path: SPLIT_OF_FOLDER[path.relative_to(root).parts[0].lower()] for path in found if isinstance(path, Path)
-    }
-    return [entry._replace(split=split_of.get(path, entry.split)) for entry, path in zip(entries, found, strict=True)]
+    return [
+        entry._replace(split=(isinstance(path, Path) and split_of[path]) or entry.split)
+        for entry, path in zip(entries, found, strict=True)
+    ]
 
 
 def _read_entries(table: Table, columns: Columns, split: str | None) -> list[Entry]:

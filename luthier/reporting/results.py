@@ -15,7 +15,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from luthier.escape import escape_cell
 from luthier.familiarity import Familiarity, describe_in_config, save_references
-from luthier.output_dir import has_ended
+from luthier.output_dir import has_ended, written_whole
 from luthier.reporting.card import EXPORTS, write_model_card
 from luthier.reporting.console import describe_recipe, say_results
 from luthier.scoring.audit import KINDS
@@ -231,9 +231,8 @@ def note_export(folder: Path, file: str, parity: Mapping) -> None:
     except (OSError, ValueError, TypeError):
         known = {}  # there is none, or it is damaged
     known = {name: row for name, row in known.items() if (folder / "onnx" / name).is_file()} | {file: dict(parity)}
-    whole = path.with_name(f".{path.name}")
-    whole.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
-    whole.replace(path)
+    with written_whole(path) as whole:
+        whole.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
     if not has_ended(folder):
         return
     try:
