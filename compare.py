@@ -32,7 +32,7 @@ class Experiment(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One run: its experiment, its seed or fold, its folder, train.py's arguments, and the digest of all settings."""
+    """One run: its experiment, its seed or fold, its folder, arguments, and settings, see `_in_time`."""
 
     experiment: str
     part: str
@@ -162,7 +162,9 @@ def build_runs(experiments: list[Experiment], args: argparse.Namespace, rest: li
         line = [*experiment.line, "--refit", "none", *rest, *words]  # nothing is shipped, so nothing is refit
         line += ["--disable_tqdm", "True", "--output_dir", str(folder)]
         line += ["--resume_from_checkpoint", "auto"]  # from the start where there is nothing to resume
-        runs.append(Run(experiment.name, part, folder, line, parse_arguments(line).run_args.settings))
+        parsed = parse_arguments(line)
+        settings = _in_time(parsed.run_args.settings, parsed.model_args.time_limit)
+        runs.append(Run(experiment.name, part, folder, line, settings))
     return runs
 
 
@@ -175,7 +177,8 @@ def is_finished(run: Run) -> bool:
     settings = None
     finished = has_ended(run.folder)
     if finished:
-        settings = read_metrics(run.folder).get("settings")
+        metrics = read_metrics(run.folder)
+        settings = _in_time(metrics.get("settings"), metrics.get("time_limit"))
     elif run.note.exists():
         settings = run.note.read_text(encoding="utf-8").strip()
     if settings != run.settings and run.folder.exists():
@@ -184,6 +187,11 @@ def is_finished(run: Run) -> bool:
             "--output_dir, or remove the folder"
         )
     return finished
+
+
+def _in_time(settings: str | None, time_limit: float | None) -> str:
+    """Return the digest of settings and the time limit, which decides what a run ends with too."""
+    return str(settings) if time_limit is None else f"{settings} {time_limit:g}"
 
 
 def execute(run: Run) -> None:

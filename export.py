@@ -282,9 +282,10 @@ def images_of_run(folder: Path, labels: list[str]) -> tuple["Images", "Images"]:
 
 def write_export(path: Path, folder: Path, record: dict) -> None:
     """Copy an exported file into a model's folder, and note in `export.json` and the model card how it compares."""
+    from luthier.reporting.card import ONNX
     from luthier.reporting.results import note_export
 
-    target = folder / "onnx" / path.name
+    target = folder / ONNX / path.name
     copy_whole(path, target)
     note_export(folder, target.name, record)
 

@@ -24,7 +24,7 @@ class RunArguments(NamedTuple):
 
     Attributes:
         command: the command line, without the paths that tell of a machine or a person.
-        settings: SHA-256 of all options except those that say where a run goes and how it is shown.
+        settings: SHA-256 of all options but `NOT_SETTINGS`.
         of_training: the options that losses and weights depend on: a run is resumed with the same.
         given: names of all options that the config or the command line sets.
         seeds: the random seeds of training and splits, and the fold.
@@ -67,6 +67,7 @@ class Arguments(NamedTuple):
     def for_record(self) -> dict:
         """Return what `results.collect_run` records of a run."""
         of_run = {key: getattr(self.run_args, key) for key in ("command", "settings", "seeds")}
+        of_run["time_limit"] = self.model_args.time_limit
         return {**of_run, "images": self.data_args.for_later(self.run_dir)}
 
     def folds(self) -> list["Arguments"]:
@@ -175,8 +176,8 @@ POSITIVE = (
     "milliseconds",
 )
 
-# Where a run goes, and how it is shown: not part of what it computes.
-NOT_SETTINGS = ("output_dir", "disable_tqdm", "resume_from_checkpoint", "export")
+# Where a run goes, how it is shown, and how much time it has: more of it lets a run go on.
+NOT_SETTINGS = ("output_dir", "disable_tqdm", "resume_from_checkpoint", "export", "time_limit")
 
 # What losses and weights depend on, besides what a checkpoint knows itself: data, batch, learning rate, size.
 OF_TRAINING = (
@@ -316,7 +317,7 @@ def option_of_data(name: str) -> list[str]:
 
 
 def digest_settings(options: dict) -> str:
-    """Return a hash of all options but those of where a run goes and how it is shown."""
+    """Return a hash of all options but `NOT_SETTINGS`."""
     settings = {key: value for key, value in options.items() if key not in NOT_SETTINGS}
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 

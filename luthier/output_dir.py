@@ -16,6 +16,8 @@ from luthier.errors import UserError
 logger = logging.getLogger(__name__)
 
 CARD = "README.md"  # the model card
+RACE = "race.json"  # from which an interrupted race goes on
+NO_TIME = "the time limit"  # why a race ended, or why there is no refit
 LOCK = ".lock"  # in the directory while a run writes there
 
 
@@ -64,6 +66,27 @@ def has_ended(output_dir: Path) -> bool:
 def has_weights(folder: Path) -> bool:
     """Tell whether a folder holds the weights of a model, or some of them."""
     return any(folder.glob("model*.safetensors"))
+
+
+def nothing_left(output_dir: Path, settings: str, time_limit: float | None) -> bool:
+    """Tell whether a run has ended, and does not go on because it has more time now.
+
+    Args:
+        output_dir: of the run.
+        settings: digest of the settings given now. A run that had others does not go on: its results would be lost.
+        time_limit: the minutes given now; None is no limit.
+
+    Raises:
+        UserError: see `read_metrics`.
+    """
+    if not has_ended(output_dir):
+        return False
+    metrics = read_metrics(output_dir)
+    before = metrics.get("time_limit")
+    cut_short = NO_TIME in ((metrics.get("race") or {}).get("ended"), (metrics.get("refit") or {}).get("refusal"))
+    more_time = before is not None and (time_limit is None or time_limit > before)
+    resumable = any(output_dir.rglob(RACE))  # and not deleted, as a finished run's may be
+    return not (cut_short and more_time and resumable and metrics.get("settings") == settings)
 
 
 def describe_ended(output_dir: Path, settings: str) -> str:

@@ -1,5 +1,6 @@
 """The output directory of a run: locked against a second run, created for the run, removed if it stays empty."""
 
+import json
 import logging
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from conftest import PROJECT
 
 import luthier.output_dir as module
 from luthier.errors import UserError
-from luthier.output_dir import claim_output_dir, describe_ended, free_output_dir, has_ended
+from luthier.output_dir import claim_output_dir, describe_ended, free_output_dir, has_ended, nothing_left
 
 
 def test_second_run_is_refused_until_the_first_is_killed(tmp_path):
@@ -94,7 +95,25 @@ def test_run_has_ended_when_model_card_metrics_and_weights_exist(tmp_path):
     (tmp_path / "metrics.json").write_text('{"settings": "a"}')
     assert describe_ended(tmp_path, "a").endswith("nothing is left to train")
     assert "to train with those of now, give another --output_dir" in describe_ended(tmp_path, "b")
+    assert nothing_left(tmp_path, "a", None)  # of an earlier version
     for damaged in ("", '{"settings": ', "null"):
         (tmp_path / "metrics.json").write_text(damaged)
         with pytest.raises(UserError, match=r"metrics.json is damaged \(.+ --resume_from_checkpoint auto"):
             describe_ended(tmp_path, "a")
+
+
+def test_run_that_the_time_limit_cut_short_goes_on_with_more_time(tmp_path):
+    for name in ("README.md", "model.safetensors", "race.json"):
+        (tmp_path / name).touch()
+    ended, cut = {"race": {"ended": "its last heat"}}, {"race": {"ended": "the time limit"}}
+    unlimited, no_refit = {**cut, "time_limit": None}, {**ended, "refit": {"refusal": "the time limit"}}
+
+    def left(metrics, settings, limit):
+        (tmp_path / "metrics.json").write_text(json.dumps({"time_limit": 5, "settings": "a", **metrics}))
+        return not nothing_left(tmp_path, settings, limit)
+
+    assert left(cut, "a", 6) and left(cut, "a", None) and left(no_refit, "a", 6)
+    assert not left(cut, "a", 5) and not left(unlimited, "a", None) and not left(ended, "a", 6)
+    assert not left(cut, "b", 6)  # other options would lose its results
+    (tmp_path / "race.json").unlink()
+    assert not left(cut, "a", 6)

@@ -16,7 +16,8 @@ from luthier.reporting.console import (
 )
 from luthier.terminal import balance_with_intervals, percent, percent_with_interval
 
-EXPORTS = "export.json"  # how exported files compare with the model
+ONNX = "onnx"  # folder of exported files
+EXPORTS = "export.json"  # how they compare with the model
 FIGURES = {  # that a model card shows
     "confusion_matrix.png": "Confusion matrix",
     "reliability.png": "Accuracy by confidence",

@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import platform
 import re
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from luthier.escape import escape_cell
 from luthier.familiarity import Familiarity, describe_in_config, save_references
 from luthier.output_dir import has_ended, written_whole
-from luthier.reporting.card import EXPORTS, write_model_card
+from luthier.reporting.card import EXPORTS, ONNX, write_model_card
 from luthier.reporting.console import describe_recipe, say_results
 from luthier.scoring.audit import KINDS
 from luthier.scoring.baselines import majority_baseline
@@ -87,6 +88,7 @@ def collect_metrics(
     findings: Mapping,
     command: str,
     settings: str,
+    time_limit: float | None = None,
 ) -> dict:
     """Return what `metrics.json` holds, without the seconds.
 
@@ -104,6 +106,7 @@ def collect_metrics(
         seeds: of the training and the splits.
         findings: of `audit.audit_images`.
         command, settings: the command line, and the digest of all settings.
+        time_limit: minutes; None is no limit.
     """
     baselines = {"majority": majority} | ({"linear_probe": linear_probe} if linear_probe else {})
     return {
@@ -122,6 +125,7 @@ def collect_metrics(
         "versions": _versions(),
         "command": command,
         "settings": settings,
+        "time_limit": time_limit,
     }
 
 
@@ -191,6 +195,8 @@ def save_models(
 ) -> bool:
     """Save the shipped model, and the scored one beside it where that is another.
 
+    What an earlier part of the run has made of other weights is removed.
+
     Args:
         result: has the model that was scored.
         refitted: the model that is shipped; None where that is the scored one.
@@ -211,6 +217,9 @@ def save_models(
         short = sorted({digest[:DIGEST] for digest in digests})
         (folder / LEARNED_FROM).write_text("\n".join(short) + "\n", encoding="utf-8")
 
+    for folder in (SCORED, ONNX):
+        shutil.rmtree(output_dir / folder, ignore_errors=True)
+    (output_dir / EXPORTS).unlink(missing_ok=True)
     note(learned_from, output_dir)
     scored = (result.model, result.answers.familiarity)
     if refitted is None:
@@ -230,7 +239,7 @@ def note_export(folder: Path, file: str, parity: Mapping) -> None:
         known = dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         known = {}  # there is none, or it is damaged
-    known = {name: row for name, row in known.items() if (folder / "onnx" / name).is_file()} | {file: dict(parity)}
+    known = {name: row for name, row in known.items() if (folder / ONNX / name).is_file()} | {file: dict(parity)}
     with written_whole(path) as whole:
         whole.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
     if not has_ended(folder):

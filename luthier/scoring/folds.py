@@ -7,6 +7,7 @@ from statistics import mean
 import numpy as np
 from datasets import DatasetDict, concatenate_datasets
 
+from luthier.output_dir import NO_TIME
 from luthier.scoring.audit import audit_images
 from luthier.scoring.baselines import ProbeResults
 from luthier.scoring.experiment import Experiment, Result
@@ -58,6 +59,9 @@ def pool(parts: Sequence[tuple[Experiment, Result]]) -> tuple[Experiment, Result
         DatasetDict(test=concatenate_datasets([dataset["test"] for dataset in datasets]))
         for datasets in ([each.splits for each, _ in parts], [each.prepared for each, _ in parts])
     )
+    outcome = leader.outcome
+    if any(result.outcome.reason == NO_TIME for result in results):  # with more time, the run has something left to do
+        outcome = outcome._replace(reason=NO_TIME)
     tested, untested = set(splits["test"]["digest"][:]), {}
     for split, name in UNTESTED.items():
         rows = [row for row, digest in enumerate(experiment.splits[split]["digest"][:]) if digest not in tested]
@@ -73,7 +77,7 @@ def pool(parts: Sequence[tuple[Experiment, Result]]) -> tuple[Experiment, Result
     divide_logits(leader.model, temperature / leader.kept.temperature)
     leader.model.config.unsure_below = threshold
     pooled = Answers(answers, references, sureness, familiarity)
-    result = leader._replace(probe=probe, kept=kept, answers=pooled)
+    result = leader._replace(probe=probe, outcome=outcome, kept=kept, answers=pooled)
     return experiment._replace(splits=splits, own_test=False, prepared=prepared, findings=findings), result
 
 

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 from transformers import Trainer
 
 from luthier.errors import NotFinite
-from luthier.output_dir import mark_unfinished
-from luthier.scoring.race_record import NO_TIME, Course, Heat, read_record, write_record
+from luthier.output_dir import NO_TIME, mark_unfinished
+from luthier.scoring.race_record import Course, Heat, read_record, write_record
 from luthier.scoring.selection import Candidate, choose, load_candidate, score_candidates
 from luthier.terminal import plural, say
 from luthier.training.arms import Arm, State, Workshop, plan_arm
@@ -109,7 +109,7 @@ def enter(
 def race(arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: str | None) -> Outcome:
     """Run the arms in heats until more training does not pay; return the best one.
 
-    Every heat ends with a checkpoint and a line in `race_record.RECORD`. So a race that was interrupted goes on where
+    Every heat ends with a checkpoint and a line in `race.json`. So a race that was interrupted goes on where
     it was, and an arm goes on with its optimizer's state.
 
     Args:
@@ -301,11 +301,12 @@ def _take_up(course: Course, arms: Sequence[Arm], resume: str) -> tuple[list[Hea
     heats, reason = read_record(course, arms, named)
     if named:
         _return_to(named, arms, heats, course)
+    mark_unfinished(course.stop.run_dir)
     return heats, reason, named
 
 
 def _return_to(named: Path, arms: Sequence[Arm], heats: list[Heat], course: Course) -> None:
-    """Let a run go on from a checkpoint: it is no longer finished, and later checkpoints are written again.
+    """Let a run go on from a checkpoint: later ones are written again.
 
     Raises:
         UserError: it cannot go on from there; then nothing is removed.
@@ -313,7 +314,6 @@ def _return_to(named: Path, arms: Sequence[Arm], heats: list[Heat], course: Cour
     arm = arms[0]
     check_named(named, arm.origin)
     load_weights(arm.workshop.copy(), named)
-    mark_unfinished(course.stop.run_dir)
     if arm.is_main_process:
         for step, checkpoint in checkpoints_by_step(arm.folder).items():
             if step > step_of(named):

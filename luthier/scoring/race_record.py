@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from accelerate.utils import broadcast_object_list
 
 from luthier.errors import UserError
-from luthier.output_dir import written_whole
+from luthier.output_dir import NO_TIME, RACE, written_whole
 from luthier.scoring.criterion import Judge
 from luthier.terminal import Stopwatch
 from luthier.training.arms import Arm
@@ -19,10 +19,6 @@ from luthier.training.checkpoints import step_of
 from luthier.training.signals import Stop
 
 logger = logging.getLogger(__name__)
-
-# In the directory of a run: its options, when the heats of its arms end, those finished, why the race ended.
-RECORD = "race.json"
-NO_TIME = "the time limit"  # why a race ended
 
 
 class Heat(NamedTuple):
@@ -87,7 +83,7 @@ def read_record(course: Course, arms: Sequence[Arm], named: Path | None = None) 
     Raises:
         UserError: the race was begun with other options.
     """
-    path = course.run_dir / RECORD
+    path = course.run_dir / RACE
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         planned, ended, options = record["arms"], record["ended"], record["options"]
@@ -117,11 +113,11 @@ def _in_words(name: str, value: Any) -> str:
 
 
 def write_record(course: Course, arms: Sequence[Arm], heats: Sequence[Heat], ended: str) -> None:
-    """Write the heats of a race and why it has ended, or "", on the main process."""
+    """Write the options of a race, its heats, and why it has ended or "", on the main process."""
     if arms and arms[0].is_main_process:
         planned = {arm.recipe.name: arm.ends for arm in arms}
         rows = [heat._asdict() for heat in heats]
         begun = {"options": dict(course.options), "time_limit": course.time_limit}
         record = {**begun, "arms": planned, "ended": ended, "heats": rows}
-        with written_whole(course.run_dir / RECORD) as whole:
+        with written_whole(course.run_dir / RACE) as whole:
             whole.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

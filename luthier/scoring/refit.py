@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from luthier.errors import NotFinite
 from luthier.familiarity import Familiarity
 from luthier.images.views import ImageRows
+from luthier.output_dir import NO_TIME
 from luthier.scoring.criterion import Balance
 from luthier.scoring.experiment import Experiment, Result
 from luthier.scoring.familiarity import refit_references
@@ -80,7 +81,7 @@ def plan_refit(
     elif work > AROUND + _work_of_run(splits, result) * (folds or 1):
         refusal = f"it would be more work than the run was, and take about {seconds:.0f} s"
     elif not result.course._replace(time_limit=time_limit).ends_in_time(seconds):
-        refusal = "the time limit"
+        refusal = NO_TIME
     return Plan(used, images, scored_on, seconds, refusal)
 
 

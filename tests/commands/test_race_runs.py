@@ -132,9 +132,13 @@ def test_time_limit_ends_a_training_without_heats_after_an_epoch(tmp_path):
     resume = ["--resume_from_checkpoint", "auto", "--time_limit"]
     again = run(tmp_path, Path("simple_cnn"), *resume, "0.001")
     assert again["race"]["heats"] == [heat] and again["history"] == metrics["history"][:-1]  # but the seconds
-    (tmp_path / "out/README.md").unlink()
-    more = run(tmp_path, Path("simple_cnn"), *resume, "9")["race"]
+    assert run(tmp_path, Path("simple_cnn"), *resume, "9", "--seed", "7") == again  # which is finished
+    for old in ("scored/config.json", "onnx/model.onnx", "export.json"):  # of the earlier weights
+        (tmp_path / "out" / old).parent.mkdir(exist_ok=True)
+        (tmp_path / "out" / old).touch()
+    more = run(tmp_path, Path("simple_cnn"), *resume, "9", "--refit", "auto")["race"]
     assert more["heats"][0] == heat and more["heats"][-1]["epochs"] > 1 and more["ended"] == "its last heat"
+    assert not (tmp_path / "out/onnx").exists() and not (tmp_path / "out/export.json").exists()
 
 
 def test_folds_score_every_image_once(timm_checkpoint, tmp_path):

@@ -10,9 +10,10 @@ import pytest
 
 import luthier.scoring.race as module
 from luthier.errors import NotFinite, UserError
+from luthier.output_dir import RACE
 from luthier.scoring.criterion import Judge
 from luthier.scoring.race import FAR, _choose_next, _expected_seconds, predict_loss, race
-from luthier.scoring.race_record import RECORD, Course, Heat, read_record, write_record
+from luthier.scoring.race_record import Course, Heat, read_record, write_record
 from luthier.scoring.selection import Candidate, choose
 from luthier.terminal import Stopwatch
 from luthier.training.signals import Stop
@@ -110,13 +111,13 @@ def test_record_of_a_race_counts_for_the_same_arms_alone(tmp_path, caplog):
     assert read_record(course, arms) == ([], "")
     begun = {"arms": {"full": [10, 30, 70, 150]}, "options": {"seed": 1}, "time_limit": 5}
     text = json.dumps({**begun, "ended": "the time limit", "heats": [heat._asdict() for heat in tried]})
-    (tmp_path / RECORD).write_text(text)
+    (tmp_path / RACE).write_text(text)
     assert read_record(course, arms) == (tried, "the time limit")
     assert read_record(course, [arm("full", (10, 30, 300))]) == (tried, ""), "more epochs: it may go on"
     assert read_record(course, ARMS) == ([], "")
     assert not caplog.text
     for damaged in ("", text[:-9], "[]", "{}"):
-        (tmp_path / RECORD).write_text(damaged)
+        (tmp_path / RACE).write_text(damaged)
         assert read_record(course, arms) == ([], "")
         assert "race.json, which cannot be read" in caplog.text
         caplog.clear()
