@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
+from huggingface_hub.utils import httpx  # or httpx2, by its version
 
 from luthier.errors import UserError
 from luthier.images.archives import check_whole
@@ -118,7 +119,7 @@ def explain_loading(dataset_name: str) -> Iterator[None]:
     """
     try:
         yield
-    except ConnectionError as error:
+    except (ConnectionError, httpx.TransportError) as error:
         raise UserError(
             f"cannot reach the Hub for the dataset {dataset_name}, which is neither in the local cache nor a folder "
             "here. Check the name, connect this machine, or use images on disk with --data_dir, or the built-in "

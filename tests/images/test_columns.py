@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from conftest import draw, draw_folder, labels_of, load, save_dataset
 from datasets import ClassLabel, Dataset, Features, Image, Value
+from huggingface_hub.utils import httpx
 
 import data
 from data import describe, prepare
 from luthier.errors import UserError
-from luthier.images.columns import _names_of_labels
+from luthier.images.columns import _names_of_labels, explain_loading
 
 
 @pytest.mark.parametrize(
@@ -135,3 +136,9 @@ def test_numbers_are_ordered_by_value_whatever_they_are_stored_as():
         assert list(_names_of_labels(Value("string"), values, "label").values()) == expected
     with pytest.raises(UserError, match="where class names or numbers were expected"):
         _names_of_labels(Value("float64"), {0.5, 1.0}, "label")
+
+
+@pytest.mark.parametrize("error", [ConnectionError, httpx.ConnectError, httpx.ReadTimeout, httpx.RemoteProtocolError])
+def test_connection_that_breaks_gives_advice(error):
+    with pytest.raises(UserError, match="cannot reach the Hub for the dataset me/set"), explain_loading("me/set"):
+        raise error("it broke")
