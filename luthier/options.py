@@ -139,9 +139,16 @@ class DataArguments:
 
         Of a stream there is what `streams.open_stream` takes besides the name.
         """
+
+        def relative_to_folder(path: Path) -> str:
+            try:
+                return os.path.relpath(path, folder.resolve())
+            except ValueError:  # on another drive of Windows
+                return str(path)
+
         paths = ["data_dir", "labels", *([] if self.is_built_in else ["dataset_name"])]
         relative = {
-            key: os.path.relpath(Path(value).expanduser().resolve(), folder.resolve())
+            key: relative_to_folder(Path(value).expanduser().resolve())
             for key in paths
             if (value := getattr(self, key)) and Path(value).expanduser().exists()
         }

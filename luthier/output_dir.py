@@ -89,6 +89,13 @@ def nothing_left(output_dir: Path, settings: str, time_limit: float | None) -> b
     return not (cut_short and more_time and resumable and metrics.get("settings") == settings)
 
 
+def share_weights(folder: Path, like: str) -> None:
+    """Give weights the rights of another file of their folder: safetensors lets nobody but their owner read them."""
+    for path in folder.glob("*.safetensors"):
+        with contextlib.suppress(OSError):  # some mounted buckets have no rights
+            shutil.copymode(folder / like, path)
+
+
 def describe_ended(output_dir: Path, settings: str) -> str:
     """Return in words that a run has ended, and whether it had other settings (their digest) than those given now.
 
@@ -98,7 +105,7 @@ def describe_ended(output_dir: Path, settings: str) -> str:
     metrics = read_metrics(output_dir)
     done = f"{output_dir} holds a finished run: nothing is left to train"
     if metrics.get("settings") == settings:
-        return done
+        return f"{done}. If the images have changed, give another --output_dir"
     return f"{done}. It had other options: to train with those of now, give another --output_dir"
 
 
@@ -178,7 +185,7 @@ def lock_folder(folder: Path, name: str, busy: str) -> Iterator[None]:
     Raises:
         UserError: another process has it.
     """
-    lock = FileLock(folder / name)
+    lock = FileLock(folder / name, fallback_to_soft=False)  # a soft lock would outlive its process
     try:
         lock.acquire(blocking=False)
     except Timeout:

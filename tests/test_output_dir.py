@@ -1,5 +1,7 @@
 """The output directory of a run: locked against a second run, created for the run, removed if it stays empty."""
 
+import errno
+import fcntl
 import json
 import logging
 import subprocess
@@ -75,10 +77,10 @@ def test_directory_that_cannot_be_created_is_a_user_error(tmp_path):
 
 
 def test_disk_without_locks_gives_a_warning(tmp_path, monkeypatch, caplog):
-    def no_locks(self, **options):
-        raise NotImplementedError("no locks here")
+    def no_locks(*_):
+        raise OSError(errno.ENOSYS, "no locks here")
 
-    monkeypatch.setattr(module.FileLock, "acquire", no_locks)
+    monkeypatch.setattr(fcntl, "flock", no_locks)
     with caplog.at_level(logging.WARNING), claim_output_dir(tmp_path / "run", continues=False):
         pass
     assert "cannot be locked against a second run" in caplog.text
@@ -93,7 +95,7 @@ def test_run_has_ended_when_model_card_metrics_and_weights_exist(tmp_path):
     (tmp_path / "model.safetensors").touch()
     assert has_ended(tmp_path)
     (tmp_path / "metrics.json").write_text('{"settings": "a"}')
-    assert describe_ended(tmp_path, "a").endswith("nothing is left to train")
+    assert describe_ended(tmp_path, "a").endswith("If the images have changed, give another --output_dir")
     assert "to train with those of now, give another --output_dir" in describe_ended(tmp_path, "b")
     assert nothing_left(tmp_path, "a", None)  # of an earlier version
     for damaged in ("", '{"settings": ', "null"):

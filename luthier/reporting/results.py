@@ -16,7 +16,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from luthier.escape import escape_cell
 from luthier.familiarity import Familiarity, describe_in_config, save_references
-from luthier.output_dir import has_ended, written_whole
+from luthier.output_dir import has_ended, share_weights, written_whole
 from luthier.reporting.card import EXPORTS, ONNX, write_model_card
 from luthier.reporting.console import describe_recipe, say_results
 from luthier.scoring.audit import KINDS
@@ -211,6 +211,7 @@ def save_models(
         describe_in_config(model, familiarity)
         custom_code = save_model(model, image_processor, folder)
         save_references(folder, familiarity)
+        share_weights(folder, like="config.json")
         return custom_code
 
     def note(digests: Sequence[str], folder: Path) -> None:

@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
 from luthier.errors import UserError
-from luthier.output_dir import sync
+from luthier.output_dir import share_weights, sync
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +43,7 @@ def seal(folder: Path, checkpoint: Path) -> None:
 
     Whatever happens in between, the name stands for the whole checkpoint, or for none.
     """
+    share_weights(folder, like="trainer_state.json")
     hashes = {path.name: _sync_and_hash(path) for path in sorted(folder.iterdir())}
     (folder / HASHES).write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
     _sync_and_hash(folder / HASHES)
@@ -54,7 +55,11 @@ def seal(folder: Path, checkpoint: Path) -> None:
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """Return why a checkpoint is not as it was written; None if it is."""
+    """Return why a checkpoint is not as it was written; None if it is.
+
+    Raises:
+        UserError: it cannot be read, which says nothing about its content.
+    """
     try:
         hashes = json.loads((checkpoint / HASHES).read_text(encoding="utf-8"))
         for name, digest in hashes.items():
@@ -62,8 +67,13 @@ def find_damage(checkpoint: Path) -> str | None:
                 return f"{name} is not as it was written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, AttributeError) as error:
+    except (ValueError, AttributeError) as error:
         return f"it cannot be read ({error})"
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or checkpoint} cannot be read ({error.strerror}): check its owner, its rights and the "
+            "disk, and start again. Or remove the checkpoint, and the one before it is used"
+        ) from error
     return None
 
 

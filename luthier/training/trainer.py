@@ -363,9 +363,9 @@ def train(trainer: SafeTrainer, end: int | None, checkpoint: Path | None, stop: 
     (found,) = broadcast_object_list([best if best.exists() else None])
     if found is None:
         trainer.state.best_global_step = None
-    elif found.exists():  # on this machine
+    elif trainer.args.process_index == 0:
         load_weights(model, found)
-    if trainer.args.world_size > 1:  # the checkpoint may be on the main process's machine alone
+    if trainer.args.world_size > 1:  # the checkpoint may be on that process's machine alone, or arrive late elsewhere
         for tensor in model.state_dict().values():
             whole = tensor.contiguous()
             torch.distributed.broadcast(whole, src=0)

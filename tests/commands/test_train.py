@@ -85,6 +85,13 @@ def test_outputs_are_complete(run):
     assert metrics["audit"] == dict.fromkeys(metrics["audit"], 0) | {"suspect_labels": None}
 
 
+def test_weights_can_be_read_by_whoever_can_read_the_rest(run):
+    folder, _ = run
+    output = folder / "outputs/tiny"
+    weights = [*output.glob("*.safetensors"), *output.glob("scored/*.safetensors")]
+    assert len(weights) > 1 and {path.stat().st_mode for path in weights} == {(output / "config.json").stat().st_mode}
+
+
 def test_outputs_do_not_reveal_the_paths_of_the_machine(run, monkeypatch):
     folder, _ = run
     for path in (folder / "outputs/tiny").glob("*.*"):

@@ -1,10 +1,15 @@
 """Checkpoints: complete or absent, damaged ones set aside, old ones removed, disk space checked in advance."""
 
+import errno
 import json
 import logging
+import stat
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+import luthier.training.checkpoints as checkpoints
 from luthier.errors import UserError
 from luthier.training.checkpoints import (
     HASHES,
@@ -64,6 +69,28 @@ def test_damaged_checkpoint_is_set_aside_and_the_previous_one_is_used(tmp_path, 
         assert newest_whole(tmp_path) == before
     assert "Not used" in caplog.text and message in caplog.text
     assert (tmp_path / "damaged-checkpoint-8").exists() and not newest.exists()
+
+
+def test_checkpoint_that_cannot_be_read_is_not_taken_for_damaged(tmp_path, monkeypatch):
+    before, newest = write_checkpoint(tmp_path, 4), write_checkpoint(tmp_path, 8)
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(checkpoints, "_hash", refuse)  # root may read everything
+    with pytest.raises(UserError, match=r"checkpoint-8/.+ cannot be read \(Permission denied\): check its owner"):
+        newest_whole(tmp_path)
+    assert before.exists() and newest.exists()
+
+
+def test_weights_have_the_rights_of_the_other_files(tmp_path):
+    partial = tmp_path / "partial"
+    partial.mkdir()
+    save_file({"weight": torch.zeros(2)}, partial / "model.safetensors")
+    (partial / "trainer_state.json").write_text("{}")
+    (partial / "trainer_state.json").chmod(0o640)
+    seal(partial, tmp_path / "checkpoint-1")
+    assert stat.S_IMODE((tmp_path / "checkpoint-1/model.safetensors").stat().st_mode) == 0o640
 
 
 def test_partly_written_checkpoint_is_removed(tmp_path):
