@@ -1,6 +1,6 @@
 # Luthier in a container, with or without a GPU:
 #   docker build -t luthier .
-#   docker run --rm luthier                                   the built-in images and model
+#   docker run --rm -v luthier-outputs:/srv/outputs luthier          the built-in images and model
 #   docker run --rm --gpus all --shm-size 4g -v "$PWD/photos:/photos:ro" \
 #       -v luthier-outputs:/srv/outputs -v luthier-cache:/cache luthier \
 #       configs/efficientnet_lite0_openmoji_head.yaml --data_dir /photos

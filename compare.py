@@ -12,6 +12,7 @@ import argparse
 import csv
 import itertools
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -111,8 +112,12 @@ def parse_line(argv: list[str]) -> tuple[argparse.Namespace, list[str], list[str
     args, rest = build_parser().parse_known_args(argv[len(configs) :])
     if args.seeds < 1 or (args.folds is not None and args.folds < 2):
         raise UserError("--seeds must be at least 1, --folds at least 2")
-    given = [word.split("=")[0].lstrip("-") for word in rest if word.startswith("--")]
-    given += [setting.partition("=")[0] for setting in args.set]
+    for_all = [word.split("=")[0].lstrip("-").replace("-", "_") for word in rest if word.startswith("--")]
+    for_each = [setting.partition("=")[0] for setting in args.set]
+    twice = next((option for option in for_each if option in for_all or for_each.count(option) > 1), None)
+    if twice:
+        raise UserError(f"{twice} is given twice: leave --{twice} out, or one --set")
+    given = [*for_all, *for_each]
     for option, instead in (("seed", "--seeds"), ("fold", "--folds"), ("output_dir", "--output_dir")):
         if option in given:
             raise UserError(f"compare.py sets {option} itself: use {instead}")
@@ -197,7 +202,7 @@ def _in_time(settings: str | None, time_limit: float | None) -> str:
 def execute(run: Run) -> None:
     """Train, or resume; what train.py prints goes to a file beside the run's folder.
 
-    Exits with 1 where the run fails, and with 130 after Ctrl-C, which the run has received too.
+    Exits with 1 where the run fails, with 130 after Ctrl-C, which the run has received too, with 143 after SIGTERM.
     """
     log = run.folder.with_name(f"{run.folder.name}.log")
     run.note.write_text(f"{run.settings}\n", encoding="utf-8")
@@ -211,10 +216,12 @@ def execute(run: Run) -> None:
     ):
         try:
             code = process.wait()
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit) as stopped:
+            if isinstance(stopped, SystemExit):
+                process.terminate()
             process.wait()  # for its checkpoint
             print(f"stopped in {run.experiment}, {run.part}: give the same command to go on", file=sys.stderr)
-            sys.exit(130)
+            sys.exit(getattr(stopped, "code", 130))
     if code:
         last = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:])
         print(f"error: {run.experiment}, {run.part} failed; all it printed is in {log}:\n{last}", file=sys.stderr)
@@ -222,4 +229,5 @@ def execute(run: Run) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # `execute` passes it on
     main()

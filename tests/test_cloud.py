@@ -45,7 +45,7 @@ def test_task_starts_a_process_for_each_gpu_of_each_machine(tmp_path, nodes, gpu
         (tmp_path / program).write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / program).chmod(0o755)
     variables = {"SKYPILOT_NUM_NODES": nodes, "SKYPILOT_NUM_GPUS_PER_NODE": gpus, "SKYPILOT_NODE_RANK": 0}
-    variables |= {"SKYPILOT_NODE_IPS": "10.0.0.2\n10.0.0.3", "ARGS": "--output_dir /runs/a --seed 2"}
+    variables |= {"SKYPILOT_NODE_IPS": "10.0.0.2\n10.0.0.3", "RUN": "a", "ARGS": "--seed 2"}
     variables |= {"HOME": tmp_path, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     (tmp_path / "luthier/bin").mkdir(parents=True)
     (tmp_path / "luthier/bin/activate").touch()
@@ -53,7 +53,7 @@ def test_task_starts_a_process_for_each_gpu_of_each_machine(tmp_path, nodes, gpu
     script = yaml.safe_load(TASK.read_text())["run"]
     result = subprocess.run(["bash", "-euc", script], env=environment, capture_output=True, text=True, check=True)
     assert result.stdout.startswith(f"launch {expected}")
-    end = "train.py --data_dir /data --resume_from_checkpoint auto --output_dir /runs/a --seed 2\n"
+    end = "train.py --data_dir /data --output_dir /runs/a --resume_from_checkpoint auto --seed 2\n"
     assert result.stdout.endswith(end)
     (tmp_path / "python").write_text("#!/bin/sh\nexit 1\n")  # torch cannot use the GPU
     assert subprocess.run(["bash", "-uc", script], env=environment, capture_output=True).returncode == 1

@@ -1,10 +1,13 @@
 """compare.py: experiments on the same images, the table, the verdicts, and runs that are reused or resumed."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from conftest import draw_folder
 
-from compare import Run, build_experiments, build_runs, is_finished, main, parse_line
+from compare import Run, build_experiments, build_runs, execute, is_finished, main, parse_line
 from luthier.errors import UserError
 from luthier.reporting.console import verdict_in_words
 from luthier.scoring.comparison import (
@@ -152,6 +155,27 @@ def test_interrupted_run_is_resumed_and_a_run_with_other_settings_is_refused(tmp
     assert (run.folder / "checkpoint-5").exists()
 
 
+def test_run_is_stopped_with_the_command(tmp_path, monkeypatch, capsys):
+    told = []
+
+    class Process:
+        def __init__(self, *_, **__):
+            self.wait = lambda: told.append("wait") if "terminate" in told else sys.exit(143)
+            self.terminate = lambda: told.append("terminate")
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    run = Run("a", "seed 1", tmp_path / "a", [], "x")
+    with pytest.raises(SystemExit) as exit_info:
+        execute(run)
+    assert exit_info.value.code == 143 and told == ["terminate", "wait"] and "to go on" in capsys.readouterr().err
+
+
 def test_mistake_on_the_command_line_deletes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run = build_run(tmp_path, ["--set", "augmentation=none,augmix"])
@@ -180,6 +204,7 @@ def test_interrupted_run_resumes_from_its_checkpoint(compared, launch):
         (["--set", "augmentation"], "write it as key=value1,value2"),
         (["--set", "augmentation=none,fancy"], "fancy"),
         (["--set", "augmentation=none,augmix", "--seed", "3"], "compare.py sets seed itself: use --seeds"),
+        (["--set", "augmentation=none,augmix", "--augmentation", "none"], "augmentation is given twice"),
         (["--set", "seed=1,2"], "compare.py sets seed itself: use --seeds"),
         (["nowhere.yaml", "else.yaml"], "nowhere.yaml"),
         (["a/x.yaml", "b/x.yaml"], "the same name"),
