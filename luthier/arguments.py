@@ -119,7 +119,8 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "dataloader_persistent_workers": None,  # by machine
     "dataloader_pin_memory": None,  # by machine
     "bf16": None,  # by machine
-    "ddp_find_unused_parameters": False,  # there are none, and the search costs a pass a step
+    "ddp_find_unused_parameters": False,  # they are frozen, and the search would cost a pass a step
+    "ddp_timeout": 86_400,  # seconds that processes wait for the one that prepares the images; 1,800 are too few
     "logging_nan_inf_filter": False,  # it would make a GPU wait at every step, and log a loss that is NaN as 0
     "report_to": "none",
     "output_dir": None,
@@ -162,6 +163,7 @@ REFUSED = {
     "hub_revision": "has no effect, because Luthier pushes to the main branch",
 }
 
+JUDGED_BY = ("loss", "calibrated_loss", "accuracy", "balanced_accuracy", "macro_f1")  # the best epoch
 NEED_EVALUATION = ("reduce_lr_on_plateau", "greedy")  # learning rate schedulers
 
 # What the Trainer would accept, and fail with, or train nothing, after the data has been prepared.
@@ -267,6 +269,11 @@ def _check_options(options: dict) -> None:
             f"--lr_scheduler_type {options['lr_scheduler_type']} follows the evaluations, and a refit has none: use "
             "another, such as cosine or linear"
         )
+    judge, smoothing = str(options["metric_for_best_model"]), options["label_smoothing_factor"]
+    if judge.removeprefix("eval_") not in JUDGED_BY:
+        raise UserError(f"--metric_for_best_model {judge} is not measured: give one of {', '.join(JUDGED_BY)}")
+    if not 0 <= smoothing < 1:
+        raise UserError(f"--label_smoothing_factor is {smoothing}, but must be at least 0, and below 1")
     for key in POSITIVE:
         if options[key] is not None and not 0 < options[key] < math.inf:
             raise UserError(f"--{key} is {options[key]}, but must be a number above 0")

@@ -187,8 +187,12 @@ def keep_freed_memory() -> None:
 
 
 @contextlib.contextmanager
-def explain_exhausted_memory(training_args: TrainingArguments) -> Iterator[None]:
+def explain_exhausted_memory(training_args: TrainingArguments, training: bool = True) -> Iterator[None]:
     """Turn the errors of exhausted memory into advice.
+
+    Args:
+        training_args: have the batch.
+        training: False is an evaluation, whose batches do not change the result.
 
     Raises:
         UserError: there was not enough memory.
@@ -198,6 +202,12 @@ def explain_exhausted_memory(training_args: TrainingArguments) -> Iterator[None]
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
+        if not training:
+            batch = training_args.per_device_eval_batch_size
+            raise UserError(
+                f"not enough memory to evaluate batches of {batch}: use smaller ones (--per_device_eval_batch_size "
+                f"{max(1, batch // 2)}), or fewer pixels (--image_size)"
+            ) from error
         batch = training_args.per_device_train_batch_size
         raise UserError(
             f"not enough memory for batches of {batch}: use smaller ones and as many images as before in a step "

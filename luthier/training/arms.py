@@ -1,6 +1,8 @@
 """Arms: ways to fine-tune one model, each with its start, its heats and its folder of checkpoints."""
 
 import copy
+import functools
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,8 +15,8 @@ from transformers import EvalPrediction, PreTrainedModel, SchedulerType, Trainer
 from luthier.fusion import fuse_for_training
 from luthier.training.checkpoints import Origin
 from luthier.training.heats import Schedule, first_heat, heat_ends
-from luthier.training.layers import freeze
-from luthier.training.recipe import Recipe
+from luthier.training.layers import freeze, freeze_unused
+from luthier.training.recipe import BATCH, Recipe
 from luthier.training.trainer import SafeTrainer, build_predictor, build_trainer
 
 State = dict[str, torch.Tensor]
@@ -45,6 +47,14 @@ class Workshop:
     scale: Callable[[torch.Tensor], torch.Tensor] | None = None
     data: str = ""
     images: str = ""
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """A hash of a few numbers of each of the model's weights, by which other weights are told."""
+        hashed = hashlib.sha256()
+        for name, tensor in self.model.state_dict().items():
+            hashed.update(name.encode() + tensor.detach().flatten()[:16].cpu().double().numpy().tobytes())
+        return hashed.hexdigest()[:8]
 
     def predictor(self, state: State | None = None) -> Trainer:
         """Return a Trainer that only predicts, with the model in a state, or as it was built."""
@@ -104,7 +114,10 @@ class Arm(NamedTuple):
     def origin(self) -> Origin:
         """What its checkpoints keep of the data; see `Origin`."""
         settings = f"{self.workshop.images} and a learning rate of {self.training_args.learning_rate:.3g}"
-        return Origin(self.workshop.data, self.batch, getattr(self.rows["train"], "order", ""), settings)
+        order = getattr(self.rows["train"], "order", "")
+        processes = self.training_args.world_size if order else 0  # each takes a part of a stream's epoch
+        recipe = f"the recipe {self.recipe.name} from weights {self.workshop.digest}"
+        return Origin(self.workshop.data, self.batch, order, settings, recipe, processes)
 
     def trainer(self) -> SafeTrainer:
         """Return a Trainer with a copy of the model, at the arm's start."""
@@ -113,6 +126,8 @@ class Arm(NamedTuple):
         if self.training_args.device.type == "cpu":  # on a GPU the default network would take half as long again
             height, width = self.rows["train"][0]["pixel_values"].shape[-2:]
             model = fuse_for_training(model, (height, width))
+        if self.training_args.world_size > 1:
+            freeze_unused(model, self.rows["train"][0]["pixel_values"].shape)
         shop = self.workshop
         trainer = build_trainer(
             model, self.recipe, self.training_args, self.rows, shop.collate, shop.compute_metrics, shop.callbacks,
@@ -146,7 +161,7 @@ def plan_arm(recipe: Recipe, workshop: Workshop, rows: Mapping[str, Any], folder
     # Heats have a schedule of their own: another one, or one with settings, trains in one.
     in_heats = recipe.heats > 1 and args.lr_scheduler_type == SchedulerType.COSINE and not args.lr_scheduler_kwargs
     ends = heat_ends(first, total) if in_heats else (total,)
-    rate, epochs = recipe.rate_of_batch(batch), total / per_epoch
+    rate, epochs = recipe.rate_of_batch(min(batch, max(images, BATCH))), total / per_epoch
     own = replace(args, learning_rate=rate, num_train_epochs=epochs, output_dir=str(folder))
     return Arm(recipe, workshop, own, rows, ends, Schedule(ends, args.warmup_steps) if in_heats else None, start)
 

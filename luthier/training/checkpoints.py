@@ -30,12 +30,16 @@ class Origin(NamedTuple):
         batch: images in an optimizer step, of all processes together.
         order: of a stream: what the order of its images depends on.
         settings: in words, what else the weights have learned with.
+        recipe: in words, how they learn, and which weights they were before.
+        processes: of a stream: among how many its images are divided; 0 where it does not matter.
     """
 
     data: str
     batch: int
     order: str = ""
     settings: str = ""
+    recipe: str = ""
+    processes: int = 0
 
 
 def seal(folder: Path, checkpoint: Path) -> None:
@@ -163,11 +167,17 @@ def check_origin(checkpoint: Path, origin: Origin) -> None:
             "Give --per_device_train_batch_size and --gradient_accumulation_steps: their product, times the number "
             f"of processes, must be {begun.batch}"
         )
-    if begun.settings and begun.settings != origin.settings:  # those of earlier versions have none
+    if begun.processes and begun.processes != origin.processes:
         raise UserError(
-            f"{checkpoint} was trained with {begun.settings}, and now there would be {origin.settings}: give the "
-            "options that the run was begun with, or another --output_dir"
+            f"{checkpoint} was trained by {begun.processes} processes, each with a part of the stream, and now there "
+            f"would be {origin.processes}: use as many as before, or begin a new run in another --output_dir"
         )
+    for before, now in ((begun.recipe, origin.recipe), (begun.settings, origin.settings)):
+        if before and before != now:  # those of earlier versions have none
+            raise UserError(
+                f"{checkpoint} was trained with {before}, and now there would be {now}: give the options that the run "
+                "was begun with, or another --output_dir"
+            )
 
 
 def bring_best(checkpoint: Path, output_dir: Path) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -50,6 +51,24 @@ def freeze(model: PreTrainedModel, share: float) -> None:
         if (names := [f"{prefix}.{name}" for name, _ in module.named_parameters()]) and frozen.issuperset(names)
     ]
     keep_in_eval_mode({part for module in whole for part in module.modules()})
+
+
+def freeze_unused(model: PreTrainedModel, shape: Sequence[int]) -> None:
+    """Freeze what has no part in the answers, such as the mask token of DINOv2.
+
+    Processes that train together would wait for its gradient, which never comes.
+
+    Args:
+        model: with its frozen layers, see `freeze`.
+        shape: of an image's pixel values, [C, H, W].
+    """
+    training = model.training
+    model.eval()
+    model(pixel_values=torch.zeros(1, *shape)).logits.sum().backward()
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.grad is not None)
+    model.zero_grad()
+    model.train(training)
 
 
 def parameter_groups(

@@ -1,10 +1,12 @@
 """SIGTERM and Ctrl-C: a checkpoint at the end of the step, and out."""
 
+import contextlib
 import shlex
 import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -86,8 +88,13 @@ class Stop(TrainerCallback):
             if self._highest(int(late)):
                 raise StoppedInEvaluation
 
-    def on_train_end(self, args, state, control, **kwargs):
-        self.training = False
+    @contextlib.contextmanager
+    def in_training(self) -> Iterator[None]:
+        """Hold for a training, however it ends: a signal within it waits for a checkpoint."""
+        try:
+            yield
+        finally:
+            self.training = False
 
     def agree(self) -> int:
         """Return the signal that any process has received, or 0: all must do the same.

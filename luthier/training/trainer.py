@@ -108,14 +108,13 @@ class SafeTrainer(WorkerTrainer):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                best = self.state.best_global_step
-                # The library looks for it in the folder that this one is written into.
-                self.state.best_model_checkpoint = str(output_dir / f"checkpoint-{best}") if best else None
+                # Or the library would remove all others at the end with --save_total_limit 1, the newest too.
+                self.state.best_model_checkpoint = None
                 self.state.save_to_json(str(written / "trainer_state.json"))
                 if self.origin:
                     write_origin(written, self.origin)
                 seal(written, checkpoint)
-                prune_checkpoints(output_dir, self.args.save_total_limit, best)
+                prune_checkpoints(output_dir, self.args.save_total_limit, self.state.best_global_step)
         except Exception as error:  # safetensors and torch have errors of their own for a full disk
             full = "No space left" in str(error) or shutil.disk_usage(output_dir).free < self.checkpoint_size()
             shutil.rmtree(output_dir / PARTIAL, ignore_errors=True)
@@ -134,6 +133,9 @@ class SafeTrainer(WorkerTrainer):
         self.accelerator.wait_for_everyone()
         if self.args.local_process_index == 0:  # on every machine, each of which may have a disk of its own
             shutil.rmtree(output_dir / PARTIAL, ignore_errors=True)
+
+    def _load_from_checkpoint(self, *_, **__) -> None:
+        """Do nothing: `train` has loaded the weights, and the library's own way leaves some of them as they were."""
 
     def checkpoint_size(self) -> int:
         """Return about how many bytes a checkpoint takes: all weights, and two moments of those that are trained."""
@@ -170,9 +172,16 @@ class SafeTrainer(WorkerTrainer):
             weights = self.class_weights
             answers = logits if weights is None else logits + (len(weights) * weights).log()
             smoothing = self.args.label_smoothing_factor
-            # Not the mean of `cross_entropy`, which divides by the weights.
-            loss = cross_entropy(answers, labels, weights, reduction="none", label_smoothing=smoothing).mean()
+            losses = cross_entropy(answers, labels, reduction="none", label_smoothing=smoothing)
+            # Not the weights of `cross_entropy`, whose mean divides by them, and whose smoothing has those of all
+            # classes in each image, so that a rare class draws all images to it.
+            loss = (losses if weights is None else losses * weights[labels]).mean()
         return (loss, {"logits": logits}) if return_outputs else loss
+
+    def evaluation_loop(self, *arguments, **options):
+        """Evaluate or predict, with advice where memory does not suffice."""
+        with explain_exhausted_memory(self.args, training=False):
+            return super().evaluation_loop(*arguments, **options)
 
     def training_step(self, *arguments, **options) -> torch.Tensor:
         """Do a step, and check that its loss is finite."""
@@ -352,12 +361,14 @@ def train(trainer: SafeTrainer, end: int | None, checkpoint: Path | None, stop: 
     else:
         if end is not None:
             trainer.add_callback(EndHeat(end, evaluate=trainer.eval_dataset is not None))
-        with explain_exhausted_memory(trainer.args), contextlib.suppress(StoppedInEvaluation):
+        with explain_exhausted_memory(trainer.args), contextlib.suppress(StoppedInEvaluation), stop.in_training():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         received = stop.agree()
         if received:
             stop.exit_with(received, output_dir)
     trainer.accelerator.free_memory()  # its data workers too
+    for owner in (trainer, trainer.callback_handler):  # or two moments of all weights would stay
+        owner.optimizer = owner.lr_scheduler = None
     # The best step was chosen on validation. With other strategies than Luthier's it may have no checkpoint.
     best = output_dir / f"checkpoint-{trainer.state.best_global_step}"
     (found,) = broadcast_object_list([best if best.exists() else None])

@@ -116,6 +116,11 @@ def test_too_little_disk_space_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
+        (
+            {"recipe": "the recipe head"},
+            "was trained with the recipe full, and now there would be the recipe head: give",
+        ),
+        ({"processes": 2}, "was trained by 4 processes, each with a part of the stream, and now there would be 2"),
         ({"data": "b"}, "may have learned from images that are tested now"),
         ({"order": "b"}, "is of other images or files"),
         ({"batch": 64}, "was trained with 32 images in a step, and now there would be 64"),
@@ -126,7 +131,7 @@ def test_too_little_disk_space_is_refused(tmp_path):
     ],
 )
 def test_checkpoint_of_other_data_is_refused(tmp_path, changed, message):
-    origin = Origin("a", 32, "a", "images of 192 x 192 px and a learning rate of 0.002")
+    origin = Origin("a", 32, "a", "images of 192 x 192 px and a learning rate of 0.002", "the recipe full", 4)
     check_origin(tmp_path, origin)  # of an earlier version
     write_origin(tmp_path, origin)
     check_origin(tmp_path, origin)

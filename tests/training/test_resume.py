@@ -106,6 +106,8 @@ def test_auto_resume_starts_anew_falls_back_or_ends(timm_checkpoint, capsys, cap
     Path("out/README.md").unlink()  # the last file of a run: without it the run has not ended
     steps = sorted(int(path.name.split("-")[1]) for path in Path("out").glob("checkpoint-*"))
     newest = Path(f"out/checkpoint-{steps[-1]}/optimizer.pt")
+    state = json.loads(newest.with_name("trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] is None  # or --save_total_limit 1 would leave that one alone
     newest.write_bytes(newest.read_bytes()[:-1])
     main(options)
     assert f"resume   from out/checkpoint-{steps[-2]}" in capsys.readouterr().out
@@ -121,7 +123,8 @@ def test_named_checkpoint_that_cannot_be_continued_is_refused_and_nothing_is_rem
     others = {
         "another cut into train, validation and test": ["--split_seed", "7"],
         "images in a step": ["--per_device_train_batch_size", "2"],
-        "is of another model": ["--model_name", str(vit_checkpoint)],
+        "from weights": ["--model_name", str(vit_checkpoint)],
+        "the recipe full_from_probe from": ["--recipe", "full_from_probe"],
     }
     for told, other in others.items():
         with pytest.raises(SystemExit) as exit_info:
@@ -190,6 +193,15 @@ def test_signal_between_trainings_says_how_to_resume(tmp_path, capsys):
         stop._receive(signal.SIGTERM, None)
     how = f"--output_dir '{tmp_path}/of mine' --resume_from_checkpoint auto"
     assert capsys.readouterr().err == f"stopped  by SIGTERM; resume with {how}\n"
+
+
+def test_signal_after_a_training_that_failed_ends_the_run(tmp_path):
+    stop = Stop(tmp_path)
+    with pytest.raises(NotFinite), stop.in_training():
+        stop.on_train_begin(SimpleNamespace(world_size=1), None, None)
+        raise NotFinite
+    with pytest.raises(SystemExit):
+        stop._receive(signal.SIGTERM, None)
 
 
 def test_processes_stop_after_the_same_step_whenever_the_signal_comes(monkeypatch, tmp_path):
@@ -299,6 +311,11 @@ def test_exhausted_memory_gives_advice():
         advice = "--per_device_train_batch_size 16 --gradient_accumulation_steps 2"
         with pytest.raises(UserError, match=advice), explain_exhausted_memory(arguments):
             raise error
+    with (
+        pytest.raises(UserError, match=r"use smaller ones \(--per_device_eval_batch_size 4\)"),
+        explain_exhausted_memory(arguments, training=False),
+    ):
+        raise MemoryError
     with pytest.raises(RuntimeError, match="something else"), explain_exhausted_memory(arguments):
         raise RuntimeError("something else")
 

@@ -2,16 +2,28 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import draw_folder
-from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher, ViTImageProcessor
+from transformers import (
+    DeiTConfig,
+    DeiTForImageClassificationWithTeacher,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    TrainingArguments,
+    ViTImageProcessor,
+)
 
 import train
 from luthier.errors import UserError
 from luthier.machine import LONG_RUN, lay_out
+from luthier.training.arms import Workshop, plan_arm
 from luthier.training.checkpoints import load_weights
+from luthier.training.layers import freeze_unused
+from luthier.training.recipe import RECIPES
+from luthier.training.trainer import SafeTrainer
 from models import build_model
 
 
@@ -75,6 +87,41 @@ def test_loss_is_the_mean_of_the_images_of_a_step(resnet_checkpoint, tmp_path, m
     for key, tolerance in (("loss", 0.2), ("grad_norm", 0.5), ("train_accuracy", 1e-9)):  # smoothing changes the loss
         before, after = ([entry[key] for entry in log if key in entry] for log in (whole, other))
         assert before and after == pytest.approx(before, rel=0.02 if "accumulation" in options[1] else tolerance)
+
+
+def test_smoothed_loss_of_an_image_has_the_weight_of_its_class_alone():
+    answers, labels = torch.tensor([[2.0, 0.5, -1.0], [0.0, 1.0, 3.0]]), torch.tensor([0, 0])
+
+    def loss_with(weights: list[float]) -> torch.Tensor:
+        logits = answers - (3 * torch.tensor(weights)).log()  # so that the answers stay
+        trainer = SimpleNamespace(
+            watch_answers=None, class_weights=torch.tensor(weights), args=SimpleNamespace(label_smoothing_factor=0.1)
+        )
+        model = type("Model", (), {"training": True, "__call__": lambda self, **_: SimpleNamespace(logits=logits)})()
+        return SafeTrainer.compute_loss(trainer, model, {"labels": labels})
+
+    assert loss_with([0.5, 0.5, 9.0]) == pytest.approx(loss_with([0.5, 0.9, 0.4]))
+    assert loss_with([1.0, 0.5, 9.0]) == pytest.approx(2 * loss_with([0.5, 0.5, 9.0]))
+
+
+def test_what_has_no_part_in_the_answers_is_frozen_for_several_processes():
+    config = Dinov2Config(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=1, image_size=28, patch_size=14,
+        num_labels=3,
+    )  # fmt: skip
+    model = Dinov2ForImageClassification(config)
+    freeze_unused(model, (3, 28, 28))
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen == {"dinov2.embeddings.mask_token"} and model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_rate_grows_with_the_images_that_a_step_has(tmp_path):
+    args = TrainingArguments(str(tmp_path), per_device_train_batch_size=512, use_cpu=True)
+    shop = Workshop(torch.nn.Module(), args, collate=None, compute_metrics=None)
+    recipe = RECIPES["full"]._replace(batch=512)
+    rates = [plan_arm(recipe, shop, {"train": range(n)}, tmp_path, None).training_args.learning_rate for n in (9, 128)]
+    assert rates == pytest.approx([recipe.learning_rate, 2 * recipe.learning_rate])
 
 
 def test_model_without_a_loss_of_its_own_is_trained(tmp_path, monkeypatch):
