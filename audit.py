@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
         build_parser().print_help()
         return
     if not argv or argv[0].startswith("-"):
-        raise UserError("name the data: python audit.py FOLDER, or a dataset's name; options are those of train.py")
+        raise UserError("name the data first: python audit.py FOLDER (or a dataset's name) [options of train.py]")
     from luthier.arguments import option_of_data, parse_arguments
 
     # Validation chooses the penalty of the probe that checks labels, and nothing else: a tenth is enough.

@@ -315,8 +315,16 @@ def _from_pretrained(
 def _explain(model_name: str, error: Exception) -> ModelError:
     """Return what went wrong in words, with advice."""
     first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    if Path(model_name).is_dir():
+    path = Path(model_name)
+    give = "give the output directory of train.py, or a model's name on the Hub, OWNER/NAME"
+    if path.is_file():
+        return ModelError(f"{model_name} is a file, and no folder with a model: {give}")
+    if path.is_dir() and not (path / "config.json").exists():
+        return ModelError(f"the folder {model_name} holds no model, which would have a config.json: {give}")
+    if path.is_dir():
         return ModelError(f"cannot load a model from the folder {model_name}: {first_line}")
+    if path.is_absolute() or model_name.startswith(".") or model_name.count("/") > 1:
+        return ModelError(f"there is no folder {model_name}: {give}")
     if "connect" in str(error):
         return HubUnreachable(
             f"cannot reach the Hub for the model {model_name}, and there is no such folder or cached model. Connect "

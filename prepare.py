@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments([*option_of_data(argv[0]), *rest, "--eval_strategy", "no"])
     unknown = arguments.run_args.given - {*SHOWN, "data_dir", "dataset_name", "eval_strategy"}
     if unknown:
-        raise UserError(f"prepare.py trains nothing: leave out --{min(unknown)}")
+        raise UserError(f"prepare.py does not take --{min(unknown)}, which is for the training: leave it out")
 
     from data import load_splits
     from luthier.machine import set_up_process

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from luthier.errors import UserError, exit_on_user_error
-from luthier.terminal import Stopwatch, say
+from luthier.terminal import Stopwatch
 
 if TYPE_CHECKING:
     from luthier.arguments import Arguments
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
         build_parser().print_help()
         return
     if not argv or argv[0].startswith("-"):
-        raise UserError("name the model: python score.py MODEL --data_dir FOLDER")
+        raise UserError("name the model first: accelerate launch score.py MODEL --data_dir FOLDER")
     from luthier.arguments import parse_arguments
     from luthier.parsing import describe_command
 
@@ -80,7 +80,7 @@ def score_model(arguments: "Arguments", output_dir: Path, stopwatch: Stopwatch) 
     from luthier.familiarity import load_familiarity, none_of
     from luthier.images.views import EvaluationView
     from luthier.reporting import console
-    from luthier.reporting.results import collect_metrics, count_learned, write_results
+    from luthier.reporting.results import collect_metrics, warn_if_learned, write_results
     from luthier.scoring.audit import audit_images
     from luthier.scoring.baselines import majority_baseline
     from luthier.scoring.criterion import check_known
@@ -107,9 +107,7 @@ def score_model(arguments: "Arguments", output_dir: Path, stopwatch: Stopwatch) 
     findings = audit_images(splits, unreadable)
     console.say_setup(splits, data_args.name, setup)
     console.say_audit(findings)
-    learned = count_learned(Path(model_args.model_name), splits["test"]["digest"][:])
-    if learned:
-        say("careful", f"the model has learned from {learned:,} of these images: its score on them means little")
+    warn_if_learned(model_args.model_name, splits)
     familiarity = load_familiarity(model, model_args.model_name)
     answers = answer(trainer, evaluation_rows(prepared["test"], view, ["label"]), splits, familiarity)
     stopwatch.stop("evaluate")

@@ -55,8 +55,8 @@ def set_up(arguments: "Arguments", stopwatch: Stopwatch) -> "Experiment":
 
     from data import collate, cut_splits, load_images, prepare, sample_rows
     from luthier.images.streams import open_stream
-    from luthier.images.views import EvaluationView
     from luthier.reporting import console
+    from luthier.reporting.results import warn_if_learned
     from luthier.scoring.audit import audit_images
     from luthier.scoring.criterion import build_judge
     from luthier.scoring.experiment import Experiment
@@ -86,10 +86,10 @@ def set_up(arguments: "Arguments", stopwatch: Stopwatch) -> "Experiment":
     recipes = choose_recipes(model_args.recipe, name, linear_head(model) is not None, *run_args.pace)
     judge = build_judge(model_args.metric, model_args.balance, model, splits, data_args.none_class, stream)
     stopwatch.stop("load")
-    processor, views = choose_view(model, processor, sample, recipes[0].is_pretrained, not model_args.image_size)
-    view = EvaluationView(processor)
+    view, views = choose_view(model, processor, sample, recipes[0].is_pretrained, not model_args.image_size)
     setup = console.describe_setup(sample.predictor(model), name, view.size, views, judge.criterion)
     console.say_setup(splits, data_args.name, setup)
+    warn_if_learned(name, splits)
     with training_args.main_process_first(desc="preparing the images"):
         prepared = prepare(splits, view)
     stopwatch.stop("prepare")

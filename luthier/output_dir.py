@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 CARD = "README.md"  # the model card
 RACE = "race.json"  # from which an interrupted race goes on
 NO_TIME = "the time limit"  # why a race ended, or why there is no refit
+# What a run has written by the time that there is something to go on with.
+OF_RUNS = ("race.json", "checkpoint-*", "damaged-checkpoint-*", "fold-*", "backbone.txt", "metrics.json")
 LOCK = ".lock"  # in the directory while a run writes there
 
 
@@ -47,6 +49,8 @@ def free_output_dir(given: str | None, name: str, resume_from_checkpoint: str | 
             "leave the option out to use the next free name under outputs/, or let train.py continue an interrupted "
             "run with --resume_from_checkpoint auto"
         )
+    if path.is_dir() and not is_empty(path) and not any(any(path.glob(pattern)) for pattern in OF_RUNS):
+        raise UserError(f"--output_dir {given} holds something that is no run which could go on: give another")
     return path
 
 
@@ -169,7 +173,7 @@ def claim_output_dir(output_dir: Path, continues: bool, enabled: bool = True) ->
             yield
     finally:
         with contextlib.suppress(OSError):  # not empty; nothing here may hide the run's own error
-            for path in created:
+            for path in (*output_dir.glob("fold-*"), *created):
                 path.rmdir()
 
 

@@ -126,7 +126,7 @@ def as_tokens(settings: dict) -> list[str]:
 
 def nearest(word: str, known: Sequence[str]) -> str:
     """Return a question after the known word that is most like `word`, or nothing."""
-    close = difflib.get_close_matches(word, known, n=1)
+    close = difflib.get_close_matches(word, known, n=1) or [name for name in known if f"_{word}_" in f"_{name}_"]
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
@@ -138,7 +138,10 @@ def explain_unknown(token: str, parser: HfArgumentParser) -> str:
         return f"unknown option {token}{hint} All options: python train.py --help-all"
     if token.endswith((".yaml", ".yml")):
         return f"the config {token} must be the first argument"
-    return f"cannot place the argument {token!r}: images are given as --data_dir {token}, a dataset as --dataset_name"
+    return (
+        f"cannot place the argument {token!r}: images are given as --data_dir FOLDER, a dataset as --dataset_name "
+        'NAME, and a path with spaces in quotes, "my photos"'
+    )
 
 
 def describe_command(script: str, argv: list[str]) -> str:

@@ -141,7 +141,7 @@ def test_unknown_model_is_refused(name, message):
 
 
 def test_folder_without_model_is_refused(tmp_path):
-    with pytest.raises(ModelError, match="cannot load a model from the folder"):
+    with pytest.raises(ModelError, match="holds no model"):
         build_model(str(tmp_path), ID2LABEL)
 
 

@@ -37,13 +37,18 @@ with claim_output_dir(Path({str(output_dir)!r}), continues=False):
         (output_dir / "something").touch()
     with pytest.raises(UserError, match="has just written"), claim_output_dir(output_dir, continues=False):
         pass
+    with pytest.raises(UserError, match="holds something that is no run which could go on"):
+        free_output_dir(str(output_dir), "run", "auto")
+    (output_dir / "checkpoint-5").mkdir()
+    assert free_output_dir(str(output_dir), "run", "auto") == output_dir
     with claim_output_dir(output_dir, continues=True):
         pass
-    assert [path.name for path in output_dir.iterdir()] == ["something"]
+    assert {path.name for path in output_dir.iterdir()} == {"something", "checkpoint-5"}
 
 
 def test_new_directory_is_removed_if_the_run_fails(tmp_path):
     with pytest.raises(KeyError), claim_output_dir(tmp_path / "outputs/run", continues=False):
+        (tmp_path / "outputs/run/fold-1").mkdir()
         raise KeyError
     assert not (tmp_path / "outputs").exists() and tmp_path.exists()
 

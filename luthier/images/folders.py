@@ -34,6 +34,7 @@ SPLIT_OF_FOLDER = {
     "testing": "test",
 }
 
+ARCHIVES = {".zip", ".7z", ".rar", ".tar", ".tgz", ".gz", ".xz", ".bz2"}
 MOST_SPLITS = 5  # folders that splits may be; more are classes
 SHARDS = (".parquet", ".tar")  # of files that hold many images
 STAMP = "stamp"  # the column that changes with a file: its path, its size in bytes, and when it was last changed
@@ -74,13 +75,12 @@ def load_folder(root: Path, grouping: Grouping = no_group, to_train: bool = True
     Raises:
         UserError: there are no images in class folders, or the splits are not what they seem.
     """
-    if not root.is_dir():
-        raise UserError(f"--data_dir {root} is not a folder: give one with a folder of images for each class")
+    check_folder(root, "give one with a folder of images for each class")
     roots = _split_folders(root, to_train)
     for folder in (root, *roots.values()):
         _check_links(folder)
     if not roots:
-        _check_classes(root)
+        _check_classes(root, to_train)
         roots = {"train": root}
     if "train" not in roots:
         roots = {"train": roots.get("test") or roots["validation"]}
@@ -101,12 +101,28 @@ def load_folder(root: Path, grouping: Grouping = no_group, to_train: bool = True
             raise UserError(
                 f"the split folder {roots[split]} has no images: fill it, or remove it, and a split is cut from train"
             )
-    if skipped:
-        few = ", ".join(list(skipped)[:3])
-        logger.warning(
-            f"Not used, because not an image in a class folder: {plural(len(skipped), 'file')}, such as {few}"
-        )
+    reasons = {True: f"in a format that is not read ({CONVERT})", False: "not an image in a class folder"}
+    for unread, why in reasons.items():
+        names = [name for name in skipped if is_unread(name) == unread]
+        if names:
+            few = ", ".join(names[:3])
+            logger.warning(f"Not used, because {why}: {plural(len(names), 'file')}, such as {few}")
     return load_listed(files)
+
+
+def check_folder(folder: Path, advice: str) -> None:
+    """Check that `--data_dir` is a folder.
+
+    Raises:
+        UserError: it is none, with advice on which to give.
+    """
+    if folder.is_dir():
+        return
+    if folder.exists():
+        found = "but an archive: unpack it first" if folder.suffix.lower() in ARCHIVES else f"but a file: {advice}"
+    else:
+        found = "because there is nothing of that name" + ("" if folder.is_absolute() else f" in {Path.cwd()}")
+    raise UserError(f"--data_dir {folder} is not a folder, {found}")
 
 
 def load_listed(files: dict[str, list[ListedImage]]) -> DatasetDict:
@@ -217,14 +233,21 @@ def _check_names(root: Path, folders: list[Path]) -> None:
             )
 
 
-def _check_classes(root: Path) -> None:
-    """Check that the splits are not in the class folders.
+def _check_classes(root: Path, to_train: bool) -> None:
+    """Check that the splits are not in the class folders, nor all class folders in one.
 
     Raises:
         UserError: they are.
     """
     names: set[str] = set()
-    for folder in subfolders(root):
+    folders = subfolders(root)
+    inner = subfolders(folders[0]) if to_train and len(folders) == 1 and not _holds_images(folders[0]) else []
+    if len(inner) > 1:
+        raise UserError(
+            f"{root} has one folder, {folders[0].name}, and that has {plural(len(inner), 'folder')}, such as "
+            f"{inner[0].name}. If these are the classes, give --data_dir {folders[0]}"
+        )
+    for folder in folders:
         below = {each.name for each in subfolders(folder)}
         names |= below
         if not below or any(name.lower() not in SPLIT_OF_FOLDER for name in below):

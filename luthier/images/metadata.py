@@ -12,7 +12,16 @@ from datasets import DatasetDict
 from luthier.errors import UserError
 from luthier.images.columns import LABEL_COLUMNS
 from luthier.images.decode import is_image
-from luthier.images.folders import SHARDS, SPLIT_OF_FOLDER, Grouping, ListedImage, load_folder, load_listed, subfolders
+from luthier.images.folders import (
+    SHARDS,
+    SPLIT_OF_FOLDER,
+    Grouping,
+    ListedImage,
+    check_folder,
+    load_folder,
+    load_listed,
+    subfolders,
+)
 from luthier.images.groups import build_grouping, check_groups
 from luthier.images.image_files import SAMPLE, ImageFiles, as_text
 from luthier.images.inspection import listing
@@ -147,8 +156,7 @@ def load_tables(
     Raises:
         UserError: a table cannot be read, or a row of it cannot be used; the message names rows and columns.
     """
-    if not root.is_dir():
-        raise UserError(f"--data_dir {root} is not a folder: give the one that holds the images of the table")
+    check_folder(root, "give the one that holds the images of the table")
     listed: dict[str, list[ListedImage]] = defaultdict(list)
     learned: str | None = None
     for split, path in sorted(tables.items(), key=lambda item: item[0] != "train"):

@@ -10,6 +10,7 @@ from luthier.errors import UserError
 from luthier.terminal import plural, say
 
 MAX_NAMED = 5  # classes that a message names
+FEW = 10  # classes that may have an image each; more are the names of the images
 MIN_VALIDATION, MAX_VALIDATION_SHARE = 150, 0.25
 
 
@@ -118,6 +119,11 @@ def _report_missing(
         missing = [name for index, name in enumerate(names) if not present[index]]
         if len(missing) == len(names):
             largest = int(sizes.argmax())
+            if sizes[largest] == 1 and len(names) > FEW:
+                raise UserError(
+                    f"there are as many classes as images, such as {names[largest]!r}: is that the class, and not the "
+                    "name of an image? In a table, name the column of the classes with --label_column"
+                )
             raise UserError(
                 f"the class {names[largest]!r} has {plural(int(sizes[largest]), 'image')}, too few for one each in "
                 f"{', '.join(sorted(cut))}, or in too few groups, and no other class has more: add images"

@@ -6,11 +6,12 @@ import json
 import platform
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from datasets import Dataset
 from jinja2 import TemplateError
 from transformers import BaseImageProcessor, PreTrainedModel
 
@@ -25,7 +26,7 @@ from luthier.scoring.experiment import Experiment, Result
 from luthier.scoring.metrics import TestPredictions
 from luthier.scoring.refit import Plan, Refitted
 from luthier.scoring.selection import score_run
-from luthier.terminal import Stopwatch
+from luthier.terminal import Stopwatch, say
 from models import save_model
 
 SCORED = "scored"  # folder of the scored weights, where others are shipped
@@ -252,11 +253,20 @@ def note_export(folder: Path, file: str, parity: Mapping) -> None:
         pass  # no run of this version: its card stays as it is
 
 
-def count_learned(folder: Path, digests: Iterable[str]) -> int:
-    """Return how many images of these digests the model in a folder has learned from, as far as is known."""
-    path = folder / LEARNED_FROM
+def warn_if_learned(model_name: str, splits: Mapping[str, Dataset]) -> None:
+    """Say how many of the images that are to judge a model it has learned from, as far as is known.
+
+    Args:
+        model_name: where the model comes from; a folder may know.
+        splits: all but train judge.
+    """
+    path = Path(model_name) / LEARNED_FROM
     known = set(path.read_text(encoding="utf-8").split()) if path.is_file() else set()
-    return sum(digest[:DIGEST] in known for digest in digests)
+    judges = [digest for split, dataset in splits.items() if split != "train" for digest in dataset["digest"][:]]
+    learned = sum(digest[:DIGEST] in known for digest in judges)
+    if learned:
+        images = f"{learned:,} of the {len(judges):,} images that judge it"
+        say("careful", f"{model_name} has learned from {images}: its score means little")
 
 
 def write_metrics(path: Path, metrics: Mapping) -> None:

@@ -15,7 +15,7 @@ from datasets import Dataset
 from transformers import BaseImageProcessor, PreTrainedModel, Trainer
 
 from luthier.images.splits import draw_order, stratified_folds
-from luthier.images.views import view_size
+from luthier.images.views import EvaluationView, view_size
 from luthier.machine import lay_out
 from luthier.scoring.metrics import standard_error
 from luthier.terminal import say
@@ -68,8 +68,8 @@ class View(NamedTuple):
 
 def choose_view(
     model: PreTrainedModel, image_processor: BaseImageProcessor, sample: "Sample", enabled: bool, any_side: bool
-) -> tuple[BaseImageProcessor, list[View]]:
-    """Choose how a model sees the images; return its image processor, the choice, and after it all that was tried.
+) -> tuple[EvaluationView, list[View]]:
+    """Choose how a model sees the images; return that, the choice, and after it all that was tried.
 
     The model's own crop gives way to the whole image, and its own side to a smaller one, only where that is better
     beyond doubt. Smaller sides are tried for tiny images: their own size, twice that, and so on.
@@ -83,7 +83,7 @@ def choose_view(
     """
     side, wide = view_size(image_processor)
     if not enabled or linear_head(model) is None or side != wide:
-        return image_processor, []
+        return EvaluationView(image_processor), []
     own, cfg = image_processor, getattr(model.config, "pretrained_cfg", None)
     tried: dict[tuple[str, int], View] = {}
 
@@ -113,7 +113,7 @@ def choose_view(
         chosen = small if small.is_better(large) else large
     if (chosen.fit, chosen.side) != ("own", side):
         image_processor = change_view(model, own, chosen.side, chosen.fit)
-    return image_processor, [chosen, *tried.values()]
+    return EvaluationView(image_processor), [chosen, *tried.values()]
 
 
 def _smaller_sides(shorter_side: int, side: int) -> list[int]:

@@ -324,7 +324,7 @@ def test_comparison_counts_what_differs(tmp_path):
         (["nomodel"], "there is no folder 'nomodel'"),
         (["owner/nomodel"], "give --output_dir too"),
         (["owner/nomodel", "--output_dir", "{tmp}/o"], "cannot reach the Hub"),
-        (["{tmp}"], "cannot load a model from the folder"),
+        (["{tmp}"], "holds no model"),
         (["{run}", "--check", "{tmp}"], "is not a folder with images"),
         (["{run}", "--check", "{tmp}/none"], "is not a folder with images"),
         (["{run}", "--output_dir", "{run}/config.json"], "is not a folder that you may write to"),

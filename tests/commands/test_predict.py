@@ -310,7 +310,7 @@ def test_odd_configs_from_the_hub(model, capsys, tmp_path):
         (["model"], "required: input"),
         (["nomodel", "a.png"], "there is no folder 'nomodel'"),
         (["owner/nomodel", "a.png"], "cannot reach the Hub"),
-        (["{tmp}", "a.png"], "cannot load a model from the folder"),
+        (["{tmp}", "a.png"], "holds no model"),
         (["{model}", "a.png", "--top_k", "0"], "0 is not a number above 0"),
         (["{model}", "a.png", "--format", "xml"], "invalid choice: 'xml'"),
         (["{model}", "--output", "a.jpg", "b.jpg"], "--output a.jpg would replace an image"),

@@ -150,7 +150,7 @@ def test_two_cannot_write_the_same_share(capsys):
         (["images"], "name the data and a folder"),
         (["images", "shards", "--side", "0"], "--side is 0"),
         (["images", "shards", "--images", "many"], "--images"),
-        (["images", "shards", "--recipe", "probe"], "trains nothing: leave out --recipe"),
+        (["images", "shards", "--recipe", "probe"], "does not take --recipe"),
         (["images", "shards", "--sid", "24"], "--sid"),
         (["images", "images"], "images is or lies in images"),
         (["images", "images/shards"], "images/shards is or lies in images, whose images its files would be among"),

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 from conftest import PROJECT, draw_folder
+from datasets import Dataset
 
 import train
 from luthier.arguments import parse_arguments
+from luthier.reporting.results import warn_if_learned
 from luthier.training.trainer import SafeTrainer
 
 
@@ -59,3 +61,14 @@ def test_seconds_cover_the_imports_before_the_arguments_are_parsed(tmp_path):
     seconds = json.loads((tmp_path / "out/metrics.json").read_text())["seconds"]
     assert seconds["start"] >= 3
     assert seconds["total"] == pytest.approx(sum(seconds.values()) - seconds["total"], abs=0.01)
+
+
+def test_model_that_has_learned_from_the_images_that_judge_it_is_named(tmp_path, capsys):
+    splits = {split: Dataset.from_dict({"digest": [letter * 64]}) for split, letter in (("train", "a"), ("test", "b"))}
+    (tmp_path / "learned_from.txt").write_text(f"{'a' * 16}\n")
+    warn_if_learned(str(tmp_path), splits)
+    warn_if_learned("me/model", splits)
+    assert capsys.readouterr().out == ""
+    (tmp_path / "learned_from.txt").write_text(f"{'a' * 16}\n{'b' * 16}\n")
+    warn_if_learned(str(tmp_path), splits)
+    assert "has learned from 1 of the 1 images that judge it" in capsys.readouterr().out

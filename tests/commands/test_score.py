@@ -123,7 +123,7 @@ def test_only_the_test_split_is_scored_if_there_is_one(model, tmp_path, monkeypa
         ),
         (["--data_dir", "nowhere"], "nowhere is not a folder"),
         (["twice", "--data_dir", "good"], "has several classes with the name 'red'"),
-        (["empty/", "--data_dir", "good"], "cannot load a model from the folder"),
+        (["empty/", "--data_dir", "good"], "holds no model"),
         (["unfinished", "--data_dir", "good"], "lacks .* of its weights"),
         (["--data_dir", "good", "--push_to_hub"], "--push_to_hub is about training"),
         (["--data_dir", "good", "--test_view", "random_crop"], "--test_view is about training"),

@@ -87,6 +87,10 @@ def test_class_missing_from_train_is_refused(tmp_path):
         (empty_class, "violet has no images: fill it or remove it"),
         (splits_without_classes, "no class folders in them"),
         (lambda root: draw_folder(root, classes=("red",)), "the one class 'red'"),
+        (
+            lambda root: draw_folder(root / "all", 2),
+            r"folder, all, .*3 folders, such as blue.*give --data_dir .*/all",
+        ),
         (lambda root: draw_folder(root, 2), "'blue' has 2 images, too few"),
         (empty_split, "test has no images: fill it, or remove it"),
         (splits_and_another_folder, "holds the splits test, train and beside them scratch"),
@@ -267,6 +271,28 @@ def test_folder_that_cannot_be_read_is_named(tmp_path):
         list(walk(tmp_path / "nowhere"))
     errors: list[OSError] = []
     assert list(walk(tmp_path / "nowhere", errors.append)) == [] and len(errors) == 1
+
+
+def test_image_in_a_format_that_is_not_read_says_so(images, caplog):
+    (images / "red/photo.HEIC").write_bytes(b"heic")
+    load(data_dir=str(images))
+    assert "a format that is not read (convert it to JPEG or PNG): 1 file, such as red/photo.HEIC" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere", "because there is nothing of that name"),
+        ("a.zip", "but an archive"),
+        ("a.jpg", "a file: give"),
+    ],
+)
+def test_what_is_no_folder_says_what_it_is(tmp_path, monkeypatch, name, message):
+    monkeypatch.chdir(tmp_path)
+    for file in ("a.zip", "a.jpg"):
+        Path(file).touch()
+    with pytest.raises(UserError, match=f"--data_dir {name} is not a folder, .*{message}"):
+        load(data_dir=name)
 
 
 def test_class_folder_of_images_in_a_format_that_is_not_read_says_so(images):

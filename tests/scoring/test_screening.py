@@ -94,8 +94,8 @@ def test_small_images_are_tried_at_their_own_size_and_its_doubles(shorter_side, 
 
     model, image_processor = build_model("efficientnet_lite0", {0: "a", 1: "b"})
     sample = Recorder()
-    processor, views = choose_view(model, image_processor, sample, enabled=True, any_side=True)
-    assert processor.data_config["input_size"][-1] == views[0].side == best
+    view, views = choose_view(model, image_processor, sample, enabled=True, any_side=True)
+    assert view.image_processor.data_config["input_size"][-1] == views[0].side == best
     assert set(sample.sides) == tried | {128} and len(sample.sides) == len(tried | {128}) + 1 == len(views) - 1, (
         "the fits at 128 px, and each side once"
     )
