@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from luthier.parsing import Parser
 
 # Options of train.py that have a meaning here too, and that people use.
+FILES = ("audit.json", "audit.html")  # in the output directory; an earlier audit is replaced
 SHOWN = (
     "dataset_config_name", "labels", "image_column", "label_column", "split_column", "group_column", "group_by",
     "label_names", "validation_fraction", "test_fraction", "split_seed", "model_name", "image_size", "output_dir",
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Validation chooses the penalty of the probe that checks labels, and nothing else: a tenth is enough.
     line = [*option_of_data(argv[0]), "--validation_fraction", "0.1", *argv[1:], "--eval_strategy", "no"]
-    arguments = parse_arguments(line)
+    arguments = parse_arguments(line, replaced=FILES)
 
     from data import cut_splits, load_images
     from luthier.machine import set_up_process
@@ -68,9 +69,10 @@ def main(argv: list[str] | None = None) -> None:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot create --output_dir {folder}: {error.strerror}. Give another") from error
-        write_audit(folder / "audit.json", findings)
-        write_audit_page(folder / "audit.html", data_args.name, findings, splits)
-        print(f"\nwritten: {folder / 'audit.html'}")
+        record, page = (folder / name for name in FILES)
+        write_audit(record, findings)
+        write_audit_page(page, data_args.name, findings, splits)
+        print(f"\nwritten: {page}")
 
 
 def build_parser() -> "Parser":

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from luthier.errors import UserError, exit_on_user_error, message_for_user, require
-from luthier.images.decode import is_hidden, is_image
+from luthier.images.decode import is_image
+from luthier.images.image_files import walk
 from luthier.options import EXPORT_PACKAGES
 from luthier.output_dir import copy_whole, lock_folder
 from luthier.terminal import plural, say
@@ -84,10 +85,11 @@ def check_destinations(args: argparse.Namespace) -> None:
     Raises:
         UserError: it cannot.
     """
-    from luthier.serving.web_page import check_folder
+    from luthier.serving import hub
+    from luthier.serving.web_page import check_folder, find_npm
 
-    if args.push_to_space and not all(args.push_to_space.partition("/")):
-        raise UserError(f"--push_to_space {args.push_to_space} is not a name for a Space: give owner/name")
+    if args.vendor:
+        find_npm()
     if args.web:
         check_folder(args.web)
     own = ("the model's folder", Path(args.model)) if args.output_dir is None else ("--output_dir", args.output_dir)
@@ -97,6 +99,10 @@ def check_destinations(args: argparse.Namespace) -> None:
         existing = next(parent for parent in [path, *path.absolute().parents] if parent.exists())
         if not (existing.is_dir() and os.access(existing, os.W_OK)):
             raise UserError(f"{option} {path} cannot be written: {existing} is not a folder that you may write to")
+    if args.push_to_space:
+        if not all(args.push_to_space.partition("/")):
+            raise UserError(f"--push_to_space {args.push_to_space} is not a name for a Space: give owner/name")
+        hub.check_access(args.push_to_space, private=None, repo_type="space", sdk="static")
 
 
 def publish_page(args: argparse.Namespace, model: Path) -> None:
@@ -203,8 +209,8 @@ def find_images(model_name: str, check: Path | None, labels: list[str], calibrat
 
     if check is None:
         return images_of_run(Path(model_name), labels)
-    paths = [path for path in sorted(check.rglob("*")) if is_image(path.name) and path.is_file()]
-    paths = [path for path in paths if not any(map(is_hidden, path.relative_to(check).parts))]
+    folders = walk(check) if check.is_dir() else ()
+    paths = [folder / name for folder, names in folders for name in names if is_image(name)]
     paths = [paths[row] for row in draw_order(map(str, range(len(paths))), seed=1).argsort()]
     used = min(CALIBRATION, len(paths) // 2) if calibrate else 0
     if not paths or (calibrate and not used):

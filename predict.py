@@ -56,9 +56,13 @@ def main(argv: list[str] | None = None) -> None:
         # A bar would be in the way of predictions on the same terminal.
         silent = not sys.stderr.isatty() or (args.output is None and sys.stdout.isatty())
         predictions = classifier.predict_files(expand(args.input, sys.stdin or ()), args.top_k)
-        for prediction in tqdm(predictions, unit=" images", delay=1, disable=silent):
-            write(prediction)
-            failed += prediction.error is not None
+        try:
+            for prediction in tqdm(predictions, unit=" images", delay=1, disable=silent):
+                write(prediction)
+                failed += prediction.error is not None
+        except KeyboardInterrupt:
+            file.flush()
+            os._exit(130)  # at once: a normal exit waits for what is being fetched
     if failed:
         print(f"no prediction for {plural(failed, 'input')}", file=sys.stderr)
         sys.exit(1)

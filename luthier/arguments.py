@@ -188,7 +188,7 @@ OF_TRAINING = (
 )  # fmt: skip
 
 
-def parse_arguments(argv: list[str], command: str | None = None) -> Arguments:
+def parse_arguments(argv: list[str], command: str | None = None, replaced: Collection[str] = ()) -> Arguments:
     """Read `[CONFIG.yaml] [--key value ...]`; the command line overrides the file.
 
     A line that names its data (`--data_dir`, `--dataset_name`) replaces all that the config says of data and columns.
@@ -198,6 +198,7 @@ def parse_arguments(argv: list[str], command: str | None = None) -> Arguments:
     Args:
         argv: the command line.
         command: what to call it in the results; the command line of train.py if not given.
+        replaced: files that may be in the output directory before.
 
     Raises:
         UserError: an option, a key or a value is wrong, or the output directory is not free.
@@ -222,7 +223,7 @@ def parse_arguments(argv: list[str], command: str | None = None) -> Arguments:
         export=options["export"],
     )
     name = Path(config).stem if config else f"{Path(model_args.model_name).name}_{Path(data_args.name).name}"
-    output_dir = free_output_dir(options["output_dir"], name, options["resume_from_checkpoint"])
+    output_dir = free_output_dir(options["output_dir"], name, options["resume_from_checkpoint"], replaced)
     return Arguments(data_args, model_args, _build_training_args(options, output_dir), run_args)
 
 

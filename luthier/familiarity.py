@@ -5,18 +5,22 @@ count together: the logarithm of the odds of the likeliest class, and the cosine
 those of the third nearest training image (Sun et al. 2022). `benchmarks.unknown` has what else was measured.
 """
 
+import logging
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, is_offline_mode
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.utils import httpx  # or httpx2, by its version
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import PreTrainedModel
 
 from models import ModelError, labels_of
+
+logger = logging.getLogger(__name__)
 
 FILE = "familiarity.safetensors"  # beside the weights: the references
 NEIGHBOUR = 3  # whose similarity counts: the nearest ones may be wrongly labelled, or odd
@@ -103,19 +107,38 @@ def load_familiarity(model: PreTrainedModel, model_name: str) -> Familiarity | N
     numbers = getattr(model.config, "familiarity", None)
     if not isinstance(numbers, dict):
         return None
+    path = Path(model_name) / FILE if Path(model_name).is_dir() else _fetch(model_name)
+    if path is None or not path.exists():  # a copy of the model without it
+        return None
     try:
-        folder = Path(model_name)
-        path = folder / FILE if folder.is_dir() else Path(hf_hub_download(model_name, FILE))
         odds, near = ((float(mean), float(spread)) for mean, spread in (numbers["log_odds"], numbers["similarity"]))
         references, unsure_below = load_file(path)["references"], float(numbers["unsure_below"])
         known = Familiarity(references, str(numbers["head"]), odds, near, unsure_below)
         if known.references.shape[1] != model.get_submodule(known.head).in_features:
             raise ValueError(f"its references have {known.references.shape[1]} features")
         return known
-    except (EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled, FileNotFoundError):
-        return None  # a copy of the model without it
     except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ModelError(
             f"{FILE} of {model_name} is damaged or of another model ({error}): copy it again, or delete it, and the "
             "confidence alone decides what is unsure"
+        ) from error
+
+
+def _fetch(model_name: str) -> Path | None:
+    """Return the file of a model on the Hub, in the cache; None where the model has none.
+
+    Raises:
+        ModelError: it cannot be fetched. Without it other images would be unsure than the score says.
+    """
+    try:
+        return Path(hf_hub_download(model_name, FILE))
+    except (EntryNotFoundError, OfflineModeIsEnabled, OSError, httpx.TransportError) as error:
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            return None
+        if is_offline_mode():
+            logger.warning(f"{model_name} is cached without its {FILE}: the confidence alone decides what is unsure")
+            return None
+        raise ModelError(
+            f"{FILE} of {model_name} cannot be fetched from the Hub: try again. With HF_HUB_OFFLINE=1 the confidence "
+            "alone decides what is unsure"
         ) from error

@@ -6,7 +6,7 @@ import logging
 import os
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -23,13 +23,16 @@ OF_RUNS = ("race.json", "checkpoint-*", "damaged-checkpoint-*", "fold-*", "backb
 LOCK = ".lock"  # in the directory while a run writes there
 
 
-def free_output_dir(given: str | None, name: str, resume_from_checkpoint: str | None) -> Path:
+def free_output_dir(
+    given: str | None, name: str, resume_from_checkpoint: str | None, replaced: Collection[str] = ()
+) -> Path:
     """Return where a run writes: the directory asked for, or the next free one under `outputs/`.
 
     Args:
         given: `--output_dir`.
         name: of the directory under `outputs/` where none is given.
         resume_from_checkpoint: `auto`, a checkpoint, or None.
+        replaced: files that may be there before.
 
     Raises:
         UserError: the directory asked for holds something that the run does not continue.
@@ -43,20 +46,20 @@ def free_output_dir(given: str | None, name: str, resume_from_checkpoint: str | 
     continues = resume_from_checkpoint == "auto" or (
         resume_from_checkpoint is not None and path.resolve() in Path(resume_from_checkpoint).resolve().parents
     )
-    if path.is_file() or (path.is_dir() and not is_empty(path) and not continues):
+    if path.is_file() or (path.is_dir() and not is_empty(path, replaced) and not continues):
         raise UserError(
             f"--output_dir {given} already holds something, which is neither overwritten nor deleted: give another, "
             "leave the option out to use the next free name under outputs/, or let train.py continue an interrupted "
             "run with --resume_from_checkpoint auto"
         )
-    if path.is_dir() and not is_empty(path) and not any(any(path.glob(pattern)) for pattern in OF_RUNS):
+    if path.is_dir() and not is_empty(path, replaced) and not any(any(path.glob(pattern)) for pattern in OF_RUNS):
         raise UserError(f"--output_dir {given} holds something that is no run which could go on: give another")
     return path
 
 
-def is_empty(folder: Path) -> bool:
-    """Tell whether a directory holds nothing but the lock that a killed run may have left."""
-    return all(path.name == LOCK for path in folder.iterdir())
+def is_empty(folder: Path, besides: Collection[str] = ()) -> bool:
+    """Tell whether a directory holds nothing but some files, and the lock that a killed run may have left."""
+    return {path.name for path in folder.iterdir()} <= {LOCK, *besides}
 
 
 def has_ended(output_dir: Path) -> bool:

@@ -110,7 +110,7 @@ def leave_out_unreadable(
 
     Args:
         splits: with the columns of `inspect`.
-        max_unreadable: share of all images that may be left out.
+        max_unreadable: share of all images that may be left out; with 1, also all images of a class.
 
     Raises:
         UserError: more are unreadable, or all images of a split, or all of a class in train.
@@ -130,7 +130,8 @@ def leave_out_unreadable(
     total = sum(map(len, splits.values()))
     before, present = (set(each["train"]["label"][:]) for each in (splits, readable))
     lost = [f"all of the {split} split" for split, dataset in readable.items() if not len(dataset)]
-    lost += [f"all of the class {name!r} in train" for index, name in enumerate(names) if index in before - present]
+    gone = sorted(before - present) if max_unreadable < 1 else []
+    lost += [f"all of the class {names[index]!r} in train" for index in gone]
     if unreadable and (lost or len(unreadable) > max_unreadable * total):
         listed = [f"{split}: {name}: {why}" for split, name, _, why in unreadable]
         which = f", {lost[0]}" if lost else f", which is more than {max_unreadable:.0%}" if max_unreadable else ""

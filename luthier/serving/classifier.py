@@ -83,7 +83,8 @@ class Classifier:
             top_k: how many classes to return.
         """
         waiting: deque[tuple[str, str | None, Future | None]] = deque()
-        with ThreadPoolExecutor(os.cpu_count(), initializer=self.network.start_worker) as pool:
+        pool = ThreadPoolExecutor(os.cpu_count(), initializer=self.network.start_worker)
+        try:
             for name, error in inputs:
                 waiting.append((name, error, None if error else pool.submit(self.load_view, name)))
                 if len(waiting) == 2 * self.batch_size:
@@ -91,6 +92,8 @@ class Classifier:
             while waiting:
                 batch = [waiting.popleft() for _ in range(min(self.batch_size, len(waiting)))]
                 yield from self._predict_batch(batch, top_k)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C it would wait for all that is being fetched
 
     def predict(self, image: Image.Image, top_k: int, name: str = "") -> Prediction:
         """Return the prediction of one RGB image."""

@@ -82,14 +82,16 @@ def _request(url: str, allow_private: bool, deadline: float) -> Iterator[http.cl
         raise OSError(f"only http and https addresses are fetched, not {url[:80]!r}")
     if re.search(r"[^\w.:%-]", host):
         raise OSError(f"{url[:80]!r} names no host")
-    left = deadline - time.monotonic()
     too_slow = OSError("the server took too long")
-    if left <= 0:
-        raise too_slow
     # Connect to the very address that was checked: a name may resolve to another one the second time.
+    plain = _connect(_resolve(host, port, allow_private), port, deadline)
+    left = deadline - time.monotonic()
+    if left <= 0:
+        plain.close()
+        raise too_slow
+    plain.settimeout(left)
     connection = http.client.HTTPConnection(host, port, timeout=left)
     expired = threading.Event()
-    plain = _connect(_resolve(host, port, allow_private), port, left)
     handle = plain.dup()  # TLS takes over the socket itself
 
     def expire() -> None:
@@ -123,13 +125,18 @@ def _request(url: str, allow_private: bool, deadline: float) -> Iterator[http.cl
         handle.close()
 
 
-def _connect(addresses: list[str], port: int, seconds: float) -> socket.socket:
-    """Return a connection to the first address that accepts one."""
-    *others, last = addresses
-    for address in others:
-        with contextlib.suppress(OSError):
-            return socket.create_connection((address, port), timeout=seconds / len(addresses))
-    return socket.create_connection((last, port), timeout=seconds / len(addresses))
+def _connect(addresses: list[str], port: int, deadline: float) -> socket.socket:
+    """Return a connection to the first address that accepts one; those that are left share the time that is left."""
+    failure = OSError("the server took too long")
+    for number, address in enumerate(addresses):
+        seconds = (deadline - time.monotonic()) / (len(addresses) - number)
+        if seconds <= 0:
+            break
+        try:
+            return socket.create_connection((address, port), timeout=seconds)
+        except OSError as error:
+            failure = error
+    raise failure
 
 
 def _resolve(host: str, port: int, allow_private: bool) -> list[str]:

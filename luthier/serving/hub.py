@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import validate_repo_id
 from jinja2 import TemplateError
 
-from luthier.errors import UserError
+from luthier.errors import DISK_OR_RIGHTS, UserError
 from luthier.output_dir import has_ended, has_weights
 from luthier.reporting.card import EXPORTS, FIGURES, write_model_card
 from luthier.terminal import say
@@ -142,6 +142,8 @@ def stage(output_dir: Path, repo_id: str, staging: Path) -> None:
                 f"the run in {output_dir} has not ended: go on with it by --resume_from_checkpoint auto, then push it"
             )
     except (OSError, ValueError, KeyError, TypeError, TemplateError) as error:
+        if getattr(error, "errno", None) in DISK_OR_RIGHTS:
+            raise
         raise UserError(
             f"{output_dir} holds no finished run ({error!r}): give the output directory of train.py"
         ) from error
@@ -157,6 +159,8 @@ def with_retries(call: Callable[[], Result], repo_id: str) -> Result:
         try:
             return call()
         except Exception as raised:  # also those of the HTTP library, which differs by version
+            if getattr(raised, "errno", None) in DISK_OR_RIGHTS:
+                raise
             error = raised.__cause__ if isinstance(raised.__cause__, HfHubHTTPError) else raised
             status = getattr(getattr(error, "response", None), "status_code", None)
             lasting = isinstance(error, (ValueError, LocalTokenNotFoundError, OfflineModeIsEnabled))
@@ -178,7 +182,7 @@ def explain(error: Exception, status: int | None, repo_id: str) -> str:
     if status == 401:
         return f"the Hub does not know this token (401): {login}"
     if status == 403:
-        return f"this login may not write to {repo_id} (403): {login}, or give a name of your own"
+        return f"this login may not write to {repo_id} (403, {_first_line(error)}): {login}, or give another name"
     if status == 404:
         return f"the Hub has no {repo_id}, or its owner does not exist (404): check the name"
     if status == 409:

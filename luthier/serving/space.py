@@ -9,6 +9,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from huggingface_hub import HfApi
+
 from luthier.errors import UserError
 from luthier.serving import hub
 
@@ -30,6 +32,7 @@ def push_to_space(model_name: str, repo_id: str) -> str:
         raise UserError(
             f"a Space loads its model from the Hub, and {model_name} is a folder: push that first (push.py)"
         )
+    hub.with_retries(lambda: HfApi().repo_info(model_name), model_name)
     repo_id = hub.check_access(repo_id, private=None, repo_type="space", sdk="gradio")
     with tempfile.TemporaryDirectory() as staging:
         stage_space(model_name, repo_id, Path(staging))

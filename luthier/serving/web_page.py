@@ -46,14 +46,16 @@ def check_folder(folder: Path) -> None:
     """Check that a page may be written into a folder.
 
     Raises:
-        UserError: it holds something, and no page.
+        UserError: it holds something that is no page, nor a part of one that was interrupted.
     """
     try:
         page = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         earlier = {"version", "resize", "runtime", "labels"} <= set(page)
     except (OSError, ValueError, TypeError):
         earlier = False
-    if folder.exists() and not (earlier or (folder.is_dir() and not any(folder.iterdir()))):
+    ours = {*ASSETS, WORKER, MODEL, CONFIG, VENDOR.strip("/")}
+    ours |= {f".{name}" for name in ours}  # while they are written
+    if folder.exists() and not (earlier or (folder.is_dir() and all(path.name in ours for path in folder.iterdir()))):
         raise UserError(f"--web {folder} already holds something else, which is not overwritten: give another folder")
 
 
@@ -139,15 +141,25 @@ def _describe(model: Path, page: Path, name: str, runtime: str) -> dict[str, Any
     return {**config, "version": version}
 
 
+def find_npm() -> str:
+    """Return the path of npm.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    npm = shutil.which("npm")
+    if npm is None:
+        raise UserError("--vendor fetches ONNX Runtime with npm, which is not installed: leave it out")
+    return npm
+
+
 def _fetch_runtime(folder: Path) -> None:
     """Write the runtime's files into a folder, from its npm package.
 
     Raises:
         UserError: npm is not installed or does not get it, or a file is not the one that is expected.
     """
-    npm = shutil.which("npm")
-    if npm is None:
-        raise UserError("--vendor fetches ONNX Runtime with npm, which is not installed: leave it out")
+    npm = find_npm()
     folder.mkdir()
     with tempfile.TemporaryDirectory() as scratch:
         command = [npm, "pack", PACKAGE, "--loglevel", "error", "--pack-destination", scratch]

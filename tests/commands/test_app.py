@@ -11,15 +11,19 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from conftest import PROJECT, draw, draw_folder
 from hub_server import Hub
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
 
 import app
 import train
-from luthier.serving.space import find_imports, find_requirements
+from luthier.errors import UserError
+from luthier.serving.space import find_imports, find_requirements, push_to_space
 
 
 @pytest.fixture(scope="module")
@@ -170,8 +174,19 @@ def test_mistake_on_the_command_line_gives_one_message(capsys, args, message):
     assert exit_info.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_port_that_is_no_number_gives_one_message(capsys, monkeypatch):
-    monkeypatch.setenv("GRADIO_SERVER_PORT", "abc")
+@pytest.mark.parametrize("port", ["abc", "70000"])
+def test_port_that_cannot_be_gives_one_message(capsys, monkeypatch, port):
+    monkeypatch.setenv("GRADIO_SERVER_PORT", port)
     with pytest.raises(SystemExit) as exit_info:
         app.main(["nowhere"])
-    assert exit_info.value.code == 2 and "GRADIO_SERVER_PORT is 'abc', but must be a number" in capsys.readouterr().err
+    assert exit_info.value.code == 2 and f"GRADIO_SERVER_PORT is '{port}', but must be" in capsys.readouterr().err
+
+
+def test_space_of_a_model_that_the_hub_does_not_have_is_refused(monkeypatch):
+    def missing(self, repo_id, **_):
+        error = HfHubHTTPError("404 Client Error", response=SimpleNamespace(status_code=404, headers={}, request=None))
+        raise error
+
+    monkeypatch.setattr(HfApi, "repo_info", missing)
+    with pytest.raises(UserError, match="the Hub has no outputs/my_runn, or its owner does not exist"):
+        push_to_space("outputs/my_runn", "me/demo")

@@ -126,10 +126,15 @@ def test_data_that_cannot_be_trained_on_is_still_audited(tmp_path, capsys):
     images = draw_folder(tmp_path / "p", 2)
     for name in ("a", "b", "c"):
         (images / f"red/{name}.png").write_bytes(b"no image")
-    audit.main([str(images), "--disable_tqdm", "True"])
-    output = capsys.readouterr().out
-    assert "careful: the class 'blue' has 2 images, too few" in output and "unreadable, left out: 3" in output
-    assert "labels: not checked" in output
+    (images / "violet").mkdir()
+    (images / "violet/d.png").write_bytes(b"no image")
+    for _ in range(2):  # the second time after some mending
+        audit.main([str(images), "--disable_tqdm", "True", "--output_dir", str(tmp_path / "found")])
+        output = capsys.readouterr().out
+        assert (
+            "careful: the images of the class 'violet' are too few" in output and "unreadable, left out: 4" in output
+        )
+        assert "labels: not checked" in output
 
 
 def test_audit_without_output_dir_writes_nothing(tmp_path, monkeypatch, timm_checkpoint, capsys):

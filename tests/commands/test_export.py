@@ -431,3 +431,12 @@ def test_openvino_answers_as_onnx_runtime_does(run, capsys, tmp_path):
     with pytest.raises(SystemExit) as failure:
         predict.main([str(run), str(tmp_path / "a.png"), "--backend", "openvino"])
     assert failure.value.code == 2 and "--backend openvino is for a .onnx file" in capsys.readouterr().err
+
+
+def test_images_to_check_on_may_be_in_linked_folders(tmp_path):
+    draw_folder(tmp_path / "photos", 2)
+    (tmp_path / "check").mkdir()
+    for name in ("blue", "red"):
+        (tmp_path / "check" / name).symlink_to(tmp_path / "photos" / name)
+    images, _ = export.find_images("", tmp_path / "check", ["blue", "red"], calibrate=False)
+    assert sorted(images.labels) == [0, 0, 1, 1]

@@ -332,3 +332,23 @@ def test_scores_are_probabilities(model):
     classifier = Classifier(open_network(str(model)))
     prediction = classifier.predict(draw("red", 1), top_k=3)
     assert sum(score for _, score in prediction.top) == pytest.approx(1) and np.isfinite(prediction.top[0][1])
+
+
+def test_prediction_that_is_stopped_does_not_wait_for_what_is_being_read(model, tmp_path, monkeypatch):
+    classifier, release, read = Classifier(open_network(str(model))), threading.Event(), []
+    load_view = classifier.load_view
+
+    def load(name: str):
+        if name != "0.png":
+            release.wait(10)
+        read.append(name)
+        return load_view(str(tmp_path / "0.png"))
+
+    draw("red", 0).save(tmp_path / "0.png")
+    monkeypatch.setattr(classifier, "load_view", load)
+    classifier.batch_size = 1
+    predictions = classifier.predict_files([(f"{number}.png", None) for number in range(9)], 1)
+    assert next(predictions).name == "0.png"
+    predictions.close()
+    assert read == ["0.png"]
+    release.set()

@@ -49,6 +49,10 @@ class MisbehavingHandler(BaseHTTPRequestHandler):
     def good_png(self):
         self.respond(200, png_image(), Content_Type="image/png")
 
+    def late_png(self):
+        time.sleep(0.5)
+        self.good_png()
+
     def html_png(self):
         self.respond(200, b"<html>log in</html>", Content_Type="text/html")
 
@@ -147,6 +151,11 @@ def test_good_image_is_fetched(server, path):
 def test_bad_answer_gives_one_message(server, path, message):
     with pytest.raises(OSError, match=message):
         fetch.fetch(f"{server}/{path}", allow_private=True)
+
+
+def test_host_with_many_addresses_has_all_of_the_time_to_answer(server, monkeypatch):
+    monkeypatch.setattr(fetch, "_resolve", lambda *_: ["127.0.0.1"] * 12)
+    assert fetch.fetch(f"{server}/late.png", seconds=4)
 
 
 @pytest.mark.parametrize("path", ["drip", "drip-headers"])

@@ -1,5 +1,6 @@
 """Pushing to a local stand-in for the Hub and loading from it: faults, permissions, and files that must not go up."""
 
+import errno
 import json
 import os
 import re
@@ -167,6 +168,10 @@ def test_familiarity_is_loaded_from_the_hub_and_may_be_missing(server, push, cli
     loaded = client("-c", LOAD_FAMILIARITY, "me/colours")
     references = load_file(finished_run / "familiarity.safetensors")["references"]
     assert loaded.stdout.strip() == str(len(references)) != "0", loaded.stderr
+    server.fail("familiarity", 503, times=50)
+    failed = client("-c", LOAD_FAMILIARITY, "me/colours", home="a third")
+    assert failed.returncode != 0 and "cannot be fetched from the Hub: try again" in failed.stderr
+    server.faults.clear()
     del server.repositories["models/me/colours"].files["familiarity.safetensors"]
     loaded = client("-c", LOAD_FAMILIARITY, "me/colours", home="another")
     assert loaded.stdout.strip() == "None", loaded.stderr
@@ -437,3 +442,14 @@ def test_unfinished_folders_are_refused(finished_run, tmp_path):
     (tmp_path / "staging").mkdir()
     with pytest.raises(UserError, match=r"holds no model: score.py writes none"):
         hub.stage(tmp_path, "me/x", tmp_path / "staging")
+
+
+def test_full_disk_is_not_taken_for_something_else(finished_run, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        hub.with_retries(full, "me/x")
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(OSError, match="No space left"):
+        hub.stage(finished_run, "me/x", tmp_path)

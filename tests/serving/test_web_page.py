@@ -116,6 +116,13 @@ def test_files_of_the_page(exported, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"page"}
 
 
+def test_page_that_was_interrupted_is_written_again(exported, tmp_path):
+    for name in ("index.html", "icon.svg", ".model.onnx"):
+        (tmp_path / name).touch()
+    write_page(exported, tmp_path, "colours", vendor=False)
+    assert (tmp_path / "index.html").stat().st_size and not (tmp_path / ".model.onnx").exists()
+
+
 def test_folder_with_something_else_is_refused(exported, tmp_path):
     (tmp_path / "thesis.txt").touch()
     (tmp_path / "model.json").write_text('{"format": "layers-model"}')
@@ -175,7 +182,7 @@ def test_page_resizes_as_pillow_does(exported, tmp_path):
     with served(tmp_path / "page") as url, browser_page() as page:
         page.goto(url)
         for rule in rules:
-            for height, width in ((33, 97), (300, 41), (20, 20), (1, 7), (57, 64)):
+            for height, width in ((33, 97), (300, 41), (20, 20), (1, 7), (57, 64), (306, 2)):
                 pixels = noise.integers(0, 256, (height, width, 3), np.uint8)
                 values = {**rule._asdict(), "pillow": int(PIL.__version__.split(".")[0])}
                 data = base64.b64encode(pixels.tobytes()).decode()

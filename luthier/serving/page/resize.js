@@ -34,7 +34,8 @@ export function prepare(rgb, height, width, rule) {
   const down = { ...visible(height, rows, outHeight, rule), step: width * 3, outStep: outWidth * 3 };
   const across = { ...visible(width, columns, outWidth, rule), step: 3, outStep: 3 };
   // The order shows, because there are 8 bits in between.
-  const vertical = rule.pillow >= 13 && height > rows && height - rows > 2 * (width - columns);
+  const vertical =
+    height > rows && (rule.pillow >= 13 ? height - rows > 2 * (width - columns) : height > 100 * width);
   const [one, two] = vertical ? [down, across] : [across, down];
 
   const start = two.first[0]; // the first pass is over the lines that the second one reads, and no others
