@@ -36,6 +36,7 @@ PUBLISHED = (
     EXPORTS,
     *FIGURES,
 )
+BUGS = (TypeError, AttributeError, LookupError, AssertionError)  # another try would raise them again
 WAITS = (1, 2, 4, 8, 16)  # seconds before each retry, where the Hub does not say how long
 MAX_WAIT = 300
 
@@ -159,7 +160,7 @@ def with_retries(call: Callable[[], Result], repo_id: str) -> Result:
         try:
             return call()
         except Exception as raised:  # also those of the HTTP library, which differs by version
-            if getattr(raised, "errno", None) in DISK_OR_RIGHTS:
+            if getattr(raised, "errno", None) in DISK_OR_RIGHTS or isinstance(raised, BUGS):
                 raise
             error = raised.__cause__ if isinstance(raised.__cause__, HfHubHTTPError) else raised
             status = getattr(getattr(error, "response", None), "status_code", None)

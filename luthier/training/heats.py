@@ -92,11 +92,18 @@ class EndInTime(TrainerCallback):
     """
 
     def __init__(self, ends_in_time: Callable[[float], bool]):
-        self.ends_in_time, self.begin = ends_in_time, 0.0
+        self.ends_in_time, self.begin, self.end, self.evaluation = ends_in_time, 0.0, 0.0, 0.0
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.begin = time.perf_counter()
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        if not self.ends_in_time(time.perf_counter() - self.begin):
+        self.end = time.perf_counter()
+        epoch = self.end - self.begin
+        if not self.ends_in_time(
+            self.evaluation + epoch + self.evaluation
+        ):  # of this epoch, which comes, and the next
             control.should_training_stop = True
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.evaluation = time.perf_counter() - self.end

@@ -2,10 +2,12 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 
-from luthier.training.heats import MAX_IMAGES, MIN_STEPS, Schedule, first_heat, heat_ends
+import luthier.training.heats as heats
+from luthier.training.heats import MAX_IMAGES, MIN_STEPS, EndInTime, Schedule, first_heat, heat_ends
 
 
 @pytest.mark.parametrize(
@@ -42,3 +44,20 @@ def test_learning_rate_rises_and_decays_in_each_heat():
     assert rates[20] == pytest.approx((1 + math.cos(math.pi / 2)) / 2)
     assert Schedule((10,), warmup=5)(0) == 0.2 and Schedule((10,))(0) == 1.0
     assert max(map(Schedule((10,), warmup=500), range(10))) > 0.5  # half of a heat at most
+
+
+def test_epoch_that_would_end_too_late_with_its_evaluation_is_not_begun(monkeypatch):
+    clock, told, control = [0.0], [], SimpleNamespace(should_training_stop=False)
+    monkeypatch.setattr(heats.time, "perf_counter", lambda: clock[0])
+    ends = EndInTime(lambda seconds: bool(told.append(seconds)) or seconds < 10)
+    for event, moment in (
+        ("epoch_begin", 0),
+        ("epoch_end", 5),
+        ("evaluate", 8),
+        ("epoch_begin", 8),
+        ("epoch_end", 13),
+    ):
+        clock[0] = moment
+        getattr(ends, f"on_{event}")(None, None, control)
+        assert control.should_training_stop == (moment == 13)
+    assert told == [5, 11]
