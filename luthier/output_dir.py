@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 CARD = "README.md"  # the model card
 RACE = "race.json"  # from which an interrupted race goes on
 NO_TIME = "the time limit"  # why a race ended, or why there is no refit
-# What a run has written by the time that there is something to go on with.
-OF_RUNS = ("race.json", "checkpoint-*", "damaged-checkpoint-*", "fold-*", "backbone.txt", "metrics.json")
+# What a run has written by the time that there is something to go on with, or to write again.
+OF_RUNS = (RACE, "checkpoint-*", "damaged-checkpoint-*", "fold-*", "backbone.txt", "learned_from.txt", "metrics.json")
 LOCK = ".lock"  # in the directory while a run writes there
 
 

@@ -99,10 +99,8 @@ class EndInTime(TrainerCallback):
 
     def on_epoch_end(self, args, state, control, **kwargs):
         self.end = time.perf_counter()
-        epoch = self.end - self.begin
-        if not self.ends_in_time(
-            self.evaluation + epoch + self.evaluation
-        ):  # of this epoch, which comes, and the next
+        epoch_and_evaluations = self.end - self.begin + 2 * self.evaluation  # the one that comes now, and the next
+        if not self.ends_in_time(epoch_and_evaluations):
             control.should_training_stop = True
 
     def on_evaluate(self, args, state, control, **kwargs):
