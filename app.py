@@ -56,8 +56,9 @@ def main(argv: list[str] | None = None) -> None:
     port = os.environ.get("GRADIO_SERVER_PORT", "0")
     if not port.isdecimal() or int(port) > 65535:  # gradio's own error is a traceback
         raise UserError(f"GRADIO_SERVER_PORT is {port!r}, but must be a number such as 7860, below 65536")
-    for name in ("NO_PROXY", "no_proxy"):  # gradio asks its own page whether it is there
-        os.environ[name] = ",".join(filter(None, [os.environ.get(name), "localhost", "127.0.0.1"]))
+    direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    if direct != "*":  # gradio asks its own page whether it is there
+        os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, [direct, "localhost", "127.0.0.1"]))
     page = build_page(args.model, args.always_answer, examples)
     try:
         page.launch(max_file_size=MAX_FILE_SIZE, allowed_paths=examples)

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from luthier.arguments import Arguments
     from luthier.parsing import Parser
 
-# Options of train.py that have a meaning here too, and that people use.
 FILES = ("audit.json", "audit.html")  # in the output directory; an earlier audit is replaced
+# Options of train.py that have a meaning here too, and that people use.
 SHOWN = (
     "dataset_config_name", "labels", "image_column", "label_column", "split_column", "group_column", "group_by",
     "label_names", "validation_fraction", "test_fraction", "split_seed", "model_name", "image_size", "output_dir",

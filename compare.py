@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from luthier.errors import UserError, exit_on_user_error
-from luthier.output_dir import has_ended, read_metrics
+from luthier.output_dir import has_ended, read_metrics, wait_for_lock
 from luthier.terminal import percent
 
 PROJECT = Path(__file__).parent
+PATIENCE = 60  # seconds in which a run that is stopped may write its checkpoint
 
 
 class Experiment(NamedTuple):
@@ -33,7 +34,7 @@ class Experiment(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One run: its experiment, its seed or fold, its folder, arguments, and settings, see `_in_time`."""
+    """One run: its experiment, its seed or fold, its folder, train.py's arguments, and `with_time_limit`."""
 
     experiment: str
     part: str
@@ -168,7 +169,7 @@ def build_runs(experiments: list[Experiment], args: argparse.Namespace, rest: li
         line += ["--disable_tqdm", "True", "--output_dir", str(folder)]
         line += ["--resume_from_checkpoint", "auto"]  # from the start where there is nothing to resume
         parsed = parse_arguments(line)
-        settings = _in_time(parsed.run_args.settings, parsed.model_args.time_limit)
+        settings = with_time_limit(parsed.run_args.settings, parsed.model_args.time_limit)
         runs.append(Run(experiment.name, part, folder, line, settings))
     return runs
 
@@ -183,19 +184,19 @@ def is_finished(run: Run) -> bool:
     finished = has_ended(run.folder)
     if finished:
         metrics = read_metrics(run.folder)
-        settings = _in_time(metrics.get("settings"), metrics.get("time_limit"))
+        settings = with_time_limit(metrics.get("settings"), metrics.get("time_limit"))
     elif run.note.exists():
         settings = run.note.read_text(encoding="utf-8").strip()
     if settings != run.settings and run.folder.exists():
         raise UserError(
-            f"{run.folder} holds a run with other settings, or its config has changed since: give another "
-            "--output_dir, or remove the folder"
+            f"{run.folder} holds a run with other settings, or of another version, or its config has changed since: "
+            "give another --output_dir, or remove the folder"
         )
     return finished
 
 
-def _in_time(settings: str | None, time_limit: float | None) -> str:
-    """Return the digest of settings and the time limit, which decides what a run ends with too."""
+def with_time_limit(settings: str | None, time_limit: float | None) -> str:
+    """Return the digest of settings with the time limit, which is none of them."""
     return str(settings) if time_limit is None else f"{settings} {time_limit:g}"
 
 
@@ -219,7 +220,8 @@ def execute(run: Run) -> None:
         except (KeyboardInterrupt, SystemExit) as stopped:
             if isinstance(stopped, SystemExit):
                 process.terminate()
-            process.wait()  # for its checkpoint
+            process.wait()
+            wait_for_lock(run.folder, PATIENCE)  # accelerate ends before its process, which writes a checkpoint
             print(f"stopped in {run.experiment}, {run.part}: give the same command to go on", file=sys.stderr)
             sys.exit(getattr(stopped, "code", 130))
     if code:

@@ -102,7 +102,7 @@ def check_destinations(args: argparse.Namespace) -> None:
     if args.push_to_space:
         if not all(args.push_to_space.partition("/")):
             raise UserError(f"--push_to_space {args.push_to_space} is not a name for a Space: give owner/name")
-        hub.check_access(args.push_to_space, private=None, repo_type="space", sdk="static")
+        hub.check_login(args.push_to_space)
 
 
 def publish_page(args: argparse.Namespace, model: Path) -> None:

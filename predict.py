@@ -61,7 +61,6 @@ def main(argv: list[str] | None = None) -> None:
                 write(prediction)
                 failed += prediction.error is not None
         except KeyboardInterrupt:
-            file.flush()
             os._exit(130)  # at once: a normal exit waits for what is being fetched
     if failed:
         print(f"no prediction for {plural(failed, 'input')}", file=sys.stderr)

@@ -120,7 +120,7 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "dataloader_pin_memory": None,  # by machine
     "bf16": None,  # by machine
     "ddp_find_unused_parameters": False,  # they are frozen, and the search would cost a pass a step
-    "ddp_timeout": 86_400,  # seconds that processes wait for the one that prepares the images; 1,800 are too few
+    "ddp_timeout": 6 * 3600,  # seconds that processes wait for the one that prepares the images; half an hour is short
     "logging_nan_inf_filter": False,  # it would make a GPU wait at every step, and log a loss that is NaN as 0
     "report_to": "none",
     "output_dir": None,
@@ -179,7 +179,7 @@ POSITIVE = (
 )
 
 # Where a run goes, how it is shown, and how much time it has: more of it lets a run go on.
-NOT_SETTINGS = ("output_dir", "disable_tqdm", "resume_from_checkpoint", "export", "time_limit")
+NOT_SETTINGS = ("output_dir", "disable_tqdm", "resume_from_checkpoint", "export", "time_limit", "ddp_timeout")
 
 # What losses and weights depend on, besides what a checkpoint knows itself: data, batch, learning rate, size.
 OF_TRAINING = (

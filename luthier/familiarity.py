@@ -11,13 +11,14 @@ from typing import NamedTuple
 
 import torch
 from huggingface_hub import hf_hub_download, is_offline_mode
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from huggingface_hub.utils import httpx  # or httpx2, by its version
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from luthier.errors import DISK_OR_RIGHTS
 from models import ModelError, labels_of
 
 logger = logging.getLogger(__name__)
@@ -132,13 +133,16 @@ def _fetch(model_name: str) -> Path | None:
     """
     try:
         return Path(hf_hub_download(model_name, FILE))
-    except (EntryNotFoundError, OfflineModeIsEnabled, OSError, httpx.TransportError) as error:
-        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-            return None
+    except RemoteEntryNotFoundError:
+        return None
+    except (OSError, httpx.TransportError) as error:
+        if getattr(error, "errno", None) in DISK_OR_RIGHTS:
+            raise
         if is_offline_mode():
             logger.warning(f"{model_name} is cached without its {FILE}: the confidence alone decides what is unsure")
             return None
+        why = str(error).partition("\n")[0]
         raise ModelError(
-            f"{FILE} of {model_name} cannot be fetched from the Hub: try again. With HF_HUB_OFFLINE=1 the confidence "
-            "alone decides what is unsure"
+            f"{FILE} of {model_name} cannot be fetched from the Hub ({why}): try again. With "
+            "HF_HUB_OFFLINE=1 the confidence alone decides what is unsure"
         ) from error

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 CARD = "README.md"  # the model card
 RACE = "race.json"  # from which an interrupted race goes on
 NO_TIME = "the time limit"  # why a race ended, or why there is no refit
-# What a run has written by the time that there is something to go on with, or to write again.
+# What a run writes first; another folder that holds folders, such as classes, is none of a run.
 OF_RUNS = (RACE, "checkpoint-*", "damaged-checkpoint-*", "fold-*", "backbone.txt", "learned_from.txt", "metrics.json")
 LOCK = ".lock"  # in the directory while a run writes there
 
@@ -32,7 +32,7 @@ def free_output_dir(
         given: `--output_dir`.
         name: of the directory under `outputs/` where none is given.
         resume_from_checkpoint: `auto`, a checkpoint, or None.
-        replaced: files that may be there before.
+        replaced: files that the command writes again.
 
     Raises:
         UserError: the directory asked for holds something that the run does not continue.
@@ -52,8 +52,9 @@ def free_output_dir(
             "leave the option out to use the next free name under outputs/, or let train.py continue an interrupted "
             "run with --resume_from_checkpoint auto"
         )
-    if path.is_dir() and not is_empty(path, replaced) and not any(any(path.glob(pattern)) for pattern in OF_RUNS):
-        raise UserError(f"--output_dir {given} holds something that is no run which could go on: give another")
+    is_of_run = any(any(path.glob(pattern)) for pattern in OF_RUNS)
+    if path.is_dir() and not is_of_run and any(entry.is_dir() for entry in path.iterdir()):
+        raise UserError(f"--output_dir {given} holds folders, but no run that could go on: give another")
     return path
 
 
@@ -75,7 +76,7 @@ def has_weights(folder: Path) -> bool:
     return any(folder.glob("model*.safetensors"))
 
 
-def nothing_left(output_dir: Path, settings: str, time_limit: float | None) -> bool:
+def is_complete(output_dir: Path, settings: str, time_limit: float | None) -> bool:
     """Tell whether a run has ended, and does not go on because it has more time now.
 
     Args:
@@ -96,11 +97,11 @@ def nothing_left(output_dir: Path, settings: str, time_limit: float | None) -> b
     return not (cut_short and more_time and resumable and metrics.get("settings") == settings)
 
 
-def share_weights(folder: Path, like: str) -> None:
-    """Give weights the rights of another file of their folder: safetensors lets nobody but their owner read them."""
-    for path in folder.glob("*.safetensors"):
+def copy_rights_to_weights(source: Path) -> None:
+    """Give the weights in a file's folder the file's rights: safetensors lets nobody but their owner read them."""
+    for path in source.parent.glob("*.safetensors"):
         with contextlib.suppress(OSError):  # some mounted buckets have no rights
-            shutil.copymode(folder / like, path)
+            shutil.copymode(source, path)
 
 
 def describe_ended(output_dir: Path, settings: str) -> str:
@@ -113,7 +114,7 @@ def describe_ended(output_dir: Path, settings: str) -> str:
     done = f"{output_dir} holds a finished run: nothing is left to train"
     if metrics.get("settings") == settings:
         return f"{done}. If the images have changed, give another --output_dir"
-    return f"{done}. It had other options: to train with those of now, give another --output_dir"
+    return f"{done}. It had other options, or another version of Luthier: to train again, give another --output_dir"
 
 
 def read_metrics(output_dir: Path) -> dict:
@@ -206,6 +207,13 @@ def lock_folder(folder: Path, name: str, busy: str) -> Iterator[None]:
         with contextlib.suppress(OSError):
             (folder / name).unlink()
         lock.release()
+
+
+def wait_for_lock(folder: Path, seconds: float) -> None:
+    """Wait until no run writes into a folder, for so long at most."""
+    if folder.is_dir():
+        with contextlib.suppress(Timeout, OSError, NotImplementedError), FileLock(folder / LOCK).acquire(seconds):
+            pass
 
 
 @contextlib.contextmanager

@@ -1,7 +1,6 @@
 """The output directory of a run: locked against a second run, created for the run, removed if it stays empty."""
 
 import errno
-import fcntl
 import json
 import logging
 import subprocess
@@ -12,7 +11,7 @@ from conftest import PROJECT
 
 import luthier.output_dir as module
 from luthier.errors import UserError
-from luthier.output_dir import claim_output_dir, describe_ended, free_output_dir, has_ended, nothing_left
+from luthier.output_dir import claim_output_dir, describe_ended, free_output_dir, has_ended, is_complete
 
 
 def test_second_run_is_refused_until_the_first_is_killed(tmp_path):
@@ -37,13 +36,15 @@ with claim_output_dir(Path({str(output_dir)!r}), continues=False):
         (output_dir / "something").touch()
     with pytest.raises(UserError, match="has just written"), claim_output_dir(output_dir, continues=False):
         pass
-    with pytest.raises(UserError, match="holds something that is no run which could go on"):
+    assert free_output_dir(str(output_dir), "run", "auto") == output_dir  # such as a log
+    (output_dir / "banjo").mkdir()
+    with pytest.raises(UserError, match="holds folders, but no run that could go on"):
         free_output_dir(str(output_dir), "run", "auto")
     (output_dir / "checkpoint-5").mkdir()
     assert free_output_dir(str(output_dir), "run", "auto") == output_dir
     with claim_output_dir(output_dir, continues=True):
         pass
-    assert {path.name for path in output_dir.iterdir()} == {"something", "checkpoint-5"}
+    assert {path.name for path in output_dir.iterdir()} == {"something", "banjo", "checkpoint-5"}
 
 
 def test_new_directory_is_removed_if_the_run_fails(tmp_path):
@@ -85,7 +86,7 @@ def test_disk_without_locks_gives_a_warning(tmp_path, monkeypatch, caplog):
     def no_locks(*_):
         raise OSError(errno.ENOSYS, "no locks here")
 
-    monkeypatch.setattr(fcntl, "flock", no_locks)
+    monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", no_locks)
     with caplog.at_level(logging.WARNING), claim_output_dir(tmp_path / "run", continues=False):
         pass
     assert "cannot be locked against a second run" in caplog.text
@@ -101,8 +102,8 @@ def test_run_has_ended_when_model_card_metrics_and_weights_exist(tmp_path):
     assert has_ended(tmp_path)
     (tmp_path / "metrics.json").write_text('{"settings": "a"}')
     assert describe_ended(tmp_path, "a").endswith("If the images have changed, give another --output_dir")
-    assert "to train with those of now, give another --output_dir" in describe_ended(tmp_path, "b")
-    assert nothing_left(tmp_path, "a", None)  # of an earlier version
+    assert "to train again, give another --output_dir" in describe_ended(tmp_path, "b")
+    assert is_complete(tmp_path, "a", None)  # of an earlier version
     for damaged in ("", '{"settings": ', "null"):
         (tmp_path / "metrics.json").write_text(damaged)
         with pytest.raises(UserError, match=r"metrics.json is damaged \(.+ --resume_from_checkpoint auto"):
@@ -117,7 +118,7 @@ def test_run_that_the_time_limit_cut_short_goes_on_with_more_time(tmp_path):
 
     def left(metrics, settings, limit):
         (tmp_path / "metrics.json").write_text(json.dumps({"time_limit": 5, "settings": "a", **metrics}))
-        return not nothing_left(tmp_path, settings, limit)
+        return not is_complete(tmp_path, settings, limit)
 
     assert left(cut, "a", 6) and left(cut, "a", None) and left(no_refit, "a", 6)
     assert not left(cut, "a", 5) and not left(unlimited, "a", None) and not left(ended, "a", 6)

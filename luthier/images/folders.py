@@ -101,9 +101,11 @@ def load_folder(root: Path, grouping: Grouping = no_group, to_train: bool = True
             raise UserError(
                 f"the split folder {roots[split]} has no images: fill it, or remove it, and a split is cut from train"
             )
-    reasons = {True: f"in a format that is not read ({CONVERT})", False: "not an image in a class folder"}
-    for unread, why in reasons.items():
-        names = [name for name in skipped if is_unread(name) == unread]
+    unread, others = ([name for name in skipped if is_unread(name) == wanted] for wanted in (True, False))
+    for names, why in (
+        (unread, f"in a format that is not read ({CONVERT})"),
+        (others, "not an image in a class folder"),
+    ):
         if names:
             few = ", ".join(names[:3])
             logger.warning(f"Not used, because {why}: {plural(len(names), 'file')}, such as {few}")

@@ -10,7 +10,7 @@ from luthier.errors import UserError
 from luthier.terminal import plural, say
 
 MAX_NAMED = 5  # classes that a message names
-FEW = 10  # classes that may have an image each; more are the names of the images
+MAX_SINGLE = 10  # classes of an image each; more are the names of the images
 MIN_VALIDATION, MAX_VALIDATION_SHARE = 150, 0.25
 
 
@@ -119,7 +119,7 @@ def _report_missing(
         missing = [name for index, name in enumerate(names) if not present[index]]
         if len(missing) == len(names):
             largest = int(sizes.argmax())
-            if sizes[largest] == 1 and len(names) > FEW:
+            if sizes[largest] == 1 and len(names) > MAX_SINGLE:
                 raise UserError(
                     f"there are as many classes as images, such as {names[largest]!r}: is that the class, and not the "
                     "name of an image? In a table, name the column of the classes with --label_column"
@@ -155,7 +155,7 @@ def stratified_folds(labels: np.ndarray, groups: np.ndarray, k: int, seed: int) 
     _, numbers = np.unique(groups, return_inverse=True)
     fold_of: dict[int, int] = {}
     filled = np.zeros(k)
-    for rows in _rows_of_classes(labels, np.arange(len(labels))):
+    for rows in _rows_of_classes(labels, np.arange(len(labels)), numbers):
         taken, size = np.zeros(k), _sizes(numbers[np.random.default_rng(seed).permutation(rows)])
         for group in sorted(size, key=lambda group: group not in fold_of):  # those that an earlier class dealt first
             fold = fold_of.setdefault(group, int(np.lexsort((filled, taken))[0]))
@@ -164,10 +164,29 @@ def stratified_folds(labels: np.ndarray, groups: np.ndarray, k: int, seed: int) 
     return np.array([fold_of[group] for group in range(len(fold_of))], dtype=int)[numbers]
 
 
-def _rows_of_classes(labels: np.ndarray, order: np.ndarray) -> list[np.ndarray]:
-    """Return the rows of each class that occurs, in this order."""
+def _rows_of_classes(labels: np.ndarray, order: np.ndarray, groups: np.ndarray) -> list[np.ndarray]:
+    """Return the rows of each class that occurs, in this order.
+
+    Classes that share groups with others come first, and of these the one with the fewest groups: the groups of a
+    frequent class would otherwise have their places before a rare one could be in every split.
+
+    Args:
+        labels: int [N].
+        order: of the rows.
+        groups: int [N], from 0 on.
+    """
+    if not len(order):
+        return []
     order = order[np.argsort(labels[order], kind="stable")]
-    return np.split(order, np.flatnonzero(np.diff(labels[order])) + 1) if len(order) else []
+    classes = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
+    many = int(labels.max()) + 1
+    owners = np.bincount(np.unique(groups * many + labels) // many)  # classes of each group
+
+    def rank(rows: np.ndarray) -> float:
+        own = np.unique(groups[rows])
+        return len(own) if (owners[own] > 1).any() else np.inf
+
+    return sorted(classes, key=rank)
 
 
 def _sizes(groups: np.ndarray) -> dict[int, int]:
@@ -220,7 +239,7 @@ def stratified_cut(
     distinct, numbers = np.unique(groups, return_inverse=True)
     needed = numbers[_holds_class(labels, groups)].tolist()
     split_of = dict.fromkeys(needed, "train")  # by group
-    for rows in _rows_of_classes(labels, order):
+    for rows in _rows_of_classes(labels, order, numbers):
         _deal(_sizes(numbers[rows]), len(rows), fractions, split_of)
     split = np.array([split_of[group] for group in range(len(distinct))], dtype=object)[numbers]
     parts = {name: np.flatnonzero(split == name) for name in (*fractions, "train")}

@@ -17,7 +17,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from luthier.escape import escape_cell
 from luthier.familiarity import Familiarity, describe_in_config, save_references
-from luthier.output_dir import has_ended, share_weights, written_whole
+from luthier.output_dir import copy_rights_to_weights, has_ended, mark_unfinished, written_whole
 from luthier.reporting.card import EXPORTS, ONNX, write_model_card
 from luthier.reporting.console import describe_recipe, say_results
 from luthier.scoring.audit import KINDS
@@ -212,13 +212,14 @@ def save_models(
         describe_in_config(model, familiarity)
         custom_code = save_model(model, image_processor, folder)
         save_references(folder, familiarity)
-        share_weights(folder, like="config.json")
+        copy_rights_to_weights(folder / "config.json")
         return custom_code
 
     def note(digests: Sequence[str], folder: Path) -> None:
         short = sorted({digest[:DIGEST] for digest in digests})
         (folder / LEARNED_FROM).write_text("\n".join(short) + "\n", encoding="utf-8")
 
+    mark_unfinished(output_dir)
     for folder in (SCORED, ONNX):
         shutil.rmtree(output_dir / folder, ignore_errors=True)
     (output_dir / EXPORTS).unlink(missing_ok=True)

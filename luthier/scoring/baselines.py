@@ -172,10 +172,14 @@ def build_yardstick(
     labels, groups = (np.concatenate([dataset[column][:] for dataset in both]) for column in ("label", "group"))
     classes = both[0].features["label"].num_classes
     everything, truth = join([features["train"], features["validation"]]).to(device), torch.tensor(labels)
-    folds, losses, known = stratified_folds(labels, groups, FOLDS, seed=0), np.zeros(len(labels)), labels < 0
+    folds, known = stratified_folds(labels, groups, FOLDS, seed=0), labels < 0
+    predictions, cross_entropies = np.zeros(len(labels), dtype=int), np.zeros(len(labels))
     for part in cross_fit(everything, truth.to(device), folds, classes, (strength,)):
-        losses[part.rows] = criterion.losses(criterion.answers(part.logits[0].cpu().numpy()), labels[part.rows])
-        known[part.rows] = part.learned[labels[part.rows]]
+        answers, own = criterion.answers(part.logits[0].cpu().numpy()), labels[part.rows]
+        predictions[part.rows] = answers.argmax(axis=-1)
+        cross_entropies[part.rows] = criterion.log_losses(answers, own)
+        known[part.rows] = part.learned[own]
+    losses = criterion.weigh(predictions, cross_entropies, labels, classes)  # of all together, and not of each part
     # How hard an image is tells no probe that has not learned its class, as one whose images are all in one fold.
     losses[~known] = losses[known].mean() if known.any() else 0.0
     return Yardstick(losses[len(both[0]) :], float(losses.mean()))

@@ -96,13 +96,27 @@ class Criterion(NamedTuple):
             answers: float [N, C], see `answers`, calibrated.
             references: int [N], the true classes.
         """
-        cross_entropies = log_losses(answers, references, self.balance.log_shares if self.balance else 0.0)
+        return self.weigh(answers.argmax(axis=-1), self.log_losses(answers, references), references, answers.shape[1])
+
+    def log_losses(self, answers: np.ndarray, references: np.ndarray) -> np.ndarray:
+        """Return the log loss of each image, float64 [N]; see `losses`."""
+        return log_losses(answers, references, self.balance.log_shares if self.balance else 0.0)
+
+    def weigh(
+        self, predictions: np.ndarray, cross_entropies: np.ndarray, references: np.ndarray, classes: int
+    ) -> np.ndarray:
+        """Return the losses of all images that are compared, see `losses`; what one counts depends on the others.
+
+        Args:
+            predictions: int [N].
+            cross_entropies: of `log_losses`.
+            references: int [N].
+            classes: how many there are.
+        """
         if self.metric == "log_loss":
             return cross_entropies
-        predictions = answers.argmax(axis=-1)
         worth = np.ones(len(references))  # of a correct answer: these add up to the metric's highest value
         if self.metric != "accuracy":
-            classes = answers.shape[1]
             support, predicted = (np.bincount(of, minlength=classes) for of in (references, predictions))
             size = support if self.metric == "balanced_accuracy" else (support + predicted) / 2
             occurs = support > 0 if self.metric == "balanced_accuracy" else size > 0

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from luthier.images.splits import stratified_folds
+from luthier.scoring.intervals import stretch
 from luthier.training.probe import cross_fit
 
 FOLDS, REPEATS = 5, 3
@@ -54,10 +55,13 @@ def measure_inflation(
     for _ in range(RESAMPLES):
         drawn = generator.integers(len(sizes), size=len(sizes))
         resampled.append(gains[drawn].sum() / sizes[drawn].sum())
+    inflation = float(gains.sum() / sizes.sum())
+    ends = np.quantile(resampled, (0.025, 0.975)) - inflation
+    ends = np.clip(inflation + ends * stretch(len(sizes)), -1, 1) if len(sizes) > 1 else np.array([-1, 1])
     return {
         "images": int(counts.sum()),
         "groups": len(sizes),
         **{name: float(values.mean()) for name, values in correct.items()},
-        "inflation": float(gains.sum() / sizes.sum()),
-        "ci95": np.quantile(resampled, (0.025, 0.975)).tolist(),
+        "inflation": inflation,
+        "ci95": ends.tolist(),
     }

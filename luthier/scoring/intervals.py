@@ -40,8 +40,10 @@ def interval_of_share(correct: np.ndarray, groups: np.ndarray | None = None) -> 
     count = int(index.max()) + 1
     if count == 1:
         return wilson_interval(share, 1)
-    deviations = np.bincount(index, weights=correct - share)
-    variance = count / (count - 1) * float((deviations**2).sum()) / n**2
+    sizes = np.bincount(index)
+    # The jackknife: without a group each. A large group pulls the share to itself, so that its own deviation is small.
+    without = (correct.sum() - np.bincount(index, weights=correct)) / (n - sizes)
+    variance = (count - 1) / count * float(((without - share) ** 2).sum())
     effective = float(np.clip(share * (1 - share) / variance, 1, n)) if variance > TINY else count
     return wilson_interval(share * effective, effective, float(t.ppf(0.975, count - 1)))
 
@@ -73,6 +75,11 @@ def interval_of_difference(
     return mean - half, mean + half
 
 
+def stretch(groups: int) -> float:
+    """Return how much wider an interval from bootstrap samples of so few groups must be: they estimate it badly."""
+    return float(t.ppf(0.975, max(1, groups - 1))) / 1.959964
+
+
 def balanced_accuracy(correct: np.ndarray, support: np.ndarray) -> np.ndarray:
     """Return the mean recall of the classes that occur [...], from correct answers and images by class [..., C]."""
     occurs = support > 0
@@ -97,7 +104,8 @@ def bootstrap_intervals(
 
     Images are drawn again with replacement, or whole groups of them. Draws lack classes of which there are few images,
     so that their mean is below the score: the interval is moved by that bias. It is still too narrow where a class has
-    only a few: a single image that is right is right in every draw. If all are right, or none, it is the accuracy's.
+    only a few: a single image that is right is right in every draw. Few groups widen it as in `interval_of_share`. If
+    all are right, or none, or all images are of one group, it is the accuracy's.
 
     Args:
         references, predictions: int [N], true and predicted classes.
@@ -127,8 +135,11 @@ def bootstrap_intervals(
 
     scores = np.array(both(sizes if groups is None else np.ones(len(first), dtype=int)))
     drawn = np.array([both(generator.multinomial(draws, shares)) for _ in range(resamples)])  # [resamples, 2]
-    ends = np.clip(np.quantile(drawn, (0.025, 0.975), axis=0) + scores - drawn.mean(axis=0), 0, 1)
+    ends = np.quantile(drawn, (0.025, 0.975), axis=0) - drawn.mean(axis=0)
+    if groups is not None:
+        ends = ends * stretch(len(first))
+    ends = np.clip(scores + ends, 0, 1)
     right = references == predictions
-    if right.all() or not right.any():
+    if right.all() or not right.any() or len(first) == 1:
         ends[:] = np.array(interval_of_share(right, groups))[:, None]
     return {"balanced_accuracy_ci95": ends[:, 0].tolist(), "macro_f1_ci95": ends[:, 1].tolist()}

@@ -78,7 +78,7 @@ def learning_curve(
         folds = stratified_folds(labels, groups, FOLDS, seed)
         ranks = np.ones((len(labels), FOLDS))  # of the images that a fold's probes may learn from below 1
         for fold in range(FOLDS):
-            ranks[folds != fold, fold] = _ranks_in_class(labels[folds != fold], seed)
+            ranks[folds != fold, fold] = _ranks_in_class(labels[folds != fold], groups[folds != fold], seed)
         for index, fraction in enumerate(FRACTIONS):
             learns = ranks < fraction
             for fold, (probe,) in enumerate(fit_parts(features, truth, len(names), (strength,), learns)):
@@ -112,12 +112,16 @@ def _check_classes(labels: np.ndarray, names: list[str], groups: np.ndarray) -> 
         )
 
 
-def _ranks_in_class(labels: np.ndarray, seed: int) -> np.ndarray:
-    """Return a random rank of each image in its class, from 0 up to 1: the first is in every part."""
+def _ranks_in_class(labels: np.ndarray, groups: np.ndarray, seed: int) -> np.ndarray:
+    """Return a random rank of each image's group in its class, from 0 up to 1: the first is in every part.
+
+    A part has whole groups: a tenth of the images of every group would show nearly as much as all of them.
+    """
     generator, ranks = np.random.default_rng(seed), np.empty(len(labels))
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
-        ranks[generator.permutation(rows)] = np.arange(len(rows)) / len(rows)
+        own, number = np.unique(groups[rows], return_inverse=True)
+        ranks[rows] = (generator.permutation(len(own)) / len(own))[number]
     return ranks
 
 

@@ -200,9 +200,12 @@ def _score_known(
     return scored | whole | {"none": {"n": int((~known).sum()), **counts}}
 
 
-def standard_error(values: np.ndarray) -> float:
-    """Return the standard error of the mean of values [N]."""
-    return float(values.std() / math.sqrt(len(values)))
+def standard_error(values: np.ndarray, groups: np.ndarray | None = None) -> float:
+    """Return the standard error of the mean of values [N]; those of a group, int [N], vary together."""
+    if groups is None:
+        return float(values.std() / math.sqrt(len(values)))
+    _, index = np.unique(groups, return_inverse=True)
+    return float(np.linalg.norm(np.bincount(index, weights=values - values.mean())) / len(values))
 
 
 class Yardstick(NamedTuple):

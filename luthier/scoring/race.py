@@ -301,12 +301,11 @@ def _take_up(course: Course, arms: Sequence[Arm], resume: str) -> tuple[list[Hea
     heats, reason = read_record(course, arms, named)
     if named:
         _return_to(named, arms, heats, course)
-    mark_unfinished(course.stop.run_dir)
     return heats, reason, named
 
 
 def _return_to(named: Path, arms: Sequence[Arm], heats: list[Heat], course: Course) -> None:
-    """Let a run go on from a checkpoint: later ones are written again.
+    """Let a run go on from a checkpoint: it is no longer finished, and later checkpoints are written again.
 
     Raises:
         UserError: it cannot go on from there; then nothing is removed.
@@ -314,6 +313,7 @@ def _return_to(named: Path, arms: Sequence[Arm], heats: list[Heat], course: Cour
     arm = arms[0]
     check_named(named, arm.origin)
     load_weights(arm.workshop.copy(), named)
+    mark_unfinished(course.stop.run_dir)
     if arm.is_main_process:
         for step, checkpoint in checkpoints_by_step(arm.folder).items():
             if step > step_of(named):

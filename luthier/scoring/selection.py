@@ -43,6 +43,7 @@ class Candidate(NamedTuple):
         losses: float64 [N], of each validation image, calibrated, see `criterion.Judge.losses`.
         arm: name of the recipe that trained them.
         class_shares: float64 [C], where their answers make up for rare classes, see `criterion.Balance`.
+        groups: int [N], of the validation images; None where each stands alone.
     """
 
     share: float
@@ -53,6 +54,7 @@ class Candidate(NamedTuple):
     losses: np.ndarray
     arm: str
     class_shares: np.ndarray | None = None
+    groups: np.ndarray | None = None
 
     @property
     def loss(self) -> float:
@@ -101,7 +103,7 @@ def score_candidates(
         threshold = choose_threshold(*confidence_and_correct(answers[known], references[known]))
         losses, class_shares = judge.losses(answers, references), criterion.class_shares
         candidates.append(
-            Candidate(share, temperature, threshold, validation, uncalibrated, losses, arm, class_shares)
+            Candidate(share, temperature, threshold, validation, uncalibrated, losses, arm, class_shares, judge.groups)
         )
     model.load_state_dict(end)
     return candidates
@@ -129,7 +131,7 @@ def choose(candidates: list[Candidate]) -> Candidate:
     if probe is None or best is probe:
         return best
     lead = best.losses - probe.losses
-    return best if lead.mean() < LEAD * standard_error(lead) else probe
+    return best if lead.mean() < LEAD * standard_error(lead, probe.groups) else probe
 
 
 def load_candidate(model: PreTrainedModel, start: State | None, kept: Candidate) -> None:

@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import validate_repo_id
 from jinja2 import TemplateError
 
-from luthier.errors import DISK_OR_RIGHTS, UserError
+from luthier.errors import DISK_OR_RIGHTS, UserError, message_for_user
 from luthier.output_dir import has_ended, has_weights
 from luthier.reporting.card import EXPORTS, FIGURES, write_model_card
 from luthier.terminal import say
@@ -61,7 +61,7 @@ def check_access(repo_id: str, private: bool | None, repo_type: str = "model", s
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise UserError(f"{repo_id!r} is not a name for a repository: {error}") from error
-    owner = with_retries(api.whoami, repo_id)["name"]  # for repositories of others too, to check the login
+    owner = check_login(repo_id)  # for repositories of others too
     repo_id = repo_id if "/" in repo_id else f"{owner}/{repo_id}"
     with_retries(
         lambda: api.create_repo(repo_id, repo_type=repo_type, private=private, space_sdk=sdk, exist_ok=True), repo_id
@@ -79,6 +79,15 @@ def check_access(repo_id: str, private: bool | None, repo_type: str = "model", s
             "without asking for a private repository"
         )
     return repo_id
+
+
+def check_login(repo_id: str) -> str:
+    """Return who is logged in to the Hub.
+
+    Raises:
+        UserError: nobody is, or there is no network.
+    """
+    return str(with_retries(HfApi().whoami, repo_id)["name"])
 
 
 def push(output_dir: Path, repo_id: str) -> str:
@@ -215,6 +224,7 @@ def publish(output_dir: Path, repo_id: str, private: bool | None) -> None:
     """Push a finished run; where that fails, say how to repeat the push alone, and exit with 1."""
     try:
         say("pushed", push(output_dir, repo_id))
-    except UserError as error:
+    except Exception as raised:
+        error = message_for_user(raised) or f"{type(raised).__name__}: {raised}"
         command = shlex.join(["python", "push.py", str(output_dir), repo_id, *(["--private"] if private else [])])
         sys.exit(f"error: not pushed: {error}\nThe run is complete, in {output_dir}. To push it again:\n  {command}")

@@ -53,9 +53,9 @@ def check_folder(folder: Path) -> None:
         earlier = {"version", "resize", "runtime", "labels"} <= set(page)
     except (OSError, ValueError, TypeError):
         earlier = False
-    ours = {*ASSETS, WORKER, MODEL, CONFIG, VENDOR.strip("/")}
-    ours |= {f".{name}" for name in ours}  # while they are written
-    if folder.exists() and not (earlier or (folder.is_dir() and all(path.name in ours for path in folder.iterdir()))):
+    first = folder / ASSETS[0]  # is written before the others
+    begun = first.is_file() and first.read_bytes() == (SOURCE / ASSETS[0]).read_bytes()
+    if folder.exists() and not (earlier or begun or (folder.is_dir() and not any(folder.iterdir()))):
         raise UserError(f"--web {folder} already holds something else, which is not overwritten: give another folder")
 
 

@@ -1,8 +1,6 @@
 """Arms: ways to fine-tune one model, each with its start, its heats and its folder of checkpoints."""
 
 import copy
-import functools
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -48,13 +46,10 @@ class Workshop:
     data: str = ""
     images: str = ""
 
-    @functools.cached_property
-    def digest(self) -> str:
-        """A hash of a few numbers of each of the model's weights, by which other weights are told."""
-        hashed = hashlib.sha256()
-        for name, tensor in self.model.state_dict().items():
-            hashed.update(name.encode() + tensor.detach().flatten()[:16].cpu().double().numpy().tobytes())
-        return hashed.hexdigest()[:8]
+    @property
+    def model_name(self) -> str:
+        """Where the model was loaded from, without the folders above, which tell of a machine; or its kind."""
+        return Path(self.model.config.name_or_path or self.model.config.model_type).name
 
     def predictor(self, state: State | None = None) -> Trainer:
         """Return a Trainer that only predicts, with the model in a state, or as it was built."""
@@ -116,18 +111,18 @@ class Arm(NamedTuple):
         settings = f"{self.workshop.images} and a learning rate of {self.training_args.learning_rate:.3g}"
         order = getattr(self.rows["train"], "order", "")
         processes = self.training_args.world_size if order else 0  # each takes a part of a stream's epoch
-        recipe = f"the recipe {self.recipe.name} from weights {self.workshop.digest}"
+        recipe = f"--recipe {self.recipe.name} from the model {self.workshop.model_name}"
         return Origin(self.workshop.data, self.batch, order, settings, recipe, processes)
 
     def trainer(self) -> SafeTrainer:
         """Return a Trainer with a copy of the model, at the arm's start."""
         model = self.workshop.copy(self.start)
         freeze(model, self.recipe.frozen)
+        shape = self.rows["train"][0]["pixel_values"].shape
         if self.training_args.device.type == "cpu":  # on a GPU the default network would take half as long again
-            height, width = self.rows["train"][0]["pixel_values"].shape[-2:]
+            height, width = shape[-2:]
             model = fuse_for_training(model, (height, width))
-        if self.training_args.world_size > 1:
-            freeze_unused(model, self.rows["train"][0]["pixel_values"].shape)
+        freeze_unused(model, shape)
         shop = self.workshop
         trainer = build_trainer(
             model, self.recipe, self.training_args, self.rows, shop.collate, shop.compute_metrics, shop.callbacks,

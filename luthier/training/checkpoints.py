@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
 from luthier.errors import UserError
-from luthier.output_dir import share_weights, sync
+from luthier.output_dir import copy_rights_to_weights, sync
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class Origin(NamedTuple):
         batch: images in an optimizer step, of all processes together.
         order: of a stream: what the order of its images depends on.
         settings: in words, what else the weights have learned with.
-        recipe: in words, how they learn, and which weights they were before.
+        recipe: in words, how they learn, and from which model.
         processes: of a stream: among how many its images are divided; 0 where it does not matter.
     """
 
@@ -47,7 +47,7 @@ def seal(folder: Path, checkpoint: Path) -> None:
 
     Whatever happens in between, the name stands for the whole checkpoint, or for none.
     """
-    share_weights(folder, like="trainer_state.json")
+    copy_rights_to_weights(folder / "trainer_state.json")
     hashes = {path.name: _sync_and_hash(path) for path in sorted(folder.iterdir())}
     (folder / HASHES).write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
     _sync_and_hash(folder / HASHES)

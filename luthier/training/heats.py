@@ -92,16 +92,18 @@ class EndInTime(TrainerCallback):
     """
 
     def __init__(self, ends_in_time: Callable[[float], bool]):
-        self.ends_in_time, self.begin, self.end, self.evaluation = ends_in_time, 0.0, 0.0, 0.0
+        self.ends_in_time, self.begin, self.evaluation = ends_in_time, 0.0, 0.0
+        self.end: float | None = None  # of the epoch, until it has been evaluated
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.begin = time.perf_counter()
+        self.begin, self.end = time.perf_counter(), None
 
     def on_epoch_end(self, args, state, control, **kwargs):
         self.end = time.perf_counter()
-        epoch_and_evaluations = self.end - self.begin + 2 * self.evaluation  # the one that comes now, and the next
-        if not self.ends_in_time(epoch_and_evaluations):
+        needed = self.end - self.begin + 2 * self.evaluation  # this epoch's, which comes now, and the next one's
+        if not self.ends_in_time(needed):
             control.should_training_stop = True
 
     def on_evaluate(self, args, state, control, **kwargs):
-        self.evaluation = time.perf_counter() - self.end
+        if self.end is not None:  # there may be evaluations within an epoch too
+            self.evaluation, self.end = time.perf_counter() - self.end, None

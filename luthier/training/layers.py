@@ -64,7 +64,7 @@ def freeze_unused(model: PreTrainedModel, shape: Sequence[int]) -> None:
     """
     training = model.training
     model.eval()
-    model(pixel_values=torch.zeros(1, *shape)).logits.sum().backward()
+    model(pixel_values=torch.zeros(1, *shape, device=model.device)).logits.sum().backward()
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.grad is not None)
     model.zero_grad()

@@ -173,8 +173,8 @@ class SafeTrainer(WorkerTrainer):
             answers = logits if weights is None else logits + (len(weights) * weights).log()
             smoothing = self.args.label_smoothing_factor
             losses = cross_entropy(answers, labels, reduction="none", label_smoothing=smoothing)
-            # Not the weights of `cross_entropy`, whose mean divides by them, and whose smoothing has those of all
-            # classes in each image, so that a rare class draws all images to it.
+            # Not with the weights of `cross_entropy`: its mean divides by them, and they weigh the smoothed part of
+            # all other classes too, so that a rare class would attract all images.
             loss = (losses if weights is None else losses * weights[labels]).mean()
         return (loss, {"logits": logits}) if return_outputs else loss
 

@@ -340,7 +340,7 @@ def test_prediction_that_is_stopped_does_not_wait_for_what_is_being_read(model, 
 
     def load(name: str):
         if name != "0.png":
-            release.wait(10)
+            release.wait(60)
         read.append(name)
         return load_view(str(tmp_path / "0.png"))
 

@@ -14,6 +14,7 @@ from transformers import pipeline
 
 import luthier.scoring.race as race
 import train
+from luthier.output_dir import has_ended
 from luthier.scoring.criterion import Judge
 from luthier.scoring.race_record import Heat
 from luthier.scoring.refit import Plan, plan_refit
@@ -136,7 +137,12 @@ def test_time_limit_ends_a_training_without_heats_after_an_epoch(tmp_path):
     for old in ("scored/config.json", "onnx/model.onnx", "export.json"):  # of the earlier weights
         (tmp_path / "out" / old).parent.mkdir(exist_ok=True)
         (tmp_path / "out" / old).touch()
-    more = run(tmp_path, Path("simple_cnn"), *resume, "9", "--refit", "auto")["race"]
+    draw("red", 999).save(tmp_path / "images/red/new.png")
+    with pytest.raises(SystemExit):
+        run(tmp_path, Path("simple_cnn"), *resume, "9")
+    assert has_ended(tmp_path / "out")  # what cannot go on stays as it was
+    (tmp_path / "images/red/new.png").unlink()
+    more = run(tmp_path, Path("simple_cnn"), *resume, "9")["race"]
     assert more["heats"][0] == heat and more["heats"][-1]["epochs"] > 1 and more["ended"] == "its last heat"
     assert not (tmp_path / "out/onnx").exists() and not (tmp_path / "out/export.json").exists()
 

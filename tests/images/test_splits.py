@@ -192,3 +192,15 @@ def test_hash_of_splits_tells_images_classes_order_and_split_apart():
 def test_small_classes_fill_all_folds():
     labels = np.repeat(np.arange(50), 2)
     assert np.bincount(stratified_folds(labels, np.arange(100), 5, seed=1)).tolist() == [20] * 5
+
+
+def test_rare_class_among_the_groups_of_a_frequent_one_is_in_every_split():
+    """Forty patients with images of one class, and three of them with images of another, which comes later."""
+    for seed in range(20):
+        own = np.random.default_rng(seed).choice(40, 3, replace=False)
+        patients = np.concatenate([np.repeat(np.arange(40), 5), own])
+        labels = np.repeat([0, 1], (200, 3))
+        parts = stratified_cut(labels, ["a", "b"], {"validation": 0.15, "test": 0.2}, seed, patients)
+        assert all((labels[rows] == 1).sum() == 1 for rows in parts.values())
+        folds = stratified_folds(labels, patients, 5, seed)
+        assert len(set(folds[labels == 1])) == 3

@@ -19,7 +19,7 @@ from luthier.scoring.baselines import (
     measure_probe,
     with_yardstick,
 )
-from luthier.scoring.criterion import LOG_LOSS, Judge
+from luthier.scoring.criterion import LOG_LOSS, Criterion, Judge
 from luthier.scoring.intervals import interval_of_share
 from luthier.scoring.metrics import TestPredictions
 from luthier.training.features import join
@@ -141,3 +141,19 @@ def test_labels_are_checked_on_the_device_of_the_run(measure, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "to", recorded_to)
     monkeypatch.setattr(module, "suspect_labels", check_device)
     assert measure().suspect_labels == []
+
+
+def test_yardstick_does_not_depend_on_how_many_rows_are_at_a_time(monkeypatch):
+    generator, labels = np.random.default_rng(0), np.repeat([0, 1], (200, 20))  # in the order of the classes
+    both = Dataset.from_dict({"label": labels, "group": np.arange(220)})
+    both = both.cast_column("label", ClassLabel(names=["a", "b"]))
+    features = torch.tensor(np.eye(2)[labels] + generator.normal(size=(220, 2))).float()
+    splits = DatasetDict(train=both, validation=both.select(range(150, 220)))
+    parts = {"train": features, "validation": features[150:]}
+
+    def yardstick():
+        return build_yardstick(parts, splits, 0.1, Criterion("balanced_accuracy"), torch.device("cpu"))
+
+    whole = yardstick()
+    monkeypatch.setattr("luthier.training.probe.rows_at_once", lambda device: 16)
+    assert yardstick().mean == pytest.approx(whole.mean) and np.allclose(yardstick().losses, whole.losses)

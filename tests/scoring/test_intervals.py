@@ -103,3 +103,27 @@ def test_one_answer_to_all_images_does_not_get_the_interval_of_its_accuracy():
 @pytest.mark.parametrize("n", [4, 10, 14, 75, 125])
 def test_interval_of_all_and_none_has_the_share_in_it(n):
     assert wilson_interval(n, n)[1] == 1 and wilson_interval(0, n)[0] == 0
+
+
+def test_interval_of_balanced_accuracy_knows_how_few_groups_there_are():
+    generator = np.random.default_rng(0)
+    references = np.tile(np.arange(3), 40)
+    predictions = np.where(generator.random(120) < 0.8, references, (references + 1) % 3)
+    widths = []
+    for count in (2, 4, 30):
+        low, high = bootstrap_intervals(references, predictions, 3, np.arange(120) % count)["balanced_accuracy_ci95"]
+        widths.append(high - low)
+    assert widths[0] > widths[1] > widths[2] and widths[0] > 0.2
+    together = bootstrap_intervals(references, predictions, 3, np.zeros(120, dtype=int))
+    assert together["macro_f1_ci95"] == interval_of_share(references == predictions, np.zeros(120, dtype=int))
+
+
+def test_large_group_does_not_hide_how_far_it_is_from_the_others():
+    """Nominal 95%; 72% where the deviation from a mean that the large group dominates is taken for its own."""
+    generator, sizes, covered = np.random.default_rng(0), [100, *[5] * 14], 0
+    groups = np.repeat(np.arange(15), sizes)
+    for _ in range(300):
+        shares = generator.beta(3.2, 0.8, size=15)  # 80% in the mean
+        low, high = interval_of_share(generator.random(len(groups)) < shares[groups], groups)
+        covered += low <= 0.8 <= high
+    assert covered > 0.86 * 300

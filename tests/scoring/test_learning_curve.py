@@ -6,7 +6,7 @@ import torch
 
 from luthier.errors import UserError
 from luthier.reporting.console import learning_curve_in_words
-from luthier.scoring.learning_curve import FRACTIONS, extrapolate, learning_curve
+from luthier.scoring.learning_curve import FRACTIONS, _ranks_in_class, extrapolate, learning_curve
 
 NAMES = ["a", "b", "c", "d"]
 
@@ -71,3 +71,10 @@ def test_power_law_is_recovered():
     expected = 1 - (0.05 + 0.3 * 16**-0.6)
     assert abs(estimate["twice"]["accuracy"] - expected) < 0.005
     assert estimate["twice"]["ci95"][0] < expected < estimate["twice"]["ci95"][1]
+
+
+def test_part_of_the_images_is_a_part_of_the_groups():
+    labels, groups = np.repeat([0, 1], 40), np.repeat(np.arange(8), 10)
+    ranks = _ranks_in_class(labels, groups, seed=0)
+    assert [len(set(ranks[groups == group])) for group in range(8)] == [1] * 8
+    assert sorted(set(ranks[labels == 0])) == sorted(set(ranks[labels == 1])) == [0, 0.25, 0.5, 0.75]

@@ -16,6 +16,7 @@ from luthier.scoring.metrics import (
     log_loss,
     reliability,
     score,
+    standard_error,
 )
 from luthier.scoring.selection import score_test
 
@@ -166,3 +167,8 @@ def test_near_duplicates_count_as_one_image():
     assert test.score()["groups"] == 10 and test.score()["accuracy_ci95"][0] < 0.8
     alone = split_of(references, ["a", "b"], range(40))
     assert "groups" not in TestPredictions(alone, test.logits, test.references).score()
+
+
+def test_standard_error_of_images_that_vary_together_is_that_of_their_groups():
+    values = np.random.default_rng(0).normal(size=50)
+    assert standard_error(np.repeat(values, 10), np.repeat(np.arange(50), 10)) == pytest.approx(standard_error(values))

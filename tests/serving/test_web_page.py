@@ -117,10 +117,12 @@ def test_files_of_the_page(exported, tmp_path):
 
 
 def test_page_that_was_interrupted_is_written_again(exported, tmp_path):
-    for name in ("index.html", "icon.svg", ".model.onnx"):
-        (tmp_path / name).touch()
+    (tmp_path / "index.html").touch()
+    with pytest.raises(UserError, match="already holds something else"):  # a site of the user's own
+        write_page(exported, tmp_path, "colours", vendor=False)
+    shutil.copyfile(web_page.SOURCE / "icon.svg", tmp_path / "icon.svg")
     write_page(exported, tmp_path, "colours", vendor=False)
-    assert (tmp_path / "index.html").stat().st_size and not (tmp_path / ".model.onnx").exists()
+    assert (tmp_path / "index.html").stat().st_size
 
 
 def test_folder_with_something_else_is_refused(exported, tmp_path):

@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import os
 import stat
 
 import pytest
@@ -83,6 +84,7 @@ def test_checkpoint_that_cannot_be_read_is_not_taken_for_damaged(tmp_path, monke
     assert before.exists() and newest.exists()
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such rights")
 def test_weights_have_the_rights_of_the_other_files(tmp_path):
     partial = tmp_path / "partial"
     partial.mkdir()

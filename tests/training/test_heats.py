@@ -51,7 +51,9 @@ def test_epoch_that_would_end_too_late_with_its_evaluation_is_not_begun(monkeypa
     monkeypatch.setattr(heats.time, "perf_counter", lambda: clock[0])
     ends = EndInTime(lambda seconds: bool(told.append(seconds)) or seconds < 10)
     for event, moment in (
+        ("evaluate", 0),
         ("epoch_begin", 0),
+        ("evaluate", 4),
         ("epoch_end", 5),
         ("evaluate", 8),
         ("epoch_begin", 8),

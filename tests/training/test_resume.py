@@ -123,8 +123,8 @@ def test_named_checkpoint_that_cannot_be_continued_is_refused_and_nothing_is_rem
     others = {
         "another cut into train, validation and test": ["--split_seed", "7"],
         "images in a step": ["--per_device_train_batch_size", "2"],
-        "from weights": ["--model_name", str(vit_checkpoint)],
-        "the recipe full_from_probe from": ["--recipe", "full_from_probe"],
+        "--recipe full from the model ": ["--model_name", str(vit_checkpoint)],
+        "--recipe full_from_probe from the model": ["--recipe", "full_from_probe"],
     }
     for told, other in others.items():
         with pytest.raises(SystemExit) as exit_info:

@@ -104,12 +104,13 @@ def test_smoothed_loss_of_an_image_has_the_weight_of_its_class_alone():
     assert loss_with([1.0, 0.5, 9.0]) == pytest.approx(2 * loss_with([0.5, 0.5, 9.0]))
 
 
-def test_what_has_no_part_in_the_answers_is_frozen_for_several_processes():
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_what_has_no_part_in_the_answers_is_frozen(device):
     config = Dinov2Config(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=1, image_size=28, patch_size=14,
         num_labels=3,
     )  # fmt: skip
-    model = Dinov2ForImageClassification(config)
+    model = Dinov2ForImageClassification(config).to(device)
     freeze_unused(model, (3, 28, 28))
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     assert frozen == {"dinov2.embeddings.mask_token"} and model.training
