@@ -92,8 +92,10 @@ class Classifier:
             while waiting:
                 batch = [waiting.popleft() for _ in range(min(self.batch_size, len(waiting)))]
                 yield from self._predict_batch(batch, top_k)
-        finally:
+        except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C it would wait for all that is being fetched
+            raise
+        pool.shutdown()
 
     def predict(self, image: Image.Image, top_k: int, name: str = "") -> Prediction:
         """Return the prediction of one RGB image."""
