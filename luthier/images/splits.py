@@ -59,19 +59,11 @@ def cut_missing_splits(
         raise UserError(f"--validation_fraction and --test_fraction leave nothing to train on: {fractions}")
     labels, names = np.array(splits["train"]["label"][:]), splits["train"].features["label"].names
     rows = np.arange(len(labels))
-    cut = {}
+    digests, cut = np.array(splits["train"]["digest"][:]), {}
     if fold:
-        folds = stratified_folds(labels, groups, fold[1], split_seed)
-        tested = (folds == fold[0] - 1) & ~_holds_class(labels, groups)
-        if not tested.any():
-            count = plural(len(np.unique(groups)), "group")
-            raise UserError(
-                f"fold {fold[0]} of {fold[1]} would be empty: the images form {count} of near-duplicates or of your "
-                "own. Use fewer folds"
-            )
+        tested = _deal_folds(labels, groups, digests, fold[1], split_seed) == fold[0] - 1
         cut["test"], rows = np.flatnonzero(tested), np.flatnonzero(~tested)
         del fractions["test"]
-    digests = np.array(splits["train"]["digest"][:])
     rest = stratified_cut(labels[rows], names, fractions, split_seed, groups[rows], digests[rows])
     cut |= {split: rows[part] for split, part in rest.items()}
     _report_missing(labels, groups, names, cut, fold)
@@ -80,6 +72,27 @@ def cut_missing_splits(
         if not len(complete[split]):
             raise UserError(f"the {split} split is empty: fill it, or remove it to have one cut from train")
     return DatasetDict({split: complete[split] for split in ("train", "validation", "test")})
+
+
+def _deal_folds(labels: np.ndarray, groups: np.ndarray, digests: np.ndarray, k: int, seed: int) -> np.ndarray:
+    """Return the fold, from 0 to k - 1, that tests each row; -1 for rows that stay in train.
+
+    It depends on the content of the images, and not on their names or order.
+
+    Raises:
+        UserError: one of the folds would be empty.
+    """
+    order, folds = np.argsort(draw_order(digests, seed), kind="stable"), np.empty(len(labels), dtype=int)
+    folds[order] = stratified_folds(labels[order], groups[order], k, seed)
+    folds[_holds_class(labels, groups)] = -1
+    empty = np.setdiff1d(np.arange(k), folds)
+    if len(empty):  # of any fold: the first ones would have been trained in vain
+        count = plural(len(np.unique(groups)), "group")
+        raise UserError(
+            f"fold {empty[0] + 1} of {k} would be empty: the images form {count} of near-duplicates or of your "
+            "own. Use fewer folds"
+        )
+    return folds
 
 
 def hash_splits(splits: DatasetDict) -> str:

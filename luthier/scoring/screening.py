@@ -60,10 +60,15 @@ class View(NamedTuple):
         """The mean loss; NaN where there is none."""
         return math.nan if self.losses is None else float(self.losses.mean())
 
-    def is_better(self, other: "View") -> bool:
-        """Tell whether the mean loss is lower by more than its standard error, image by image."""
-        assert self.losses is not None and other.losses is not None  # both were tried
-        return self.loss < other.loss - standard_error(other.losses - self.losses)
+    def is_better(self, other: "View", groups: np.ndarray) -> bool:
+        """Tell whether the mean loss is lower by more than the standard error of the difference, image by image.
+
+        Args:
+            other: likewise tried.
+            groups: int [N]; images of one group are no independent evidence.
+        """
+        assert self.losses is not None and other.losses is not None
+        return self.loss < other.loss - standard_error(other.losses - self.losses, groups)
 
 
 def choose_view(
@@ -104,13 +109,13 @@ def choose_view(
     coarse = coarse if takes_size(model, coarse) else side
     fits = show(("own", "squeeze") if sample.is_square else ("own", "squeeze", "pad"), coarse)
     best = min(fits, key=lambda view: view.loss)
-    fit = best.fit if best.is_better(fits[0]) else "own"
+    fit = best.fit if best.is_better(fits[0], sample.groups) else "own"
     chosen = View(fit, side, None)
     smaller = [pixels for pixels in _smaller_sides(sample.shorter_side, side) if takes_size(model, pixels)]
     if any_side and smaller:
         large, *others = (tried.get((fit, pixels)) or show([fit], pixels)[0] for pixels in (side, *smaller))
         small = min(others, key=lambda view: view.loss)
-        chosen = small if small.is_better(large) else large
+        chosen = small if small.is_better(large, sample.groups) else large
     if (chosen.fit, chosen.side) != ("own", side):
         image_processor = change_view(model, own, chosen.side, chosen.fit)
     return EvaluationView(image_processor), [chosen, *tried.values()]
@@ -149,7 +154,7 @@ class Sample:
         sizes: Sequence[tuple[int, int]],
         predictor: Callable[[PreTrainedModel], Trainer],
     ):
-        self.rows, self.predictor, self.seconds = rows, predictor, 0.0
+        self.rows, self.groups, self.predictor, self.seconds = rows, groups, predictor, 0.0
         _, self.labels = np.unique(labels, return_inverse=True)  # without gaps
         self.folds = stratified_folds(self.labels, groups, FOLDS, seed=1)
         self.shorter_side = int(np.median([min(size) for size in sizes]))

@@ -91,10 +91,10 @@ class EpochTable(TrainerCallback):
             )
             self.epoch_start = now
 
-    def count(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """Count the correct answers of a training step, from its logits [N, C] and labels [N]."""
+    def count(self, answers: torch.Tensor, labels: torch.Tensor) -> None:
+        """Count the correct answers of a training step, from the answers [N, C] and labels [N]."""
         # Summed on the device and read once an epoch: reading it here would make a GPU wait at every step.
-        self.correct = self.correct + (logits.argmax(dim=-1) == labels).sum()
+        self.correct = self.correct + (answers.argmax(dim=-1) == labels).sum()
         self.seen += labels.numel()
 
 

@@ -62,7 +62,7 @@ class SafeTrainer(WorkerTrainer):
 
     schedule: Schedule | None = None  # of the learning rate, in the place of `lr_scheduler_type`
     class_weights: torch.Tensor | None = None  # [C]; see `criterion.Balance`
-    watch_answers: Callable[[torch.Tensor, torch.Tensor], None] | None = None  # gets logits and labels of training
+    watch_answers: Callable[[torch.Tensor, torch.Tensor], None] | None = None  # gets answers and labels of training
     scale: Callable[[torch.Tensor], torch.Tensor] | None = None  # 8-bit levels to pixel values
     origin: Origin | None = None  # which checkpoints keep
     writing_to: str | None = None
@@ -167,10 +167,10 @@ class SafeTrainer(WorkerTrainer):
         if not model.training:
             loss = cross_entropy(logits, labels)
         else:
-            if self.watch_answers:
-                self.watch_answers(logits.detach(), labels)
             weights = self.class_weights
             answers = logits if weights is None else logits + (len(weights) * weights).log()
+            if self.watch_answers:
+                self.watch_answers(answers.detach(), labels)
             smoothing = self.args.label_smoothing_factor
             losses = cross_entropy(answers, labels, reduction="none", label_smoothing=smoothing)
             # Not with the weights of `cross_entropy`: its mean divides by them, and they weigh the smoothed part of

@@ -107,7 +107,17 @@ def test_more_folds_than_groups_are_refused():
     labels, groups = np.tile([0, 1], 8), np.repeat(np.arange(4), 4)
     train = labelled(labels, ["a", "b"])
     with pytest.raises(UserError, match="fold 5 of 5 would be empty: the images form 4 groups"):
-        cut_missing_splits(DatasetDict(train=train), groups, 1, 0.2, 0.2, (5, 5))
+        cut_missing_splits(DatasetDict(train=train), groups, 1, 0.2, 0.2, (1, 5))  # at once, and not at its turn
+
+
+def test_folds_depend_on_content_and_not_on_order():
+    train, order = labelled(np.tile([0, 1], 30), ["a", "b"]), np.random.default_rng(0).permutation(60)
+    one, other = (
+        cut_missing_splits(DatasetDict(train=rows), np.arange(60), 1, 0.2, 0.2, (2, 5))
+        for rows in (train, train.select(order))
+    )
+    for split in ("train", "validation", "test"):
+        assert {*one[split]["digest"][:]} == {*other[split]["digest"][:]}
 
 
 def test_class_of_one_group_is_in_train_in_every_fold():

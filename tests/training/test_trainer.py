@@ -91,17 +91,21 @@ def test_loss_is_the_mean_of_the_images_of_a_step(resnet_checkpoint, tmp_path, m
 
 def test_smoothed_loss_of_an_image_has_the_weight_of_its_class_alone():
     answers, labels = torch.tensor([[2.0, 0.5, -1.0], [0.0, 1.0, 3.0]]), torch.tensor([0, 0])
+    counted = []
 
     def loss_with(weights: list[float]) -> torch.Tensor:
         logits = answers - (3 * torch.tensor(weights)).log()  # so that the answers stay
         trainer = SimpleNamespace(
-            watch_answers=None, class_weights=torch.tensor(weights), args=SimpleNamespace(label_smoothing_factor=0.1)
+            watch_answers=lambda answers, _: counted.append(answers),
+            class_weights=torch.tensor(weights),
+            args=SimpleNamespace(label_smoothing_factor=0.1),
         )
         model = type("Model", (), {"training": True, "__call__": lambda self, **_: SimpleNamespace(logits=logits)})()
         return SafeTrainer.compute_loss(trainer, model, {"labels": labels})
 
     assert loss_with([0.5, 0.5, 9.0]) == pytest.approx(loss_with([0.5, 0.9, 0.4]))
     assert loss_with([1.0, 0.5, 9.0]) == pytest.approx(2 * loss_with([0.5, 0.5, 9.0]))
+    assert all(torch.allclose(each, answers) for each in counted), "train accuracy is of what the model answers"
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
