@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from luthier.errors import UserError, exit_on_user_error
+from luthier.output_dir import create_output_dir
+from luthier.terminal import say
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -58,17 +60,14 @@ def main(argv: list[str] | None = None) -> None:
     try:
         splits = cut_splits(splits, **data_args.for_cut())
     except UserError as error:  # it cannot be trained on as it is, but what is wrong with it can still be found
-        print(f"careful: {error}\n")
+        say("careful", f"{error}\n")
     findings = audit_images(splits, unreadable)
     if "validation" in splits:
         findings |= ask_probe(splits, arguments)
     print(console.list_findings(findings))
     if "output_dir" in run_args.given:
         folder = Path(str(training_args.output_dir))
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot create --output_dir {folder}: {error.strerror}. Give another") from error
+        create_output_dir(folder)
         record, page = (folder / name for name in FILES)
         write_audit(record, findings)
         write_audit_page(page, data_args.name, findings, splits)

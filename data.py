@@ -33,12 +33,12 @@ from luthier.images.splits import cut_missing_splits
 from luthier.images.streams import Stream
 from luthier.images.views import EvaluationView, ImageRows, random_crop_transform, training_transform
 from luthier.machine import available_cores, pool_of_single_threads
+from luthier.options import BUILT_IN_DATASET
 from luthier.terminal import plural, say
 
 PREPARATION = 8  # part of the cache's key: raise it when what is stored changes
 STORED_SIDE = 2  # shorter side of a stored training image, in sides of the view
 SMALL = 4  # a file is stored that has a fourth of its view's bytes, and no more than four times its pixels
-BUILT_IN = "openmoji"
 VIEW_THREADS = 4  # that read stored views: each takes a millisecond or so, and more threads were slower
 
 
@@ -111,7 +111,7 @@ def list_images(
     group_column: str | None = None,
     group_by: str | None = None,
     label_names: list[str] | None = None,
-    min_classes: int = 2,
+    to_train: bool = True,
     stream: Stream | None = None,
 ) -> tuple[DatasetDict, Path | None]:
     """Return the images of a dataset with their labels, before any is opened.
@@ -127,7 +127,7 @@ def list_images(
         group_column: of what images belong to, such as a patient: a cut keeps them on one side.
         group_by: the same by the files' names, see `groups.build_grouping`.
         label_names: new class names, in the order of the old ones when sorted.
-        min_classes: how many classes the images must have.
+        to_train: False where a model is only scored: one class is enough, and test may be all there is.
         stream: of the same data: train is then a sample, and the other splits are complete.
 
     Returns the splits, with the columns `image` (bytes or path, not decoded) and `label` (a `ClassLabel` whose names
@@ -141,23 +141,23 @@ def list_images(
     if stream:
         splits, root = stream.splits, None
     elif root and (labels or not has_shards(root)):
-        splits = load_directory(root, labels, columns, group_by, to_train=min_classes > 1)
+        splits = load_directory(root, labels, columns, group_by, to_train)
         columns = Columns()
     elif labels or split_column or group_by:
         where = f"{root} holds Parquet or tar files" if root else "give --data_dir"
         raise UserError(f"--labels, --split_column and --group_by are for image files in a folder: {where}")
     else:
         splits, root = _load_dataset(root, dataset_name, dataset_config_name), None
-    splits = label_and_image(splits, columns.image, columns.label, columns.group, label_names, min_classes > 1)
+    splits = label_and_image(splits, columns.image, columns.label, columns.group, label_names, to_train)
     names = splits["train"].features["label"].names
-    if len(names) < min_classes:
+    if to_train and len(names) < 2:
         raise UserError(f"all images have the one class {names[0]!r}: a classifier needs at least two")
     return splits, root
 
 
 def _load_dataset(root: Path | None, name: str | None, config: str | None) -> DatasetDict:
     """Return the splits of a folder of shards or of a dataset with their own columns; see `list_images`."""
-    if root is None and name in (None, BUILT_IN):
+    if root is None and name in (None, BUILT_IN_DATASET):
         return DatasetDict(train=load_openmoji())
     return load_named(str(root or name), config)
 
@@ -177,7 +177,7 @@ def load_labelled(names: list[str], **options) -> tuple[DatasetDict, list[Unread
             f"the model has several classes with the name {repeated[0]!r}, and classes are matched by name: rename "
             "them in `id2label` of its config.json"
         )
-    splits, unreadable = load_images(**options, min_classes=1)
+    splits, unreadable = load_images(**options, to_train=False)
     used = ["test"] if "test" in splits else list(splits)
     dataset = concatenate_datasets([splits[split] for split in used])
     own = dataset.features["label"].names

@@ -18,8 +18,7 @@ import shlex
 import sys
 import tempfile
 import unicodedata
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -117,20 +116,15 @@ def publish_page(args: argparse.Namespace, model: Path) -> None:
         say("pushed", push_page(model, args.push_to_space, name, args.vendor))
 
 
-@contextmanager
-def export_run(output_dir: Path, wanted: bool) -> Iterator[None]:
-    """Export the model of a finished run, if wanted; where that fails, exit with 1 when the block has ended."""
-    why = ""
-    if wanted:
-        try:
-            refused = export(str(output_dir), output_dir, [], None, allow_worse=False)
-            why = "; ".join(f"{file} {reason}" for file, reason in refused.items())
-        except Exception as error:
-            why = message_for_user(error) or f"{type(error).__name__}: {error}"
-    yield
-    if why:
-        command = shlex.join(["python", "export.py", str(output_dir)])
-        sys.exit(f"error: not exported: {why}\nThe run is complete, in {output_dir}. To export it again:\n  {command}")
+def export_run(output_dir: Path) -> str:
+    """Export the model of a finished run; where that fails, return why, and how to repeat it."""
+    try:
+        refused = export(str(output_dir), output_dir, [], None, allow_worse=False)
+        why = "; ".join(f"{file} {reason}" for file, reason in refused.items())
+    except Exception as error:
+        why = message_for_user(error) or f"{type(error).__name__}: {error}"
+    command = shlex.join(["python", "export.py", str(output_dir)])
+    return why and f"not exported: {why}\nThe run is complete, in {output_dir}. To export it again:\n  {command}"
 
 
 def export(
@@ -275,7 +269,7 @@ def images_of_run(folder: Path, labels: list[str]) -> tuple["Images", "Images"]:
         gone = "other images" if of_test.any() else "test images"
         raise UserError(f"the {gone} of the run are no longer there: {advice}")
     if missing:
-        say("careful", f"{plural(missing, 'test image')} of the run are no longer there, or have changed")
+        say("careful", f"not there any more, or changed: {plural(missing, 'test image')} of the run")
 
     def images(rows: Dataset) -> Images:
         column, groups = rows["image"], groups_of(rows)

@@ -353,8 +353,8 @@ def change_view(
     """
     if isinstance(image_processor, TimmWrapperImageProcessor):
         cfg = {**model.config.pretrained_cfg, "input_size": [3, image_size, image_size]}
-        cfg |= {"own": {}, "squeeze": {"crop_mode": "squash"}, "pad": {"crop_mode": "border"}}[fit]
-        cfg |= {} if fit == "own" else {"crop_pct": 1.0}
+        if fit != "own":
+            cfg |= {"crop_mode": {"squeeze": "squash", "pad": "border"}[fit], "crop_pct": 1.0}
         model.config.pretrained_cfg = cfg  # it is saved with the model's config, not with the processor
         return TimmWrapperImageProcessor(cfg, architecture=model.config.architecture)
     settings = image_processor.to_dict()
@@ -366,9 +366,8 @@ def change_view(
             return squeezed
     if fit != "own":
         raise ModelError(f"the image processor of {type(model).__name__} cannot {fit} images to a square")
-    settings["size"] = (
-        {"shortest_edge": round(image_size * edge / (crop["height"] if crop else edge))} if edge else square
-    )
+    resized = image_size * edge / crop["height"] if edge and crop else image_size  # the crop keeps its share
+    settings["size"] = {"shortest_edge": round(resized)} if edge else square
     if crop:
         settings["crop_size"] = square
     return type(image_processor).from_dict(settings)

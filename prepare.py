@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from luthier.cores import count_cores
 from luthier.errors import UserError, exit_on_user_error
 from luthier.terminal import plural, say
 
@@ -123,7 +124,7 @@ def parse_share(text: str) -> Share:
 
 
 def inspect_share(source: dict, folder: Path, share: Share) -> None:
-    """Inspect every so manieth image file, wait until the other machines have done so, too; all is in a common cache.
+    """Inspect this machine's share of the images, and wait for the other machines: the results are in a common cache.
 
     Args:
         source: of `data.load_images`.
@@ -161,7 +162,7 @@ def write_shards(splits: "DatasetDict", folder: Path, side: int, images: int, sh
         folder: to write to.
         side: the shorter side of a stored image in pixels, at most; see `data.store_training_image`.
         images: in a file.
-        share: of this machine, which writes every so manieth file.
+        share: of this machine, which writes every `machines`-th file.
 
     Raises:
         UserError: the folder has shards of something else, or an image cannot be read any more.
@@ -286,7 +287,7 @@ def resized(dataset: "Dataset", rows: "np.ndarray", side: int) -> "Dataset":
         return image | {"path": row["name"].replace(os.sep, "-").replace("/", "-")}
 
     # Threads are enough, because Pillow releases the interpreter while it decodes, resizes and encodes.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(count_cores()) as pool:
         images = list(pool.map(store, range(len(sources))))
     features = Features({"image": Image(), "label": dataset.features["label"], "group": Value("int64")})
     columns = {"image": images, "label": chosen["label"][:], "group": chosen["group"][:]}

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from luthier.errors import exit_on_user_error
+from luthier.errors import exit_on_user_error, exit_with
 from luthier.terminal import Stopwatch, say
 
 if TYPE_CHECKING:  # slow imports are inside the functions, so that wrong arguments are reported first
@@ -44,9 +44,9 @@ def main(argv: list[str] | None = None) -> None:
             say("done", describe_ended(output_dir, run_args.settings))
         else:
             finish(*pool([fine_tune(part, stop, stopwatch) for part in arguments.folds()]), arguments, stopwatch)
-        with export_run(output_dir, wanted=run_args.export and is_main_process):
-            if repo_id:  # of a finished run too: the push may have been what failed
-                hub.publish(output_dir, repo_id, private)
+        failures = [export_run(output_dir)] if run_args.export and is_main_process else []
+        failures += [hub.publish(output_dir, repo_id, private)] if repo_id else []  # of a finished run too
+        exit_with(failures)
 
 
 def set_up(arguments: "Arguments", stopwatch: Stopwatch) -> "Experiment":

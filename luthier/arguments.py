@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 from luthier.errors import UserError, require
 from luthier.machine import OneGPUTrainingArguments, fill_in_machine_defaults
-from luthier.options import DATA_KEYS, EXPORT_PACKAGES, DataArguments, ModelArguments
+from luthier.options import BUILT_IN_DATASET, DATA_KEYS, EXPORT_PACKAGES, DataArguments, ModelArguments
 from luthier.output_dir import free_output_dir
 from luthier.parsing import HelpFormatter, Parser, describe_command, read_options
 
@@ -148,7 +148,7 @@ COMMON = {
     "disable_tqdm": "Print no progress of training and evaluation.",
 }
 
-# What would distort the score silently.
+# Options of the library that would distort the score, do nothing, or harm a run.
 REFUSED = {
     "dataloader_drop_last": "would leave images out of every score",
     "bf16_full_eval": "would round the weights before they are trained",
@@ -166,7 +166,7 @@ REFUSED = {
 JUDGED_BY = ("loss", "calibrated_loss", "accuracy", "balanced_accuracy", "macro_f1")  # the best epoch
 NEED_EVALUATION = ("reduce_lr_on_plateau", "greedy")  # learning rate schedulers
 
-# What the Trainer would accept, and fail with, or train nothing, after the data has been prepared.
+# Must be above 0, or a run would fail or train nothing after the data has been prepared.
 POSITIVE = (
     "num_train_epochs",
     "per_device_train_batch_size",
@@ -209,7 +209,7 @@ def parse_arguments(argv: list[str], command: str | None = None, replaced: Colle
     model_args = ModelArguments(**{option.name: options[option.name] for option in fields(ModelArguments)})
     _check_options(options)
     if not data_args.data_dir and not data_args.dataset_name:
-        data_args.dataset_name = "openmoji"
+        data_args.dataset_name = BUILT_IN_DATASET
     run_args = RunArguments(
         command=command or describe_command("train.py", argv),
         settings=settings,
@@ -295,7 +295,7 @@ def _check_streaming(options: dict) -> None:
         needs.append("on_bad_image error")
     if needs:
         raise UserError(f"--{needs[0]} needs all images before the training, which --streaming does not read")
-    if options["data_dir"] is None and options["dataset_name"] in (None, "openmoji"):
+    if options["data_dir"] is None and options["dataset_name"] in (None, BUILT_IN_DATASET):
         raise UserError(
             "--streaming reads Parquet files and WebDataset archives: name them with --data_dir or --dataset_name"
         )

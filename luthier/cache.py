@@ -74,7 +74,9 @@ def write_cached(kind: str, key: str, tensor: torch.Tensor) -> None:
 
 
 def fill_rows(kind: str, key: str, digests: Sequence[str], rows: torch.Tensor) -> np.ndarray:
-    """Fill in the rows that are kept of some images, of copies that of the first; return which these are, bool [N].
+    """Copy the rows that are kept of images into `rows`; return which these are, bool [N].
+
+    Of several images with one digest, the first gets its row.
 
     Args:
         kind, key: as `write_rows` was given them.

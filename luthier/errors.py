@@ -6,13 +6,14 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import ParamSpec
 
 Parameters = ParamSpec("Parameters")
 
-# What the system refuses because of the user's disk or rights, wherever it happens.
-DISK_OR_RIGHTS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+# What the system refuses because of the user's disk, wherever it happens.
+PERMISSIONS = {errno.EACCES, errno.EPERM, errno.EROFS}
+DISK_OR_RIGHTS = {errno.ENOSPC, errno.EDQUOT, *PERMISSIONS}
 
 
 class UserError(Exception):
@@ -27,7 +28,7 @@ def require(what: str, packages: Collection[str], requirements: str) -> None:
     """Check that the packages of a part of the project that not everybody needs are installed.
 
     Args:
-        what: needs them.
+        what: what needs them, for the message.
         packages: by the names that they are imported by.
         requirements: the file that installs them.
 
@@ -59,6 +60,12 @@ def exit_on_user_error(command: Callable[Parameters, None]) -> Callable[Paramete
     return guarded
 
 
+def exit_with(failures: Iterable[str]) -> None:
+    """Exit with 1 and the messages of what failed after a run was complete; an empty one is no failure."""
+    if messages := [f"error: {failure}" for failure in failures if failure]:
+        sys.exit("\n".join(messages))
+
+
 def message_for_user(error: Exception) -> str | None:
     """Return what to tell the user about an error; None where it is a bug."""
     # models.py is pushed to the Hub beside the weights, so it has an error of its own. It imports torch, so that it is
@@ -71,9 +78,14 @@ def message_for_user(error: Exception) -> str | None:
     while cause is not None:  # `datasets` puts an error of its own around the system's, and has one without a number
         if isinstance(cause, OSError) and (cause.errno in DISK_OR_RIGHTS or "Not enough disk space" in str(cause)):
             where = f"{cause.filename}: " if cause.filename else ""
-            return f"{where}{cause.strerror or cause}. Free some space, or check the rights, and start again"
+            return f"{where}{cause.strerror or cause}. {_remedy(cause.errno)}, and start again"
         number = re.search(r"\(os error (\d+)\)", str(cause)) if type(cause).__name__ == "SafetensorError" else None
         if number and int(number[1]) in DISK_OR_RIGHTS:  # weights: safetensors has no other way to say it
-            return f"{os.strerror(int(number[1]))}. Free some space, or check the rights, and start again"
+            return f"{os.strerror(int(number[1]))}. {_remedy(int(number[1]))}, and start again"
         cause = cause.__cause__
     return None
+
+
+def _remedy(number: int | None) -> str:
+    """Return what to do about an error of the system, by its number; None is a full disk, as `datasets` reports it."""
+    return "Check the permissions" if number in PERMISSIONS else "Free some space"

@@ -17,6 +17,7 @@ import transformers
 from torch import nn
 from transformers import TrainingArguments
 
+from luthier.cores import count_cores
 from luthier.errors import UserError
 from luthier.terminal import has_terminal, plural, say
 
@@ -191,7 +192,7 @@ def explain_exhausted_memory(training_args: TrainingArguments, training: bool = 
     """Turn the errors of exhausted memory into advice.
 
     Args:
-        training_args: have the batch.
+        training_args: for the batch size in the advice.
         training: False is an evaluation, whose batches do not change the result.
 
     Raises:
@@ -218,7 +219,8 @@ def explain_exhausted_memory(training_args: TrainingArguments, training: bool = 
 
 def configure_logging() -> None:
     """Let the libraries report what a user can act on, and nothing of their own housekeeping."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    is_main_process = os.environ.get("RANK", "0") == "0"  # the others would repeat each warning
+    logging.basicConfig(format="%(message)s", level=logging.WARNING if is_main_process else logging.ERROR)
     transformers.utils.logging.disable_progress_bar()  # of loading and writing single files
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each retry of a connection; Luthier says the last
     logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)  # checkpoints less than a second apart
@@ -231,8 +233,7 @@ def is_launched() -> bool:
 
 def available_cores() -> int:
     """Return how many cores this process may use: its share where several processes run on this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _processes_started() -> int:

@@ -14,7 +14,7 @@ DATA_KEYS = (
     "group_column", "group_by", "label_names", "none_class",
 )  # fmt: skip
 
-
+BUILT_IN_DATASET = "openmoji"
 EXPORT_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
@@ -125,7 +125,7 @@ class DataArguments:
         return {"name": name, "config": self.dataset_config_name} | {key: getattr(self, key) for key in columns}
 
     def for_cut(self) -> dict:
-        """Return what `splits.cut_missing_splits` takes."""
+        """Return what `data.cut_splits` takes."""
         fold = tuple(map(int, self.fold.split("/"))) if self.fold else None
         cut = {key: getattr(self, key) for key in ("split_seed", "validation_fraction", "test_fraction")}
         return {**cut, "fold": fold}
@@ -158,13 +158,13 @@ class DataArguments:
     @property
     def name(self) -> str:
         """The name of the data: as on the Hub; of a folder the last part, because the rest tells of a machine."""
-        name = self.data_dir or self.dataset_name or "openmoji"
+        name = self.data_dir or self.dataset_name or BUILT_IN_DATASET
         return Path(name).resolve().name if self.data_dir or Path(name).is_dir() else name
 
     @property
     def is_built_in(self) -> bool:
         """Whether the data is OpenMoji."""
-        return self.dataset_name == "openmoji"
+        return self.dataset_name == BUILT_IN_DATASET
 
 
 @dataclass

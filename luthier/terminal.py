@@ -3,7 +3,6 @@
 import os
 import sys
 import time
-from collections.abc import Mapping
 
 
 def say(topic: str, text: str) -> None:
@@ -25,24 +24,6 @@ def plural(n: int, noun: str, nouns: str | None = None) -> str:
 def percent(share: float, places: int = 1) -> str:
     """Return a share in percent, `71.8%`, in which only all are 100%."""
     return f"{min(share, 1 - 10.0 ** -(places + 2)) if share < 1 else share:.{places}%}"
-
-
-def percent_with_interval(scored: Mapping) -> str:
-    """Return an accuracy with its interval and n: `71.8% (95% interval 65.3% to 77.4%, n = 209)`."""
-    low, high = scored["accuracy_ci95"]
-    groups = f" in {plural(scored['groups'], 'group')}" if "groups" in scored else ""
-    return f"{percent(scored['accuracy'])} (95% interval {percent(low)} to {percent(high)}, n = {scored['n']}{groups})"
-
-
-def balance_with_intervals(scored: Mapping) -> str:
-    """Return balanced accuracy and macro F1: `balanced accuracy 70.9% (64.2% to 76.8%), macro F1 0.702 (...)`."""
-    if "balanced_accuracy" not in scored:  # in metrics.json of an earlier version
-        return f"macro F1 {scored['macro_f1']:.3f}"
-    (low, high), (lowest, highest) = scored["balanced_accuracy_ci95"], scored["macro_f1_ci95"]
-    return (
-        f"balanced accuracy {percent(scored['balanced_accuracy'])} ({percent(low)} to {percent(high)}), "
-        f"macro F1 {scored['macro_f1']:.3f} ({lowest:.3f} to {highest:.3f})"
-    )
 
 
 def has_terminal() -> bool:

@@ -26,7 +26,10 @@ def caused(cause: Exception) -> Exception:
         (UserError("give another"), "give another"),
         (models.ModelError("no such model"), "no such model"),
         (OSError(errno.ENOSPC, "No space left on device", "/data/x"), "/data/x: No space left on device. Free some"),
-        (PermissionError(errno.EACCES, "Permission denied", "/data/x"), "/data/x: Permission denied. Free some"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/data/x"),
+            "/data/x: Permission denied. Check the permissions",
+        ),
         (
             caused(OSError(errno.ENOSPC, "No space left on device", "/data/x")),
             "/data/x: No space left on device. Free",

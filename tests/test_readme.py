@@ -77,6 +77,13 @@ def test_test_command_is_the_one_ci_runs():
     assert "-r requirements-dev.txt" in script and "\npytest\n" in script
 
 
+def test_contributing_says_where_every_module_lives():
+    _, _, section = (PROJECT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## What lives where")
+    named = set(re.findall(r"`(\w+)`", section.partition("\n## ")[0]))
+    modules = {path.stem for path in (PROJECT / "luthier").rglob("*.py")} - {"__init__"}
+    assert modules - named == {"options", "arguments", "parsing"}, "these are named with their folder"
+
+
 def test_usage_lists_every_recipe_augmentation_and_extension():
     text = (PROJECT / "docs/usage.md").read_text()
     assert all(f"| `{name}` |" in text for name in (*AUGMENTATIONS, *RECIPES))

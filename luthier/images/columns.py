@@ -20,7 +20,7 @@ from huggingface_hub.utils import httpx  # or httpx2, by its version
 
 from luthier.errors import UserError
 from luthier.images.archives import check_whole
-from luthier.images.folders import SPLIT_OF_FOLDER, STAMP, sort_names
+from luthier.images.folders import GIVEN_GROUP, SPLIT_OF_FOLDER, STAMP, sort_names
 from luthier.terminal import plural
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,6 @@ T = TypeVar("T")
 
 PLAN = "shards.json"  # in a folder that prepare.py writes: what its files are made of
 ENCODED_IMAGE = {"bytes": Value("binary"), "path": Value("string")}  # an image column that lost its type
-GIVEN_GROUP = "given_group"  # the column of what an image belongs to, where the user has told it
 LABEL_COLUMNS = ("label", "labels", "class", "cls", "category", "target", "fine_label")
 
 
@@ -176,11 +175,11 @@ def fixed_width(dataset: Dataset, column: str) -> np.ndarray:
 
 def label_and_image(
     splits: DatasetDict,
-    image_column: str | None = None,
-    label_column: str | None = None,
-    group_column: str | None = None,
-    label_names: list[str] | None = None,
-    to_train: bool = True,
+    image_column: str | None,
+    label_column: str | None,
+    group_column: str | None,
+    label_names: list[str] | None,
+    to_train: bool,
 ) -> DatasetDict:
     """Return the splits with the columns `image` (not decoded) and `label` (one ClassLabel, sorted, then renamed).
 

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 import sys
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
@@ -14,6 +13,8 @@ from scipy.ndimage import gaussian_filter
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from luthier.cores import count_cores
+
 logger = logging.getLogger(__name__)
 
 BORDERS = (0.0, 0.025, 0.05)  # share of each side that the first, second and third hash of an image leave out
@@ -24,6 +25,7 @@ COSINES = np.cos(np.pi / SIDE * np.outer(np.arange(math.isqrt(BITS)), np.arange(
 MIN_SIMILARITY = 0.975  # of two aligned thumbnails that show the same image
 CANDIDATES, MIN_NEAREST = 200_000, 8  # pairs that are compared in detail, but at least so many for each image
 CELL, CELLS = 100, 256  # images in a cell of the index, and cells that are searched: all of them below 25,600 images
+ALIGNING_STEPS = 8
 QUERIES, PAIRS = 16_384, 64  # images that are searched for, and pairs that are compared, at a time
 
 
@@ -73,7 +75,7 @@ def near_duplicates(hashes: np.ndarray, thumbnails: Any) -> np.ndarray:
     def compare(block: np.ndarray) -> np.ndarray:
         return block[similarity(thumbnails[block[:, 0]], thumbnails[block[:, 1]]) >= MIN_SIMILARITY]
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # numpy and scipy release the interpreter
+    with ThreadPoolExecutor(count_cores()) as pool:  # numpy and scipy release the interpreter
         return np.concatenate([np.empty((0, 2), np.int64), *pool.map(compare, blocks)])
 
 
@@ -154,7 +156,7 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.where(size > 1e-6, (a * b).sum(axis=(1, 2)) / np.maximum(size, 1e-6), 0)  # one colour has no details
 
 
-def _aligned(whole: np.ndarray, part: np.ndarray, steps: int = 8) -> np.ndarray:
+def _aligned(whole: np.ndarray, part: np.ndarray) -> np.ndarray:
     """Return the box of each `whole` [P, SIDE, SIDE] that fits `part` best, at its size.
 
     By Gauss-Newton (Lucas and Kanade 1981), for scale and shift of rows and columns.
@@ -165,7 +167,7 @@ def _aligned(whole: np.ndarray, part: np.ndarray, steps: int = 8) -> np.ndarray:
     layers = np.stack([whole, *np.gradient(whole, axis=(1, 2))], axis=1)
     scale, shift = np.ones((len(whole), 2)), np.zeros((len(whole), 2))  # of rows and columns, in halves of a side
     best, least = whole.copy(), np.full(len(whole), np.inf)
-    for _ in range(steps):
+    for _ in range(ALIGNING_STEPS):
         rows, columns = (
             _interpolation((scale[:, axis, None] * unit + shift[:, axis, None]) * centre + centre) for axis in (0, 1)
         )

@@ -37,6 +37,7 @@ SPLIT_OF_FOLDER = {
 ARCHIVES = {".zip", ".7z", ".rar", ".tar", ".tgz", ".gz", ".xz", ".bz2"}
 MOST_SPLITS = 5  # folders that splits may be; more are classes
 SHARDS = (".parquet", ".tar")  # of files that hold many images
+GIVEN_GROUP = "given_group"  # the column of what an image belongs to, where the user has told it
 STAMP = "stamp"  # the column that changes with a file: its path, its size in bytes, and when it was last changed
 
 Grouping = Callable[[PurePosixPath], str]  # the group of an image; an empty one is none
@@ -61,7 +62,7 @@ def sort_names(names: Iterable[str]) -> list[str]:
     return sorted(names, key=int) if all(name.isascii() and name.isdecimal() for name in names) else names
 
 
-def load_folder(root: Path, grouping: Grouping = no_group, to_train: bool = True) -> DatasetDict:
+def load_folder(root: Path, grouping: Grouping, to_train: bool) -> DatasetDict:
     """Load the splits that a folder holds, or all of it as `train`.
 
     Args:
@@ -131,7 +132,7 @@ def load_listed(files: dict[str, list[ListedImage]]) -> DatasetDict:
     """Return the listed images of each split as a dataset.
 
     Its columns are `image` (a path, not decoded), `label` (ClassLabel, sorted and the same in all splits), `STAMP`
-    and, if an image has a group, `given_group`.
+    and, if an image has a group, `GIVEN_GROUP`.
 
     Raises:
         UserError: a file cannot be read.
@@ -140,7 +141,7 @@ def load_listed(files: dict[str, list[ListedImage]]) -> DatasetDict:
     names = sort_names({image.label for listed in files.values() for image in listed})
     columns = {"image": Image(decode=False), "label": ClassLabel(names=names), STAMP: Value("string")}
     if any(image.group for listed in files.values() for image in listed):
-        columns["given_group"] = Value("string")
+        columns[GIVEN_GROUP] = Value("string")
     return DatasetDict(
         {
             # The generator's arguments are its key in the cache, so a changed file is read again.
@@ -340,5 +341,5 @@ def stamp_of(path: str) -> str:
 
 def _file_rows(files: tuple[tuple, ...], columns: tuple[str, ...]) -> Iterator[dict]:
     for path, label, group, stamp in files:
-        row = {"image": {"bytes": None, "path": path}, "label": label, STAMP: stamp, "given_group": group}
+        row = {"image": {"bytes": None, "path": path}, "label": label, STAMP: stamp, GIVEN_GROUP: group}
         yield {column: row[column] for column in columns}

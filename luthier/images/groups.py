@@ -9,9 +9,8 @@ import numpy as np
 from datasets import Dataset, DatasetDict
 
 from luthier.errors import UserError
-from luthier.images.columns import GIVEN_GROUP
 from luthier.images.duplicates import connected_groups
-from luthier.images.folders import Grouping, no_group
+from luthier.images.folders import GIVEN_GROUP, Grouping, no_group
 from luthier.images.inspection import duplicate_pairs
 from luthier.terminal import plural, say
 

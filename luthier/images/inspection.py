@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets
 
 from luthier.cache import cache_key, library_versions, make_rows, read_cached, write_cached
+from luthier.cores import count_cores
 from luthier.errors import UserError
 from luthier.escape import escape_terminal
 from luthier.images.columns import fixed_width
@@ -98,7 +99,7 @@ def _inspect_batch(batch: dict, indices: list[int], split: str, root: Path | Non
         return row | {"width": width, "height": height, "hashes": hashes, "thumbnail": thumbnail}
 
     # Threads are enough, because Pillow releases the interpreter while it decodes, resizes and encodes.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(count_cores()) as pool:
         rows = list(pool.map(inspect_one, batch["image"], indices))
     return {column: [row[column] for row in rows] for column in rows[0]}
 

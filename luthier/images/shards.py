@@ -111,6 +111,7 @@ class StreamedRows:
         self.sizes = [block.rows for block in blocks]
         self._ends = np.cumsum(self.sizes)
         self._kept: OrderedDict[int, Any] = OrderedDict()
+        self._unreadable: set[int] = set()  # rows that this process has named
         self._most_kept = 2 * WINDOW + 2 * max(self.sizes)  # rows of a lane: two windows, and what sticks out of them
 
     @property
@@ -133,8 +134,10 @@ class StreamedRows:
                 pixel_values = self.transform(read_bytes(source))
                 return {"pixel_values": pixel_values, "labels": int(self.labels[begin + offset])}
             except Exception as error:  # Pillow's plugins raise errors of any kind on damaged data
-                name = Path(self.blocks[number].url).name
-                logger.warning(f"Not used: row {begin + offset} of train, in {name}: {reason(error)}")
+                if begin + offset not in self._unreadable:  # in each epoch again
+                    self._unreadable.add(begin + offset)
+                    name = Path(self.blocks[number].url).name
+                    logger.warning(f"Not used: row {begin + offset} of train, in {name}: {reason(error)}")
         raise UserError(f"no image of the {plural(size, 'row')} of a block of {self.blocks[number].url} can be read")
 
     def images_of(self, number: int) -> Any:

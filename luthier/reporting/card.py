@@ -7,14 +7,17 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from luthier.escape import escape_markdown
+from luthier.output_dir import written_whole
 from luthier.reporting.console import (
+    balance_with_intervals,
     inflation_in_words,
     learning_curve_in_words,
     none_in_words,
+    percent_with_interval,
     refit_in_words,
     trust_remote_code,
 )
-from luthier.terminal import balance_with_intervals, percent, percent_with_interval
+from luthier.terminal import percent
 
 ONNX = "onnx"  # folder of exported files
 EXPORTS = "export.json"  # how they compare with the model
@@ -71,12 +74,11 @@ def write_model_card(path: Path, metrics: dict, custom_code: bool, repo_id: str 
         learning_curve=metrics["learning_curve"] and learning_curve_in_words(metrics["learning_curve"]),
         class_shares=metrics.get("class_shares"),
         groups=metrics.get("groups") and inflation_in_words(metrics["groups"]),
-        not_known=none_in_words(test["none"], metrics["unsure"]) if "none" in test else "",
+        not_known="; ".join(none_in_words(test["none"], metrics["unsure"])) if "none" in test else "",
         refit=refit_in_words(metrics["refit"]) if metrics.get("refit") else "",
         figures={file: title for file, title in FIGURES.items() if (path.parent / file).exists()},
         exports={file: row for file, row in compared.items() if (path.parent / "onnx" / file).is_file()},
         command=" ".join(metrics["command"].split()),
     )
-    written = path.with_name(f".{path.name}")  # renamed when it is whole: its presence says that the run has ended
-    written.write_text(card + "\n", encoding="utf-8")
-    written.replace(path)
+    with written_whole(path) as whole:  # its presence says that the run has ended
+        whole.write_text(card + "\n", encoding="utf-8")

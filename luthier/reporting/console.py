@@ -19,7 +19,7 @@ from luthier.scoring.race import Outcome
 from luthier.scoring.refit import Plan
 from luthier.scoring.screening import View
 from luthier.scoring.selection import Candidate
-from luthier.terminal import balance_with_intervals, percent, percent_with_interval, plural, say
+from luthier.terminal import percent, plural, say
 from luthier.training.trainer import model_of
 
 KIND_NAMES = {  # of findings
@@ -140,7 +140,7 @@ def say_estimates(probe: ProbeResults, curve: bool) -> None:
 
 
 def say_race(outcome: Outcome, kept: Candidate) -> None:
-    """Say what was tried, how it did, and what is kept, in three lines."""
+    """Say what was tried, how it did, why the race ended, and what is kept."""
     tried = [f"the probe {outcome.probe.loss:.3f}"] if outcome.probe else []
     for arm in dict.fromkeys(heat.arm for heat in outcome.heats):
         last = [heat for heat in outcome.heats if heat.arm == arm][-1]
@@ -190,7 +190,7 @@ def say_results(output_dir: Path, metrics: Mapping, custom_code: bool | None = N
     say("", balance_with_intervals(test))
     say("", f"compare: {'; '.join(baselines)}")
     if "none" in test:
-        for sentence in none_in_words(test["none"], metrics["unsure"]).split(". "):
+        for sentence in none_in_words(test["none"], metrics["unsure"]):
             say("", sentence)
     uncalibrated = f", before calibration {percent(before['test']['ece'])}" if before else ""
     say("", f"calibration error {percent(test['ece'])}{uncalibrated}")
@@ -203,14 +203,32 @@ def say_results(output_dir: Path, metrics: Mapping, custom_code: bool | None = N
         say("next", f'pipeline("image-classification", "{output_dir}"{trust_remote_code(custom_code)})')
 
 
-def none_in_words(none: Mapping, unsure: Mapping) -> str:
-    """Return in two sentences how many images of none of the classes are refused, and how many others."""
+def percent_with_interval(scored: Mapping) -> str:
+    """Return an accuracy with its interval and n: `71.8% (95% interval 65.3% to 77.4%, n = 209)`."""
+    low, high = scored["accuracy_ci95"]
+    groups = f" in {plural(scored['groups'], 'group')}" if "groups" in scored else ""
+    return f"{percent(scored['accuracy'])} (95% interval {percent(low)} to {percent(high)}, n = {scored['n']}{groups})"
+
+
+def balance_with_intervals(scored: Mapping) -> str:
+    """Return balanced accuracy and macro F1: `balanced accuracy 70.9% (64.2% to 76.8%), macro F1 0.702 (...)`."""
+    if "balanced_accuracy" not in scored:  # in metrics.json of an earlier version
+        return f"macro F1 {scored['macro_f1']:.3f}"
+    (low, high), (lowest, highest) = scored["balanced_accuracy_ci95"], scored["macro_f1_ci95"]
+    return (
+        f"balanced accuracy {percent(scored['balanced_accuracy'])} ({percent(low)} to {percent(high)}), "
+        f"macro F1 {scored['macro_f1']:.3f} ({lowest:.3f} to {highest:.3f})"
+    )
+
+
+def none_in_words(none: Mapping, unsure: Mapping) -> tuple[str, str]:
+    """Return how many images of none of the classes are refused, and how many of the others, a sentence each."""
     low, high = none["refused_ci95"]
     refused, known = 1 - unsure["none_answered"], 1 - unsure["answered"]
     return (
         f"{plural(none['n'], 'image')} of none of the classes: {percent(none['refused'])} refused (95% interval "
-        f"{percent(low)} to {percent(high)}), {percent(refused)} refused or unsure. The others: "
-        f"{percent(none['known_refused'])}, {percent(known)}"
+        f"{percent(low)} to {percent(high)}), {percent(refused)} refused or unsure",
+        f"of the others, wrongly: {percent(none['known_refused'])} refused, {percent(known)} refused or unsure",
     )
 
 

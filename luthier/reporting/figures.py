@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter, StrMethodFormatter
 
 from luthier.escape import escape_terminal
-from luthier.terminal import percent, percent_with_interval
+from luthier.reporting.console import percent_with_interval
+from luthier.terminal import percent
 
 MAX_CELLS = 40  # classes whose confusion matrix has a number in each cell
 

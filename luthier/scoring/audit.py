@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from datasets import DatasetDict, concatenate_datasets
 
-from luthier.images.columns import GIVEN_GROUP, fixed_width
+from luthier.images.columns import fixed_width
+from luthier.images.folders import GIVEN_GROUP
 from luthier.images.groups import propose_grouping
 from luthier.images.inspection import UnreadableImage
 from luthier.images.splits import stratified_folds

@@ -11,7 +11,7 @@ from datasets import DatasetDict
 from transformers import Trainer
 
 from luthier.cache import empty_rows
-from luthier.images.columns import GIVEN_GROUP
+from luthier.images.folders import GIVEN_GROUP
 from luthier.images.groups import groups_of
 from luthier.images.splits import stratified_folds
 from luthier.images.views import ImageRows

@@ -9,10 +9,11 @@ from scipy.stats import t
 RESAMPLES = 1000
 MAX_DRAWS = 20_000_000  # of all resamples together; more cells or groups than that allows get fewer resamples
 MIN_RESAMPLES = 200
+NORMAL_95 = 1.959964  # standard deviations on both sides that hold 95% of a normal distribution
 TINY = 1e-12  # a variance that is nothing but rounding
 
 
-def wilson_interval(correct: float, n: float, z: float = 1.959964) -> list[float]:
+def wilson_interval(correct: float, n: float, z: float = NORMAL_95) -> list[float]:
     """Return both ends of Wilson's (1927) score interval for `correct` in `n`; 95% by default."""
     share = correct / n
     centre = share + z * z / (2 * n)
@@ -30,7 +31,7 @@ def interval_of_share(correct: np.ndarray, groups: np.ndarray | None = None) -> 
     distribution makes up for (Korn and Graubard 1998).
 
     Args:
-        correct: bool [N].
+        correct: bool [N], or the share of runs that are right about an image, from 0 to 1.
         groups: int [N], the same for images that belong together; None where each stands alone.
     """
     n, share = len(correct), float(correct.mean())
@@ -48,10 +49,8 @@ def interval_of_share(correct: np.ndarray, groups: np.ndarray | None = None) -> 
     return wilson_interval(share * effective, effective, float(t.ppf(0.975, count - 1)))
 
 
-def interval_of_difference(
-    differences: np.ndarray, groups: np.ndarray | None = None, z: float = 1.959964
-) -> tuple[float, float]:
-    """Return both ends of the interval of a paired difference of two shares (Agresti and Min 2005); 95% by default.
+def interval_of_difference(differences: np.ndarray, groups: np.ndarray | None = None) -> tuple[float, float]:
+    """Return both ends of the interval of a paired difference of two shares (Agresti and Min 2005).
 
     Half an image is added to those that are right by one and wrong by the other, either way, so that no difference at
     all among a few images is no proof of none. Images that belong together widen the interval as in
@@ -60,10 +59,9 @@ def interval_of_difference(
     Args:
         differences: of each image, -1, 0 or 1 [N].
         groups: int [N], the same for images that belong together; None where each stands alone.
-        z: quantile of the normal distribution.
     """
     n, mean = len(differences) + 2, float(differences.sum()) / (len(differences) + 2)
-    half = z * math.sqrt(float(((differences - mean) ** 2).sum()) + 1) / n
+    half = NORMAL_95 * math.sqrt(float(((differences - mean) ** 2).sum()) + 1) / n
     if groups is not None:
         _, index = np.unique(groups, return_inverse=True)
         count = int(index.max()) + 1
@@ -71,13 +69,13 @@ def interval_of_difference(
             return -1.0, 1.0
         sums = np.bincount(index, weights=differences - mean)
         variance = count / (count - 1) * float((sums**2).sum()) + 1
-        half = max(half, z / 1.959964 * float(t.ppf(0.975, count - 1)) * math.sqrt(variance) / n)
+        half = max(half, float(t.ppf(0.975, count - 1)) * math.sqrt(variance) / n)
     return mean - half, mean + half
 
 
 def stretch(groups: int) -> float:
     """Return how much wider an interval from bootstrap samples of so few groups must be: they estimate it badly."""
-    return float(t.ppf(0.975, max(1, groups - 1))) / 1.959964
+    return float(t.ppf(0.975, max(1, groups - 1))) / NORMAL_95
 
 
 def balanced_accuracy(correct: np.ndarray, support: np.ndarray) -> np.ndarray:

@@ -42,7 +42,6 @@ class Outcome(NamedTuple):
         candidates: the winner's.
         heats: all of them, in the order in which they were run.
         reason: why the race ended, for people.
-        earlier: seconds of the heats that an interrupted part of the run had finished.
         probe: what the arms had to beat; None where there is no probe.
     """
 
@@ -51,7 +50,6 @@ class Outcome(NamedTuple):
     candidates: Sequence[Candidate] = ()
     heats: Sequence[Heat] = ()
     reason: str = ""
-    earlier: float = 0.0
     probe: Candidate | None = None
 
     @property
@@ -125,7 +123,6 @@ def race(arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: s
     if probe and len(arms) > 1 and probe.loss < course.judge.criterion.enough:
         return Outcome(reason="the probe, which leaves little to gain", probe=probe)
     heats, reason, named = _take_up(course, arms, resume) if resume else ([], "", None)
-    earlier = sum(heat.seconds for heat in heats)
     last, begun, running = None, False, list(arms)
 
     def advance(arm: Arm, end: int) -> tuple[Arm, SafeTrainer, list[Candidate]]:
@@ -165,7 +162,7 @@ def race(arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: s
         last = None
         last = advance(winner, _results(heats, winner)[-1].step)
     best, trainer, candidates = last or (None, None, ())
-    return Outcome(best, trainer, candidates, heats, reason, earlier, probe)
+    return Outcome(best, trainer, candidates, heats, reason, probe)
 
 
 def keep_best(

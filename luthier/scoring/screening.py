@@ -76,8 +76,9 @@ def choose_view(
 ) -> tuple[EvaluationView, list[View]]:
     """Choose how a model sees the images; return that, the choice, and after it all that was tried.
 
-    The model's own crop gives way to the whole image, and its own side to a smaller one, only where that is better
-    beyond doubt. Smaller sides are tried for tiny images: their own size, twice that, and so on.
+    The model's own crop gives way to the whole image, and its own side to a smaller one, only where the loss is then
+    lower by more than a standard error. Smaller sides are tried for tiny images: their own size, twice that, and
+    so on.
 
     Args:
         model: the config of a timm model is changed with the view.

@@ -119,10 +119,10 @@ def score_probe(workshop: Workshop, probe: ProbeResults, rows: Any, judge: Judge
 
 
 def choose(candidates: list[Candidate]) -> Candidate:
-    """Return the trained candidate with the lowest validation loss, or the probe where it is ahead beyond doubt.
+    """Return the trained candidate with the lowest validation loss, or the probe where it is clearly ahead.
 
-    Validation images are few. So the probe must be ahead by `LEAD` standard errors of the mean difference, image by
-    image.
+    Validation images are few. So the probe's mean loss must be lower by `LEAD` standard errors of the difference,
+    image by image; a draw goes to the trained candidate.
     """
     probe = next((candidate for candidate in candidates if candidate.is_probe), None)
     trained = [candidate for candidate in candidates if not candidate.is_probe]

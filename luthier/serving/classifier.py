@@ -1,6 +1,5 @@
 """A trained model that predicts: from files and addresses to classes, by torch or by ONNX Runtime."""
 
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from luthier.cores import count_cores
 from luthier.errors import UserError
 from luthier.images.decode import decode_rgb, reason
 from luthier.serving.fetch import fetch
@@ -83,7 +83,7 @@ class Classifier:
             top_k: how many classes to return.
         """
         waiting: deque[tuple[str, str | None, Future | None]] = deque()
-        pool = ThreadPoolExecutor(os.cpu_count(), initializer=self.network.start_worker)
+        pool = ThreadPoolExecutor(count_cores(), initializer=self.network.start_worker)
         try:
             for name, error in inputs:
                 waiting.append((name, error, None if error else pool.submit(self.load_view, name)))
@@ -97,10 +97,10 @@ class Classifier:
             raise
         pool.shutdown()
 
-    def predict(self, image: Image.Image, top_k: int, name: str = "") -> Prediction:
-        """Return the prediction of one RGB image."""
+    def predict(self, image: Image.Image, top_k: int) -> Prediction:
+        """Return the prediction of one RGB image, without a name."""
         (row,) = self._answers([self.network.view(image)])
-        return self._rank(name, *row, top_k)
+        return self._rank("", *row, top_k)
 
     def load_view(self, name: str) -> Any:
         """Return what the model sees of a file or an address.

@@ -220,11 +220,12 @@ def _retry_after(error: Exception) -> float | None:
         return None
 
 
-def publish(output_dir: Path, repo_id: str, private: bool | None) -> None:
-    """Push a finished run; where that fails, say how to repeat the push alone, and exit with 1."""
+def publish(output_dir: Path, repo_id: str, private: bool | None) -> str:
+    """Push a finished run; where that fails, return why, and how to repeat the push alone."""
     try:
         say("pushed", push(output_dir, repo_id))
+        return ""
     except Exception as raised:
         error = message_for_user(raised) or f"{type(raised).__name__}: {raised}"
         command = shlex.join(["python", "push.py", str(output_dir), repo_id, *(["--private"] if private else [])])
-        sys.exit(f"error: not pushed: {error}\nThe run is complete, in {output_dir}. To push it again:\n  {command}")
+        return f"not pushed: {error}\nThe run is complete, in {output_dir}. To push it again:\n  {command}"

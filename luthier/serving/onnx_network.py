@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from luthier.cores import count_cores
 from luthier.errors import UserError, require
 from luthier.images.resizing import ResizeRule
 from luthier.serving.network import Rated
@@ -112,7 +112,7 @@ def _run_openvino(path: Path) -> Callable[[dict[str, np.ndarray]], list[np.ndarr
     import openvino
 
     # Its default is bfloat16 where the processor has it, whose logits differ in the second decimal place.
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": os.cpu_count()}
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": count_cores()}
     compiled, turn = openvino.Core().compile_model(path, "CPU", settings), threading.Lock()
 
     def run(inputs: dict[str, np.ndarray]) -> list[np.ndarray]:

@@ -21,8 +21,8 @@ class Recipe(NamedTuple):
         name: what `--recipe` calls it.
         start: the head that training starts with: "new", "probe", or "soft probe", a probe of strong penalty. A probe
             that fits the training images leaves little to learn from them; a soft one does not.
-        frozen: share of the layers below the head, counted from the input, that stay as they are.
         learning_rate: of the head.
+        frozen: share of the layers below the head, counted from the input, that stay as they are.
         backbone_rate: the rate of the last layer below the head, as a multiple of the head's.
         layer_decay: the rate of each layer below that, as a multiple of the next layer's.
         heats: how many heats there are at most, each twice as long as the one before; see `heats`.
@@ -34,13 +34,13 @@ class Recipe(NamedTuple):
 
     name: str
     start: Literal["new", "probe", "soft probe"]
-    frozen: float
     learning_rate: float
-    backbone_rate: float
-    layer_decay: float
-    heats: int
-    num_train_epochs: float | None
-    shares: tuple[float, ...]
+    frozen: float = 0.0
+    backbone_rate: float = 1.0
+    layer_decay: float = 1.0
+    heats: int = 1
+    num_train_epochs: float | None = None
+    shares: tuple[float, ...] = (1.0,)
     rate_is_given: bool = False
     batch: int | None = None
 
@@ -72,27 +72,42 @@ RECIPES = {
     recipe.name: recipe
     for recipe in (
         # The logistic regression itself.
-        Recipe("probe", "probe", 1.0, 0.0, 0.0, 1.0, 0, 0, ()),
+        Recipe("probe", start="probe", learning_rate=0.0, frozen=1.0, heats=0, num_train_epochs=0, shares=()),
         # A new head on the frozen backbone, on augmented views.
-        Recipe("head", "new", 1.0, 1e-2, 0.0, 1.0, 1, 5, (1.0,)),
+        Recipe("head", start="new", learning_rate=1e-2, frozen=1.0, num_train_epochs=5),
         # Fine-tuning the upper layers from the probe (Kumar et al. 2022). The result may be averaged with the start,
         # as in WiSE-FT (Wortsman et al. 2022).
-        Recipe("lp_ft", "probe", 0.5, 3e-4, 1.0, 0.7, 4, None, (0.5, 1.0)),
+        Recipe(
+            "lp_ft",
+            start="probe",
+            learning_rate=3e-4,
+            frozen=0.5,
+            layer_decay=0.7,
+            heats=4,
+            shares=(0.5, 1.0),
+        ),
         # Every layer, with a new head.
-        Recipe("full", "new", 0.0, 2e-3, 0.1, 1.0, 4, None, (1.0,)),
+        Recipe("full", start="new", learning_rate=2e-3, backbone_rate=0.1, heats=4),
         # Every layer, from a probe.
-        Recipe("full_from_probe", "soft probe", 0.0, 2e-3, 0.1, 1.0, 4, None, (0.5, 1.0)),
+        Recipe(
+            "full_from_probe",
+            start="soft probe",
+            learning_rate=2e-3,
+            backbone_rate=0.1,
+            heats=4,
+            shares=(0.5, 1.0),
+        ),
     )
 }
 RACED = ("lp_ft", "full_from_probe", "full")
 # For simple_cnn, which has no pretrained backbone.
-FROM_SCRATCH = Recipe("from scratch", "new", 0.0, 2e-3, 1.0, 1.0, 1, 25, (1.0,))
+FROM_SCRATCH = Recipe("from scratch", start="new", learning_rate=2e-3, num_train_epochs=25)
 
 
 def choose_recipes(
     name: str | None,
     model_name: str,
-    linear_head: bool,
+    has_linear_head: bool,
     learning_rate: float | None = None,
     num_train_epochs: float | None = None,
     batch: int | None = None,
@@ -102,7 +117,7 @@ def choose_recipes(
     Args:
         name: what the user asked for; None to have it chosen.
         model_name: `simple_cnn` is the one without a pretrained backbone; others appear in errors only.
-        linear_head: the model's head is one linear layer, which a linear probe can replace.
+        has_linear_head: the model's head is one linear layer, which a linear probe can replace.
         learning_rate, num_train_epochs, batch: the user's; None leaves the recipe's. Epochs are a maximum for recipes
             of several heats. The batch is that of a device.
 
@@ -113,13 +128,13 @@ def choose_recipes(
         if name:
             raise UserError(f"--recipe {name} needs a pretrained backbone, and simple_cnn has none: leave it out")
         recipes = [FROM_SCRATCH]
-    elif name and RECIPES[name].start != "new" and not linear_head:
+    elif name and RECIPES[name].start != "new" and not has_linear_head:
         raise UserError(
             f"--recipe {name} needs a model whose head is one linear layer, which is not so in {model_name}: "
             "use --recipe full"
         )
     else:
-        names = [name] if name else RACED if linear_head else ["full"]
+        names = [name] if name else RACED if has_linear_head else ["full"]
         recipes = [RECIPES[each] for each in names]
     return [
         recipe._replace(

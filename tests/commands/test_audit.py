@@ -132,7 +132,7 @@ def test_data_that_cannot_be_trained_on_is_still_audited(tmp_path, capsys):
         audit.main([str(images), "--disable_tqdm", "True", "--output_dir", str(tmp_path / "found")])
         output = capsys.readouterr().out
         assert (
-            "careful: the images of the class 'violet' are too few" in output and "unreadable, left out: 4" in output
+            "careful  the images of the class 'violet' are too few" in output and "unreadable, left out: 4" in output
         )
         assert "labels: not checked" in output
 
@@ -177,4 +177,4 @@ def test_data_with_a_validation_split_that_cannot_be_cut_further(tmp_path, timm_
     draw_folder(tmp_path / "p/val", 4, first=50)
     audit.main([str(tmp_path / "p"), "--model_name", str(timm_checkpoint), "--disable_tqdm", "True"])
     output = capsys.readouterr().out
-    assert "careful: the class 'blue' has 1 image, too few" in output and "labels: not checked" not in output
+    assert "careful  the class 'blue' has 1 image, too few" in output and "labels: not checked" not in output

@@ -24,6 +24,7 @@ from transformers import (
 import export
 import predict
 import train
+from luthier.errors import exit_with
 from luthier.scoring.intervals import interval_of_difference
 from luthier.serving import export as exporting
 from luthier.serving.classifier import open_network
@@ -216,13 +217,12 @@ def test_export_that_answers_otherwise_is_refused(run, capsys, monkeypatch, tmp_
 
 def test_failed_export_leaves_a_finished_run(run, capsys, monkeypatch):
     monkeypatch.setattr(export, "find_images", lambda *_: (_ for _ in ()).throw(export.UserError("they are gone")))
-    pushed = []
-    with pytest.raises(SystemExit) as failure, export.export_run(run, wanted=True):
-        pushed.append("all the same")
-    assert pushed
-    assert "not exported: they are gone" in failure.value.code and f"python export.py {run}" in failure.value.code
-    with export.export_run(run, wanted=False):
-        pass
+    failure = export.export_run(run)
+    assert "not exported: they are gone" in failure and f"python export.py {run}" in failure
+    with pytest.raises(SystemExit) as both:
+        exit_with(["", failure, "not pushed: no network"])
+    assert both.value.code == f"error: {failure}\nerror: not pushed: no network"
+    exit_with([""])
 
 
 def test_refusal_depends_on_the_interval():

@@ -241,17 +241,17 @@ def test_train_is_a_class_beside_classes_without_folders(tmp_path):
 def test_classes_with_names_of_splits_can_be_scored(tmp_path):
     put(tmp_path / "dev", 0)
     put(tmp_path / "test", 10)
-    splits, _ = data.list_images(data_dir=str(tmp_path), min_classes=1)
+    splits, _ = data.list_images(data_dir=str(tmp_path), to_train=False)
     assert labels_of(splits) == ["dev", "test"]
     put(tmp_path / "prod/2024", 20)
     put(tmp_path / "dev/2024", 30)
-    splits, _ = data.list_images(data_dir=str(tmp_path), min_classes=1)
+    splits, _ = data.list_images(data_dir=str(tmp_path), to_train=False)
     assert labels_of(splits) == ["dev", "prod", "test"]
 
 
 def test_folder_with_test_images_alone_can_be_scored(tmp_path):
     draw_folder(tmp_path / "test", 3)
-    splits, _ = data.list_images(data_dir=str(tmp_path), min_classes=1)
+    splits, _ = data.list_images(data_dir=str(tmp_path), to_train=False)
     assert labels_of(splits) == ["blue", "green", "red"] and len(splits["train"]) == 9
 
 

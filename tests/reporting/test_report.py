@@ -14,12 +14,12 @@ from PIL import Image
 from data import load_splits
 from luthier.reporting import figures
 from luthier.reporting.card import write_model_card
+from luthier.reporting.console import percent_with_interval
 from luthier.reporting.figures import plot_confusion_matrix, plot_curves, plot_learning_curve, plot_reliability
 from luthier.reporting.page import write_audit_page, write_report
 from luthier.reporting.results import TestPredictions, write_metrics, write_predictions
 from luthier.scoring.audit import audit_images
 from luthier.scoring.metrics import confidence_and_correct, reliability, score, selective
-from luthier.terminal import percent_with_interval
 
 HOSTILE = ["<script>alert(1)</script>", "a|b `c` $x^2$ \\frac", "çok uzun 乐器 " * 8]
 REFERENCES = np.array([0, 0, 1, 1, 2, 2])
