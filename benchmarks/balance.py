@@ -27,8 +27,9 @@ from luthier.errors import exit_on_user_error
 from luthier.images.splits import stratified_cut
 from luthier.images.views import EvaluationView
 from luthier.machine import set_up_process
-from luthier.scoring.criterion import Balance, Criterion
+from luthier.scoring.criterion import Criterion
 from luthier.scoring.intervals import balanced_accuracy, macro_f1
+from luthier.training.balance import Balance
 from luthier.training.features import load_features
 from luthier.training.probe import fit_probes
 from luthier.training.trainer import build_predictor
@@ -106,7 +107,7 @@ def measure(splits: DatasetDict, features: Mapping[str, torch.Tensor], ratio: in
         criterion = Criterion("balanced_accuracy", balance)
         probe, _ = fit_probes(
             features["train"][train], torch.tensor(every[train]), features["train"][validation],
-            torch.tensor(every[validation]), criterion.class_weights,
+            torch.tensor(every[validation]), balance,
         )  # fmt: skip
         known, logits = (probe.logits(part).numpy() for part in (features["train"][validation], features["test"]))
         answers = criterion.answers(logits) / criterion.temperature(known, every[validation])

@@ -98,7 +98,7 @@ def collect_metrics(
         majority, linear_probe: the baselines; None where the model has no probe.
         learning_curve: of `learning_curve.learning_curve`.
         groups: of `grouping.measure_inflation`.
-        class_shares: of `criterion.Balance`, where the answers make up for rare classes.
+        class_shares: of `balance.Balance`, where the answers make up for rare classes.
         data: of `data.describe`.
         recipe: of `console.describe_setup` and `console.describe_recipe`.
         race: its heats, and why it ended.

@@ -93,7 +93,7 @@ def measure_probe(
         known = dict(zip(map(str, splits), space.split(sizes), strict=True))
     for split in ("train", "validation"):
         load_features(trainer, head, images[split], known.get(split))
-    probe, soft = fit_shared_probes(trainer, known or None, references, criterion.class_weights)
+    probe, soft = fit_shared_probes(trainer, known or None, references, criterion.balance)
     if announce and known:
         announce(probe_baseline(probe, {"validation": known["validation"]}, splits, criterion)[0]["validation"])
     if "test" in images:  # an audit may have none

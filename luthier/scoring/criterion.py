@@ -11,6 +11,7 @@ from luthier.images.groups import groups_of
 from luthier.images.streams import Stream
 from luthier.options import BalanceOption, Metric
 from luthier.scoring.metrics import Classification, Yardstick, fit_temperature, log_losses, score
+from luthier.training.balance import Balance
 from luthier.training.layers import shift_logits
 from luthier.training.trainer import concatenate_batches
 from models import linear_head
@@ -23,33 +24,6 @@ SHOWN = ("accuracy", "balanced_accuracy", "macro_f1")  # of an evaluation
 TIE = 1e-3  # weight of the log loss beside counts of errors, which are often equal
 
 NONE = "none"  # the name, in any case, of a class whose images show none of the others
-
-
-class Balance(NamedTuple):
-    """How a model learns that rare classes count as much as frequent ones.
-
-    While it trains and where its loss is measured, a model's logits tell the probabilities in data like its own. Its
-    answers are those that would be likeliest if all classes were equally frequent: the highest logit minus the
-    logarithm of the class's share. That is how Menon et al. (2021) adjust logits. A trained model has this difference
-    in the bias of its head, so that whoever loads it gets these answers.
-
-    Attributes:
-        shares: of each class among the training images, float64 [C].
-        weighted: each image's loss is divided by its class's share, too.
-    """
-
-    shares: np.ndarray
-    weighted: bool = False
-
-    @property
-    def log_shares(self) -> np.ndarray:
-        """The logarithms of the shares, float64 [C]."""
-        return np.log(self.shares)
-
-    @property
-    def class_weights(self) -> list[float] | None:
-        """The weight of an image of each class, 1 in the mean over the images; None where all have the same."""
-        return (1 / (len(self.shares) * self.shares)).tolist() if self.weighted else None
 
 
 class Criterion(NamedTuple):
@@ -69,11 +43,6 @@ class Criterion(NamedTuple):
     def class_shares(self) -> np.ndarray | None:
         """The shares of the classes, float64 [C], where answers make up for them."""
         return self.balance.shares if self.balance else None
-
-    @property
-    def class_weights(self) -> list[float] | None:
-        """How much an image of each class counts in training; None where all count alike."""
-        return self.balance.class_weights if self.balance else None
 
     @property
     def enough(self) -> float:
@@ -142,11 +111,6 @@ class Judge(NamedTuple):
     criterion: Criterion = LOG_LOSS
     groups: np.ndarray | None = None
     yardstick: Yardstick | None = None
-
-    @property
-    def class_weights(self) -> list[float] | None:
-        """How much an image of each class counts in training; None where all count alike."""
-        return self.criterion.class_weights
 
     def losses(self, answers: np.ndarray, references: np.ndarray) -> np.ndarray:
         """Return the loss of each image, float64 [N], corrected by the yardstick; see `Criterion.losses`."""

@@ -61,11 +61,11 @@ class Experiment(NamedTuple):
         callbacks: Sequence[TrainerCallback] = (),
     ) -> Workshop:
         """Return what builds the Trainers of this run; see `Workshop`."""
-        measure, weights = self.judge.compute_metrics, self.judge.class_weights
+        measure, balance = self.judge.compute_metrics, self.judge.criterion.balance
         lay_out(self.model, training_args.device, len(self.stream.labels if self.stream else self.splits["train"]))
         data, (height, width) = hash_splits(self.splits), self.view.size
         images = f"images of {height} x {width} px"
-        return Workshop(self.model, training_args, collate, measure, callbacks, weights, self.view.scale, data, images)
+        return Workshop(self.model, training_args, collate, measure, callbacks, balance, self.view.scale, data, images)
 
 
 class Result(NamedTuple):

@@ -130,7 +130,7 @@ def score(
         groups: int [N], the same for images that belong together; None where each stands alone. The intervals are
             then those of so many groups.
         class_shares: float [C], where the highest logit is not the likeliest class, but the one that would be
-            likeliest if all were equally frequent; see `criterion.Balance`. Log loss and calibration error are of the
+            likeliest if all were equally frequent; see `balance.Balance`. Log loss and calibration error are of the
             probabilities that take the shares into account.
         none: the class of images that show none of the others. All scores are of the other images, where it is never
             right; only `per_class` and `confusion_matrix` are of all images.

@@ -12,7 +12,6 @@ from luthier.errors import NotFinite
 from luthier.familiarity import Familiarity
 from luthier.images.views import ImageRows
 from luthier.output_dir import NO_TIME
-from luthier.scoring.criterion import Balance
 from luthier.scoring.experiment import Experiment, Result
 from luthier.scoring.familiarity import refit_references
 from luthier.scoring.race_record import Course
@@ -131,10 +130,9 @@ def refit(
     """
     kept, outcome, probe, workshop = result.kept, result.outcome, result.probe, result.workshop
     labels = [label for split in plan.splits for label in splits[split]["label"][:]]
-    if kept.class_shares is not None:
-        balance = Balance(np.bincount(labels) / len(labels), weighted=workshop.class_weights is not None)
-        kept = kept._replace(class_shares=balance.shares)
-        workshop = replace(workshop, class_weights=balance.class_weights)
+    if workshop.balance:
+        balance = workshop.balance._replace(shares=np.bincount(labels) / len(labels))
+        kept, workshop = kept._replace(class_shares=balance.shares), replace(workshop, balance=balance)
     arm = None if kept.is_probe or outcome.arm is None else outcome.arm._replace(workshop=workshop)
     kind, start = "probe" if arm is None else arm.recipe.start, None
     if kind != "new":
@@ -142,7 +140,7 @@ def refit(
         strength = SOFT if kind == "soft probe" else probe.strength
         head = linear_head(workshop.model)
         assert head is not None and strength is not None  # there is a probe
-        fitted = fit_shared_probe(workshop.predictor(), features, labels, strength, workshop.class_weights)
+        fitted = fit_shared_probe(workshop.predictor(), features, labels, strength, workshop.balance)
         start = state_with_probe(workshop.model, head, fitted)
     if arm is None:
         model = workshop.copy(start)

@@ -42,7 +42,7 @@ class Candidate(NamedTuple):
         uncalibrated: their log loss and calibration error before.
         losses: float64 [N], of each validation image, calibrated, see `criterion.Judge.losses`.
         arm: name of the recipe that trained them.
-        class_shares: float64 [C], where their answers make up for rare classes, see `criterion.Balance`.
+        class_shares: float64 [C], where their answers make up for rare classes, see `balance.Balance`.
         groups: int [N], of the validation images; None where each stands alone.
     """
 

@@ -11,6 +11,7 @@ import torch
 from transformers import EvalPrediction, PreTrainedModel, SchedulerType, Trainer, TrainerCallback, TrainingArguments
 
 from luthier.fusion import fuse_for_training
+from luthier.training.balance import Balance
 from luthier.training.checkpoints import Origin
 from luthier.training.heats import Schedule, first_heat, heat_ends
 from luthier.training.layers import freeze, freeze_unused
@@ -30,7 +31,7 @@ class Workshop:
         collate: stacks rows to a batch.
         compute_metrics: of an evaluation.
         callbacks: of every training.
-        class_weights: of `criterion.Balance`; None counts all images alike.
+        balance: how rare classes count as much as frequent ones; None counts all images alike.
         scale: from 8-bit levels to pixel values, see `EvaluationView.scale`.
         data: hash of the splits, see `splits.hash_splits`.
         images: in words, how large the model sees them.
@@ -41,7 +42,7 @@ class Workshop:
     collate: Callable[[list[dict]], dict]
     compute_metrics: Callable[[EvalPrediction], dict[str, float]]
     callbacks: Sequence[TrainerCallback] = ()
-    class_weights: list[float] | None = None
+    balance: Balance | None = None
     scale: Callable[[torch.Tensor], torch.Tensor] | None = None
     data: str = ""
     images: str = ""
@@ -126,7 +127,7 @@ class Arm(NamedTuple):
         shop = self.workshop
         trainer = build_trainer(
             model, self.recipe, self.training_args, self.rows, shop.collate, shop.compute_metrics, shop.callbacks,
-            self.schedule, shop.class_weights, shop.scale,
+            self.schedule, shop.balance, shop.scale,
         )  # fmt: skip
         trainer.origin = self.origin
         return trainer

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 
 from luthier.cache import empty_rows, rows_at_once
+from luthier.training.balance import Balance
 
 # Penalties tried, from strong to weak; on 100 to 100,000 images the best was never at an end (docs/experiments.md).
 STRENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
@@ -51,7 +52,7 @@ def fit_shared_probes(
     trainer: Trainer,
     features: Mapping[str, torch.Tensor] | None,
     labels: Mapping[str, Sequence[int]],
-    class_weights: list[float] | None = None,
+    balance: Balance | None = None,
 ) -> tuple[LinearProbe, LinearProbe]:
     """Fit the probe that is best on validation, and the soft one, and return them to all processes.
 
@@ -59,7 +60,7 @@ def fit_shared_probes(
         trainer: knows the processes and the device.
         features: of "train" and "validation", float32 [N, D]; None on all but the main process.
         labels: class indices of both.
-        class_weights: see `fit_path`.
+        balance: see `fit_path`.
     """
 
     def fit(device: torch.device) -> list[LinearProbe]:
@@ -67,7 +68,7 @@ def fit_shared_probes(
         train, validation = (
             (features[split].to(device), torch.tensor(labels[split]).to(device)) for split in ("train", "validation")
         )
-        return list(fit_probes(*train, *validation, class_weights))
+        return list(fit_probes(*train, *validation, balance))
 
     best, soft = _on_main_process(trainer, fit)
     return best, soft
@@ -78,7 +79,7 @@ def fit_shared_probe(
     features: torch.Tensor | None,
     labels: Sequence[int],
     strength: float,
-    class_weights: list[float] | None = None,
+    balance: Balance | None = None,
 ) -> LinearProbe:
     """Fit the probe of one penalty, and return it to all processes.
 
@@ -87,13 +88,13 @@ def fit_shared_probe(
         features: float32 [N, D]; None on all but the main process.
         labels: class indices [N].
         strength: the penalty.
-        class_weights: see `fit_path`.
+        balance: see `fit_path`.
     """
 
     def fit(device: torch.device) -> list[LinearProbe]:
         assert features is not None  # on the main process
         truth = torch.tensor(labels).to(device)
-        return list(fit_path(features.to(device), truth, max(labels) + 1, (strength,), class_weights))
+        return list(fit_path(features.to(device), truth, max(labels) + 1, (strength,), balance))
 
     (probe,) = _on_main_process(trainer, fit)
     return probe
@@ -116,7 +117,7 @@ def fit_probes(
     labels: torch.Tensor,
     validation: torch.Tensor,
     validation_labels: torch.Tensor,
-    class_weights: list[float] | None = None,
+    balance: Balance | None = None,
 ) -> tuple[LinearProbe, LinearProbe]:
     """Fit multinomial logistic regressions; return the one with the lowest validation loss, and the soft one.
 
@@ -126,18 +127,18 @@ def fit_probes(
     Args:
         features, validation: float32 [N, D], on the device of the fit.
         labels, validation_labels: int64 [N], every class among `labels`.
-        class_weights: see `fit_path`.
+        balance: see `fit_path`.
     """
     classes, rows = int(labels.max()) + 1, None
     if len(labels) >= MANY:
         order = np.random.default_rng(0).permutation(len(labels))
         rows = torch.from_numpy(np.sort(order[: len(labels) // SAMPLED])).to(features.device)
-    path = fit_path(features, labels, classes, (SOFT, *STRENGTHS), class_weights, rows)
+    path = fit_path(features, labels, classes, (SOFT, *STRENGTHS), balance, rows)
     soft = next(path)  # and the others start from it
     best = choose_probe(path, validation, validation_labels)
     if rows is not None:
         weaker = STRENGTHS[STRENGTHS.index(best.strength) :]
-        path = fit_path(features, labels, classes, weaker, class_weights, start=best)
+        path = fit_path(features, labels, classes, weaker, balance, start=best)
         best = choose_probe(path, validation, validation_labels)
     return best, soft
 
@@ -165,7 +166,7 @@ def fit_path(
     labels: torch.Tensor,
     classes: int,
     strengths: tuple[float, ...],
-    class_weights: list[float] | None = None,
+    balance: Balance | None = None,
     rows: torch.Tensor | None = None,
     start: LinearProbe | None = None,
 ) -> Iterator[LinearProbe]:
@@ -180,13 +181,13 @@ def fit_path(
         labels: int64 [N].
         classes: how many there are, C.
         strengths: the penalties.
-        class_weights: of `criterion.Balance`, how much an image of each class counts; None counts all alike. The
-            logits still tell the probabilities in data like these: a probe that has learned from weighted images
-            lacks the shares of the classes, and its bias gets them.
+        balance: how much an image of each class counts; None counts all alike. The logits still tell the
+            probabilities in data like these: a probe that has learned from weighted images lacks the shares of the
+            classes, and its bias gets them.
         rows: which images are learned from, int64 [n]; None is all.
         start: where the first fit begins; None is at 0.
     """
-    for (probe,) in _fit_paths(features, labels, classes, strengths, class_weights, rows, start=start):
+    for (probe,) in _fit_paths(features, labels, classes, strengths, balance, rows, start=start):
         yield probe
 
 
@@ -195,7 +196,7 @@ def _fit_paths(
     labels: torch.Tensor,
     classes: int,
     strengths: tuple[float, ...],
-    class_weights: list[float] | None = None,
+    balance: Balance | None = None,
     rows: torch.Tensor | None = None,
     learns: torch.Tensor | None = None,
     start: LinearProbe | None = None,
@@ -205,7 +206,7 @@ def _fit_paths(
     All are fitted at once: their objectives are added up, and every look at the features serves all of them.
 
     Args:
-        features, labels, classes, strengths, class_weights, rows, start: see `fit_path`.
+        features, labels, classes, strengths, balance, rows, start: see `fit_path`.
         learns: whether a probe learns from a row, bool [n, K]; None is one probe that learns from all. A probe of a
             single row learns nothing: all classes stay equally likely.
     """
@@ -216,9 +217,9 @@ def _fit_paths(
     scale = _measure_scale(centred, learns)
     counts = (learns & (numbers > 1)) / numbers.clamp_min(1)
     log_shares: torch.Tensor | float = 0.0
-    if class_weights is not None:
-        weights = torch.tensor(class_weights, device=features.device)
-        counts, log_shares = counts * weights[labels][:, None], -(classes * weights).log()
+    if balance and balance.class_weights is not None:
+        counts = counts * features.new_tensor(balance.class_weights)[labels][:, None]
+        log_shares = features.new_tensor(balance.log_shares)
     shape = (len(numbers), classes, features.shape[1])
     weight, bias = features.new_zeros(shape), features.new_zeros(shape[:2])
     if start is not None:  # a feature of infinite scale has no weight

@@ -1,6 +1,7 @@
 """The Trainer with what the library's own lacks: exact resume, whole checkpoints, and an end to broken losses."""
 
 import contextlib
+import functools
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -31,6 +32,7 @@ from transformers.training_args import OptimizerNames
 from luthier.errors import NotFinite, UserError
 from luthier.machine import explain_exhausted_memory
 from luthier.terminal import has_terminal
+from luthier.training.balance import Balance
 from luthier.training.callbacks import EpochTable, ProgressBar, ProgressLines, SetEpoch
 from luthier.training.checkpoints import (
     PARTIAL,
@@ -61,7 +63,8 @@ class SafeTrainer(WorkerTrainer):
     """
 
     schedule: Schedule | None = None  # of the learning rate, in the place of `lr_scheduler_type`
-    class_weights: torch.Tensor | None = None  # [C]; see `criterion.Balance`
+    log_shares: torch.Tensor | None = None  # [C], where there is a `Balance`
+    class_weights: torch.Tensor | None = None  # [C], likewise, where it is weighted
     watch_answers: Callable[[torch.Tensor, torch.Tensor], None] | None = None  # gets answers and labels of training
     scale: Callable[[torch.Tensor], torch.Tensor] | None = None  # 8-bit levels to pixel values
     origin: Origin | None = None  # which checkpoints keep
@@ -160,19 +163,19 @@ class SafeTrainer(WorkerTrainer):
 
         Some architectures have no loss of their own, and that of others is multiplied by the number of processes and
         of accumulated batches. With class weights training has the weighted losses of the answers, which lack the
-        shares of the classes; see `criterion.Balance`.
+        shares of the classes; see `Balance`.
         """
         labels = inputs["labels"]
         logits = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits
         if not model.training:
             loss = cross_entropy(logits, labels)
         else:
-            weights = self.class_weights
-            answers = logits if weights is None else logits + (len(weights) * weights).log()
+            answers = logits if self.log_shares is None else logits - self.log_shares
             if self.watch_answers:
                 self.watch_answers(answers.detach(), labels)
-            smoothing = self.args.label_smoothing_factor
-            losses = cross_entropy(answers, labels, reduction="none", label_smoothing=smoothing)
+            weights, smoothing = self.class_weights, self.args.label_smoothing_factor
+            learned = logits if weights is None else answers
+            losses = cross_entropy(learned, labels, reduction="none", label_smoothing=smoothing)
             # Not with the weights of `cross_entropy`: its mean divides by them, and they weigh the smoothed part of
             # all other classes too, so that a rare class would attract all images.
             loss = (losses if weights is None else losses * weights[labels]).mean()
@@ -236,7 +239,7 @@ def build_trainer(
     compute_metrics: Callable[[EvalPrediction], dict[str, float]],
     callbacks: Sequence[TrainerCallback] = (),
     schedule: Schedule | None = None,
-    class_weights: list[float] | None = None,
+    balance: Balance | None = None,
     scale: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> SafeTrainer:
     """Return the Trainer of a run, with the learning rates of the recipe's layers.
@@ -250,7 +253,7 @@ def build_trainer(
         compute_metrics: of an evaluation.
         callbacks: besides the epoch table and the progress.
         schedule: of the learning rate; None leaves it to the training arguments.
-        class_weights: of `criterion.Balance`; None counts all images alike.
+        balance: how rare classes count as much as frequent ones; None counts all images alike.
         scale: see `EvaluationView.scale`; of rows that have 8-bit levels for `pixel_values`.
 
     Raises:
@@ -274,8 +277,10 @@ def build_trainer(
     except (ImportError, RuntimeError, ValueError) as error:
         raise UserError(str(error)) from error
     trainer.schedule, trainer.scale = schedule, scale
-    if class_weights is not None:
-        trainer.class_weights = torch.tensor(class_weights, device=training_args.device)
+    if balance:
+        as_tensor = functools.partial(torch.tensor, dtype=torch.float32, device=training_args.device)
+        trainer.log_shares = as_tensor(balance.log_shares)
+        trainer.class_weights = None if balance.class_weights is None else as_tensor(balance.class_weights)
     if (training_args.save_strategy != "no" or schedule) and trainer.is_world_process_zero():
         limit = training_args.save_total_limit or round(training_args.num_train_epochs)
         check_disk_space(Path(str(training_args.output_dir)), trainer.checkpoint_size(), limit)

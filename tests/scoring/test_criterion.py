@@ -9,8 +9,9 @@ from transformers import EvalPrediction
 
 from luthier.errors import UserError
 from luthier.scoring import criterion as module
-from luthier.scoring.criterion import TIE, Balance, Criterion, Judge, build_judge
+from luthier.scoring.criterion import TIE, Criterion, Judge, build_judge
 from luthier.scoring.metrics import Classification, fit_temperature, log_loss, score
+from luthier.training.balance import Balance
 from luthier.training.probe import fit_path
 from luthier.training.trainer import concatenate_batches
 from models import build_model
@@ -98,7 +99,8 @@ def test_new_head_begins_with_the_shares_of_the_classes(splits, timm_checkpoint)
     model, _ = build_model(str(timm_checkpoint), dict(enumerate(LABELS)))
     before = model.timm_model.get_classifier().bias.detach().clone()
     judge = build_judge("balanced_accuracy", "auto", model, splits)
-    assert judge.criterion.class_shares.tolist() == [0.5, 0.3, 0.2] and judge.criterion.class_weights is None
+    balance = judge.criterion.balance
+    assert balance.shares.tolist() == [0.5, 0.3, 0.2] and balance.class_weights is None
     change = model.timm_model.get_classifier().bias.detach() - before
     assert change.tolist() == pytest.approx(np.log([0.5, 0.3, 0.2]).tolist())
 
@@ -116,10 +118,10 @@ def test_new_head_begins_with_the_shares_of_the_classes(splits, timm_checkpoint)
 )
 def test_balance_is_for_metrics_that_ask_for_it(splits, timm_checkpoint, metric, option, balanced, weighted):
     model, _ = build_model(str(timm_checkpoint), dict(enumerate(LABELS)))
-    criterion = build_judge(metric, option, model, splits).criterion
-    assert (criterion.class_shares is not None, criterion.class_weights is not None) == (balanced, weighted)
+    balance = build_judge(metric, option, model, splits).criterion.balance
+    assert bool(balance) == balanced and (balanced and balance.weighted) == weighted
     if weighted:
-        assert np.dot(criterion.class_weights, criterion.class_shares) == pytest.approx(1)
+        assert np.dot(balance.class_weights, balance.shares) == pytest.approx(1)
 
 
 def test_balance_needs_a_head_with_a_bias(splits, monkeypatch):
@@ -134,8 +136,8 @@ def test_weighted_probe_tells_the_probabilities_of_data_like_its_own():
     labels = (torch.rand(4000, generator=generator) < 0.1).long()
     features = torch.randn(4000, 3, generator=generator) + 1.5 * functional.one_hot(labels, 3)
     shares = np.bincount(labels) / 4000
-    weights = Balance(shares, weighted=True).class_weights
-    (plain,), (weighted,) = (fit_path(features, labels, 2, (1e-4,), given) for given in (None, weights))
+    balance = Balance(shares, weighted=True)
+    (plain,), (weighted,) = (fit_path(features, labels, 2, (1e-4,), given) for given in (None, balance))
     probabilities = [probe.logits(features).softmax(dim=1)[:, 1].mean() for probe in (plain, weighted)]
     assert probabilities == pytest.approx([shares[1]] * 2, abs=0.02)
     assert not torch.equal(plain.weight, weighted.weight)

@@ -19,6 +19,7 @@ from luthier.errors import UserError
 from luthier.fusion import _with_even_padding
 from luthier.images.views import EvaluationView
 from luthier.training import probe as probe_module
+from luthier.training.balance import Balance
 from luthier.training.features import _backbone, build_backbone, load_features
 from luthier.training.probe import (
     SOFT,
@@ -79,8 +80,8 @@ def test_probe_of_many_images_begins_with_that_of_a_sample(monkeypatch):
     features[:, 3], features[:, 5] = 7.0, (torch.arange(4000) == 17).float()  # constant in all images, in the sample
     validation, validation_labels = clusters(900, 2)
     validation[:, 3], validation[:, 5] = 7.0, 0.0
-    weights, fitted = [0.5, 1.0, 2.0], []
-    whole, soft = fit_probes(features, labels, validation, validation_labels, weights)
+    balance, fitted = Balance(np.array([0.5, 0.3, 0.2]), weighted=True), []
+    whole, soft = fit_probes(features, labels, validation, validation_labels, balance)
 
     def record(features, labels, weight, bias, strength, counts, scale):
         fitted.append((len(features), strength))
@@ -88,7 +89,7 @@ def test_probe_of_many_images_begins_with_that_of_a_sample(monkeypatch):
 
     monkeypatch.setattr(probe_module, "minimise", record)
     monkeypatch.setattr(probe_module, "MANY", 4000)
-    probe, of_sample = fit_probes(features, labels, validation, validation_labels, weights)
+    probe, of_sample = fit_probes(features, labels, validation, validation_labels, balance)
     tried = [strength for images, strength in fitted if images == 4000]
     assert {images for images, _ in fitted} == {500, 4000} and SOFT not in tried and len(tried) < len(fitted) / 2
     assert (probe.strength, of_sample.strength) == (whole.strength, SOFT)

@@ -97,6 +97,7 @@ def test_smoothed_loss_of_an_image_has_the_weight_of_its_class_alone():
         logits = answers - (3 * torch.tensor(weights)).log()  # so that the answers stay
         trainer = SimpleNamespace(
             watch_answers=lambda answers, _: counted.append(answers),
+            log_shares=-(3 * torch.tensor(weights)).log(),
             class_weights=torch.tensor(weights),
             args=SimpleNamespace(label_smoothing_factor=0.1),
         )
