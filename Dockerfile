@@ -3,7 +3,7 @@
 #   docker run --rm -v luthier-outputs:/srv/outputs luthier          the built-in images and model
 #   docker run --rm --gpus all --shm-size 4g -v "$PWD/photos:/photos:ro" \
 #       -v luthier-outputs:/srv/outputs -v luthier-cache:/cache luthier \
-#       configs/efficientnet_lite0_openmoji_head.yaml --data_dir /photos
+#       --data_dir /photos --output_dir outputs/my_run
 # torch's wheels contain CUDA, so the host needs only the driver, 580 or newer for CUDA 13.
 FROM debian:bookworm-slim AS build
 # Packages of the distribution have no pins: the newest ones have the security updates.
