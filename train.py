@@ -129,11 +129,11 @@ def fine_tune(arguments: "Arguments", stop: "Stop", stopwatch: Stopwatch) -> tup
     run_dir, resume = Path(str(training_args.output_dir)), training_args.resume_from_checkpoint
     only_trained = model_args.keep == "trained" and recipes[0].name != "probe"
     course = Course(judge, stop, run_dir, stopwatch, model_args.time_limit, only_trained, run_args.of_training)
-    baseline = None if only_trained else score_probe(workshop, probe, rows["validation"], judge)
-    outcome = race(enter(recipes, workshop, rows, probe.starts, run_dir), baseline, course, resume)
+    candidate = None if only_trained else score_probe(workshop, probe, rows["validation"], judge)
+    outcome = race(enter(recipes, workshop, rows, probe.starts, run_dir), candidate, course, resume)
 
     # Evaluate
-    kept, trainer = keep_best(outcome, baseline, workshop, probe.starts)
+    kept, trainer = keep_best(outcome, candidate, workshop, probe.starts)
     console.say_race(outcome, kept)
     familiarity = learn_familiarity(trainer, images, splits, probe.features, kept.is_probe, judge.criterion.none)
     answers, model = answer(trainer, rows["test"], splits, familiarity), model_of(trainer).cpu()

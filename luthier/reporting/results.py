@@ -53,7 +53,7 @@ def collect_run(
     metrics = collect_metrics(
         scores=score_run(result.kept, test, result.threshold),
         majority=majority_baseline(data, test),
-        linear_probe=result.probe.baseline,
+        linear_probe=result.probe.scores,
         learning_curve=result.probe.learning_curve,
         groups=result.probe.inflation,
         class_shares=result.kept.class_shares,

@@ -31,13 +31,16 @@ FOLDS = 4  # of the yardstick: as many images as the probe learns from where val
 
 
 class ProbeResults(NamedTuple):
-    """What the linear probe of a model tells; all None where there is no probe, or not on the main process.
+    """What the linear probe of a model tells.
+
+    `starts` and `strength` are on every process, the rest is on the main one alone. Where the model has no probe,
+    `starts` is empty, and the rest None.
 
     Attributes:
-        starts: the model's state with the probe as its head, on every process, by `recipe.Recipe.start`.
-        strength: the probe's penalty, on every process.
+        starts: the model's state with the probe as its head, by `recipe.Recipe.start`.
+        strength: the probe's penalty.
         features: of every split, float32 [N, D].
-        baseline: of `probe_baseline`.
+        scores: of `score_linear_probe`.
         logits: float [N, C] of test, calibrated.
         suspect_labels, checked_by: of `audit.suspect_labels`: the images, and how many a probe has learned from.
         learning_curve: of `learning_curve.learning_curve`, where it was asked for.
@@ -47,7 +50,7 @@ class ProbeResults(NamedTuple):
     starts: Mapping[str, dict[str, torch.Tensor]] = MappingProxyType({})
     strength: float | None = None
     features: dict[str, torch.Tensor] | None = None
-    baseline: dict | None = None
+    scores: dict | None = None
     logits: np.ndarray | None = None
     suspect_labels: list[dict] | None = None
     checked_by: int | None = None
@@ -95,18 +98,18 @@ def measure_probe(
         load_features(trainer, head, images[split], known.get(split))
     probe, soft = fit_shared_probes(trainer, known or None, references, criterion.balance)
     if announce and known:
-        announce(probe_baseline(probe, {"validation": known["validation"]}, splits, criterion)[0]["validation"])
+        announce(score_linear_probe(probe, {"validation": known["validation"]}, splits, criterion)[0]["validation"])
     if "test" in images:  # an audit may have none
         load_features(trainer, head, images["test"], known.get("test"))
     starts = {"probe": state_with_probe(model, head, probe), "soft probe": state_with_probe(model, head, soft)}
     if space is None:
         return ProbeResults(starts, probe.strength)
     device = trainer.args.device
-    baseline, logits = probe_baseline(probe, known, splits, criterion)
+    scores, logits = score_linear_probe(probe, known, splits, criterion)
     suspects, checked_by = suspect_labels(splits, space.to(device), probe.strength)
     curve = probe_learning_curve(splits, known, probe, device) if with_learning_curve else None
     inflation = probe_inflation(splits, known, probe.strength, device)
-    return ProbeResults(starts, probe.strength, known, baseline, logits, suspects, checked_by, curve, inflation)
+    return ProbeResults(starts, probe.strength, known, scores, logits, suspects, checked_by, curve, inflation)
 
 
 def probe_inflation(
@@ -202,7 +205,7 @@ def majority_baseline(data: Mapping, test: TestPredictions) -> dict:
     return {"label": label, "accuracy": float(correct.mean()), "accuracy_ci95": interval, "n": int(known.sum())}
 
 
-def probe_baseline(
+def score_linear_probe(
     probe: LinearProbe, features: Mapping[str, torch.Tensor], splits: DatasetDict, criterion: Criterion
 ) -> tuple[dict, np.ndarray | None]:
     """Return the probe's scores on validation and test, with its strength, and its logits on test.

@@ -10,7 +10,7 @@ from luthier.errors import UserError
 from luthier.images.groups import groups_of
 from luthier.images.streams import Stream
 from luthier.options import BalanceOption, Metric
-from luthier.scoring.metrics import Classification, Yardstick, fit_temperature, log_losses, score
+from luthier.scoring.metrics import Yardstick, classify, fit_temperature, log_losses, score
 from luthier.training.balance import Balance
 from luthier.training.layers import shift_logits
 from luthier.training.trainer import concatenate_batches
@@ -130,11 +130,8 @@ class Judge(NamedTuple):
         """
         logits, references = (concatenate_batches(p) for p in (prediction.predictions, prediction.label_ids))
         answers, known = self.criterion.answers(logits), references != self.criterion.none
-        result = Classification(keep_in_memory=True).compute(
-            predictions=answers.argmax(axis=-1)[known], references=references[known],
-            num_labels=len(self.labels), none=self.criterion.none,
-        )  # fmt: skip
-        assert result is not None  # as this process is the main one of the metric
+        predictions = answers.argmax(axis=-1)[known]
+        result = classify(predictions, references[known], len(self.labels), self.criterion.none)
         calibrated = answers / self.criterion.temperature(logits, references)
         loss = float(self.criterion.losses(calibrated, references).mean())
         return {name: result[name] for name in SHOWN} | {"calibrated_loss": loss}

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import evaluate
 import numpy as np
@@ -142,36 +142,25 @@ def score(
     `MAX_CONFUSED` classes), and `none` where there are images of that class: how many, which share of them is taken
     for it, and of the others.
     """
-    if not known_images(references, none).all():
+    known, predictions = known_images(references, none), logits.argmax(axis=-1)
+    if known.all():
+        none = none if (references != none).all() else None  # images of this class alone: it is one as any other
         return _score_known(logits, references, labels, groups, class_shares, none)
-    none = none if (references != none).any() else None
-    predictions = logits.argmax(axis=-1)
+    own = None if groups is None else groups[known]
+    return {
+        **_score_known(logits[known], references[known], labels, own, class_shares, none),
+        **_tables(classify(predictions, references, len(labels)), labels),
+        "none": _score_refusals(predictions == none, known, groups),
+    }
+
+
+def classify(predictions: np.ndarray, references: np.ndarray, classes: int, none: int | None = None) -> dict:
+    """Return the `Classification` of predicted and true class indices [N]."""
     result = Classification(keep_in_memory=True).compute(
-        predictions=predictions, references=references, num_labels=len(labels), none=none
+        predictions=predictions, references=references, num_labels=classes, none=none
     )
     assert result is not None  # as this process is the main one of the metric
-    n = len(references)
-    shares = {"accuracy": predictions == references}
-    if len(labels) > TOP:
-        top = [np.argpartition(logits[rows], -TOP)[:, -TOP:] == references[rows, None] for rows in _parts(logits)]
-        shares["top_5_accuracy"] = np.concatenate(top).any(axis=-1)
-    scored: dict = {}
-    for name, correct in shares.items():
-        scored |= {name: float(correct.mean()), f"{name}_ci95": interval_of_share(correct, groups)}
-    logits = logits if class_shares is None else logits + np.log(class_shares)
-    return scored | {
-        "balanced_accuracy": result["balanced_accuracy"],
-        "macro_f1": result["macro_f1"],
-        **bootstrap_intervals(references, predictions, len(labels), groups, none),
-        **calibration_scores(logits, references),
-        "n": n,
-        **({} if groups is None else {"groups": len(np.unique(groups))}),
-        "per_class": {
-            name: {key: result[key][index] for key in ("precision", "recall", "f1", "support")}
-            for index, name in enumerate(labels)
-        },
-        "confusion_matrix": result["confusion_matrix"],
-    }
+    return result
 
 
 def known_images(references: np.ndarray, none: int | None) -> np.ndarray:
@@ -188,16 +177,46 @@ def _score_known(
     class_shares: Sequence[float] | np.ndarray | None,
     none: int | None,
 ) -> dict:
-    """Return the `score` of images among which some show none of the classes."""
-    known, refused, counts = references != none, logits.argmax(axis=-1) == none, dict[str, Any]()
+    """Return the `score` of images that all show one of the classes."""
+    predictions = logits.argmax(axis=-1)
+    result = classify(predictions, references, len(labels), none)
+    shares = {"accuracy": predictions == references}
+    if len(labels) > TOP:
+        top = [np.argpartition(logits[rows], -TOP)[:, -TOP:] == references[rows, None] for rows in _parts(logits)]
+        shares["top_5_accuracy"] = np.concatenate(top).any(axis=-1)
+    scored: dict = {}
+    for name, correct in shares.items():
+        scored |= {name: float(correct.mean()), f"{name}_ci95": interval_of_share(correct, groups)}
+    return scored | {
+        "balanced_accuracy": result["balanced_accuracy"],
+        "macro_f1": result["macro_f1"],
+        **bootstrap_intervals(references, predictions, len(labels), groups, none),
+        **calibration_scores(logits if class_shares is None else logits + np.log(class_shares), references),
+        "n": len(references),
+        **({} if groups is None else {"groups": len(np.unique(groups))}),
+        **_tables(result, labels),
+    }
+
+
+def _tables(result: dict, labels: list[str]) -> dict:
+    """Return what a `Classification` tells of each class, by name."""
+    keys = ("precision", "recall", "f1", "support")
+    per_class = {name: {key: result[key][index] for key in keys} for index, name in enumerate(labels)}
+    return {"per_class": per_class, "confusion_matrix": result["confusion_matrix"]}
+
+
+def _score_refusals(refused: np.ndarray, known: np.ndarray, groups: np.ndarray | None) -> dict:
+    """Return how many images show none of the classes, and which shares of them and of the others are refused.
+
+    Args:
+        refused, known: bool [N].
+        groups: int [N], see `score`.
+    """
+    scored: dict = {"n": int((~known).sum())}
     for name, rows in (("refused", ~known), ("known_refused", known)):
-        own = None if groups is None else groups[rows]
-        counts |= {name: float(refused[rows].mean()), f"{name}_ci95": interval_of_share(refused[rows], own)}
-    every = score(logits, references, labels)
-    own = None if groups is None else groups[known]
-    scored = score(logits[known], references[known], labels, own, class_shares, none)
-    whole = {key: every[key] for key in ("per_class", "confusion_matrix")}
-    return scored | whole | {"none": {"n": int((~known).sum()), **counts}}
+        interval = interval_of_share(refused[rows], None if groups is None else groups[rows])
+        scored |= {name: float(refused[rows].mean()), f"{name}_ci95": interval}
+    return scored
 
 
 def standard_error(values: np.ndarray, groups: np.ndarray | None = None) -> float:

@@ -76,6 +76,20 @@ class Outcome(NamedTuple):
         return sum(heat.arm == arm for heat in self.heats)
 
 
+class Advanced(NamedTuple):
+    """An arm that has been trained up to a step.
+
+    Attributes:
+        arm: itself.
+        trainer: its model has the best weights so far.
+        candidates: these weights, see `selection.score_candidates`.
+    """
+
+    arm: Arm
+    trainer: SafeTrainer
+    candidates: list[Candidate]
+
+
 def enter(
     recipes: Sequence[Recipe],
     workshop: Workshop,
@@ -120,12 +134,13 @@ def race(arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: s
         UserError: see `trainer.train`; or the run was begun with other options or other data. NotFinite is raised
             only where nothing else is left; otherwise the arm leaves the race.
     """
-    if probe and len(arms) > 1 and probe.loss < course.judge.criterion.enough:
+    rival = probe if len(arms) > 1 else None  # an arm that was asked for is compared with itself alone
+    if rival and rival.loss < course.judge.criterion.enough:
         return Outcome(reason="the probe, which leaves little to gain", probe=probe)
     heats, reason, named = _take_up(course, arms, resume) if resume else ([], "", None)
     last, begun, running = None, False, list(arms)
 
-    def advance(arm: Arm, end: int) -> tuple[Arm, SafeTrainer, list[Candidate]]:
+    def advance(arm: Arm, end: int) -> Advanced:
         nonlocal begun, named
         checkpoint = named or newest_shared(arm.folder, arm.is_main_process)
         if resume and not begun:
@@ -135,12 +150,11 @@ def race(arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: s
         begun, named = True, named if named and step_of(named) >= end else None
         return _advance(arm, end, course, checkpoint, lambda: write_record(course, arms, heats, reason))
 
-    while running and not reason:  # an arm that was asked for is compared with itself alone
-        arm, reason = _choose_next(heats, running, probe if len(arms) > 1 else None, named)
+    while running and not reason:
+        arm, reason = _choose_next(heats, running, rival, named)
         if arm is None:
             break
-        number = _next_heat(heats, arm, named)
-        expected = _expected_seconds(heats, arm, number)
+        expected = _expected_seconds(heats, arm, number := _next_heat(heats, arm, named))
         if (probe or heats) and not course.ends_in_time(expected):
             reason = NO_TIME
             break
@@ -149,7 +163,7 @@ def race(arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: s
         try:
             last = advance(arm, arm.ends[number])  # one model at a time in memory
         except NotFinite as error:
-            _leave(arm, running, heats, error, probe if len(arms) > 1 else None)
+            _leave(arm, running, heats, error, rival)
             reason = "" if running else "no recipe left"
             continue
         seconds = max(course.stopwatch.total() - begin, expected if partial else 0.0)
@@ -158,11 +172,12 @@ def race(arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: s
         write_record(course, arms, heats, reason)
     write_record(course, arms, heats, reason)
     winner = _leading(heats, arms)
-    if winner and (last is None or last[0] is not winner):
-        last = None
+    if winner is None:
+        return Outcome(heats=heats, reason=reason, probe=probe)
+    if last is None or last.arm is not winner:
+        last = None  # one model at a time in memory
         last = advance(winner, _results(heats, winner)[-1].step)
-    best, trainer, candidates = last or (None, None, ())
-    return Outcome(best, trainer, candidates, heats, reason, probe)
+    return Outcome(*last, heats, reason, probe)
 
 
 def keep_best(
@@ -242,9 +257,7 @@ def _promise(heats: list[Heat], arm: Arm) -> float:
     return predict_loss(before, now, now.epochs * arm.ends[-1] / now.step)
 
 
-def _advance(
-    arm: Arm, end: int, course: Course, checkpoint: Path | None, begin: Callable[[], None]
-) -> tuple[Arm, SafeTrainer, list[Candidate]]:
+def _advance(arm: Arm, end: int, course: Course, checkpoint: Path | None, begin: Callable[[], None]) -> Advanced:
     """Train an arm up to a step, from a checkpoint or from the arm's start; score its best weights so far."""
     trainer = arm.trainer()
     begin()  # nothing is written before the settings are known to work
@@ -254,10 +267,10 @@ def _advance(
     train(trainer, end if arm.schedule or there else None, checkpoint, course.stop)
     shares = (1.0,) if course.only_trained else arm.recipe.shares
     candidates = score_candidates(trainer, arm.rows["validation"], arm.start, shares, course.judge, arm.recipe.name)
-    return arm, trainer, candidates
+    return Advanced(arm, trainer, candidates)
 
 
-def _describe(advanced: tuple[Arm, SafeTrainer, list[Candidate]], seconds: float) -> Heat:
+def _describe(advanced: Advanced, seconds: float) -> Heat:
     arm, trainer, candidates = advanced
     best = min(candidates, key=lambda candidate: candidate.loss)
     step, epochs, accuracy = trainer.state.global_step, float(trainer.state.epoch or 0), best.validation["accuracy"]

@@ -59,7 +59,7 @@ def measure(splits, timm_checkpoint, tmp_path):
 
 def test_probe_gives_a_baseline_starting_weights_and_suspect_labels(measure):
     probe = measure()
-    assert set(probe.baseline) == {"validation", "test", "strength"}
+    assert set(probe.scores) == {"validation", "test", "strength"}
     assert set(probe.starts) == {"probe", "soft probe"} and probe.learning_curve is None
     assert isinstance(probe.suspect_labels, list)
 
@@ -69,7 +69,7 @@ def test_losses_are_corrected_where_there_are_some_to_compare(measure, splits):
     assert with_yardstick(judge, probe, splits, [RECIPES["probe"]], device) is judge
     assert with_yardstick(judge, ProbeResults(), splits, [RECIPES["full"]], device) is judge
     yardstick = with_yardstick(judge, probe, splits, [RECIPES["probe"], RECIPES["full"]], device).yardstick
-    assert len(yardstick.losses) == probe.baseline["validation"]["n"] and 0 < yardstick.mean < 10
+    assert len(yardstick.losses) == probe.scores["validation"]["n"] and 0 < yardstick.mean < 10
 
 
 def test_classes_that_no_probe_has_learned_do_not_move_the_yardstick():

@@ -177,7 +177,7 @@ def test_arm_whose_loss_is_not_finite_leaves_the_race(tmp_path, monkeypatch, cap
             raise NotFinite("its loss is not finite")
         state = SimpleNamespace(global_step=end, epoch=end / 10)
         loss = candidate([0.4 if arm.recipe.name == "lp_ft" else 0.6] * 4, arm.recipe.name)
-        return arm, SimpleNamespace(state=state), [loss._replace(validation={"accuracy": 0.9})]
+        return module.Advanced(arm, SimpleNamespace(state=state), [loss._replace(validation={"accuracy": 0.9})])
 
     monkeypatch.setattr(module, "_advance", advance)
     monkeypatch.setattr(module.EpochTable, "write_header", lambda args: None)
