@@ -26,7 +26,7 @@ from luthier.errors import UserError, exit_on_user_error, message_for_user, requ
 from luthier.images.decode import is_image
 from luthier.images.image_files import walk
 from luthier.options import EXPORT_PACKAGES
-from luthier.output_dir import copy_whole, lock_folder
+from luthier.output_dir import atomic_copy, lock_folder
 from luthier.terminal import plural, say
 
 if TYPE_CHECKING:
@@ -286,7 +286,7 @@ def write_export(path: Path, folder: Path, record: dict) -> None:
     from luthier.reporting.results import note_export
 
     target = folder / ONNX / path.name
-    copy_whole(path, target)
+    atomic_copy(path, target)
     note_export(folder, target.name, record)
 
 

@@ -171,7 +171,7 @@ def write_shards(splits: "DatasetDict", folder: Path, side: int, images: int, sh
 
     from luthier.images.shards import BLOCK
     from luthier.images.splits import draw_order
-    from luthier.output_dir import lock_folder, written_whole
+    from luthier.output_dir import atomic_write, lock_folder
 
     kept = {split: keep_one_of_each(dataset) for split, dataset in splits.items()}
     claim_folder(folder, plan_of(kept, side, images))
@@ -187,7 +187,7 @@ def write_shards(splits: "DatasetDict", folder: Path, side: int, images: int, sh
                 if path.exists():
                     there += 1
                     continue
-                with written_whole(path) as whole:
+                with atomic_write(path) as whole:
                     resized(dataset, rows, side).to_parquet(str(whole), batch_size=BLOCK)
             found = f", {there} of them from before" if there else ""
             share_of = f", {len(own)} of them on this machine" if share.machines > 1 else ""
@@ -251,7 +251,7 @@ def claim_folder(folder: Path, plan: dict) -> None:
         UserError: it has something else.
     """
     from luthier.images.columns import PLAN
-    from luthier.output_dir import written_whole
+    from luthier.output_dir import atomic_write
 
     text = json.dumps(plan, indent=1)
     check_folder(folder)
@@ -259,7 +259,7 @@ def claim_folder(folder: Path, plan: dict) -> None:
     # Of several machines one may rename what another is writing. Their plans must be the same, whichever is left.
     with contextlib.suppress(FileNotFoundError):
         if not (folder / PLAN).is_file():
-            with written_whole(folder / PLAN) as whole:
+            with atomic_write(folder / PLAN) as whole:
                 whole.write_text(text, encoding="utf-8")
     if (folder / PLAN).read_text(encoding="utf-8") != text:
         raise UserError(f"{folder} has shards of other images, splits or sizes: give another folder, or remove it")

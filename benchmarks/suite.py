@@ -41,7 +41,7 @@ from PIL import Image
 
 from benchmarks._common import directory, own_caches
 from luthier.errors import UserError, exit_on_user_error
-from luthier.output_dir import written_whole
+from luthier.output_dir import atomic_write
 
 PROJECT = Path(__file__).parent.parent
 LUTHIER = {  # the options of train.py
@@ -185,7 +185,7 @@ def run_once(data: str, folder: Path, contestant: str, seed: int, out: Path, che
                 run = run_other(data, cut(data, folder, seed, out), contestant, seed, environment)
             else:
                 run = run_luthier(data, folder, contestant, seed, temporary, checkout, environment)
-        with written_whole(kept) as whole:
+        with atomic_write(kept) as whole:
             whole.write_text(json.dumps(run._asdict() | {"of": origin}, indent=2))
         print(f"{data}, {contestant}, seed {seed}: {run.accuracy:.1%}, {run.seconds:.0f} s  {run.said}", flush=True)
     found = json.loads(kept.read_text())

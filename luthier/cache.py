@@ -32,7 +32,7 @@ PART = "rows-"  # how the names of files of rows begin; `datasets` puts its own 
 PART_ROWS = 16_384  # new rows in a file: a run that is killed loses at most so many
 KEY = "key"  # the column, or tensor, that tells what a row is made of
 AT_ONCE = 2048  # rows of features that are worked on at a time: of four times as many the heap kept 400 MB
-REMAINS = 24 * 3600  # seconds after which a temporary file is one of a process that was killed
+STALE_SECONDS = 24 * 3600  # seconds after which a temporary file is one of a process that was killed
 MAX_IN_MEMORY = 64_000_000  # bytes
 
 
@@ -133,7 +133,7 @@ def write_rows(kind: str, key: str, digests: Sequence[str], rows: torch.Tensor) 
         digests: SHA-256 of each image [N], in hexadecimal, each once.
         rows: [N, ...]; where there is no space or no right to write, they are computed again next time.
     """
-    _remove_remains(kind)
+    _remove_stale_files(kind)
     names = as_bytes(digests).view(np.uint8).reshape(len(digests), -1)
     path = _folder(kind, key, f"{cache_key(*digests)}.safetensors")
     _write_tensors(path, {KEY: torch.from_numpy(names.copy()), "tensor": rows})
@@ -181,7 +181,7 @@ def make_rows(
     file = f"{PART}{cache_key(*(keys[row] for row in new))}"
     if new:
         folder.mkdir(parents=True, exist_ok=True)
-        _remove_remains(kind)
+        _remove_stale_files(kind)
     for first in range(0, len(new), PART_ROWS):
         rows = new[first : first + PART_ROWS]
 
@@ -208,11 +208,11 @@ def make_rows(
 
 
 @functools.cache
-def _remove_remains(kind: str) -> None:
+def _remove_stale_files(kind: str) -> None:
     """Remove temporary files that nobody has written to lately, as processes leave them that are killed."""
     for path in _folder(kind).glob("*/tmp*"):
         with contextlib.suppress(OSError):  # another process may remove it
-            if path.stat().st_mtime < time.time() - REMAINS:
+            if path.stat().st_mtime < time.time() - STALE_SECONDS:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

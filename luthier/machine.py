@@ -89,7 +89,7 @@ def _data_workers() -> int:
     return fitting
 
 
-def lay_out(model: nn.Module, device: torch.device, images: int) -> None:
+def choose_memory_format(model: nn.Module, device: torch.device, images: int) -> None:
     """Put the weights of a model into the memory format in which a run is over sooner.
 
     A convolution in channels_last is faster, but on a GPU its first batch of each shape is slower: cuDNN makes a plan

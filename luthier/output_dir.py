@@ -97,10 +97,10 @@ def is_complete(output_dir: Path, settings: str, time_limit: float | None) -> bo
     return not (cut_short and more_time and resumable and metrics.get("settings") == settings)
 
 
-def copy_rights_to_weights(source: Path) -> None:
-    """Give the weights in a file's folder the file's rights: safetensors lets nobody but their owner read them."""
+def copy_permissions_to_weights(source: Path) -> None:
+    """Give the weights in a file's folder its permissions: safetensors lets nobody but their owner read them."""
     for path in source.parent.glob("*.safetensors"):
-        with contextlib.suppress(OSError):  # some mounted buckets have no rights
+        with contextlib.suppress(OSError):  # some mounted buckets have no permissions
             shutil.copymode(source, path)
 
 
@@ -217,7 +217,7 @@ def wait_for_lock(folder: Path, seconds: float) -> None:
 
 
 @contextlib.contextmanager
-def written_whole(target: Path) -> Iterator[Path]:
+def atomic_write(target: Path) -> Iterator[Path]:
     """Yield a path to write a file to, which then gets its name: it is there whole, or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
     whole = target.with_name(f".{target.name}")
@@ -236,7 +236,7 @@ def sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def copy_whole(source: Path, target: Path) -> None:
+def atomic_copy(source: Path, target: Path) -> None:
     """Copy a file to its place, whole or not at all; the two may be on different disks."""
-    with written_whole(target) as whole:
+    with atomic_write(target) as whole:
         shutil.copyfile(source, whole)

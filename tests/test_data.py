@@ -233,8 +233,8 @@ def test_image_that_memory_did_not_suffice_for_is_read_again(images, monkeypatch
 def test_files_of_killed_processes_are_removed(images, view, empty_cache, tmp_path):
     prepare(load(data_dir=str(images)), view)
     folder = next((tmp_path / "cache").glob("luthier_inspected/*"))
-    cache._remove_remains.cache_clear()
-    for name, age in (("tmpold", 2 * cache.REMAINS), ("tmpnew", 60), ("tmpfolder", 2 * cache.REMAINS)):
+    cache._remove_stale_files.cache_clear()
+    for name, age in (("tmpold", 2 * cache.STALE_SECONDS), ("tmpnew", 60), ("tmpfolder", 2 * cache.STALE_SECONDS)):
         (folder / name).touch() if name != "tmpfolder" else (folder / name).mkdir()
         os.utime(folder / name, (time.time() - age,) * 2)
     draw("red", 7000).save(images / "red/more.png")

@@ -283,7 +283,7 @@ def subfolders(folder: Path) -> list[Path]:
             names = [entry.name for entry in entries if entry.is_dir() and not is_hidden(entry.name)]
     except OSError as error:
         raise UserError(
-            f"the folder {folder} cannot be read: {error.strerror}. Change its rights or remove it"
+            f"the folder {folder} cannot be read: {error.strerror}. Change its permissions or remove it"
         ) from error
     return sorted(folder / name for name in names)
 

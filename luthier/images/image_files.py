@@ -124,7 +124,7 @@ def walk(root: Path, onerror: Callable[[OSError], None] | None = None) -> Iterat
 
     def refuse(error: OSError) -> None:
         raise UserError(
-            f"the folder {error.filename} cannot be read: {error.strerror}. Change its rights or remove it"
+            f"the folder {error.filename} cannot be read: {error.strerror}. Change its permissions or remove it"
         )
 
     seen = {str(folder) for folder in root.resolve().parents}

@@ -7,7 +7,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from luthier.escape import escape_markdown
-from luthier.output_dir import written_whole
+from luthier.output_dir import atomic_write
 from luthier.reporting.console import (
     balance_with_intervals,
     inflation_in_words,
@@ -80,5 +80,5 @@ def write_model_card(path: Path, metrics: dict, custom_code: bool, repo_id: str 
         exports={file: row for file, row in compared.items() if (path.parent / "onnx" / file).is_file()},
         command=" ".join(metrics["command"].split()),
     )
-    with written_whole(path) as whole:  # its presence says that the run has ended
+    with atomic_write(path) as whole:  # its presence says that the run has ended
         whole.write_text(card + "\n", encoding="utf-8")

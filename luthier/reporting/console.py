@@ -147,7 +147,7 @@ def say_race(outcome: Outcome, kept: Candidate) -> None:
         tried.append(f"{arm} {last.loss:.3f} ({_epochs(last.epochs)}, {outcome.seconds_of(arm):.0f} s)")
     say("race", f"validation loss, corrected: {', '.join(tried)}")
     if outcome.reason:
-        say("", f"it ended with {outcome.reason}")
+        say("", f"ended: {outcome.reason}")
     arm_name = "" if kept.is_probe else f"{kept.arm}, "
     say("kept", f"{arm_name}{kept_in_words(kept)}: {kept.loss:.3f}")
 

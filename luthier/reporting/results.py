@@ -17,7 +17,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from luthier.escape import escape_cell
 from luthier.familiarity import Familiarity, describe_in_config, save_references
-from luthier.output_dir import copy_rights_to_weights, has_ended, mark_unfinished, written_whole
+from luthier.output_dir import atomic_write, copy_permissions_to_weights, has_ended, mark_unfinished
 from luthier.reporting.card import EXPORTS, ONNX, write_model_card
 from luthier.reporting.console import describe_recipe, say_results
 from luthier.scoring.audit import KINDS
@@ -212,7 +212,7 @@ def save_models(
         describe_in_config(model, familiarity)
         custom_code = save_model(model, image_processor, folder)
         save_references(folder, familiarity)
-        copy_rights_to_weights(folder / "config.json")
+        copy_permissions_to_weights(folder / "config.json")
         return custom_code
 
     def note(digests: Sequence[str], folder: Path) -> None:
@@ -243,7 +243,7 @@ def note_export(folder: Path, file: str, parity: Mapping) -> None:
     except (OSError, ValueError, TypeError):
         known = {}  # there is none, or it is damaged
     known = {name: row for name, row in known.items() if (folder / ONNX / name).is_file()} | {file: dict(parity)}
-    with written_whole(path) as whole:
+    with atomic_write(path) as whole:
         whole.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
     if not has_ended(folder):
         return

@@ -161,7 +161,8 @@ def build_judge(
     Raises:
         UserError: there is no such class; or the head is not one linear layer, whose bias could be changed.
     """
-    train, linear, balance = splits["train"], linear_head(model) is not None, None
+    train, balance = splits["train"], None
+    linear = linear_head(model) is not None
     labels = train.features["label"].names
     none = find_none(labels, none_class)
     check_known(splits, none)

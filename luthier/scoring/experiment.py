@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from luthier.images.splits import hash_splits
 from luthier.images.streams import Stream
 from luthier.images.views import EvaluationView
-from luthier.machine import lay_out
+from luthier.machine import choose_memory_format
 from luthier.scoring.baselines import ProbeResults
 from luthier.scoring.criterion import Judge
 from luthier.scoring.familiarity import Answers
@@ -60,9 +60,10 @@ class Experiment(NamedTuple):
         collate: Callable[[list[dict]], dict],
         callbacks: Sequence[TrainerCallback] = (),
     ) -> Workshop:
-        """Return what builds the Trainers of this run; see `Workshop`."""
+        """Return what builds the Trainers of this run, see `Workshop`; the model gets its memory format."""
         measure, balance = self.judge.compute_metrics, self.judge.criterion.balance
-        lay_out(self.model, training_args.device, len(self.stream.labels if self.stream else self.splits["train"]))
+        count = len(self.stream.labels if self.stream else self.splits["train"])
+        choose_memory_format(self.model, training_args.device, count)
         data, (height, width) = hash_splits(self.splits), self.view.size
         images = f"images of {height} x {width} px"
         return Workshop(self.model, training_args, collate, measure, callbacks, balance, self.view.scale, data, images)

@@ -60,8 +60,8 @@ def answer(trainer: Trainer, rows: Any, splits: DatasetDict, familiarity: Famili
         logits.append(_apply_head(trainer, head, features))
         if familiarity is not None:
             sureness.append(familiarity.rate(logits[-1].softmax(dim=-1), features).numpy())
-    references, sure = np.array(splits["test"]["label"][:]), np.concatenate(sureness) if sureness else None
-    return Answers(torch.cat(logits).numpy(), references, sure, familiarity)
+    references = np.array(splits["test"]["label"][:])
+    return Answers(torch.cat(logits).numpy(), references, np.concatenate(sureness) if sureness else None, familiarity)
 
 
 def learn_familiarity(

@@ -27,7 +27,7 @@ def pool(parts: Sequence[tuple[Experiment, Result]]) -> tuple[Experiment, Result
     their own, see `UNTESTED`.
 
     The shipped model is of the kind that most folds kept, and of the lowest validation loss among equals. Its
-    temperature and its threshold are fitted on the predictions of all folds.
+    temperature and its threshold are fitted on the predictions of all folds, and written into it.
 
     Args:
         parts: what each fold has prepared and found.

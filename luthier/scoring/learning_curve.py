@@ -73,7 +73,8 @@ def learning_curve(
     correct = np.zeros((len(FRACTIONS), len(labels)))
     sizes = np.zeros(len(FRACTIONS))
     draws: list[list[float]] = [[] for _ in FRACTIONS]
-    repeats, at_once = REPEATS if len(labels) < MANY else 1, rows_at_once(features.device)
+    repeats = REPEATS if len(labels) < MANY else 1
+    at_once = rows_at_once(features.device)
     for seed in range(repeats):
         folds = stratified_folds(labels, groups, FOLDS, seed)
         ranks = np.ones((len(labels), FOLDS))  # of the images that a fold's probes may learn from below 1

@@ -56,7 +56,7 @@ class TestPredictions:
         return groups_of(self.splits["test"])
 
     @property
-    def likely(self) -> np.ndarray:
+    def logits_with_shares(self) -> np.ndarray:
         """The logits [N, C] whose probabilities take the shares of the classes into account."""
         return self.logits if self.class_shares is None else self.logits + np.log(self.class_shares)
 
@@ -346,7 +346,8 @@ def fit_temperature(
     One imaginary image with equal shares of every class is added, as Platt (1999) does. Where all predictions are
     correct the lowest loss would otherwise be at temperature 0, and every answer would be certain.
     """
-    n, log_shares = len(logits), 0 if class_shares is None else np.log(class_shares)
+    n = len(logits)
+    log_shares = 0 if class_shares is None else np.log(class_shares)
     if not np.isfinite(logits).all():
         return 1.0
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from accelerate.utils import broadcast_object_list
 
 from luthier.errors import UserError
-from luthier.output_dir import NO_TIME, RACE, written_whole
+from luthier.output_dir import NO_TIME, RACE, atomic_write
 from luthier.scoring.criterion import Judge
 from luthier.terminal import Stopwatch
 from luthier.training.arms import Arm
@@ -119,5 +119,5 @@ def write_record(course: Course, arms: Sequence[Arm], heats: Sequence[Heat], end
         rows = [heat._asdict() for heat in heats]
         begun = {"options": dict(course.options), "time_limit": course.time_limit}
         record = {**begun, "arms": planned, "ended": ended, "heats": rows}
-        with written_whole(course.run_dir / RACE) as whole:
+        with atomic_write(course.run_dir / RACE) as whole:
             whole.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -134,7 +134,8 @@ def refit(
         balance = workshop.balance._replace(shares=np.bincount(labels) / len(labels))
         kept, workshop = kept._replace(class_shares=balance.shares), replace(workshop, balance=balance)
     arm = None if kept.is_probe or outcome.arm is None else outcome.arm._replace(workshop=workshop)
-    kind, start = "probe" if arm is None else arm.recipe.start, None
+    kind = "probe" if arm is None else arm.recipe.start
+    start = None
     if kind != "new":
         features = join([probe.features[split] for split in plan.splits]) if probe.features else None
         strength = SOFT if kind == "soft probe" else probe.strength

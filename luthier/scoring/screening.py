@@ -16,7 +16,7 @@ from transformers import BaseImageProcessor, PreTrainedModel, Trainer
 
 from luthier.images.splits import draw_order, stratified_folds
 from luthier.images.views import EvaluationView, view_size
-from luthier.machine import lay_out
+from luthier.machine import choose_memory_format
 from luthier.scoring.metrics import standard_error
 from luthier.terminal import say
 from luthier.training.features import build_backbone, compute_features, size_of
@@ -101,7 +101,7 @@ def choose_view(
                 processors[fit] = own if (fit, pixels) == ("own", side) else change_view(model, own, pixels, fit)
         if cfg is not None:
             model.config.pretrained_cfg = cfg
-        all_losses = sample.losses(model, *processors.values())
+        all_losses, _ = sample.losses(model, *processors.values())
         views = [View(fit, pixels, losses) for fit, losses in zip(processors, all_losses, strict=True)]
         tried.update({(view.fit, view.side): view for view in views})
         return views
@@ -142,9 +142,6 @@ class Sample:
         groups: int [N]; images of one group are in one fold.
         sizes: (width, height) of each image in pixels.
         predictor: returns a Trainer that only predicts with a model.
-
-    Attributes:
-        seconds: that the features of the last image processors took, each.
     """
 
     def __init__(
@@ -155,28 +152,28 @@ class Sample:
         sizes: Sequence[tuple[int, int]],
         predictor: Callable[[PreTrainedModel], Trainer],
     ):
-        self.rows, self.groups, self.predictor, self.seconds = rows, groups, predictor, 0.0
+        self.rows, self.groups, self.predictor = rows, groups, predictor
         _, self.labels = np.unique(labels, return_inverse=True)  # without gaps
         self.folds = stratified_folds(self.labels, groups, FOLDS, seed=1)
         self.shorter_side = int(np.median([min(size) for size in sizes]))
         self.is_square = bool(np.mean([max(size) <= SQUARE * min(size) for size in sizes]) > 0.9)
 
-    def losses(self, model: PreTrainedModel, *image_processors: BaseImageProcessor) -> list[np.ndarray]:
+    def losses(self, model: PreTrainedModel, *image_processors: BaseImageProcessor) -> tuple[list[np.ndarray], float]:
         """Return for each image processor the cross-fitted loss of each image, float64 [N], on every process.
 
-        All show the images at one size.
+        All show the images at one size. Also return the seconds that the features took, for each of them.
         """
         head = linear_head(model)
         assert head is not None  # asked for before
         each_rows, begin = [self.rows(each) for each in image_processors], time.perf_counter()
         trainer, backbone = self.predictor(model), build_backbone(model, head, size_of(each_rows[0]))
-        lay_out(backbone, trainer.args.device, len(self.labels))
+        choose_memory_format(backbone, trainer.args.device, len(self.labels))
         features = [compute_features(trainer, backbone, rows) for rows in each_rows]
-        self.seconds = (time.perf_counter() - begin) / len(features)
+        seconds = (time.perf_counter() - begin) / len(features)
         labels = torch.from_numpy(self.labels)
         losses = [cross_fitted_losses(each, labels, self.folds) for each in features if each is not None]
         (shared,) = broadcast_object_list([losses])
-        return shared
+        return shared, seconds
 
 
 def draw_sample(
@@ -243,10 +240,10 @@ def choose_backbone(
     if known:
         return known
     tried: list[Backbone] = []
-    for name in (*EFFICIENTNETS, *HUB_BACKBONES):
+    for candidate in (*EFFICIENTNETS, *HUB_BACKBONES):
         built, failure = None, None
         try:
-            built = build(name)
+            built = build(candidate)
         except ModelError as error:
             failure = (isinstance(error, HubUnreachable), str(error))
         failures = [each for each in gather_object([failure]) if each]  # all processes go on alike
@@ -254,19 +251,19 @@ def choose_backbone(
             say("backbone", "the Hub cannot be reached: only the built-in ones are compared")
             break
         if failures or built is None:
-            say("backbone", f"{name} is left out: {failures[0][1]}")
+            say("backbone", f"{candidate} is left out: {failures[0][1]}")
             continue
         model, image_processor = built
-        (losses,) = sample.losses(model, image_processor)
-        tried.append(Backbone(name, float(losses.mean()), 1000 * sample.seconds / len(sample.labels)))
+        (losses,), seconds = sample.losses(model, image_processor)
+        tried.append(Backbone(candidate, float(losses.mean()), 1000 * seconds / len(sample.labels)))
     affordable = [backbone for backbone in tried if backbone.milliseconds <= milliseconds] or tried[:1]
     best = min(affordable, key=lambda backbone: backbone.loss)
-    (name,) = broadcast_object_list([best.name])  # seconds differ between processes
+    (chosen,) = broadcast_object_list([best.name])  # seconds differ between processes
     listed = (f"{each.name} {each.loss:.3f}, {each.milliseconds:.0f} ms" for each in tried)
     if record and PartialState().is_main_process:
-        record.write_text(name, encoding="utf-8")
-    say("backbone", f"{name}; loss of a probe, time an image: {'; '.join(listed)}")
-    return name
+        record.write_text(chosen, encoding="utf-8")
+    say("backbone", f"{chosen}; loss of a probe, time an image: {'; '.join(listed)}")
+    return chosen
 
 
 def cross_fitted_losses(features: torch.Tensor, labels: torch.Tensor, folds: np.ndarray) -> np.ndarray:

@@ -172,7 +172,7 @@ def score_test(test: TestPredictions, threshold: float) -> dict:
     return {
         "test": test.score(),
         "unsure": unsure,
-        "calibration": {"reliability": reliability(test.likely[known], test.references[known])},
+        "calibration": {"reliability": reliability(test.logits_with_shares[known], test.references[known])},
     }
 
 
@@ -180,7 +180,7 @@ def score_run(kept: Candidate, test: TestPredictions, threshold: float) -> dict:
     """Return all scores of a run: those of `score_test`, validation, and what calibration changed."""
     scores, before = score_test(test, threshold), replace(test, logits=test.logits * kept.temperature)
     known = known_images(test.references, test.none)
-    uncalibrated = calibration_scores(before.likely[known], test.references[known])
+    uncalibrated = calibration_scores(before.logits_with_shares[known], test.references[known])
     scores["calibration"] |= {
         "temperature": kept.temperature,
         "before": {"validation": kept.uncalibrated, "test": uncalibrated},

@@ -23,7 +23,7 @@ from luthier.errors import UserError
 from luthier.escape import escape_terminal
 from luthier.images.resizing import find_rule
 from luthier.images.views import EvaluationView
-from luthier.output_dir import written_whole
+from luthier.output_dir import atomic_write
 from luthier.serving.onnx_network import INPUT, OUTPUTS, Facts, OnnxNetwork
 from luthier.serving.parity import Images
 from luthier.serving.torch_network import TorchNetwork
@@ -144,7 +144,7 @@ def write_model(model: onnx.ModelProto, facts: Facts, path: Path) -> None:
     _remove_notes(model)
     onnx.helper.set_model_props(model, {name: json.dumps(value) for name, value in facts.describe().items()})
     model.producer_name = "luthier"
-    with written_whole(path) as written:
+    with atomic_write(path) as written:
         onnx.save_model(model, written)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import PIL
 
 from luthier.errors import UserError
-from luthier.output_dir import copy_whole
+from luthier.output_dir import atomic_copy
 from luthier.serving import hub
 from luthier.serving.onnx_network import OnnxNetwork
 
@@ -83,9 +83,9 @@ def write_page(model: Path, folder: Path, name: str, vendor: bool) -> None:
         _write_json(page / MANIFEST, {**manifest, "name": name, "short_name": name})
         config = _describe(model, page, name, VENDOR if vendor else CDN)
         for path in sorted(path for path in page.rglob("*") if path.is_file()):
-            copy_whole(path, folder / path.relative_to(page))
+            atomic_copy(path, folder / path.relative_to(page))
         _write_json(page / CONFIG, config)  # last: it says that the rest is whole
-        copy_whole(page / CONFIG, folder / CONFIG)
+        atomic_copy(page / CONFIG, folder / CONFIG)
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
 from luthier.errors import UserError
-from luthier.output_dir import copy_rights_to_weights, sync
+from luthier.output_dir import copy_permissions_to_weights, sync
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def seal(folder: Path, checkpoint: Path) -> None:
 
     Whatever happens in between, the name stands for the whole checkpoint, or for none.
     """
-    copy_rights_to_weights(folder / "trainer_state.json")
+    copy_permissions_to_weights(folder / "trainer_state.json")
     hashes = {path.name: _sync_and_hash(path) for path in sorted(folder.iterdir())}
     (folder / HASHES).write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
     _sync_and_hash(folder / HASHES)
@@ -75,8 +75,8 @@ def find_damage(checkpoint: Path) -> str | None:
         return f"it cannot be read ({error})"
     except OSError as error:
         raise UserError(
-            f"{error.filename or checkpoint} cannot be read ({error.strerror}): check its owner, its rights and the "
-            "disk, and start again. Or remove the checkpoint, and the one before it is used"
+            f"{error.filename or checkpoint} cannot be read ({error.strerror}): check its owner, its permissions "
+            "and the disk, and start again. Or remove the checkpoint, and the one before it is used"
         ) from error
     return None
 

@@ -34,11 +34,10 @@ class FakeSample:
     labels = np.zeros(10)
 
     def __init__(self, losses: dict[str, float], seconds: dict[str, float]):
-        self.given, self.seconds_of, self.seconds = losses, seconds, 0.0
+        self.given, self.seconds = losses, seconds
 
-    def losses(self, model: str, image_processor: None) -> list[np.ndarray]:
-        self.seconds = self.seconds_of.get(model, 0.1)
-        return [np.full(10, self.given.get(model, 1.0))]
+    def losses(self, model: str, image_processor: None) -> tuple[list[np.ndarray], float]:
+        return [np.full(10, self.given.get(model, 1.0))], self.seconds.get(model, 0.1)
 
 
 def choose(losses: dict[str, float], seconds: dict[str, float] | None = None, missing: dict | None = None) -> str:
@@ -87,10 +86,10 @@ def test_small_images_are_tried_at_their_own_size_and_its_doubles(shorter_side, 
         def __init__(self):
             self.shorter_side, self.sides = shorter_side, []
 
-        def losses(self, model: object, *image_processors: object) -> list[np.ndarray]:
+        def losses(self, model: object, *image_processors: object) -> tuple[list[np.ndarray], float]:
             sides = [each.data_config["input_size"][-1] for each in image_processors]
             self.sides += sides
-            return [np.full(10, 1.0 if side == best else 2.0) for side in sides]
+            return [np.full(10, 1.0 if side == best else 2.0) for side in sides], 0.1
 
     model, image_processor = build_model("efficientnet_lite0", {0: "a", 1: "b"})
     sample = Recorder()

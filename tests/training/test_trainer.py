@@ -18,7 +18,7 @@ from transformers import (
 
 import train
 from luthier.errors import UserError
-from luthier.machine import LONG_RUN, lay_out
+from luthier.machine import LONG_RUN, choose_memory_format
 from luthier.training.arms import Workshop, plan_arm
 from luthier.training.checkpoints import load_weights
 from luthier.training.layers import freeze_unused
@@ -60,7 +60,7 @@ def test_checkpoint_of_another_model_is_refused(timm_checkpoint, vit_checkpoint,
 def test_weights_of_a_short_run_on_a_gpu_are_in_the_default_memory_format(timm_checkpoint, device, images, last):
     model, _ = build_model(str(timm_checkpoint), {0: "a", 1: "b"})
     expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    lay_out(model, torch.device(device), images)
+    choose_memory_format(model, torch.device(device), images)
     kernels = [tensor for tensor in model.parameters() if tensor.dim() == 4 and min(tensor.shape[1:]) > 1]
     assert kernels and all(each.is_contiguous(memory_format=torch.channels_last) == last for each in kernels)
     assert all(each.is_contiguous() != last for each in kernels)
