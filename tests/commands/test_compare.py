@@ -249,3 +249,28 @@ def test_failed_run_is_named_with_its_log(tmp_path, launch):
     assert result.returncode == 1 and "augmentation-none, seed 1 failed" in result.stderr
     (log,) = (tmp_path / "outputs/compare").glob("*.log")
     assert "nowhere is not a folder" in result.stderr and "nowhere is not a folder" in log.read_text()
+
+
+def test_copies_of_a_test_image_count_each():
+    runs = results(("a", [[True] * 4]), ("b", [[False] * 4]))
+    for parts in runs.values():
+        parts["0"] = parts["0"]._replace(correct=[("000", right, "") for _, right, _ in parts["0"].correct])
+    (verdict,) = compare_pairs(runs)
+    assert (verdict.for_a, verdict.n) == (4, 4)
+
+
+def test_adjusted_p_value_is_never_below_that_of_a_clearer_pair():
+    right = np.ones((3, 40), dtype=bool)
+    right[1, :6] = right[2, 6:12] = False  # 6 against 0 twice, 6 against 6
+    runs = results(*((name, [row.tolist()]) for name, row in zip("abc", right, strict=True)))
+    found = {(verdict.a, verdict.b): verdict.p for verdict in compare_pairs(runs)}
+    assert found == {("a", "b"): 6 / 64, ("a", "c"): 6 / 64, ("b", "c"): 1.0}  # 3 times 2/64
+
+
+def test_accuracy_of_folds_is_that_of_all_their_images():
+    parts = results(("a", [[True] * 45 + [False] * 15, [True] * 30]), folds=True)["a"]
+    for result in parts.values():
+        result.metrics.update(test={"accuracy": 0.75}, validation={"accuracy": 0.7}, seconds={"total": 1})
+    row = summarise_experiment("a", parts)
+    assert row["n"] == 90 and row["test accuracy"] == pytest.approx(75 / 90)
+    assert row["interval low"] < 75 / 90 < row["interval high"]

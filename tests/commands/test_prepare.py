@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import draw, draw_folder, load
+from datasets import ClassLabel, Dataset
 from PIL import Image
 
 import luthier.images.inspection
@@ -173,3 +174,26 @@ def test_mistake_gives_one_message(line, message, capsys):
     assert exit_info.value.code == 2
     told = capsys.readouterr().err
     assert message in told and "Traceback" not in told
+
+
+def described(**columns) -> Dataset:
+    """Return four images, of which two are the same in one class and one more in another."""
+    columns = {"digest": ["x", "x", "x", "y"], "label": [0, 0, 1, 1], "group": [0, 0, 0, 1]} | columns
+    return Dataset.from_dict(columns).cast_column("label", ClassLabel(names=["a", "b"]))
+
+
+def test_copies_of_one_class_are_left_out_and_not_those_of_another():
+    kept = prepare.keep_one_of_each(described())
+    assert list(zip(kept["digest"], kept["label"], strict=True)) == [("x", 0), ("x", 1), ("y", 1)]
+
+
+def test_plan_changes_with_all_that_is_written():
+    def plan(side: int = 64, images: int = 7, names: tuple[str, str] = ("a", "b"), **columns) -> str:
+        rows = described(**columns).cast_column("label", ClassLabel(names=list(names)))
+        return json.dumps(prepare.plan_of({"train": rows}, side, images))
+
+    others = [
+        plan(side=65), plan(images=8), plan(names=("a", "c")), plan(group=[0, 0, 0, 0]), plan(label=[0, 0, 1, 0]),
+        plan(digest=["x", "x", "x", "z"]),
+    ]  # fmt: skip
+    assert len({plan(), *others}) == 7 and plan() == plan()

@@ -124,3 +124,12 @@ def test_candidates_can_be_found_in_a_process_without_torch(monkeypatch):
     images = [draw_scene("disc", seed) for seed in range(3)]
     monkeypatch.setattr(sys, "platform", "darwin")
     assert pairs_among([*images, compressed(images[1], 60)]) == [(1, 3)]
+
+
+def test_candidates_do_not_depend_on_how_many_images_are_searched_for_at_a_time(monkeypatch):
+    hashes = np.random.default_rng(0).integers(0, 256, (300, 3, 32), np.uint8)
+    hashes[260:] = hashes[:40]
+    expected = [[number, 260 + number] for number in range(40)]
+    assert duplicates.find_candidates(hashes).tolist() == expected
+    monkeypatch.setattr(duplicates, "QUERIES", 64)
+    assert duplicates.find_candidates(hashes).tolist() == expected

@@ -425,3 +425,38 @@ def test_linked_folders_are_searched(root, tmp_path):
     (tmp_path / "labels.csv").write_text(text(pairs()))
     splits, _ = load_images(data_dir=str(tmp_path / "linked"), labels=str(tmp_path / "labels.csv"))
     assert len(splits["train"]) == 12
+
+
+@pytest.mark.parametrize("column", ["split", "patient"])
+def test_image_in_two_splits_or_groups_is_refused(root, column):
+    values = ("train", "test") if column == "split" else ("p1", "p2")
+    rows = [(*pair, values[number > 5]) for number, pair in enumerate(pairs())]
+    options = {} if column == "split" else {"group_column": "patient"}
+    with pytest.raises(UserError, match=r"'a0.png' is in row 2 too, with another label, split or group"):
+        load(root, text([*rows, ("a0.png", "blue", values[1])], f"file,label,{column}"), **options)
+
+
+def test_test_comes_before_validation_where_a_model_is_scored_only(root):
+    rows = [(*pair, "test" if number < 6 else "validation") for number, pair in enumerate(pairs())]
+    assert load(root, text(rows, "file,label,split"), to_train=False) == {"train": dict(pairs()[:6])}
+
+
+def test_class_number_below_zero_is_no_label(root):
+    features = Features({"file": Value("string"), "label": ClassLabel(names=list(CLASSES))})
+    numbers = [-1, *(number % 3 for number in range(1, 12))]
+    table = {"file": [f"a{number}.png" for number in range(12)], "label": numbers}
+    path = root.parent / "labels.parquet"
+    Dataset.from_dict(table, features=features).to_parquet(path)
+    with pytest.raises(UserError, match="row 1, column 'label': there is no label"):
+        load_images(data_dir=str(root), labels=str(path))
+
+
+@pytest.mark.parametrize("values", [("Zoë", "Zoe\N{COMBINING DIAERESIS}"), ("p1", "p1")])
+def test_images_of_one_group_are_together_and_those_without_a_group_alone(root, values):
+    """The first two names are the same, in both spellings of Unicode."""
+    rows = [(*pair, values[number % 2] if number < 4 else "") for number, pair in enumerate(pairs())]
+    path = root.parent / "labels.csv"
+    path.write_text(text(rows, "file,label,patient"), encoding="utf-8")
+    splits, _ = load_images(data_dir=str(root), labels=str(path), group_column="patient")
+    groups = dict(zip(splits["train"]["name"], splits["train"]["group"], strict=True))
+    assert len({groups[f"a{number}.png"] for number in range(4)}) == 1 and len(set(groups.values())) == 9

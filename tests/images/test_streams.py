@@ -233,3 +233,12 @@ def test_large_row_groups_are_refused(monkeypatch):
     write("test.parquet", mixed(9), 200)
     with pytest.raises(UserError, match=r"train.parquet has a row group with 0 MB of images. .* prepare.py"):
         open_stream(".")
+
+
+def test_block_that_has_other_rows_than_before_is_refused(tmp_path):
+    path = str(tmp_path / "train.parquet")
+    write(path, [0, 1, 2])
+    block = Block(path, shards._version_of(path), 0, 1, 3)
+    assert len(block.read(["label"])) == 3
+    with pytest.raises(UserError, match="4 rows were there before, and now 3"):
+        block._replace(rows=4).read(["label"])

@@ -10,7 +10,7 @@ from transformers import EvalPrediction
 from luthier.errors import UserError
 from luthier.scoring import criterion as module
 from luthier.scoring.criterion import TIE, Criterion, Judge, build_judge
-from luthier.scoring.metrics import Classification, fit_temperature, log_loss, score
+from luthier.scoring.metrics import Classification, Yardstick, fit_temperature, log_loss, score
 from luthier.training.balance import Balance
 from luthier.training.probe import fit_path
 from luthier.training.trainer import concatenate_batches
@@ -141,3 +141,15 @@ def test_weighted_probe_tells_the_probabilities_of_data_like_its_own():
     probabilities = [probe.logits(features).softmax(dim=1)[:, 1].mean() for probe in (plain, weighted)]
     assert probabilities == pytest.approx([shares[1]] * 2, abs=0.02)
     assert not torch.equal(plain.weight, weighted.weight)
+
+
+def test_judge_has_the_losses_of_its_metric_and_corrects_them():
+    generator = np.random.default_rng(0)
+    references = generator.integers(0, 3, 200)
+    logits = generator.normal(size=(200, 3)) + 2 * np.eye(3)[references]
+    judge = Judge(["a", "b", "c"], Criterion("macro_f1"))
+    losses = judge.criterion.losses(logits, references)
+    assert np.array_equal(judge.losses(logits, references), losses)
+    yardstick = Yardstick(losses + generator.normal(size=200), 0.9)
+    corrected = judge._replace(yardstick=yardstick).losses(logits, references)
+    assert np.array_equal(corrected, yardstick.correct(losses)) and not np.array_equal(corrected, losses)

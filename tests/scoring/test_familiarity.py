@@ -1,10 +1,14 @@
 """Familiarity: an image far from all training images, or of which the model is unsure, is not answered."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from torch import nn
 
+import luthier.scoring.familiarity as module
 from luthier.familiarity import Familiarity, log_odds, similarity
 from luthier.scoring.familiarity import Answers, choose_references, pool_familiarity
 
@@ -75,3 +79,19 @@ def test_pooled_sureness_is_that_of_the_model_that_is_shipped():
     assert (sureness[correct] >= shipped.unsure_below).mean() == pytest.approx(0.95, abs=0.04)
     one_less = [own[0]._replace(sureness=None, familiarity=None), own[1]]
     assert pool_familiarity(one_less, own[1].familiarity, logits.numpy(), correct) == (None, None)
+
+
+def test_scale_is_that_of_images_of_the_classes(monkeypatch):
+    monkeypatch.setattr(module, "linear_head", lambda model: "head")
+    trainer = SimpleNamespace(model=nn.ModuleDict({"head": nn.Linear(4, 3)}), is_world_process_zero=lambda: True)
+    labels = np.arange(30) % 3
+    rows = Dataset.from_dict({"label": labels, "digest": [f"{row:064x}" for row in range(30)]})
+    splits = DatasetDict(train=rows, validation=rows)
+    known = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
+    other = known.clone()
+    other[torch.from_numpy(labels) == 2] *= -9  # images of none of the classes, which may look like anything
+    one, same = (
+        module.learn_familiarity(trainer, {}, splits, {"train": known, "validation": validation}, True, none=2)
+        for validation in (known, other)
+    )
+    assert (one.log_odds, one.similarity, one.unsure_below) == (same.log_odds, same.similarity, same.unsure_below)

@@ -38,3 +38,11 @@ def test_classes_in_one_group_do_not_count():
     assert (found["images"], found["groups"]) == (60, 12)
     assert found["accuracy"] == found["ignoring"] == 1 and found["inflation"] == 0
     assert measure_inflation(features, labels, np.arange(80), labels, 4, 0.01) is None
+
+
+def test_duplicates_are_kept_together_in_both_scores():
+    generator = np.random.default_rng(0)
+    groups, labels = np.repeat(np.arange(40), 5), np.repeat(generator.integers(0, 2, 40), 5)
+    features = torch.tensor(np.repeat(generator.normal(size=(40, 30)), 5, axis=0)).float()
+    found = measure_inflation(features, labels, groups, groups, 2, 0.01)
+    assert found["inflation"] == 0 and found["ignoring"] < 0.8

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from luthier.scoring.intervals import bootstrap_intervals, interval_of_share, wilson_interval
+from luthier.scoring.intervals import bootstrap_intervals, interval_of_difference, interval_of_share, wilson_interval
 from luthier.scoring.metrics import score
 
 
@@ -127,3 +127,17 @@ def test_large_group_does_not_hide_how_far_it_is_from_the_others():
         low, high = interval_of_share(generator.random(len(groups)) < shares[groups], groups)
         covered += low <= 0.8 <= high
     assert covered > 0.86 * 300
+
+
+def test_interval_of_macro_f1_leaves_out_refusals():
+    references = np.repeat([0, 1], 100)
+    predictions = np.where(np.arange(200) % 10, references, 2)  # a tenth is taken for none of the classes
+    scored = score(np.eye(3)[predictions], references, ["a", "b", "none"], none=2)
+    low, high = scored["macro_f1_ci95"]
+    assert low < scored["macro_f1"] < high
+
+
+def test_few_groups_tell_little_of_a_difference():
+    differences = np.repeat([-1, 0, 0, 0], 25)  # one of four groups loses all of its images
+    low, high = interval_of_difference(differences, np.repeat(np.arange(4), 25))
+    assert low < -0.75 and high > 0.25  # t = 3.18 times the standard error, in the place of 1.96

@@ -1,9 +1,13 @@
 """The learning curve: it rises on features of known difficulty, and half of the data predicts the accuracy on all."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, DatasetDict
 
+import luthier.scoring.learning_curve as module
 from luthier.errors import UserError
 from luthier.reporting.console import learning_curve_in_words
 from luthier.scoring.learning_curve import FRACTIONS, _ranks_in_class, extrapolate, learning_curve
@@ -78,3 +82,24 @@ def test_part_of_the_images_is_a_part_of_the_groups():
     ranks = _ranks_in_class(labels, groups, seed=0)
     assert [len(set(ranks[groups == group])) for group in range(8)] == [1] * 8
     assert sorted(set(ranks[labels == 0])) == sorted(set(ranks[labels == 1])) == [0, 0.25, 0.5, 0.75]
+
+
+def test_interval_of_groups_is_wider_than_that_of_their_images(monkeypatch):
+    monkeypatch.setattr(module, "RESAMPLES", 50)
+    sizes, groups = np.array([25.0, 50, 100, 200]), np.repeat(np.arange(40), 10)
+    correct = np.array([np.repeat(np.arange(40) < 40 * share, 10) for share in (0.6, 0.7, 0.75, 0.8)], dtype=float)
+    alone, together = (
+        np.diff(extrapolate(sizes, correct, given, 200)["now"]["ci95"]) for given in (np.arange(400), groups)
+    )
+    assert together > 2 * alone
+
+
+def test_features_of_train_and_validation_are_those_of_their_labels(monkeypatch):
+    monkeypatch.setattr(module, "RESAMPLES", 5)
+    splits, features = DatasetDict(), {}
+    for split, labels in (("train", np.repeat([0, 1], 20)), ("validation", np.tile([0, 1], 10))):
+        columns = {"label": labels, "group": np.arange(len(labels)) + 100 * len(splits)}
+        splits[split] = Dataset.from_dict(columns).cast_column("label", ClassLabel(names=["a", "b"]))
+        features[split] = 5 * torch.eye(2)[torch.from_numpy(labels)]
+    curve = module.probe_learning_curve(splits, features, SimpleNamespace(strength=0.1), torch.device("cpu"))
+    assert curve["points"][-1]["accuracy"] == 1 and curve["now"]["n"] == 40

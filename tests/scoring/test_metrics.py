@@ -1,17 +1,21 @@
 """The metrics: compared with values worked out by hand, and called as the Trainer calls them."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict
+from torch import nn
 
-from luthier.scoring import metrics
+from luthier.scoring import metrics, selection
+from luthier.scoring.criterion import Judge
 from luthier.scoring.intervals import wilson_interval
 from luthier.scoring.metrics import (
     TestPredictions,
     Yardstick,
     choose_threshold,
+    confidence_and_correct,
     fit_temperature,
     log_loss,
     reliability,
@@ -172,3 +176,23 @@ def test_near_duplicates_count_as_one_image():
 def test_standard_error_of_images_that_vary_together_is_that_of_their_groups():
     values = np.random.default_rng(0).normal(size=50)
     assert standard_error(np.repeat(values, 10), np.repeat(np.arange(50), 10)) == pytest.approx(standard_error(values))
+
+
+def test_refusals_are_no_answers_and_images_of_no_class_are_counted_by_themselves():
+    references = np.array([0, 1, 0, 1, 2, 2])
+    logits = np.eye(3)[[0, 1, 1, 2, 2, 0]] * 2.0
+    splits = split_of(references, ["a", "b", "none"], range(6))
+    unsure = score_test(TestPredictions(splits, logits, references, none=2), threshold=0.0)["unsure"]
+    assert (unsure["answered"], unsure["none_answered"]) == (0.75, 0.5) and unsure["accuracy"] == pytest.approx(2 / 3)
+
+
+def test_threshold_is_one_of_calibrated_confidence(monkeypatch):
+    generator = np.random.default_rng(0)
+    references = generator.integers(0, 3, 200)
+    logits = 9 * (generator.normal(size=(200, 3)) + np.eye(3)[references])  # far too sure
+    monkeypatch.setattr(selection, "predict", lambda trainer, rows: (logits, references))
+    monkeypatch.setattr(selection, "linear_head", lambda model: "head")
+    trainer = SimpleNamespace(model=nn.Linear(2, 3))
+    (found,) = selection.score_candidates(trainer, None, None, (1.0,), Judge(["a", "b", "c"]), "full")
+    calibrated = confidence_and_correct(logits / found.temperature, references)
+    assert found.temperature > 3 and found.threshold == choose_threshold(*calibrated)

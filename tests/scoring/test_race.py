@@ -10,9 +10,9 @@ import pytest
 
 import luthier.scoring.race as module
 from luthier.errors import NotFinite, UserError
-from luthier.output_dir import RACE
+from luthier.output_dir import NO_TIME, RACE
 from luthier.scoring.criterion import Judge
-from luthier.scoring.race import FAR, _choose_next, _expected_seconds, predict_loss, race
+from luthier.scoring.race import FAR, Outcome, _choose_next, _expected_seconds, predict_loss, race
 from luthier.scoring.race_record import Course, Heat, read_record, write_record
 from luthier.scoring.selection import Candidate, choose
 from luthier.terminal import Stopwatch
@@ -198,3 +198,49 @@ def test_arm_whose_loss_is_not_finite_leaves_the_race(tmp_path, monkeypatch, cap
 def test_no_race_where_the_probe_leaves_little_to_gain():
     outcome = race(ARMS, candidate([0.01] * 4, "probe"), SimpleNamespace(judge=Judge([])), None)
     assert outcome.arm is None and not outcome.heats and "little to gain" in outcome.reason
+
+
+def test_heats_after_a_named_checkpoint_do_not_count(tmp_path):
+    arms = [SimpleNamespace(**vars(arm("full")), is_main_process=True)]
+    write_record(course_in(tmp_path), arms, heats(full=[0.5, 0.4, 0.3]), "its last heat")
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 30}')
+    assert read_record(course_in(tmp_path), arms, tmp_path) == (heats(full=[0.5, 0.4]), "")
+
+
+def test_seconds_of_heats_add_up_and_epochs_are_counted_from_the_start():
+    outcome = Outcome(heats=heats(full=[0.5, 0.4], lp_ft=[0.3]))
+    assert (outcome.epochs_of("full"), outcome.seconds_of("full"), outcome.epochs_of("probe")) == (3.0, 2.0, 0.0)
+
+
+def run_race(tmp_path, monkeypatch, resume: str | None = None, **terms) -> tuple[Outcome, SimpleNamespace]:
+    """Run a race of one arm that is trained in no time, and return its outcome and the arm."""
+
+    def advance(arm, end, course, checkpoint, begin):
+        state = SimpleNamespace(global_step=end, epoch=end / 10)
+        best = candidate([10 / end] * 4, arm.recipe.name)._replace(validation={"accuracy": 0.9})
+        return module.Advanced(arm, SimpleNamespace(state=state), [best])
+
+    monkeypatch.setattr(module, "_advance", advance)
+    monkeypatch.setattr(module.EpochTable, "write_header", lambda args: None)
+    monkeypatch.setattr(module, "newest_shared", lambda *_: None)
+    one = SimpleNamespace(**vars(arm("full")), is_main_process=True, folder=tmp_path, training_args=None)
+    return race([one], None, course_in(tmp_path, **terms), resume), one
+
+
+def test_race_that_the_time_limit_ends_says_so(tmp_path, monkeypatch):
+    outcome, one = run_race(tmp_path, monkeypatch, time_limit=0)  # the first heat is run in any case
+    assert len(outcome.heats) == 1 and outcome.reason == NO_TIME
+    assert read_record(course_in(tmp_path, time_limit=0), [one])[1] == NO_TIME
+
+
+def test_heat_that_was_interrupted_counts_the_seconds_that_were_expected(tmp_path, monkeypatch):
+    arms = [SimpleNamespace(**vars(arm("full")), is_main_process=True)]
+    write_record(course_in(tmp_path), arms, heats(full=[0.5]), "")
+    outcome, _ = run_race(tmp_path, monkeypatch, "auto")
+    assert [heat.seconds >= 1 for heat in outcome.heats] == [True, True, False, False], "the first one of this part"
+
+
+def test_probe_must_be_ahead_in_more_than_a_few_groups():
+    probe, best = candidate([0.0] * 4, "probe"), candidate([1.0, 1.0, -0.5, -0.5])
+    together = probe._replace(groups=np.array([0, 0, 1, 1]))
+    assert choose([probe, best]) is probe and choose([together, best]) is best

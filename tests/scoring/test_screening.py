@@ -18,6 +18,7 @@ from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 from luthier.scoring.screening import (
     HUB_BACKBONES,
     Sample,
+    View,
     choose_backbone,
     choose_view,
     cross_fitted_losses,
@@ -95,6 +96,7 @@ def test_small_images_are_tried_at_their_own_size_and_its_doubles(shorter_side, 
     sample = Recorder()
     view, views = choose_view(model, image_processor, sample, enabled=True, any_side=True)
     assert view.image_processor.data_config["input_size"][-1] == views[0].side == best
+    assert model.config.pretrained_cfg["input_size"][-1] == best, "the model keeps the view that was chosen"
     assert set(sample.sides) == tried | {128} and len(sample.sides) == len(tried | {128}) + 1 == len(views) - 1, (
         "the fits at 128 px, and each side once"
     )
@@ -169,3 +171,10 @@ def test_auto_loads_the_backbones_of_the_hub(tmp_path):
     assert all(f"{name} is left out: " in done.stdout for name in HUB_BACKBONES[3:])
     losses = {part.split()[0]: float(part.split()[1][:-1]) for part in said.split("time an image: ")[1].split("; ")}
     assert said.split()[1].rstrip(";") == min(losses, key=losses.get)
+
+
+def test_view_is_better_only_by_more_than_a_standard_error():
+    own, alone = View("own", 64, np.array([0.5, 0.5, 0.5, 0.5])), np.arange(4)
+    assert not View("pad", 64, np.array([0.1, 0.8, 0.1, 0.9])).is_better(own, alone)  # by 0.025, with an error of 0.19
+    close = View("pad", 64, np.array([0.4, 0.4, 0.52, 0.52]))
+    assert close.is_better(own, alone) and not close.is_better(own, alone // 2), "two groups tell less"

@@ -151,3 +151,14 @@ def test_best_checkpoint_comes_along_into_another_directory(tmp_path):
     (named / "trainer_state.json").write_text('{"best_global_step": null}')
     bring_best(named, tmp_path / "other")
     assert find_damage(best) is None and list(checkpoints_by_step(tmp_path / "other")) == [4]
+
+
+def test_checkpoint_of_the_same_step_is_replaced(tmp_path):
+    for content in (b"before", b"after"):
+        partial = tmp_path / ".partial/checkpoint-4"
+        partial.mkdir(parents=True)
+        (partial / "model.safetensors").write_bytes(content)
+        (partial / "trainer_state.json").write_text("{}")
+        seal(partial, tmp_path / "checkpoint-4")
+    assert (tmp_path / "checkpoint-4/model.safetensors").read_bytes() == b"after"
+    assert find_damage(tmp_path / "checkpoint-4") is None and not partial.exists()

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 import luthier.training.heats as heats
-from luthier.training.heats import MAX_IMAGES, MIN_STEPS, EndInTime, Schedule, first_heat, heat_ends
+from luthier.training.heats import MAX_IMAGES, MIN_STEPS, EndHeat, EndInTime, Schedule, first_heat, heat_ends
 
 
 @pytest.mark.parametrize(
@@ -63,3 +63,17 @@ def test_epoch_that_would_end_too_late_with_its_evaluation_is_not_begun(monkeypa
         getattr(ends, f"on_{event}")(None, None, control)
         assert control.should_training_stop == (moment == 13)
     assert told == [5, 11]
+
+
+@pytest.mark.parametrize("evaluate", [True, False])
+def test_end_of_a_heat_is_evaluated_and_kept_whatever_the_strategies_are(evaluate):
+    end = EndHeat(10, evaluate)
+    for step in (9, 10):
+        control = SimpleNamespace(
+            should_training_stop=False, should_save=False, should_log=False, should_evaluate=not evaluate
+        )
+        state = SimpleNamespace(global_step=step)
+        end.on_step_end(None, state, control)
+        end.on_epoch_end(None, state, control)
+        assert control.should_training_stop == control.should_save == control.should_log == (step == 10)
+        assert control.should_evaluate == (evaluate if step == 10 else not evaluate)

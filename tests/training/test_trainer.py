@@ -20,6 +20,7 @@ import train
 from luthier.errors import UserError
 from luthier.machine import LONG_RUN, choose_memory_format
 from luthier.training.arms import Workshop, plan_arm
+from luthier.training.callbacks import EpochTable
 from luthier.training.checkpoints import load_weights
 from luthier.training.layers import freeze_unused
 from luthier.training.recipe import RECIPES
@@ -142,3 +143,13 @@ def test_model_without_a_loss_of_its_own_is_trained(tmp_path, monkeypatch):
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained("deit")
     log = run(Path("deit"))
     assert [entry["loss"] for entry in log if "loss" in entry] and [True for entry in log if "eval_loss" in entry]
+
+
+def test_training_accuracy_is_that_of_the_epoch():
+    table, answers = EpochTable("full"), torch.eye(2)[[0, 0, 1, 1]]
+    table.on_train_begin(None, None, None)
+    for labels, expected in (([0, 0, 1, 1], 1.0), ([0, 1, 0, 1], 0.5)):
+        table.count(answers, torch.tensor(labels))
+        state = SimpleNamespace(log_history=[{}])
+        table.on_log(None, state, None, logs={"loss": 1.0})
+        assert state.log_history[-1]["train_accuracy"] == expected

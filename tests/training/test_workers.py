@@ -4,12 +4,14 @@ import multiprocessing
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import torch
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
-from luthier.training.workers import BATCHES, WorkerTrainer
+from luthier.training.callbacks import SetEpoch
+from luthier.training.workers import BATCHES, SeededAugmentation, WorkerTrainer
 
 WORKERS = 2
 
@@ -63,3 +65,20 @@ def test_workers_outlive_signals_to_all_processes(tmp_path):
             return
         time.sleep(0.1)
     raise AssertionError(f"workers are left: {left}")
+
+
+class RandomRows(list):
+    """Rows that are random numbers."""
+
+    def __getitem__(self, row: int) -> float:
+        return torch.rand(1).item()
+
+
+def test_augmentation_differs_from_row_to_row_and_from_epoch_to_epoch():
+    rows, seen = SeededAugmentation(RandomRows(range(4)), seed=1, workers=0), []
+    callback = SetEpoch(rows.set_epoch)
+    for epoch in (0.0, 1.0, 2.0):
+        callback.on_epoch_begin(None, SimpleNamespace(epoch=epoch), None)
+        seen += [rows[row] for row in range(4)]
+    assert len(set(seen)) == 12
+    assert rows[3] == seen[-1], "and in nothing else"

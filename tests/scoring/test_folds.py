@@ -1,0 +1,70 @@
+"""The folds of a run as one result: the temperature, the threshold and the model that is shipped."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from datasets import Dataset, DatasetDict
+
+import luthier.scoring.folds as module
+from luthier.output_dir import NO_TIME
+from luthier.scoring.baselines import ProbeResults
+from luthier.scoring.criterion import Criterion, Judge
+from luthier.scoring.experiment import Experiment, Result
+from luthier.scoring.familiarity import Answers
+from luthier.scoring.metrics import choose_threshold, confidence_and_correct, fit_temperature
+from luthier.scoring.race import Outcome
+from luthier.scoring.selection import Candidate
+
+NONE = 2
+
+
+def fold(
+    number: int, temperature: float, loss: float, arm: str = "full", reason: str = "its last heat"
+) -> tuple[np.ndarray, tuple[Experiment, Result]]:
+    """Return the logits of 60 images of two classes and of none, before calibration, and the fold that tests them."""
+    generator, references = np.random.default_rng(number), np.arange(60) % 3
+    logits = 4 * (generator.normal(size=(60, 3)) + np.eye(3)[references])
+    logits[references == NONE, NONE] += 9  # it is very sure of images of none of the classes
+    test = Dataset.from_dict({"label": references, "digest": [f"{number} {row}" for row in range(60)]})
+    validation = Dataset.from_dict({"label": [0, 1], "digest": ["of no fold", "0 7"]})
+    splits = DatasetDict(train=test.select(range(0)), validation=validation, test=test)
+    course = SimpleNamespace(judge=Judge(["a", "b", "none"], Criterion(none=NONE)))
+    kept = Candidate(1.0, temperature, 0.1, {}, {}, np.full(4, loss), arm)
+    model = SimpleNamespace(config=SimpleNamespace())
+    answers = Answers(logits / temperature, references)
+    result = Result(None, course, [], ProbeResults(), Outcome(reason=reason), kept, model, answers)
+    return logits, (Experiment(splits, False, splits, {"unreadable": []}, None, None, [], None, {}), result)
+
+
+def pool(monkeypatch, *folds: tuple) -> tuple[Experiment, Result, list]:
+    """Return what `pool` returns, and which models' logits it divides, and by what."""
+    divided: list = []
+    monkeypatch.setattr(module, "audit_images", lambda *_: {})
+    monkeypatch.setattr(module, "divide_logits", lambda model, by: divided.append((model, by)))
+    return *module.pool([part for _, part in folds]), divided
+
+
+def test_shipped_model_has_the_temperature_and_the_threshold_of_all_folds(monkeypatch):
+    folds = fold(0, 2.0, loss=0.5), fold(1, 7.0, loss=0.4)
+    experiment, result, divided = pool(monkeypatch, *folds)
+    logits, references = np.concatenate([each for each, _ in folds]), np.tile(np.arange(3), 40)
+    temperature = fit_temperature(logits, references)
+    assert result.kept.temperature == pytest.approx(temperature, rel=1e-6)
+    assert np.allclose(result.answers.logits, logits / temperature)
+    assert result.model is folds[1][1][1].model and divided == [(result.model, pytest.approx(temperature / 7.0))]
+    confidence, correct = confidence_and_correct(logits / temperature, references)
+    assert result.threshold == pytest.approx(choose_threshold(confidence, correct & (references != NONE)))
+    assert result.model.config.unsure_below == result.kept.threshold
+    assert experiment.splits["test"]["digest"][:] == [f"{number} {row}" for number in (0, 1) for row in range(60)]
+    assert experiment.splits["validation"]["digest"][:] == ["of no fold"] and "untested" not in experiment.splits
+
+
+def test_shipped_model_is_the_best_of_the_kind_that_most_folds_kept(monkeypatch):
+    several = [fold(0, 2.0, 0.5), fold(1, 2.0, 0.1, "lp_ft"), fold(2, 2.0, 0.4, reason=NO_TIME), fold(3, 2.0, 0.6)]
+    _, result, _ = pool(monkeypatch, *several)
+    assert result.model is several[2][1][1].model
+    _, result, _ = pool(monkeypatch, *several[:2])
+    assert (result.kept.arm, result.outcome.reason) == ("lp_ft", "its last heat"), "one each: by the loss"
+    _, result, _ = pool(monkeypatch, several[1], several[2])
+    assert result.outcome.reason == NO_TIME, "with more time one fold goes on"
