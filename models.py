@@ -131,8 +131,15 @@ def build_model(
         if image_size < 1:
             raise ModelError(f"--image_size {image_size} is not a size: give the side of a square in pixels")
         image_processor = change_view(model, image_processor, image_size)
-        _check_image_size(model, model_name, image_size)
+        if refusal := _refusal(model, image_size):
+            raise ModelError(
+                f"{model_name} does not take images of {image_size} px: {refusal}. Leave --image_size out, or use "
+                "another size or model"
+            )
     keep_in_eval_mode(module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
+    for module in model.modules():
+        if hasattr(module, "attention_bias_cache"):  # of LeViT, which would not see weights that are loaded later
+            module.register_forward_hook(_forget_biases)
     # Convolutions run up to twice as fast in this layout on CPUs and on GPUs with tensor cores.
     model.to(memory_format=torch.channels_last)  # type: ignore[call-arg]  # the library wraps torch's method
     return model, image_processor
@@ -382,15 +389,6 @@ def _shows_square(image_processor: BaseImageProcessor, side: int) -> bool:
     return tuple(shown["pixel_values"].shape[-2:]) == (side, side)
 
 
-def _check_image_size(model: PreTrainedModel, model_name: str, image_size: int) -> None:
-    refusal = _refusal(model, image_size)
-    if refusal is not None:
-        raise ModelError(
-            f"{model_name} does not take images of {image_size} px: {refusal}. Leave --image_size out, or use another "
-            "size or model"
-        )
-
-
 def takes_size(model: PreTrainedModel, image_size: int) -> bool:
     """Tell whether a model takes square images of this side in pixels."""
     return _refusal(model, image_size) is None
@@ -403,7 +401,7 @@ def _refusal(model: PreTrainedModel, image_size: int) -> str | None:
         with torch.no_grad():
             probed(pixel_values=torch.zeros(1, 3, image_size, image_size, device=model.device))
     except (RuntimeError, ValueError, AssertionError) as error:
-        return str(error).splitlines()[0]
+        return str(error).splitlines()[0] if str(error) else type(error).__name__
     return None
 
 
@@ -414,6 +412,10 @@ def keep_in_eval_mode(modules: Iterable[nn.Module]) -> None:
     """
     for module in modules:
         module.register_forward_pre_hook(_set_eval_mode)
+
+
+def _forget_biases(module: nn.Module, args: tuple, output: object) -> None:
+    module.attention_bias_cache = {}  # type: ignore[assignment]
 
 
 def _set_eval_mode(module: nn.Module, args: tuple) -> None:

@@ -17,15 +17,18 @@ from efficientnet_lite_pytorch import EfficientNet
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
+    LevitConfig,
+    LevitForImageClassification,
     PreTrainedModel,
     SwinConfig,
     SwinForImageClassification,
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
+    ViTImageProcessor,
 )
 
 from luthier.images.views import EvaluationView
-from luthier.training.layers import freeze, layer_numbers, parameter_groups
+from luthier.training.layers import freeze, freeze_unused, layer_numbers, parameter_groups
 from models import (
     ModelError,
     SimpleCNNForImageClassification,
@@ -240,6 +243,32 @@ def test_copy_of_a_model_leaves_the_original_alone(timm_checkpoint):
     assert all(norm.training for norm in norms[0])
     model(batch(32))
     assert not any(norm.training for norm in norms[0])
+
+
+def test_levit_sees_weights_that_are_loaded_after_a_prediction(tmp_path):
+    """It keeps its attention biases in evaluation mode, and would go on with the earlier ones."""
+    config = LevitConfig(
+        image_size=32, hidden_sizes=[8, 8, 8], num_attention_heads=[2, 2, 2], depths=[1, 1, 1], key_dim=[4, 4, 4],
+        mlp_ratio=[1, 1, 1], attention_ratio=[1, 1, 1], drop_path_rate=0, num_labels=3,
+    )  # fmt: skip
+    LevitForImageClassification(config).save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    model, _ = build_model(str(tmp_path), ID2LABEL)
+    model.eval()
+    with torch.no_grad():
+        model(batch(32))
+    freeze_unused(model, (3, 32, 32))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    state = {
+        name: torch.randn_like(tensor) if "biases" in name else tensor for name, tensor in model.state_dict().items()
+    }
+    other = copy.deepcopy(model)
+    other.load_state_dict(state)
+    fresh, _ = build_model(str(tmp_path), ID2LABEL)
+    fresh.load_state_dict(state)
+    with torch.no_grad():
+        before, after, expected = (each.eval()(batch(32)).logits for each in (model, other, fresh))
+    assert torch.equal(after, expected) and not torch.equal(before, after)
 
 
 def test_layers_are_numbered_from_the_input_to_the_head(model_name):

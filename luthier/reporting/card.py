@@ -14,6 +14,7 @@ from luthier.reporting.console import (
     learning_curve_in_words,
     none_in_words,
     percent_with_interval,
+    points,
     refit_in_words,
     trust_remote_code,
 )
@@ -61,6 +62,7 @@ def write_model_card(path: Path, metrics: dict, custom_code: bool, repo_id: str 
         "text": escape_markdown,
         "percent": percent,
         "interval": percent_with_interval,
+        "points": points,
         "balance": balance_with_intervals,
     }
     exports = path.parent / EXPORTS

@@ -221,6 +221,11 @@ def balance_with_intervals(scored: Mapping) -> str:
     )
 
 
+def points(difference: float) -> str:
+    """Return a difference of shares in points: `+1.2`."""
+    return f"{round(100 * difference, 1) + 0.0:+.1f}"  # the sum makes -0.0 a zero
+
+
 def none_in_words(none: Mapping, unsure: Mapping) -> tuple[str, str]:
     """Return how many images of none of the classes are refused, and how many of the others, a sentence each."""
     low, high = none["refused_ci95"]
@@ -239,12 +244,12 @@ def trust_remote_code(custom_code: bool) -> str:
 
 def inflation_in_words(inflation: Mapping) -> str:
     """Return what a score would be that ignores the groups."""
-    low, high = (100 * gain for gain in inflation["ci95"])
+    low, high = map(points, inflation["ci95"])
     return (
         f"{inflation['images']:,} images of train and validation in {plural(inflation['groups'], 'group')}. A linear "
         f"probe scores {percent(inflation['accuracy'])} on groups that it has not seen. With splits that ignore the "
-        f"groups it would seem to score {percent(inflation['ignoring'])}: {100 * inflation['inflation']:+.1f} points "
-        f"(95% interval {low:+.1f} to {high:+.1f})"
+        f"groups it would seem to score {percent(inflation['ignoring'])}: {points(inflation['inflation'])} points "
+        f"(95% interval {low} to {high})"
     )
 
 
@@ -253,11 +258,11 @@ def learning_curve_in_words(curve: Mapping | None) -> str:
     if curve is None:
         return "not estimated: this model has no linear probe"
     now, twice = curve["now"], curve["twice"]
-    low, high = (100 * gain for gain in curve["gain_ci95"])
+    low, high = map(points, curve["gain_ci95"])
     return (
         f"With twice the training images ({twice['n']:,} instead of {now['n']:,}) a linear probe would score about "
-        f"{percent(twice['accuracy'])} instead of {percent(now['accuracy'])}: {100 * curve['gain']:+.1f} points "
-        f"(95% interval {low:+.1f} to {high:+.1f})"
+        f"{percent(twice['accuracy'])} instead of {percent(now['accuracy'])}: {points(curve['gain'])} points "
+        f"(95% interval {low} to {high})"
     )
 
 
