@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from luthier.errors import UserError, require
 from luthier.machine import OneGPUTrainingArguments, fill_in_machine_defaults
 from luthier.options import BUILT_IN_DATASET, DATA_KEYS, EXPORT_PACKAGES, DataArguments, ModelArguments
-from luthier.output_dir import free_output_dir
+from luthier.output_dir import check_folds, free_output_dir
 from luthier.parsing import HelpFormatter, Parser, describe_command, read_options
 
 
@@ -224,6 +224,7 @@ def parse_arguments(argv: list[str], command: str | None = None, replaced: Colle
     )
     name = Path(config).stem if config else f"{Path(model_args.model_name).name}_{Path(data_args.name).name}"
     output_dir = free_output_dir(options["output_dir"], name, options["resume_from_checkpoint"], replaced)
+    check_folds(output_dir, options["folds"])
     return Arguments(data_args, model_args, _build_training_args(options, output_dir), run_args)
 
 

@@ -78,14 +78,15 @@ def message_for_user(error: Exception) -> str | None:
     while cause is not None:  # `datasets` puts an error of its own around the system's, and has one without a number
         if isinstance(cause, OSError) and (cause.errno in DISK_OR_RIGHTS or "Not enough disk space" in str(cause)):
             where = f"{cause.filename}: " if cause.filename else ""
-            return f"{where}{cause.strerror or cause}. {_remedy(cause.errno)}, and start again"
+            return f"{where}{cause.strerror or cause}. {_remedy(cause.errno)}"
         number = re.search(r"\(os error (\d+)\)", str(cause)) if type(cause).__name__ == "SafetensorError" else None
         if number and int(number[1]) in DISK_OR_RIGHTS:  # weights: safetensors has no other way to say it
-            return f"{os.strerror(int(number[1]))}. {_remedy(int(number[1]))}, and start again"
+            return f"{os.strerror(int(number[1]))}, while weights are written. {_remedy(int(number[1]))}"
         cause = cause.__cause__
     return None
 
 
 def _remedy(number: int | None) -> str:
     """Return what to do about an error of the system, by its number; None is a full disk, as `datasets` reports it."""
-    return "Check the permissions" if number in PERMISSIONS else "Free some space"
+    remedy = "Check the permissions" if number in PERMISSIONS else "Free some space"
+    return f"{remedy}, and start again; train.py goes on with --output_dir and --resume_from_checkpoint auto"

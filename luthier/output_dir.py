@@ -58,6 +58,26 @@ def free_output_dir(
     return path
 
 
+def check_folds(output_dir: Path, folds: int | None) -> None:
+    """Check that an interrupted run goes on with folds, or without, as it was begun.
+
+    Args:
+        output_dir: of the run; it may not be there yet.
+        folds: of `--folds`.
+
+    Raises:
+        UserError: it was begun otherwise, so that nothing of it would be used.
+    """
+    if output_dir.is_dir() and not has_ended(output_dir):
+        in_folds = any(output_dir.glob("fold-*"))
+        alone = (output_dir / RACE).exists() or any(output_dir.glob("checkpoint-*"))
+        if alone if folds else in_folds:
+            raise UserError(
+                f"the run in {output_dir} was begun with{'out' if folds else ''} --folds: go on with it as it was "
+                "begun, or give another --output_dir"
+            )
+
+
 def is_empty(folder: Path, besides: Collection[str] = ()) -> bool:
     """Tell whether a directory holds nothing but some files, and the lock that a killed run may have left."""
     return {path.name for path in folder.iterdir()} <= {LOCK, *besides}

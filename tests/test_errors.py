@@ -34,7 +34,10 @@ def caused(cause: Exception) -> Exception:
             caused(OSError(errno.ENOSPC, "No space left on device", "/data/x")),
             "/data/x: No space left on device. Free",
         ),
-        (SafetensorError("I/O error: No space left on device (os error 28)"), "No space left on device. Free some"),
+        (
+            SafetensorError("I/O error: No space left on device (os error 28)"),
+            "No space left on device, while weights",
+        ),
         (OSError("Not enough disk space. Needed: 1 GB"), "Not enough disk space. Needed: 1 GB. Free some"),
     ],
 )

@@ -11,7 +11,7 @@ from conftest import PROJECT
 
 import luthier.output_dir as module
 from luthier.errors import UserError
-from luthier.output_dir import claim_output_dir, describe_ended, free_output_dir, has_ended, is_complete
+from luthier.output_dir import check_folds, claim_output_dir, describe_ended, free_output_dir, has_ended, is_complete
 
 
 def test_second_run_is_refused_until_the_first_is_killed(tmp_path):
@@ -108,6 +108,17 @@ def test_run_has_ended_when_model_card_metrics_and_weights_exist(tmp_path):
         (tmp_path / "metrics.json").write_text(damaged)
         with pytest.raises(UserError, match=r"metrics.json is damaged \(.+ --resume_from_checkpoint auto"):
             describe_ended(tmp_path, "a")
+
+
+def test_run_goes_on_with_folds_or_without_as_it_was_begun(tmp_path):
+    check_folds(tmp_path / "nowhere", 3)
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone/race.json").touch()
+    (tmp_path / "folds/fold-1").mkdir(parents=True)
+    for name, right, wrong, how in (("alone", None, 3, "without"), ("folds", 3, None, "with")):
+        check_folds(tmp_path / name, right)
+        with pytest.raises(UserError, match=f"{name} was begun {how} --folds: go on with it as it was"):
+            check_folds(tmp_path / name, wrong)
 
 
 def test_run_that_the_time_limit_cut_short_goes_on_with_more_time(tmp_path):

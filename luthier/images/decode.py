@@ -114,6 +114,8 @@ def reason(error: BaseException) -> str:
     """Return in one line why an image could not be read, without its path, which the caller knows."""
     if isinstance(error, MemoryError):
         return f"{NOT_OPENED}there is not enough memory"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6} megapixels: make it smaller"
     if isinstance(error, OSError) and error.errno:
         return f"{NOT_OPENED}{error.strerror}"
     return "; ".join(str(error).splitlines()) or type(error).__name__

@@ -324,8 +324,8 @@ def _with_stamps(files: list[ListedImage]) -> tuple[tuple, ...]:
     for image in files:
         try:
             rows.append((*image, stamp_of(image.path)))
-        except OSError as error:  # a link to nowhere
-            raise UserError(f"{image.path} cannot be read: {error.strerror}. Replace or remove it") from error
+        except OSError:  # a link to nowhere, which the inspection names among the images that cannot be read
+            rows.append((*image, Path(image.path).absolute().as_posix()))
     return tuple(rows)
 
 

@@ -147,7 +147,7 @@ def test_each_bad_input_gets_its_own_message(model, capsys, tmp_path):
         "page.jpg": "not an image in an allowed format",
         "truncated.png": "truncated",
         "nothing.png": "the file is empty",
-        "huge.png": "exceeds limit",
+        "huge.png": "more than 178 megapixels: make it smaller",
         "locked.eps": "not an image in an allowed format",
         "phone": "its format is not read: convert it to JPEG or PNG",
         "*.none": "no file matches",

@@ -9,7 +9,7 @@ from conftest import encoded
 from PIL import Image as PILImage
 from PIL import ImageCms, ImageOps
 
-from luthier.images.decode import decode_rgb
+from luthier.images.decode import decode_rgb, reason
 
 
 def lab_red() -> PILImage.Image:
@@ -105,8 +105,9 @@ def test_animation_gives_its_first_frame(tmp_path):
 
 def test_decompression_bomb_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(PILImage, "MAX_IMAGE_PIXELS", 30)
-    with pytest.raises(PILImage.DecompressionBombError):
+    with pytest.raises(PILImage.DecompressionBombError) as refusal:
         decode_rgb(encoded(PILImage.new("RGB", (8, 8)), tmp_path))
+    assert reason(refusal.value) == "more than 0 megapixels: make it smaller"
 
 
 def test_very_elongated_image_is_refused():

@@ -109,10 +109,14 @@ def test_file_name_that_is_not_utf8_is_refused(images):
         load(data_dir=str(images))
 
 
-def test_broken_link_is_refused(images):
+def test_broken_link_is_an_image_that_cannot_be_read(images):
     (images / "red/gone.png").symlink_to("nowhere.png")
-    with pytest.raises(UserError, match=r"gone.png cannot be read: .*Replace or remove it"):
-        load(data_dir=str(images))
+    splits, unreadable = data.load_images(data_dir=str(images), max_unreadable=0.5)
+    assert [(image.name, image.reason) for image in unreadable] == [
+        ("red/gone.png", "cannot be opened: No such file or directory")
+    ]
+    draw("red", 77).save(images / "red/nowhere.png")
+    assert len(data.load_images(data_dir=str(images))[0]["train"]) == len(splits["train"]) + 2, "it is tried again"
 
 
 def test_missing_folder_is_refused(tmp_path):
