@@ -264,13 +264,20 @@ def _load_checkpoint(model_name: str, labels: dict) -> tuple[PreTrainedModel, Ba
     model, image_processor, fresh, own = _from_pretrained(
         model_name, **labels, num_labels=len(labels["id2label"]), problem_type="single_label_classification"
     )
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    shared = names - {name for name, _ in model.named_parameters()}
+    if shared and not getattr(model, "all_tied_weights_keys", None):
+        raise ModelError(
+            f"{model_name} has layers that share weights (such as {min(shared)}), which the library cannot save: use "
+            "another model"
+        )
     head = set(head_parameters(model))
     if fresh - head:
         raise ModelError(
             f"{model_name} lacks {len(fresh - head)} of the weights its architecture needs (such as "
             f"{min(fresh - head)}): it is not a usable pretrained model. Use one made for image classification"
         )
-    for name in ("class_shares", "familiarity", "none_class"):  # of what it learned before
+    for name in ("class_shares", "familiarity", "label_names", "none_class"):  # of what it learned before
         model.config.__dict__.pop(name, None)
     if not fresh and own != labels["id2label"]:
         # As many classes as before, but others: the old head would be a wrong start.
@@ -400,8 +407,8 @@ def _refusal(model: PreTrainedModel, image_size: int) -> str | None:
     try:
         with torch.no_grad():
             probed(pixel_values=torch.zeros(1, 3, image_size, image_size, device=model.device))
-    except (RuntimeError, ValueError, AssertionError) as error:
-        return str(error).splitlines()[0] if str(error) else type(error).__name__
+    except Exception as error:  # each family refuses a size in a way of its own
+        return next(iter(str(error).splitlines()), type(error).__name__)
     return None
 
 

@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from transformers import PreTrainedModel
 
+NARROW = 16  # input channels
+
 
 def fuse_batchnorm(model: PreTrainedModel, size: tuple[int, int]) -> PreTrainedModel:
     """Return a model with the same outputs, in evaluation mode, with BatchNorm and padding fused into convolutions.
@@ -36,7 +38,27 @@ def fuse_for_training(model: PreTrainedModel, size: tuple[int, int]) -> PreTrain
         model: its BatchNorm layers stay in evaluation mode while it trains. It is put into evaluation mode.
         size: (height, width) in pixels of an input to check it with.
     """
+    _stride_before_narrow_convolutions(model)
     return _if_equal(model, _fuse_forward, size)
+
+
+def _stride_before_narrow_convolutions(model: nn.Module) -> None:
+    """Give 1x1 convolutions of few channels that skip pixels the other pixels alone: the outputs are the same.
+
+    In channels_last on a CPU their backward pass writes beyond its memory: processes crash, or gradients are wrong
+    (torch 2.14 with oneDNN 3.12; RepVGG, MobileOne and GENet have such layers).
+    """
+    for module in model.modules():
+        if not isinstance(module, nn.Conv2d) or module.in_channels // module.groups >= NARROW:
+            continue
+        if module.kernel_size == (1, 1) and module.padding == (0, 0) and module.stride != (1, 1):
+            module.register_forward_pre_hook(functools.partial(_skip_pixels, stride=module.stride))
+            module.stride = (1, 1)
+
+
+def _skip_pixels(module: nn.Module, args: tuple, stride: tuple[int, ...]) -> tuple:
+    rows, columns = stride
+    return args[0][..., ::rows, ::columns], *args[1:]
 
 
 def _if_equal(

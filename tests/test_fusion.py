@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from luthier.fusion import fuse_for_training
+from luthier.fusion import _stride_before_narrow_convolutions, fuse_for_training
 from models import build_model
 
 NAMES = {0: "blue", 1: "green", 2: "red"}
@@ -46,6 +46,17 @@ def test_copy_of_a_fused_model_is_independent(model):
         for parameter in fused.parameters():
             parameter.zero_()
     assert torch.equal(twin(pixel_values).logits, before)
+
+
+def test_narrow_convolutions_that_skip_pixels_are_given_the_others_alone():
+    """Their backward pass in torch 2.14 writes beyond its memory."""
+    layers = nn.ModuleList(nn.Conv2d(channels, 4, side, stride=2) for channels, side in ((3, 1), (16, 1), (3, 3)))
+    inputs = [torch.randn(2, layer.in_channels, 9, 9) for layer in layers]
+    expected = [layer(features) for layer, features in zip(layers, inputs, strict=True)]
+    _stride_before_narrow_convolutions(layers)
+    assert [layer.stride for layer in layers] == [(1, 1), (2, 2), (2, 2)]
+    for layer, features, output in zip(copy.deepcopy(layers), inputs, expected, strict=True):
+        torch.testing.assert_close(layer(features), output)
 
 
 def test_model_without_batchnorm_is_left_alone():

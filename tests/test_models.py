@@ -34,8 +34,10 @@ from models import (
     SimpleCNNForImageClassification,
     build_model,
     head_parameters,
+    labels_of,
     linear_head,
     load_trained,
+    save_model,
     takes_size,
 )
 
@@ -119,6 +121,27 @@ def test_head_is_kept_for_its_own_classes_and_replaced_for_others(vit_checkpoint
     saved = load_file(vit_checkpoint / "model.safetensors")["classifier.weight"]
     assert torch.equal(head(["red", "green", "blue"]), saved)
     assert not torch.equal(head(["rose", "grass", "sea"]), saved)
+
+
+def test_names_of_earlier_classes_are_not_saved_again(timm_checkpoint, tmp_path):
+    """transformers keeps those of a timm model in a place of their own, and reads them there first."""
+    names = ["a", "b"]
+    for other in (["p", "q"], ["x", "y", "z"]):
+        model, processor = build_model(str(timm_checkpoint), dict(enumerate(names)))
+        save_model(model, processor, tmp_path / "first")
+        again, processor = build_model(str(tmp_path / "first"), dict(enumerate(other)))
+        save_model(again, processor, tmp_path / "second")
+        assert labels_of(load_trained(str(tmp_path / "second"))[0]) == other
+
+
+def test_layers_that_share_weights_are_refused_at_once(tmp_path):
+    config = TimmWrapperConfig(architecture="coat_tiny", num_labels=3, model_args={"img_size": 32})
+    config.save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    shared = TimmWrapperForImageClassification(config)
+    save_file({name: tensor.clone() for name, tensor in shared.state_dict().items()}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=r"has layers that share weights .*: use another model"):
+        build_model(str(tmp_path), ID2LABEL)
 
 
 def test_incomplete_checkpoint_is_refused(timm_checkpoint, tmp_path):
