@@ -72,6 +72,7 @@ def test_stopwatch_adds_up_the_parts_of_a_stage(monkeypatch):
     assert stopwatch.seconds == {"train": 5.0, "evaluate": 2.0}
 
 
+@pytest.mark.slow
 def test_log_file_has_progress_lines_and_no_carriage_returns(tmp_path, timm_checkpoint):
     draw_folder(tmp_path / "images", per_class=8)
     args = ["--data_dir", "images", "--model_name", str(timm_checkpoint), "--num_train_epochs", "5"]

@@ -62,6 +62,7 @@ def running_app(*command: str | Path, cwd: Path, environment: dict[str, str]) ->
             process.terminate()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs the browser chromium")
 def test_app_in_a_browser(model, tmp_path):
     from playwright.sync_api import expect, sync_playwright

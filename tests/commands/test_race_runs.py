@@ -293,6 +293,7 @@ def test_refit_is_done_unless_it_is_refused():
     assert not plan.pays and plan._replace(refusal="").pays
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_refit_have_learned_from_train_alone(timm_checkpoint, tmp_path):
     draw_folder(tmp_path / "images", per_class=12)
     metrics = run(tmp_path, timm_checkpoint, "--recipe", "probe", "--refit", "none")

@@ -52,7 +52,8 @@ def test_run_that_streams_writes_what_others_do(timm_checkpoint, capsys):
     }
 
 
-@pytest.mark.parametrize("workers", [pytest.param("0", marks=pytest.mark.slow), "2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["0", "2"])
 def test_resumes_exactly_within_an_epoch(timm_checkpoint, workers):
     options = flags(timm_checkpoint, "--recipe", "full", "--keep", "trained", "--dataloader_num_workers", workers)
     options += ["--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "99"]

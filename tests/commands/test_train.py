@@ -186,6 +186,7 @@ def test_scored_model_gives_the_scores_of_the_run(run):
     assert correct / metrics["test"]["n"] == metrics["test"]["accuracy"]
 
 
+@pytest.mark.slow
 def test_plain_command_makes_no_network_call(tmp_path):
     code = f"""
         import runpy, socket, sys

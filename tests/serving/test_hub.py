@@ -364,7 +364,8 @@ def test_original_experiment_from_download_to_published_model(server, client, tm
     assert loaded.returncode == 0 and loaded.stdout.strip() in labels, loaded.stderr
 
 
-@pytest.mark.parametrize("archives", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("archives", [False, True])
 def test_dataset_of_the_hub_is_streamed(server, client, tmp_path, monkeypatch, archives):
     monkeypatch.chdir(tmp_path)
     if archives:

@@ -85,6 +85,7 @@ def test_resumes_exactly_for_every_kind_of_model(vit_checkpoint, model):
     assert_resumes_exactly(flags(name, *recipe, "--augmentation", "trivial"), (1, 6))
 
 
+@SLOW
 def test_resumes_exactly_with_data_workers_and_accumulated_gradients(timm_checkpoint):
     more = ["--augmentation", "trivial", "--dataloader_num_workers", "2", "--gradient_accumulation_steps", "2"]
     more += ["--dataloader_persistent_workers", "1", "--recipe", "full", "--keep", "trained"]
@@ -114,6 +115,7 @@ def test_auto_resume_starts_anew_falls_back_or_ends(timm_checkpoint, capsys, cap
     assert "optimizer.pt is not as it was written" in caplog.text
 
 
+@SLOW
 def test_named_checkpoint_that_cannot_be_continued_is_refused_and_nothing_is_removed(
     timm_checkpoint, vit_checkpoint, monkeypatch, capsys
 ):
@@ -348,9 +350,8 @@ def test_sigterm_to_the_launcher_saves_one_checkpoint(processes):
     assert newest_whole(Path("out")) is not None and not Path("out/metrics.json").exists()
 
 
-@pytest.mark.parametrize(
-    ("number", "workers"), [pytest.param(signal.SIGINT, 0, marks=SLOW), (signal.SIGTERM, 2)], ids=str
-)
+@SLOW
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 0), (signal.SIGTERM, 2)], ids=str)
 def test_signal_to_the_whole_group_saves_a_checkpoint(number, workers):
     process = start_training(None, "--dataloader_num_workers", str(workers))
     start = time.monotonic()
