@@ -76,8 +76,9 @@ def build_parser() -> "Parser":
 
 def score_model(arguments: "Arguments", output_dir: Path, stopwatch: Stopwatch) -> None:
     """Load the images and the model, predict, and write the results."""
-    from data import collate, describe, evaluation_rows, load_labelled, prepare
+    from data import collate, evaluation_rows, load_labelled, prepare
     from luthier.familiarity import load_familiarity, none_of
+    from luthier.images.description import describe
     from luthier.images.views import EvaluationView
     from luthier.reporting import console
     from luthier.reporting.results import collect_metrics, warn_if_learned, write_results

@@ -143,7 +143,7 @@ def fine_tune(arguments: "Arguments", stop: "Stop", stopwatch: Stopwatch) -> tup
 
 def finish(experiment: "Experiment", result: "Result", arguments: "Arguments", stopwatch: Stopwatch) -> None:
     """Refit the model on all images that may be learned from, and write the results."""
-    from data import describe, feature_rows, join_for_training
+    from data import feature_rows, join_for_training
     from luthier.reporting import console
     from luthier.reporting.results import collect_run, write_run
     from luthier.scoring.refit import plan_refit, refit
@@ -161,8 +161,7 @@ def finish(experiment: "Experiment", result: "Result", arguments: "Arguments", s
 
     # Report
     if training_args.process_index == 0:
-        data = describe(experiment.prepared, data_args.name, data_args.is_built_in, experiment.stream)
-        record = collect_run(experiment, result, plan, data, data_args.augmentation, arguments.for_record())
+        record = collect_run(experiment, result, plan, data_args.augmentation, arguments.for_record())
         write_run(Path(str(training_args.output_dir)), experiment, result, plan, refitted, record, stopwatch)
 
 

@@ -68,7 +68,8 @@ class Arguments(NamedTuple):
         """Return what `results.collect_run` records of a run."""
         of_run = {key: getattr(self.run_args, key) for key in ("command", "settings", "seeds")}
         of_run["time_limit"] = self.model_args.time_limit
-        return {**of_run, "images": self.data_args.for_later(self.run_dir)}
+        data = {"name": self.data_args.name, "built_in": self.data_args.is_built_in}
+        return {**of_run, "data": data, "images": self.data_args.for_later(self.run_dir)}
 
     def folds(self) -> list["Arguments"]:
         """Return the arguments of each fold, or these where there are no folds.

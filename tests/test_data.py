@@ -19,9 +19,10 @@ from PIL import Image as PILImage
 import data
 import luthier.cache as cache
 import luthier.images.inspection as inspection
-from data import collate, describe, load_splits, prepare, store_training_image, with_transforms
+from data import collate, load_splits, prepare, store_training_image, with_transforms
 from luthier.errors import UserError
 from luthier.images.decode import decode_rgb
+from luthier.images.description import describe
 from luthier.images.views import EvaluationView
 from models import build_model
 

@@ -95,7 +95,7 @@ def test_bug_in_the_librarys_training_loop_keeps_its_traceback(tmp_path):
         sys.path[:0] = [{str(PROJECT)!r}, {str(PROJECT / "tests")!r}]
         from pathlib import Path
         from conftest import draw_folder
-        from luthier.training.trainer import SafeTrainer
+        from luthier.training.safe_trainer import SafeTrainer
         import train
 
         def broken(self, *arguments, **options):

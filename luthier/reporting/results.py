@@ -17,6 +17,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from luthier.escape import escape_cell
 from luthier.familiarity import Familiarity, describe_in_config, save_references
+from luthier.images.description import describe
 from luthier.output_dir import atomic_write, copy_permissions_to_weights, has_ended, mark_unfinished
 from luthier.reporting.card import EXPORTS, ONNX, write_model_card
 from luthier.reporting.console import describe_recipe, say_results
@@ -36,19 +37,20 @@ PACKAGES = ("torch", "torchvision", "transformers", "timm", "datasets", "evaluat
 
 
 def collect_run(
-    experiment: Experiment, result: Result, plan: Plan, data: Mapping, augmentation: str, record: Mapping[str, Any]
+    experiment: Experiment, result: Result, plan: Plan, augmentation: str, record: Mapping[str, Any]
 ) -> dict:
     """Return what `metrics.json` holds of a run, without the seconds, and `images`, which is for a file of its own.
 
     Args:
         experiment, result: of the run.
         plan: of the refit.
-        data: of `data.describe`.
         augmentation: of the training images.
-        record: `images`, the options that load the images again, and the rest of what `collect_metrics` takes.
+        record: `data`, the dataset's name and whether it is built in; `images`, the options that load the images
+            again; and the rest of what `collect_metrics` takes.
     """
     outcome = result.outcome
-    of_run = {key: value for key, value in record.items() if key != "images"}
+    of_run = {key: value for key, value in record.items() if key not in ("data", "images")}
+    data = describe(experiment.prepared, **record["data"], stream=experiment.stream)
     test = result.predictions(experiment.splits)
     metrics = collect_metrics(
         scores=score_run(result.kept, test, result.threshold),
@@ -99,7 +101,7 @@ def collect_metrics(
         learning_curve: of `learning_curve.learning_curve`.
         groups: of `grouping.measure_inflation`.
         class_shares: of `balance.Balance`, where the answers make up for rare classes.
-        data: of `data.describe`.
+        data: of `description.describe`.
         recipe: of `console.describe_setup` and `console.describe_recipe`.
         race: its heats, and why it ended.
         refit: what the shipped weights have learned from, see `refit.Plan`.

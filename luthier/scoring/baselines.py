@@ -192,7 +192,7 @@ def majority_baseline(data: Mapping, test: TestPredictions) -> dict:
     """Return what always predicting the most frequent class scores on test.
 
     Args:
-        data: of `data.describe`; the class is the most frequent one in train, or in test where that is all there is.
+        data: of `description.describe`; the class is the most frequent one in train, or else in test.
         test: its images are scored, but for those of none of the classes.
     """
     learned = data["splits"].get("train", data["splits"]["test"])["per_class"]

@@ -25,7 +25,8 @@ from luthier.training.callbacks import EpochTable
 from luthier.training.checkpoints import check_named, checkpoints_by_step, load_weights, newest_shared, step_of
 from luthier.training.heats import EndInTime
 from luthier.training.recipe import BATCH, Recipe
-from luthier.training.trainer import SafeTrainer, model_of, train
+from luthier.training.safe_trainer import SafeTrainer
+from luthier.training.trainer import model_of, train
 
 FAR = 3.0  # times the probe's loss that the arms may have after the first heat, and go on
 MIN_GAIN, LEAST_GAIN = 0.05, 0.005  # that the rest of an arm must promise: a share of the best loss, and in nats

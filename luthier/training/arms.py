@@ -16,7 +16,8 @@ from luthier.training.checkpoints import Origin
 from luthier.training.heats import Schedule, first_heat, heat_ends
 from luthier.training.layers import freeze, freeze_unused
 from luthier.training.recipe import BATCH, Recipe
-from luthier.training.trainer import SafeTrainer, build_predictor, build_trainer
+from luthier.training.safe_trainer import SafeTrainer
+from luthier.training.trainer import build_predictor, build_trainer
 
 State = dict[str, torch.Tensor]
 

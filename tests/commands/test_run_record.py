@@ -13,7 +13,7 @@ from datasets import Dataset
 import train
 from luthier.arguments import parse_arguments
 from luthier.reporting.results import warn_if_learned
-from luthier.training.trainer import SafeTrainer
+from luthier.training.safe_trainer import SafeTrainer
 
 
 @pytest.mark.parametrize("change", ["edited", "deleted"])

@@ -9,9 +9,10 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from huggingface_hub.utils import httpx
 
 import data
-from data import describe, prepare
+from data import prepare
 from luthier.errors import UserError
 from luthier.images.columns import _names_of_labels, explain_loading
+from luthier.images.description import describe
 
 
 @pytest.mark.parametrize(

@@ -22,14 +22,13 @@ from conftest import PROJECT, draw_folder
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
-import luthier.training.trainer as trainer
 from luthier.errors import NotFinite, UserError
 from luthier.machine import check_processes, explain_exhausted_memory
 from luthier.output_dir import has_ended
-from luthier.training.checkpoints import find_damage, newest_whole
+from luthier.training.checkpoints import find_damage, newest_whole, seal
 from luthier.training.recipe import BATCH, FROM_SCRATCH
+from luthier.training.safe_trainer import SafeTrainer
 from luthier.training.signals import Stop, StoppedInEvaluation
-from luthier.training.trainer import SafeTrainer
 from train import main
 
 SLOW = pytest.mark.slow
@@ -289,9 +288,8 @@ def test_full_disk_keeps_the_last_whole_checkpoint(timm_checkpoint, monkeypatch,
             raise OSError(errno.ENOSPC, "No space left on device")
         return seal(partial, folder)
 
-    seal = trainer.seal
-    monkeypatch.setattr(trainer, "seal", seal_on_full_disk)
-    monkeypatch.setattr(trainer, "check_disk_space", lambda *_: None)
+    monkeypatch.setattr("luthier.training.safe_trainer.seal", seal_on_full_disk)
+    monkeypatch.setattr("luthier.training.trainer.check_disk_space", lambda *_: None)
     with pytest.raises(SystemExit) as exit_info:
         main([*flags(str(timm_checkpoint), "--recipe", "full"), "--output_dir", "out"])
     errors = capsys.readouterr().err

@@ -24,7 +24,7 @@ from luthier.training.callbacks import EpochTable
 from luthier.training.checkpoints import load_weights
 from luthier.training.layers import freeze_unused
 from luthier.training.recipe import RECIPES
-from luthier.training.trainer import SafeTrainer
+from luthier.training.safe_trainer import SafeTrainer
 from models import build_model
 
 
