@@ -84,6 +84,7 @@ def set_up(arguments: "Arguments", stopwatch: Stopwatch) -> "Experiment":
     set_seed(training_args.seed)  # decides the first weights of a new head
     model, processor = build(name)
     recipes = choose_recipes(model_args.recipe, name, linear_head(model) is not None, *run_args.pace)
+    console.say_recipe(recipes, model_args.recipe)
     judge = build_judge(model_args.metric, model_args.balance, model, splits, data_args.none_class, stream)
     stopwatch.stop("load")
     view, views = choose_view(model, processor, sample, recipes[0].is_pretrained, not model_args.image_size)

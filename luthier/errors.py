@@ -13,7 +13,7 @@ Parameters = ParamSpec("Parameters")
 
 # What the system refuses because of the user's disk, wherever it happens.
 PERMISSIONS = {errno.EACCES, errno.EPERM, errno.EROFS}
-DISK_OR_RIGHTS = {errno.ENOSPC, errno.EDQUOT, *PERMISSIONS}
+REFUSED_BY_SYSTEM = {errno.ENOSPC, errno.EDQUOT, *PERMISSIONS}
 
 
 class UserError(Exception):
@@ -76,11 +76,11 @@ def message_for_user(error: Exception) -> str | None:
         return str(error).rpartition(f"\n{UserError.__module__}.{UserError.__name__}: ")[2].strip()
     cause: BaseException | None = error
     while cause is not None:  # `datasets` puts an error of its own around the system's, and has one without a number
-        if isinstance(cause, OSError) and (cause.errno in DISK_OR_RIGHTS or "Not enough disk space" in str(cause)):
+        if isinstance(cause, OSError) and (cause.errno in REFUSED_BY_SYSTEM or "Not enough disk space" in str(cause)):
             where = f"{cause.filename}: " if cause.filename else ""
             return f"{where}{cause.strerror or cause}. {_remedy(cause.errno)}"
         number = re.search(r"\(os error (\d+)\)", str(cause)) if type(cause).__name__ == "SafetensorError" else None
-        if number and int(number[1]) in DISK_OR_RIGHTS:  # weights: safetensors has no other way to say it
+        if number and int(number[1]) in REFUSED_BY_SYSTEM:  # weights: safetensors has no other way to say it
             return f"{os.strerror(int(number[1]))}, while weights are written. {_remedy(int(number[1]))}"
         cause = cause.__cause__
     return None
@@ -89,4 +89,4 @@ def message_for_user(error: Exception) -> str | None:
 def _remedy(number: int | None) -> str:
     """Return what to do about an error of the system, by its number; None is a full disk, as `datasets` reports it."""
     remedy = "Check the permissions" if number in PERMISSIONS else "Free some space"
-    return f"{remedy}, and start again; train.py goes on with --output_dir and --resume_from_checkpoint auto"
+    return f"{remedy}, and start again; an interrupted run goes on with --output_dir and --resume_from_checkpoint auto"

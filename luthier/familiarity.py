@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from luthier.errors import DISK_OR_RIGHTS
+from luthier.errors import REFUSED_BY_SYSTEM
 from models import ModelError, labels_of
 
 logger = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ def _fetch(model_name: str) -> Path | None:
     except RemoteEntryNotFoundError:
         return None
     except (OSError, httpx.TransportError) as error:
-        if getattr(error, "errno", None) in DISK_OR_RIGHTS:
+        if getattr(error, "errno", None) in REFUSED_BY_SYSTEM:
             raise
         if is_offline_mode():
             logger.warning(f"{model_name} is cached without its {FILE}: the confidence alone decides what is unsure")

@@ -35,7 +35,8 @@ def fuse_for_training(model: PreTrainedModel, size: tuple[int, int]) -> PreTrain
     (`benchmarks/gpu_check.sh`). See `fuse_batchnorm` for the check.
 
     Args:
-        model: its BatchNorm layers stay in evaluation mode while it trains. It is put into evaluation mode.
+        model: its BatchNorm layers stay in evaluation mode while it trains. It is put into evaluation mode, and its
+            narrow convolutions get their stride before them.
         size: (height, width) in pixels of an input to check it with.
     """
     _stride_before_narrow_convolutions(model)

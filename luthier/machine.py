@@ -221,6 +221,7 @@ def configure_logging() -> None:
     """Let the libraries report what a user can act on, and nothing of their own housekeeping."""
     is_main_process = os.environ.get("RANK", "0") == "0"  # the others would repeat each warning
     logging.basicConfig(format="%(message)s", level=logging.WARNING if is_main_process else logging.ERROR)
+    logging.getLogger("luthier.images.shards").setLevel(logging.WARNING)  # of rows that no other process reads
     transformers.utils.logging.disable_progress_bar()  # of loading and writing single files
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each retry of a connection; Luthier says the last
     logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)  # checkpoints less than a second apart

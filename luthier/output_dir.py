@@ -69,7 +69,7 @@ def check_folds(output_dir: Path, folds: int | None) -> None:
         UserError: it was begun otherwise, so that nothing of it would be used.
     """
     if output_dir.is_dir() and not has_ended(output_dir):
-        in_folds = any(output_dir.glob("fold-*"))
+        in_folds = any(output_dir.glob("fold-*/*"))
         alone = (output_dir / RACE).exists() or any(output_dir.glob("checkpoint-*"))
         if alone if folds else in_folds:
             raise UserError(

@@ -26,6 +26,11 @@ def percent(share: float, places: int = 1) -> str:
     return f"{min(share, 1 - 10.0 ** -(places + 2)) if share < 1 else share:.{places}%}"
 
 
+def points(difference: float) -> str:
+    """Return a difference of shares in points: `+1.2`."""
+    return f"{round(100 * difference, 1) + 0.0:+.1f}"  # the sum makes -0.0 a zero
+
+
 def has_terminal() -> bool:
     """Tell whether a person watches the progress: where not, bars would fill a log file."""
     return sys.stderr is not None and sys.stderr.isatty()

@@ -115,6 +115,8 @@ def test_run_goes_on_with_folds_or_without_as_it_was_begun(tmp_path):
     (tmp_path / "alone").mkdir()
     (tmp_path / "alone/race.json").touch()
     (tmp_path / "folds/fold-1").mkdir(parents=True)
+    check_folds(tmp_path / "folds", None)  # nothing was begun
+    (tmp_path / "folds/fold-1/race.json").touch()
     for name, right, wrong, how in (("alone", None, 3, "without"), ("folds", 3, None, "with")):
         check_folds(tmp_path / name, right)
         with pytest.raises(UserError, match=f"{name} was begun {how} --folds: go on with it as it was"):

@@ -9,7 +9,7 @@ import pytest
 from conftest import PROJECT, draw_folder
 
 import luthier.terminal as module
-from luthier.terminal import Stopwatch, Tenths, percent, plural, say
+from luthier.terminal import Stopwatch, Tenths, percent, plural, points, say
 
 
 @pytest.mark.parametrize(
@@ -92,3 +92,7 @@ def test_log_file_has_progress_lines_and_no_carriage_returns(tmp_path, timm_chec
 )  # fmt: skip
 def test_only_all_is_100_percent(share, places, expected):
     assert percent(share, places) == expected
+
+
+def test_difference_is_in_points():
+    assert [points(share) for share in (0.0123, -0.0004, -0.25)] == ["+1.2", "+0.0", "-25.0"]

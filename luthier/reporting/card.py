@@ -14,11 +14,10 @@ from luthier.reporting.console import (
     learning_curve_in_words,
     none_in_words,
     percent_with_interval,
-    points,
     refit_in_words,
     trust_remote_code,
 )
-from luthier.terminal import percent
+from luthier.terminal import percent, points
 
 ONNX = "onnx"  # folder of exported files
 EXPORTS = "export.json"  # how they compare with the model

@@ -19,7 +19,8 @@ from luthier.scoring.race import Outcome
 from luthier.scoring.refit import Plan
 from luthier.scoring.screening import View
 from luthier.scoring.selection import Candidate
-from luthier.terminal import percent, plural, say
+from luthier.terminal import percent, plural, points, say
+from luthier.training.recipe import Recipe
 from luthier.training.trainer import model_of
 
 KIND_NAMES = {  # of findings
@@ -139,6 +140,12 @@ def say_estimates(probe: ProbeResults, curve: bool) -> None:
         say("curve", learning_curve_in_words(probe.learning_curve))
 
 
+def say_recipe(recipes: Sequence[Recipe], asked: str | None) -> None:
+    """Say why a model is trained by one recipe that nobody asked for."""
+    if asked is None and [recipe.name for recipe in recipes] == ["full"]:
+        say("recipe", "full alone: the head of this model is not one linear layer, which a probe could replace")
+
+
 def say_race(outcome: Outcome, kept: Candidate) -> None:
     """Say what was tried, how it did, why the race ended, and what is kept."""
     tried = [f"the probe {outcome.probe.loss:.3f}"] if outcome.probe else []
@@ -147,7 +154,7 @@ def say_race(outcome: Outcome, kept: Candidate) -> None:
         tried.append(f"{arm} {last.loss:.3f} ({_epochs(last.epochs)}, {outcome.seconds_of(arm):.0f} s)")
     say("race", f"validation loss, corrected: {', '.join(tried)}")
     if outcome.reason:
-        say("", f"ended: {outcome.reason}")
+        say("", f"it ended with {outcome.reason}")
     arm_name = "" if kept.is_probe else f"{kept.arm}, "
     say("kept", f"{arm_name}{kept_in_words(kept)}: {kept.loss:.3f}")
 
@@ -219,11 +226,6 @@ def balance_with_intervals(scored: Mapping) -> str:
         f"balanced accuracy {percent(scored['balanced_accuracy'])} ({percent(low)} to {percent(high)}), "
         f"macro F1 {scored['macro_f1']:.3f} ({lowest:.3f} to {highest:.3f})"
     )
-
-
-def points(difference: float) -> str:
-    """Return a difference of shares in points: `+1.2`."""
-    return f"{round(100 * difference, 1) + 0.0:+.1f}"  # the sum makes -0.0 a zero
 
 
 def none_in_words(none: Mapping, unsure: Mapping) -> tuple[str, str]:

@@ -78,7 +78,7 @@ class Result(NamedTuple):
         probe: of `baselines.measure_probe`.
         outcome: of the race.
         kept: the weights that are scored.
-        model: with these weights, in main memory: a GPU's is for the refit and for other folds.
+        model: with these weights, in main memory, so that a GPU's is free for the refit and for other folds.
         answers: what it says of test.
     """
 

@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import validate_repo_id
 from jinja2 import TemplateError
 
-from luthier.errors import DISK_OR_RIGHTS, UserError, message_for_user
+from luthier.errors import REFUSED_BY_SYSTEM, UserError, message_for_user
 from luthier.output_dir import has_ended, has_weights
 from luthier.reporting.card import EXPORTS, FIGURES, write_model_card
 from luthier.terminal import say
@@ -152,7 +152,7 @@ def stage(output_dir: Path, repo_id: str, staging: Path) -> None:
                 f"the run in {output_dir} has not ended: go on with it by --resume_from_checkpoint auto, then push it"
             )
     except (OSError, ValueError, KeyError, TypeError, TemplateError) as error:
-        if getattr(error, "errno", None) in DISK_OR_RIGHTS:
+        if getattr(error, "errno", None) in REFUSED_BY_SYSTEM:
             raise
         raise UserError(
             f"{output_dir} holds no finished run ({error!r}): give the output directory of train.py"
@@ -169,7 +169,7 @@ def with_retries(call: Callable[[], Result], repo_id: str) -> Result:
         try:
             return call()
         except Exception as raised:  # also those of the HTTP library, which differs by version
-            if getattr(raised, "errno", None) in DISK_OR_RIGHTS or isinstance(raised, BUGS):
+            if getattr(raised, "errno", None) in REFUSED_BY_SYSTEM or isinstance(raised, BUGS):
                 raise
             error = raised.__cause__ if isinstance(raised.__cause__, HfHubHTTPError) else raised
             status = getattr(getattr(error, "response", None), "status_code", None)

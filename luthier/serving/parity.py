@@ -10,7 +10,7 @@ from luthier.errors import UserError
 from luthier.images.decode import decode_rgb, reason
 from luthier.scoring.intervals import interval_of_difference
 from luthier.serving.network import Network, Rated
-from luthier.terminal import Tenths, percent, plural
+from luthier.terminal import Tenths, percent, plural, points
 
 MAX_LOSS = 0.01  # of accuracy that a smaller model may cost, beyond what chance explains
 PROVEN = -0.05  # a lower end of the interval below this says that there were too few images
@@ -105,10 +105,10 @@ class Parity(NamedTuple):
         if self.precision == "fp32" or not self.labelled:
             return f"{same}; largest difference of a probability {self.largest_difference:.2g}"
         before, after = self.accuracy
-        low, high = (100 * end for end in self.difference_ci95)
+        low, high = map(points, self.difference_ci95)
         return (
-            f"{same}; accuracy {percent(after)} in the place of {percent(before)} ({100 * (after - before):+.1f} "
-            f"points, 95% interval {low:+.1f} to {high:+.1f})"
+            f"{same}; accuracy {percent(after)} in the place of {percent(before)} ({points(after - before)} points, "
+            f"95% interval {low} to {high})"
         )
 
 

@@ -9,7 +9,6 @@ from typing import Literal, NamedTuple
 import torch
 
 from luthier.errors import UserError
-from luthier.terminal import say
 
 BATCH = 32  # images in an optimizer step that the learning rates below are for
 LEAST_STEPS = 100  # of an epoch: with fewer, a model learns too little in it
@@ -135,8 +134,6 @@ def choose_recipes(
             "use --recipe full"
         )
     else:
-        if name is None and not has_linear_head:
-            say("recipe", f"full alone: the head of {model_name} is not one linear layer, which a probe could replace")
         names = [name] if name else RACED if has_linear_head else ["full"]
         recipes = [RECIPES[each] for each in names]
     return [
