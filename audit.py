@@ -72,6 +72,8 @@ def main(argv: list[str] | None = None) -> None:
         write_audit(record, findings)
         write_audit_page(page, data_args.name, findings, splits)
         print(f"\nwritten: {page}")
+    else:
+        print("\nA page with these images, and a record: --output_dir FOLDER")
 
 
 def build_parser() -> "Parser":

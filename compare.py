@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from luthier.errors import UserError, exit_on_user_error
 from luthier.output_dir import has_ended, read_metrics, wait_for_lock
-from luthier.terminal import percent
+from luthier.terminal import percent, say
 
 PROJECT = Path(__file__).parent
 PATIENCE = 60  # seconds in which a run that is stopped may write its checkpoint
@@ -82,6 +82,7 @@ def main(argv: list[str] | None = None) -> None:
         table = csv.DictWriter(file, rows[0])
         table.writeheader()
         table.writerows(rows)
+    say("saved", f"{args.output_dir / 'compare.md'}, and the same table as compare.csv")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -111,7 +111,8 @@ def publish_page(args: argparse.Namespace, model: Path) -> None:
     name = Path(args.model).resolve().name
     if args.web:
         write_page(model, args.web, name, args.vendor)
-        say("page", shlex.join(["python", "-m", "http.server", "-d", str(args.web)]))
+        serve = shlex.join(["python", "-m", "http.server", "-d", str(args.web)])
+        say("page", f"{args.web}; to look at it: {serve}, and open http://localhost:8000")
     if args.push_to_space:
         say("pushed", push_page(model, args.push_to_space, name, args.vendor))
 

@@ -341,8 +341,8 @@ def _explain(model_name: str, error: Exception) -> ModelError:
         return ModelError(f"there is no folder {model_name}: {give}")
     if "connect" in str(error):
         return HubUnreachable(
-            f"cannot reach the Hub for the model {model_name}, and there is no such folder or cached model. Connect "
-            "this machine, or give a folder with a saved model; to train, efficientnet_lite0 needs no network"
+            f"there is no folder {model_name}, and the Hub cannot be reached for a model of this name. Connect this "
+            "machine, or give a folder with a saved model; to train, efficientnet_lite0 needs no network"
         )
     return ModelError(
         f"cannot load {model_name} from the Hub as an image classifier: {first_line} "

@@ -158,7 +158,7 @@ def test_incomplete_checkpoint_is_refused(timm_checkpoint, tmp_path):
     ("name", "message"),
     [
         ("efficientnet_lite", "unknown model 'efficientnet_lite': did you mean 'efficientnet_lite2'"),
-        ("nobody/nothing", "cannot reach the Hub for the model nobody/nothing"),
+        ("nobody/nothing", "there is no folder nobody/nothing, and the Hub cannot be reached"),
     ],
 )
 def test_unknown_model_is_refused(name, message):

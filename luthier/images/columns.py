@@ -120,9 +120,8 @@ def explain_loading(dataset_name: str) -> Iterator[None]:
         yield
     except (ConnectionError, httpx.TransportError) as error:
         raise UserError(
-            f"cannot reach the Hub for the dataset {dataset_name}, which is neither in the local cache nor a folder "
-            "here. Check the name, connect this machine, or use images on disk with --data_dir, or the built-in "
-            "--dataset_name openmoji"
+            f"there is no folder {dataset_name}, and the Hub cannot be reached for a dataset of this name. Check the "
+            "name, connect this machine, or use images on disk with --data_dir, or --dataset_name openmoji"
         ) from error
     except (DatasetNotFoundError, FileNotFoundError) as error:
         if Path(dataset_name).exists():

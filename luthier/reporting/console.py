@@ -10,6 +10,7 @@ from transformers import SchedulerType, Trainer
 from transformers.training_args import OptimizerNames
 
 from luthier.escape import escape_terminal
+from luthier.output_dir import NO_TIME
 from luthier.scoring.audit import KINDS, TINY
 from luthier.scoring.baselines import ProbeResults
 from luthier.scoring.comparison import Verdict
@@ -111,14 +112,17 @@ def kept_in_words(kept: Candidate) -> str:
     return "the trained weights" if kept.share == 1 else "the mean of the trained weights and those at the start"
 
 
-def say_setup(splits: Mapping[str, Dataset], name: str, setup: Mapping[str, str]) -> None:
+def say_setup(splits: Mapping[str, Dataset], name: str, setup: Mapping[str, str], fold: str | None = None) -> None:
     """Say what is learned from, and what learns.
 
     Args:
         splits: the images.
         name: of the dataset.
         setup: of `describe_setup`.
+        fold: such as 2/5; None where there are no folds.
     """
+    if fold:
+        say("fold", fold.replace("/", " of "))
     classes = next(iter(splits.values())).features["label"].num_classes
     counts = ", ".join(f"{split} {len(dataset):,}" for split, dataset in splits.items())
     say("data", f"{name}: {plural(classes, 'class', 'classes')}; images: {counts}")
@@ -152,9 +156,11 @@ def say_race(outcome: Outcome, kept: Candidate) -> None:
     for arm in dict.fromkeys(heat.arm for heat in outcome.heats):
         last = [heat for heat in outcome.heats if heat.arm == arm][-1]
         tried.append(f"{arm} {last.loss:.3f} ({_epochs(last.epochs)}, {outcome.seconds_of(arm):.0f} s)")
-    say("race", f"validation loss, corrected: {', '.join(tried)}")
+    if outcome.heats or outcome.reason:
+        say("race", f"validation loss, corrected: {', '.join(tried)}")
     if outcome.reason:
-        say("", f"it ended with {outcome.reason}")
+        more = "; with a larger one it goes on (--resume_from_checkpoint auto)" if outcome.reason == NO_TIME else ""
+        say("", f"it ended with {outcome.reason}{more}")
     arm_name = "" if kept.is_probe else f"{kept.arm}, "
     say("kept", f"{arm_name}{kept_in_words(kept)}: {kept.loss:.3f}")
 

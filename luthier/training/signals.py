@@ -1,8 +1,10 @@
-"""SIGTERM and Ctrl-C: a checkpoint at the end of the step, and out."""
+"""SIGTERM, Ctrl-C and a closed terminal: a checkpoint at the end of the step, and out."""
 
 import contextlib
+import os
 import shlex
 import signal
+import stat
 import sys
 import threading
 import time
@@ -19,6 +21,7 @@ from luthier.machine import is_launched
 from luthier.terminal import say
 from luthier.training.checkpoints import newest
 
+SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP")
 PATIENCE = 6  # seconds that an evaluation may go on after a signal
 
 
@@ -44,9 +47,9 @@ class Stop(TrainerCallback):
 
     def __enter__(self) -> "Stop":
         if threading.current_thread() is threading.main_thread():
-            self.handlers = {
-                number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)
-            }
+            names = [name for name in SIGNALS if hasattr(signal, name)]  # Windows has no SIGHUP
+            numbers = [number for number in map(signal.Signals.__getitem__, names) if _is_heeded(number)]
+            self.handlers = {number: signal.signal(number, self._receive) for number in numbers}
         return self
 
     def __exit__(self, *_) -> None:
@@ -54,6 +57,8 @@ class Stop(TrainerCallback):
             signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal itself returned
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        if signal.Signals(number).name == "SIGHUP":
+            _leave_terminal()
         # A second Ctrl-C is meant. A SIGTERM after one comes from the launcher, which ends before its process.
         again = self.received is not None and number == signal.SIGINT and time.monotonic() - self.since > 1
         if not self.training or again:
@@ -65,6 +70,9 @@ class Stop(TrainerCallback):
             sys.exit(128 + number)
         if self.received is None:
             self.received, self.since = number, time.monotonic()
+            if os.environ.get("RANK", "0") == "0":
+                with contextlib.suppress(OSError):  # not by `print`, which may have been interrupted itself
+                    os.write(2, b"stopping after this step: wait for the checkpoint\n")
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.training = True
@@ -126,6 +134,19 @@ class Stop(TrainerCallback):
         shared = torch.tensor(number)
         torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX, group=self.group)
         return int(shared)
+
+
+def _is_heeded(number: int) -> bool:
+    """Tell whether a signal may end this process: `nohup` lets SIGHUP be ignored."""
+    return signal.getsignal(number) is not signal.SIG_IGN
+
+
+def _leave_terminal() -> None:
+    """Print nowhere from here on: a terminal that is gone would raise an error at each line."""
+    with Path(os.devnull).open("w") as nowhere:
+        for number in (1, 2):
+            if stat.S_ISCHR(os.fstat(number).st_mode):
+                os.dup2(nowhere.fileno(), number)
 
 
 def die_with_launcher() -> None:

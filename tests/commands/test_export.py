@@ -323,7 +323,7 @@ def test_comparison_counts_what_differs(tmp_path):
         ([], "the following arguments are required: model"),
         (["nomodel"], "there is no folder 'nomodel'"),
         (["owner/nomodel"], "give --output_dir too"),
-        (["owner/nomodel", "--output_dir", "{tmp}/o"], "cannot reach the Hub"),
+        (["owner/nomodel", "--output_dir", "{tmp}/o"], "the Hub cannot be reached"),
         (["{tmp}"], "holds no model"),
         (["{run}", "--check", "{tmp}"], "is not a folder with images"),
         (["{run}", "--check", "{tmp}/none"], "is not a folder with images"),

@@ -309,7 +309,7 @@ def test_odd_configs_from_the_hub(model, capsys, tmp_path):
         ([], "the following arguments are required: model, input"),
         (["model"], "required: input"),
         (["nomodel", "a.png"], "there is no folder 'nomodel'"),
-        (["owner/nomodel", "a.png"], "cannot reach the Hub"),
+        (["owner/nomodel", "a.png"], "the Hub cannot be reached"),
         (["{tmp}", "a.png"], "holds no model"),
         (["{model}", "a.png", "--top_k", "0"], "0 is not a number above 0"),
         (["{model}", "a.png", "--format", "xml"], "invalid choice: 'xml'"),

@@ -233,8 +233,8 @@ def test_second_run_takes_the_next_name_and_leaves_the_first_unchanged(run, laun
         (["--learning_rat", "1"], "did you mean 'learning_rate'"),
         (["typo.yaml"], "unknown key 'model_nam'; did you mean 'model_name'"),
         (["--data_dir", "good", "--model_name", "efficientnet"], "unknown model 'efficientnet'"),
-        (["--data_dir", "good", "--model_name", "nobody/nothing"], "cannot reach the Hub for the model"),
-        (["--dataset_name", "nobody/nothing"], "cannot reach the Hub for the dataset"),
+        (["--data_dir", "good", "--model_name", "nobody/nothing"], "the Hub cannot be reached for a model"),
+        (["--dataset_name", "nobody/nothing"], "the Hub cannot be reached for a dataset"),
         (["--data_dir", "good", "--model_name", "simple_cnn", "--image_size", "64"], "does not take images of 64 px"),
     ],
 )

@@ -141,5 +141,8 @@ def test_numbers_are_ordered_by_value_whatever_they_are_stored_as():
 
 @pytest.mark.parametrize("error", [ConnectionError, httpx.ConnectError, httpx.ReadTimeout, httpx.RemoteProtocolError])
 def test_connection_that_breaks_gives_advice(error):
-    with pytest.raises(UserError, match="cannot reach the Hub for the dataset me/set"), explain_loading("me/set"):
+    with (
+        pytest.raises(UserError, match="there is no folder me/set, and the Hub cannot be reached"),
+        explain_loading("me/set"),
+    ):
         raise error("it broke")

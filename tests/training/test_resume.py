@@ -196,6 +196,39 @@ def test_signal_between_trainings_says_how_to_resume(tmp_path, capsys):
     assert capsys.readouterr().err == f"stopped  by SIGTERM; resume with {how}\n"
 
 
+def test_closed_terminal_stops_a_run_unless_it_was_started_with_nohup(tmp_path, monkeypatch):
+    monkeypatch.setattr("luthier.training.signals._leave_terminal", lambda: None)
+    for ignored, received in ((False, signal.SIGHUP), (True, None)):
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+        try:
+            with Stop(tmp_path) as stop:
+                stop.training = True
+                signal.raise_signal(signal.SIGHUP)
+            assert stop.received == received
+        finally:
+            signal.signal(signal.SIGHUP, before)
+
+
+@SLOW
+def test_line_after_a_terminal_is_gone_is_no_error():
+    code = """
+from luthier.training.signals import _leave_terminal
+print("ready", flush=True)
+input()
+_leave_terminal()
+print("more", flush=True)
+"""
+    here, there = os.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=PROJECT, stdin=subprocess.PIPE, stdout=there, stderr=there
+    ) as process:
+        os.close(there)
+        assert b"ready" in os.read(here, 100)
+        os.close(here)
+        process.communicate(b"\n")
+    assert process.returncode == 0
+
+
 def test_signal_after_a_training_that_failed_ends_the_run(tmp_path):
     stop = Stop(tmp_path)
     with pytest.raises(NotFinite), stop.in_training():
