@@ -14,7 +14,6 @@ from luthier.training.balance import Balance
 
 # Penalties tried, from strong to weak; on 100 to 100,000 images the best was never at an end (docs/experiments.md).
 STRENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
-
 # The penalty of the probe that fine-tuning of all layers starts from: with a weaker one it fits the training images so
 # well that they teach the layers below nothing (docs/experiments.md).
 SOFT = 3.0

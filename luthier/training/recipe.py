@@ -77,25 +77,12 @@ RECIPES = {
         Recipe("head", start="new", learning_rate=1e-2, frozen=1.0, num_train_epochs=5),
         # Fine-tuning the upper layers from the probe (Kumar et al. 2022). The result may be averaged with the start,
         # as in WiSE-FT (Wortsman et al. 2022).
-        Recipe(
-            "lp_ft",
-            start="probe",
-            learning_rate=3e-4,
-            frozen=0.5,
-            layer_decay=0.7,
-            heats=4,
-            shares=(0.5, 1.0),
-        ),
+        Recipe("lp_ft", start="probe", learning_rate=3e-4, frozen=0.5, layer_decay=0.7, heats=4, shares=(0.5, 1.0)),
         # Every layer, with a new head.
         Recipe("full", start="new", learning_rate=2e-3, backbone_rate=0.1, heats=4),
         # Every layer, from a probe.
         Recipe(
-            "full_from_probe",
-            start="soft probe",
-            learning_rate=2e-3,
-            backbone_rate=0.1,
-            heats=4,
-            shares=(0.5, 1.0),
+            "full_from_probe", start="soft probe", learning_rate=2e-3, backbone_rate=0.1, heats=4, shares=(0.5, 1.0)
         ),
     )
 }
