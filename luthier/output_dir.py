@@ -110,15 +110,15 @@ def is_complete(output_dir: Path, settings: str, time_limit: float | None) -> bo
     if not has_ended(output_dir):
         return False
     metrics = read_metrics(output_dir)
-    before, cut_short = metrics.get("time_limit"), _is_cut_short(metrics)
+    before = metrics.get("time_limit")
     more_time = before is not None and (time_limit is None or time_limit > before)
-    resumable = any(output_dir.rglob(RACE))  # and not deleted, as a finished run's may be
-    return not (cut_short and more_time and resumable and metrics.get("settings") == settings)
+    return not (more_time and _is_cut_short(output_dir, metrics) and metrics.get("settings") == settings)
 
 
-def _is_cut_short(metrics: dict) -> bool:
-    """Tell whether the time limit ended a race, or left no time for a refit."""
-    return NO_TIME in ((metrics.get("race") or {}).get("ended"), (metrics.get("refit") or {}).get("refusal"))
+def _is_cut_short(output_dir: Path, metrics: dict) -> bool:
+    """Tell whether the time limit ended a run's race, or left no time for its refit, so that it could go on."""
+    cut_short = NO_TIME in ((metrics.get("race") or {}).get("ended"), (metrics.get("refit") or {}).get("refusal"))
+    return cut_short and any(output_dir.rglob(RACE))  # which may be deleted once a run has ended
 
 
 def copy_permissions_to_weights(source: Path) -> None:
@@ -136,7 +136,7 @@ def describe_ended(output_dir: Path, settings: str) -> str:
     """
     metrics = read_metrics(output_dir)
     done = f"{output_dir} holds a finished run: nothing is left to train"
-    if metrics.get("settings") == settings and _is_cut_short(metrics):
+    if metrics.get("settings") == settings and _is_cut_short(output_dir, metrics):
         return f"{done} in the time that it had. With a larger --time_limit it goes on"
     if metrics.get("settings") == settings:
         return f"{done}. If the images have changed, give another --output_dir"

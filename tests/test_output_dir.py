@@ -133,7 +133,8 @@ def test_run_that_the_time_limit_cut_short_goes_on_with_more_time(tmp_path):
         (tmp_path / "metrics.json").write_text(json.dumps({"time_limit": 5, "settings": "a", **metrics}))
         return not is_complete(tmp_path, settings, limit)
 
-    assert left(cut, "a", 6) and left(cut, "a", None) and left(no_refit, "a", 6)
+    assert left(cut, "a", 6) and "With a larger --time_limit it goes on" in describe_ended(tmp_path, "a")
+    assert left(cut, "a", None) and left(no_refit, "a", 6)
     assert not left(cut, "a", 5) and not left(unlimited, "a", None) and not left(ended, "a", 6)
     assert not left(cut, "b", 6)  # other options would lose its results
     (tmp_path / "race.json").unlink()
