@@ -222,6 +222,8 @@ def save_models(
         (folder / LEARNED_FROM).write_text("\n".join(short) + "\n", encoding="utf-8")
 
     mark_unfinished(output_dir)
+    if (output_dir / ONNX).is_dir():
+        say("removed", f"{output_dir / ONNX}: exports of the earlier weights")
     for folder in (SCORED, ONNX):
         shutil.rmtree(output_dir / folder, ignore_errors=True)
     (output_dir / EXPORTS).unlink(missing_ok=True)

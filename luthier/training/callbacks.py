@@ -13,10 +13,25 @@ QUIET_SECONDS = 10  # of an evaluation before its progress is said line by line
 
 
 class ProgressBar(ProgressCallback):
-    """The Trainer's progress bars without its log, which `EpochTable` prints."""
+    """The Trainer's progress bars, with names and gone at their end, without its log, which `EpochTable` prints."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        _name(self.training_bar, "train")
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        super().on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
+        _name(self.prediction_bar, "predict")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         pass
+
+
+def _name(bar: tqdm | None, name: str) -> None:
+    """Give a bar of the library its name; it is cleared when it ends, which may be before it is full."""
+    if bar is not None and not bar.desc:
+        bar.leave = False
+        bar.set_description(name)
 
 
 class ProgressLines(TrainerCallback):

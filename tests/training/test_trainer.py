@@ -20,7 +20,7 @@ import train
 from luthier.errors import UserError
 from luthier.machine import LONG_RUN, choose_memory_format
 from luthier.training.arms import Workshop, plan_arm
-from luthier.training.callbacks import EpochTable
+from luthier.training.callbacks import EpochTable, ProgressBar
 from luthier.training.checkpoints import load_weights
 from luthier.training.layers import freeze_unused
 from luthier.training.recipe import RECIPES
@@ -143,6 +143,16 @@ def test_model_without_a_loss_of_its_own_is_trained(tmp_path, monkeypatch):
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained("deit")
     log = run(Path("deit"))
     assert [entry["loss"] for entry in log if "loss" in entry] and [True for entry in log if "eval_loss" in entry]
+
+
+def test_bars_have_names_and_are_cleared(capsys):
+    bars, state = ProgressBar(), SimpleNamespace(is_world_process_zero=True, max_steps=100, global_step=3)
+    bars.on_train_begin(None, state, None)
+    bars.on_prediction_step(None, state, None, eval_dataloader=[1, 2])
+    bars.on_predict(None, state, None, metrics=None)
+    bars.on_train_end(None, state, None)  # at the end of a heat
+    printed = capsys.readouterr().err
+    assert "train:" in printed and "predict:" in printed and not printed.rpartition("\r")[2].strip()
 
 
 def test_training_accuracy_is_that_of_the_epoch():
