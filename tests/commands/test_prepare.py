@@ -157,7 +157,7 @@ def test_two_cannot_write_the_same_share(capsys):
         (["images", "images/shards"], "images/shards is or lies in images, whose images its files would be among"),
         (["images", "notes.txt/x"], "cannot be a folder"),
         (["images", "notes.txt/x", "--share", "1/2"], "cannot be a folder"),
-        (["imagse", "shards"], "for the dataset imagse, which is neither in the local cache nor a folder here"),
+        (["imagse", "shards"], "there is no folder imagse, and the Hub cannot be reached"),
         (["images", "notes.txt"], "is not an empty folder"),
         (["images", "many"], "many is not an empty folder"),
         (["images", "other", "--side", "24"], "other has shards of other images"),
