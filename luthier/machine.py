@@ -19,7 +19,7 @@ from transformers import TrainingArguments
 
 from luthier.cores import count_cores
 from luthier.errors import UserError
-from luthier.terminal import has_terminal, plural, say
+from luthier.terminal import has_terminal, is_first_process, plural, say
 
 LONG_RUN = 20_000  # images for which channels_last pays on a GPU
 SHARED = 2**28  # bytes of shared memory for a data worker: two batches of 64 images of 512 px, and one that is read
@@ -219,8 +219,8 @@ def explain_exhausted_memory(training_args: TrainingArguments, training: bool = 
 
 def configure_logging() -> None:
     """Let the libraries report what a user can act on, and nothing of their own housekeeping."""
-    is_main_process = os.environ.get("RANK", "0") == "0"  # the others would repeat each warning
-    logging.basicConfig(format="%(message)s", level=logging.WARNING if is_main_process else logging.ERROR)
+    level = logging.WARNING if is_first_process() else logging.ERROR  # the others would repeat each warning
+    logging.basicConfig(format="%(message)s", level=level)
     logging.getLogger("luthier.images.shards").setLevel(logging.WARNING)  # of rows that no other process reads
     transformers.utils.logging.disable_progress_bar()  # of loading and writing single files
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each retry of a connection; Luthier says the last

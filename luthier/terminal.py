@@ -5,6 +5,11 @@ import sys
 import time
 
 
+def is_first_process() -> bool:
+    """Tell whether this is the process that speaks for all; accelerate and torchrun number them so."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def say(topic: str, text: str) -> None:
     """Print one line of a run, once, whatever the number of processes.
 
@@ -12,7 +17,7 @@ def say(topic: str, text: str) -> None:
         topic: the first word, at most 8 characters; empty continues the line before.
         text: the rest.
     """
-    if os.environ.get("RANK", "0") == "0":  # accelerate and torchrun number the processes so
+    if is_first_process():
         print(f"{topic:<9}{text}", flush=True)
 
 
@@ -53,7 +58,7 @@ class Tenths:
     def reach(self, done: int) -> None:
         """Say that this much of the work is done, if that completes a tenth."""
         tenth = 10 * done // max(1, self.total)
-        if tenth > self.said and not has_terminal() and os.environ.get("RANK", "0") == "0":
+        if tenth > self.said and not has_terminal() and is_first_process():
             self.said = tenth
             seconds = time.monotonic() - self.start
             if seconds >= self.quiet_seconds:

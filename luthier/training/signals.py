@@ -18,10 +18,10 @@ import torch.distributed
 from transformers import TrainerCallback
 
 from luthier.machine import is_launched
-from luthier.terminal import say
+from luthier.terminal import is_first_process, say
 from luthier.training.checkpoints import newest
 
-SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP")
+HANGUP = getattr(signal, "SIGHUP", None)  # the terminal is closed; Windows has no such signal
 PATIENCE = 6  # seconds that an evaluation may go on after a signal
 
 
@@ -47,8 +47,9 @@ class Stop(TrainerCallback):
 
     def __enter__(self) -> "Stop":
         if threading.current_thread() is threading.main_thread():
-            names = [name for name in SIGNALS if hasattr(signal, name)]  # Windows has no SIGHUP
-            numbers = [number for number in map(signal.Signals.__getitem__, names) if _is_heeded(number)]
+            numbers = [signal.SIGTERM, signal.SIGINT]
+            if HANGUP is not None and signal.getsignal(HANGUP) is not signal.SIG_IGN:  # `nohup` has it ignored
+                numbers.append(HANGUP)
             self.handlers = {number: signal.signal(number, self._receive) for number in numbers}
         return self
 
@@ -57,7 +58,7 @@ class Stop(TrainerCallback):
             signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal itself returned
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if signal.Signals(number).name == "SIGHUP":
+        if number == HANGUP:
             _leave_terminal()
         # A second Ctrl-C is meant. A SIGTERM after one comes from the launcher, which ends before its process.
         again = self.received is not None and number == signal.SIGINT and time.monotonic() - self.since > 1
@@ -70,7 +71,7 @@ class Stop(TrainerCallback):
             sys.exit(128 + number)
         if self.received is None:
             self.received, self.since = number, time.monotonic()
-            if os.environ.get("RANK", "0") == "0":
+            if is_first_process():
                 with contextlib.suppress(OSError):  # not by `print`, which may have been interrupted itself
                     os.write(2, b"stopping after this step: wait for the checkpoint\n")
 
@@ -134,11 +135,6 @@ class Stop(TrainerCallback):
         shared = torch.tensor(number)
         torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX, group=self.group)
         return int(shared)
-
-
-def _is_heeded(number: int) -> bool:
-    """Tell whether a signal may end this process: `nohup` lets SIGHUP be ignored."""
-    return signal.getsignal(number) is not signal.SIG_IGN
 
 
 def _leave_terminal() -> None:

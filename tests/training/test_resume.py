@@ -198,15 +198,18 @@ def test_signal_between_trainings_says_how_to_resume(tmp_path, capsys):
 
 def test_closed_terminal_stops_a_run_unless_it_was_started_with_nohup(tmp_path, monkeypatch):
     monkeypatch.setattr("luthier.training.signals._leave_terminal", lambda: None)
-    for ignored, received in ((False, signal.SIGHUP), (True, None)):
-        before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    hangup, interrupt = signal.SIGHUP, signal.SIGINT  # shells start a background job with the latter ignored
+    for number, there, received in (
+        (hangup, signal.SIG_DFL, hangup), (hangup, signal.SIG_IGN, None), (interrupt, signal.SIG_IGN, interrupt),
+    ):  # fmt: skip
+        before = signal.signal(number, there)
         try:
             with Stop(tmp_path) as stop:
                 stop.training = True
-                signal.raise_signal(signal.SIGHUP)
+                signal.raise_signal(number)
             assert stop.received == received
         finally:
-            signal.signal(signal.SIGHUP, before)
+            signal.signal(number, before)
 
 
 @SLOW
