@@ -23,7 +23,7 @@ from luthier.images.inspection import MAX_UNREADABLE, UnreadableImage, inspect, 
 from luthier.images.metadata import Columns, has_shards, load_directory
 from luthier.images.openmoji import load_openmoji
 from luthier.images.shards import StreamedRows
-from luthier.images.splits import cut_missing_splits
+from luthier.images.splits import cut_splits
 from luthier.images.streams import Stream
 from luthier.images.views import EvaluationView, ImageRows, random_crop_transform, training_transform
 from luthier.machine import available_cores, pool_of_single_threads
@@ -50,26 +50,6 @@ def load_splits(
     """Load a labelled dataset as train, validation and test: `load_images`, and then `cut_splits`."""
     splits, unreadable = load_images(**options)
     return cut_splits(splits, split_seed, validation_fraction, test_fraction, fold), unreadable
-
-
-def cut_splits(
-    splits: DatasetDict,
-    split_seed: int = 1,
-    validation_fraction: float | None = None,
-    test_fraction: float = 0.2,
-    fold: tuple[int, int] | None = None,
-) -> DatasetDict:
-    """Return train, validation and test; those that the data lacks are cut from train.
-
-    Args:
-        splits: of `load_images`.
-        split_seed: decides the cut; the training seed does not change it.
-        validation_fraction, test_fraction: share of each class to cut for a split that is missing. None is a share
-            that suits the number of images, see `splits.validation_share`.
-        fold: (i, k): test is the i-th of k parts, instead of `test_fraction`.
-    """
-    groups = np.array(splits["train"]["group"][:])
-    return cut_missing_splits(splits, groups, split_seed, validation_fraction, test_fraction, fold)
 
 
 def load_images(

@@ -50,7 +50,7 @@ STAGES = {
     "listing": ("data", "load_directory"),
     "inspection": ("data", "inspect"),
     "grouping": ("data", "add_groups"),
-    "split": ("data", "cut_missing_splits"),
+    "split": ("data", "cut_splits"),
     "audit": ("luthier.scoring.audit", "audit_images"),
     "preparation": ("data", "prepare"),
     "features": ("luthier.scoring.baselines", "load_features"),

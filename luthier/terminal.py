@@ -1,8 +1,12 @@
 """What a command prints: its few lines, numbers in words, progress where there is no terminal, seconds by stage."""
 
 import os
+import shutil
 import sys
+import textwrap
 import time
+
+INDENT = 9  # columns before the text of a line
 
 
 def is_first_process() -> bool:
@@ -18,7 +22,15 @@ def say(topic: str, text: str) -> None:
         text: the rest.
     """
     if is_first_process():
-        print(f"{topic:<9}{text}", flush=True)
+        print(_wrap(f"{topic:<{INDENT}}{text}"), flush=True)
+
+
+def _wrap(line: str) -> str:
+    """Break a line between words where a person reads it; in a file it stays whole, and can be searched."""
+    if sys.stdout is None or not sys.stdout.isatty():
+        return line
+    width, indent = shutil.get_terminal_size().columns, INDENT * " "
+    return textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def plural(n: int, noun: str, nouns: str | None = None) -> str:
@@ -62,7 +74,7 @@ class Tenths:
             self.said = tenth
             seconds = time.monotonic() - self.start
             if seconds >= self.quiet_seconds:
-                line = f"{self.topic:<9}{done:,} of {self.total:,} {self.unit}, {seconds:.0f} s"
+                line = f"{self.topic:<{INDENT}}{done:,} of {self.total:,} {self.unit}, {seconds:.0f} s"
                 print(line, file=sys.stderr, flush=True)
 
 

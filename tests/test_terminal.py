@@ -12,6 +12,11 @@ import luthier.terminal as module
 from luthier.terminal import Stopwatch, Tenths, percent, plural, points, say
 
 
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
 @pytest.mark.parametrize(
     ("n", "noun", "nouns", "expected"),
     [
@@ -35,6 +40,20 @@ def test_only_the_main_process_prints(monkeypatch, capsys):
     assert capsys.readouterr().out == "data     x\n"
 
 
+def test_long_lines_are_wrapped_on_a_terminal_and_whole_in_a_file(monkeypatch, capsys):
+    text = f"{'words ' * 20}/a/long-path/{'x' * 100} end"
+    say("race", text)
+    assert capsys.readouterr().out == f"race     {text}\n"
+    monkeypatch.setenv("COLUMNS", "80")
+    with contextlib.redirect_stdout(Terminal()) as stdout:
+        say("race", text)
+        say("", "continued")
+    lines = stdout.getvalue().splitlines()
+    assert max(len(line) for line in lines if "/a/" not in line) <= 80
+    assert [line[:9] for line in lines] == ["race     ", *[" " * 9] * (len(lines) - 1)]
+    assert " ".join(line[9:] for line in lines) == f"{text} continued", "a path that is copied must not be broken"
+
+
 def test_progress_prints_a_line_at_each_tenth(capsys):
     tenths = Tenths("train", 40, "steps")
     for step in range(1, 41):
@@ -53,10 +72,6 @@ def test_fast_work_prints_no_progress(capsys):
 
 
 def test_terminal_gets_no_progress_lines(monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
     with contextlib.redirect_stderr(Terminal()) as stderr:
         assert module.has_terminal()
         Tenths("train", 1, "steps").reach(1)

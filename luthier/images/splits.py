@@ -24,20 +24,19 @@ def check_fraction(split: str, fraction: float) -> None:
         raise UserError(f"--{split}_fraction is {fraction}, but must lie between 0 and 1")
 
 
-def cut_missing_splits(
+def cut_splits(
     splits: DatasetDict,
-    groups: np.ndarray,
-    split_seed: int,
-    validation_fraction: float | None,
-    test_fraction: float,
+    split_seed: int = 1,
+    validation_fraction: float | None = None,
+    test_fraction: float = 0.2,
     fold: tuple[int, int] | None = None,
 ) -> DatasetDict:
-    """Return train, validation and test; those that are missing are cut from train.
+    """Return train, validation and test; those that the data lacks are cut from train.
 
     Args:
-        splits: have the columns `label` and `digest`.
-        groups: int [N], for the rows of train: images of one group stay on one side.
-        split_seed: decides the cut, together with the images' content.
+        splits: of `data.load_images`: with the columns `label`, `digest` and `group`. Images of one group stay on
+            one side.
+        split_seed: decides the cut, together with the images' content; the training seed does not change it.
         validation_fraction, test_fraction: share of each class to cut; see `validation_share` for None.
         fold: (i, k): test is the i-th of k parts, from 1 on, instead of `test_fraction`.
 
@@ -58,8 +57,8 @@ def cut_missing_splits(
     if sum(fractions.values()) >= 1:
         raise UserError(f"--validation_fraction and --test_fraction leave nothing to train on: {fractions}")
     labels, names = np.array(splits["train"]["label"][:]), splits["train"].features["label"].names
-    rows = np.arange(len(labels))
-    digests, cut = np.array(splits["train"]["digest"][:]), {}
+    digests, groups = np.array(splits["train"]["digest"][:]), np.array(splits["train"]["group"][:])
+    rows, cut = np.arange(len(labels)), {}
     if fold:
         tested = _deal_folds(labels, groups, digests, fold[1], split_seed) == fold[0] - 1
         cut["test"], rows = np.flatnonzero(tested), np.flatnonzero(~tested)

@@ -7,17 +7,18 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from luthier.errors import UserError
-from luthier.images.splits import cut_missing_splits, hash_splits, stratified_cut, stratified_folds
+from luthier.images.splits import cut_splits, hash_splits, stratified_cut, stratified_folds
 
 NAMES = ["a", "b", "c"]
 FRACTIONS = {"validation": 0.1, "test": 0.2}
 
 
-def labelled(labels, names):
-    """Return images with these labels, and another digest each."""
-    digests = [f"{row:064x}" for row in range(len(labels))]
-    features = Features({"label": ClassLabel(names=names), "digest": Value("string")})
-    return Dataset.from_dict({"label": labels, "digest": digests}, features)
+def labelled(labels, names, groups=None):
+    """Return images with these labels and groups, or each in a group of its own, and another digest each."""
+    rows = range(len(labels))
+    columns = {"label": labels, "digest": [f"{row:064x}" for row in rows], "group": rows if groups is None else groups}
+    features = Features({"label": ClassLabel(names=names), "digest": Value("string"), "group": Value("int64")})
+    return Dataset.from_dict(columns, features)
 
 
 def random_groups(n: int, seed: int = 0) -> np.ndarray:
@@ -84,7 +85,7 @@ def test_rare_class_is_in_train_then_test_then_validation(images, splits, capsys
     labels = np.array([0] * 20 + [1] * images)
     train = labelled(labels, ["many", "few"])
     for seed in range(5):
-        complete = cut_missing_splits(DatasetDict(train=train), np.arange(len(labels)), seed, 0.2, 0.2)
+        complete = cut_splits(DatasetDict(train=train), seed, 0.2, 0.2)
         assert {split for split, dataset in complete.items() if 1 in dataset["label"][:]} == splits
         assert capsys.readouterr().out.count("'few'") == 3 - len(splits)
 
@@ -95,36 +96,31 @@ def test_group_that_holds_a_class_goes_to_train_as_a_whole(seed):
     labels, groups = np.array([0] * 12 + [1]), np.array([*range(11), 11, 11])
     cut = stratified_cut(labels, ["a", "b"], FRACTIONS, seed, groups)
     assert {11, 12} <= {*cut["train"].tolist()}
-    train = labelled(labels, ["a", "b"])
-    train = train.add_column("group", groups)
+    train = labelled(labels, ["a", "b"], groups)
     for i in (1, 2, 3):
-        complete = cut_missing_splits(DatasetDict(train=train), groups, seed, 0.2, 0.2, (i, 3))
+        complete = cut_splits(DatasetDict(train=train), seed, 0.2, 0.2, (i, 3))
         sides = [{*dataset["group"][:]} for dataset in complete.values()]
         assert not any(one & other for one, other in itertools.combinations(sides, 2))
 
 
 def test_more_folds_than_groups_are_refused():
     labels, groups = np.tile([0, 1], 8), np.repeat(np.arange(4), 4)
-    train = labelled(labels, ["a", "b"])
+    train = labelled(labels, ["a", "b"], groups)
     with pytest.raises(UserError, match="fold 5 of 5 would be empty: the images form 4 groups"):
-        cut_missing_splits(DatasetDict(train=train), groups, 1, 0.2, 0.2, (1, 5))  # at once, and not at its turn
+        cut_splits(DatasetDict(train=train), 1, 0.2, 0.2, (1, 5))  # at once, and not at its turn
 
 
 def test_folds_depend_on_content_and_not_on_order():
     train, order = labelled(np.tile([0, 1], 30), ["a", "b"]), np.random.default_rng(0).permutation(60)
-    one, other = (
-        cut_missing_splits(DatasetDict(train=rows), np.arange(60), 1, 0.2, 0.2, (2, 5))
-        for rows in (train, train.select(order))
-    )
+    one, other = (cut_splits(DatasetDict(train=rows), 1, 0.2, 0.2, (2, 5)) for rows in (train, train.select(order)))
     for split in ("train", "validation", "test"):
         assert {*one[split]["digest"][:]} == {*other[split]["digest"][:]}
 
 
 def test_class_of_one_group_is_in_train_in_every_fold():
     labels = np.array([0] * 20 + [1] * 2)
-    train = labelled(labels, ["many", "few"])
-    groups = np.array([*range(20), 20, 20])
-    cuts = [cut_missing_splits(DatasetDict(train=train), groups, 1, 0.2, 0.2, (i, 3)) for i in (1, 2, 3)]
+    train = labelled(labels, ["many", "few"], [*range(20), 20, 20])
+    cuts = [cut_splits(DatasetDict(train=train), 1, 0.2, 0.2, (i, 3)) for i in (1, 2, 3)]
     assert all(complete["train"]["label"][:].count(1) == 2 for complete in cuts)
     assert sum(len(complete["test"]) for complete in cuts) == 20
 
@@ -160,16 +156,16 @@ def test_folds_are_even_for_every_class_size(n, k):
         assert counts.sum() == n and counts.max() - counts.min() <= 1
 
 
-def dataset(n):
-    return DatasetDict(train=labelled([row % 3 for row in range(n)], NAMES))
+def dataset(n, groups=None):
+    return DatasetDict(train=labelled([row % 3 for row in range(n)], NAMES, groups))
 
 
 def test_folds_are_disjoint_and_cover_everything():
-    splits = dataset(150).map(lambda row, index: {"row": index}, with_indices=True)
     groups = random_groups(150)
+    splits = dataset(150, groups).map(lambda row, index: {"row": index}, with_indices=True)
     tested = []
     for fold in range(1, 6):
-        cut = cut_missing_splits(splits, groups, 1, 0.1, 0.2, (fold, 5))
+        cut = cut_splits(splits, 1, 0.1, 0.2, (fold, 5))
         rows = {split: set(part["row"]) for split, part in cut.items()}
         assert not rows["test"] & (rows["train"] | rows["validation"]) and sum(map(len, rows.values())) == 150
         assert not {*groups[list(rows["test"])]} & {*groups[list(rows["train"] | rows["validation"])]}
@@ -180,14 +176,14 @@ def test_folds_are_disjoint_and_cover_everything():
 def test_fold_of_data_with_a_test_split_is_refused():
     splits = DatasetDict(train=dataset(30)["train"], test=dataset(6)["train"])
     with pytest.raises(UserError, match="--fold and --folds cut the test split, but the data has one"):
-        cut_missing_splits(splits, np.arange(30), 1, 0.1, 0.2, (1, 5))
+        cut_splits(splits, 1, 0.1, 0.2, (1, 5))
 
 
 def test_hash_of_splits_tells_images_classes_order_and_split_apart():
-    splits = cut_missing_splits(dataset(30), np.arange(30), 1, 0.2, 0.2)
+    splits = cut_splits(dataset(30), 1, 0.2, 0.2)
     train, test = splits["train"], splits["test"]
     others = [
-        cut_missing_splits(dataset(30), np.arange(30), 2, 0.2, 0.2),
+        cut_splits(dataset(30), 2, 0.2, 0.2),
         DatasetDict(splits | {"train": train.select(range(1, len(train)))}),
         DatasetDict(splits | {"train": train.select(range(len(train) - 1, -1, -1))}),
         DatasetDict(splits | {"train": test, "test": train}),
@@ -195,7 +191,7 @@ def test_hash_of_splits_tells_images_classes_order_and_split_apart():
     ]
     hashes = [hash_splits(each) for each in (splits, *others)]
     assert len(set(hashes)) == 6
-    again = cut_missing_splits(dataset(30), np.arange(30), 1, 0.2, 0.2)
+    again = cut_splits(dataset(30), 1, 0.2, 0.2)
     assert hash_splits(again) == hashes[0]
 
 
