@@ -24,6 +24,14 @@ from luthier.terminal import percent, say
 
 PROJECT = Path(__file__).parent
 PATIENCE = 60  # seconds in which a run that is stopped may write its checkpoint
+FIXED = {  # what compare.py gives to every run, and the option to use instead, if there is one
+    "seed": "--seeds",
+    "fold": "--folds",
+    "output_dir": "--output_dir",
+    "refit": "",
+    "disable_tqdm": "",
+    "resume_from_checkpoint": "",
+}
 
 
 class Experiment(NamedTuple):
@@ -119,10 +127,9 @@ def parse_line(argv: list[str]) -> tuple[argparse.Namespace, list[str], list[str
     twice = next((option for option in for_each if option in for_all or for_each.count(option) > 1), None)
     if twice:
         raise UserError(f"{twice} is given twice: leave --{twice} out, or one --set")
-    given = [*for_all, *for_each]
-    for option, instead in (("seed", "--seeds"), ("fold", "--folds"), ("output_dir", "--output_dir")):
-        if option in given:
-            raise UserError(f"compare.py sets {option} itself: use {instead}")
+    for option, instead in FIXED.items():
+        if option in (*for_all, *for_each):
+            raise UserError(f"compare.py sets {option} itself: {f'use {instead}' if instead else 'leave it out'}")
     return args, configs, rest
 
 
@@ -155,7 +162,7 @@ def build_runs(experiments: list[Experiment], args: argparse.Namespace, rest: li
     """Return the runs, experiment by experiment within each seed or fold; every line is checked before any runs.
 
     Raises:
-        UserError: train.py does not accept a line.
+        UserError: train.py does not accept a line, or two experiments have the same settings.
     """
     from luthier.arguments import parse_arguments
 
@@ -172,6 +179,10 @@ def build_runs(experiments: list[Experiment], args: argparse.Namespace, rest: li
         parsed = parse_arguments(line)
         settings = with_time_limit(parsed.run_args.settings, parsed.model_args.time_limit)
         runs.append(Run(experiment.name, part, folder, line, settings))
+    first: dict[tuple[str, str], str] = {}
+    for run in runs:
+        if (same := first.setdefault((run.part, run.settings), run.experiment)) != run.experiment:
+            raise UserError(f"{same} and {run.experiment} have the same settings: leave one of them out")
     return runs
 
 

@@ -245,7 +245,7 @@ def images_of_run(folder: Path, labels: list[str]) -> tuple["Images", "Images"]:
     advice = "give images to compare the export with: --check FOLDER"
     try:
         record = json.loads((folder / IMAGES).read_text(encoding="utf-8"))
-        test, options = set(record["test"]), record["options"]
+        test, options = set(record["test"]), dict(record["options"])
         paths = {key: folder / options[key] for key in ("data_dir", "labels", "dataset_name") if options.get(key)}
         options |= {key: str(path) for key, path in paths.items() if path.exists()}
     except FileNotFoundError as error:

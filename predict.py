@@ -39,6 +39,8 @@ BAR_WIDTH = 32  # columns
 def main(argv: list[str] | None = None) -> None:
     """Predict the inputs; see `python predict.py --help`."""
     args = build_parser().parse_args(argv)
+    if args.output is None and sys.stdout is None:
+        raise UserError("the standard output is closed: give --output FILE")
     accept_undecodable_names()
     if args.output and is_image(args.output.name):
         raise UserError(f"--output {args.output} would replace an image: give the name of a file for the predictions")
@@ -68,13 +70,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def accept_undecodable_names() -> None:
-    """Let the standard streams carry file names that are not valid text.
-
-    Raises:
-        UserError: there is no standard output.
-    """
-    if sys.stdout is None:
-        raise UserError("the standard output is closed: give --output FILE")
+    """Let the standard streams carry file names that are not valid text."""
     for stream, errors in ((sys.stdout, "backslashreplace"), (sys.stdin, "surrogateescape")):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors=errors)
@@ -113,23 +109,27 @@ def _positive(text: str) -> int:
 def expand(inputs: Iterable[str], stdin: Iterable[str] = ()) -> Iterator[tuple[str, str | None]]:
     """Yield (file or address, None) for each input, or (input, what is wrong with it), in order."""
     for text in inputs:
-        if text == "-":
-            yield from expand(line.rstrip("\r\n") for line in stdin if line.strip())
-        # os.path, because a path that is too long or holds a null byte is not a file there, but an error in pathlib.
-        # fetch.py decides which addresses are fetched.
-        elif "://" in text or os.path.isfile(text):  # noqa: PTH113
-            yield text, None
-        elif os.path.isdir(text):  # noqa: PTH112
-            yield from _images_in(text)
-        elif glob.has_magic(text) and (names := sorted(glob.iglob(text, recursive=True))):  # noqa: PTH207
-            seen: set[str] = set()  # with ** both a folder and its images match
-            for name in names:
-                for entry in _images_in(name) if Path(name).is_dir() else [(name, None)]:
-                    if (path := os.path.normpath(entry[0])) not in seen:
-                        seen.add(path)
-                        yield entry
-        else:
-            yield text, "no file matches" if glob.has_magic(text) else "there is no such file"
+        for line in stdin if text == "-" else (text,):
+            if line.strip():
+                yield from _expand_one(line.rstrip("\r\n"))
+
+
+def _expand_one(text: str) -> Iterator[tuple[str, str | None]]:
+    # os.path, because a path that is too long or holds a null byte is not a file there, but an error in pathlib.
+    # fetch.py decides which addresses are fetched.
+    if "://" in text or os.path.isfile(text):  # noqa: PTH113
+        yield text, None
+    elif os.path.isdir(text):  # noqa: PTH112
+        yield from _images_in(text)
+    elif glob.has_magic(text) and (names := sorted(glob.iglob(text, recursive=True))):  # noqa: PTH207
+        seen: set[str] = set()  # with ** both a folder and its images match
+        for name in names:
+            for entry in _images_in(name) if Path(name).is_dir() else [(name, None)]:
+                if (path := os.path.normpath(entry[0])) not in seen:
+                    seen.add(path)
+                    yield entry
+    else:
+        yield text, "no file matches" if glob.has_magic(text) else "there is no such file"
 
 
 def _images_in(folder: str) -> Iterator[tuple[str, str | None]]:

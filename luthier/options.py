@@ -77,8 +77,8 @@ class DataArguments:
     validation_fraction: float | None = field(
         default=None,
         metadata={
-            "help": "Share of each class for the validation split, where the data has none; a tenth, and up to a "
-            "quarter of few images, if not given."
+            "help": "Share of each class for the validation split, where the data has none; of a fold's other images. "
+            "A tenth, and up to a quarter of few images, if not given."
         },
     )
     test_fraction: float = field(

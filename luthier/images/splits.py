@@ -37,7 +37,8 @@ def cut_splits(
         splits: of `data.load_images`: with the columns `label`, `digest` and `group`. Images of one group stay on
             one side.
         split_seed: decides the cut, together with the images' content; the training seed does not change it.
-        validation_fraction, test_fraction: share of each class to cut; see `validation_share` for None.
+        validation_fraction, test_fraction: share of each class to cut, with a fold of the images that are not in it;
+            see `validation_share` for None.
         fold: (i, k): test is the i-th of k parts, from 1 on, instead of `test_fraction`.
 
     Raises:
@@ -48,21 +49,20 @@ def cut_splits(
             "--fold and --folds cut the test split, but the data has one of its own: leave the option out, or move "
             "the images of test into train"
         )
-    if validation_fraction is None:
-        validation_fraction = validation_share(len(splits["train"]))
-    fractions = {"validation": validation_fraction, "test": 1 / fold[1] if fold else test_fraction}
-    fractions = {split: fraction for split, fraction in fractions.items() if split not in splits}
-    for split, fraction in fractions.items():
-        check_fraction(split, fraction)
-    if sum(fractions.values()) >= 1:
-        raise UserError(f"--validation_fraction and --test_fraction leave nothing to train on: {fractions}")
     labels, names = np.array(splits["train"]["label"][:]), splits["train"].features["label"].names
     digests, groups = np.array(splits["train"]["digest"][:]), np.array(splits["train"]["group"][:])
     rows, cut = np.arange(len(labels)), {}
     if fold:
         tested = _deal_folds(labels, groups, digests, fold[1], split_seed) == fold[0] - 1
         cut["test"], rows = np.flatnonzero(tested), np.flatnonzero(~tested)
-        del fractions["test"]
+    if validation_fraction is None:
+        validation_fraction = validation_share(len(rows))
+    fractions = {"validation": validation_fraction, "test": test_fraction}
+    fractions = {split: fraction for split, fraction in fractions.items() if split not in (*splits, *cut)}
+    for split, fraction in fractions.items():
+        check_fraction(split, fraction)
+    if sum(fractions.values()) >= 1:
+        raise UserError(f"--validation_fraction and --test_fraction leave nothing to train on: {fractions}")
     rest = stratified_cut(labels[rows], names, fractions, split_seed, groups[rows], digests[rows])
     cut |= {split: rows[part] for split, part in rest.items()}
     _report_missing(labels, groups, names, cut, fold)

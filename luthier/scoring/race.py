@@ -135,50 +135,70 @@ def race(arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: s
         UserError: see `trainer.train`; or the run was begun with other options or other data. NotFinite is raised
             only where nothing else is left; otherwise the arm leaves the race.
     """
-    rival = probe if len(arms) > 1 else None  # an arm that was asked for is compared with itself alone
+    rival = probe if len(arms) > 1 else None  # a single arm is not compared with the probe
     if rival and rival.loss < course.judge.criterion.enough:
-        return Outcome(reason="the probe, which leaves little to gain", probe=probe)
-    heats, reason, named = _take_up(course, arms, resume) if resume else ([], "", None)
-    last, begun, running = None, False, list(arms)
-
-    def advance(arm: Arm, end: int) -> Advanced:
-        nonlocal begun, named
-        checkpoint = named or newest_shared(arm.folder, arm.is_main_process)
-        if resume and not begun:
-            say("resume", _where(checkpoint, heats))
-        if not begun:
-            EpochTable.write_header(arm.training_args)
-        begun, named = True, named if named and step_of(named) >= end else None
-        return _advance(arm, end, course, checkpoint, lambda: write_record(course, arms, heats, reason))
-
-    while running and not reason:
-        arm, reason = _choose_next(heats, running, rival, named)
+        reason = "the probe, which leaves little to gain"
+        write_record(course, arms, [], reason)
+        return Outcome(reason=reason, probe=probe)
+    state = _Race(arms, course, resume)
+    heats, running, last = state.heats, list(arms), None
+    while running and not state.ended:
+        arm, state.ended = _choose_next(heats, running, rival, state.named)
         if arm is None:
             break
-        expected = _expected_seconds(heats, arm, number := _next_heat(heats, arm, named))
+        expected = _expected_seconds(heats, arm, number := _next_heat(heats, arm, state.named))
         if (probe or heats) and not course.ends_in_time(expected):
-            reason = NO_TIME
+            state.ended = NO_TIME
             break
-        partial = resume and not begun  # a part of this heat may have been trained before
+        partial = resume and not state.has_begun  # a part of this heat may have been trained before
         last, begin = None, course.stopwatch.total()
         try:
-            last = advance(arm, arm.ends[number])  # one model at a time in memory
+            last = state.advance(arm, arm.ends[number])  # one model at a time in memory
         except NotFinite as error:
             _leave(arm, running, heats, error, rival)
-            reason = "" if running else "no recipe left"
+            state.ended = "" if running else "no recipe left"
             continue
         seconds = max(course.stopwatch.total() - begin, expected if partial else 0.0)
         heats.append(_describe(last, seconds))
-        reason = NO_TIME if heats[-1].step < arm.ends[number] else ""
-        write_record(course, arms, heats, reason)
-    write_record(course, arms, heats, reason)
+        state.ended = NO_TIME if heats[-1].step < arm.ends[number] else ""
+        state.record()
+    state.record()
     winner = _leading(heats, arms)
     if winner is None:
-        return Outcome(heats=heats, reason=reason, probe=probe)
+        return Outcome(heats=heats, reason=state.ended, probe=probe)
     if last is None or last.arm is not winner:
         last = None  # one model at a time in memory
-        last = advance(winner, _results(heats, winner)[-1].step)
-    return Outcome(*last, heats, reason, probe)
+        last = state.advance(winner, _results(heats, winner)[-1].step)
+    return Outcome(last.arm, last.trainer, last.candidates, heats, state.ended, probe)
+
+
+class _Race:
+    """How far a race is, from where an earlier part of the run has left it.
+
+    Attributes:
+        heats: that were run, in their order.
+        ended: why the race has ended; empty where it goes on.
+        named: the checkpoint that the user has named; None once training is past it.
+        has_begun: something was trained in this part of the run.
+    """
+
+    def __init__(self, arms: Sequence[Arm], course: Course, resume: str | None):
+        self.arms, self.course, self.resume, self.has_begun = arms, course, resume, False
+        self.heats, self.ended, self.named = _take_up(course, arms, resume) if resume else ([], "", None)
+
+    def record(self) -> None:
+        """Write `race.json`."""
+        write_record(self.course, self.arms, self.heats, self.ended)
+
+    def advance(self, arm: Arm, end: int) -> Advanced:
+        """Train an arm up to a step, from its newest checkpoint or the named one."""
+        checkpoint = self.named or newest_shared(arm.folder, arm.is_main_process)
+        if self.resume and not self.has_begun:
+            say("resume", _where(checkpoint, self.heats))
+        if not self.has_begun:
+            EpochTable.write_header(arm.training_args)
+        self.has_begun, self.named = True, self.named if self.named and step_of(self.named) >= end else None
+        return _advance(arm, end, self.course, checkpoint, self.record)
 
 
 def keep_best(
@@ -197,7 +217,7 @@ def keep_best(
 
 def predict_loss(before: Heat, now: Heat, epochs: float) -> float:
     """Return the loss that a power law through two heats predicts after a number of epochs."""
-    if not math.isfinite(before.loss):
+    if not math.isfinite(before.loss) or now.epochs <= before.epochs:  # as in a record that was edited
         return now.loss
     ratio = max(now.loss, TINY) / max(before.loss, TINY)
     slope = math.log(ratio) / math.log(now.epochs / before.epochs)
@@ -258,16 +278,17 @@ def _promise(heats: list[Heat], arm: Arm) -> float:
     return predict_loss(before, now, now.epochs * arm.ends[-1] / now.step)
 
 
-def _advance(arm: Arm, end: int, course: Course, checkpoint: Path | None, begin: Callable[[], None]) -> Advanced:
+def _advance(arm: Arm, end: int, course: Course, checkpoint: Path | None, record: Callable[[], None]) -> Advanced:
     """Train an arm up to a step, from a checkpoint or from the arm's start; score its best weights so far."""
     trainer = arm.trainer()
-    begin()  # nothing is written before the settings are known to work
+    record()  # nothing is written before the settings are known to work
     if arm.schedule is None:
         trainer.add_callback(EndInTime(course.ends_in_time))
     there = checkpoint is not None and step_of(checkpoint) >= end
     train(trainer, end if arm.schedule or there else None, checkpoint, course.stop)
     shares = (1.0,) if course.only_trained else arm.recipe.shares
     candidates = score_candidates(trainer, arm.rows["validation"], arm.start, shares, course.judge, arm.recipe.name)
+    course.stopwatch.stop("evaluate")
     return Advanced(arm, trainer, candidates)
 
 

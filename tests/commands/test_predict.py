@@ -107,6 +107,21 @@ def test_every_kind_of_input_keeps_its_order(model, capsys, monkeypatch, tmp_pat
     assert code == 0 and names == [*expected, *expected[2:4], "single.PNG", *expected[:2]]
 
 
+def test_every_line_of_the_standard_input_is_an_input(tmp_path):
+    assert list(predict.expand(["-"], ["-\n", " \n", "missing.jpg\n"])) == [
+        ("-", "there is no such file"), ("missing.jpg", "there is no such file"),
+    ]  # fmt: skip
+
+
+def test_closed_standard_output_is_of_no_use_without_a_file(model, monkeypatch, capsys, tmp_path):
+    draw("red", 9).save(tmp_path / "a.png")
+    monkeypatch.setattr("sys.stdout", None)
+    with pytest.raises(SystemExit):
+        predict.main([str(model), str(tmp_path / "a.png")])
+    predict.main([str(model), str(tmp_path / "a.png"), "--format", "csv", "--output", str(tmp_path / "out.csv")])
+    assert len((tmp_path / "out.csv").read_text().splitlines()) == 2
+
+
 @pytest.mark.parametrize("pattern", ["**", "**/", "**/*", "**/*.png", "*", "./**", "**/[dsr]*"])
 def test_pattern_gives_every_image_once(tmp_path, pattern):
     draw_folder(tmp_path / "in/deep", per_class=2)

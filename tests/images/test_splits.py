@@ -173,6 +173,12 @@ def test_folds_are_disjoint_and_cover_everything():
     assert sorted(tested) == list(range(150))
 
 
+def test_validation_is_a_share_of_what_a_fold_leaves():
+    cut = cut_splits(dataset(120), 1, 0.6, 0.9, (1, 2))
+    assert {split: len(part) for split, part in cut.items()} == {"train": 24, "validation": 36, "test": 60}
+    assert len(cut_splits(dataset(1000), fold=(1, 5))["validation"]) == pytest.approx(150, abs=3), "of 800"
+
+
 def test_fold_of_data_with_a_test_split_is_refused():
     splits = DatasetDict(train=dataset(30)["train"], test=dataset(6)["train"])
     with pytest.raises(UserError, match="--fold and --folds cut the test split, but the data has one"):

@@ -195,9 +195,11 @@ def test_arm_whose_loss_is_not_finite_leaves_the_race(tmp_path, monkeypatch, cap
             race(arms, None, course, None)
 
 
-def test_no_race_where_the_probe_leaves_little_to_gain():
-    outcome = race(ARMS, candidate([0.01] * 4, "probe"), SimpleNamespace(judge=Judge([])), None)
+def test_no_race_where_the_probe_leaves_little_to_gain(tmp_path):
+    arms = [SimpleNamespace(**vars(each), is_main_process=True) for each in ARMS]
+    outcome = race(arms, candidate([0.01] * 4, "probe"), course_in(tmp_path), None)
     assert outcome.arm is None and not outcome.heats and "little to gain" in outcome.reason
+    assert json.loads((tmp_path / RACE).read_text())["ended"] == outcome.reason, "a refit may go on with more time"
 
 
 def test_heats_after_a_named_checkpoint_do_not_count(tmp_path):
@@ -205,6 +207,10 @@ def test_heats_after_a_named_checkpoint_do_not_count(tmp_path):
     write_record(course_in(tmp_path), arms, heats(full=[0.5, 0.4, 0.3]), "its last heat")
     (tmp_path / "trainer_state.json").write_text('{"global_step": 30}')
     assert read_record(course_in(tmp_path), arms, tmp_path) == (heats(full=[0.5, 0.4]), "")
+
+
+def test_heats_of_the_same_length_promise_nothing():
+    assert predict_loss(Heat("full", 10, 1.0, 0.5, 0.9, 1.0), Heat("full", 10, 1.0, 0.4, 0.9, 1.0), 15) == 0.4
 
 
 def test_seconds_of_heats_add_up_and_epochs_are_counted_from_the_start():
@@ -215,7 +221,7 @@ def test_seconds_of_heats_add_up_and_epochs_are_counted_from_the_start():
 def run_race(tmp_path, monkeypatch, resume: str | None = None, **terms) -> tuple[Outcome, SimpleNamespace]:
     """Run a race of one arm that is trained in no time, and return its outcome and the arm."""
 
-    def advance(arm, end, course, checkpoint, begin):
+    def advance(arm, end, course, checkpoint, record):
         state = SimpleNamespace(global_step=end, epoch=end / 10)
         best = candidate([10 / end] * 4, arm.recipe.name)._replace(validation={"accuracy": 0.9})
         return module.Advanced(arm, SimpleNamespace(state=state), [best])
