@@ -18,9 +18,10 @@ RUN --mount=type=cache,target=/pip \
         --requirement /build/requirements.txt --constraint /build/requirements.lock
 
 FROM debian:bookworm-slim
+# The compiler is for --torch_compile.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends python3 ca-certificates \
+    && apt-get install --yes --no-install-recommends python3 python3-dev g++ ca-certificates \
     && rm -rf /var/lib/apt/lists/*
 COPY --from=build /opt/luthier /opt/luthier
 COPY *.py accelerate_config.yaml cloud/entrypoint.sh /app/

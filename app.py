@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 TOP = 5  # classes
 MAX_FILE_SIZE = "64mb"
+CLEAN = (600, 3600)  # seconds: how often images that were given to the page are deleted, and how old they are then
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -37,6 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--examples", type=Path, help="a folder of images to offer")
     parser.add_argument("--always_answer", action="store_true", help='never say "unsure" or "none of these"')
     parser.add_argument("--push_to_space", metavar="OWNER/NAME", help="publish the app as a Space instead")
+    parser.add_argument("--private", action="store_true", default=None, help="hide a new Space from others")
     return parser
 
 
@@ -50,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError("--examples and --always_answer are for the app on this machine: leave them out")
         from luthier.serving.space import push_to_space
 
-        print(f"pushed   {push_to_space(args.model, args.push_to_space)}")
+        print(f"pushed   {push_to_space(args.model, args.push_to_space, args.private)}")
         return
     examples = images_in(args.examples) if args.examples else []
     port = os.environ.get("GRADIO_SERVER_PORT", "0")
@@ -87,13 +89,15 @@ def build_page(model_name: str, always_answer: bool, examples: list[str]) -> "gr
 
     classifier = Classifier(open_network(model_name), always_answer)
     name = Path(model_name).name
-    with gradio.Blocks(title=name, analytics_enabled=False) as page:
+    with gradio.Blocks(title=name, analytics_enabled=False, delete_cache=CLEAN) as page:
         gradio.Textbox(name, label="Model", interactive=False)
         with gradio.Row():
             with gradio.Column():
                 image = gradio.Image(type="filepath", sources=["upload", "clipboard"], label="Image", height=320)
                 # Gradio's own opens the file first, by Pillow's rules, and says no more than "Error".
                 setattr(image, "preprocess", lambda file: file.path if file else None)  # noqa: B010
+                # Gradio would fetch an address that a request names as the image, whatever its size and its network.
+                setattr(image, "async_move_resource_to_block_cache", _refuse_addresses(image))  # noqa: B010
                 url = gradio.Textbox(label="Or its address", placeholder="https://...", max_lines=1)
                 ask = gradio.Button("Classify the address")
             with gradio.Column():
@@ -109,6 +113,17 @@ def build_page(model_name: str, always_answer: bool, examples: list[str]) -> "gr
     return page
 
 
+def _refuse_addresses(image: "gradio.Image") -> Callable:
+    move = image.async_move_resource_to_block_cache
+
+    async def move_file(name: str | Path | None) -> str | None:
+        if "://" in str(name):
+            raise ValueError("an address is classified by the function `url`")
+        return await move(name)
+
+    return move_file
+
+
 def file_loader(classifier: "Classifier", allowed: list[Path]) -> Callable[[str], "Image"]:
     """Return the function that loads an image that was given to the page: a file in or at one of the allowed paths.
 
@@ -116,11 +131,13 @@ def file_loader(classifier: "Classifier", allowed: list[Path]) -> Callable[[str]
     """
     places = [path.resolve() for path in allowed]
 
+    from luthier.serving.classifier import MAX_FOREIGN_PIXELS
+
     def load(name: str) -> "Image":
         path = Path(name).resolve()
         if not path.is_file() or not any(path.is_relative_to(place) for place in places):
             raise OSError("only images that were given to this page are opened")
-        return classifier.load_file(str(path))
+        return classifier.load_file(str(path), MAX_FOREIGN_PIXELS)
 
     return load
 

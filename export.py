@@ -50,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--web", type=Path, metavar="FOLDER", help="write a page that runs the model in the browser")
     parser.add_argument("--push_to_space", metavar="OWNER/NAME", help="publish this page on the Hub")
+    parser.add_argument("--private", action="store_true", default=None, help="hide a new page on the Hub from others")
     parser.add_argument("--vendor", action="store_true", help="copy what the page needs of ONNX Runtime into it")
     parser.add_argument("--allow_worse", action="store_true", help="write an export that is worse than the model, too")
     return parser
@@ -114,7 +115,7 @@ def publish_page(args: argparse.Namespace, model: Path) -> None:
         serve = shlex.join(["python", "-m", "http.server", "-d", str(args.web)])
         say("page", f"{args.web}; to look at it: {serve}, and open http://localhost:8000")
     if args.push_to_space:
-        say("pushed", push_page(model, args.push_to_space, name, args.vendor))
+        say("pushed", push_page(model, args.push_to_space, name, args.vendor, args.private))
 
 
 def export_run(output_dir: Path) -> str:

@@ -306,6 +306,8 @@ def _from_pretrained(
         AutoModelForImageClassification.register(SimpleCNNConfig, SimpleCNNForImageClassification, exist_ok=True)
         # Without this argument the library asks on the standard input whether to run a repository's own code.
         config = AutoConfig.from_pretrained(model_name, trust_remote_code=False)
+        if "checkpoint_path" in (getattr(config, "model_args", None) or {}):  # timm would load it, by pickle if old
+            raise ValueError("its config names a file of weights elsewhere (checkpoint_path)")
         own = dict(config.id2label)
         if changes:
             config = AutoConfig.from_pretrained(model_name, trust_remote_code=False, **changes)

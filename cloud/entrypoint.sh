@@ -17,9 +17,11 @@ forward() {
     # shellcheck disable=SC2086 # $children holds several numbers
     kill -TERM ${children:-$launcher} 2>/dev/null
 }
-trap forward TERM INT
+trap forward TERM INT HUP
 
-accelerate launch --quiet --config_file "${ACCELERATE_CONFIG:-/app/accelerate_config.yaml}" /app/train.py "$@" &
+app=$(dirname "$0")
+[ -f "$app/train.py" ] || app=$app/.. # in a checkout
+accelerate launch --quiet --config_file "${ACCELERATE_CONFIG:-$app/accelerate_config.yaml}" "$app/train.py" "$@" &
 launcher=$!
 while kill -0 "$launcher" 2>/dev/null; do # a signal ends the wait, not the launcher
     wait "$launcher"

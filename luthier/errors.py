@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Collection, Iterable
 from typing import ParamSpec
 
+from luthier.escape import escape_lines
+
 Parameters = ParamSpec("Parameters")
 
 # What the system refuses because of the user's disk, wherever it happens.
@@ -54,7 +56,7 @@ def exit_on_user_error(command: Callable[Parameters, None]) -> Callable[Paramete
             message = message_for_user(error)
             if message is None or sys.flags.dev_mode:
                 raise
-            print(f"error: {message}", file=sys.stderr)
+            print(f"error: {escape_lines(message)}", file=sys.stderr)
             sys.exit(2)
 
     return guarded
@@ -62,7 +64,7 @@ def exit_on_user_error(command: Callable[Parameters, None]) -> Callable[Paramete
 
 def exit_with(failures: Iterable[str]) -> None:
     """Exit with 1 and the messages of what failed after a run was complete; an empty one is no failure."""
-    if messages := [f"error: {failure}" for failure in failures if failure]:
+    if messages := [f"error: {escape_lines(failure)}" for failure in failures if failure]:
         sys.exit("\n".join(messages))
 
 

@@ -8,6 +8,11 @@ def escape_terminal(text: str) -> str:
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
+def escape_lines(text: str) -> str:
+    """Return text of several lines, each as `escape_terminal` returns it."""
+    return "\n".join(map(escape_terminal, text.split("\n")))
+
+
 def escape_cell(text: str) -> str:
     """Return text that a spreadsheet does not take for a formula."""
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text

@@ -19,6 +19,7 @@ from transformers import TrainingArguments
 
 from luthier.cores import count_cores
 from luthier.errors import UserError
+from luthier.escape import escape_lines
 from luthier.terminal import has_terminal, is_first_process, plural, say
 
 LONG_RUN = 20_000  # images for which channels_last pays on a GPU
@@ -116,8 +117,22 @@ def set_up_process(training_args: TrainingArguments) -> None:
     if not has_terminal():
         datasets.disable_progress_bars()  # in a file each refresh adds to one endless line; see terminal.Tenths
     check_processes(training_args)
+    check_compiler(training_args)
     configure_cpu(training_args.device)
     gc.freeze()  # of the libraries' half a million objects none will be garbage; a collection took a third of a second
+
+
+def check_compiler(training_args: TrainingArguments) -> None:
+    """Check that `--torch_compile` has a compiler.
+
+    Raises:
+        UserError: there is none.
+    """
+    names = (os.environ.get("CXX"), os.environ.get("CC"), "g++", "gcc", "clang++", "clang", "cl")
+    if training_args.torch_compile and not any(shutil.which(name) for name in names if name):
+        raise UserError(
+            "--torch_compile needs a C++ compiler, and there is none: install one such as g++, or leave the option out"
+        )
 
 
 def check_processes(training_args: TrainingArguments) -> None:
@@ -220,11 +235,20 @@ def explain_exhausted_memory(training_args: TrainingArguments, training: bool = 
 def configure_logging() -> None:
     """Let the libraries report what a user can act on, and nothing of their own housekeeping."""
     level = logging.WARNING if is_first_process() else logging.ERROR  # the others would repeat each warning
-    logging.basicConfig(format="%(message)s", level=level)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Printable("%(message)s"))
+    logging.basicConfig(handlers=[handler], level=level)
     logging.getLogger("luthier.images.shards").setLevel(logging.WARNING)  # of rows that no other process reads
     transformers.utils.logging.disable_progress_bar()  # of loading and writing single files
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each retry of a connection; Luthier says the last
     logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)  # checkpoints less than a second apart
+
+
+class _Printable(logging.Formatter):
+    """Leaves out what a terminal would obey: names of files and classes are in many warnings."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return escape_lines(super().format(record).expandtabs())
 
 
 def is_launched() -> bool:

@@ -3,10 +3,12 @@
 import argparse
 import difflib
 import json
+import os
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import fields
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import yaml
@@ -151,7 +153,10 @@ def describe_command(script: str, argv: list[str]) -> str:
     for word in argv:
         key, sign, value = word.partition("=") if word.startswith("--") else ("", "", word)
         option = key.lstrip("-").replace("-", "_") if key else option
-        path = option in PATH_OPTIONS or value.startswith(("/", "~", "..")) or ("/" in value and Path(value).exists())
-        shown.append(f"{key}{sign}{'{...}' if value.startswith('{') else Path(value).name if path else value}")
+        path = option in PATH_OPTIONS or bool(re.match(r"/|~|\.\.|[A-Za-z]:[\\/]", value))
+        if not path and (os.sep in value or "/" in value):
+            path = Path(value).exists()
+        name = (PureWindowsPath if "\\" in value else Path)(value).name if path else value
+        shown.append(f"{key}{sign}{'{...}' if value.startswith('{') else name}")
         option = "" if value else option
     return shlex.join([*launcher, script, *shown])

@@ -6,6 +6,8 @@ import sys
 import textwrap
 import time
 
+from luthier.escape import escape_lines
+
 INDENT = 9  # columns before the text of a line
 
 
@@ -22,7 +24,7 @@ def say(topic: str, text: str) -> None:
         text: the rest.
     """
     if is_first_process():
-        print(_wrap(f"{topic:<{INDENT}}{text}"), flush=True)
+        print(_wrap(f"{topic:<{INDENT}}{escape_lines(text)}"), flush=True)
 
 
 def _wrap(line: str) -> str:

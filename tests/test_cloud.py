@@ -3,8 +3,10 @@
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 import venv
 from pathlib import Path
 
@@ -57,6 +59,24 @@ def test_task_starts_a_process_for_each_gpu_of_each_machine(tmp_path, nodes, gpu
     assert result.stdout.endswith(end)
     (tmp_path / "python").write_text("#!/bin/sh\nexit 1\n")  # torch cannot use the GPU
     assert subprocess.run(["bash", "-uc", script], env=environment, capture_output=True).returncode == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_script_of_the_container_runs_in_a_checkout_and_passes_signals_on(tmp_path, number):
+    launcher = tmp_path / "accelerate"
+    launcher.write_text('#!/bin/sh\necho "$@"\nsleep 60 & wait $!\n')
+    launcher.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    with subprocess.Popen(
+        ["sh", "cloud/entrypoint.sh", "--seed", "3"], cwd=PROJECT, env=environment, stdout=subprocess.PIPE, text=True,
+        start_new_session=True,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        config = "--config_file cloud/../accelerate_config.yaml"
+        assert process.stdout.readline() == f"launch --quiet {config} cloud/../train.py --seed 3\n"
+        time.sleep(0.2)
+        process.send_signal(number)
+        assert process.wait(20) == 143
 
 
 def test_hf_accepts_the_job(tmp_path):

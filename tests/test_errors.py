@@ -20,6 +20,16 @@ def caused(cause: Exception) -> Exception:
     return error
 
 
+def test_message_has_no_control_characters(capsys):
+    @exit_on_user_error
+    def command():
+        raise UserError("no class \x1b[31mred\nin two lines")
+
+    with pytest.raises(SystemExit):
+        command()
+    assert capsys.readouterr().err == "error: no class ?[31mred\nin two lines\n"
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [

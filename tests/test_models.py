@@ -185,6 +185,11 @@ def test_damaged_weights_are_refused(timm_checkpoint, tmp_path):
         ("config.json", '{"model_type": "vit", "hidden_size": "abc"}'),
         ("config.json", '{"model_type": "vit", "patch_size": 0}'),
         ("config.json", '{"model_type": "vit", "id2label": ["a"]}'),
+        (
+            "config.json",
+            '{"model_type": "timm_wrapper", "architecture": "resnet18", "num_classes": 2, '
+            '"model_args": {"checkpoint_path": "evil.pth"}}',
+        ),
         ("preprocessor_config.json", "[]"),
     ],
 )

@@ -40,6 +40,11 @@ def test_only_the_main_process_prints(monkeypatch, capsys):
     assert capsys.readouterr().out == "data     x\n"
 
 
+def test_control_characters_of_names_do_not_reach_the_terminal(capsys):
+    say("data", "\x1b]0;title\x07red\nnext")
+    assert capsys.readouterr().out == "data     ?]0;title?red\nnext\n"
+
+
 def test_long_lines_are_wrapped_on_a_terminal_and_whole_in_a_file(monkeypatch, capsys):
     text = f"{'words ' * 20}/a/long-path/{'x' * 100} end"
     say("race", text)

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
@@ -51,7 +52,31 @@ def load_named(dataset_name: str, dataset_config_name: str | None) -> DatasetDic
             files = load_dataset_builder(resolved(dataset_name), dataset_config_name).config.data_files or {}
             for url in itertools.chain.from_iterable(files.values()):
                 _check_file(url, next(iter(loaded.values())).features)
+    check_holds_images(loaded, dataset_name)
     return DatasetDict(named_splits(loaded, dataset_name))
+
+
+def check_holds_images(splits: Mapping[str, Dataset], dataset_name: str) -> None:
+    """Check that the rows of a dataset hold their images, and do not name other files of this machine.
+
+    What is read would be trained on and may be published, and it is the dataset's author who chose the name.
+
+    Raises:
+        UserError: a row names a file.
+    """
+    for split, dataset in splits.items():
+        if dataset.info.builder_name == "imagefolder":  # its rows name its own files
+            continue
+        for column, feature in dataset.features.items():
+            if isinstance(feature, Image) or feature == ENCODED_IMAGE:
+                for images in dataset.data.column(column).chunks:
+                    outside = pc.and_(pc.is_null(images.field("bytes")), pc.is_valid(images.field("path")))
+                    if pc.any(outside).as_py():
+                        path = images.field("path").filter(outside)[0].as_py()
+                        raise UserError(
+                            f"the split {split} of {dataset_name} names a file in the place of an image ({path}): "
+                            "write the images themselves into the dataset, or give a table of files with --labels"
+                        )
 
 
 def check_complete(folder: Path) -> None:

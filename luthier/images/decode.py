@@ -2,6 +2,7 @@
 
 import io
 import math
+import stat
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,8 @@ UPRIGHT = {  # what turns an image upright, by its EXIF orientation
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
+MAX_BYTES = 2**30  # of a file; the largest images that Pillow opens have half of it, uncompressed
+STRIP = 256  # rows of a grey image that are converted at a time: all of them would take eight times their memory
 MAX_RATIO = 500  # of an image's sides: a view enlarges the shorter one, and the longer one with it
 CONVERT = "convert it to JPEG or PNG"
 NOT_OPENED = "cannot be opened: "  # prefix of reasons that may be gone at the next try
@@ -88,11 +91,25 @@ def read_bytes(source: dict | None) -> bytes:
     """Return the file of a row's `image`, a dict of `bytes` and `path` as `datasets` has it.
 
     Raises:
-        OSError: it is not there.
+        OSError: it is not there, or see `read_file`.
     """
     if not source or (source["bytes"] is None and source["path"] is None):
         raise OSError("there is no image")
-    return Path(source["path"]).read_bytes() if source["bytes"] is None else source["bytes"]
+    return read_file(source["path"]) if source["bytes"] is None else source["bytes"]
+
+
+def read_file(path: str | Path) -> bytes:
+    """Return what a file holds.
+
+    Raises:
+        OSError: it is not there, or larger than `MAX_BYTES`, or a device or a pipe, which may never end.
+    """
+    facts = Path(path).stat()
+    if not stat.S_ISREG(facts.st_mode):
+        raise OSError("it is no regular file")
+    if facts.st_size > MAX_BYTES:
+        raise OSError(f"it has {facts.st_size / 2**20:,.0f} MB, and more than {MAX_BYTES / 2**20:,.0f} are not read")
+    return Path(path).read_bytes()
 
 
 def is_hidden(name: str) -> bool:
@@ -122,16 +139,9 @@ def reason(error: BaseException) -> str:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        levels = np.asarray(image, dtype=np.float64)
-        grey = np.where(levels == image.info.get("transparency"), 255, levels / 257)
-    elif image.mode in ("I", "F"):  # no range is written in the file, so it is taken from the values
-        grey = np.asarray(image, dtype=np.float64)
-        highest = grey.max(where=np.isfinite(grey), initial=0)
-        grey = np.nan_to_num(grey, posinf=highest, neginf=0)
-        scale = 255 if image.mode == "F" and highest <= 1 else 1 if highest <= 255 else 1 / 257
-        grey = grey * scale
-    elif image.mode == "LAB":
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        return _grey_to_rgb(image)
+    if image.mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
         assert converted is not None  # as `inPlace` is not asked for
@@ -142,6 +152,22 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _grey_to_rgb(image: Image.Image) -> Image.Image:
+    """Return an image of 16 or 32 bits a pixel in 8 bits."""
+    levels, transparent, scale = np.asarray(image), None, 1 / 257
+    highest = math.inf
+    if image.mode in ("I", "F"):  # no range is written in the file, so it is taken from the values
+        highest = float(levels.max(where=np.isfinite(levels), initial=0))
+        scale = 255 if image.mode == "F" and highest <= 1 else 1 if highest <= 255 else scale
     else:
-        return image.convert("RGB")
-    return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+        transparent = image.info.get("transparency")
+    grey = np.empty(levels.shape, dtype=np.uint8)
+    for begin in range(0, len(levels), STRIP):
+        part = levels[begin : begin + STRIP].astype(np.float64)
+        scaled = np.nan_to_num(part, posinf=highest, neginf=0) * scale
+        scaled[part == transparent] = 255
+        grey[begin : begin + STRIP] = scaled.round().clip(0, 255)
+    return Image.fromarray(grey).convert("RGB")

@@ -18,7 +18,7 @@ from luthier.escape import escape_terminal
 from luthier.images.columns import fixed_width
 from luthier.images.decode import NOT_OPENED, decode_rgb, read_bytes, reason
 from luthier.images.duplicates import BITS, BORDERS, SIDE, fingerprint, near_duplicates
-from luthier.images.folders import STAMP, stamp_of
+from luthier.images.folders import STAMP
 
 INSPECTION = 8  # part of the cache's key: raise it when what is found changes
 SHORTER_SIDE = 256  # pixels at which large JPEGs are checked for damage and duplicates
@@ -55,7 +55,7 @@ def inspect(dataset: Dataset, split: str, root: Path | None = None) -> Dataset:
     stamped = STAMP in dataset.column_names
     inspected, _ = make_rows(
         dataset.select_columns("image"),
-        dataset[STAMP][:] if stamped else _keys_of(dataset),
+        dataset[STAMP][:] if stamped else [f"{dataset._fingerprint} {row}" for row in range(len(dataset))],
         "inspected",
         cache_key(split, root and root.absolute(), INSPECTION, library_versions("pillow")),
         functools.partial(_inspect_batch, split=split, root=root),
@@ -65,21 +65,6 @@ def inspect(dataset: Dataset, split: str, root: Path | None = None) -> Dataset:
         unit=f"images of {split}",
     )
     return concatenate_datasets([dataset.remove_columns(STAMP) if stamped else dataset, inspected], axis=1)
-
-
-def _keys_of(dataset: Dataset) -> list[str]:
-    """Return what tells the rows of a dataset from those of others, and where it names files, from changed ones."""
-    keys = [f"{dataset._fingerprint} {row}" for row in range(len(dataset))]
-    first = dataset[0]["image"] if keys else None
-    if not first or first["bytes"] is not None or first["path"] is None:
-        return keys
-    stamps = []
-    for image in dataset["image"][:]:  # no content is in these rows
-        try:
-            stamps.append(stamp_of(image["path"]))
-        except (OSError, TypeError):  # the reason comes when the file is read
-            stamps.append("")
-    return [f"{key} {stamp}" for key, stamp in zip(keys, stamps, strict=True)]
 
 
 def _inspect_batch(batch: dict, indices: list[int], split: str, root: Path | None) -> dict:

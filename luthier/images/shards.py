@@ -130,8 +130,8 @@ class StreamedRows:
             offset = (row - begin + step) % size
             try:
                 image = images[offset].as_py()
-                source = image if isinstance(image, dict) else {"bytes": image, "path": None}
-                pixel_values = self.transform(read_bytes(source))
+                data = image["bytes"] if isinstance(image, dict) else image
+                pixel_values = self.transform(read_bytes({"bytes": data, "path": None}))  # see `check_holds_images`
                 return {"pixel_values": pixel_values, "labels": int(self.labels[begin + offset])}
             except Exception as error:  # Pillow's plugins raise errors of any kind on damaged data
                 if begin + offset not in self._unreadable:  # in each epoch again

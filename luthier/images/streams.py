@@ -11,7 +11,7 @@ from datasets import Dataset, DatasetDict, Features
 
 from luthier.cache import cache_key
 from luthier.errors import UserError
-from luthier.images.columns import explain_loading, index_of_labels, labels_of_splits
+from luthier.images.columns import check_holds_images, explain_loading, index_of_labels, labels_of_splits
 from luthier.images.shards import Block, StreamedRows, read_sources, remedy
 from luthier.images.splits import check_fraction
 from luthier.terminal import plural, say
@@ -96,6 +96,7 @@ def open_stream(
     columns = [image_column, label_column, *([group_column] if group_column in features else [])]
     with explain_loading(name):
         splits = _store(blocks, Features({column: features[column] for column in columns}))
+    check_holds_images(splits, name)
     kept = np.sort(order)
     labels = np.concatenate([per_block[number] for number in kept])
     images = plural(len(labels), "training image")

@@ -138,6 +138,10 @@ def _read_json_lines(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]
                 raise UserError(f"{path}, row {number} is not JSON: {error}. Each line holds one object") from error
             if not isinstance(values, dict):
                 raise UserError(f"{path}, row {number} is not an object in curly brackets: each line holds one")
+            try:
+                json.dumps(values, ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                raise UserError(f"{path}, row {number} holds half of a character (\\ud8..): write it anew") from error
             found.append((number, values))
     columns = list(dict.fromkeys(name for _, values in found for name in values)) or [""]
     nested = frozenset(name for _, row in found for name, value in row.items() if isinstance(value, (list, dict)))

@@ -11,11 +11,11 @@ from PIL import Image
 
 from luthier.cores import count_cores
 from luthier.errors import UserError
-from luthier.images.decode import decode_rgb, reason
+from luthier.images.decode import decode_rgb, read_file, reason
 from luthier.serving.fetch import fetch
 from luthier.serving.network import Network
 
-MAX_URL_PIXELS = 50_000_000  # of an image from a server; for files Pillow's limit of 179 million holds
+MAX_FOREIGN_PIXELS = 50_000_000  # of an image from a server or a visitor; of files Pillow opens up to 179 million
 
 
 class Prediction(NamedTuple):
@@ -110,13 +110,17 @@ class Classifier:
         """
         return self.network.view(self.load_url(name) if "://" in name else self.load_file(name))
 
-    def load_file(self, path: str) -> Image.Image:
+    def load_file(self, path: str, max_pixels: int | None = None) -> Image.Image:
         """Return the RGB image of a file.
+
+        Args:
+            path: of the file.
+            max_pixels: see `decode_rgb`.
 
         Raises:
             OSError, or any error that Pillow raises on damaged data.
         """
-        return decode_rgb(Path(path).read_bytes()).image
+        return decode_rgb(read_file(path), max_pixels=max_pixels).image
 
     def load_url(self, url: str) -> Image.Image:
         """Return the RGB image of an address, and never that of a file.
@@ -124,7 +128,7 @@ class Classifier:
         Raises:
             OSError, or any error that Pillow raises on damaged data.
         """
-        return decode_rgb(fetch(url, self.allow_private_urls), max_pixels=MAX_URL_PIXELS).image
+        return decode_rgb(fetch(url, self.allow_private_urls), max_pixels=MAX_FOREIGN_PIXELS).image
 
     def _predict_batch(self, batch: list[tuple[str, str | None, Future | None]], top_k: int) -> Iterator[Prediction]:
         errors, views = {}, {}

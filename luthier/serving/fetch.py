@@ -21,10 +21,19 @@ MAX_REQUESTS = 6  # so five redirects
 USER_AGENT = "Luthier/0.1 (image classification; fetches single images that a person named; python http.client)"
 REDIRECTS = (301, 302, 303, 307, 308)
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
-# Python calls these global, but they lead inside: local NAT64, old site-local and IPv4 in IPv6, Azure's host.
+# Python calls these global, or older ones do, but they lead inside: local NAT64, old site-local and IPv4 in IPv6,
+# the hosts of Azure and Oracle, segment routing.
 INSIDE = [
     ipaddress.ip_network(network)
-    for network in ("64:ff9b:1::/48", "fec0::/10", "::/96", "::ffff:0:0:0/96", "168.63.129.16/32")
+    for network in (
+        "64:ff9b:1::/48",
+        "fec0::/10",
+        "::/96",
+        "::ffff:0:0:0/96",
+        "168.63.129.16/32",
+        "192.0.0.0/24",
+        "5f00::/16",
+    )
 ]
 
 

@@ -18,12 +18,13 @@ PROJECT = Path(__file__).parent.parent.parent
 APP = "app.py"
 
 
-def push_to_space(model_name: str, repo_id: str) -> str:
+def push_to_space(model_name: str, repo_id: str, private: bool | None = None) -> str:
     """Publish the app of a model on the Hub as a Space; return its address.
 
     Args:
         model_name: of the model on the Hub.
         repo_id: of the Space, `owner/name`.
+        private: whether a new Space is hidden from others; None is the owner's default.
 
     Raises:
         UserError: the model is not on the Hub, or the Hub does not accept the Space.
@@ -33,7 +34,7 @@ def push_to_space(model_name: str, repo_id: str) -> str:
             f"a Space loads its model from the Hub, and {model_name} is a folder: push that first (push.py)"
         )
     hub.with_retries(lambda: HfApi().repo_info(model_name), model_name)
-    repo_id = hub.check_access(repo_id, private=None, repo_type="space", sdk="gradio")
+    repo_id = hub.check_access(repo_id, private, repo_type="space", sdk="gradio")
     with tempfile.TemporaryDirectory() as staging:
         stage_space(model_name, repo_id, Path(staging))
         return hub.upload(Path(staging), repo_id, "space", "App by Luthier")
@@ -58,8 +59,9 @@ models:
 - {model_name}
 ---
 
-An app to try [{model_name}](https://huggingface.co/{model_name}). Made with Luthier. For a private model, add the
-secret HF_TOKEN in the settings of the Space.
+An app to try [{model_name}](https://huggingface.co/{model_name}). Made with Luthier. For a private model, add a
+token that may read this model and nothing else, as the secret HF_TOKEN in the settings of the Space. Whoever sees the
+Space can then use the model.
 """,
         encoding="utf-8",
     )

@@ -92,12 +92,13 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
-def push_page(model: Path, repo_id: str, name: str, vendor: bool) -> str:
+def push_page(model: Path, repo_id: str, name: str, vendor: bool, private: bool | None = None) -> str:
     """Publish the page of a model on the Hub as a static Space; return its address.
 
     Args:
         model, name, vendor: see `write_page`.
         repo_id: of the Space, `owner/name`; created if there is none.
+        private: whether a new Space is hidden from others; None is the owner's default.
 
     Raises:
         UserError: the Hub does not accept the Space, or the runtime's package cannot be had.
@@ -105,7 +106,7 @@ def push_page(model: Path, repo_id: str, name: str, vendor: bool) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         page = Path(scratch, "page")
         write_page(model, page, name, vendor)
-        repo_id = hub.check_access(repo_id, private=None, repo_type="space", sdk="static")
+        repo_id = hub.check_access(repo_id, private, repo_type="space", sdk="static")
         index = (page / "index.html").read_text(encoding="utf-8")
         (page / "index.html").write_text(
             index.replace("connect-src 'self'", f"connect-src 'self' {HUB}"), encoding="utf-8"

@@ -1,5 +1,6 @@
 """The web app in a real browser, the files that it may read, and the Space that serves a model from the Hub."""
 
+import asyncio
 import os
 import re
 import shutil
@@ -100,7 +101,7 @@ def test_app_in_a_browser(model, tmp_path):
 
 def test_app_reads_only_the_images_that_it_was_given(tmp_path):
     class FakeClassifier:
-        def load_file(self, name):
+        def load_file(self, name, max_pixels):
             return name
 
     (tmp_path / "cache").mkdir()
@@ -115,6 +116,20 @@ def test_app_reads_only_the_images_that_it_was_given(tmp_path):
     for name in ("/dev/zero", "http://example.org/a.png"):
         with pytest.raises(OSError, match="only images that were given to this page"):
             read(name)
+
+
+def test_app_does_not_fetch_an_address_in_the_place_of_an_image():
+    moved = []
+
+    async def move(name):
+        moved.append(name)
+        return name
+
+    move_file = app._refuse_addresses(SimpleNamespace(async_move_resource_to_block_cache=move))
+    assert asyncio.run(move_file("/tmp/a.png")) == "/tmp/a.png"
+    with pytest.raises(ValueError, match="an address is classified by"):
+        asyncio.run(move_file("http://169.254.169.254/a.png"))
+    assert moved == ["/tmp/a.png"]
 
 
 def test_unsure_prediction_is_shown_as_unsure():

@@ -5,12 +5,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import PROJECT, draw, draw_folder
+from conftest import PROJECT, draw, draw_folder, encode
 from PIL import Image
 from transformers import (
     ConvNextConfig,
@@ -28,7 +29,7 @@ from luthier.errors import exit_with
 from luthier.scoring.intervals import interval_of_difference
 from luthier.serving import export as exporting
 from luthier.serving.classifier import open_network
-from luthier.serving.export import export_model
+from luthier.serving.export import PixelsToAnswer, export_model
 from luthier.serving.network import Rated
 from luthier.serving.onnx_network import OnnxNetwork
 from luthier.serving.parity import Images, Parity, compare
@@ -440,3 +441,41 @@ def test_images_to_check_on_may_be_in_linked_folders(tmp_path):
         (tmp_path / "check" / name).symlink_to(tmp_path / "photos" / name)
     images, _ = export.find_images("", tmp_path / "check", ["blue", "red"], calibrate=False)
     assert sorted(images.labels) == [0, 0, 1, 1]
+
+
+class Always:
+    """A network that takes the first images for another class than theirs."""
+
+    labels, unsure_below, none, batch_size = ("a", "b"), 0.6, None, 40
+
+    def view(self, image):
+        return 0
+
+    def rate(self, views):
+        return ratings(np.arange(len(views)) < 8)
+
+
+def ratings(wrong):
+    probabilities = np.eye(2, dtype=np.float32)[wrong.astype(int)]
+    return Rated(probabilities, probabilities.max(axis=1))
+
+
+def test_comparison_counts_images_that_belong_together_as_few():
+    names, labels = list(map(str, range(40))), np.zeros(40, int)
+    images = Images(names, lambda number: encode("red", 1), labels)
+    expected = ratings(np.zeros(40, bool))
+    alone = compare(Always(), expected, images, "int8").difference_ci95
+    together = compare(Always(), expected, images._replace(groups=np.arange(40) // 8), "int8").difference_ci95
+    assert together[0] < alone[0] and alone[1] < 0 < together[1]
+
+
+def test_channels_that_the_model_wants_reversed_are_reversed_in_the_export():
+    class Mean(torch.nn.Module):
+        def forward(self, pixel_values):
+            return SimpleNamespace(logits=pixel_values.mean(dim=(2, 3)))
+
+    network = SimpleNamespace(model=Mean(), familiarity=None)
+    pixels = torch.tensor([255, 0, 0], dtype=torch.uint8).expand(1, 4, 4, 3)  # red
+    for is_reversed, answer in ((False, 0), (True, 2)):
+        view = SimpleNamespace(reversed=is_reversed, contrast=torch.ones(3), black=torch.zeros(3))
+        assert PixelsToAnswer(network, view)(pixels)[0].argmax() == answer

@@ -22,6 +22,7 @@ import train
 from data import load_splits
 from luthier.images.decode import EXTENSIONS
 from luthier.serving.classifier import Classifier, Prediction, open_network
+from luthier.serving.network import Rated
 from luthier.serving.torch_network import TorchNetwork
 
 
@@ -367,3 +368,23 @@ def test_prediction_that_is_stopped_does_not_wait_for_what_is_being_read(model, 
     predictions.close()
     assert read == ["0.png"]
     release.set()
+
+
+class Fixed:
+    """A network that is as sure of everything."""
+
+    labels, unsure_below, none, batch_size = ("a", "b"), 0.5, None, 2
+
+    def __init__(self, sureness):
+        self.sureness = sureness
+
+    def view(self, image):
+        return image
+
+    def rate(self, views):
+        return Rated(np.full((len(views), 2), 0.5, np.float32), np.full(len(views), self.sureness, np.float32))
+
+
+def test_sureness_that_is_no_number_is_unsure():
+    assert Classifier(Fixed(np.nan)).predict(draw("red", 1), 1).unsure
+    assert not Classifier(Fixed(0.5)).predict(draw("red", 1), 1).unsure  # the threshold itself is sure

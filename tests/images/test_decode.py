@@ -1,6 +1,7 @@
 """Decoding an image file to upright RGB: Pillow modes, transparency, EXIF, animations, decompression bombs."""
 
 import io
+import os
 import struct
 
 import numpy as np
@@ -9,6 +10,7 @@ from conftest import encoded
 from PIL import Image as PILImage
 from PIL import ImageCms, ImageOps
 
+from luthier.images import decode
 from luthier.images.decode import decode_rgb, reason
 
 
@@ -101,6 +103,33 @@ def test_animation_gives_its_first_frame(tmp_path):
     frames = [PILImage.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     decoded = decode_rgb(encoded(frames[0], tmp_path, "gif", save_all=True, append_images=frames[1:])).image
     assert decoded.getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "large"])
+def test_what_is_no_file_of_an_image_is_refused(tmp_path, monkeypatch, kind):
+    """Reading a pipe or /dev/zero would never end."""
+    path = tmp_path / "a.png"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.write_bytes(bytes(3 * 2**20))
+        monkeypatch.setattr(decode, "MAX_BYTES", 2**20)
+    with pytest.raises(OSError, match="it has 3 MB, and more than 1 are" if kind == "large" else "no regular file"):
+        decode.read_bytes({"bytes": None, "path": str(path)})
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_grey_of_many_rows_is_converted_alike(mode):
+    levels = np.arange(600 * 40).reshape(600, 40)
+    kind = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
+    file = io.BytesIO()
+    PILImage.fromarray((levels * 2).astype(kind)).save(file, "TIFF")
+    expected = np.round(levels * 2 / 257).clip(0, 255)
+    assert np.array_equal(np.asarray(decode_rgb(file.getvalue()).image)[..., 1], expected)
 
 
 def test_decompression_bomb_is_refused(tmp_path, monkeypatch):

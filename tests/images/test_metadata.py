@@ -202,6 +202,7 @@ def test_mistake_in_a_table_has_one_message_with_row_and_column(root, content, o
         ("labels.doc", "", "is not a table that can be read"),
         ("labels.jsonl", '{"file_name": "a0.png", "label": "red"}\n[1]\n', "row 2 is not an object"),
         ("labels.jsonl", "{'file_name'}\n", "row 1 is not JSON"),
+        ("labels.jsonl", '{"file_name": "a0.png", "label": "\\ud800red"}\n', "row 1 holds half of a character"),
         ("labels.parquet", "no", "is not a Parquet file"),
     ],
 )
@@ -460,3 +461,8 @@ def test_images_of_one_group_are_together_and_those_without_a_group_alone(root, 
     splits, _ = load_images(data_dir=str(root), labels=str(path), group_column="patient")
     groups = dict(zip(splits["train"]["name"], splits["train"]["group"], strict=True))
     assert len({groups[f"a{number}.png"] for number in range(4)}) == 1 and len(set(groups.values())) == 9
+
+
+def test_table_of_windows_keeps_signs_that_latin_1_lacks(root):
+    rows = [(file, f"{label} \u2013 5 \u20ac") for file, label in pairs()]
+    assert load(root, text(rows).encode("cp1252")) == {"train": dict(rows)}

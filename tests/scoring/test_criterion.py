@@ -1,5 +1,7 @@
 """What validation chooses by, and how answers make up for rare classes."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -153,3 +155,17 @@ def test_judge_has_the_losses_of_its_metric_and_corrects_them():
     yardstick = Yardstick(losses + generator.normal(size=200), 0.9)
     corrected = judge._replace(yardstick=yardstick).losses(logits, references)
     assert np.array_equal(corrected, yardstick.correct(losses)) and not np.array_equal(corrected, losses)
+
+
+def test_log_of_the_trainer_counts_images_of_the_classes():
+    logits = np.eye(3)[[0, 1, 1, 0, 0]] * 4.0
+    judge = Judge(["a", "b", "none"], Criterion("log_loss", None, 2))
+    found = judge.compute_metrics(SimpleNamespace(predictions=logits, label_ids=np.array([0, 1, 0, 2, 2])))
+    assert found["accuracy"] == pytest.approx(2 / 3)
+
+
+def test_shares_are_those_of_the_whole_stream(splits, timm_checkpoint):
+    model, _ = build_model(str(timm_checkpoint), dict(enumerate(LABELS)))
+    stream = SimpleNamespace(labels=np.array([0, 1, 2, 2]))
+    judge = build_judge("balanced_accuracy", "auto", model, splits, stream=stream)
+    assert judge.criterion.class_shares.tolist() == [0.25, 0.25, 0.5]

@@ -14,6 +14,7 @@ from luthier.scoring.intervals import wilson_interval
 from luthier.scoring.metrics import (
     TestPredictions,
     Yardstick,
+    calibration_scores,
     choose_threshold,
     confidence_and_correct,
     fit_temperature,
@@ -22,7 +23,7 @@ from luthier.scoring.metrics import (
     score,
     standard_error,
 )
-from luthier.scoring.selection import score_test
+from luthier.scoring.selection import Candidate, score_run, score_test
 
 LABELS = ["a", "b", "c"]
 REFERENCES = np.array([0, 0, 0, 0, 1, 1])
@@ -196,3 +197,13 @@ def test_threshold_is_one_of_calibrated_confidence(monkeypatch):
     (found,) = selection.score_candidates(trainer, None, None, (1.0,), Judge(["a", "b", "c"]), "full")
     calibrated = confidence_and_correct(logits / found.temperature, references)
     assert found.temperature > 3 and found.threshold == choose_threshold(*calibrated)
+
+
+def test_scores_before_calibration_are_those_of_the_logits_before_it():
+    generator = np.random.default_rng(0)
+    references = generator.integers(0, 2, 40)
+    logits = generator.normal(size=(40, 2)) + np.eye(2)[references]
+    kept = Candidate(1.0, 4.0, 0.5, {}, {}, np.zeros(1), "full")
+    test = TestPredictions(split_of(list(references), ["a", "b"], range(40)), logits / 4, references)
+    before = score_run(kept, test, 0.5)["calibration"]["before"]["test"]
+    assert before == pytest.approx(calibration_scores(logits, references))

@@ -13,6 +13,7 @@ import threading
 from contextlib import contextmanager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import PIL
@@ -269,3 +270,15 @@ def test_page_as_a_static_space(model, exported, tmp_path):
         )
         assert refused.returncode == 2 and "is a Space of another kind (gradio, not static)" in refused.stderr
         assert "Traceback" not in refused.stderr and len(space.commits) == 2
+
+
+def test_version_of_a_page_changes_with_the_weights_alone(tmp_path, monkeypatch):
+    """Browsers keep the files of a version."""
+    facts = SimpleNamespace(labels=["a", "b"], resize=SimpleNamespace(_asdict=dict), unsure_below=0.5, none=None)
+    monkeypatch.setattr(web_page, "OnnxNetwork", lambda model: SimpleNamespace(facts=facts))
+    versions = set()
+    for weights in (b"one", b"two"):  # as many bytes
+        (tmp_path / "model.onnx").write_bytes(weights)
+        write_page(tmp_path / "model.onnx", tmp_path / "page", "colours", vendor=False)
+        versions.add(json.loads((tmp_path / "page/model.json").read_text())["version"])
+    assert len(versions) == 2

@@ -4,7 +4,9 @@ import errno
 import json
 import logging
 import os
+import shutil
 import stat
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -162,3 +164,12 @@ def test_checkpoint_of_the_same_step_is_replaced(tmp_path):
         seal(partial, tmp_path / "checkpoint-4")
     assert (tmp_path / "checkpoint-4/model.safetensors").read_bytes() == b"after"
     assert find_damage(tmp_path / "checkpoint-4") is None and not partial.exists()
+
+
+def test_checkpoints_that_are_there_make_room(tmp_path, monkeypatch):
+    size = sum(file.stat().st_size for file in write_checkpoint(tmp_path, 2).iterdir())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2 * size))
+    check_disk_space(tmp_path, size, 1)  # three are needed, and one is there
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2 * size - 1))
+    with pytest.raises(UserError, match="GB left"):
+        check_disk_space(tmp_path, size, 1)
