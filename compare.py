@@ -55,6 +55,11 @@ class Run(NamedTuple):
         """The file beside the folder that holds the digest of the settings: an unfinished run has no metrics.json."""
         return self.folder.with_name(f"{self.folder.name}.settings")
 
+    @property
+    def log(self) -> Path:
+        """The file beside the folder that holds what train.py prints."""
+        return self.folder.with_name(f"{self.folder.name}.log")
+
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
@@ -71,6 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     results: dict[str, dict[str, RunResult]] = {}
     for number, run in enumerate(runs, 1):
         if run.folder not in finished:
+            print(f"[{number}/{len(runs)}] {run.experiment}, {run.part}: its output goes to {run.log}", flush=True)
             execute(run)
         metrics = read_metrics(run.folder)
         correct = read_correct(run.folder / "predictions.csv")
@@ -217,7 +223,7 @@ def execute(run: Run) -> None:
 
     Exits with 1 where the run fails, with 130 after Ctrl-C, which the run has received too, with 143 after SIGTERM.
     """
-    log = run.folder.with_name(f"{run.folder.name}.log")
+    log = run.log
     run.note.write_text(f"{run.settings}\n", encoding="utf-8")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]  # this environment's accelerate
     environment = os.environ | {"PYTHONUTF8": "1"}  # class names may not fit into the code page of Windows

@@ -27,7 +27,7 @@ from luthier.errors import UserError, exit_on_user_error
 from luthier.escape import escape_cell, escape_terminal
 from luthier.images.decode import CONVERT, is_image, is_unread, reason
 from luthier.images.image_files import walk
-from luthier.terminal import percent, plural
+from luthier.terminal import percent, plural, shorten
 
 if TYPE_CHECKING:
     from luthier.serving.classifier import Prediction
@@ -178,7 +178,7 @@ def write_table(file: TextIO, top_k: int) -> Callable[["Prediction"], None]:
         refusal = ": none of these" if prediction.none else ": unsure" if prediction.unsure else ""
         print(f"{name}{refusal}", file=file)
         for label, share in prediction.top:
-            short = escape_terminal(label if len(label) <= 24 else f"{label[:23]}…")
+            short = escape_terminal(shorten(label, 24))
             print(f"  {short:<24}  {percent(share):>6}  {'█' * round(share * BAR_WIDTH)}".rstrip(), file=file)
         file.flush()
 

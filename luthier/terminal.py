@@ -50,6 +50,12 @@ def points(difference: float) -> str:
     return f"{round(100 * difference, 1) + 0.0:+.1f}"  # the sum makes -0.0 a zero
 
 
+def shorten(name: str, columns: int) -> str:
+    """Return a name with at most so many characters; its end stays, because names often differ there."""
+    end = columns // 3
+    return name if len(name) <= columns else f"{name[: columns - end - 1]}…{name[-end:]}"
+
+
 def has_terminal() -> bool:
     """Tell whether a person watches the progress: where not, bars would fill a log file."""
     return sys.stderr is not None and sys.stderr.isatty()

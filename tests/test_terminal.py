@@ -9,7 +9,7 @@ import pytest
 from conftest import PROJECT, draw_folder
 
 import luthier.terminal as module
-from luthier.terminal import Stopwatch, Tenths, percent, plural, points, say
+from luthier.terminal import Stopwatch, Tenths, percent, plural, points, say, shorten
 
 
 class Terminal(io.StringIO):
@@ -112,6 +112,12 @@ def test_log_file_has_progress_lines_and_no_carriage_returns(tmp_path, timm_chec
 )  # fmt: skip
 def test_only_all_is_100_percent(share, places, expected):
     assert percent(share, places) == expected
+
+
+def test_names_that_differ_at_their_ends_differ_when_they_are_shortened():
+    assert shorten("a" * 24, 24) == "a" * 24
+    first, second = (shorten(f"Long class name number {number}", 24) for number in (1, 2))
+    assert first != second and len(first) == 24 and first == "Long class name…number 1"
 
 
 def test_difference_is_in_points():

@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 import stat
 import warnings
 from pathlib import Path
@@ -135,7 +136,8 @@ def reason(error: BaseException) -> str:
         return f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6} megapixels: make it smaller"
     if isinstance(error, OSError) and error.errno:
         return f"{NOT_OPENED}{error.strerror}"
-    return "; ".join(str(error).splitlines()) or type(error).__name__
+    text = "; ".join(str(error).splitlines()) or type(error).__name__
+    return f"the file is damaged or not complete ({text})" if re.search("truncated|broken", text, re.I) else text
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -156,13 +156,16 @@ def say_race(outcome: Outcome, kept: Candidate) -> None:
     for arm in dict.fromkeys(heat.arm for heat in outcome.heats):
         last = [heat for heat in outcome.heats if heat.arm == arm][-1]
         tried.append(f"{arm} {last.loss:.3f} ({_epochs(last.epochs)}, {outcome.seconds_of(arm):.0f} s)")
-    if outcome.heats or outcome.reason:
+    if len(tried) > 1:
         say("race", f"validation loss, corrected: {', '.join(tried)}")
+    elif tried:
+        say("trained", f"validation loss: {tried[0]}")
     if outcome.reason:
         more = "; with a larger one it goes on (--resume_from_checkpoint auto)" if outcome.reason == NO_TIME else ""
         say("", f"it ended with {outcome.reason}{more}")
-    arm_name = "" if kept.is_probe else f"{kept.arm}, "
-    say("kept", f"{arm_name}{kept_in_words(kept)}: {kept.loss:.3f}")
+    arms = {heat.arm for heat in outcome.heats}
+    beaten = f", which {'no recipe has' if len(arms) > 1 else f'{min(arms)} has not'} beaten" if arms else ""
+    say("kept", f"{f'the probe{beaten}' if kept.is_probe else f'{kept.arm}, {kept_in_words(kept)}'}: {kept.loss:.3f}")
 
 
 def say_refit(plan: Plan) -> None:
@@ -213,7 +216,8 @@ def say_results(output_dir: Path, metrics: Mapping, custom_code: bool | None = N
     if metrics.get("refit"):
         say("", refit_in_words(metrics["refit"]))
     if custom_code is not None:
-        say("next", f'pipeline("image-classification", "{output_dir}"{trust_remote_code(custom_code)})')
+        say("next", f"python predict.py {shlex.quote(str(output_dir))} photo.jpg, or in Python:")
+        say("", f'pipeline("image-classification", "{output_dir}"{trust_remote_code(custom_code)})')
 
 
 def percent_with_interval(scored: Mapping) -> str:

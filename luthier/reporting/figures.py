@@ -15,8 +15,9 @@ from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter, StrMet
 
 from luthier.escape import escape_terminal
 from luthier.reporting.console import percent_with_interval
-from luthier.terminal import percent
+from luthier.terminal import percent, shorten
 
+DARK = 0.72  # share of a cell from which on white is easier to read on it than black
 MAX_CELLS = 40  # classes whose confusion matrix has a number in each cell
 
 BLUE, ORANGE = "#0072B2", "#D55E00"  # of the Okabe-Ito palette, which the colour-blind can tell apart
@@ -42,16 +43,17 @@ def plot_confusion_matrix(scored: dict, labels: list[str], path: Path, shares: b
         figure.colorbar(image, format=PercentFormatter(1), shrink=0.8, label="share of the true class")
         size = float(np.clip(72 * side / len(labels) / 4, 3, 10))
         short = [escape_terminal(" ".join(name.split())) for name in labels]
-        short = [name if len(name) <= 24 else f"{name[:23]}…" for name in short]
+        short = [shorten(name, 24) for name in short]
         # Names are data: a dollar sign in one must not start a formula.
         text: dict[str, Any] = {"fontsize": min(10.0, 72 * side / len(labels) * 0.6), "parse_math": False}
         axes.set_xticks(range(len(labels)), short, rotation=45, ha="right", rotation_mode="anchor", **text)
         axes.set_yticks(range(len(labels)), short, **text)
         axes.set(xlabel="predicted class", ylabel="true class")
-        axes.set_title(f"Test accuracy {percent_with_interval(scored)}", fontsize=10, loc="left")
+        # Above names and cells, because the title of the axes would be cut off where names are long.
+        figure.suptitle(f"Test accuracy {percent_with_interval(scored)}", fontsize=10, x=0.01, ha="left")
         if len(labels) <= MAX_CELLS:
             for row, column in zip(*matrix.nonzero(), strict=True):
-                colour = "white" if share[row, column] > 0.5 else "black"
+                colour = "white" if share[row, column] > DARK else "black"
                 cell = percent(share[row, column], 0) if shares else matrix[row, column]
                 axes.text(column, row, cell, ha="center", va="center", color=colour, fontsize=size)
         figure.savefig(path, dpi=120)
@@ -67,9 +69,9 @@ def plot_curves(log_history: list[dict], path: Path) -> None:
         _plot_pair(loss, train, "loss", validation, "eval_loss")
         _plot_pair(accuracy, train, "train_accuracy", validation, "eval_accuracy")
         loss.set(xlabel="epoch", ylabel="loss")
-        accuracy.set(xlabel="epoch", ylabel="accuracy", ylim=(0, 1))
+        accuracy.set(xlabel="epoch", ylabel="accuracy", ylim=(0, 1.04))
         accuracy.yaxis.set_major_formatter(PercentFormatter(1))
-        accuracy.legend(loc="lower right")
+        accuracy.legend(loc="best")
         figure.savefig(path, dpi=120)
 
 
@@ -83,7 +85,7 @@ def _plot_pair(axes: Axes, train: list[dict], train_key: str, validation: list[d
         axes.plot([epoch for epoch, _ in points], [y for _, y in points], color=colour, marker=marker, label=name)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(bottom=0, top=1.08 * axes.dataLim.ymax if axes.dataLim.ymax > 0 else None)
 
 
 def plot_reliability(bins: list[dict], path: Path) -> None:
@@ -144,7 +146,7 @@ def plot_learning_curve(curve: dict, path: Path) -> None:
             capsize=3,
             label="measured, all draws",
         )
-        axes.axvline(curve["now"]["n"], color="#999999", linestyle=":", label="these images")
+        axes.axvline(curve["now"]["n"], color="#999999", linestyle=":", label="training images of this run")
         axes.set(xlabel="training images", ylabel="accuracy of a linear probe", xscale="log")
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.set_xticks([*(point["n"] for point in points), curve["twice"]["n"]])

@@ -258,8 +258,8 @@ def note_export(folder: Path, file: str, parity: Mapping) -> None:
         pass  # no run of this version: its card stays as it is
 
 
-def warn_if_learned(model_name: str, splits: Mapping[str, Dataset]) -> None:
-    """Say how many of the images that are to judge a model it has learned from, as far as is known.
+def warn_if_learned(model_name: str, splits: Mapping[str, Dataset]) -> int:
+    """Say and return how many of the images that are to judge a model it has learned from, as far as is known.
 
     Args:
         model_name: where the model comes from; a folder may know.
@@ -272,6 +272,7 @@ def warn_if_learned(model_name: str, splits: Mapping[str, Dataset]) -> None:
     if learned:
         images = f"{learned:,} of the {len(judges):,} images that judge it"
         say("careful", f"{model_name} has learned from {images}: its score means little")
+    return learned
 
 
 def write_metrics(path: Path, metrics: Mapping) -> None:

@@ -19,7 +19,7 @@ from luthier.scoring.audit import suspect_labels
 from luthier.scoring.criterion import LOG_LOSS, Criterion, Judge
 from luthier.scoring.grouping import measure_inflation
 from luthier.scoring.intervals import interval_of_share
-from luthier.scoring.learning_curve import probe_learning_curve
+from luthier.scoring.learning_curve import check_classes, probe_learning_curve
 from luthier.scoring.metrics import TestPredictions, Yardstick, known_images, score
 from luthier.training.features import feature_size, join, load_features
 from luthier.training.probe import LinearProbe, cross_fit, fit_shared_probes, state_with_probe
@@ -88,6 +88,8 @@ def measure_probe(
     head = linear_head(model)
     if head is None:
         return ProbeResults()
+    if with_learning_curve:
+        check_classes(splits)  # before the features, which take longer
     references = {split: dataset["label"][:] for split, dataset in splits.items()}
     space, known = None, {}
     if trainer.is_world_process_zero():

@@ -70,7 +70,8 @@ def pool(parts: Sequence[tuple[Experiment, Result]]) -> tuple[Experiment, Result
             splits[name], prepared[name] = (
                 datasets[split].select(rows) for datasets in (experiment.splits, experiment.prepared)
             )
-    findings = audit_images(splits, []) | {"unreadable": experiment.findings["unreadable"]}
+    findings = audit_images(splits, [])
+    findings |= {kind: experiment.findings[kind] for kind in ("unreadable", "learned_from")}
     findings |= leader.probe.findings
     findings["suspect_labels"] = _in_pool(leader.probe.suspect_labels, experiment.splits, splits)
     probe = _pool_probes(leader, [each.probe for each in results], splits, untested)

@@ -19,6 +19,16 @@ FRACTIONS = (0.1, 0.18, 0.32, 0.56, 1.0)  # of the training images
 FOLDS, REPEATS = 4, 3  # every image is held out once in each repeat
 MANY = 20_000  # images from which on one repeat is enough: the error of an accuracy is a third of a point
 RESAMPLES = 300
+BOTH = ("train", "validation")
+
+
+def check_classes(splits: DatasetDict) -> None:
+    """Check that train and validation have enough images of every class for a learning curve.
+
+    Raises:
+        UserError: a class has fewer than there are folds.
+    """
+    _check_classes(*_labels_and_groups(splits))
 
 
 def probe_learning_curve(
@@ -35,11 +45,15 @@ def probe_learning_curve(
     Raises:
         UserError: a class has fewer images than there are folds.
     """
-    both = ("train", "validation")
-    labels, groups = (np.concatenate([splits[split][column][:] for split in both]) for column in ("label", "group"))
-    pool = join([features[split] for split in both]).to(device)
-    names = splits["train"].features["label"].names
+    labels, names, groups = _labels_and_groups(splits)
+    pool = join([features[split] for split in BOTH]).to(device)
     return learning_curve(pool, labels, names, groups, probe.strength, len(splits["train"]))
+
+
+def _labels_and_groups(splits: DatasetDict) -> tuple[np.ndarray, list[str], np.ndarray]:
+    """Return the labels of train and validation, the classes' names, and the groups."""
+    labels, groups = (np.concatenate([splits[split][column][:] for split in BOTH]) for column in ("label", "group"))
+    return labels, splits["train"].features["label"].names, groups
 
 
 def learning_curve(

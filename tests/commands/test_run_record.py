@@ -66,9 +66,8 @@ def test_seconds_cover_the_imports_before_the_arguments_are_parsed(tmp_path):
 def test_model_that_has_learned_from_the_images_that_judge_it_is_named(tmp_path, capsys):
     splits = {split: Dataset.from_dict({"digest": [letter * 64]}) for split, letter in (("train", "a"), ("test", "b"))}
     (tmp_path / "learned_from.txt").write_text(f"{'a' * 16}\n")
-    warn_if_learned(str(tmp_path), splits)
-    warn_if_learned("me/model", splits)
+    assert warn_if_learned(str(tmp_path), splits) == warn_if_learned("me/model", splits) == 0
     assert capsys.readouterr().out == ""
     (tmp_path / "learned_from.txt").write_text(f"{'a' * 16}\n{'b' * 16}\n")
-    warn_if_learned(str(tmp_path), splits)
+    assert warn_if_learned(str(tmp_path), splits) == 1
     assert "has learned from 1 of the 1 images that judge it" in capsys.readouterr().out

@@ -168,7 +168,7 @@ def test_terminal_output_is_short(run):
     # Other tests may have prepared the same images before.
     lines = [line for line in result.stdout.splitlines() if not line.startswith("reuse ")]
     assert [line.split()[0] for line in lines if line[:1].strip() and line[0].isalpha()] == [
-        "data", "model", "device", "audit", "epoch", "race", "kept", "refit", "test", "time", "saved", "next",
+        "data", "model", "device", "audit", "epoch", "trained", "kept", "refit", "test", "time", "saved", "next",
     ]  # fmt: skip
     assert len(lines) <= 22 and max(map(len, lines)) <= 120
     assert "interval" in result.stdout and "trained" in result.stdout

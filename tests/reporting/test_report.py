@@ -163,7 +163,7 @@ def page(metrics, tmp_path) -> Path:
     shutil.copy(folder / "red/000.png", folder / "red/<img src=x onerror=alert(2)>.png")
     (folder / "red/broken.png").write_bytes(b"no image")
     images, unreadable = load_splits(data_dir=str(folder), label_names=HOSTILE)
-    findings = audit_images(images, unreadable)
+    findings = audit_images(images, unreadable) | {"learned_from": 1234}
     images["test"] = images["test"].select(np.argsort(images["test"]["label"][:])[[0, 1, 8, 9, 16, 17]])
     (tmp_path / "run").mkdir()
     test = TestPredictions(images, LOGITS, REFERENCES)
@@ -177,6 +177,7 @@ def test_page_shows_the_score_and_escapes_names(page):
     text = page.read_text(encoding="utf-8")
     assert "Test accuracy <strong>83.3%</strong> on 6 images it was not trained on" in text
     assert "(95% interval 43.6% to 97.0%)" in text
+    assert "had learned before from 1,234 of the images that judge it: this score means little" in text
     assert "from 20.0% to" in text and "across classes" not in text and "Exact duplicates: 1" in text
     assert "<script>" not in text and "<img src=x" not in text and "&lt;script&gt;" in text
     assert "predicted &lt;script&gt;" in text and "no image" not in text.split("unreadable")[0]

@@ -34,7 +34,7 @@ def fold(
     model = SimpleNamespace(config=SimpleNamespace())
     answers = Answers(logits / temperature, references)
     result = Result(None, course, [], ProbeResults(), Outcome(reason=reason), kept, model, answers)
-    return logits, (Experiment(splits, False, splits, {"unreadable": []}, None, None, [], None, {}), result)
+    return logits, (Experiment(splits, False, splits, {"unreadable": [], "learned_from": 3}, None, None, [], None, {}), result)
 
 
 def pool(monkeypatch, *folds: tuple) -> tuple[Experiment, Result, list]:
@@ -56,6 +56,7 @@ def test_shipped_model_has_the_temperature_and_the_threshold_of_all_folds(monkey
     confidence, correct = confidence_and_correct(logits / temperature, references)
     assert result.threshold == pytest.approx(choose_threshold(confidence, correct & (references != NONE)))
     assert result.model.config.unsure_below == result.kept.threshold
+    assert experiment.findings["learned_from"] == 3
     assert experiment.splits["test"]["digest"][:] == [f"{number} {row}" for number in (0, 1) for row in range(60)]
     assert experiment.splits["validation"]["digest"][:] == ["of no fold"] and "untested" not in experiment.splits
 

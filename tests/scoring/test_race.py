@@ -11,6 +11,7 @@ import pytest
 import luthier.scoring.race as module
 from luthier.errors import NotFinite, UserError
 from luthier.output_dir import NO_TIME, RACE
+from luthier.reporting import console
 from luthier.scoring.criterion import Judge
 from luthier.scoring.race import FAR, Outcome, _choose_next, _expected_seconds, predict_loss, race
 from luthier.scoring.race_record import Course, Heat, read_record, write_record
@@ -250,3 +251,23 @@ def test_probe_must_be_ahead_in_more_than_a_few_groups():
     probe, best = candidate([0.0] * 4, "probe"), candidate([1.0, 1.0, -0.5, -0.5])
     together = probe._replace(groups=np.array([0, 0, 1, 1]))
     assert choose([probe, best]) is probe and choose([together, best]) is best
+
+
+@pytest.mark.parametrize(
+    ("tried", "kept", "expected"),
+    [
+        ({"full": [0.5], "lp_ft": [0.4]}, "probe", "the probe, which no recipe has beaten: 0.300"),
+        ({"lp_ft": [0.4]}, "probe", "the probe, which lp_ft has not beaten: 0.300"),
+        ({}, "probe", "the probe: 0.300"),
+        ({"full": [0.5]}, "full", "full, the trained weights: 0.300"),
+    ],
+)
+def test_what_is_kept_is_said_with_what_it_was_compared_with(capsys, tried, kept, expected):
+    probe = candidate([0.3] * 4, "probe")
+    console.say_race(Outcome(heats=heats(**tried), reason="its last heat", probe=probe), candidate([0.3] * 4, kept))
+    assert f"kept     {expected}\n" in capsys.readouterr().out
+
+
+def test_single_recipe_without_a_probe_is_no_race(capsys):
+    console.say_race(Outcome(heats=heats(full=[0.5]), reason="its last heat"), candidate([0.5] * 4))
+    assert capsys.readouterr().out.startswith("trained  validation loss: full 0.500 (1 epoch, 1 s)\n")

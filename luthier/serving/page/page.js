@@ -221,7 +221,7 @@ function drawPreview(bitmap) {
 
 function showAnswer({ probabilities, answer, none, order }, labels, old) {
   if (old()) return;
-  const likeliest = `${labels[order[0]]} (${Math.round(100 * probabilities[order[0]])}%)`;
+  const likeliest = `${labels[order[0]]} (${percent(probabilities[order[0]], 0)})`;
   const unsure = answer === null ? `Unsure. Most likely: ${likeliest}` : likeliest;
   find("answer").className = "";
   find("answer").textContent = none ? "None of these" : unsure;
@@ -229,16 +229,22 @@ function showAnswer({ probabilities, answer, none, order }, labels, old) {
   find("classes").scrollIntoView({ block: "nearest" }); // on a phone it may be below the screen
 }
 
+/** Return a share in percent, in which only all are 100%. */
+function percent(share, places) {
+  const shown = share < 1 ? Math.min(share, 1 - 10 ** -(places + 2)) : share;
+  return `${(100 * shown).toFixed(places)}%`;
+}
+
 function barOf(label, share) {
-  const [row, name, percent, track, bar] = ["li", "span", "span", "div", "div"].map((tag) =>
+  const [row, name, figure, track, bar] = ["li", "span", "span", "div", "div"].map((tag) =>
     document.createElement(tag),
   );
   name.textContent = label;
-  percent.textContent = `${(100 * share).toFixed(1)}%`;
-  [percent.className, track.className, bar.className] = ["share", "track", "bar"];
+  figure.textContent = percent(share, 1);
+  [figure.className, track.className, bar.className] = ["share", "track", "bar"];
   bar.style.width = `${100 * share}%`;
   track.append(bar);
-  row.append(name, percent, track);
+  row.append(name, figure, track);
   return row;
 }
 
