@@ -110,7 +110,7 @@ def measure(splits: DatasetDict, features: Mapping[str, torch.Tensor], ratio: in
             torch.tensor(every[validation]), balance,
         )  # fmt: skip
         known, logits = (probe.logits(part).numpy() for part in (features["train"][validation], features["test"]))
-        answers = criterion.answers(logits) / criterion.temperature(known, every[validation])
+        answers = criterion.adjust(logits) / criterion.temperature(known, every[validation])
         likely = answers + balance.log_shares if balance else answers
         scores[option] = score(likely, answers.argmax(axis=1), truth, shares)
     return scores

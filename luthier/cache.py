@@ -9,7 +9,6 @@ import functools
 import hashlib
 import importlib.metadata
 import logging
-import os
 import shutil
 import tempfile
 import time
@@ -33,7 +32,6 @@ PART_ROWS = 16_384  # new rows in a file: a run that is killed loses at most so 
 KEY = "key"  # the column, or tensor, that tells what a row is made of
 AT_ONCE = 2048  # rows of features that are worked on at a time: of four times as many the heap kept 400 MB
 STALE_SECONDS = 24 * 3600  # seconds after which a temporary file is one of a process that was killed
-MAX_IN_MEMORY = 64_000_000  # bytes
 
 
 def cache_key(*parts: object) -> str:
@@ -98,30 +96,6 @@ def fill_rows(kind: str, key: str, digests: Sequence[str], rows: torch.Tensor) -
             rows[place[part]] = kept["tensor"][part]
         is_known[place[found]] = True
     return is_known
-
-
-def empty_rows(n: int, columns: int) -> torch.Tensor:
-    """Return space for float32 [n, columns]: in memory, or if that is more than `MAX_IN_MEMORY` in a temporary file.
-
-    The file is mapped into memory. The system keeps as much of it there as there is space for.
-    """
-    size = 4 * n * columns
-    if size > MAX_IN_MEMORY:
-        try:
-            folder = Path(datasets.config.HF_DATASETS_CACHE)
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder) as file:
-                if hasattr(os, "posix_fallocate"):  # or a full disk would end the process when a row is written
-                    os.posix_fallocate(file.fileno(), 0, size)
-                return torch.from_numpy(np.memmap(file, np.float32, "w+", shape=(n, columns)))
-        except OSError as error:
-            _warn_once(f"features are held in memory, because they cannot be in a file in {folder}: {error}")
-    return torch.empty((n, columns))
-
-
-def rows_at_once(device: torch.device) -> int:
-    """Return how many rows of features to work on at a time: `AT_ONCE`, or so many that a GPU is busy with them."""
-    return AT_ONCE if device.type == "cpu" else 8 * AT_ONCE
 
 
 def write_rows(kind: str, key: str, digests: Sequence[str], rows: torch.Tensor) -> None:
@@ -275,9 +249,10 @@ def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, Path(folder, path.name))
             Path(folder, path.name).replace(path)
     except (OSError, SafetensorError) as error:
-        _warn_once(f"{path.parent.name} is not kept for the next run: {error}")
+        warn_once(f"{path.parent.name} is not kept for the next run: {error}")
 
 
 @functools.cache
-def _warn_once(text: str) -> None:
+def warn_once(text: str) -> None:
+    """Log a warning, but the same one never again."""
     logger.warning(text)

@@ -23,7 +23,7 @@ from models import ModelError, labels_of
 
 logger = logging.getLogger(__name__)
 
-FILE = "familiarity.safetensors"  # beside the weights: the references
+FILE = "familiarity.safetensors"  # beside the weights: the bank
 NEIGHBOUR = 3  # whose similarity counts: the nearest ones may be wrongly labelled, or odd
 SURE = 1e-6  # a probability counts as at most 1 - SURE
 ROWS = 4096  # images at a time
@@ -33,13 +33,13 @@ class Familiarity(NamedTuple):
     """What a model compares an image with before it answers.
 
     Attributes:
-        references: float16 [R, D], features of training images, scaled to length 1.
+        bank: float16 [R, D], features of training images that new ones are compared with, scaled to length 1.
         head: name of the model's head; features are what enters it.
         log_odds, similarity: mean and standard deviation of both figures over the validation images.
         unsure_below: the familiarity below which the answer is "unsure".
     """
 
-    references: torch.Tensor
+    bank: torch.Tensor
     head: str
     log_odds: tuple[float, float]
     similarity: tuple[float, float]
@@ -53,7 +53,7 @@ class Familiarity(NamedTuple):
             features: what enters the model's head [N, D].
         """
         odds = (log_odds(probabilities) - self.log_odds[0]) / self.log_odds[1]
-        return odds + (similarity(self.references, features) - self.similarity[0]) / self.similarity[1]
+        return odds + (similarity(self.bank, features) - self.similarity[0]) / self.similarity[1]
 
 
 def log_odds(probabilities: torch.Tensor) -> torch.Tensor:
@@ -61,15 +61,15 @@ def log_odds(probabilities: torch.Tensor) -> torch.Tensor:
     return torch.logit(probabilities.amax(dim=1).float(), eps=SURE)
 
 
-def similarity(references: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-    """Return the cosine similarity of features [N, D] to the `NEIGHBOUR`-th nearest of references [R, D], float32 [N].
+def similarity(bank: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """Return the cosine similarity of features [N, D] to the `NEIGHBOUR`-th nearest of a bank [R, D], float32 [N].
 
-    The references have length 1.
+    The features of the bank have length 1.
     """
-    references, nearest = references.to(features.device, torch.float32), min(NEIGHBOUR, len(references))
+    bank, nearest = bank.to(features.device, torch.float32), min(NEIGHBOUR, len(bank))
     # An exported model is given a batch, and a split is a loop there, which not all programs can run.
     parts = [features] if torch.compiler.is_compiling() else features.split(ROWS)
-    similarities = (functional.normalize(part.float()) @ references.T for part in parts)
+    similarities = (functional.normalize(part.float()) @ bank.T for part in parts)
     return torch.cat([part.topk(nearest).values[:, -1] for part in similarities])
 
 
@@ -80,19 +80,19 @@ def none_of(model: PreTrainedModel) -> int | None:
 
 
 def describe_in_config(model: PreTrainedModel, familiarity: Familiarity | None) -> None:
-    """Write into the config of a model how its familiarity is computed; the references are for `save_references`."""
+    """Write into the config of a model how its familiarity is computed; the bank is for `save_bank`."""
     if familiarity is None:
         model.config.__dict__.pop("familiarity", None)
     else:
         model.config.familiarity = {"neighbour": NEIGHBOUR} | {
-            name: value for name, value in familiarity._asdict().items() if name != "references"
+            name: value for name, value in familiarity._asdict().items() if name != "bank"
         }
 
 
-def save_references(folder: Path, familiarity: Familiarity | None) -> None:
-    """Write the references of a model into its folder."""
+def save_bank(folder: Path, familiarity: Familiarity | None) -> None:
+    """Write the bank of a model into its folder."""
     if familiarity is not None:
-        save_file({"references": familiarity.references.contiguous()}, folder / FILE)
+        save_file({"references": familiarity.bank.contiguous()}, folder / FILE)
 
 
 def load_familiarity(model: PreTrainedModel, model_name: str) -> Familiarity | None:
@@ -113,10 +113,10 @@ def load_familiarity(model: PreTrainedModel, model_name: str) -> Familiarity | N
         return None
     try:
         odds, near = ((float(mean), float(spread)) for mean, spread in (numbers["log_odds"], numbers["similarity"]))
-        references, unsure_below = load_file(path)["references"], float(numbers["unsure_below"])
-        known = Familiarity(references, str(numbers["head"]), odds, near, unsure_below)
-        if known.references.shape[1] != model.get_submodule(known.head).in_features:
-            raise ValueError(f"its references have {known.references.shape[1]} features")
+        bank, unsure_below = load_file(path)["references"], float(numbers["unsure_below"])
+        known = Familiarity(bank, str(numbers["head"]), odds, near, unsure_below)
+        if known.bank.shape[1] != model.get_submodule(known.head).in_features:
+            raise ValueError(f"its references have {known.bank.shape[1]} features")
         return known
     except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ModelError(

@@ -16,7 +16,7 @@ from jinja2 import TemplateError
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from luthier.escape import escape_cell
-from luthier.familiarity import Familiarity, describe_in_config, save_references
+from luthier.familiarity import Familiarity, describe_in_config, save_bank
 from luthier.images.description import describe
 from luthier.output_dir import atomic_write, copy_permissions_to_weights, has_ended, mark_unfinished
 from luthier.reporting.card import EXPORTS, ONNX, write_model_card
@@ -213,7 +213,7 @@ def save_models(
     def save(model: PreTrainedModel, familiarity: Familiarity | None, folder: Path) -> bool:
         describe_in_config(model, familiarity)
         custom_code = save_model(model, image_processor, folder)
-        save_references(folder, familiarity)
+        save_bank(folder, familiarity)
         copy_permissions_to_weights(folder / "config.json")
         return custom_code
 

@@ -10,7 +10,6 @@ from accelerate.utils import broadcast_object_list
 from datasets import DatasetDict
 from transformers import Trainer
 
-from luthier.cache import empty_rows
 from luthier.images.folders import GIVEN_GROUP
 from luthier.images.groups import groups_of
 from luthier.images.splits import stratified_folds
@@ -21,7 +20,7 @@ from luthier.scoring.grouping import measure_inflation
 from luthier.scoring.intervals import interval_of_share
 from luthier.scoring.learning_curve import check_classes, probe_learning_curve
 from luthier.scoring.metrics import TestPredictions, Yardstick, known_images, score
-from luthier.training.features import feature_size, join, load_features
+from luthier.training.features import empty_rows, feature_size, join, load_features
 from luthier.training.probe import LinearProbe, cross_fit, fit_shared_probes, state_with_probe
 from luthier.training.recipe import Recipe
 from luthier.training.trainer import model_of
@@ -77,7 +76,7 @@ def measure_probe(
         trainer: runs the model, on its device and in its precision, over all of its processes.
         splits: as `data.load_splits` returns them.
         images: of each split, see `data.feature_rows`.
-        criterion: what validation chooses by; the probe's strength is chosen by its loss.
+        criterion: of the scores; the probe's strength is always chosen by the log loss.
         with_learning_curve: estimate the accuracy with more images.
         announce: is called with the probe's score on validation as soon as that is known.
 
@@ -91,27 +90,27 @@ def measure_probe(
     if with_learning_curve:
         check_classes(splits)  # before the features, which take longer
     references = {split: dataset["label"][:] for split, dataset in splits.items()}
-    space, known = None, {}
+    space, features = None, {}
     if trainer.is_world_process_zero():
         sizes = [len(dataset) for dataset in splits.values()]
         space = empty_rows(sum(sizes), feature_size(model, head))  # of all splits together, so that they can be joined
-        known = dict(zip(map(str, splits), space.split(sizes), strict=True))
+        features = dict(zip(map(str, splits), space.split(sizes), strict=True))
     for split in ("train", "validation"):
-        load_features(trainer, head, images[split], known.get(split))
-    probe, soft = fit_shared_probes(trainer, known or None, references, criterion.balance)
-    if announce and known:
-        announce(score_linear_probe(probe, {"validation": known["validation"]}, splits, criterion)[0]["validation"])
+        load_features(trainer, head, images[split], features.get(split))
+    probe, soft = fit_shared_probes(trainer, features or None, references, criterion.balance)
+    if announce and features:
+        announce(score_linear_probe(probe, {"validation": features["validation"]}, splits, criterion)[0]["validation"])
     if "test" in images:  # an audit may have none
-        load_features(trainer, head, images["test"], known.get("test"))
+        load_features(trainer, head, images["test"], features.get("test"))
     starts = {"probe": state_with_probe(model, head, probe), "soft probe": state_with_probe(model, head, soft)}
     if space is None:
         return ProbeResults(starts, probe.strength)
     device = trainer.args.device
-    scores, logits = score_linear_probe(probe, known, splits, criterion)
+    scores, logits = score_linear_probe(probe, features, splits, criterion)
     suspects, checked_by = suspect_labels(splits, space.to(device), probe.strength)
-    curve = probe_learning_curve(splits, known, probe, device) if with_learning_curve else None
-    inflation = probe_inflation(splits, known, probe.strength, device)
-    return ProbeResults(starts, probe.strength, known, scores, logits, suspects, checked_by, curve, inflation)
+    curve = probe_learning_curve(splits, features, probe, device) if with_learning_curve else None
+    inflation = probe_inflation(splits, features, probe.strength, device)
+    return ProbeResults(starts, probe.strength, features, scores, logits, suspects, checked_by, curve, inflation)
 
 
 def probe_inflation(
@@ -177,16 +176,16 @@ def build_yardstick(
     labels, groups = (np.concatenate([dataset[column][:] for dataset in both]) for column in ("label", "group"))
     classes = both[0].features["label"].num_classes
     everything, truth = join([features["train"], features["validation"]]).to(device), torch.tensor(labels)
-    folds, known = stratified_folds(labels, groups, FOLDS, seed=0), labels < 0
+    folds, is_learned = stratified_folds(labels, groups, FOLDS, seed=0), labels < 0
     predictions, cross_entropies = np.zeros(len(labels), dtype=int), np.zeros(len(labels))
     for part in cross_fit(everything, truth.to(device), folds, classes, (strength,)):
-        answers, own = criterion.answers(part.logits[0].cpu().numpy()), labels[part.rows]
-        predictions[part.rows] = answers.argmax(axis=-1)
-        cross_entropies[part.rows] = criterion.log_losses(answers, own)
-        known[part.rows] = part.learned[own]
+        adjusted, own = criterion.adjust(part.logits[0].cpu().numpy()), labels[part.rows]
+        predictions[part.rows] = adjusted.argmax(axis=-1)
+        cross_entropies[part.rows] = criterion.log_losses(adjusted, own)
+        is_learned[part.rows] = part.learned[own]
     losses = criterion.weigh(predictions, cross_entropies, labels, classes)  # of all together, and not of each part
     # How hard an image is tells no probe that has not learned its class, as one whose images are all in one fold.
-    losses[~known] = losses[known].mean() if known.any() else 0.0
+    losses[~is_learned] = losses[is_learned].mean() if is_learned.any() else 0.0
     return Yardstick(losses[len(both[0]) :], float(losses.mean()))
 
 
@@ -223,12 +222,12 @@ def score_linear_probe(
     logits = {split: probe.logits(features[split]).numpy() for split in ("validation", "test") if split in features}
     truth = {split: np.array(splits[split]["label"][:]) for split in logits}
     temperature = criterion.temperature(logits["validation"], truth["validation"])
-    answers = {split: criterion.answers(logits[split]) / temperature for split in logits}
+    adjusted = {split: criterion.adjust(logits[split]) / temperature for split in logits}
     labels = splits["train"].features["label"].names
     scores = {
         split: score(
-            answers[split], truth[split], labels, groups_of(splits[split]), criterion.class_shares, criterion.none
+            adjusted[split], truth[split], labels, groups_of(splits[split]), criterion.class_shares, criterion.none
         )
-        for split in answers
+        for split in adjusted
     }
-    return scores | {"strength": probe.strength}, answers.get("test")
+    return scores | {"strength": probe.strength}, adjusted.get("test")

@@ -49,28 +49,29 @@ class Criterion(NamedTuple):
         """The loss below which there is little to gain."""
         return ENOUGH if self.metric == "log_loss" else ENOUGH_ERRORS
 
-    def answers(self, logits: np.ndarray) -> np.ndarray:
-        """Return the logits [N, C] whose highest is the answer."""
+    def adjust(self, logits: np.ndarray) -> np.ndarray:
+        """Return the logits [N, C] whose highest is the answer (logit adjustment, Menon et al. 2021)."""
         return logits - self.balance.log_shares if self.balance else logits
 
     def temperature(self, logits: np.ndarray, references: np.ndarray) -> float:
-        """Return what the answers to logits [N, C] must be divided by to be calibrated."""
-        return fit_temperature(self.answers(logits), references, self.class_shares)
+        """Return what the adjusted logits [N, C] must be divided by to be calibrated."""
+        return fit_temperature(self.adjust(logits), references, self.class_shares)
 
-    def losses(self, answers: np.ndarray, references: np.ndarray) -> np.ndarray:
+    def losses(self, adjusted: np.ndarray, references: np.ndarray) -> np.ndarray:
         """Return a loss for each image, float64 [N], whose mean is what is to be low.
 
         That is the log loss, or how much is missing of the metric, with a thousandth of the log loss beside it.
 
         Args:
-            answers: float [N, C], see `answers`, calibrated.
+            adjusted: logits, float [N, C], see `adjust`, calibrated.
             references: int [N], the true classes.
         """
-        return self.weigh(answers.argmax(axis=-1), self.log_losses(answers, references), references, answers.shape[1])
+        cross_entropies = self.log_losses(adjusted, references)
+        return self.weigh(adjusted.argmax(axis=-1), cross_entropies, references, adjusted.shape[1])
 
-    def log_losses(self, answers: np.ndarray, references: np.ndarray) -> np.ndarray:
+    def log_losses(self, adjusted: np.ndarray, references: np.ndarray) -> np.ndarray:
         """Return the log loss of each image, float64 [N]; see `losses`."""
-        return log_losses(answers, references, self.balance.log_shares if self.balance else 0.0)
+        return log_losses(adjusted, references, self.balance.log_shares if self.balance else 0.0)
 
     def weigh(
         self, predictions: np.ndarray, cross_entropies: np.ndarray, references: np.ndarray, classes: int
@@ -112,15 +113,15 @@ class Judge(NamedTuple):
     groups: np.ndarray | None = None
     yardstick: Yardstick | None = None
 
-    def losses(self, answers: np.ndarray, references: np.ndarray) -> np.ndarray:
+    def losses(self, adjusted: np.ndarray, references: np.ndarray) -> np.ndarray:
         """Return the loss of each image, float64 [N], corrected by the yardstick; see `Criterion.losses`."""
-        losses = self.criterion.losses(answers, references)
+        losses = self.criterion.losses(adjusted, references)
         return self.yardstick.correct(losses) if self.yardstick else losses
 
-    def score(self, answers: np.ndarray, references: np.ndarray) -> dict:
-        """Return the scores of answers [N, C], see `metrics.score`."""
+    def score(self, adjusted: np.ndarray, references: np.ndarray) -> dict:
+        """Return the scores of adjusted logits [N, C], see `metrics.score`."""
         criterion = self.criterion
-        return score(answers, references, self.labels, self.groups, criterion.class_shares, criterion.none)
+        return score(adjusted, references, self.labels, self.groups, criterion.class_shares, criterion.none)
 
     def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Return what the Trainer's log has of an evaluation: accuracy, balanced accuracy, macro F1, calibrated loss.
@@ -129,10 +130,10 @@ class Judge(NamedTuple):
         which a temperature mends, before it makes it worse.
         """
         logits, references = (concatenate_batches(p) for p in (prediction.predictions, prediction.label_ids))
-        answers, known = self.criterion.answers(logits), references != self.criterion.none
-        predictions = answers.argmax(axis=-1)[known]
+        adjusted, known = self.criterion.adjust(logits), references != self.criterion.none
+        predictions = adjusted.argmax(axis=-1)[known]
         result = classify(predictions, references[known], len(self.labels), self.criterion.none)
-        calibrated = answers / self.criterion.temperature(logits, references)
+        calibrated = adjusted / self.criterion.temperature(logits, references)
         loss = float(self.criterion.losses(calibrated, references).mean())
         return {name: result[name] for name in SHOWN} | {"calibrated_loss": loss}
 

@@ -92,6 +92,11 @@ class Result(NamedTuple):
     answers: Answers
 
     @property
+    def none(self) -> int | None:
+        """The class of images that show none of the others, see `metrics.score`."""
+        return self.course.judge.criterion.none
+
+    @property
     def threshold(self) -> float:
         """The sureness on test below which the model is unsure; where there is none, the confidence."""
         familiarity = self.answers.familiarity
@@ -100,5 +105,4 @@ class Result(NamedTuple):
     def predictions(self, splits: DatasetDict) -> TestPredictions:
         """Return what the scored model predicts on the test split of loaded splits."""
         logits, references, sureness, _ = self.answers
-        none = self.course.judge.criterion.none
-        return TestPredictions(splits, logits, references, self.kept.class_shares, sureness, none)
+        return TestPredictions(splits, logits, references, self.kept.class_shares, sureness, self.none)

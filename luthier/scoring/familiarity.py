@@ -8,18 +8,17 @@ import numpy as np
 import torch
 from datasets import DatasetDict, concatenate_datasets
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import Trainer
 
-from luthier.cache import rows_at_once
 from luthier.familiarity import Familiarity, log_odds, similarity
 from luthier.images.splits import draw_order
 from luthier.images.views import ImageRows
 from luthier.scoring.metrics import choose_threshold
-from luthier.training.features import build_backbone, run_backbone, size_of
+from luthier.training.features import build_backbone, rows_at_once, run_backbone, size_of
 from luthier.training.trainer import model_of, predict
 from models import linear_head
 
-REFERENCES, PER_CLASS = 1000, 5  # training images that are kept, at least so many of each class
+BANK, PER_CLASS = 1000, 5  # training images that are kept, at least so many of each class
 VALIDATION = 2000  # images that are enough to find a scale
 LEAST_SPREAD = 1e-3  # of a figure, where validation images are nearly alike
 
@@ -52,7 +51,8 @@ def answer(trainer: Trainer, rows: Any, splits: DatasetDict, familiarity: Famili
     head = linear_head(model_of(trainer))
     if head is None:
         return Answers(*predict(trainer, rows))
-    backbone, rows, logits, sureness = _backbone(trainer, head, rows), rows.remove_columns("label"), [], []
+    backbone = build_backbone(model_of(trainer), head, size_of(rows))
+    rows, logits, sureness = rows.remove_columns("label"), [], []
     at_once = rows_at_once(trainer.args.device)
     for begin in range(0, len(rows), at_once):
         part = rows.select(range(begin, min(len(rows), begin + at_once)))
@@ -68,7 +68,7 @@ def learn_familiarity(
     trainer: Trainer,
     images: Mapping[str, ImageRows],
     splits: DatasetDict,
-    known: Mapping[str, torch.Tensor] | None,
+    features: Mapping[str, torch.Tensor] | None,
     frozen: bool,
     none: int | None = None,
 ) -> Familiarity | None:
@@ -80,7 +80,7 @@ def learn_familiarity(
         trainer: has the model with its final weights.
         images: of "train" and "validation", see `data.feature_rows`.
         splits: as loaded.
-        known: features of "train" and "validation" by the pretrained weights; None on all processes but the main one.
+        features: of "train" and "validation" by the pretrained weights; None on all processes but the main one.
         frozen: the weights below the head are still these.
         none: the class of images that show none of the others: they are not familiar.
     """
@@ -89,33 +89,33 @@ def learn_familiarity(
         return None
     order = np.argsort(draw_order(splits["validation"]["digest"][:], seed=1))
     chosen = {
-        "train": choose_references(splits["train"]["label"][:], splits["train"]["digest"][:], none),
+        "train": choose_bank(splits["train"]["label"][:], splits["train"]["digest"][:], none),
         "validation": order[np.array(splits["validation"]["label"][:])[order] != none][:VALIDATION],
     }
-    learned = _features(trainer, head, images, chosen, known, frozen)
+    learned = _features(trainer, head, images, chosen, features, frozen)
     if not trainer.is_world_process_zero() or not all(len(part) and torch.isfinite(part).all() for part in learned):
         return None
-    references, validation = nn.functional.normalize(learned[0]).half(), learned[1]
+    bank, validation = nn.functional.normalize(learned[0]).half(), learned[1]
     truth = np.array(splits["validation"]["label"][:])[chosen["validation"]]
     logits = _apply_head(trainer, head, validation)
     probabilities = logits.softmax(dim=-1)
-    odds, near = _scale(log_odds(probabilities)), _scale(similarity(references, validation))
-    unscaled = Familiarity(references, head, odds, near, 0.0)
+    odds, near = _scale(log_odds(probabilities)), _scale(similarity(bank, validation))
+    unscaled = Familiarity(bank, head, odds, near, 0.0)
     sureness, correct = unscaled.rate(probabilities, validation).numpy(), logits.numpy().argmax(axis=1) == truth
     return unscaled._replace(unsure_below=choose_threshold(sureness, correct)) if correct.any() else None
 
 
-def refit_references(
+def refit_familiarity(
     trainer: Trainer,
     familiarity: Familiarity | None,
     used: Sequence[str],
     images: Mapping[str, ImageRows],
     splits: DatasetDict,
-    known: Mapping[str, torch.Tensor] | None,
+    features: Mapping[str, torch.Tensor] | None,
     frozen: bool,
     none: int | None = None,
 ) -> Familiarity | None:
-    """Return the familiarity of a model that was refit: its own references, and the scale of the scored one.
+    """Return the familiarity of a model that was refit: its own bank, and the scale of the scored one.
 
     Args:
         trainer: has the model that was refit.
@@ -123,20 +123,20 @@ def refit_references(
         used: the splits that it has learned from.
         images: of these splits, see `data.feature_rows`.
         splits: as loaded.
-        known, frozen, none: as in `learn_familiarity`, of these splits.
+        features, frozen, none: as in `learn_familiarity`, of these splits.
     """
     head = linear_head(model_of(trainer))
     if head is None:
         return None
     joined = concatenate_datasets([splits[split].select_columns(["label", "digest"]) for split in used])
-    rows = choose_references(joined["label"][:], joined["digest"][:], none)
+    rows = choose_bank(joined["label"][:], joined["digest"][:], none)
     begins = np.cumsum([0, *(len(splits[split]) for split in used)])
     parts = [rows[(rows >= begin) & (rows < end)] - begin for begin, end in itertools.pairwise(begins)]
     chosen = {split: part for split, part in zip(used, parts, strict=True) if len(part)}
-    learned = _features(trainer, head, images, chosen, known, frozen)
+    learned = _features(trainer, head, images, chosen, features, frozen)
     if familiarity is None:  # as on all processes but the main one
         return None
-    return familiarity._replace(references=nn.functional.normalize(torch.cat(learned)).half())
+    return familiarity._replace(bank=nn.functional.normalize(torch.cat(learned)).half())
 
 
 def pool_familiarity(
@@ -168,10 +168,10 @@ def pool_familiarity(
     return pooled, leader._replace(log_odds=scale, unsure_below=choose_threshold(pooled, correct))
 
 
-def choose_references(labels: list[int], digests: list[str], none: int | None = None) -> np.ndarray:
+def choose_bank(labels: list[int], digests: list[str], none: int | None = None) -> np.ndarray:
     """Return the rows [R] of training images that others are compared with: the same number of each class."""
     order, truth = np.argsort(draw_order(digests, seed=1), kind="stable"), np.array(labels)
-    most = max(PER_CLASS, REFERENCES // (truth.max() + 1))
+    most = max(PER_CLASS, BANK // (truth.max() + 1))
     familiar = np.unique(truth[truth != none])
     return np.sort(np.concatenate([order[truth[order] == label][:most] for label in familiar]))
 
@@ -181,18 +181,14 @@ def _features(
     head: str,
     images: Mapping[str, ImageRows],
     chosen: Mapping[str, np.ndarray],
-    known: Mapping[str, torch.Tensor] | None,
+    features: Mapping[str, torch.Tensor] | None,
     frozen: bool,
 ) -> list[torch.Tensor]:
-    """Return the features [R, D] of some rows of each split; where they are known, on the main process alone."""
+    """Return the features [R, D] of some rows of each split; of frozen weights on the main process alone."""
     if frozen:
-        return [known[split][rows] for split, rows in chosen.items()] if known else []
-    backbone = _backbone(trainer, head, next(iter(images.values())).rows)
+        return [features[split][rows] for split, rows in chosen.items()] if features else []
+    backbone = build_backbone(model_of(trainer), head, size_of(next(iter(images.values())).rows))
     return [run_backbone(trainer, backbone, images[split].rows.select(rows)) for split, rows in chosen.items()]
-
-
-def _backbone(trainer: Trainer, head: str, rows: Any) -> PreTrainedModel:
-    return build_backbone(model_of(trainer), head, size_of(rows))
 
 
 def _apply_head(trainer: Trainer, head: str, features: torch.Tensor) -> torch.Tensor:

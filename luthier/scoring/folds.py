@@ -48,7 +48,7 @@ def pool(parts: Sequence[tuple[Experiment, Result]]) -> tuple[Experiment, Result
     shares = leader.kept.class_shares
     temperature = fit_temperature(logits, references, shares) if leader.kept.temperature != 1 else 1.0
     answers = logits / temperature
-    none = leader.course.judge.criterion.none
+    none = leader.none
     confidence, correct = confidence_and_correct(answers, references)
     correct &= references != none
     threshold = choose_threshold(confidence, correct)
@@ -91,7 +91,7 @@ def _pool_probes(
         return leader
     logits = np.concatenate([probe.logits for probe in probes if probe.logits is not None])
     references = np.array(splits["test"]["label"][:])
-    none = result.course.judge.criterion.none
+    none = result.none
     scored = TestPredictions(splits, logits, references, result.kept.class_shares, none=none).score()
     features = {"test": join([probe.features["test"] for probe in probes if probe.features])}
     features |= {UNTESTED[split]: leader.features[split][rows] for split, rows in untested.items()}

@@ -8,11 +8,10 @@ import torch
 from datasets import DatasetDict
 from scipy.optimize import OptimizeWarning, curve_fit
 
-from luthier.cache import rows_at_once
 from luthier.errors import UserError
 from luthier.images.splits import stratified_folds
 from luthier.terminal import plural
-from luthier.training.features import join
+from luthier.training.features import join, rows_at_once
 from luthier.training.probe import LinearProbe, fit_parts
 
 FRACTIONS = (0.1, 0.18, 0.32, 0.56, 1.0)  # of the training images

@@ -13,7 +13,7 @@ from luthier.familiarity import Familiarity
 from luthier.images.views import ImageRows
 from luthier.output_dir import NO_TIME
 from luthier.scoring.experiment import Experiment, Result
-from luthier.scoring.familiarity import refit_references
+from luthier.scoring.familiarity import refit_familiarity
 from luthier.scoring.race_record import Course
 from luthier.scoring.selection import load_candidate
 from luthier.terminal import say
@@ -155,9 +155,9 @@ def refit(
             return plan._replace(refusal="its loss is not finite"), None
     load_candidate(model, start, kept)
     trainer = build_predictor(model, workshop.training_args, workshop.collate)
-    familiarity = refit_references(
+    familiarity = refit_familiarity(
         trainer, result.answers.familiarity, plan.splits, images, splits, probe.features, arm is None,
-        result.course.judge.criterion.none,
+        result.none,
     )  # fmt: skip
     return plan, Refitted(model, familiarity)
 

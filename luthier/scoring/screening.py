@@ -236,9 +236,9 @@ def choose_backbone(
     if name != "auto":
         return name
     record = run_dir / CHOICE if run_dir else None
-    (known,) = broadcast_object_list([record.read_text(encoding="utf-8") if record and record.exists() else None])
-    if known:
-        return known
+    (recorded,) = broadcast_object_list([record.read_text(encoding="utf-8") if record and record.exists() else None])
+    if recorded:
+        return recorded
     tried: list[Backbone] = []
     for candidate in (*EFFICIENTNETS, *HUB_BACKBONES):
         built, failure = None, None

@@ -97,11 +97,11 @@ def score_candidates(
         known = known_images(references, judge.criterion.none)
         criterion = judge.criterion
         temperature = criterion.temperature(logits, references) if linear_head(model) else 1.0
-        answers = criterion.answers(logits) / temperature
-        validation = judge.score(answers, references)
+        adjusted = criterion.adjust(logits) / temperature
+        validation = judge.score(adjusted, references)
         uncalibrated = calibration_scores(logits[known], references[known])
-        threshold = choose_threshold(*confidence_and_correct(answers[known], references[known]))
-        losses, class_shares = judge.losses(answers, references), criterion.class_shares
+        threshold = choose_threshold(*confidence_and_correct(adjusted[known], references[known]))
+        losses, class_shares = judge.losses(adjusted, references), criterion.class_shares
         candidates.append(
             Candidate(share, temperature, threshold, validation, uncalibrated, losses, arm, class_shares, judge.groups)
         )

@@ -46,7 +46,7 @@ class PixelsToAnswer(nn.Module):
 
     scale: torch.Tensor
     black: torch.Tensor
-    references: torch.Tensor
+    bank: torch.Tensor
 
     def __init__(self, network: TorchNetwork, view: EvaluationView):
         super().__init__()
@@ -59,7 +59,7 @@ class PixelsToAnswer(nn.Module):
             self.head = self.model.get_submodule(self.familiarity.head)
             self.head._forward_pre_hooks.clear()
             self.model.set_submodule(self.familiarity.head, nn.Identity())
-            self.register_buffer("references", self.familiarity.references.float())
+            self.register_buffer("bank", self.familiarity.bank.float())
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return logits and probabilities [N, C] and the sureness [N] of pixels, uint8 [N, H, W, 3]."""
@@ -70,7 +70,7 @@ class PixelsToAnswer(nn.Module):
         probabilities = logits.softmax(dim=-1)
         if not self.familiarity:
             return logits, probabilities, probabilities.amax(dim=-1)
-        familiarity = self.familiarity._replace(references=self.references)
+        familiarity = self.familiarity._replace(bank=self.bank)
         return logits, probabilities, familiarity.rate(probabilities, output)
 
 

@@ -3,22 +3,27 @@
 import copy
 import itertools
 import json
+import os
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
-from luthier.cache import as_bytes, cache_key, empty_rows, fill_rows, library_versions, rows_at_once, write_rows
+from luthier.cache import AT_ONCE, as_bytes, cache_key, fill_rows, library_versions, warn_once, write_rows
 from luthier.errors import UserError
 from luthier.fusion import fuse_batchnorm
 from luthier.images.views import ImageRows
 from luthier.terminal import say
 from luthier.training.trainer import concatenate_batches, model_of
 
+MAX_IN_MEMORY = 64_000_000  # bytes of features; more are in a temporary file
 # What a model's config says of a run, and not of its backbone.
 OF_RUN = {
     "_name_or_path", "architectures", "class_shares", "dtype", "familiarity", "id2label", "label2id", "label_names",
@@ -46,14 +51,14 @@ def load_features(
     """
     model, (rows, key, digests) = model_of(trainer), images
     versions = library_versions("torch", "timm")
-    key = cache_key(key, trainer.accelerator.mixed_precision, versions, *_backbone(model, head))
+    key = cache_key(key, trainer.accelerator.mixed_precision, versions, *_parts_of_key(model, head))
     is_main_process, new = trainer.is_world_process_zero(), []
     if is_main_process:
         space = empty_rows(len(digests), feature_size(model, head)) if space is None else space
-        known = fill_rows("features", key, digests, space)
+        is_cached = fill_rows("features", key, digests, space)
         _, first, number = np.unique(as_bytes(digests), return_index=True, return_inverse=True)
-        new = np.sort(first[~known[first]]).tolist()  # copies of an image are one
-        if new and known.any():
+        new = np.sort(first[~is_cached[first]]).tolist()  # copies of an image are one
+        if new and is_cached.any():
             say("reuse", f"features of {len(digests) - len(new):,} of {len(digests):,} images")
     (new,) = broadcast_object_list([new])  # all processes compute the same
     if new:
@@ -70,6 +75,30 @@ def load_features(
     copies = np.flatnonzero(first[number] != np.arange(len(digests)))
     space[copies] = space[first[number[copies]]]
     return space
+
+
+def empty_rows(n: int, columns: int) -> torch.Tensor:
+    """Return space for float32 [n, columns]: in memory, or if that is more than `MAX_IN_MEMORY` in a temporary file.
+
+    The file is mapped into memory. The system keeps as much of it there as there is space for.
+    """
+    size = 4 * n * columns
+    if size > MAX_IN_MEMORY:
+        try:
+            folder = Path(datasets.config.HF_DATASETS_CACHE)
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as file:
+                if hasattr(os, "posix_fallocate"):  # or a full disk would end the process when a row is written
+                    os.posix_fallocate(file.fileno(), 0, size)
+                return torch.from_numpy(np.memmap(file, np.float32, "w+", shape=(n, columns)))
+        except OSError as error:
+            warn_once(f"features are held in memory, because they cannot be in a file in {folder}: {error}")
+    return torch.empty((n, columns))
+
+
+def rows_at_once(device: torch.device) -> int:
+    """Return how many rows of features to work on at a time: `AT_ONCE`, or so many that a GPU is busy with them."""
+    return AT_ONCE if device.type == "cpu" else 8 * AT_ONCE
 
 
 def feature_size(model: PreTrainedModel, head: str) -> int:
@@ -139,7 +168,7 @@ def run_backbone(trainer: Trainer, backbone: PreTrainedModel, rows: Any) -> torc
     return torch.from_numpy(concatenate_batches(outputs)).float().contiguous()
 
 
-def _backbone(model: PreTrainedModel, head: str) -> list[object]:
+def _parts_of_key(model: PreTrainedModel, head: str) -> list[object]:
     """Return what the features depend on, as parts of a key: the config, less what is of a run, and the weights."""
     config = {name: value for name, value in model.config.to_dict().items() if name not in OF_RUN}
     parts: list[object] = [json.dumps(config, sort_keys=True, default=str)]

@@ -9,8 +9,8 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
-from luthier.cache import empty_rows, rows_at_once
 from luthier.training.balance import Balance
+from luthier.training.features import empty_rows, rows_at_once
 
 # Penalties tried, from strong to weak; on 100 to 100,000 images the best was never at an end (docs/experiments.md).
 STRENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)

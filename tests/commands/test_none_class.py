@@ -60,7 +60,7 @@ def test_class_is_found_by_its_name_and_not_scored(folder, timm_checkpoint, caps
 
     model, _ = load_trained(str(folder / "found"))
     assert model.config.none_class == "None"
-    assert len(load_familiarity(model, str(folder / "found")).references) == 60, "of the other classes alone"
+    assert len(load_familiarity(model, str(folder / "found")).bank) == 60, "of the other classes alone"
     images = [folder / "new.png", folder / "images/red/000.png"]
     draw_nothing(99).save(images[0])
     nothing, red = ask(capsys, folder / "found", *images)

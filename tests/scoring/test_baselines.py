@@ -112,7 +112,8 @@ def test_features_in_a_file_and_in_parts_tell_the_same(measure, monkeypatch):
     """As those of so many images do that memory would not hold them."""
     expected = measure(with_learning_curve=True)
     for name, value in (
-        ("luthier.cache.MAX_IN_MEMORY", 0),
+        ("luthier.training.features.MAX_IN_MEMORY", 0),
+        ("luthier.training.features.AT_ONCE", 5),
         ("luthier.cache.AT_ONCE", 5),
     ):
         monkeypatch.setattr(name, value)

@@ -52,12 +52,12 @@ def test_answers_make_up_for_rare_classes():
     shares = np.array([0.9, 0.1])
     likely = np.log([[0.8, 0.2], [0.95, 0.05]])  # 0.2 is twice the share of the second class, 0.05 half of it
     criterion = Criterion("balanced_accuracy", Balance(shares))
-    answers = criterion.answers(likely)
+    answers = criterion.adjust(likely)
     assert answers.argmax(axis=1).tolist() == [1, 0]
     judged = Judge(["a", "b"], criterion).score(answers, np.array([1, 0]))
     assert judged["accuracy"] == 1
     assert judged["log_loss"] == pytest.approx(-np.log([0.2, 0.95]).mean())  # of the data's own probabilities
-    assert Criterion("balanced_accuracy").answers(likely) is likely
+    assert Criterion("balanced_accuracy").adjust(likely) is likely
 
 
 def test_model_that_knows_nothing_answers_all_classes_alike_and_tells_how_frequent_they_are():
@@ -65,7 +65,7 @@ def test_model_that_knows_nothing_answers_all_classes_alike_and_tells_how_freque
     logits = generator.normal(0, 3, (2000, 2)) + np.log(shares)  # sure of itself, at random
     references = (generator.random(2000) < 0.1).astype(int)
     criterion = Criterion("balanced_accuracy", Balance(shares))
-    answers = criterion.answers(logits) / criterion.temperature(logits, references)
+    answers = criterion.adjust(logits) / criterion.temperature(logits, references)
     assert 0.4 < answers.argmax(axis=1).mean() < 0.6
     judged = Judge(["a", "b"], criterion).score(answers, references)
     assert judged["log_loss"] == pytest.approx(-(shares * np.log(shares)).sum(), abs=0.03)

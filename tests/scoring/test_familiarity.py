@@ -10,7 +10,7 @@ from torch import nn
 
 import luthier.scoring.familiarity as module
 from luthier.familiarity import Familiarity, log_odds, similarity
-from luthier.scoring.familiarity import Answers, choose_references, pool_familiarity
+from luthier.scoring.familiarity import Answers, choose_bank, pool_familiarity
 
 CLASSES, D = 3, 16
 
@@ -51,13 +51,13 @@ def test_unknown_images_have_a_lower_familiarity(figure):
 
 
 def test_references_are_the_same_number_of_each_class_and_change_little(monkeypatch):
-    monkeypatch.setattr("luthier.scoring.familiarity.REFERENCES", 60)
+    monkeypatch.setattr("luthier.scoring.familiarity.BANK", 60)
     labels, digests = [0] * 500 + [1] * 50 + [2] * 4, [f"{row:064x}" for row in range(554)]
-    rows = choose_references(labels, digests)
+    rows = choose_bank(labels, digests)
     assert np.bincount(np.array(labels)[rows]).tolist() == [20, 20, 4] and len({*rows}) == 44
-    more = choose_references([*labels, 0], [*digests, "f" * 64])
+    more = choose_bank([*labels, 0], [*digests, "f" * 64])
     assert len({*rows} - {*more}) <= 1
-    many = choose_references(list(range(100)) * 9, [f"{row:064x}" for row in range(900)])
+    many = choose_bank(list(range(100)) * 9, [f"{row:064x}" for row in range(900)])
     assert np.bincount(np.arange(900)[many] % 100).tolist() == [5] * 100
 
 

@@ -34,7 +34,10 @@ def fold(
     model = SimpleNamespace(config=SimpleNamespace())
     answers = Answers(logits / temperature, references)
     result = Result(None, course, [], ProbeResults(), Outcome(reason=reason), kept, model, answers)
-    return logits, (Experiment(splits, False, splits, {"unreadable": [], "learned_from": 3}, None, None, [], None, {}), result)
+    return logits, (
+        Experiment(splits, False, splits, {"unreadable": [], "learned_from": 3}, None, None, [], None, {}),
+        result,
+    )
 
 
 def pool(monkeypatch, *folds: tuple) -> tuple[Experiment, Result, list]:

@@ -32,7 +32,7 @@ from luthier.familiarity import load_familiarity
 from models import load_trained
 
 familiarity = load_familiarity(load_trained(sys.argv[1])[0], sys.argv[1])
-print(familiarity and len(familiarity.references))
+print(familiarity and len(familiarity.bank))
 """
 LOAD_MODEL = """
 import sys

@@ -20,7 +20,7 @@ from luthier.fusion import _with_even_padding
 from luthier.images.views import EvaluationView
 from luthier.training import probe as probe_module
 from luthier.training.balance import Balance
-from luthier.training.features import _backbone, build_backbone, load_features
+from luthier.training.features import _parts_of_key, build_backbone, load_features
 from luthier.training.probe import (
     SOFT,
     STRENGTHS,
@@ -234,13 +234,13 @@ def test_config_of_a_model_is_a_part_of_the_key_of_its_features(timm_checkpoint)
     def key(**changes) -> str:
         torch.manual_seed(0)
         config = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic", **changes)
-        return cache_key(*_backbone(ResNetForImageClassification(config), "classifier.1"))
+        return cache_key(*_parts_of_key(ResNetForImageClassification(config), "classifier.1"))
 
     assert key() == key(id2label={0: "x", 1: "y", 2: "z"}) != key(hidden_act="gelu")
     parts = []
     for names in (NAMES, {0: "x", 1: "y", 2: "z", 3: "w"}):
         model, _ = build_model(str(timm_checkpoint), names)
-        parts.append(_backbone(model, linear_head(model))[0])
+        parts.append(_parts_of_key(model, linear_head(model))[0])
     assert parts[0] == parts[1]  # a class that is added changes no feature
 
 
