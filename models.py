@@ -131,7 +131,7 @@ def build_model(
         if image_size < 1:
             raise ModelError(f"--image_size {image_size} is not a size: give the side of a square in pixels")
         image_processor = change_view(model, image_processor, image_size)
-        if refusal := _refusal(model, image_size):
+        if refusal := explain_refusal(model, image_size, image_size):
             raise ModelError(
                 f"{model_name} does not take images of {image_size} px: {refusal}. Leave --image_size out, or use "
                 "another size or model"
@@ -308,9 +308,11 @@ def _from_pretrained(
         config = AutoConfig.from_pretrained(model_name, trust_remote_code=False)
         if "checkpoint_path" in (getattr(config, "model_args", None) or {}):  # timm would load it, by pickle if old
             raise ValueError("its config names a file of weights elsewhere (checkpoint_path)")
-        own = dict(config.id2label)
+        own = dict(config.id2label or {})
         if changes:
             config = AutoConfig.from_pretrained(model_name, trust_remote_code=False, **changes)
+        # As timm writes it; transformers gives both numbers to timm, which takes one.
+        (getattr(config, "model_args", None) or {}).pop("num_classes", None)
         image_processor = AutoImageProcessor.from_pretrained(model_name, trust_remote_code=False)
         model, loading = AutoModelForImageClassification.from_pretrained(
             model_name,
@@ -375,7 +377,7 @@ def change_view(
         return TimmWrapperImageProcessor(cfg, architecture=model.config.architecture)
     settings = image_processor.to_dict()
     square = {"height": image_size, "width": image_size}
-    edge, crop = settings["size"].get("shortest_edge"), settings.get("crop_size")
+    edge, crop = (settings.get("size") or {}).get("shortest_edge"), settings.get("crop_size")
     if fit == "squeeze":
         squeezed = type(image_processor).from_dict(settings | {"size": square, "do_center_crop": False})
         if _shows_square(squeezed, image_size):
@@ -400,18 +402,20 @@ def _shows_square(image_processor: BaseImageProcessor, side: int) -> bool:
 
 def takes_size(model: PreTrainedModel, image_size: int) -> bool:
     """Tell whether a model takes square images of this side in pixels."""
-    return _refusal(model, image_size) is None
+    return explain_refusal(model, image_size, image_size) is None
 
 
-def _refusal(model: PreTrainedModel, image_size: int) -> str | None:
-    """Return the error with which a model refuses square images of this side in pixels; None if it takes them."""
+def explain_refusal(model: PreTrainedModel, height: int, width: int) -> str | None:
+    """Return why a model does not classify RGB images of this size in pixels; None if it does."""
     probed = copy.deepcopy(model).eval()  # because Swin keeps the smaller windows of a small image
     try:
         with torch.no_grad():
-            probed(pixel_values=torch.zeros(1, 3, image_size, image_size, device=model.device))
+            output = probed(pixel_values=torch.zeros(1, 3, height, width, device=model.device))
     except Exception as error:  # each family refuses a size in a way of its own
         return next(iter(str(error).splitlines()), type(error).__name__)
-    return None
+    logits = getattr(output, "logits", None)
+    one_each = isinstance(logits, torch.Tensor) and logits.shape == (1, _number_of_labels(model.config))
+    return None if one_each else "its output is not one logit for each class"
 
 
 def keep_in_eval_mode(modules: Iterable[nn.Module]) -> None:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from torch import nn
 from transformers import (
     LevitConfig,
     LevitForImageClassification,
+    PoolFormerConfig,
+    PoolFormerForImageClassification,
     PreTrainedModel,
     SwinConfig,
     SwinForImageClassification,
@@ -27,12 +30,16 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from luthier.images.views import EvaluationView
+from luthier.errors import UserError
+from luthier.images.views import EvaluationView, view_size
+from luthier.scoring.experiment import Experiment
+from luthier.serving.torch_network import TorchNetwork
 from luthier.training.layers import freeze, freeze_unused, layer_numbers, parameter_groups
 from models import (
     ModelError,
     SimpleCNNForImageClassification,
     build_model,
+    explain_refusal,
     head_parameters,
     labels_of,
     linear_head,
@@ -320,6 +327,67 @@ def test_layers_of_names_without_a_number_by_itself(architecture):
     assert max(first) < min(last)
 
 
+def test_lists_beside_each_other_hold_parts_of_the_same_layers():
+    config = PoolFormerConfig(depths=[1, 2, 1, 1], hidden_sizes=[4, 8, 8, 16], num_labels=3)
+    numbers = layer_numbers(PoolFormerForImageClassification(config))
+    for name, number in numbers.items():
+        if found := re.match(r"poolformer\.encoder\.(patch_embeddings|block)\.(\d)", name):
+            assert number == int(found[2]), name
+    assert max(numbers.values()) == 5  # of the head, after the last normalisation
+
+
+def test_branches_of_a_block_are_one_layer():
+    with torch.device("meta"):
+        model = TimmWrapperForImageClassification(TimmWrapperConfig(architecture="inception_v3", num_labels=3))
+    numbers = layer_numbers(model)
+    assert (
+        len({number for name, number in numbers.items() if ".Mixed_7c." in name}) == 1 and max(numbers.values()) < 20
+    )
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "changes"),
+    [
+        ("timm_checkpoint", {"model_args": {"num_classes": 5}}),  # as timm itself saves it
+        ("vit_checkpoint", {"id2label": None, "label2id": None, "num_labels": 3}),
+    ],
+)
+def test_odd_configs_are_read(request, tmp_path, checkpoint, changes):
+    shutil.copytree(request.getfixturevalue(checkpoint), tmp_path / "model")
+    path = tmp_path / "model/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    model, _ = build_model(str(tmp_path / "model"), ID2LABEL)
+    assert model.eval()(batch(32)).logits.shape == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("output", "refusal"),
+    [
+        (SimpleNamespace(logits=torch.zeros(1, 2)), None),
+        (SimpleNamespace(logits=torch.zeros(1, 9, 2)), "its output is not one logit for each class"),
+        (SimpleNamespace(logits=(torch.zeros(1, 2), torch.zeros(1, 2))), "its output is not one logit for each class"),
+        (SimpleNamespace(last_hidden_state=torch.zeros(1, 2)), "its output is not one logit for each class"),
+        (RuntimeError("expected 1 channel\nat 5"), "expected 1 channel"),
+    ],
+)
+def test_model_that_is_no_classifier_of_images_is_refused(output, refusal):
+    class Fake(nn.Module):
+        device, config = "cpu", SimpleNamespace(num_labels=2)
+
+        def forward(self, pixel_values):
+            if isinstance(output, Exception):
+                raise output
+            return output
+
+    assert explain_refusal(Fake(), 32, 32) == refusal
+
+
+@pytest.mark.parametrize("shown", [{"pixel_values": torch.zeros(1, 256, 768)}, {"input_ids": torch.zeros(1, 9)}])
+def test_image_processor_that_gives_no_images_is_refused(shown):
+    with pytest.raises(UserError, match="gives no images"):
+        view_size(lambda image, return_tensors: shown)
+
+
 def test_trying_a_size_leaves_the_model_as_it_was():
     """Swin keeps the smaller windows of a small image."""
     config = SwinConfig(image_size=224, embed_dim=8, depths=[1, 1, 1, 2], num_heads=[1, 1, 1, 1], window_size=7)
@@ -408,3 +476,16 @@ def test_code_of_a_repository_is_never_run(tmp_path, monkeypatch):
         with pytest.raises(ModelError, match="cannot load a model from the folder"):
             load(str(model))
     assert not (tmp_path / "ran").exists()
+
+
+def test_features_have_one_axis_whatever_enters_the_head():
+    network = SimpleNamespace(_features=[])
+    TorchNetwork._keep_features(network, None, (torch.zeros(2, 1, 5),))  # as of Perceiver
+    assert network._features[0].shape == (2, 5)
+
+
+def test_model_without_gradient_checkpointing_is_refused_before_anything_runs():
+    model = SimpleNamespace(supports_gradient_checkpointing=False)
+    experiment = Experiment({}, False, {}, {}, model, None, [], None, {})
+    with pytest.raises(UserError, match="has no --gradient_checkpointing: leave it out"):
+        experiment.workshop(SimpleNamespace(gradient_checkpointing=True), None)

@@ -24,18 +24,20 @@ def view_size(image_processor: BaseImageProcessor) -> tuple[int, int]:
     """Return (height, width) in pixels of what a model sees.
 
     Raises:
-        UserError: it differs from image to image, or the processor has settings that it cannot work with.
+        UserError: it differs from image to image, or the processor gives no images, or has settings that it cannot
+            work with.
     """
     try:
-        wide, tall = (
-            tuple(image_processor(Image.new("RGB", size), return_tensors="pt")["pixel_values"].shape[-2:])
-            for size in ((96, 64), (64, 96))
-        )
+        shown = [image_processor(Image.new("RGB", size), return_tensors="pt") for size in ((96, 64), (64, 96))]
     except Exception as error:  # settings that make no sense raise errors of any kind
         raise UserError(
             f"this model's image processor cannot process an image ({reason(error)}): mend its settings in "
             "preprocessor_config.json"
         ) from error
+    shapes = [tuple(each["pixel_values"].shape) if "pixel_values" in each else () for each in shown]
+    if any(len(shape) != 4 for shape in shapes):  # as those of patches, or of tokens
+        raise UserError("this model's image processor gives no images [N, 3, H, W]: use another model")
+    (*_, wide), (*_, tall) = ((*shape[:2], shape[2:]) for shape in shapes)
     if wide != tall:
         raise UserError(
             f"this model's image processor gives every image another size ({wide} and {tall}), and such images form "

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from datasets import DatasetDict
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
+from luthier.errors import UserError
 from luthier.images.splits import hash_splits
 from luthier.images.streams import Stream
 from luthier.images.views import EvaluationView
@@ -60,7 +61,13 @@ class Experiment(NamedTuple):
         collate: Callable[[list[dict]], dict],
         callbacks: Sequence[TrainerCallback] = (),
     ) -> Workshop:
-        """Return what builds the Trainers of this run, see `Workshop`; the model gets its memory format."""
+        """Return what builds the Trainers of this run, see `Workshop`; the model gets its memory format.
+
+        Raises:
+            UserError: the model cannot save memory in the way that is asked for.
+        """
+        if training_args.gradient_checkpointing and not self.model.supports_gradient_checkpointing:
+            raise UserError(f"{type(self.model).__name__} has no --gradient_checkpointing: leave it out")
         measure, balance = self.judge.compute_metrics, self.judge.criterion.balance
         count = len(self.stream.labels if self.stream else self.splits["train"])
         choose_memory_format(self.model, training_args.device, count)

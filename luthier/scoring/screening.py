@@ -14,6 +14,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from transformers import BaseImageProcessor, PreTrainedModel, Trainer
 
+from luthier.errors import UserError
 from luthier.images.splits import draw_order, stratified_folds
 from luthier.images.views import EvaluationView, view_size
 from luthier.machine import choose_memory_format
@@ -21,7 +22,7 @@ from luthier.scoring.metrics import standard_error
 from luthier.terminal import say
 from luthier.training.features import build_backbone, compute_features, size_of
 from luthier.training.probe import cross_fit
-from models import EFFICIENTNETS, HubUnreachable, ModelError, change_view, linear_head, takes_size
+from models import EFFICIENTNETS, HubUnreachable, ModelError, change_view, explain_refusal, linear_head, takes_size
 
 IMAGES, CLASSES = 192, 24  # of train that are looked at, at most: eight images of a class, where classes are even
 FOLDS = 4
@@ -86,8 +87,16 @@ def choose_view(
         sample: a few images.
         enabled: False, or a model without a linear head, leaves the model's own view.
         any_side: False leaves the model's own side.
+
+    Raises:
+        UserError: the model does not classify such images, see `models.explain_refusal`, or see `view_size`.
     """
     side, wide = view_size(image_processor)
+    if refusal := explain_refusal(model, side, wide):
+        raise UserError(
+            f"{model.config.name_or_path or type(model).__name__} does not classify the RGB images that its image "
+            f"processor makes ({side} x {wide} px): {refusal}. Use another model"
+        )
     if not enabled or linear_head(model) is None or side != wide:
         return EvaluationView(image_processor), []
     own, cfg = image_processor, getattr(model.config, "pretrained_cfg", None)

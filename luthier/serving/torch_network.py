@@ -63,4 +63,4 @@ class TorchNetwork:
         return Rated(probabilities.cpu().numpy(), sureness.cpu().numpy())
 
     def _keep_features(self, head: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
-        self._features.append(inputs[0])
+        self._features.append(inputs[0].flatten(1))  # Perceiver has an axis of length 1 more

@@ -1,8 +1,9 @@
 """The layers of a model by depth: which are frozen, how fast each learns, how its head is scaled."""
 
+import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -19,20 +20,41 @@ def layer_numbers(model: PreTrainedModel) -> dict[str, int]:
 
     The names tell, in timm's models as in transformers': parameters form a layer if they share their name up to its
     first number (`blocks.3`, `encoder.layer.11`), or if they stand together without one (the stem). Where no name has
-    a number by itself, one at the end of a word does as well (`s1`, `denseblock1`).
+    a number by itself, one in a word does as well (`s1`, `denseblock1`, `Mixed_7c`). Lists of one length beside each
+    other hold a part of each layer, as in PoolFormer.
     """
     head = head_parameters(model)
     names = [name for name, _ in model.named_parameters() if name not in head]
-    for pattern in (r"(.*?\.\d+)\.", r"(.*?\d+)\."):
+    for pattern in (r"(.*?\.\d+)\.", r"(.*?\d+\w*)\."):
         layers = [numbered[1] if (numbered := re.match(pattern, name)) else "" for name in names]
         if len(set(layers)) > 1:
             break
     numbers: dict[str, int] = {}
     last, number = None, -1
-    for name, layer in zip(names, layers, strict=True):
+    for name, layer in _merge_lists(model, zip(names, layers, strict=True)):
         number += layer != last
         numbers[name], last = number, layer
-    return numbers | dict.fromkeys(head, number + 1)
+    return {name: numbers[name] for name in names} | dict.fromkeys(head, number + 1)
+
+
+def _merge_lists(model: PreTrainedModel, layers: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """Yield names of parameters and their layers; those of lists of one length beside each other by their numbers."""
+    first: dict[tuple[str, int], str] = {}
+    first_of = {
+        name: first.setdefault((name.rpartition(".")[0], len(module)), name)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+    }
+
+    def list_of(item: tuple[str, str]) -> str:
+        return first_of.get(item[1].rpartition(".")[0], "")
+
+    for merged, run in itertools.groupby(layers, key=list_of):
+        if merged:
+            numbered = [(name, int(layer.rpartition(".")[2])) for name, layer in run]
+            yield from ((name, f"{merged}.{index}") for name, index in sorted(numbered, key=lambda item: item[1]))
+        else:
+            yield from run
 
 
 def freeze(model: PreTrainedModel, share: float) -> None:

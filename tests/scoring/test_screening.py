@@ -15,6 +15,7 @@ from hub_server import Hub
 from safetensors.torch import save_file
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
+from luthier.errors import UserError
 from luthier.scoring.screening import (
     HUB_BACKBONES,
     Sample,
@@ -39,6 +40,13 @@ class FakeSample:
 
     def losses(self, model: str, image_processor: None) -> tuple[list[np.ndarray], float]:
         return [np.full(10, self.given.get(model, 1.0))], self.seconds.get(model, 0.1)
+
+
+def test_model_that_does_not_classify_its_own_images_is_refused(monkeypatch, timm_checkpoint):
+    model, image_processor = build_model(str(timm_checkpoint), {0: "a", 1: "b"})
+    monkeypatch.setattr("luthier.scoring.screening.explain_refusal", lambda model, height, width: f"no {height}")
+    with pytest.raises(UserError, match=r"does not classify the RGB images .* \(32 x 32 px\): no 32. Use another"):
+        choose_view(model, image_processor, None, enabled=True, any_side=True)
 
 
 def choose(losses: dict[str, float], seconds: dict[str, float] | None = None, missing: dict | None = None) -> str:
