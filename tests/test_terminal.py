@@ -116,8 +116,8 @@ def test_only_all_is_100_percent(share, places, expected):
 
 def test_names_that_differ_at_their_ends_differ_when_they_are_shortened():
     assert shorten("a" * 24, 24) == "a" * 24
-    first, second = (shorten(f"Long class name number {number}", 24) for number in (1, 2))
-    assert first != second and len(first) == 24 and first == "Long class name…number 1"
+    first, second = (shorten(f"A long name of a class, number {number}", 24) for number in (1, 2))
+    assert first != second and len(first) == 24 and first == "A long name of …number 1"
 
 
 def test_difference_is_in_points():
