@@ -127,11 +127,11 @@ def fine_tune(arguments: "Arguments", stop: "Stop", stopwatch: Stopwatch) -> tup
     console.say_audit(experiment.findings)
 
     # Train
-    run_dir, resume = Path(str(training_args.output_dir)), training_args.resume_from_checkpoint
+    folder, resume = Path(str(training_args.output_dir)), training_args.resume_from_checkpoint
     only_trained = model_args.keep == "trained" and recipes[0].name != "probe"
-    course = Course(judge, stop, run_dir, stopwatch, model_args.time_limit, only_trained, run_args.of_training)
+    course = Course(judge, stop, folder, stopwatch, model_args.time_limit, only_trained, run_args.of_training)
     candidate = None if only_trained else score_probe(workshop, probe, rows["validation"], judge)
-    outcome = race(enter(recipes, workshop, rows, probe.starts, run_dir), candidate, course, resume)
+    outcome = race(enter(recipes, workshop, rows, probe.starts, folder), candidate, course, resume)
 
     # Evaluate
     kept, trainer = keep_best(outcome, candidate, workshop, probe.starts)

@@ -96,7 +96,7 @@ def enter(
     workshop: Workshop,
     rows: Mapping[str, Any],
     starts: Mapping[str, State],
-    run_dir: Path,
+    folder: Path,
 ) -> list[Arm]:
     """Return the arms of a race; the probe, which needs no training, is none of them.
 
@@ -105,13 +105,13 @@ def enter(
         workshop: for the Trainers.
         rows: "train" and "validation".
         starts: of `baselines.measure_probe`.
-        run_dir: the directory of the run. Several arms have a folder each in it for their checkpoints.
+        folder: of the run or its fold. Several arms have a folder each in it for their checkpoints.
     """
     trained = [recipe for recipe in recipes if recipe.name != "probe"]
-    folders = [run_dir / "race" / recipe.name if len(trained) > 1 else run_dir for recipe in trained]
+    folders = [folder / "race" / recipe.name if len(trained) > 1 else folder for recipe in trained]
     arms = [
-        plan_arm(recipe, workshop, rows, folder, starts.get(recipe.start))
-        for recipe, folder in zip(trained, folders, strict=True)
+        plan_arm(recipe, workshop, rows, own, starts.get(recipe.start))
+        for recipe, own in zip(trained, folders, strict=True)
     ]
     if arms and arms[0].recipe.batch is None and arms[0].batch != BATCH:  # the run has chosen it
         rates = ", ".join(f"{arm.recipe.name} {arm.training_args.learning_rate:.3g}" for arm in arms)

@@ -48,7 +48,7 @@ class Course(NamedTuple):
     Attributes:
         judge: scores weights on validation.
         stop: the signal handler.
-        run_dir: the directory of the run, or of its fold.
+        folder: of the run, or of its fold.
         stopwatch: of the run.
         time_limit: minutes that the run may take; None is no limit.
         only_trained: the trained weights are the only candidates.
@@ -57,7 +57,7 @@ class Course(NamedTuple):
 
     judge: Judge
     stop: Stop
-    run_dir: Path
+    folder: Path
     stopwatch: Stopwatch
     time_limit: float | None = None
     only_trained: bool = False
@@ -83,7 +83,7 @@ def read_record(course: Course, arms: Sequence[Arm], named: Path | None = None) 
     Raises:
         UserError: the race was begun with other options.
     """
-    path = course.run_dir / RACE
+    path = course.folder / RACE
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         planned, ended, options = record["arms"], record["ended"], record["options"]
@@ -100,7 +100,7 @@ def read_record(course: Course, arms: Sequence[Arm], named: Path | None = None) 
     for name, now in course.options.items():
         if name in options and options[name] != now:
             raise UserError(
-                f"{course.run_dir} was begun with {_in_words(name, options[name])}, and now there would be "
+                f"{course.folder} was begun with {_in_words(name, options[name])}, and now there would be "
                 f"{_in_words(name, now)}: give the options that the run was begun with, or another --output_dir"
             )
     if named is None:
@@ -119,5 +119,5 @@ def write_record(course: Course, arms: Sequence[Arm], heats: Sequence[Heat], end
         rows = [heat._asdict() for heat in heats]
         begun = {"options": dict(course.options), "time_limit": course.time_limit}
         record = {**begun, "arms": planned, "ended": ended, "heats": rows}
-        with atomic_write(course.run_dir / RACE) as whole:
+        with atomic_write(course.folder / RACE) as whole:
             whole.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -164,7 +164,7 @@ def refit(
 
 def _train_again(arm: Arm, best: int, rows: Any, start: State | None, course: Course) -> PreTrainedModel:
     """Train an arm on other rows, to the step that is as many epochs as its best one."""
-    folder = str(course.run_dir / REFIT / f"{arm.recipe.name}-{best}")  # a resumed run may have another winner
+    folder = str(course.folder / REFIT / f"{arm.recipe.name}-{best}")  # a resumed run may have another winner
     training_args = replace(
         arm.training_args, output_dir=folder, eval_strategy="no", save_strategy="epoch", max_steps=-1
     )
