@@ -24,7 +24,8 @@ def say(topic: str, text: str) -> None:
         text: the rest.
     """
     if is_first_process():
-        print(_wrap(f"{topic:<{INDENT}}{escape_lines(text)}"), flush=True)
+        for line in f"{topic:<{INDENT}}{escape_lines(text)}".split("\n"):
+            print(_wrap(line), flush=True)
 
 
 def _wrap(line: str) -> str:

@@ -52,11 +52,12 @@ def test_long_lines_are_wrapped_on_a_terminal_and_whole_in_a_file(monkeypatch, c
     monkeypatch.setenv("COLUMNS", "80")
     with contextlib.redirect_stdout(Terminal()) as stdout:
         say("race", text)
-        say("", "continued")
+        say("", "continued\n  a line of its own")
     lines = stdout.getvalue().splitlines()
     assert max(len(line) for line in lines if "/a/" not in line) <= 80
-    assert [line[:9] for line in lines] == ["race     ", *[" " * 9] * (len(lines) - 1)]
-    assert " ".join(line[9:] for line in lines) == f"{text} continued", "a path that is copied must not be broken"
+    assert [line[:9] for line in lines[:-1]] == ["race     ", *[" " * 9] * (len(lines) - 2)]
+    assert lines[-1] == "  a line of its own"
+    assert " ".join(line[9:] for line in lines[:-1]) == f"{text} continued", "a path that is copied must not be broken"
 
 
 def test_progress_prints_a_line_at_each_tenth(capsys):
