@@ -96,9 +96,10 @@ def build_page(model_name: str, always_answer: bool, examples: list[str]) -> "gr
                 image = gradio.Image(type="filepath", sources=["upload", "clipboard"], label="Image", height=320)
                 # Gradio's own opens the file first, by Pillow's rules, and says no more than "Error".
                 setattr(image, "preprocess", lambda file: file.path if file else None)  # noqa: B010
-                # Gradio would fetch an address that a request names as the image, whatever its size and its network.
-                setattr(image, "async_move_resource_to_block_cache", _refuse_addresses(image))  # noqa: B010
                 url = gradio.Textbox(label="Or its address", placeholder="https://...", max_lines=1)
+                # Gradio would fetch an address that a request gives as a file, whatever its size and its network.
+                for block in (image, url):
+                    setattr(block, "async_move_resource_to_block_cache", _refuse_addresses(block))  # noqa: B010
                 ask = gradio.Button("Classify the address")
             with gradio.Column():
                 answer = gradio.Textbox(label="Answer", interactive=False, lines=2)
@@ -113,8 +114,8 @@ def build_page(model_name: str, always_answer: bool, examples: list[str]) -> "gr
     return page
 
 
-def _refuse_addresses(image: "gradio.Image") -> Callable:
-    move = image.async_move_resource_to_block_cache
+def _refuse_addresses(block: "gradio.components.Component") -> Callable:
+    move = block.async_move_resource_to_block_cache
 
     async def move_file(name: str | Path | None) -> str | None:
         if "://" in str(name):

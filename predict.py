@@ -109,9 +109,9 @@ def _positive(text: str) -> int:
 def expand(inputs: Iterable[str], stdin: Iterable[str] = ()) -> Iterator[tuple[str, str | None]]:
     """Yield (file or address, None) for each input, or (input, what is wrong with it), in order."""
     for text in inputs:
-        for line in stdin if text == "-" else (text,):
-            if line.strip():
-                yield from _expand_one(line.rstrip("\r\n"))
+        lines = (line.rstrip("\r\n") for line in stdin if line.strip()) if text == "-" else (text,)
+        for line in lines:
+            yield from _expand_one(line)
 
 
 def _expand_one(text: str) -> Iterator[tuple[str, str | None]]:

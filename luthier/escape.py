@@ -1,6 +1,7 @@
 """Text from file names, labels and servers, made safe for a terminal, a spreadsheet or Markdown."""
 
 import html
+import unicodedata
 
 
 def escape_terminal(text: str) -> str:
@@ -9,8 +10,15 @@ def escape_terminal(text: str) -> str:
 
 
 def escape_lines(text: str) -> str:
-    """Return text of several lines, each as `escape_terminal` returns it."""
-    return "\n".join(map(escape_terminal, text.split("\n")))
+    """Return text of several lines without control characters; what joins letters and emoji stays, as in paths."""
+    return "".join("?" if _is_control(character) else character for character in text.expandtabs())
+
+
+def _is_control(character: str) -> bool:
+    obeyed = (
+        unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") or character in "\u202a\u202b\u202c\u202d\u202e"
+    )
+    return character != "\n" and (obeyed or "\u2066" <= character <= "\u2069")
 
 
 def escape_cell(text: str) -> str:

@@ -128,8 +128,10 @@ def check_compiler(training_args: TrainingArguments) -> None:
     Raises:
         UserError: there is none.
     """
-    names = (os.environ.get("CXX"), os.environ.get("CC"), "g++", "gcc", "clang++", "clang", "cl")
-    if training_args.torch_compile and not any(shutil.which(name) for name in names if name):
+    given = [name.split()[0] for variable in ("CXX", "CC") if (name := os.environ.get(variable, "").strip())]
+    names = (*given, "g++", "gcc", "cc", "clang++", "clang", "cl")
+    needed = training_args.torch_compile and training_args.torch_compile_backend in (None, "inductor")
+    if needed and not any(map(shutil.which, names)):
         raise UserError(
             "--torch_compile needs a C++ compiler, and there is none: install one such as g++, or leave the option out"
         )
@@ -248,7 +250,7 @@ class _Printable(logging.Formatter):
     """Leaves out what a terminal would obey: names of files and classes are in many warnings."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return escape_lines(super().format(record).expandtabs())
+        return escape_lines(super().format(record))
 
 
 def is_launched() -> bool:

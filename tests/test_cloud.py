@@ -61,6 +61,12 @@ def test_task_starts_a_process_for_each_gpu_of_each_machine(tmp_path, nodes, gpu
     assert subprocess.run(["bash", "-uc", script], env=environment, capture_output=True).returncode == 1
 
 
+def default_signals():
+    """A shell cannot trap what was ignored when it started, as under `nohup`."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_script_of_the_container_runs_in_a_checkout_and_passes_signals_on(tmp_path, number):
     launcher = tmp_path / "accelerate"
@@ -69,7 +75,7 @@ def test_script_of_the_container_runs_in_a_checkout_and_passes_signals_on(tmp_pa
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     with subprocess.Popen(
         ["sh", "cloud/entrypoint.sh", "--seed", "3"], cwd=PROJECT, env=environment, stdout=subprocess.PIPE, text=True,
-        start_new_session=True,
+        start_new_session=True, preexec_fn=default_signals,
     ) as process:  # fmt: skip
         assert process.stdout is not None
         config = "--config_file cloud/../accelerate_config.yaml"

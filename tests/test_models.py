@@ -34,7 +34,7 @@ from luthier.errors import UserError
 from luthier.images.views import EvaluationView, view_size
 from luthier.scoring.experiment import Experiment
 from luthier.serving.torch_network import TorchNetwork
-from luthier.training.layers import freeze, freeze_unused, layer_numbers, parameter_groups
+from luthier.training.layers import _merge_lists, freeze, freeze_unused, layer_numbers, parameter_groups
 from models import (
     ModelError,
     SimpleCNNForImageClassification,
@@ -334,6 +334,17 @@ def test_lists_beside_each_other_hold_parts_of_the_same_layers():
         if found := re.match(r"poolformer\.encoder\.(patch_embeddings|block)\.(\d)", name):
             assert number == int(found[2]), name
     assert max(numbers.values()) == 5  # of the head, after the last normalisation
+
+
+def test_numbered_lists_follow_each_other():
+    class Stages(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks1, self.blocks2 = (nn.ModuleList([nn.Linear(1, 1) for _ in range(2)]) for _ in range(2))
+
+    names = [f"blocks{stage}.{block}" for stage in (1, 2) for block in (0, 1)]
+    pairs = [(f"{name}.weight", name) for name in names]
+    assert list(_merge_lists(Stages(), pairs)) == pairs
 
 
 def test_branches_of_a_block_are_one_layer():

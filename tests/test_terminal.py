@@ -45,6 +45,11 @@ def test_control_characters_of_names_do_not_reach_the_terminal(capsys):
     assert capsys.readouterr().out == "data     ?]0;title?red\nnext\n"
 
 
+def test_spaces_and_joiners_of_names_stay(capsys):
+    say("data", "3.14\u202fPM a\u00a0b \U0001f469\u200d\U0001f52c \u202ey")
+    assert capsys.readouterr().out == "data     3.14\u202fPM a\u00a0b \U0001f469\u200d\U0001f52c ?y\n"
+
+
 def test_long_lines_are_wrapped_on_a_terminal_and_whole_in_a_file(monkeypatch, capsys):
     text = f"{'words ' * 20}/a/long-path/{'x' * 100} end"
     say("race", text)

@@ -216,7 +216,7 @@ def say_results(output_dir: Path, metrics: Mapping, custom_code: bool | None = N
     if metrics.get("refit"):
         say("", refit_in_words(metrics["refit"]))
     if custom_code is not None:
-        say("next", f"python predict.py {shlex.quote(str(output_dir))} photo.jpg, or in Python:")
+        say("next", f"python predict.py {shlex.quote(str(output_dir))} photo.jpg")
         say("", f'pipeline("image-classification", "{output_dir}"{trust_remote_code(custom_code)})')
 
 

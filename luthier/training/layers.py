@@ -41,7 +41,8 @@ def _merge_lists(model: PreTrainedModel, layers: Iterable[tuple[str, str]]) -> I
     """Yield names of parameters and their layers; those of lists of one length beside each other by their numbers."""
     first: dict[tuple[str, int], str] = {}
     first_of = {
-        name: first.setdefault((name.rpartition(".")[0], len(module)), name)
+        # Lists that differ in a number follow each other, as in CoaT.
+        name: name if name[-1:].isdigit() else first.setdefault((name.rpartition(".")[0], len(module)), name)
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
     }

@@ -112,6 +112,9 @@ def test_every_line_of_the_standard_input_is_an_input(tmp_path):
     assert list(predict.expand(["-"], ["-\n", " \n", "missing.jpg\n"])) == [
         ("-", "there is no such file"), ("missing.jpg", "there is no such file"),
     ]  # fmt: skip
+    assert list(predict.expand([""])) == [("", "there is no such file")]
+    (tmp_path / "a.png\r").touch()
+    assert list(predict.expand([f"{tmp_path}/a.png\r"])) == [(f"{tmp_path}/a.png\r", None)]
 
 
 def test_closed_standard_output_is_of_no_use_without_a_file(model, monkeypatch, capsys, tmp_path):

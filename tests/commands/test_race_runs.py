@@ -63,7 +63,8 @@ def test_report_shows_what_was_tried(raced):
     assert "the shipped weights were then refit on all 98" in (folder / "out/README.md").read_text()
 
 
-@pytest.mark.parametrize("kept", [5, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", [5, 1])
 def test_interrupted_race_ends_like_an_uninterrupted_one(raced, timm_checkpoint, monkeypatch, kept):
     """Cut in the second heats, or after the first heat of the first recipe."""
     folder, whole = raced

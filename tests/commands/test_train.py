@@ -100,6 +100,7 @@ def test_outputs_do_not_reveal_the_paths_of_the_machine(run, monkeypatch):
     args = ["--data_dir", "/home/me/my images", "--output_dir=/mnt/x/run", "--model_name", "timm/resnet18.tv_in1k"]
     expected = "python train.py --data_dir 'my images' --output_dir=run --model_name timm/resnet18.tv_in1k"
     assert describe_command("train.py", args) == expected
+    assert describe_command("train.py", ["--group_by", r"/(\d+)_\w+"]) == r"python train.py --group_by '/(\d+)_\w+'"
     command = describe_command("train.py", [r"--model_name=C:\me\secret\model", "--group_by", r"([12])\d_"])
     assert command == r"python train.py --model_name=model --group_by '([12])\d_'"
     command = describe_command(
