@@ -15,10 +15,8 @@ def escape_lines(text: str) -> str:
 
 
 def _is_control(character: str) -> bool:
-    obeyed = (
-        unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") or character in "\u202a\u202b\u202c\u202d\u202e"
-    )
-    return character != "\n" and (obeyed or "\u2066" <= character <= "\u2069")
+    turns = "\u202a" <= character <= "\u202e" or "\u2066" <= character <= "\u2069"  # the direction of the text
+    return character != "\n" and (turns or unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp"))
 
 
 def escape_cell(text: str) -> str:

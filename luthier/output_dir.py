@@ -118,7 +118,8 @@ def is_complete(output_dir: Path, settings: str, time_limit: float | None) -> bo
 def _is_cut_short(output_dir: Path, metrics: dict) -> bool:
     """Tell whether the time limit ended a run's race, or left no time for its refit, so that it could go on."""
     cut_short = NO_TIME in ((metrics.get("race") or {}).get("ended"), (metrics.get("refit") or {}).get("refusal"))
-    return cut_short and any(output_dir.rglob(RACE))  # which may be deleted once a run has ended
+    trained = (metrics.get("race") or {}).get("heats")
+    return cut_short and (not trained or any(output_dir.rglob(RACE)))  # which may be deleted once a run has ended
 
 
 def copy_permissions_to_weights(source: Path) -> None:

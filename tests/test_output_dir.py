@@ -126,7 +126,7 @@ def test_run_goes_on_with_folds_or_without_as_it_was_begun(tmp_path):
 def test_run_that_the_time_limit_cut_short_goes_on_with_more_time(tmp_path):
     for name in ("README.md", "model.safetensors", "race.json"):
         (tmp_path / name).touch()
-    ended, cut = {"race": {"ended": "its last heat"}}, {"race": {"ended": "the time limit"}}
+    ended, cut = {"race": {"ended": "its last heat"}}, {"race": {"ended": "the time limit", "heats": [{}]}}
     unlimited, no_refit = {**cut, "time_limit": None}, {**ended, "refit": {"refusal": "the time limit"}}
 
     def left(metrics, settings, limit):
@@ -139,3 +139,4 @@ def test_run_that_the_time_limit_cut_short_goes_on_with_more_time(tmp_path):
     assert not left(cut, "b", 6)  # other options would lose its results
     (tmp_path / "race.json").unlink()
     assert not left(cut, "a", 6)
+    assert left(no_refit, "a", 6), "where nothing was trained, nothing is needed to go on"

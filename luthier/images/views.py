@@ -37,7 +37,7 @@ def view_size(image_processor: BaseImageProcessor) -> tuple[int, int]:
     shapes = [tuple(each["pixel_values"].shape) if "pixel_values" in each else () for each in shown]
     if any(len(shape) != 4 for shape in shapes):  # as those of patches, or of tokens
         raise UserError("this model's image processor gives no images [N, 3, H, W]: use another model")
-    (*_, wide), (*_, tall) = ((*shape[:2], shape[2:]) for shape in shapes)
+    wide, tall = (shape[2:] for shape in shapes)
     if wide != tall:
         raise UserError(
             f"this model's image processor gives every image another size ({wide} and {tall}), and such images form "

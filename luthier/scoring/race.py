@@ -137,9 +137,7 @@ def race(arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: s
     """
     rival = probe if len(arms) > 1 else None  # a single arm is not compared with the probe
     if rival and rival.loss < course.judge.criterion.enough:
-        reason = "the probe, which leaves little to gain"
-        write_record(course, arms, [], reason)
-        return Outcome(reason=reason, probe=probe)
+        return Outcome(reason="the probe, which leaves little to gain", probe=probe)
     state = _Race(arms, course, resume)
     heats, running, last = state.heats, list(arms), None
     while running and not state.ended:
