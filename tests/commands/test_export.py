@@ -173,6 +173,7 @@ def test_other_precisions_are_measured_with_the_scored_weights(run, capsys, monk
     assert "| onnx/model_int8.onnx | of test | scored |" in card and "| onnx/model.onnx | of test | shipped |" in card
 
 
+@pytest.mark.slow
 def test_images_may_be_given_in_class_folders_or_not(run, capsys, tmp_path):
     draw_folder(tmp_path / "new", per_class=5, first=200)
     code, printed = run_export(capsys, run, "--output_dir", tmp_path / "out", "--check", tmp_path / "new", "--int8",

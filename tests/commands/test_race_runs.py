@@ -125,6 +125,7 @@ def test_time_limit_leaves_the_probe(timm_checkpoint, tmp_path, capsys):
     assert "refit    not done: the time limit" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_time_limit_ends_a_training_without_heats_after_an_epoch(tmp_path):
     draw_folder(tmp_path / "images", per_class=10)
     metrics = run(tmp_path, Path("simple_cnn"), "--time_limit", "0.001")
@@ -168,6 +169,7 @@ def test_folds_are_trained_each_in_a_directory_of_its_own(timm_checkpoint, tmp_p
     assert metrics["test"]["n"] == 45 and folders == {"fold-1", "fold-2", "fold-3"}
 
 
+@pytest.mark.slow
 def test_folds_leave_a_validation_split_of_the_users_own_as_it_is(timm_checkpoint, tmp_path):
     draw_folder(tmp_path / "images/train", per_class=12)
     draw_folder(tmp_path / "images/validation", per_class=4, first=500)

@@ -323,6 +323,7 @@ def test_failed_push_keeps_the_run_and_can_be_repeated(server, client, push, tmp
     assert second_push.returncode == 0 and set(server.repositories["models/me/colours"].files) == PUBLISHED
 
 
+@pytest.mark.slow
 def test_finished_run_that_is_resumed_is_pushed_and_not_trained(server, client, finished_run):
     args = ["--data_dir", finished_run.parent / "images", "--model_name", "simple_cnn", "--output_dir", finished_run]
     args += ["--resume_from_checkpoint", "auto", "--push_to_hub", "--hub_model_id", "me/late"]

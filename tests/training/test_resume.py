@@ -406,6 +406,7 @@ def run_together(commands: list[list[str]], folders: list[Path], environments: l
     return [(process.returncode, output) for process, output in zip(running, outputs, strict=True)]
 
 
+@pytest.mark.slow
 def test_two_processes_score_every_image_once_and_write_one_set_of_files(timm_checkpoint, launch, folder):
     """The probe, the splits and the scores are those of a single process."""
     Path("accelerate.yaml").write_text(yaml.safe_dump(TWO_PROCESSES))
