@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     runs = build_runs(build_experiments(configs, args.set), args, rest)
     finished = {run.folder for run in runs if is_finished(run)}
     from luthier.output_dir import create_output_dir
-    from luthier.reporting.console import comparison_table, verdict_in_words
+    from luthier.reporting.console import comparison_in_words
     from luthier.reporting.results import read_correct
     from luthier.scoring.comparison import RunResult, check_same_images, compare_pairs, summarise_experiment
 
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         check_same_images(results, run.part)
     rows = [summarise_experiment(name, parts) for name, parts in results.items()]
-    report = "\n".join([comparison_table(rows), "", *map(verdict_in_words, compare_pairs(results))]) + "\n"
+    report = comparison_in_words(rows, compare_pairs(results)) + "\n"
     print(f"\n{report}", end="")
     (args.output_dir / "compare.md").write_text(report, encoding="utf-8")
     with (args.output_dir / "compare.csv").open("w", newline="", encoding="utf-8") as file:

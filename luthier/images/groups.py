@@ -14,8 +14,9 @@ from luthier.images.folders import GIVEN_GROUP, Grouping, no_group
 from luthier.images.inspection import duplicate_pairs
 from luthier.terminal import plural, say
 
-# What file names of bursts, videos and subjects look like: IMG_001_2.jpg, video3_frame_0001.jpg, patient12_left.jpg.
-PATTERNS = (r"^(.+)[_-][0-9]+\.", r"^([A-Za-z]+[_-]?[0-9]+)[_-]")
+# What file names of changed copies, bursts, videos and subjects look like: IMG_001_jpg.rf.0a1b2c.jpg (Roboflow),
+# IMG_001_2.jpg, video3_frame_0001.jpg, patient12_left.jpg.
+PATTERNS = (r"^(.+)\.rf\.[0-9A-Za-z]+\.", r"^(.+)[_-][0-9]+\.", r"^([A-Za-z]+[_-]?[0-9]+)[_-]")
 MIN_NAMED = 0.8  # share of the files that a pattern must match
 MAX_SHARE = 0.2  # of the files that one group may have
 

@@ -217,6 +217,23 @@ def draw_order(names: Iterable[object], seed: int) -> np.ndarray:
     return np.frombuffer(b"".join(hashes), dtype="<u8")
 
 
+def _draw_groups(names: np.ndarray, numbers: np.ndarray, seed: int) -> np.ndarray:
+    """Return the rows in a random order of their groups, int [N].
+
+    The place of a group is that of one of its images, the least by name. If it were that of its first image in a
+    random order, large groups would come first: test, which takes those, would be of large groups, and validation of
+    small ones.
+
+    Args:
+        names: of the rows [N], which the order depends on.
+        numbers: int [N], the group of each row, from 0 on.
+        seed: decides the order.
+    """
+    drawn, by_group = draw_order(names, seed), np.lexsort((names, numbers))
+    first = by_group[np.searchsorted(numbers[by_group], np.arange(numbers.max(initial=-1) + 1))]
+    return np.lexsort((drawn, drawn[first][numbers]))
+
+
 def stratified_cut(
     labels: np.ndarray,
     names: list[str],
@@ -246,9 +263,10 @@ def stratified_cut(
     Raises:
         UserError: a class has no image that could be in train.
     """
-    order = np.argsort(draw_order(range(len(labels)) if digests is None else digests, seed), kind="stable")
+    ids = np.arange(len(labels)) if digests is None else digests
     groups = np.arange(len(labels)) if groups is None else groups
     distinct, numbers = np.unique(groups, return_inverse=True)
+    order = _draw_groups(ids, numbers, seed)
     needed = numbers[_holds_class(labels, groups)].tolist()
     split_of = dict.fromkeys(needed, "train")  # by group
     for rows in _rows_of_classes(labels, order, numbers):
@@ -278,15 +296,19 @@ def _deal(size: dict[int, int], images: int, fractions: dict[str, float], split_
     for split in sorted(fractions, reverse=True):  # validation first: test is what the score is of
         if sum(lacking.values()) >= images:
             del lacking[split]
+    margin = images - sum(lacking.values())  # what would be left for train
     wanted, own = sorted(lacking), [group for group in size if group not in split_of]
     for group in size:  # one that has images of an earlier class too
         if split_of.get(group) in lacking:
             lacking[split_of[group]] -= size[group]
     for split in wanted:
         for group in size if split == "test" else reversed(size):
-            if group not in split_of and size[group] <= lacking[split]:
+            excess = size[group] - lacking[split]
+            # A group that does not fit goes there too if its share is closer then: only small ones would be left over.
+            if group not in split_of and excess < min(max(lacking[split], 1), margin):
                 split_of[group] = split
                 lacking[split] -= size[group]
+                margin -= max(excess, 0)
     for group in size:
         split_of.setdefault(group, "train")
     for split in wanted:

@@ -36,6 +36,10 @@ KIND_NAMES = {  # of findings
     "tiny": f"smaller than {TINY} px",
 }
 FITS = {"own": "cropped", "squeeze": "squeezed", "pad": "padded"}  # by screening.View.fit
+BEST_OF_MANY = (
+    "- The best of several experiments looks a little better than it is: test has chosen it. Score it on other images "
+    "before you rely on its figure, or cut test anew with --split_seed."
+)
 MAX_NAMED = 3  # images of a kind that a run names
 MAX_LISTED = 20  # findings of a kind that the audit lists
 
@@ -209,7 +213,8 @@ def say_results(output_dir: Path, metrics: Mapping, custom_code: bool | None = N
         for sentence in none_in_words(test["none"], metrics["unsure"]):
             say("", sentence)
     uncalibrated = f", before calibration {percent(before['test']['ece'])}" if before else ""
-    say("", f"calibration error {percent(test['ece'])}{uncalibrated}")
+    chance = f"; by chance alone about {percent(test['ece_by_chance'])}" if "ece_by_chance" in test else ""
+    say("", f"calibration error {percent(test['ece'])}{uncalibrated}{chance}")
     stages = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in metrics["seconds"].items() if stage != "total")
     say("time", f"{metrics['seconds']['total']:.0f} s: {stages}")
     say("saved", f"{output_dir}; open report.html in it")
@@ -347,6 +352,12 @@ def finding_in_words(finding: dict | list[dict]) -> str:
 
 
 # --- comparisons
+
+
+def comparison_in_words(rows: list[dict], verdicts: Sequence[Verdict]) -> str:
+    """Return the table and the verdicts of a comparison in Markdown."""
+    caution = [BEST_OF_MANY] if len(rows) > 2 else []
+    return "\n".join([comparison_table(rows), "", *map(verdict_in_words, verdicts), *caution])
 
 
 def comparison_table(rows: list[dict]) -> str:

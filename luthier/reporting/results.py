@@ -152,10 +152,10 @@ def write_run(
         stopwatch: of the run.
     """
     splits = experiment.splits
-    digests = result.learned_from
+    seen = digests = [*result.learned_from, *(splits["validation"]["digest"][:] if "validation" in splits else ())]
     if plan.pays:
         digests = [digest for split in plan.splits for digest in splits[split]["digest"][:]]
-    custom_code = save_models(result, refitted, experiment.view.image_processor, output_dir, digests)
+    custom_code = save_models(result, refitted, experiment.view.image_processor, output_dir, digests, seen)
     learned = set(result.learned_from)  # in cross-validation, by the weights of one fold
     unseen = [digest[:DIGEST] for digest in splits["test"]["digest"][:] if digest not in learned]
     images = {"options": metrics.pop("images"), "test": unseen}
@@ -194,7 +194,8 @@ def save_models(
     refitted: Refitted | None,
     image_processor: BaseImageProcessor,
     output_dir: Path,
-    learned_from: Sequence[str],
+    digests: Sequence[str],
+    scored_digests: Sequence[str],
 ) -> bool:
     """Save the shipped model, and the scored one beside it where that is another.
 
@@ -205,7 +206,8 @@ def save_models(
         refitted: the model that is shipped; None where that is the scored one.
         image_processor: of both.
         output_dir: of the run; the scored model goes to `SCORED` in it.
-        learned_from: digests of the images that the shipped model has learned from.
+        digests: of the images that the shipped model has learned from, or was chosen by.
+        scored_digests: the same of the scored model.
 
     Returns whether the model brings code of its own.
     """
@@ -227,12 +229,12 @@ def save_models(
     for folder in (SCORED, ONNX):
         shutil.rmtree(output_dir / folder, ignore_errors=True)
     (output_dir / EXPORTS).unlink(missing_ok=True)
-    note(learned_from, output_dir)
+    note(digests, output_dir)
     scored = (result.model, result.answers.familiarity)
     if refitted is None:
         return save(*scored, output_dir)
     save(*scored, output_dir / SCORED)
-    note(result.learned_from, output_dir / SCORED)
+    note(scored_digests, output_dir / SCORED)
     return save(*refitted, output_dir)
 
 
@@ -259,7 +261,9 @@ def note_export(folder: Path, file: str, parity: Mapping) -> None:
 
 
 def warn_if_learned(model_name: str, splits: Mapping[str, Dataset]) -> int:
-    """Say and return how many of the images that are to judge a model it has learned from, as far as is known.
+    """Say and return how many of the images that are to judge a model are known to it, as far as is known.
+
+    These are the files that it has learned from, or that have chosen its weights.
 
     Args:
         model_name: where the model comes from; a folder may know.
@@ -271,7 +275,7 @@ def warn_if_learned(model_name: str, splits: Mapping[str, Dataset]) -> int:
     learned = sum(digest[:DIGEST] in known for digest in judges)
     if learned:
         images = f"{learned:,} of the {len(judges):,} images that judge it"
-        say("careful", f"{model_name} has learned from {images}: its score means little")
+        say("careful", f"{model_name} has learned from, or was chosen by, {images}: its score means little")
     return learned
 
 

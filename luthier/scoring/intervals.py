@@ -91,27 +91,79 @@ def macro_f1(correct: np.ndarray, support: np.ndarray, predicted: np.ndarray) ->
     return f1.sum(axis=-1) / np.maximum(occurs.sum(axis=-1), 1)
 
 
-def bootstrap_intervals(
+def interval_of_balanced_accuracy(
+    references: np.ndarray, correct: np.ndarray, groups: np.ndarray | None = None
+) -> list[float]:
+    """Return the interval of the mean recall of the classes that occur.
+
+    It is Wilson's, with the number of images that would tell as much about one share. The variance of each recall is
+    that with one more image that is right and one that is wrong (Laplace's rule): of two images that are both right
+    nobody knows that all others are. The jackknife says by how much groups raise the variance, as in
+    `interval_of_share`; a class of one group has one image's.
+
+    Args:
+        references: int [N], the true classes.
+        correct: bool [N].
+        groups: int [N], the same for images that belong together; None where each stands alone.
+    """
+    _, truth, counts = np.unique(references, return_inverse=True, return_counts=True)
+    recalls, images, z = np.bincount(truth, weights=correct) / counts, counts.astype(float), NORMAL_95
+    if groups is not None:
+        _, index = np.unique(groups, return_inverse=True)
+        count = int(index.max()) + 1
+        if count == 1:
+            return wilson_interval(float(recalls.mean()), 1)
+        images, z = _effective_images(truth, correct - recalls[truth], index), float(t.ppf(0.975, count - 1))
+    smoothed = (recalls * images + 1) / (images + 2)
+    variance = float((smoothed * (1 - smoothed) / images).sum()) / len(counts) ** 2
+    score, mean = float(recalls.mean()), float(smoothed.mean())
+    effective = max(1.0, mean * (1 - mean) / variance)
+    return wilson_interval(score * effective, effective, z)
+
+
+def _effective_images(truth: np.ndarray, deviations: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Return how many images that stand alone would tell as much about the recall of each class, float [C].
+
+    Args:
+        truth: int [N], the true classes, from 0 on.
+        deviations: float [N], 1 for a correct answer and 0 for a wrong one, less the recall of the class.
+        groups: int [N], from 0 on.
+    """
+    classes = int(truth.max()) + 1
+    counts = np.bincount(truth)
+    cells, index, sizes = np.unique(groups * classes + truth, return_inverse=True, return_counts=True)
+    groups_of_cells, classes_of_cells = np.divmod(cells, classes)
+    occurs_in = np.bincount(classes_of_cells)  # groups
+    # How the recall of its class changes without each group, and the mean recall; then the same without each image.
+    others = counts[classes_of_cells] - sizes
+    shrink = np.sqrt((occurs_in - 1) / occurs_in)[classes_of_cells]
+    changes = np.bincount(index, weights=deviations) / np.maximum(others, 1) * shrink
+    together = float((np.bincount(groups_of_cells, weights=changes) ** 2).sum())
+    alone = float((deviations**2 / (np.maximum(counts - 1, 1) * counts)[truth]).sum())
+    if min(together, alone) <= TINY:
+        return occurs_in.astype(float)
+    return np.where(occurs_in == 1, 1.0, np.maximum(counts / max(1.0, together / alone), 1.0))
+
+
+def interval_of_macro_f1(
     references: np.ndarray,
     predictions: np.ndarray,
     classes: int,
     groups: np.ndarray | None = None,
     none: int | None = None,
-) -> dict[str, list[float]]:
-    """Return the intervals of balanced accuracy and macro F1, by the bootstrap (Efron and Tibshirani 1993).
+) -> list[float]:
+    """Return the interval of macro F1, by the bootstrap (Efron and Tibshirani 1993).
 
     Images are drawn again with replacement, or whole groups of them. Draws lack classes of which there are few images,
-    so that their mean is below the score: the interval is moved by that bias. It is still too narrow where a class has
-    only a few: a single image that is right is right in every draw. Few groups widen it as in `interval_of_share`. If
-    all are right, or none, or all images are of one group, it is the accuracy's.
+    so that their mean is below the score: the interval is moved by that bias. A single image that is right is right in
+    every draw, so the interval is on both sides at least as wide as that of balanced accuracy. Few groups widen it
+    as in `interval_of_share`.
 
     Args:
         references, predictions: int [N], true and predicted classes.
         classes: how many there are.
         groups: int [N], the same for images that belong together; None where each stands alone.
         none: a class whose predictions are no answers.
-
-    Returns `balanced_accuracy_ci95` and `macro_f1_ci95`.
     """
     # Images alike in what is counted are drawn together: the unit is a pair of classes, or a group.
     keys = references * classes + predictions if groups is None else groups
@@ -119,25 +171,22 @@ def bootstrap_intervals(
     shares = sizes / len(keys) if groups is None else np.full(len(first), 1 / len(first))
     rows = first if groups is None else np.arange(len(keys))
     hits, answered = rows[references[rows] == predictions[rows]], rows[predictions[rows] != none]
-    correct, support, predicted = (
+    matrices = [
         csr_matrix((np.ones(len(chosen)), (units[chosen], column[chosen])), shape=(len(first), classes))
         for chosen, column in ((hits, references), (rows, references), (answered, predictions))
-    )
-    draws = len(keys) if groups is None else len(first)
+    ]
+
+    def count(units_drawn: np.ndarray) -> list[np.ndarray]:
+        return [units_drawn @ matrix for matrix in matrices]  # correct answers, images and answers by class
+
+    found = count(sizes if groups is None else np.ones(len(first), dtype=int))
+    score, recall = float(macro_f1(*found)), float(balanced_accuracy(*found[:2]))
     resamples = int(np.clip(MAX_DRAWS / len(first), MIN_RESAMPLES, RESAMPLES))
-    generator = np.random.default_rng(0)
-
-    def both(counts: np.ndarray) -> tuple[float, float]:
-        right, truth, answers = (counts @ matrix for matrix in (correct, support, predicted))
-        return float(balanced_accuracy(right, truth)), float(macro_f1(right, truth, answers))
-
-    scores = np.array(both(sizes if groups is None else np.ones(len(first), dtype=int)))
-    drawn = np.array([both(generator.multinomial(draws, shares)) for _ in range(resamples)])  # [resamples, 2]
-    ends = np.quantile(drawn, (0.025, 0.975), axis=0) - drawn.mean(axis=0)
+    draws, generator = len(keys) if groups is None else len(first), np.random.default_rng(0)
+    drawn = np.array([float(macro_f1(*count(generator.multinomial(draws, shares)))) for _ in range(resamples)])
+    ends = np.quantile(drawn, (0.025, 0.975)) - drawn.mean()
     if groups is not None:
         ends = ends * stretch(len(first))
-    ends = np.clip(scores + ends, 0, 1)
-    right = references == predictions
-    if right.all() or not right.any() or len(first) == 1:
-        ends[:] = np.array(interval_of_share(right, groups))[:, None]
-    return {"balanced_accuracy_ci95": ends[:, 0].tolist(), "macro_f1_ci95": ends[:, 1].tolist()}
+    low, high = interval_of_balanced_accuracy(references, references == predictions, groups)
+    low, high = score + min(ends[0], low - recall), score + max(ends[1], high - recall)
+    return [max(0.0, float(low)), min(1.0, float(high))]

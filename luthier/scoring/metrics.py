@@ -12,7 +12,13 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
 from luthier.images.groups import groups_of
-from luthier.scoring.intervals import balanced_accuracy, bootstrap_intervals, interval_of_share, macro_f1
+from luthier.scoring.intervals import (
+    balanced_accuracy,
+    interval_of_balanced_accuracy,
+    interval_of_macro_f1,
+    interval_of_share,
+    macro_f1,
+)
 
 BINS = 15  # of confidence, for the calibration error (Guo et al. 2017)
 CELLS = (
@@ -189,8 +195,9 @@ def _score_known(
         scored |= {name: float(correct.mean()), f"{name}_ci95": interval_of_share(correct, groups)}
     return scored | {
         "balanced_accuracy": result["balanced_accuracy"],
+        "balanced_accuracy_ci95": interval_of_balanced_accuracy(references, predictions == references, groups),
         "macro_f1": result["macro_f1"],
-        **bootstrap_intervals(references, predictions, len(labels), groups, none),
+        "macro_f1_ci95": interval_of_macro_f1(references, predictions, len(labels), groups, none),
         **calibration_scores(logits if class_shares is None else logits + np.log(class_shares), references),
         "n": len(references),
         **({} if groups is None else {"groups": len(np.unique(groups))}),
@@ -278,16 +285,24 @@ def log_loss(logits: np.ndarray, references: np.ndarray) -> float:
 
 
 def calibration_scores(logits: np.ndarray, references: np.ndarray) -> dict[str, float]:
-    """Return `log_loss` and `ece`, the expected calibration error, of logits [N, C]."""
+    """Return how far the probabilities of logits [N, C] can be believed.
+
+    `log_loss`; `ece`, the expected calibration error; and `ece_by_chance`, what that would be in the mean if each
+    prediction were correct as often as its confidence says. On few images it is far above 0.
+    """
     bins = reliability(logits, references)
     error = sum(b["n"] * abs(b["accuracy"] - b["confidence"]) for b in bins) / len(references)
-    return {"log_loss": log_loss(logits, references), "ece": error}
+    confidence, _ = confidence_and_correct(logits, references)
+    number, variance = _bin(confidence), confidence * (1 - confidence)
+    # The mean size of a normal deviation is sqrt(2 / pi) times its standard deviation.
+    chance = math.sqrt(2 / math.pi) * np.sqrt(np.bincount(number, variance)).sum() / len(references)
+    return {"log_loss": log_loss(logits, references), "ece": error, "ece_by_chance": float(chance)}
 
 
 def reliability(logits: np.ndarray, references: np.ndarray) -> list[dict]:
     """Return the mean `confidence`, `accuracy` and `n` of each of `BINS` equal ranges of confidence that occurs."""
     confidence, correct = confidence_and_correct(logits, references)
-    number = np.minimum(confidence * BINS, BINS - 1).astype(int)
+    number = _bin(confidence)
     return [
         {"confidence": float(confidence[rows].mean()), "accuracy": float(correct[rows].mean()), "n": int(rows.sum())}
         for rows in (number == index for index in range(BINS))
@@ -295,25 +310,34 @@ def reliability(logits: np.ndarray, references: np.ndarray) -> list[dict]:
     ]
 
 
+def _bin(confidence: np.ndarray) -> np.ndarray:
+    """Return in which of `BINS` equal ranges each confidence [N] is."""
+    return np.minimum(confidence * BINS, BINS - 1).astype(int)
+
+
 def choose_threshold(sureness: np.ndarray, correct: np.ndarray) -> float:
     """Return the sureness below which a model should say "unsure", from that of validation images [N].
 
-    The highest one that loses no more than `MAX_CORRECT_WITHHELD` of the correct answers. Detectors of unfamiliar
-    inputs are compared in the same way (at 95% true positives, Hendrycks and Gimpel 2017). No unfamiliar images are
-    available to choose it with.
+    The highest one that loses no more than `MAX_CORRECT_WITHHELD` of the correct answers on other images like these,
+    in the mean: another value is below the k-th of n sorted ones with a probability of k / (n + 1). Detectors of
+    unfamiliar inputs are compared in the same way (at 95% true positives, Hendrycks and Gimpel 2017). No unfamiliar
+    images are available to choose it with.
     """
     kept = np.sort(sureness[correct])
-    return float(kept[int(MAX_CORRECT_WITHHELD * len(kept))]) if len(kept) else 0.0
+    below = max(1, int(MAX_CORRECT_WITHHELD * (len(kept) + 1)))
+    return float(kept[below - 1]) if len(kept) else 0.0
 
 
-def selective(sureness: np.ndarray, correct: np.ndarray, threshold: float) -> dict:
+def selective(sureness: np.ndarray, correct: np.ndarray, threshold: float, groups: np.ndarray | None = None) -> dict:
     """Return what a model does that answers from a sureness [N] on, where `correct` [N] tells which answers are right.
 
-    `threshold` itself; `answered`, the share of images at or above it; `accuracy` of those, None if there are none;
-    `errors_withheld`, the share of the wrong answers that are below it; and `curve`, coverage and accuracy at a
-    hundred thresholds at most (El-Yaniv and Wiener 2010).
+    `threshold` itself; `answered`, the share of images at or above it; `accuracy` of those and its interval
+    `accuracy_ci95`, None if there are none; `errors_withheld`, the share of the wrong answers that are below it; and
+    `curve`, coverage and accuracy at a hundred thresholds at most (El-Yaniv and Wiener 2010). Images of one group, int
+    [N], belong together in the interval.
     """
     answered = sureness >= threshold
+    own = None if groups is None else groups[answered]
     order = np.argsort(-sureness, kind="stable")
     accuracy = correct[order].cumsum() / np.arange(1, len(correct) + 1)
     points = np.unique(np.linspace(1, len(correct), 100).round().astype(int)) - 1
@@ -321,6 +345,7 @@ def selective(sureness: np.ndarray, correct: np.ndarray, threshold: float) -> di
         "threshold": threshold,
         "answered": float(answered.mean()),
         "accuracy": float(correct[answered].mean()) if answered.any() else None,
+        "accuracy_ci95": interval_of_share(correct[answered], own) if answered.any() else None,
         "errors_withheld": float((~answered[~correct]).mean()) if (~correct).any() else None,
         "curve": [{"coverage": (k + 1) / len(correct), "accuracy": float(accuracy[k])} for k in points],
     }

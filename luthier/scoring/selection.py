@@ -166,7 +166,8 @@ def score_test(test: TestPredictions, threshold: float) -> dict:
     by, sureness = ("confidence", confidence) if test.sureness is None else ("familiarity", test.sureness)
     sureness = np.where(test.logits.argmax(axis=-1) == test.none, -np.inf, sureness)
     known = known_images(test.references, test.none)
-    unsure = {"by": by, **selective(sureness[known], correct[known], threshold)}
+    groups = None if test.groups is None else test.groups[known]
+    unsure = {"by": by, **selective(sureness[known], correct[known], threshold, groups)}
     if not known.all():
         unsure["none_answered"] = float((sureness[~known] >= threshold).mean())
     return {

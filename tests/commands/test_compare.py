@@ -9,7 +9,7 @@ from conftest import draw_folder
 
 from compare import Run, build_experiments, build_runs, execute, is_finished, main, parse_line
 from luthier.errors import UserError
-from luthier.reporting.console import verdict_in_words
+from luthier.reporting.console import comparison_in_words, verdict_in_words
 from luthier.scoring.comparison import (
     RunResult,
     check_same_images,
@@ -91,6 +91,13 @@ def test_several_pairs_need_smaller_p_values():
     sentences = verdicts(results(("a", [a]), ("b", [b]), ("c", [a]), ("d", [a])))
     assert len(sentences) == 6 and sum("too close" in sentence for sentence in sentences) == 3  # the others are equal
     assert not any("better" in sentence or "worse" in sentence for sentence in sentences)
+
+
+def test_best_of_several_experiments_is_said_to_look_better_than_it_is():
+    figures = ("test accuracy", "lowest", "highest", "interval low", "interval high", "validation accuracy")
+    rows = [{"experiment": name, "runs": 1, "n": 9, "seconds": 1.0} | dict.fromkeys(figures, 0.9) for name in "abc"]
+    assert "the best of several experiments looks a little better" in comparison_in_words(rows, []).lower()
+    assert "the best of several" not in comparison_in_words(rows[:2], []).lower()
 
 
 def test_experiments_are_all_combinations():

@@ -301,7 +301,8 @@ def test_weights_that_are_not_refit_have_learned_from_train_alone(timm_checkpoin
     draw_folder(tmp_path / "images", per_class=12)
     metrics = run(tmp_path, timm_checkpoint, "--recipe", "probe", "--refit", "none")
     learned = (tmp_path / "out/learned_from.txt").read_text().split()
-    assert len(learned) == metrics["data"]["splits"]["train"]["n"] < 36
+    counts = metrics["data"]["splits"]
+    assert len(learned) == counts["train"]["n"] + counts["validation"]["n"] < 36, "and validation has chosen them"
     assert not (tmp_path / "out/scored").exists() and metrics["refit"]["done"] is False
     folds = run(tmp_path, timm_checkpoint, "--recipe", "probe", "--refit", "none", "--folds", "3", out="folds")
     assert 0 < len((tmp_path / "folds/learned_from.txt").read_text().split()) < folds["test"]["n"]

@@ -114,6 +114,17 @@ def test_only_the_test_split_is_scored_if_there_is_one(model, tmp_path, monkeypa
     assert run_score(model, "--data_dir", "split")["test"]["n"] == 9
 
 
+def test_weights_that_are_damaged_are_not_scored(model, new_images, tmp_path, capsys):
+    shutil.copytree(model, tmp_path / "damaged")
+    weights = load_file(tmp_path / "damaged/model.safetensors")
+    head = next(name for name in weights if name.endswith("fc.bias"))
+    weights[head][1] = float("nan")
+    save_file(weights, tmp_path / "damaged/model.safetensors", {"format": "pt"})
+    with pytest.raises(SystemExit) as exit_info:
+        run_score(tmp_path / "damaged", "--data_dir", new_images)
+    assert exit_info.value.code == 2 and "answers 30 images with what is not a number" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

@@ -58,6 +58,23 @@ def test_images_that_are_added_change_the_split_of_few_others():
     assert len(np.intersect1d(after["test"], other["test"])) < 60, "of 132; another seed is another cut"
 
 
+@pytest.mark.parametrize("size", [2, 5, 10])
+def test_images_of_groups_have_the_same_share_in_every_split(size):
+    """Half of 800 images are in groups. If a group came as early as its first image, test would have most of them."""
+    shares: dict[str, list[float]] = {"train": [], "validation": [], "test": []}
+    for seed in range(20):
+        generator = np.random.default_rng(seed)
+        groups = np.concatenate([np.repeat(np.arange(400 // size), size), 400 + np.arange(400)])
+        labels = generator.integers(4, size=800)[groups]
+        digests = np.array([f"{number:064x}" for number in generator.permutation(800)])
+        cut = stratified_cut(labels, list("abcd"), {"validation": 0.15, "test": 0.2}, 1, groups, digests)
+        for split, rows in cut.items():
+            shares[split].append(float((rows < 400).mean()))
+        assert abs(len(cut["test"]) - 160) <= 40 and abs(len(cut["validation"]) - 120) <= 40
+    for split, found in shares.items():
+        assert np.mean(found) == pytest.approx(0.5, abs=0.1), split
+
+
 def test_large_group_goes_to_train():
     labels, groups = np.zeros(20, dtype=int), np.array([0] * 8 + list(range(1, 13)))
     for seed in range(10):

@@ -177,7 +177,11 @@ def test_page_shows_the_score_and_escapes_names(page):
     text = page.read_text(encoding="utf-8")
     assert "Test accuracy <strong>83.3%</strong> on 6 images it was not trained on" in text
     assert "(95% interval 43.6% to 97.0%)" in text
-    assert "had learned before from 1,234 of the images that judge it: this score means little" in text
+    assert (
+        "had learned before from 1,234 of the images that judge it, or was chosen by them: this score means little"
+        in text
+    )
+    assert "a perfectly calibrated model would be about" in text and "of them correctly (95% interval" in text
     assert "from 20.0% to" in text and "across classes" not in text and "Exact duplicates: 1" in text
     assert "<script>" not in text and "<img src=x" not in text and "&lt;script&gt;" in text
     assert "predicted &lt;script&gt;" in text and "no image" not in text.split("unreadable")[0]

@@ -21,6 +21,7 @@ from luthier.scoring.metrics import (
     log_loss,
     reliability,
     score,
+    selective,
     standard_error,
 )
 from luthier.scoring.selection import Candidate, score_run, score_test
@@ -150,11 +151,31 @@ def test_images_of_no_class_are_counted_by_themselves():
 
 
 @pytest.mark.parametrize("n", [10, 20, 39, 40, 100, 180])
-def test_threshold_is_the_highest_that_withholds_one_in_twenty(n):
+def test_threshold_is_the_highest_that_withholds_one_in_twenty_of_others(n):
     sureness, correct = np.random.default_rng(0).random(n + 5), np.arange(n + 5) < n
     threshold = choose_threshold(sureness, correct)
-    higher = sureness[correct & (sureness > threshold)].min()
-    assert (sureness[correct] < threshold).sum() <= n / 20 < (sureness[correct] < higher).sum()
+    place = (sureness[correct] <= threshold).sum()  # another value is below the k-th of n with probability k / (n + 1)
+    assert place == 1 or place / (n + 1) <= 1 / 20 < (place + 1) / (n + 1)
+
+
+def test_chance_makes_a_calibration_error_of_its_own():
+    generator, found = np.random.default_rng(0), []
+    logits = generator.normal(size=(60, 4)) * 2
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    for _ in range(200):  # labels as often as their probabilities say
+        references = (generator.random((60, 1)) > probabilities.cumsum(axis=1)).sum(axis=1)
+        found.append(calibration_scores(logits, references))
+    assert found[0]["ece_by_chance"] == found[1]["ece_by_chance"] > 0.05, "it depends on the predictions alone"
+    assert found[0]["ece_by_chance"] == pytest.approx(np.mean([each["ece"] for each in found]), rel=0.15)
+
+
+def test_accuracy_of_the_answers_has_an_interval():
+    sureness, correct = np.arange(100) / 100, np.arange(100) % 10 > 0
+    unsure = selective(sureness, correct, 0.5)
+    assert unsure["answered"] == 0.5 and unsure["accuracy_ci95"] == wilson_interval(45, 50)
+    grouped = selective(sureness, correct, 0.5, np.arange(100) // 10)
+    assert grouped["accuracy_ci95"] != unsure["accuracy_ci95"]
+    assert selective(sureness, correct, 2.0)["accuracy_ci95"] is None
 
 
 def test_calibration_is_that_of_images_of_the_classes():
