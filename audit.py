@@ -41,10 +41,12 @@ def main(argv: list[str] | None = None) -> None:
         return
     if not argv or argv[0].startswith("-"):
         raise UserError("name the data first: python audit.py FOLDER (or a dataset's name) [options of train.py]")
-    from luthier.arguments import option_of_data, parse_arguments
+    from luthier.arguments import option_of_data, parse_arguments, refuse_others
+    from luthier.parsing import option_names_in
 
     # Validation chooses the penalty of the probe that checks labels, and nothing else: a tenth is enough.
     line = [*option_of_data(argv[0]), "--validation_fraction", "0.1", *argv[1:], "--eval_strategy", "no"]
+    refuse_others("audit.py", option_names_in(argv[1:]), SHOWN)
     arguments = parse_arguments(line, replaced=FILES)
 
     from data import cut_splits, load_images

@@ -1,4 +1,4 @@
-"""Write a dataset once, in shards: inspected, without copies, resized and split.
+"""Write a dataset once, in shards: inspected, without exact copies, resized and split.
 
     python prepare.py my_photos shards
     python prepare.py someone/their-set shards --side 768
@@ -51,8 +51,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     if len(argv) < 2 or argv[0].startswith("-") or argv[1].startswith("-"):
         raise UserError("name the data and a folder for the shards: python prepare.py DATA FOLDER")
-    from luthier.arguments import option_of_data, parse_arguments
-    from luthier.parsing import Parser
+    from luthier.arguments import option_of_data, parse_arguments, refuse_others
+    from luthier.parsing import Parser, option_names_in
 
     own = Parser((), add_help=False, allow_abbrev=False)
     add_own_options(own)
@@ -61,10 +61,8 @@ def main(argv: list[str] | None = None) -> None:
         if getattr(options, name) < 1:
             raise UserError(f"--{name} is {getattr(options, name)}, but must be at least 1")
     share = parse_share(options.share)
+    refuse_others("prepare.py", option_names_in(rest), SHOWN)
     arguments = parse_arguments([*option_of_data(argv[0]), *rest, "--eval_strategy", "no"])
-    unknown = arguments.run_args.given - {*SHOWN, "data_dir", "dataset_name", "eval_strategy"}
-    if unknown:
-        raise UserError(f"prepare.py does not take --{min(unknown)}, which is for the training: leave it out")
 
     from data import load_splits
     from luthier.machine import set_up_process
@@ -192,7 +190,7 @@ def write_shards(splits: "DatasetDict", folder: Path, side: int, images: int, sh
             found = f", {there} of them from before" if there else ""
             share_of = f", {len(own)} of them on this machine" if share.machines > 1 else ""
             files = f"{plural(len(parts), 'file')}{share_of}{found}"
-            text = f"{plural(len(dataset), 'image')} in {files}; copies left out: {copies}"
+            text = f"{plural(len(dataset), 'image')} in {files}; exact copies left out: {copies}"
             say("shards", f"{split}: {text}")
 
 

@@ -25,13 +25,6 @@ SHOWN = (
     "group_column", "group_by", "label_names", "on_bad_image", "output_dir", "bf16",
     "dataloader_num_workers", "disable_tqdm",
 )  # fmt: skip
-# Options of train.py that mean nothing where nothing is trained.
-TRAINING_ONLY = (
-    "recipe", "image_size", "resume_from_checkpoint", "push_to_hub", "learning_curve", "keep", "time_limit", "refit",
-    "milliseconds", "augmentation", "test_view", "fold", "folds", "split_seed", "validation_fraction", "test_fraction",
-    "num_train_epochs", "learning_rate", "metric", "balance", "none_class", "export",
-    "streaming",
-)  # fmt: skip
 
 
 @exit_on_user_error
@@ -44,15 +37,13 @@ def main(argv: list[str] | None = None) -> None:
         return
     if not argv or argv[0].startswith("-"):
         raise UserError("name the model first: accelerate launch score.py MODEL --data_dir FOLDER")
-    from luthier.arguments import parse_arguments
+    from luthier.arguments import parse_arguments, refuse_others
     from luthier.parsing import describe_command
 
     # The model's name comes last, so that it counts. Without "no" the Trainer would ask for a validation split.
     line = [*argv[1:], "--eval_strategy", "no", "--model_name", argv[0]]
     arguments = parse_arguments(line, describe_command("score.py", argv))
-    for name in TRAINING_ONLY:
-        if name in arguments.run_args.given:
-            raise UserError(f"score.py trains nothing, and --{name} is about training: leave it out")
+    refuse_others("score.py", arguments.run_args.given, (*SHOWN, "model_name"))
 
     from luthier.machine import set_up_process
     from luthier.output_dir import claim_output_dir

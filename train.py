@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
             say("done", describe_ended(output_dir, run_args.settings))
         else:
             finish(*pool([fine_tune(part, stop, stopwatch) for part in arguments.folds()]), arguments, stopwatch)
-        failures = [export_run(output_dir)] if run_args.export and is_main_process else []
+        failures = [export_run(output_dir)] if model_args.export and is_main_process else []
         failures += [hub.publish(output_dir, repo_id, private)] if repo_id else []  # of a finished run too
         exit_with(failures)
 

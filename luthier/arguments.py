@@ -28,9 +28,9 @@ class RunArguments(NamedTuple):
         of_training: the options that losses and weights depend on: a run is resumed with the same.
         given: names of all options that the config or the command line sets.
         seeds: the random seeds of training and splits, and the fold.
-        learning_rate, num_train_epochs, batch: the user's, the batch that of a device; None leaves the recipe's.
+        pace: the user's learning rate, epochs and batch of a device, None where the recipe's, as
+            `recipe.choose_recipes` takes them.
         push_to_hub: publish the finished run.
-        export: write the model as ONNX too.
     """
 
     command: str
@@ -38,16 +38,8 @@ class RunArguments(NamedTuple):
     of_training: dict
     given: frozenset[str]
     seeds: dict
-    learning_rate: float | None
-    num_train_epochs: float | None
-    batch: int | None
+    pace: tuple[float | None, float | None, int | None]
     push_to_hub: bool
-    export: bool
-
-    @property
-    def pace(self) -> tuple[float | None, float | None, int | None]:
-        """Learning rate, epochs and batch, as `recipe.choose_recipes` takes them."""
-        return self.learning_rate, self.num_train_epochs, self.batch
 
 
 class Arguments(NamedTuple):
@@ -149,6 +141,8 @@ COMMON = {
     "disable_tqdm": "Print no progress of training and evaluation.",
 }
 
+TECHNICAL = ("bf16", "dataloader_num_workers", "disable_tqdm")  # how a command computes, whatever it does
+
 # Options of the library that would distort the score, do nothing, or harm a run.
 REFUSED = {
     "dataloader_drop_last": "would leave images out of every score",
@@ -217,11 +211,12 @@ def parse_arguments(argv: list[str], command: str | None = None, replaced: Colle
         of_training=json.loads(json.dumps({key: options[key] for key in OF_TRAINING})),
         given=given,
         seeds={key: options[key] for key in ("seed", "split_seed", "fold")},
-        learning_rate=options["learning_rate"],
-        num_train_epochs=options["num_train_epochs"],
-        batch=options[BATCH_OPTION] if BATCH_OPTION in given else None,
+        pace=(
+            options["learning_rate"],
+            options["num_train_epochs"],
+            options[BATCH_OPTION] if BATCH_OPTION in given else None,
+        ),
         push_to_hub=bool(options["push_to_hub"]),
-        export=options["export"],
     )
     name = Path(config).stem if config else f"{Path(model_args.model_name).name}_{Path(data_args.name).name}"
     output_dir = free_output_dir(options["output_dir"], name, options["resume_from_checkpoint"], replaced)
@@ -319,6 +314,24 @@ def _build_training_args(options: dict, output_dir: Path) -> TrainingArguments:
         return OneGPUTrainingArguments(**{name: options[name] for name in names if name not in left_to_recipe})
     except (ValueError, ImportError) as error:
         raise UserError(" ".join(str(error).split())) from error
+
+
+def refuse_others(command: str, given: Collection[str], taken: Collection[str]) -> None:
+    """Refuse options of train.py that another command does not take.
+
+    Args:
+        command: its name.
+        given: names of options, as the user gives them.
+        taken: those that mean something to it. So do, to all commands, those that are neither Luthier's nor `COMMON`,
+            and those of `TECHNICAL`.
+
+    Raises:
+        UserError: there is such an option.
+    """
+    of_training = {option.name for kind in (DataArguments, ModelArguments) for option in fields(kind)} | {*COMMON}
+    wrong = sorted(of_training.intersection(given) - {*taken, *TECHNICAL})
+    if wrong:
+        raise UserError(f"{command} does not take --{wrong[0]}, which is for train.py: leave it out")
 
 
 def option_of_data(name: str) -> list[str]:

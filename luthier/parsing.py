@@ -16,6 +16,7 @@ from transformers import HfArgumentParser
 
 from luthier.errors import UserError
 from luthier.machine import is_launched
+from luthier.terminal import say
 
 MAX_CHOICES = 5  # that the help lists
 PATH_OPTIONS = ("data_dir", "labels", "output_dir", "resume_from_checkpoint")
@@ -77,11 +78,19 @@ def read_options(
     _, unknown = parser.parse_known_args(line)
     if unknown:
         raise UserError(explain_unknown(unknown[0], parser))
-    given = {token.split("=")[0].lstrip("-").replace("-", "_") for token in line if token.startswith("--")}
+    given = option_names_in(line)
     if {"data_dir", "dataset_name"} & given:
+        left = [key for key in settings if key in data_keys and key not in given | {"data_dir", "dataset_name"}]
+        if left:
+            say("careful", f"the command line names other data than {config}: its {', '.join(left)} are left out")
         settings = {key: value for key, value in settings.items() if key not in data_keys}
     options = vars(parser.parse_args(as_tokens(settings) + line))
     return config, options, frozenset(given | {key for key, value in settings.items() if value is not None})
+
+
+def option_names_in(line: Sequence[str]) -> set[str]:
+    """Return the names of the options on a command line, as a config writes them."""
+    return {token.split("=")[0].lstrip("-").replace("-", "_") for token in line if token.startswith("--")}
 
 
 def option_names(parser: HfArgumentParser) -> list[str]:

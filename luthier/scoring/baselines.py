@@ -19,7 +19,7 @@ from luthier.scoring.criterion import LOG_LOSS, Criterion, Judge
 from luthier.scoring.grouping import measure_inflation
 from luthier.scoring.intervals import interval_of_share
 from luthier.scoring.learning_curve import check_classes, probe_learning_curve
-from luthier.scoring.metrics import TestPredictions, Yardstick, known_images, score
+from luthier.scoring.metrics import TestPredictions, Yardstick, score
 from luthier.training.features import empty_rows, feature_size, join, load_features
 from luthier.training.probe import LinearProbe, cross_fit, fit_shared_probes, state_with_probe
 from luthier.training.recipe import Recipe
@@ -199,7 +199,7 @@ def majority_baseline(data: Mapping, test: TestPredictions) -> dict:
     learned = data["splits"].get("train", data["splits"]["test"])["per_class"]
     none = None if test.none is None else test.labels[test.none]
     label = max((label for label in learned if label != none), key=learned.__getitem__)
-    known = known_images(test.references, test.none)
+    known = test.references != test.none
     correct = test.references[known] == test.labels.index(label)
     groups = None if test.groups is None else test.groups[known]
     interval = interval_of_share(correct, groups)

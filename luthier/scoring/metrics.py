@@ -138,8 +138,8 @@ def score(
         class_shares: float [C], where the highest logit is not the likeliest class, but the one that would be
             likeliest if all were equally frequent; see `balance.Balance`. Log loss and calibration error are of the
             probabilities that take the shares into account.
-        none: the class of images that show none of the others. All scores are of the other images, where it is never
-            right; only `per_class` and `confusion_matrix` are of all images.
+        none: the class of images that show none of the others. All scores are of the other images, of which there must
+            be some, and where it is never right; only `per_class` and `confusion_matrix` are of all images.
 
     Returns `accuracy`, and `top_5_accuracy` where there are more than 5 classes; `balanced_accuracy` (the mean recall
     of the classes that occur) and `macro_f1` (over the classes that occur or are predicted); the 95% interval of each
@@ -148,9 +148,8 @@ def score(
     `MAX_CONFUSED` classes), and `none` where there are images of that class: how many, which share of them is taken
     for it, and of the others.
     """
-    known, predictions = known_images(references, none), logits.argmax(axis=-1)
+    known, predictions = references != none, logits.argmax(axis=-1)
     if known.all():
-        none = none if (references != none).all() else None  # images of this class alone: it is one as any other
         return _score_known(logits, references, labels, groups, class_shares, none)
     own = None if groups is None else groups[known]
     return {
@@ -167,12 +166,6 @@ def classify(predictions: np.ndarray, references: np.ndarray, classes: int, none
     )
     assert result is not None  # as this process is the main one of the metric
     return result
-
-
-def known_images(references: np.ndarray, none: int | None) -> np.ndarray:
-    """Return which images show one of the classes, bool [N]: all but those of the class `none`, or all of these."""
-    known = references != none
-    return known | (not known.any())
 
 
 def _score_known(

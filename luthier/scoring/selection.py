@@ -14,7 +14,6 @@ from luthier.scoring.metrics import (
     calibration_scores,
     choose_threshold,
     confidence_and_correct,
-    known_images,
     reliability,
     selective,
     standard_error,
@@ -94,7 +93,7 @@ def score_candidates(
     for share in shares if start else (1.0,):
         model.load_state_dict(blend(start or end, end, share))
         logits, references = predict(trainer, rows)
-        known = known_images(references, judge.criterion.none)
+        known = references != judge.criterion.none
         criterion = judge.criterion
         temperature = criterion.temperature(logits, references) if linear_head(model) else 1.0
         adjusted = criterion.adjust(logits) / temperature
@@ -165,7 +164,7 @@ def score_test(test: TestPredictions, threshold: float) -> dict:
     confidence, correct = confidence_and_correct(test.logits, test.references)
     by, sureness = ("confidence", confidence) if test.sureness is None else ("familiarity", test.sureness)
     sureness = np.where(test.logits.argmax(axis=-1) == test.none, -np.inf, sureness)
-    known = known_images(test.references, test.none)
+    known = test.references != test.none
     groups = None if test.groups is None else test.groups[known]
     unsure = {"by": by, **selective(sureness[known], correct[known], threshold, groups)}
     if not known.all():
@@ -180,7 +179,7 @@ def score_test(test: TestPredictions, threshold: float) -> dict:
 def score_run(kept: Candidate, test: TestPredictions, threshold: float) -> dict:
     """Return all scores of a run: those of `score_test`, validation, and what calibration changed."""
     scores, before = score_test(test, threshold), replace(test, logits=test.logits * kept.temperature)
-    known = known_images(test.references, test.none)
+    known = test.references != test.none
     uncalibrated = calibration_scores(before.logits_with_shares[known], test.references[known])
     scores["calibration"] |= {
         "temperature": kept.temperature,

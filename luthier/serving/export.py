@@ -105,7 +105,7 @@ def export_model(network: TorchNetwork, path: Path) -> Facts:
         UserError: its image processor does more than resize and crop, its architecture cannot be exported, or it is
             too large.
     """
-    view = EvaluationView(network.image_processor)
+    view = network.view
     facts = Facts(network.labels, find_rule(view), network.unsure_below, network.none)
     # On the CPU, wherever the model has predicted: the file is the same, and its parts are in one place.
     module, example = PixelsToAnswer(network, view).cpu().eval(), torch.zeros(2, *view.size, 3, dtype=torch.uint8)

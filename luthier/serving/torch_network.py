@@ -3,11 +3,10 @@
 import threading
 
 import torch
-from PIL import Image
 
 from luthier.familiarity import load_familiarity, none_of
 from luthier.fusion import fuse_batchnorm
-from luthier.images.views import view_size
+from luthier.images.views import EvaluationView
 from luthier.machine import configure_logging, keep_freed_memory
 from luthier.serving.network import Rated
 from models import labels_of, load_trained, threshold_of
@@ -32,9 +31,10 @@ class TorchNetwork:
         if accelerator is None:
             keep_freed_memory()
         self.batch_size = 64 if accelerator else 16
-        model, self.image_processor = load_trained(model_name)
+        model, image_processor = load_trained(model_name)
         model.to(self.device)  # type: ignore[arg-type]  # the library wraps torch's method
-        self.model = fuse_batchnorm(model, view_size(self.image_processor))
+        self.view = EvaluationView(image_processor)
+        self.model = fuse_batchnorm(model, self.view.size)
         self.labels, self.none = labels_of(model), none_of(model)
         self.familiarity = load_familiarity(model, model_name)
         self.unsure_below = self.familiarity.unsure_below if self.familiarity else threshold_of(model)
@@ -46,10 +46,6 @@ class TorchNetwork:
     def start_worker(self) -> None:
         """Give a thread that prepares images one thread of torch: all together keep the cores busy."""
         torch.set_num_threads(1)
-
-    def view(self, image: Image.Image) -> torch.Tensor:
-        """Return the evaluation view of an RGB image, pixel values [3, H, W]."""
-        return self.image_processor(image, return_tensors="pt")["pixel_values"][0]
 
     @torch.inference_mode()
     def rate(self, views: list[torch.Tensor]) -> Rated:

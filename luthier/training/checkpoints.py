@@ -149,11 +149,14 @@ def check_origin(checkpoint: Path, origin: Origin) -> None:
     """Check that a checkpoint is of the same data. Otherwise its weights may have learned from images of other splits.
 
     Raises:
-        UserError: images, classes, splits, the order, the batch or the settings are others now.
+        UserError: images, classes, splits, the order, the batch or the settings are others now, or not known.
     """
     record = checkpoint / ORIGIN
-    if not record.exists():  # of an earlier version
-        return
+    if not record.exists():
+        raise UserError(
+            f"{checkpoint} does not say which images it has learned from, which may be tested now: continue one that "
+            "Luthier has written. Its weights alone can be a --model_name, as a folder"
+        )
     begun = Origin(**json.loads(record.read_text(encoding="utf-8")))
     if (begun.data, begun.order) != (origin.data, origin.order):
         raise UserError(
@@ -173,7 +176,7 @@ def check_origin(checkpoint: Path, origin: Origin) -> None:
             f"would be {origin.processes}: use as many as before, or begin a new run in another --output_dir"
         )
     for before, now in ((begun.recipe, origin.recipe), (begun.settings, origin.settings)):
-        if before and before != now:  # those of earlier versions have none
+        if before != now:
             raise UserError(
                 f"{checkpoint} was trained with {before}, and now there would be {now}: give the options that the run "
                 "was begun with, or another --output_dir"

@@ -66,14 +66,13 @@ class Stop(TrainerCallback):
             if not self.exits:  # the launcher may send a second one
                 begun = any(self.run_dir.rglob("checkpoint-*/trainer_state.json"))
                 how = f"; {self.how_to_resume()}" if begun else ""
-                print(f"stopped  by {signal.Signals(number).name}{how}", file=sys.stderr, flush=True)
+                _write(f"stopped  by {signal.Signals(number).name}{how}")
             self.exits = True
             sys.exit(128 + number)
         if self.received is None:
             self.received, self.since = number, time.monotonic()
             if is_first_process():
-                with contextlib.suppress(OSError):  # not by `print`, which may have been interrupted itself
-                    os.write(2, b"stopping after this step: wait for the checkpoint\n")
+                _write("stopping after this step: wait for the checkpoint")
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.training = True
@@ -152,3 +151,9 @@ def die_with_launcher() -> None:
 
         pr_set_pdeathsig = 1  # prctl(2)
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+def _write(line: str) -> None:
+    """Write a line to stderr from a signal handler: not by `print`, which may have been interrupted itself."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{line}\n".encode())

@@ -197,8 +197,17 @@ def test_training_arguments_are_complete_and_never_ask_the_trainer_to_push():
     *_, training_args, run_args = parse_arguments(["--push_to_hub", "--hub_model_id", "me/x"])
     assert run_args.push_to_hub and training_args.push_to_hub is False
     assert training_args.learning_rate is not None and training_args.num_train_epochs is not None
-    assert run_args.learning_rate is None and run_args.num_train_epochs is None
-    assert parse_arguments(["--learning_rate", "1e-2"]).run_args.learning_rate == 1e-2
+    assert run_args.pace == (None, None, None)
+    assert parse_arguments(["--learning_rate", "1e-2"]).run_args.pace == (1e-2, None, None)
+
+
+def test_what_a_config_says_of_other_data_is_left_out_and_named(tmp_path, capsys):
+    config = tmp_path / "mine.yaml"
+    config.write_text("data_dir: mine\ngroup_by: folder\nnone_class: empty\nrecipe: full\n")
+    assert parse_arguments([str(config)]).data_args.group_by == "folder" and capsys.readouterr().out == ""
+    arguments = parse_arguments([str(config), "--data_dir", "other", "--none_class", "other"])
+    assert arguments.data_args.group_by is None and arguments.model_args.recipe == "full"
+    assert capsys.readouterr().out.endswith(f"names other data than {config}: its group_by are left out\n")
 
 
 @pytest.mark.parametrize(

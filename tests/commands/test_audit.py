@@ -74,6 +74,7 @@ def test_wrong_extensions_and_tiny_images_are_reported(tmp_path):
     [
         ("IMG_{group:03}_{number}.png", r"^(.+)[_-][0-9]+\."),
         ("patient{group}_{side}.png", r"^([A-Za-z]+[_-]?[0-9]+)[_-]"),
+        ("IMG_{group}_jpg.rf.{index:08x}.jpg", r"^(.+)\.rf\.[0-9A-Za-z]+\."),
         ("IMG_{index:04}.png", None),
         ("{label}_{index}.png", None),
         ("{index}.png", None),
@@ -163,6 +164,8 @@ def test_command_prints_findings_and_writes_json(tmp_path, launch):
         ([], "name the data"),
         (["nowhere/at-all"], "nowhere/at-all"),
         (["images", "--image_siz", "64"], "did you mean 'image_size'"),
+        (["images", "--folds", "5"], "audit.py does not take --folds, which is for train.py"),
+        (["images", "--data_dir", "others"], "audit.py does not take --data_dir"),
     ],
 )
 def test_mistake_on_the_command_line_gives_one_message(args, message, capsys):

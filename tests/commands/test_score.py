@@ -136,8 +136,9 @@ def test_weights_that_are_damaged_are_not_scored(model, new_images, tmp_path, ca
         (["twice", "--data_dir", "good"], "has several classes with the name 'red'"),
         (["empty/", "--data_dir", "good"], "holds no model"),
         (["unfinished", "--data_dir", "good"], "lacks .* of its weights"),
-        (["--data_dir", "good", "--push_to_hub"], "--push_to_hub is about training"),
-        (["--data_dir", "good", "--test_view", "random_crop"], "--test_view is about training"),
+        (["--data_dir", "good", "--push_to_hub"], "does not take --push_to_hub, which is for train.py"),
+        (["--data_dir", "good", "--test_view", "random_crop"], "does not take --test_view, which is for train.py"),
+        (["--data_dir", "good", "--seed", "2"], "does not take --seed"),
     ],
 )
 def test_bad_input_gives_one_message(model, timm_checkpoint, tmp_path, monkeypatch, capsys, args, message):

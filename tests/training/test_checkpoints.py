@@ -136,7 +136,8 @@ def test_too_little_disk_space_is_refused(tmp_path):
 )
 def test_checkpoint_of_other_data_is_refused(tmp_path, changed, message):
     origin = Origin("a", 32, "a", "images of 192 x 192 px and a learning rate of 0.002", "the recipe full", 4)
-    check_origin(tmp_path, origin)  # of an earlier version
+    with pytest.raises(UserError, match="does not say which images it has learned from"):
+        check_origin(tmp_path, origin)  # of another program
     write_origin(tmp_path, origin)
     check_origin(tmp_path, origin)
     with pytest.raises(UserError, match=message):
