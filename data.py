@@ -14,7 +14,7 @@ from torch.utils.data import default_collate, get_worker_info
 from transformers import BaseImageProcessor
 
 from luthier.cache import cache_key, library_versions, make_rows
-from luthier.errors import UserError
+from luthier.errors import ImagesChanged, UserError
 from luthier.images.columns import label_and_image, load_named
 from luthier.images.decode import decode_rgb, read_bytes, reason
 from luthier.images.groups import add_groups
@@ -22,7 +22,7 @@ from luthier.images.inspection import MAX_UNREADABLE, UnreadableImage, inspect, 
 from luthier.images.metadata import Columns, has_shards, load_directory
 from luthier.images.openmoji import load_openmoji
 from luthier.images.shards import StreamedRows
-from luthier.images.splits import cut_splits
+from luthier.images.splits import MAX_NAMED, cut_splits
 from luthier.images.streams import Stream
 from luthier.images.views import EvaluationView, ImageRows, random_crop_transform, training_transform
 from luthier.machine import available_cores, pool_of_single_threads
@@ -125,6 +125,9 @@ def list_images(
     names = splits["train"].features["label"].names
     if to_train and len(names) < 2:
         raise UserError(f"all images have the one class {names[0]!r}: a classifier needs at least two")
+    alike = Counter(name.casefold() for name in names)
+    if same := [name for name in names if alike[name.casefold()] > 1]:
+        say("careful", f"classes whose names differ in capitals alone: {', '.join(map(repr, same[:MAX_NAMED]))}")
     return splits, root
 
 
@@ -188,7 +191,7 @@ def prepare(splits: DatasetDict, view: EvaluationView, quiet: bool = False) -> D
     `digest`.
 
     Raises:
-        UserError: images cannot be read any more.
+        ImagesChanged: images cannot be read any more, or are others than those that were inspected.
     """
     key = _view_key(view)
     shorter_side = STORED_SIDE * max(view.size)
@@ -215,7 +218,9 @@ def prepare(splits: DatasetDict, view: EvaluationView, quiet: bool = False) -> D
         errors += [f"{split}: {error}" for error in result["error"][:] if error]
         prepared[split] = result.remove_columns("error")
     if errors:
-        raise UserError(f"images that could be read before cannot be read now: {len(errors)}{listing(errors)}")
+        raise ImagesChanged(
+            f"images that were read before are not there now, or are other ones: {len(errors)}{listing(errors)}"
+        )
     if reused and not quiet:
         say("reuse", f"{reused:,} of {sum(map(len, splits.values())):,} images as they were stored before")
     if "train" in prepared:
@@ -231,7 +236,7 @@ def prepare_batch(batch: dict, indices: list[int], store: Callable, column: str)
         try:
             content = read_bytes(source)
             if hashlib.sha256(content).hexdigest() != digest:  # it would be kept under the name of another image
-                return None, f"{name}: it has changed, but not its size and time. Run `touch` on it"
+                return None, f"{name}: it has changed since it was read. If starting again does not help, `touch` it"
             return store(content), None
         except Exception as error:  # Pillow's plugins raise errors of any kind on damaged data
             return None, f"{name}: {reason(error)}"

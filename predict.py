@@ -27,6 +27,7 @@ from luthier.errors import UserError, exit_on_user_error
 from luthier.escape import escape_cell, escape_terminal
 from luthier.images.decode import CONVERT, is_image, is_unread, reason
 from luthier.images.image_files import walk
+from luthier.output_dir import is_of_run
 from luthier.terminal import percent, plural, shorten
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ def main(argv: list[str] | None = None) -> None:
     gc.freeze()
     gc.enable()
     failed = 0
+    if args.output and is_of_run(args.output):
+        raise UserError(f"--output {args.output} would replace a file of the run in this folder: give another name")
     with open_output(args.output) as file:
         write = WRITERS[args.format](file, min(args.top_k, len(classifier.labels)))
         # A bar would be in the way of predictions on the same terminal.

@@ -182,7 +182,7 @@ def write_shards(splits: "DatasetDict", folder: Path, side: int, images: int, sh
             own, there = parts[share.machine - 1 :: share.machines], 0
             for number, rows in own:
                 path = folder / f"{split}-{number:05}-of-{len(parts):05}.parquet"
-                if path.exists():
+                if path.exists() and is_whole(path):
                     there += 1
                     continue
                 with atomic_write(path) as whole:
@@ -192,6 +192,17 @@ def write_shards(splits: "DatasetDict", folder: Path, side: int, images: int, sh
             files = f"{plural(len(parts), 'file')}{share_of}{found}"
             text = f"{plural(len(dataset), 'image')} in {files}; exact copies left out: {copies}"
             say("shards", f"{split}: {text}")
+
+
+def is_whole(path: Path) -> bool:
+    """Tell whether a Parquet file of an earlier time can be read, as far as its end tells."""
+    from pyarrow import ArrowException, parquet
+
+    try:
+        parquet.read_metadata(path)
+    except (ArrowException, OSError):
+        return False
+    return True
 
 
 def keep_one_of_each(dataset: "Dataset") -> "Dataset":

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from luthier.errors import UserError, exit_on_user_error
-from luthier.terminal import Stopwatch, plural
+from luthier.terminal import Stopwatch
 
 if TYPE_CHECKING:
     from luthier.arguments import Arguments
@@ -67,8 +67,6 @@ def build_parser() -> "Parser":
 
 def score_model(arguments: "Arguments", output_dir: Path, stopwatch: Stopwatch) -> None:
     """Load the images and the model, predict, and write the results."""
-    import numpy as np
-
     from data import collate, evaluation_rows, load_labelled, prepare
     from luthier.familiarity import load_familiarity, none_of
     from luthier.images.description import describe
@@ -104,12 +102,6 @@ def score_model(arguments: "Arguments", output_dir: Path, stopwatch: Stopwatch) 
     findings["learned_from"] = warn_if_learned(model_args.model_name, splits)
     familiarity = load_familiarity(model, model_args.model_name)
     answers = answer(trainer, evaluation_rows(prepared["test"], view, ["label"]), splits, familiarity)
-    broken = int((~np.isfinite(answers.logits).all(axis=-1)).sum())
-    if broken:
-        raise UserError(
-            f"{model_args.model_name} answers {plural(broken, 'image')} with what is not a number: its weights are "
-            "damaged, or its training diverged"
-        )
     stopwatch.stop("evaluate")
     if trainer.is_world_process_zero():
         test = TestPredictions(splits, *answers[:2], class_shares_of(model), answers.sureness, none_of(model))

@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
         if resume == "auto" and is_complete(output_dir, run_args.settings, model_args.time_limit):
             say("done", describe_ended(output_dir, run_args.settings))
         else:
-            finish(*pool([fine_tune(part, stop, stopwatch) for part in arguments.folds()]), arguments, stopwatch)
+            finish(*pool(fine_tune(part, stop, stopwatch) for part in arguments.folds()), arguments, stopwatch)
         failures = [export_run(output_dir)] if model_args.export and is_main_process else []
         failures += [hub.publish(output_dir, repo_id, private)] if repo_id else []  # of a finished run too
         exit_with(failures)

@@ -173,13 +173,31 @@ POSITIVE = (
     "milliseconds",
 )
 
+# The least and the most that others can be.
+RANGES = {
+    "seed": (0, 2**32 - 1),
+    "split_seed": (0, 2**32 - 1),
+    "folds": (2, 1000),
+    "dataloader_num_workers": (0, 1000),
+    "dataloader_prefetch_factor": (1, 1000),
+    "weight_decay": (0, 1e6),
+    "warmup_steps": (0, 1e12),
+    "label_smoothing_factor": (0, 0.999),
+    "max_grad_norm": (0, 1e30),
+    "adam_beta1": (0, 0.999_999),
+    "adam_beta2": (0, 0.999_999),
+    "adam_epsilon": (0, 1),
+    "eval_accumulation_steps": (1, 1e12),
+}
+
 # Where a run goes, how it is shown, and how much time it has: more of it lets a run go on.
 NOT_SETTINGS = ("output_dir", "disable_tqdm", "resume_from_checkpoint", "export", "time_limit", "ddp_timeout")
 
 # What losses and weights depend on, besides what a checkpoint knows itself: data, batch, learning rate, size.
 OF_TRAINING = (
     "metric", "balance", "none_class", "keep", "augmentation", "seed", "weight_decay", "optim", "lr_scheduler_type",
-    "warmup_steps", "label_smoothing_factor", "max_grad_norm",
+    "lr_scheduler_kwargs", "warmup_steps", "label_smoothing_factor", "max_grad_norm", "adam_beta1", "adam_beta2",
+    "adam_epsilon", "optim_args",
 )  # fmt: skip
 
 
@@ -221,6 +239,13 @@ def parse_arguments(argv: list[str], command: str | None = None, replaced: Colle
     name = Path(config).stem if config else f"{Path(model_args.model_name).name}_{Path(data_args.name).name}"
     output_dir = free_output_dir(options["output_dir"], name, options["resume_from_checkpoint"], replaced)
     check_folds(output_dir, options["folds"])
+    if options["output_dir"] and data_args.data_dir:
+        images = Path(data_args.data_dir).expanduser().resolve()
+        if images in (output_dir.resolve(), *output_dir.resolve().parents):
+            raise UserError(
+                f"--output_dir {output_dir} is or lies in {data_args.data_dir}, where its figures would be taken for "
+                "images: give a folder elsewhere"
+            )
     return Arguments(data_args, model_args, _build_training_args(options, output_dir), run_args)
 
 
@@ -245,11 +270,8 @@ def _check_options(options: dict) -> None:
     if fold and not 2 <= (k := int(fold.split("/")[1])) >= int(fold.split("/")[0]):
         advice = f"give 1/{k} to {k}/{k}" if k > 1 else "there must be at least two folds"
         raise UserError(f"--fold {fold} is none of {k}: {advice}")
-    if options["folds"] is not None:
-        if options["folds"] < 2:
-            raise UserError(f"--folds is {options['folds']}, but there must be at least two")
-        if fold or resume not in (None, "auto"):
-            raise UserError("--folds runs every fold: leave --fold out, and resume with --resume_from_checkpoint auto")
+    if options["folds"] is not None and (fold or resume not in (None, "auto")):
+        raise UserError("--folds runs every fold: leave --fold out, and resume with --resume_from_checkpoint auto")
     if options["streaming"]:
         _check_streaming(options)
     for key, why in REFUSED.items():
@@ -267,14 +289,15 @@ def _check_options(options: dict) -> None:
             f"--lr_scheduler_type {options['lr_scheduler_type']} follows the evaluations, and a refit has none: use "
             "another, such as cosine or linear"
         )
-    judge, smoothing = str(options["metric_for_best_model"]), options["label_smoothing_factor"]
+    judge = str(options["metric_for_best_model"])
     if judge.removeprefix("eval_") not in JUDGED_BY:
         raise UserError(f"--metric_for_best_model {judge} is not measured: give one of {', '.join(JUDGED_BY)}")
-    if not 0 <= smoothing < 1:
-        raise UserError(f"--label_smoothing_factor is {smoothing}, but must be at least 0, and below 1")
     for key in POSITIVE:
         if options[key] is not None and not 0 < options[key] < math.inf:
             raise UserError(f"--{key} is {options[key]}, but must be a number above 0")
+    for key, (least, most) in RANGES.items():
+        if options[key] is not None and not least <= options[key] <= most:
+            raise UserError(f"--{key} is {options[key]}, but must be a number from {least:,} to {most:,}")
     if resume not in (None, "auto") and not Path(resume, "trainer_state.json").is_file():
         raise UserError(
             f"--resume_from_checkpoint {resume} is not a checkpoint: give auto, or one such as outputs/x/checkpoint-50"

@@ -23,6 +23,7 @@ from datasets import Dataset, Features, Value, concatenate_datasets
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from luthier.errors import UserError, message_for_user
 from luthier.terminal import Tenths
 
 logger = logging.getLogger(__name__)
@@ -256,3 +257,26 @@ def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 def warn_once(text: str) -> None:
     """Log a warning, but the same one never again."""
     logger.warning(text)
+
+
+def dataset_of(
+    rows: Callable, features: Features, arguments: dict, split: datasets.NamedSplit = datasets.Split.TRAIN
+) -> Dataset:
+    """Return the rows that a generator yields as a dataset on the disk, which `datasets` keeps for the next run.
+
+    Args:
+        rows: the generator.
+        features: of the rows.
+        arguments: of the generator; they are its key in the cache.
+        split: its name.
+
+    Raises:
+        UserError: what the cache has of an earlier run is damaged.
+    """
+    try:
+        return Dataset.from_generator(rows, features=features, gen_kwargs=arguments, split=split)
+    except (ValueError, OSError) as error:
+        if message_for_user(error) is not None:
+            raise
+        folder = Path(datasets.config.HF_DATASETS_CACHE) / "generator"
+        raise UserError(f"the cache in {folder} is damaged ({error}): remove this folder. It is made again") from error

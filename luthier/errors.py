@@ -15,7 +15,8 @@ Parameters = ParamSpec("Parameters")
 
 # What the system refuses because of the user's disk, wherever it happens.
 PERMISSIONS = {errno.EACCES, errno.EPERM, errno.EROFS}
-REFUSED_BY_SYSTEM = {errno.ENOSPC, errno.EDQUOT, *PERMISSIONS}
+SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+REFUSED_BY_SYSTEM = {errno.EIO, errno.ESTALE, errno.ENAMETOOLONG, *SPACE, *PERMISSIONS}
 
 
 class UserError(Exception):
@@ -24,6 +25,10 @@ class UserError(Exception):
 
 class NotFinite(UserError):
     """A loss or a gradient that is not a finite number: nothing more is learned from it, but a run may go on."""
+
+
+class ImagesChanged(UserError):
+    """Images cannot be read that could be read at the beginning of a run, or are other ones now."""
 
 
 def require(what: str, packages: Collection[str], requirements: str) -> None:
@@ -90,5 +95,11 @@ def message_for_user(error: Exception) -> str | None:
 
 def _remedy(number: int | None) -> str:
     """Return what to do about an error of the system, by its number; None is a full disk, as `datasets` reports it."""
-    remedy = "Check the permissions" if number in PERMISSIONS else "Free some space"
+    remedy = "Check the disk"
+    if number is None or number in SPACE:
+        remedy = "Free some space"
+    elif number in PERMISSIONS:
+        remedy = "Check the permissions"
+    elif number == errno.ENAMETOOLONG:
+        remedy = "Give a shorter name"
     return f"{remedy}, and start again; an interrupted run goes on with --output_dir and --resume_from_checkpoint auto"

@@ -18,8 +18,10 @@ logger = logging.getLogger(__name__)
 CARD = "README.md"  # the model card
 RACE = "race.json"  # from which an interrupted race goes on
 NO_TIME = "the time limit"  # why a race ended, or why there is no refit
+LEARNED_FROM = "learned_from.txt"  # digests of a model's training images
 # What a run writes first; another folder that holds folders, such as classes, is none of a run.
-OF_RUNS = (RACE, "checkpoint-*", "damaged-checkpoint-*", "fold-*", "backbone.txt", "learned_from.txt", "metrics.json")
+OF_RUNS = (RACE, "checkpoint-*", "damaged-checkpoint-*", "fold-*", "backbone.txt", LEARNED_FROM, "metrics.json")
+OF_MODELS = (".json", ".safetensors", ".bin", ".html", ".md", ".png", ".py")  # files of a run, by what they end with
 LOCK = ".lock"  # in the directory while a run writes there
 
 
@@ -56,6 +58,13 @@ def free_output_dir(
     if path.is_dir() and not is_of_run and any(entry.is_dir() for entry in path.iterdir()):
         raise UserError(f"--output_dir {given} holds folders, but no run that could go on: give another")
     return path
+
+
+def is_of_run(path: Path) -> bool:
+    """Tell whether a file was written by a run, or belongs to the model that it lies beside."""
+    beside_model = any((path.parent / name).exists() for name in ("config.json", "metrics.json"))
+    named = path.suffix in OF_MODELS or path.name in ("predictions.csv", LEARNED_FROM)
+    return beside_model and named and path.exists()
 
 
 def check_folds(output_dir: Path, folds: int | None) -> None:

@@ -149,6 +149,8 @@ def explain_unknown(token: str, parser: HfArgumentParser) -> str:
         return f"unknown option {token}{hint} All options: python train.py --help-all"
     if token.endswith((".yaml", ".yml")):
         return f"the config {token} must be the first argument"
+    if token.endswith(".json"):
+        return f"a config is a YAML file, which {token} is not: write `key: value` on a line each"
     return (
         f"cannot place the argument {token!r}: images are given as --data_dir FOLDER, a dataset as --dataset_name "
         'NAME, and a path with spaces in quotes, "my photos"'

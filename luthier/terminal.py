@@ -24,8 +24,11 @@ def say(topic: str, text: str) -> None:
         text: the rest.
     """
     if is_first_process():
-        for line in f"{topic:<{INDENT}}{escape_lines(text)}".split("\n"):
-            print(_wrap(line), flush=True)
+        try:
+            for line in f"{topic:<{INDENT}}{escape_lines(text)}".split("\n"):
+                print(_wrap(line), flush=True)
+        except BrokenPipeError:  # whoever read along is gone, as with `| head`; the run goes on
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 - until the process ends
 
 
 def _wrap(line: str) -> str:

@@ -177,7 +177,10 @@ def test_read_error_is_not_cached(images, monkeypatch, view, empty_cache):
     def fail(*arguments):
         raise OSError(5, "the disk is away")
 
-    for module, message in ((inspection, "cannot be opened: the disk is away"), (data, "cannot be read now")):
+    for module, message in (
+        (inspection, "cannot be opened: the disk is away"),
+        (data, "read before are not there now"),
+    ):
         with monkeypatch.context() as patch, pytest.raises(UserError, match=message):
             patch.setattr(module, "decode_rgb", fail)
             prepare(load(data_dir=str(images)), view)
@@ -215,7 +218,7 @@ def test_file_that_changes_with_its_size_and_time_is_not_kept_as_another(images,
     changed[-20] ^= 1
     path.write_bytes(changed)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    with pytest.raises(UserError, match=r"red/000.png: it has changed, but not its size and time. Run `touch`"):
+    with pytest.raises(UserError, match=r"red/000.png: it has changed since it was read. If starting again"):
         prepare(splits, view)
     path.write_bytes(content)
     assert len(prepare(splits, view)["train"]) == len(splits["train"])
@@ -375,3 +378,22 @@ def test_fingerprint_depends_on_labels_and_not_on_file_names(images, tmp_path, v
     assert fingerprint(tmp_path / "copy") == before
     (tmp_path / "copy/red/000.png").rename(tmp_path / "copy/blue/moved.png")
     assert fingerprint(tmp_path / "copy") != before
+
+
+def test_classes_that_differ_in_capitals_alone_are_named(tmp_path, capsys):
+    draw_folder(tmp_path, per_class=3)
+    (tmp_path / "green").rename(tmp_path / "Red")
+    load_splits(data_dir=str(tmp_path))
+    assert "classes whose names differ in capitals alone: 'Red', 'red'" in capsys.readouterr().out
+
+
+def test_damaged_cache_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    draw_folder(tmp_path / "images", per_class=6)
+    load_splits(data_dir=str(tmp_path / "images"))
+    for path in (tmp_path / "cache/generator").rglob("dataset_info.json"):
+        path.write_text("")
+    with pytest.raises(UserError, match=r"the cache in .*generator is damaged .*: remove this folder"):
+        load_splits(data_dir=str(tmp_path / "images"))
+    shutil.rmtree(tmp_path / "cache/generator")
+    assert sum(map(len, load_splits(data_dir=str(tmp_path / "images"))[0].values())) == 18

@@ -40,6 +40,17 @@ def test_only_the_main_process_prints(monkeypatch, capsys):
     assert capsys.readouterr().out == "data     x\n"
 
 
+def test_reader_that_leaves_does_not_end_the_run(monkeypatch):
+    class Left(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(module.sys, "stdout", Left())
+    say("data", "x")
+    say("data", "y")  # to nobody
+    assert not isinstance(sys.stdout, Left)
+
+
 def test_control_characters_of_names_do_not_reach_the_terminal(capsys):
     say("data", "\x1b]0;title\x07red\nnext")
     assert capsys.readouterr().out == "data     ?]0;title?red\nnext\n"

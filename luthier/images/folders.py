@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, NamedSplit, Value
+from datasets import ClassLabel, DatasetDict, Features, Image, NamedSplit, Value
 
+from luthier.cache import dataset_of
 from luthier.errors import UserError
 from luthier.images.decode import CONVERT, EXTENSIONS, is_hidden, is_image, is_unread
 from luthier.images.image_files import as_text, walk
@@ -145,11 +146,11 @@ def load_listed(files: dict[str, list[ListedImage]]) -> DatasetDict:
     return DatasetDict(
         {
             # The generator's arguments are its key in the cache, so a changed file is read again.
-            split: Dataset.from_generator(
+            split: dataset_of(
                 _file_rows,
-                features=Features(columns),
-                gen_kwargs={"files": _with_stamps(listed), "columns": tuple(columns)},
-                split=NamedSplit(split),
+                Features(columns),
+                {"files": _with_stamps(listed), "columns": tuple(columns)},
+                NamedSplit(split),
             )
             for split, listed in files.items()
         }

@@ -8,7 +8,9 @@ from collections import defaultdict
 from collections.abc import Iterator
 from importlib import resources
 
-from datasets import ClassLabel, Dataset, Features, Image, Split
+from datasets import ClassLabel, Dataset, Features, Image
+
+from luthier.cache import dataset_of
 
 ATTRIBUTION = (
     "All emojis designed by [OpenMoji](https://openmoji.org), the open-source emoji and icon project. "
@@ -27,9 +29,7 @@ def load_openmoji() -> Dataset:
     """
     chosen = _choose_drawings()
     features = Features({"image": Image(), "label": ClassLabel(names=sorted({category for category, _ in chosen}))})
-    return Dataset.from_generator(
-        _render, features=features, gen_kwargs={"chosen": chosen, "size": SIZE}, split=Split.TRAIN
-    )
+    return dataset_of(_render, features, {"chosen": chosen, "size": SIZE})
 
 
 def _choose_drawings() -> tuple[tuple[str, str], ...]:

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict, Features
+from datasets import DatasetDict, Features
 
-from luthier.cache import cache_key
+from luthier.cache import cache_key, dataset_of
 from luthier.errors import UserError
 from luthier.images.columns import check_holds_images, explain_loading, index_of_labels, labels_of_splits
 from luthier.images.shards import Block, StreamedRows, read_sources, remedy
@@ -168,9 +168,7 @@ def _store(blocks: Mapping[str, list[Block]], features: Features) -> DatasetDict
     """Return the rows of all blocks as datasets on the disk, which are kept for the next run."""
     return DatasetDict(
         {
-            split: Dataset.from_generator(
-                _rows_of, features=features, gen_kwargs={"blocks": tuple(of_split), "columns": tuple(features)}
-            )
+            split: dataset_of(_rows_of, features, {"blocks": tuple(of_split), "columns": tuple(features)})
             for split, of_split in blocks.items()
         }
     )

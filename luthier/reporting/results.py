@@ -18,7 +18,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from luthier.escape import escape_cell
 from luthier.familiarity import Familiarity, describe_in_config, save_bank
 from luthier.images.description import describe
-from luthier.output_dir import atomic_write, copy_permissions_to_weights, has_ended, mark_unfinished
+from luthier.output_dir import LEARNED_FROM, atomic_write, copy_permissions_to_weights, has_ended, mark_unfinished
 from luthier.reporting.card import EXPORTS, ONNX, write_model_card
 from luthier.reporting.console import describe_recipe, say_results
 from luthier.scoring.audit import KINDS
@@ -31,7 +31,7 @@ from luthier.terminal import Stopwatch, say
 from models import save_model
 
 SCORED = "scored"  # folder of the scored weights, where others are shipped
-LEARNED_FROM, DIGEST = "learned_from.txt", 16  # digests of a model's training images, their first hexadecimal digits
+DIGEST = 16  # the first hexadecimal digits of a digest, which `LEARNED_FROM` has
 IMAGES = "images.json"  # the options that load a run's images again on this machine, and which of them are of test
 PACKAGES = ("torch", "torchvision", "transformers", "timm", "datasets", "evaluate", "accelerate")
 

@@ -1,12 +1,13 @@
 """Cross-validation: every image is scored once, by a model that has seen neither it nor its duplicates."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean
 
 import numpy as np
-from datasets import DatasetDict, concatenate_datasets
+from datasets import ClassLabel, DatasetDict, concatenate_datasets
 
+from luthier.errors import UserError
 from luthier.output_dir import NO_TIME
 from luthier.scoring.audit import audit_images
 from luthier.scoring.baselines import ProbeResults
@@ -20,7 +21,7 @@ from luthier.training.layers import divide_logits
 UNTESTED = {"validation": "validation", "train": "untested"}
 
 
-def pool(parts: Sequence[tuple[Experiment, Result]]) -> tuple[Experiment, Result]:
+def pool(folds: Iterable[tuple[Experiment, Result]]) -> tuple[Experiment, Result]:
     """Return the folds of a run as one experiment whose test split is all images, and its result.
 
     What has no folds, but one part, is returned as it is. Images that are in no fold's test split stay splits of
@@ -30,8 +31,12 @@ def pool(parts: Sequence[tuple[Experiment, Result]]) -> tuple[Experiment, Result
     temperature and its threshold are fitted on the predictions of all folds, and written into it.
 
     Args:
-        parts: what each fold has prepared and found.
+        folds: what each fold has prepared and found; each is trained when it is asked for.
+
+    Raises:
+        UserError: the images are not the same in all folds.
     """
+    parts = _of_same_images(folds)
     if len(parts) == 1:
         return parts[0]
     results = [result for _, result in parts]
@@ -80,6 +85,27 @@ def pool(parts: Sequence[tuple[Experiment, Result]]) -> tuple[Experiment, Result
     pooled = Answers(answers, references, sureness, familiarity)
     result = leader._replace(probe=probe, outcome=outcome, kept=kept, answers=pooled)
     return experiment._replace(splits=splits, own_test=False, prepared=prepared, findings=findings), result
+
+
+def _of_same_images(folds: Iterable[tuple[Experiment, Result]]) -> list[tuple[Experiment, Result]]:
+    """Return the parts of `pool`, one after the other, while they are all of the same images."""
+    parts: list[tuple[Experiment, Result]] = []
+    for experiment, result in folds:
+        if parts and _images_of(experiment) != _images_of(parts[0][0]):
+            raise UserError(
+                "the images, or their labels, have changed since the first fold was trained: each would not be scored "
+                "once. Put them back and repeat the command with --resume_from_checkpoint auto, or begin again in "
+                "another --output_dir"
+            )
+        parts.append((experiment, result))
+    return parts
+
+
+def _images_of(experiment: Experiment) -> tuple[ClassLabel, Counter]:
+    """Return the classes of an experiment, and how often each image has which class in all splits together."""
+    splits = experiment.splits.values()
+    images = Counter(pair for rows in splits for pair in zip(rows["digest"][:], rows["label"][:], strict=True))
+    return next(iter(splits)).features["label"], images
 
 
 def _pool_probes(

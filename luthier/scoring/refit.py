@@ -8,7 +8,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedModel
 
-from luthier.errors import NotFinite
+from luthier.errors import ImagesChanged, NotFinite
 from luthier.familiarity import Familiarity
 from luthier.images.views import ImageRows
 from luthier.output_dir import NO_TIME
@@ -113,7 +113,8 @@ def refit(
 ) -> tuple[Plan, Refitted | None]:
     """Return the plan, and the model that has learned from all of its images, for as many epochs as the kept weights.
 
-    Where its loss is not finite, the plan says why there is none, and the scored weights are shipped.
+    Where its loss is not finite, or images are not there any more, the plan says why there is none, and the scored
+    weights are shipped.
 
     The temperature and the thresholds are those of the kept weights. Where answers make up for rare classes, they
     make up for the shares of the classes among these images.
@@ -146,13 +147,14 @@ def refit(
     if arm is None:
         model = workshop.copy(start)
     else:
-        with workshop.training_args.main_process_first(desc="preparing the images"):
-            rows = prepare([splits[split] for split in plan.splits])
         try:
+            with workshop.training_args.main_process_first(desc="preparing the images"):
+                rows = prepare([splits[split] for split in plan.splits])
             model = _train_again(arm, outcome.best_step, rows, start, result.course)
-        except NotFinite as error:
+        except (NotFinite, ImagesChanged) as error:
             say("careful", f"the scored weights are shipped, because the refit fails: {error}")
-            return plan._replace(refusal="its loss is not finite"), None
+            why = "its loss is not finite" if isinstance(error, NotFinite) else "images have changed during the run"
+            return plan._replace(refusal=why), None
     load_candidate(model, start, kept)
     trainer = build_predictor(model, workshop.training_args, workshop.collate)
     familiarity = refit_familiarity(

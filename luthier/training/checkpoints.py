@@ -241,8 +241,8 @@ def check_disk_space(output_dir: Path, size: int, limit: int) -> None:
     there = sum(file.stat().st_size for path in checkpoints_by_step(output_dir).values() for file in path.iterdir())
     if free + there < needed:
         raise UserError(
-            f"{output_dir} has {free / 1e9:.2f} GB left, and this run's checkpoints need up to {needed / 1e9:.2f} GB: "
-            "free some space, give another --output_dir, or keep fewer (--save_total_limit 1)"
+            f"{output_dir} has {free / 1e6:,.0f} MB left, and this run's checkpoints need up to {needed / 1e6:,.0f} MB"
+            ": free some space, give another --output_dir, or keep fewer (--save_total_limit 1)"
         )
 
 

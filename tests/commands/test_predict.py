@@ -333,6 +333,8 @@ def test_odd_configs_from_the_hub(model, capsys, tmp_path):
         (["{model}", "a.png", "--top_k", "0"], "0 is not a number above 0"),
         (["{model}", "a.png", "--format", "xml"], "invalid choice: 'xml'"),
         (["{model}", "--output", "a.jpg", "b.jpg"], "--output a.jpg would replace an image"),
+        (["{model}", "a.png", "--output", "{model}/model.safetensors"], "would replace a file of the run"),
+        (["{model}", "a.png", "--output", "{model}/config.json"], "would replace a file of the run"),
         (["{model}", "a.png", "--output", "{tmp}/no/such/folder"], "No such file or directory"),
     ],
 )

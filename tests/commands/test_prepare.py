@@ -57,6 +57,14 @@ def test_shards_have_the_images_of_the_folder(capsys):
     assert files > 1 and (Path("shards") / f"train-{files - 1:05}-of-{files:05}.parquet").exists()
 
 
+def test_damaged_shard_is_written_again(capsys):
+    prepare.main(LINE)
+    before = shards()
+    Path("shards", min(before)).write_bytes(before[min(before)][:100])
+    prepare.main(LINE)
+    assert shards() == before
+
+
 def test_second_start_writes_what_is_missing_and_the_same(capsys):
     prepare.main(LINE)
     whole = shards()

@@ -4,9 +4,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, concatenate_datasets
 
 import luthier.scoring.folds as module
+from luthier.errors import UserError
 from luthier.output_dir import NO_TIME
 from luthier.scoring.baselines import ProbeResults
 from luthier.scoring.criterion import Criterion, Judge
@@ -43,6 +44,9 @@ def fold(
 def pool(monkeypatch, *folds: tuple) -> tuple[Experiment, Result, list]:
     """Return what `pool` returns, and which models' logits it divides, and by what."""
     divided: list = []
+    tests = [experiment.splits["test"] for _, (experiment, _) in folds]
+    for own, (_, (experiment, _)) in enumerate(folds):  # a fold learns from what the others test
+        experiment.splits["train"] = concatenate_datasets([each for fold, each in enumerate(tests) if fold != own])
     monkeypatch.setattr(module, "audit_images", lambda *_: {})
     monkeypatch.setattr(module, "divide_logits", lambda model, by: divided.append((model, by)))
     return *module.pool([part for _, part in folds]), divided
@@ -62,6 +66,18 @@ def test_shipped_model_has_the_temperature_and_the_threshold_of_all_folds(monkey
     assert experiment.findings["learned_from"] == 3
     assert experiment.splits["test"]["digest"][:] == [f"{number} {row}" for number in (0, 1) for row in range(60)]
     assert experiment.splits["validation"]["digest"][:] == ["of no fold"] and "untested" not in experiment.splits
+
+
+def test_images_that_change_between_folds_are_refused(monkeypatch):
+    folds = [fold(number, 2.0, 0.5) for number in range(2)]
+    pool(monkeypatch, *folds)
+    again = [fold(number, 2.0, 0.5)[1] for number in range(2)]
+    for number, (experiment, _) in enumerate(again):
+        experiment.splits["train"] = folds[1 - number][1][0].splits["test"]
+    relabelled = [1, *again[1][0].splits["test"]["label"][1:]]
+    again[1][0].splits["test"] = again[1][0].splits["test"].remove_columns("label").add_column("label", relabelled)
+    with pytest.raises(UserError, match="have changed since the first fold was trained"):
+        module.pool(iter(again))
 
 
 def test_shipped_model_is_the_best_of_the_kind_that_most_folds_kept(monkeypatch):

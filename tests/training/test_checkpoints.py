@@ -113,7 +113,7 @@ def test_oldest_checkpoints_are_removed_except_the_best(tmp_path):
 
 def test_too_little_disk_space_is_refused(tmp_path):
     check_disk_space(tmp_path, 1000, 2)
-    with pytest.raises(UserError, match=r"GB left, and this run's checkpoints need up to 4000000.00 GB"):
+    with pytest.raises(UserError, match=r"MB left, and this run's checkpoints need up to 4,000,000,000 MB"):
         check_disk_space(tmp_path, 10**15, 2)
 
 
@@ -172,5 +172,5 @@ def test_checkpoints_that_are_there_make_room(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2 * size))
     check_disk_space(tmp_path, size, 1)  # three are needed, and one is there
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2 * size - 1))
-    with pytest.raises(UserError, match="GB left"):
+    with pytest.raises(UserError, match="MB left"):
         check_disk_space(tmp_path, size, 1)

@@ -25,6 +25,7 @@ from transformers import TrainingArguments
 from luthier.errors import NotFinite, UserError
 from luthier.machine import check_processes, explain_exhausted_memory
 from luthier.output_dir import has_ended
+from luthier.scoring.refit import plan_refit
 from luthier.training.checkpoints import find_damage, newest_whole, seal
 from luthier.training.recipe import BATCH, FROM_SCRATCH
 from luthier.training.safe_trainer import SafeTrainer
@@ -316,6 +317,22 @@ def test_refit_that_diverges_leaves_the_scored_weights(timm_checkpoint, monkeypa
     assert has_ended(Path("out")) and not Path("out/scored").exists()
     assert all(torch.isfinite(tensor).all() for tensor in load_file("out/model.safetensors").values())
     assert json.loads(Path("out/metrics.json").read_text())["refit"]["refusal"] == "its loss is not finite"
+
+
+def test_images_that_vanish_before_the_refit_leave_the_scored_weights(timm_checkpoint, monkeypatch, capsys):
+    def plan_late(*arguments):
+        for path in Path("images/red").iterdir():
+            path.unlink()
+        return plan_refit(*arguments)
+
+    monkeypatch.setattr("luthier.scoring.refit.plan_refit", plan_late)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", Path("cache").absolute())  # no other test has filled it
+    options = ["--recipe", "full", "--keep", "trained", "--refit", "auto", "--output_dir", "out"]
+    main(flags(str(timm_checkpoint), *options))
+    told = capsys.readouterr().out
+    assert "the scored weights are shipped, because the refit fails: images that were read before" in told
+    assert has_ended(Path("out")) and not Path("out/scored").exists()
+    assert "changed during the run" in json.loads(Path("out/metrics.json").read_text())["refit"]["refusal"]
 
 
 def test_full_disk_keeps_the_last_whole_checkpoint(timm_checkpoint, monkeypatch, capsys):
