@@ -150,11 +150,9 @@ def pool_familiarity(
         logits: of all images [N, C], at the temperature of the shipped model.
         correct: bool [N], of images of known classes.
     """
-    near = []
-    for _, _, sureness, familiarity in own:
-        if sureness is None or familiarity is None:
-            return None, None
-        near.append((sureness, familiarity))
+    near = [(each.sureness, each.familiarity) for each in own if each.sureness is not None and each.familiarity]
+    if len(near) < len(own) or leader is None or not correct.any():
+        return None, None
     odds = log_odds(torch.from_numpy(logits).softmax(dim=-1))
     own_odds = [log_odds(torch.from_numpy(each.logits).softmax(dim=-1)).numpy() for each in own]
     similar = [
@@ -163,8 +161,6 @@ def pool_familiarity(
     ]
     scale = _scale(odds)
     pooled = (odds.numpy() - scale[0]) / scale[1] + np.concatenate(similar)
-    if leader is None or not correct.any():
-        return None, None
     return pooled, leader._replace(log_odds=scale, unsure_below=choose_threshold(pooled, correct))
 
 

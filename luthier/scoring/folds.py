@@ -60,21 +60,10 @@ def pool(folds: Iterable[tuple[Experiment, Result]]) -> tuple[Experiment, Result
     kept = leader.kept._replace(temperature=temperature, threshold=threshold)
     sureness, familiarity = pool_familiarity(own, leader.answers.familiarity, answers, correct)
 
-    splits, prepared = (
-        DatasetDict(test=concatenate_datasets([dataset["test"] for dataset in datasets]))
-        for datasets in ([each.splits for each, _ in parts], [each.prepared for each, _ in parts])
-    )
+    splits, prepared, untested = _pool_splits([each for each, _ in parts], experiment)
     outcome = leader.outcome
     if any(result.outcome.reason == NO_TIME for result in results):  # with more time, the run has something left to do
         outcome = outcome._replace(reason=NO_TIME)
-    tested, untested = set(splits["test"]["digest"][:]), {}
-    for split, name in UNTESTED.items():
-        rows = [row for row, digest in enumerate(experiment.splits[split]["digest"][:]) if digest not in tested]
-        if rows:
-            untested[split] = rows
-            splits[name], prepared[name] = (
-                datasets[split].select(rows) for datasets in (experiment.splits, experiment.prepared)
-            )
     findings = audit_images(splits, [])
     findings |= {kind: experiment.findings[kind] for kind in ("unreadable", "learned_from")}
     findings |= leader.probe.findings
@@ -106,6 +95,28 @@ def _images_of(experiment: Experiment) -> tuple[ClassLabel, Counter]:
     splits = experiment.splits.values()
     images = Counter(pair for rows in splits for pair in zip(rows["digest"][:], rows["label"][:], strict=True))
     return next(iter(splits)).features["label"], images
+
+
+def _pool_splits(
+    experiments: Sequence[Experiment], leader: Experiment
+) -> tuple[DatasetDict, DatasetDict, dict[str, list[int]]]:
+    """Return all images as a split "test", loaded and prepared, and those that no fold tests as in `UNTESTED`.
+
+    The last value has the rows of the latter in each split of the fold whose model is shipped.
+    """
+    splits, prepared = (
+        DatasetDict(test=concatenate_datasets([dataset["test"] for dataset in datasets]))
+        for datasets in ([each.splits for each in experiments], [each.prepared for each in experiments])
+    )
+    tested, untested = set(splits["test"]["digest"][:]), {}
+    for split, name in UNTESTED.items():
+        rows = [row for row, digest in enumerate(leader.splits[split]["digest"][:]) if digest not in tested]
+        if rows:
+            untested[split] = rows
+            splits[name], prepared[name] = (
+                datasets[split].select(rows) for datasets in (leader.splits, leader.prepared)
+            )
+    return splits, prepared, untested
 
 
 def _pool_probes(
