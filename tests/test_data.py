@@ -177,8 +177,7 @@ def test_read_error_is_not_cached(images, monkeypatch, view, empty_cache):
     def fail(*arguments):
         raise OSError(5, "the disk is away")
 
-    read_before = "read before are not there now"
-    for module, message in ((inspection, "cannot be opened: the disk is away"), (data, read_before)):
+    for module, message in (
         (inspection, "cannot be opened: the disk is away"),
         (data, "read before are not there now"),
     ):
