@@ -134,7 +134,7 @@ def fine_tune(arguments: "Arguments", stop: "Stop", stopwatch: Stopwatch) -> tup
     outcome = race(enter(recipes, workshop, rows, probe.starts, folder), candidate, course, resume)
 
     # Evaluate
-    kept, trainer = keep_best(outcome, candidate, workshop, probe.starts)
+    kept, trainer = keep_best(outcome, workshop, probe.starts)
     console.say_race(outcome, kept)
     familiarity = learn_familiarity(trainer, images, splits, probe.features, kept.is_probe, judge.criterion.none)
     answers, model = answer(trainer, rows["test"], splits, familiarity), model_of(trainer).cpu()

@@ -21,6 +21,8 @@ BORDERS = (0.0, 0.025, 0.05)  # share of each side that the first, second and th
 BITS = 16 * 16  # of a hash
 MAX_DISTANCE = 60  # bits between two hashes that are compared in detail: 98% of changed copies, 1 in 8,000 other pairs
 SIDE = 64  # pixels of the thumbnail that is compared
+# The bits of odd horizontal frequencies, which change their sign, and with it their bit, in the mirror.
+MIRROR = np.packbits(np.arange(BITS) % 2 == 1)
 COSINES = np.cos(np.pi / SIDE * np.outer(np.arange(math.isqrt(BITS)), np.arange(SIDE) + 0.5))
 MIN_SIMILARITY = 0.975  # of two aligned thumbnails that show the same image
 CANDIDATES, MIN_NEAREST = 200_000, 8  # pairs that are compared in detail, but at least so many for each image
@@ -53,8 +55,10 @@ def fingerprint(image: Image.Image) -> Fingerprint:
     return Fingerprint(np.packbits(bits, axis=1).tobytes(), grey.resize((SIDE, SIDE), Image.Resampling.BOX).tobytes())
 
 
-def near_duplicates(hashes: np.ndarray, thumbnails: Any) -> np.ndarray:
+def near_duplicates(hashes: np.ndarray, thumbnails: Any, mirrored: bool = False) -> np.ndarray:
     """Return the pairs (i, j), i < j, of images of which one is a re-encoded, resized or slightly cropped copy.
+
+    With `mirrored` it is a copy in the mirror, of left and right.
 
     Hashes choose the candidates, see `find_candidates`. They see coarse structure alone, which all violins on white
     share, so each candidate pair is aligned and compared in detail.
@@ -67,28 +71,30 @@ def near_duplicates(hashes: np.ndarray, thumbnails: Any) -> np.ndarray:
     """
     if sys.platform == "darwin":  # faiss and torch bring an OpenMP each there, and crash in one process
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            pairs = pool.submit(find_candidates, hashes).result()
+            pairs = pool.submit(find_candidates, hashes, mirrored).result()
     else:
-        pairs = find_candidates(hashes)
+        pairs = find_candidates(hashes, mirrored)
     blocks = [pairs[begin : begin + PAIRS] for begin in range(0, len(pairs), PAIRS)]
 
     def compare(block: np.ndarray) -> np.ndarray:
-        return block[similarity(thumbnails[block[:, 0]], thumbnails[block[:, 1]]) >= MIN_SIMILARITY]
+        first, second = (thumbnails[block[:, column]] for column in (0, 1))
+        return block[similarity(first, second[:, :, ::-1] if mirrored else second) >= MIN_SIMILARITY]
 
     with ThreadPoolExecutor(count_cores()) as pool:  # numpy and scipy release the interpreter
         return np.concatenate([np.empty((0, 2), np.int64), *pool.map(compare, blocks)])
 
 
-def find_candidates(hashes: np.ndarray) -> np.ndarray:
+def find_candidates(hashes: np.ndarray, mirrored: bool = False) -> np.ndarray:
     """Return the pairs (i, j), i < j, of images whose hashes are at most `MAX_DISTANCE` bits apart, int64 [P, 2].
 
-    The whole of one image is compared with the whole and the inside of the other. Each image has no more than its
+    The whole of one image is compared with the whole and the inside of the other, or with its whole in the mirror:
+    that has a hash which lies at most 30 bits from one that is made of the hash. Each image has no more than its
     nearest ones: there are sets in which thousands of images look alike, and the number of pairs must not grow with
     the square of the images. For the same reason an index divides many images into cells by the nearest of randomly
     chosen hashes, and searches those cells alone whose hashes are nearest.
 
     Args:
-        hashes: as in `near_duplicates`.
+        hashes, mirrored: as in `near_duplicates`.
     """
     images = len(hashes)
     if images < 2:
@@ -99,13 +105,13 @@ def find_candidates(hashes: np.ndarray) -> np.ndarray:
         part = hashes[begin : begin + QUERIES]
         queries = np.repeat(np.arange(begin, begin + len(part)), nearest)
         edges = []
-        for number in range(len(BORDERS)):
-            distances, others = index.search(np.ascontiguousarray(part[:, number]), nearest)
+        for searched in [part[:, 0] ^ MIRROR] if mirrored else np.moveaxis(part, 1, 0):
+            distances, others = index.search(np.ascontiguousarray(searched), nearest)
             edge = np.stack([queries, others.ravel(), distances.ravel()], axis=1, dtype=np.int64)
             edges.append(edge[(edge[:, 2] <= MAX_DISTANCE) & (edge[:, 1] >= 0) & (edge[:, 0] != edge[:, 1])])
         found.append(_nearest_of_each(np.concatenate(edges), nearest - 1))
         crowded += int((np.unique(found[-1][:, 0], return_counts=True)[1] == nearest - 1).sum())
-    if crowded and nearest < images:
+    if crowded and nearest < images and not mirrored:
         logger.warning(
             f"{crowded:,} images look like {nearest - 1} or more others at first sight. Near-duplicates are "
             "searched among the nearest of these"

@@ -137,21 +137,25 @@ def listing(lines: list[str]) -> str:
 def duplicate_pairs(splits: DatasetDict) -> np.ndarray:
     """Return pairs of images with equal or nearly equal pixels, by their rows in all splits together, int64 [P, 2].
 
-    The pairs of near-duplicates are cached.
+    Mirrored copies count within a class alone: `b` and `d` are two letters. Pairs of near-duplicates are cached.
     """
-    columns = ["pixels", "hashes", "thumbnail"]
+    columns = ["pixels", "hashes", "thumbnail", "label"]
     images = concatenate_datasets([dataset.select_columns(columns) for dataset in splits.values()])
     pixels = fixed_width(images, "pixels").view("S64").ravel()
     _, first, number = np.unique(pixels, return_index=True, return_inverse=True)
     exact = np.stack([first[number], np.arange(len(images))], axis=1)
-    rows = np.sort(first)
-    key = cache_key(INSPECTION, "nearest", pixels[rows].tobytes())
-    near = read_cached("near_duplicates", key)
-    if near is None:
-        hashes = fixed_width(images, "hashes")[rows].reshape(len(rows), len(BORDERS), BITS // 8)
-        near = torch.from_numpy(near_duplicates(hashes, _Thumbnails(images.with_format("arrow"), rows)))
-        write_cached("near_duplicates", key, near)
-    return np.concatenate([exact[exact[:, 0] != exact[:, 1]], rows[near.numpy()]])
+    rows, labels, found = np.sort(first), np.array(images["label"][:]), []
+    for mirrored in (False, True):
+        key = cache_key(INSPECTION, "mirrored" if mirrored else "nearest", pixels[rows].tobytes())
+        near = read_cached("near_duplicates", key)
+        if near is None:
+            hashes = fixed_width(images, "hashes")[rows].reshape(len(rows), len(BORDERS), BITS // 8)
+            pairs = near_duplicates(hashes, _Thumbnails(images.with_format("arrow"), rows), mirrored)
+            near = torch.from_numpy(pairs)
+            write_cached("near_duplicates", key, near)
+        found.append(rows[near.numpy()])
+    same = labels[found[1][:, 0]] == labels[found[1][:, 1]]
+    return np.concatenate([exact[exact[:, 0] != exact[:, 1]], found[0], found[1][same]])
 
 
 class _Thumbnails:

@@ -199,11 +199,9 @@ class _Race:
         return _advance(arm, end, self.course, checkpoint, self.record)
 
 
-def keep_best(
-    outcome: Outcome, probe: Candidate | None, workshop: Workshop, starts: Mapping[str, State]
-) -> tuple[Candidate, Trainer]:
+def keep_best(outcome: Outcome, workshop: Workshop, starts: Mapping[str, State]) -> tuple[Candidate, Trainer]:
     """Return the weights that are best on validation, and a Trainer whose model has them; see `selection.choose`."""
-    candidates = [*([probe] if probe else []), *outcome.candidates]
+    candidates = [*([outcome.probe] if outcome.probe else []), *outcome.candidates]
     kept = choose(candidates)
     if kept.is_probe or outcome.arm is None or outcome.trainer is None:
         trainer, start = workshop.predictor(starts["probe"]), None

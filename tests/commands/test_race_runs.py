@@ -212,7 +212,7 @@ def test_image_processor_that_can_only_crop_is_left_as_it_is(resnet_checkpoint, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--folds", "1"], "--folds is 1, but there must be at least two"),
+        (["--folds", "1"], "--folds is 1, but must be a number from 2 to 1,000"),
         (["--folds", "3", "--fold", "1/3"], "--folds runs every fold: leave --fold out"),
         (
             ["--resume_from_checkpoint", "out/checkpoint-5"],

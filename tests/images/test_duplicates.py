@@ -5,19 +5,20 @@ import sys
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from benchmarks.plant import draw_scene
+from data import load_images
 from luthier.images import duplicates
 from luthier.images.duplicates import BITS, BORDERS, SIDE, connected_groups, fingerprint, near_duplicates
 
 
-def pairs_among(images: list[Image.Image]) -> list[tuple[int, int]]:
+def pairs_among(images: list[Image.Image], mirrored: bool = False) -> list[tuple[int, int]]:
     """Return the pairs of near-duplicates."""
     prints = [fingerprint(image) for image in images]
     hashes = np.frombuffer(b"".join(one.hashes for one in prints), np.uint8).reshape(len(images), len(BORDERS), -1)
     thumbnails = np.frombuffer(b"".join(one.thumbnail for one in prints), np.uint8).reshape(-1, SIDE, SIDE)
-    return [(i, j) for i, j in near_duplicates(hashes, thumbnails).tolist()]
+    return [(i, j) for i, j in near_duplicates(hashes, thumbnails, mirrored).tolist()]
 
 
 def compressed(image: Image.Image, quality: int) -> Image.Image:
@@ -52,6 +53,27 @@ def test_changed_copies_are_found(change, min_found):
     pairs = pairs_among(images + copies)
     assert set(pairs) <= {(row, row + 20) for row in range(20)}
     assert len(pairs) >= min_found
+
+
+def test_mirrored_copies_are_found():
+    images = [draw_scene("disc", seed) for seed in range(20)]
+    copies = [compressed(resized(ImageOps.mirror(image), 0.7), 75) for image in images]
+    assert pairs_among(images + copies, mirrored=True) == [(row, row + 20) for row in range(20)]
+    assert not {(row, row + 20) for row in range(20)} & {*pairs_among(images + copies)}
+
+
+def test_mirrored_copies_are_in_one_group_within_a_class(tmp_path):
+    (tmp_path / "left").mkdir()
+    (tmp_path / "right").mkdir()
+    for seed in range(6):
+        image = draw_scene("disc", seed)
+        image.save(tmp_path / f"left/{seed}.png")
+        ImageOps.mirror(image).save(tmp_path / ("left" if seed < 3 else "right") / f"mirrored{seed}.png")
+        draw_scene("ring", seed).save(tmp_path / f"right/ring{seed}.png")
+    images = load_images(data_dir=str(tmp_path))[0]["train"]
+    group = dict(zip(images["name"][:], images["duplicates"][:], strict=True))
+    assert all(group[f"left/{seed}.png"] == group[f"left/mirrored{seed}.png"] for seed in range(3))
+    assert all(group[f"left/{seed}.png"] != group[f"right/mirrored{seed}.png"] for seed in range(3, 6))
 
 
 def test_copies_of_symmetric_images_are_found():
