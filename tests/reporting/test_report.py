@@ -1,6 +1,7 @@
 """Figures, model card and pages: they show the score, escape names and need no network."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -239,3 +240,11 @@ def test_readme_image_has_the_shape_of_the_default_runs_report(tmp_path, launch)
     assert "All emojis designed by OpenMoji" in report.read_text(encoding="utf-8")
     take(report, tmp_path / "report.png")
     assert read_pixels(tmp_path / "report.png").shape == read_pixels(PROJECT / "docs/report.png").shape
+
+
+def test_sentences_of_the_card_are_apart(metrics, tmp_path):
+    write_model_card(tmp_path / "README.md", metrics, custom_code=False)
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "by chance.\n" in text and "by chance.Luthier" not in text
+    prose = text.partition("## Score")[2].partition("| class |")[0].replace(HOSTILE[0], "")
+    assert not re.search(r"[a-z]{3}\.[A-Z]", prose)
