@@ -28,7 +28,8 @@ FILES = ("audit.json", "audit.html")  # in the output directory; an earlier audi
 # Options of train.py that have a meaning here too, and that people use.
 SHOWN = (
     "dataset_config_name", "labels", "image_column", "label_column", "split_column", "group_column", "group_by",
-    "label_names", "validation_fraction", "test_fraction", "split_seed", "model_name", "image_size", "output_dir",
+    "label_names", "validation_fraction", "test_fraction", "split_seed", "model_name", "image_size", "milliseconds",
+    "on_bad_image", "output_dir",
 )  # fmt: skip
 
 

@@ -152,7 +152,7 @@ def load_trained(model_name: str) -> tuple[PreTrainedModel, BaseImageProcessor]:
         model_name: a folder with a saved model, or a name on the Hub.
 
     Raises:
-        ModelError: it cannot be loaded, or lacks some of its weights, or they are not finite.
+        ModelError: it cannot be loaded, or lacks some of its weights, or they are no numbers.
     """
     if not Path(model_name).is_dir() and "/" not in model_name:
         raise ModelError(
@@ -164,7 +164,8 @@ def load_trained(model_name: str) -> tuple[PreTrainedModel, BaseImageProcessor]:
             f"{model_name} lacks {len(fresh)} of its weights (such as {min(fresh)}): it is not a finished "
             "classifier. Give the output directory of train.py, or a model for image classification"
         )
-    broken = [name for name, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]
+    floats = {name: tensor for name, tensor in model.state_dict().items() if tensor.dtype.itemsize > 1}  # not float8
+    broken = [name for name, tensor in floats.items() if tensor.isnan().any()]
     if broken:
         raise ModelError(
             f"{model_name} has weights that are no numbers, in {broken[0]}: its file is damaged, or its training "

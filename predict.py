@@ -45,6 +45,8 @@ def main(argv: list[str] | None = None) -> None:
     accept_undecodable_names()
     if args.output and is_image(args.output.name):
         raise UserError(f"--output {args.output} would replace an image: give the name of a file for the predictions")
+    if args.output and is_of_run(args.output):
+        raise UserError(f"--output {args.output} would replace a file of the run in this folder: give another name")
     # Slow imports come after the options, so that wrong ones are reported first. What they create stays: searching it
     # for garbage, again and again and at exit, would take two seconds more.
     gc.disable()
@@ -54,8 +56,6 @@ def main(argv: list[str] | None = None) -> None:
     gc.freeze()
     gc.enable()
     failed = 0
-    if args.output and is_of_run(args.output):
-        raise UserError(f"--output {args.output} would replace a file of the run in this folder: give another name")
     with open_output(args.output) as file:
         write = WRITERS[args.format](file, min(args.top_k, len(classifier.labels)))
         # A bar would be in the way of predictions on the same terminal.

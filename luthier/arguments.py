@@ -239,14 +239,24 @@ def parse_arguments(argv: list[str], command: str | None = None, replaced: Colle
     name = Path(config).stem if config else f"{Path(model_args.model_name).name}_{Path(data_args.name).name}"
     output_dir = free_output_dir(options["output_dir"], name, options["resume_from_checkpoint"], replaced)
     check_folds(output_dir, options["folds"])
-    if options["output_dir"] and data_args.data_dir:
-        images = Path(data_args.data_dir).expanduser().resolve()
-        if images in (output_dir.resolve(), *output_dir.resolve().parents):
-            raise UserError(
-                f"--output_dir {output_dir} is or lies in {data_args.data_dir}, where its figures would be taken for "
-                "images: give a folder elsewhere"
-            )
+    trains = options["eval_strategy"] != "no"  # other commands may not write there
+    if (trains or options["output_dir"]) and not (replaced or options["labels"] or output_dir.exists()):
+        _check_outside(output_dir, data_args.data_dir or str(data_args.dataset_name))
     return Arguments(data_args, model_args, _build_training_args(options, output_dir), run_args)
+
+
+def _check_outside(output_dir: Path, data: str) -> None:
+    """Check that a new output directory is not among the images, if these are a folder.
+
+    Raises:
+        UserError: it is.
+    """
+    images = Path(data).expanduser()
+    if images.is_dir() and images.resolve() in (output_dir.resolve(), *output_dir.resolve().parents):
+        raise UserError(
+            f"--output_dir {output_dir} is or lies in {data}, where its figures would be taken for images: give a "
+            "folder elsewhere"
+        )
 
 
 def _check_options(options: dict) -> None:

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import hashlib
 import importlib.metadata
+import json
 import logging
 import shutil
 import tempfile
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow
 import torch
 from datasets import Dataset, Features, Value, concatenate_datasets
 from safetensors import SafetensorError
@@ -275,8 +277,8 @@ def dataset_of(
     """
     try:
         return Dataset.from_generator(rows, features=features, gen_kwargs=arguments, split=split)
-    except (ValueError, OSError) as error:
-        if message_for_user(error) is not None:
+    except (json.JSONDecodeError, pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, TimeoutError) or message_for_user(error) is not None:
             raise
         folder = Path(datasets.config.HF_DATASETS_CACHE) / "generator"
         raise UserError(f"the cache in {folder} is damaged ({error}): remove this folder. It is made again") from error

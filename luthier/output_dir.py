@@ -21,7 +21,11 @@ NO_TIME = "the time limit"  # why a race ended, or why there is no refit
 LEARNED_FROM = "learned_from.txt"  # digests of a model's training images
 # What a run writes first; another folder that holds folders, such as classes, is none of a run.
 OF_RUNS = (RACE, "checkpoint-*", "damaged-checkpoint-*", "fold-*", "backbone.txt", LEARNED_FROM, "metrics.json")
-OF_MODELS = (".json", ".safetensors", ".bin", ".html", ".md", ".png", ".py")  # files of a run, by what they end with
+WEIGHTS = (".safetensors", ".bin", ".onnx")
+WRITTEN = {  # by a run, besides weights and figures
+    "README.md", "audit.html", "audit.json", "backbone.txt", "config.json", "export.json", "images.json", LEARNED_FROM,
+    "metrics.json", "models.py", "predictions.csv", "preprocessor_config.json", "race.json", "report.html",
+}  # fmt: skip
 LOCK = ".lock"  # in the directory while a run writes there
 
 
@@ -63,8 +67,7 @@ def free_output_dir(
 def is_of_run(path: Path) -> bool:
     """Tell whether a file was written by a run, or belongs to the model that it lies beside."""
     beside_model = any((path.parent / name).exists() for name in ("config.json", "metrics.json"))
-    named = path.suffix in OF_MODELS or path.name in ("predictions.csv", LEARNED_FROM)
-    return beside_model and named and path.exists()
+    return beside_model and (path.suffix in WEIGHTS or path.name in WRITTEN) and path.exists()
 
 
 def check_folds(output_dir: Path, folds: int | None) -> None:

@@ -296,16 +296,17 @@ def _deal(size: dict[int, int], images: int, fractions: dict[str, float], split_
     for split in sorted(fractions, reverse=True):  # validation first: test is what the score is of
         if sum(lacking.values()) >= images:
             del lacking[split]
-    margin = images - sum(lacking.values())  # what would be left for train
     wanted, own = sorted(lacking), [group for group in size if group not in split_of]
     for group in size:  # one that has images of an earlier class too
         if split_of.get(group) in lacking:
             lacking[split_of[group]] -= size[group]
+    cut = sum(size[group] for group in size if split_of.get(group, "train") != "train")
+    margin = images - cut - sum(max(lack, 0) for lack in lacking.values())  # what would be left for train
     for split in wanted:
         for group in size if split == "test" else reversed(size):
             excess = size[group] - lacking[split]
             # A group that does not fit goes there too if its share is closer then: only small ones would be left over.
-            if group not in split_of and excess < min(max(lacking[split], 1), margin):
+            if group not in split_of and (excess <= 0 or excess < min(lacking[split], margin)):
                 split_of[group] = split
                 lacking[split] -= size[group]
                 margin -= max(excess, 0)

@@ -206,7 +206,7 @@ def save_models(
         refitted: the model that is shipped; None where that is the scored one.
         image_processor: of both.
         output_dir: of the run; the scored model goes to `SCORED` in it.
-        digests: of the images that the shipped model has learned from, or was chosen by.
+        digests: of the images that the shipped model has learned from, or without folds was chosen by.
         scored_digests: the same of the scored model.
 
     Returns whether the model brings code of its own.

@@ -124,6 +124,9 @@ def interval_of_balanced_accuracy(
 def _effective_images(truth: np.ndarray, deviations: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """Return how many images that stand alone would tell as much about the recall of each class, float [C].
 
+    All classes together tell how much the images of a group are alike, and each class by itself too; the smaller
+    number counts, because one class may have large groups where another has none.
+
     Args:
         truth: int [N], the true classes, from 0 on.
         deviations: float [N], 1 for a correct answer and 0 for a wrong one, less the recall of the class.
@@ -139,10 +142,14 @@ def _effective_images(truth: np.ndarray, deviations: np.ndarray, groups: np.ndar
     shrink = np.sqrt((occurs_in - 1) / occurs_in)[classes_of_cells]
     changes = np.bincount(index, weights=deviations) / np.maximum(others, 1) * shrink
     together = float((np.bincount(groups_of_cells, weights=changes) ** 2).sum())
-    alone = float((deviations**2 / (np.maximum(counts - 1, 1) * counts)[truth]).sum())
-    if min(together, alone) <= TINY:
+    alone = np.bincount(truth, weights=deviations**2) / (np.maximum(counts - 1, 1) * counts)
+    of_class = np.bincount(classes_of_cells, weights=changes**2)
+    if min(together, alone.sum()) <= TINY:
         return occurs_in.astype(float)
-    return np.where(occurs_in == 1, 1.0, np.maximum(counts / max(1.0, together / alone), 1.0))
+    known = np.minimum(of_class, alone) > TINY  # a class that is all right, or all wrong, tells nothing of its groups
+    own = np.where(known, counts / np.maximum(of_class / np.maximum(alone, TINY), 1), occurs_in)
+    pooled = counts / max(1.0, together / float(alone.sum()))
+    return np.where(occurs_in == 1, 1.0, np.maximum(np.minimum(own, pooled), 1.0))
 
 
 def interval_of_macro_f1(

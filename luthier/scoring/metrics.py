@@ -312,9 +312,9 @@ def choose_threshold(sureness: np.ndarray, correct: np.ndarray) -> float:
     """Return the sureness below which a model should say "unsure", from that of validation images [N].
 
     The highest one that loses no more than `MAX_CORRECT_WITHHELD` of the correct answers on other images like these,
-    in the mean: another value is below the k-th of n sorted ones with a probability of k / (n + 1). Detectors of
-    unfamiliar inputs are compared in the same way (at 95% true positives, Hendrycks and Gimpel 2017). No unfamiliar
-    images are available to choose it with.
+    in the mean, or the lowest where fewer than 19 correct answers choose it: another value is below the k-th of n
+    sorted ones with a probability of k / (n + 1). Detectors of unfamiliar inputs are compared in the same way (at 95%
+    true positives, Hendrycks and Gimpel 2017). No unfamiliar images are available to choose it with.
     """
     kept = np.sort(sureness[correct])
     below = max(1, int(MAX_CORRECT_WITHHELD * (len(kept) + 1)))

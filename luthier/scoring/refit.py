@@ -152,6 +152,8 @@ def refit(
                 rows = prepare([splits[split] for split in plan.splits])
             model = _train_again(arm, outcome.best_step, rows, start, result.course)
         except (NotFinite, ImagesChanged) as error:
+            if isinstance(error, ImagesChanged) and workshop.training_args.world_size > 1:
+                raise  # other processes may have read the images, and would wait for this one
             say("careful", f"the scored weights are shipped, because the refit fails: {error}")
             why = "its loss is not finite" if isinstance(error, NotFinite) else "images have changed during the run"
             return plan._replace(refusal=why), None

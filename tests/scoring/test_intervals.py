@@ -95,6 +95,19 @@ def test_interval_of_balanced_accuracy_covers_the_truth_of_groups(count, size):
     assert covered / 300 > 0.88
 
 
+@pytest.mark.parametrize(("count", "size", "recall"), [(2, 100, 0.8), (5, 20, 0.85), (10, 10, 0.95)])
+def test_class_of_few_groups_beside_a_class_of_single_images_is_uncertain(count, size, recall):
+    generator, covered = np.random.default_rng(0), 0
+    references = np.repeat([0, 1], [count * size, 100])
+    groups = np.concatenate([np.repeat(np.arange(count), size), count + np.arange(100)])
+    for _ in range(200):
+        right = generator.random(len(groups)) < 0.9
+        right[: count * size] = (generator.random(count) < recall)[groups[: count * size]]
+        low, high = interval_of_balanced_accuracy(references, right, groups)
+        covered += low <= (recall + 0.9) / 2 <= high
+    assert covered / 200 > 0.9
+
+
 def test_interval_of_macro_f1_is_no_narrower_than_that_of_balanced_accuracy():
     references = np.repeat([0, 1], [50, 2])
     scored = score(np.eye(2)[references], references, ["a", "b"])
