@@ -10,7 +10,7 @@ from conftest import PROJECT
 # The floors, from the lowest up. A file may import from its own floor and from the floors below.
 FLOORS = [
     ["luthier", "models"],
-    ["luthier.images", "luthier.parsing", "luthier.options", "luthier.arguments"],
+    ["luthier.images", "luthier.parsing", "luthier.options", "luthier.checks", "luthier.arguments"],
     ["luthier.training", "data"],
     ["luthier.scoring"],
     ["luthier.reporting"],

@@ -1,0 +1,141 @@
+"""What options cannot mean, by themselves or together; each error names the remedy."""
+
+import math
+import re
+from pathlib import Path
+
+from luthier.errors import UserError, require
+from luthier.options import BUILT_IN_DATASET, EXPORT_PACKAGES
+
+# Options of the library that would distort the score, do nothing, or harm a run.
+REFUSED = {
+    "dataloader_drop_last": "would leave images out of every score",
+    "bf16_full_eval": "would round the weights before they are trained",
+    "fp16_full_eval": "would round the weights before they are trained",
+    "prediction_loss_only": "leaves no predictions to score",
+    "batch_eval_metrics": "scores each batch alone, but the report needs all predictions",
+    "hub_always_push": "pushes while training, where Luthier pushes the finished model",
+    "save_only_model": "would keep checkpoints that nothing can be resumed from",
+    "load_best_model_at_end": "has no effect, because Luthier keeps the best weights by itself",
+    "auto_find_batch_size": "changes the batch that heats and learning rates are planned for, where "
+    "--per_device_train_batch_size sets it",
+    "hub_revision": "has no effect, because Luthier pushes to the main branch",
+}
+
+JUDGED_BY = ("loss", "calibrated_loss", "accuracy", "balanced_accuracy", "macro_f1")  # the best epoch
+NEED_EVALUATION = ("reduce_lr_on_plateau", "greedy")  # learning rate schedulers
+
+# Must be above 0, or a run would fail or train nothing after the data has been prepared.
+POSITIVE = (
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "image_size",
+    "time_limit",
+    "milliseconds",
+)
+
+# The least and the most that others can be.
+RANGES = {
+    "seed": (0, 2**32 - 1),
+    "split_seed": (0, 2**32 - 1),
+    "folds": (2, 1000),
+    "dataloader_num_workers": (0, 1000),
+    "dataloader_prefetch_factor": (1, 1000),
+    "weight_decay": (0, 1e6),
+    "warmup_steps": (0, 1e12),
+    "label_smoothing_factor": (0, 0.999),
+    "max_grad_norm": (0, 1e30),
+    "adam_beta1": (0, 0.999_999),
+    "adam_beta2": (0, 0.999_999),
+    "adam_epsilon": (0, 1),
+    "eval_accumulation_steps": (1, 1e12),
+}
+
+
+def check_options(options: dict) -> None:
+    """Refuse options that cannot mean what they say, or not together.
+
+    Raises:
+        UserError: there is such an option.
+    """
+    if options["data_dir"] and options["dataset_name"]:
+        raise UserError("--data_dir and --dataset_name both name the data: give one of them")
+    if options["hub_token"] is not None:
+        raise UserError(
+            "--hub_token would be kept in the shell's history and in the run's files: log in once with "
+            "`hf auth login`, or set the environment variable HF_TOKEN"
+        )
+    if options["export"]:
+        require("--export", EXPORT_PACKAGES, "requirements-export.txt")
+    fold, resume = options["fold"], options["resume_from_checkpoint"]
+    if fold and not re.fullmatch(r"[1-9]\d*/[1-9]\d*", fold):
+        raise UserError(f"--fold {fold} is not a fold: give one such as 2/5, the second of five")
+    if fold and not 2 <= (k := int(fold.split("/")[1])) >= int(fold.split("/")[0]):
+        advice = f"give 1/{k} to {k}/{k}" if k > 1 else "there must be at least two folds"
+        raise UserError(f"--fold {fold} is none of {k}: {advice}")
+    if options["folds"] is not None and (fold or resume not in (None, "auto")):
+        raise UserError("--folds runs every fold: leave --fold out, and resume with --resume_from_checkpoint auto")
+    if options["streaming"]:
+        _check_streaming(options)
+    for key, why in REFUSED.items():
+        if options[key]:
+            raise UserError(f"--{key} {why}: leave it out")
+    if resume not in (None, "auto") and not options["recipe"] and options["model_name"] != "simple_cnn":
+        raise UserError(
+            "a race of recipes resumes with --resume_from_checkpoint auto, because a checkpoint is of one of them. To "
+            "go on with that one alone, name it: --recipe NAME"
+        )
+    if options["recipe"] == "probe" and resume not in (None, "auto"):
+        raise UserError("--recipe probe trains nothing that could be resumed: leave --resume_from_checkpoint out")
+    if options["lr_scheduler_type"] in NEED_EVALUATION:
+        raise UserError(
+            f"--lr_scheduler_type {options['lr_scheduler_type']} follows the evaluations, and a refit has none: use "
+            "another, such as cosine or linear"
+        )
+    judge = str(options["metric_for_best_model"])
+    if judge.removeprefix("eval_") not in JUDGED_BY:
+        raise UserError(f"--metric_for_best_model {judge} is not measured: give one of {', '.join(JUDGED_BY)}")
+    for key in POSITIVE:
+        if options[key] is not None and not 0 < options[key] < math.inf:
+            raise UserError(f"--{key} is {options[key]}, but must be a number above 0")
+    for key, (least, most) in RANGES.items():
+        if options[key] is not None and not least <= options[key] <= most:
+            raise UserError(f"--{key} is {options[key]}, but must be a number from {least:,} to {most:,}")
+    if resume not in (None, "auto") and not Path(resume, "trainer_state.json").is_file():
+        raise UserError(
+            f"--resume_from_checkpoint {resume} is not a checkpoint: give auto, or one such as outputs/x/checkpoint-50"
+        )
+
+
+def check_outside(output_dir: Path, data: str) -> None:
+    """Check that a new output directory is not among the images, if these are a folder.
+
+    Raises:
+        UserError: it is.
+    """
+    images = Path(data).expanduser()
+    if images.is_dir() and images.resolve() in (output_dir.resolve(), *output_dir.resolve().parents):
+        raise UserError(
+            f"--output_dir {output_dir} is or lies in {data}, where its figures would be taken for images: give a "
+            "folder elsewhere"
+        )
+
+
+def _check_streaming(options: dict) -> None:
+    """Refuse what needs all training images to be inspected or cut, where they are streamed.
+
+    Raises:
+        UserError: there is such an option.
+    """
+    needs = [key for key in ("fold", "folds", "labels", "split_column", "group_by") if options[key] is not None]
+    if options["on_bad_image"] == "error":
+        needs.append("on_bad_image error")
+    if needs:
+        raise UserError(f"--{needs[0]} needs all images before the training, which --streaming does not read")
+    if options["data_dir"] is None and options["dataset_name"] in (None, BUILT_IN_DATASET):
+        raise UserError(
+            "--streaming reads Parquet files and WebDataset archives: name them with --data_dir or --dataset_name"
+        )
