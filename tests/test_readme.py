@@ -81,7 +81,7 @@ def test_contributing_says_where_every_module_lives():
     _, _, section = (PROJECT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## What lives where")
     named = set(re.findall(r"`(\w+)`", section.partition("\n## ")[0]))
     modules = {path.stem for path in (PROJECT / "luthier").rglob("*.py")} - {"__init__"}
-    assert modules - named == {"options", "arguments", "parsing"}, "these are named with their folder"
+    assert modules - named == {"options", "checks", "arguments", "parsing"}, "these are named with their folder"
 
 
 def test_usage_lists_every_recipe_augmentation_and_extension():
