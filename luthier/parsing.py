@@ -105,13 +105,17 @@ def read_config(path: str, parser: HfArgumentParser) -> dict:
         UserError: the file is missing or not a flat mapping, or has an unknown key or a value of the wrong kind.
     """
     try:
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        settings, tree = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
     except OSError as error:
         raise UserError(f"cannot read the config {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise UserError(f"{path} must hold settings, one `key: value` on a line")
+    keys = [key.value for key, _ in tree.value]
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise UserError(f"{path} gives {twice[0]} twice: leave one out")
     for key, value in settings.items():
         if key not in option_names(parser):
             raise UserError(f"{path}: unknown key {key!r}{nearest(str(key), option_names(parser))}")

@@ -111,6 +111,7 @@ def test_data_on_the_command_line_replaces_all_data_settings_of_the_config():
         ("- just\n- a list", "must hold settings"),
         ("a: [", "not valid YAML"),
         ("", "must hold settings"),
+        ("recipe: full\nseed: 2\nrecipe: probe", "gives recipe twice: leave one out"),
         ("hub_token: hf_secret", "hf auth login"),
     ],
 )
