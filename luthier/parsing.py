@@ -113,7 +113,7 @@ def read_config(path: str, parser: HfArgumentParser) -> dict:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise UserError(f"{path} must hold settings, one `key: value` on a line")
-    keys = [key.value for key, _ in tree.value]
+    keys = [key.value for key, _ in tree.value] if tree else []
     if twice := [key for key in keys if keys.count(key) > 1]:
         raise UserError(f"{path} gives {twice[0]} twice: leave one out")
     for key, value in settings.items():
