@@ -47,7 +47,8 @@ def main() -> None:
         duplicates.CELL = max(1, len(hashes) // cells) if cells else len(hashes)
         begin = time.perf_counter()
         pairs = find_candidates(hashes)
-        seconds, found = time.perf_counter() - begin, share_found(pairs, copies)
+        seconds, pairs = time.perf_counter() - begin, pairs[pairs[:, 2] == 0]  # without those in the mirror
+        found = share_found(pairs, copies)
         searched = f"{cells:,} | {min(1, CELLS / cells):.0%}" if cells else "- | 100%"
         name = f"{images:,} images" if images else "all pairs"
         print(f"| {name} | {searched} | {found:.1%} | {len(pairs):,} | {seconds:.0f} |", flush=True)

@@ -105,8 +105,9 @@ def read_config(path: str, parser: HfArgumentParser) -> dict:
         UserError: the file is missing or not a flat mapping, or has an unknown key or a value of the wrong kind.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        settings, tree = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
+        loader = yaml.SafeLoader(Path(path).read_text(encoding="utf-8"))
+        tree = loader.get_single_node()
+        settings = loader.construct_document(tree) if tree else None
     except OSError as error:
         raise UserError(f"cannot read the config {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -55,10 +55,8 @@ def fingerprint(image: Image.Image) -> Fingerprint:
     return Fingerprint(np.packbits(bits, axis=1).tobytes(), grey.resize((SIDE, SIDE), Image.Resampling.BOX).tobytes())
 
 
-def near_duplicates(hashes: np.ndarray, thumbnails: Any, mirrored: bool = False) -> np.ndarray:
-    """Return the pairs (i, j), i < j, of images of which one is a re-encoded, resized or slightly cropped copy.
-
-    With `mirrored` it is a copy in the mirror, of left and right.
+def near_duplicates(hashes: np.ndarray, thumbnails: Any) -> np.ndarray:
+    """Return the pairs of images (i, j), i < j, of which one is a re-encoded, resized or slightly cropped copy.
 
     Hashes choose the candidates, see `find_candidates`. They see coarse structure alone, which all violins on white
     share, so each candidate pair is aligned and compared in detail.
@@ -67,25 +65,27 @@ def near_duplicates(hashes: np.ndarray, thumbnails: Any, mirrored: bool = False)
         hashes: uint8 [N, `len(BORDERS)`, `BITS` / 8], of each image's `Fingerprint`.
         thumbnails: uint8 [N, `SIDE`, `SIDE`]; anything that gives some of them by an array of their numbers.
 
-    Returns int64 [P, 2].
+    Returns int64 [P, 3]: i, j, and 1 for a copy in the mirror (of left and right), or else 0. A pair of symmetric
+    images is there twice.
     """
     if sys.platform == "darwin":  # faiss and torch bring an OpenMP each there, and crash in one process
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            pairs = pool.submit(find_candidates, hashes, mirrored).result()
+            pairs = pool.submit(find_candidates, hashes).result()
     else:
-        pairs = find_candidates(hashes, mirrored)
+        pairs = find_candidates(hashes)
     blocks = [pairs[begin : begin + PAIRS] for begin in range(0, len(pairs), PAIRS)]
 
     def compare(block: np.ndarray) -> np.ndarray:
         first, second = (thumbnails[block[:, column]] for column in (0, 1))
-        return block[similarity(first, second[:, :, ::-1] if mirrored else second) >= MIN_SIMILARITY]
+        mirrored = block[:, 2, None, None] == 1
+        return block[similarity(first, np.where(mirrored, second[:, :, ::-1], second)) >= MIN_SIMILARITY]
 
     with ThreadPoolExecutor(count_cores()) as pool:  # numpy and scipy release the interpreter
-        return np.concatenate([np.empty((0, 2), np.int64), *pool.map(compare, blocks)])
+        return np.concatenate([np.empty((0, 3), np.int64), *pool.map(compare, blocks)])
 
 
-def find_candidates(hashes: np.ndarray, mirrored: bool = False) -> np.ndarray:
-    """Return the pairs (i, j), i < j, of images whose hashes are at most `MAX_DISTANCE` bits apart, int64 [P, 2].
+def find_candidates(hashes: np.ndarray) -> np.ndarray:
+    """Return the pairs of images whose hashes are at most `MAX_DISTANCE` bits apart, as `near_duplicates` does.
 
     The whole of one image is compared with the whole and the inside of the other, or with its whole in the mirror:
     that has a hash which lies at most 30 bits from one that is made of the hash. Each image has no more than its
@@ -94,30 +94,43 @@ def find_candidates(hashes: np.ndarray, mirrored: bool = False) -> np.ndarray:
     chosen hashes, and searches those cells alone whose hashes are nearest.
 
     Args:
-        hashes, mirrored: as in `near_duplicates`.
+        hashes: as there.
     """
     images = len(hashes)
     if images < 2:
-        return np.empty((0, 2), np.int64)
+        return np.empty((0, 3), np.int64)
     nearest = min(images, max(MIN_NEAREST, CANDIDATES // images) + 1)  # an image is the nearest to itself
-    index, found, crowded = _build_index(np.ascontiguousarray(hashes[:, 0])), [], 0
-    for begin in range(0, images, QUERIES):
-        part = hashes[begin : begin + QUERIES]
-        queries = np.repeat(np.arange(begin, begin + len(part)), nearest)
-        edges = []
-        for searched in [part[:, 0] ^ MIRROR] if mirrored else np.moveaxis(part, 1, 0):
-            distances, others = index.search(np.ascontiguousarray(searched), nearest)
-            edge = np.stack([queries, others.ravel(), distances.ravel()], axis=1, dtype=np.int64)
-            edges.append(edge[(edge[:, 2] <= MAX_DISTANCE) & (edge[:, 1] >= 0) & (edge[:, 0] != edge[:, 1])])
-        found.append(_nearest_of_each(np.concatenate(edges), nearest - 1))
-        crowded += int((np.unique(found[-1][:, 0], return_counts=True)[1] == nearest - 1).sum())
-    if crowded and nearest < images and not mirrored:
+    index = _build_index(np.ascontiguousarray(hashes[:, 0]))
+    copies = _search(index, np.moveaxis(hashes, 1, 0), nearest)
+    mirrored = _search(index, hashes[None, :, 0] ^ MIRROR, nearest)
+    crowded = int((np.bincount(copies[:, 0]) == nearest - 1).sum())
+    if crowded and nearest < images:
         logger.warning(
             f"{crowded:,} images look like {nearest - 1} or more others at first sight. Near-duplicates are "
             "searched among the nearest of these"
         )
-    pairs = np.sort(np.concatenate(found), axis=1)
-    return np.unique(pairs, axis=0)
+    edges = [np.insert(np.sort(pairs, axis=1), 2, kind, axis=1) for kind, pairs in enumerate((copies, mirrored))]
+    return np.unique(np.concatenate(edges), axis=0)
+
+
+def _search(index: Any, queries: np.ndarray, nearest: int) -> np.ndarray:
+    """Return each image and its nearest others within the distance by any of its queries, int64 [P, 2].
+
+    Args:
+        index: of `_build_index`.
+        queries: one or several hashes of each image, uint8 [K, N, `BITS` / 8].
+        nearest: how many images are asked for; one of them may be the image itself.
+    """
+    found = []
+    for begin in range(0, queries.shape[1], QUERIES):
+        edges = []
+        for part in queries[:, begin : begin + QUERIES]:
+            distances, others = index.search(np.ascontiguousarray(part), nearest)
+            own = np.repeat(np.arange(begin, begin + len(part)), nearest)
+            edge = np.stack([own, others.ravel(), distances.ravel()], axis=1, dtype=np.int64)
+            edges.append(edge[(edge[:, 2] <= MAX_DISTANCE) & (edge[:, 1] >= 0) & (edge[:, 0] != edge[:, 1])])
+        found.append(_nearest_of_each(np.concatenate(edges), nearest - 1))
+    return np.concatenate(found)
 
 
 def _build_index(hashes: np.ndarray) -> Any:

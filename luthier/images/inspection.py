@@ -144,18 +144,16 @@ def duplicate_pairs(splits: DatasetDict) -> np.ndarray:
     pixels = fixed_width(images, "pixels").view("S64").ravel()
     _, first, number = np.unique(pixels, return_index=True, return_inverse=True)
     exact = np.stack([first[number], np.arange(len(images))], axis=1)
-    rows, labels, found = np.sort(first), np.array(images["label"][:]), []
-    for mirrored in (False, True):
-        key = cache_key(INSPECTION, "mirrored" if mirrored else "nearest", pixels[rows].tobytes())
-        near = read_cached("near_duplicates", key)
-        if near is None:
-            hashes = fixed_width(images, "hashes")[rows].reshape(len(rows), len(BORDERS), BITS // 8)
-            pairs = near_duplicates(hashes, _Thumbnails(images.with_format("arrow"), rows), mirrored)
-            near = torch.from_numpy(pairs)
-            write_cached("near_duplicates", key, near)
-        found.append(rows[near.numpy()])
-    same = labels[found[1][:, 0]] == labels[found[1][:, 1]]
-    return np.concatenate([exact[exact[:, 0] != exact[:, 1]], found[0], found[1][same]])
+    rows = np.sort(first)
+    key = cache_key(INSPECTION, "nearest and mirrored", pixels[rows].tobytes())
+    near = read_cached("near_duplicates", key)
+    if near is None:
+        hashes = fixed_width(images, "hashes")[rows].reshape(len(rows), len(BORDERS), BITS // 8)
+        near = torch.from_numpy(near_duplicates(hashes, _Thumbnails(images.with_format("arrow"), rows)))
+        write_cached("near_duplicates", key, near)
+    pairs, mirrored = rows[near[:, :2].numpy()], near[:, 2].numpy() == 1
+    labels = np.array(images["label"][:])[pairs]
+    return np.concatenate([exact[exact[:, 0] != exact[:, 1]], pairs[~mirrored | (labels[:, 0] == labels[:, 1])]])
 
 
 class _Thumbnails:

@@ -14,11 +14,16 @@ from luthier.images.duplicates import BITS, BORDERS, SIDE, connected_groups, fin
 
 
 def pairs_among(images: list[Image.Image], mirrored: bool = False) -> list[tuple[int, int]]:
-    """Return the pairs of near-duplicates."""
+    """Return the pairs of near-duplicates, or of those in the mirror."""
     prints = [fingerprint(image) for image in images]
     hashes = np.frombuffer(b"".join(one.hashes for one in prints), np.uint8).reshape(len(images), len(BORDERS), -1)
     thumbnails = np.frombuffer(b"".join(one.thumbnail for one in prints), np.uint8).reshape(-1, SIDE, SIDE)
-    return [(i, j) for i, j in near_duplicates(hashes, thumbnails, mirrored).tolist()]
+    return [(i, j) for i, j, kind in near_duplicates(hashes, thumbnails).tolist() if kind == mirrored]
+
+
+def candidates_among(hashes: np.ndarray) -> list[list[int]]:
+    """Return the pairs of candidates for copies that are not mirrored."""
+    return [[i, j] for i, j, mirrored in duplicates.find_candidates(hashes).tolist() if not mirrored]
 
 
 def compressed(image: Image.Image, quality: int) -> Image.Image:
@@ -99,7 +104,7 @@ def test_groups_hold_the_images_that_pairs_connect():
 def test_fewer_than_two_images_have_no_near_duplicates():
     assert pairs_among([draw_scene("bar", 1)]) == []
     none = np.empty((0, len(BORDERS), BITS // 8), np.uint8)
-    assert near_duplicates(none, np.empty((0, SIDE, SIDE), np.uint8)).shape == (0, 2)
+    assert near_duplicates(none, np.empty((0, SIDE, SIDE), np.uint8)).shape == (0, 3)
     assert np.array_equal(connected_groups(0, np.empty((0, 2), int)), [])
 
 
@@ -116,11 +121,11 @@ def hashes_with_copies(n: int, copies: int, bits: int) -> np.ndarray:
 
 def test_candidates_are_all_pairs_within_the_distance():
     hashes = hashes_with_copies(300, copies=40, bits=duplicates.MAX_DISTANCE)
-    assert duplicates.find_candidates(hashes).tolist() == [[number, 260 + number] for number in range(40)]
-    assert len(duplicates.find_candidates(hashes_with_copies(300, 40, duplicates.MAX_DISTANCE + 1))) == 0
+    assert candidates_among(hashes) == [[number, 260 + number] for number in range(40)]
+    assert candidates_among(hashes_with_copies(300, 40, duplicates.MAX_DISTANCE + 1)) == []
     # The inside of an image is like the whole of another.
     hashes[7, 2] = hashes[200, 0]
-    assert [7, 200] in duplicates.find_candidates(hashes).tolist()
+    assert [7, 200] in candidates_among(hashes)
 
 
 def test_each_image_is_compared_with_its_nearest_alone(monkeypatch, caplog):
@@ -129,17 +134,17 @@ def test_each_image_is_compared_with_its_nearest_alone(monkeypatch, caplog):
     hashes = np.zeros((200, len(BORDERS), BITS // 8), np.uint8)
     hashes[:, :, 0] = np.arange(200)[:, None]
     with caplog.at_level("WARNING"):
-        duplicates.find_candidates(hashes)
+        candidates_among(hashes)
     assert "200 images look like 8 or more others" in caplog.text
-    assert 200 <= len(duplicates.find_candidates(hashes)) <= 200 * (duplicates.MIN_NEAREST + 1)
+    assert 200 <= len(candidates_among(hashes)) <= 200 * (duplicates.MIN_NEAREST + 1)
 
 
 def test_cells_of_the_index_leave_out_little(monkeypatch):
     hashes = hashes_with_copies(4000, copies=200, bits=20)
-    everything = duplicates.find_candidates(hashes)
+    everything = candidates_among(hashes)
     monkeypatch.setattr(duplicates, "CELL", 20)  # 200 cells, of which a fifth are searched
     monkeypatch.setattr(duplicates, "CELLS", 40)
-    assert len(everything) == 200 and len(duplicates.find_candidates(hashes)) >= 190
+    assert len(everything) == 200 and len(candidates_among(hashes)) >= 190
 
 
 def test_candidates_can_be_found_in_a_process_without_torch(monkeypatch):
@@ -152,6 +157,6 @@ def test_candidates_do_not_depend_on_how_many_images_are_searched_for_at_a_time(
     hashes = np.random.default_rng(0).integers(0, 256, (300, 3, 32), np.uint8)
     hashes[260:] = hashes[:40]
     expected = [[number, 260 + number] for number in range(40)]
-    assert duplicates.find_candidates(hashes).tolist() == expected
+    assert candidates_among(hashes) == expected
     monkeypatch.setattr(duplicates, "QUERIES", 64)
-    assert duplicates.find_candidates(hashes).tolist() == expected
+    assert candidates_among(hashes) == expected
