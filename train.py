@@ -131,10 +131,10 @@ def fine_tune(arguments: "Arguments", stop: "Stop", stopwatch: Stopwatch) -> tup
     only_trained = model_args.keep == "trained" and recipes[0].name != "probe"
     course = Course(judge, stop, folder, stopwatch, model_args.time_limit, only_trained, run_args.of_training)
     candidate = None if only_trained else score_probe(workshop, probe, rows["validation"], judge)
-    outcome = race(enter(recipes, workshop, rows, probe.starts, folder), candidate, course, resume)
+    outcome, trained = race(enter(recipes, workshop, rows, probe.starts, folder), candidate, course, resume)
 
     # Evaluate
-    kept, trainer = keep_best(outcome, workshop, probe.starts)
+    kept, trainer = keep_best(outcome, trained, workshop, probe.starts)
     console.say_race(outcome, kept)
     familiarity = learn_familiarity(trainer, images, splits, probe.features, kept.is_probe, judge.criterion.none)
     answers, model = answer(trainer, rows["test"], splits, familiarity), model_of(trainer).cpu()

@@ -31,6 +31,10 @@ class ImagesChanged(UserError):
     """Images cannot be read that could be read at the beginning of a run, or are other ones now."""
 
 
+class NoSpace(UserError):
+    """Checkpoints would not fit on the disk."""
+
+
 def require(what: str, packages: Collection[str], requirements: str) -> None:
     """Check that the packages of a part of the project that not everybody needs are installed.
 

@@ -98,14 +98,14 @@ def describe_recipe(result: Result, augmentation: str) -> dict[str, str]:
         result: of the run.
         augmentation: of the training images.
     """
-    arm, how = result.outcome.arm, "probe: the logistic regression is the head"
-    if arm is not None:
-        args = arm.training_args
-        epochs = result.outcome.epochs_of(arm.recipe.name)
+    winner, heats, how = result.outcome.winner, result.outcome.heats, "probe: the logistic regression is the head"
+    if winner is not None:
+        arm, args = winner.arm, winner.arm.training_args
+        epochs = heats.epochs(arm.recipe.name)
         steps = f"{_epochs(epochs)}, batch {arm.batch}, {augmentation}, {OptimizerNames(args.optim).value}"
         schedule = SchedulerType(args.lr_scheduler_type).value
-        heats = f" in {plural(result.outcome.heats_of(arm.recipe.name), 'heat')}" if arm.schedule else ""
-        how = f"{arm.recipe.name}: {steps} {args.learning_rate:g}, {schedule}{heats}"
+        parts = f" in {plural(len(heats.of(arm.recipe.name)), 'heat')}" if arm.schedule else ""
+        how = f"{arm.recipe.name}: {steps} {args.learning_rate:g}, {schedule}{parts}"
     return {"recipe": how, "kept": kept_in_words(result.kept)}
 
 
@@ -158,15 +158,15 @@ def say_race(outcome: Outcome, kept: Candidate) -> None:
     """Say what was tried, how it did, why the race ended, and what is kept."""
     tried = [f"the probe {outcome.probe.loss:.3f}"] if outcome.probe else []
     for arm in dict.fromkeys(heat.arm for heat in outcome.heats):
-        last = [heat for heat in outcome.heats if heat.arm == arm][-1]
-        tried.append(f"{arm} {last.loss:.3f} ({_epochs(last.epochs)}, {outcome.seconds_of(arm):.0f} s)")
+        last = outcome.heats.of(arm)[-1]
+        tried.append(f"{arm} {last.loss:.3f} ({_epochs(last.epochs)}, {outcome.heats.seconds(arm):.0f} s)")
     if len(tried) > 1:
         say("race", f"validation loss, corrected: {', '.join(tried)}")
     elif tried:
         say("trained", f"validation loss: {tried[0]}")
-    if outcome.reason:
-        more = "; with a larger one it goes on (--resume_from_checkpoint auto)" if outcome.reason == NO_TIME else ""
-        say("", f"it ended with {outcome.reason}{more}")
+    if outcome.ended:
+        more = "; with a larger one it goes on (--resume_from_checkpoint auto)" if outcome.ended == NO_TIME else ""
+        say("", f"it ended with {outcome.ended}{more}")
     arms = {heat.arm for heat in outcome.heats}
     beaten = f", which {'no recipe has' if len(arms) > 1 else f'{min(arms)} has not'} beaten" if arms else ""
     say("kept", f"{f'the probe{beaten}' if kept.is_probe else f'{kept.arm}, {kept_in_words(kept)}'}: {kept.loss:.3f}")

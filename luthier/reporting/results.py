@@ -64,7 +64,7 @@ def collect_run(
         race={
             "probe": outcome.probe and {"loss": outcome.probe.loss, "accuracy": outcome.probe.validation["accuracy"]},
             "heats": [heat._asdict() for heat in outcome.heats],
-            "ended": outcome.reason,
+            "ended": outcome.ended,
         },
         refit={**plan._asdict(), "done": plan.pays},
         history=outcome.history,

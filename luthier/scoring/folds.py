@@ -62,8 +62,8 @@ def pool(folds: Iterable[tuple[Experiment, Result]]) -> tuple[Experiment, Result
 
     splits, prepared, untested = _pool_splits([each for each, _ in parts], experiment)
     outcome = leader.outcome
-    if any(result.outcome.reason == NO_TIME for result in results):  # with more time, the run has something left to do
-        outcome = outcome._replace(reason=NO_TIME)
+    if any(result.outcome.ended == NO_TIME for result in results):  # with more time, the run has something left to do
+        outcome = outcome._replace(ended=NO_TIME)
     findings = audit_images(splits, [])
     findings |= {kind: experiment.findings[kind] for kind in ("unreadable", "learned_from")}
     findings |= leader.probe.findings

@@ -9,15 +9,15 @@ far, or when one has run its last heat.
 
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 
 from luthier.errors import NotFinite
 from luthier.output_dir import NO_TIME, mark_unfinished
-from luthier.scoring.race_record import Course, Heat, read_record, write_record
+from luthier.scoring.race_record import Course, Heat, Heats, read_record, write_record
 from luthier.scoring.selection import Candidate, choose, load_candidate, score_candidates
 from luthier.terminal import plural, say
 from luthier.training.arms import Arm, State, Workshop, plan_arm
@@ -34,61 +34,44 @@ MIN_GAIN, LEAST_GAIN = 0.05, 0.005  # that the rest of an arm must promise: a sh
 TINY = 1e-9  # a loss that is as good as none
 
 
+class Winner(NamedTuple):
+    """The arm that a race ends with.
+
+    Attributes:
+        arm: itself.
+        candidates: its best weights, see `selection.score_candidates`.
+        state: of its Trainer; not the Trainer itself, whose model would fill a GPU's memory in the refit.
+    """
+
+    arm: Arm
+    candidates: Sequence[Candidate]
+    state: TrainerState
+
+    @property
+    def best_step(self) -> int:
+        """The step after which its weights were best."""
+        return self.state.best_global_step or self.state.global_step
+
+
 class Outcome(NamedTuple):
     """What a race ends with.
 
     Attributes:
-        arm: the winner; None where nothing was trained.
-        trainer: the winner's; its model has the best weights.
-        candidates: the winner's.
-        heats: all of them, in the order in which they were run.
-        reason: why the race ended, for people.
+        heats: all of them.
+        ended: why the race has ended, for people.
         probe: what the arms had to beat; None where there is no probe.
+        winner: None where nothing was trained.
     """
 
-    arm: Arm | None = None
-    trainer: SafeTrainer | None = None
-    candidates: Sequence[Candidate] = ()
-    heats: Sequence[Heat] = ()
-    reason: str = ""
+    heats: Heats
+    ended: str
     probe: Candidate | None = None
-
-    @property
-    def best_step(self) -> int:
-        """The step after which the winner's weights were best."""
-        assert self.trainer is not None  # something was trained
-        return self.trainer.state.best_global_step or self.trainer.state.global_step
+    winner: Winner | None = None
 
     @property
     def history(self) -> list[dict]:
         """The log of the winner's training, see `TrainerState.log_history`."""
-        return self.trainer.state.log_history if self.trainer else []
-
-    def seconds_of(self, arm: str) -> float:
-        """Return the seconds that an arm has trained."""
-        return sum(heat.seconds for heat in self.heats if heat.arm == arm)
-
-    def epochs_of(self, arm: str) -> float:
-        """Return the epochs that an arm has trained."""
-        return max((heat.epochs for heat in self.heats if heat.arm == arm), default=0.0)
-
-    def heats_of(self, arm: str) -> int:
-        """Return how many heats an arm has run."""
-        return sum(heat.arm == arm for heat in self.heats)
-
-
-class Advanced(NamedTuple):
-    """An arm that has been trained up to a step.
-
-    Attributes:
-        arm: itself.
-        trainer: its model has the best weights so far.
-        candidates: these weights, see `selection.score_candidates`.
-    """
-
-    arm: Arm
-    trainer: SafeTrainer
-    candidates: list[Candidate]
+        return self.winner.state.log_history if self.winner else []
 
 
 def enter(
@@ -119,8 +102,10 @@ def enter(
     return arms
 
 
-def race(arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: str | None) -> Outcome:
-    """Run the arms in heats until more training does not pay; return the best one.
+def race(
+    arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: str | None
+) -> tuple[Outcome, SafeTrainer | None]:
+    """Run the arms in heats until more training does not pay; return what came of it, and the winner's Trainer.
 
     Every heat ends with a checkpoint and a line in `race.json`. So a race that was interrupted goes on where
     it was, and an arm goes on with its optimizer's state.
@@ -131,21 +116,22 @@ def race(arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: s
         course: what they share.
         resume: None, `auto`, or for a single arm the checkpoint to continue from.
 
+    Returns the Trainer with the winner's best weights in its model; None where nothing was trained.
+
     Raises:
         UserError: see `trainer.train`; or the run was begun with other options or other data. NotFinite is raised
-            only where nothing else is left; otherwise the arm leaves the race.
+            only of a single arm, or where nothing else is left; otherwise the arm leaves the race.
     """
     rival = probe if len(arms) > 1 else None  # a single arm is not compared with the probe
     if rival and rival.loss < course.judge.criterion.enough:
-        return Outcome(reason="the probe, which leaves little to gain", probe=probe)
-    state = _Race(arms, course, resume)
-    heats, running, last = state.heats, list(arms), None
-    while running and not state.ended:
-        arm, state.ended = _choose_next(heats, running, rival, state.named)
+        return Outcome(Heats(), "the probe, which leaves little to gain", probe), None
+    state, last = _Race(arms, rival, course, resume), None
+    while state.running and not state.ended:
+        arm, state.ended = state.choose_next()
         if arm is None:
             break
-        expected = _expected_seconds(heats, arm, number := _next_heat(heats, arm, state.named))
-        if (probe or heats) and not course.ends_in_time(expected):
+        expected = state.expected_seconds(arm, number := state.next_heat(arm))
+        if (probe or state.heats) and not course.ends_in_time(expected):
             state.ended = NO_TIME
             break
         partial = resume and not state.has_begun  # a part of this heat may have been trained before
@@ -153,60 +139,170 @@ def race(arms: Sequence[Arm], probe: Candidate | None, course: Course, resume: s
         try:
             last = state.advance(arm, arm.ends[number])  # one model at a time in memory
         except NotFinite as error:
-            _leave(arm, running, heats, error, rival)
-            state.ended = "" if running else "no recipe left"
+            state.leave(arm, error)
             continue
         seconds = max(course.stopwatch.total() - begin, expected if partial else 0.0)
-        heats.append(_describe(last, seconds))
-        state.ended = NO_TIME if heats[-1].step < arm.ends[number] else ""
+        state.heats.append(_describe(last[0], seconds))
+        state.ended = NO_TIME if state.heats[-1].step < arm.ends[number] else ""
         state.record()
     state.record()
-    winner = _leading(heats, arms)
-    if winner is None:
-        return Outcome(heats=heats, reason=state.ended, probe=probe)
-    if last is None or last.arm is not winner:
+    leading = state.leading()
+    if leading is None:
+        return Outcome(state.heats, state.ended, probe), None
+    if last is None or last[0].arm is not leading:
         last = None  # one model at a time in memory
-        last = state.advance(winner, _results(heats, winner)[-1].step)
-    return Outcome(last.arm, last.trainer, last.candidates, heats, state.ended, probe)
+        last = state.advance(leading, state.heats.of(leading.recipe.name)[-1].step)
+    winner, trainer = last
+    return Outcome(state.heats, state.ended, probe, winner), trainer
 
 
 class _Race:
     """How far a race is, from where an earlier part of the run has left it.
 
     Attributes:
-        heats: that were run, in their order.
+        running: the arms that have not left.
+        heats: that were run.
         ended: why the race has ended; empty where it goes on.
         named: the checkpoint that the user has named; None once training is past it.
         has_begun: something was trained in this part of the run.
     """
 
-    def __init__(self, arms: Sequence[Arm], course: Course, resume: str | None):
-        self.arms, self.course, self.resume, self.has_begun = arms, course, resume, False
-        self.heats, self.ended, self.named = _take_up(course, arms, resume) if resume else ([], "", None)
+    def __init__(self, arms: Sequence[Arm], rival: Candidate | None, course: Course, resume: str | None = None):
+        self.arms, self.rival, self.course, self.resume, self.has_begun = arms, rival, course, resume, False
+        self.named = Path(resume) if resume and resume != "auto" else None
+        self.heats, self.ended, left = read_record(course, arms, self.named) if resume else (Heats(), "", [])
+        self.running = [arm for arm in arms if arm.recipe.name not in left]
+        if self.named:
+            self._return_to(self.named)
 
     def record(self) -> None:
         """Write `race.json`."""
-        write_record(self.course, self.arms, self.heats, self.ended)
+        left = [arm.recipe.name for arm in self.arms if arm not in self.running]
+        write_record(self.course, self.arms, self.heats, self.ended, left)
 
-    def advance(self, arm: Arm, end: int) -> Advanced:
-        """Train an arm up to a step, from its newest checkpoint or the named one."""
+    def choose_next(self) -> tuple[Arm | None, str]:
+        """Return the arm that runs the next heat, or none and why the race ends here."""
+        heats, arms, probe = self.heats, self.running, self.rival
+        following = {arm.recipe.name: self.next_heat(arm) for arm in arms}
+        left = [arm for arm in arms if following[arm.recipe.name] < len(arm.ends)]
+        early = [arm for arm in left if len(heats.of(arm.recipe.name)) < 2]
+        losses = [heat.loss for heat in heats if math.isfinite(heat.loss)]
+        if early:  # every arm is seen twice: a new head starts far behind
+            arm = min(early, key=lambda arm: following[arm.recipe.name])
+            far = probe and heats.of(arm.recipe.name) and all(loss >= FAR * probe.loss for loss in losses)
+            return (None, "the probe far ahead") if far else (arm, "")
+        if len(left) < len(arms):
+            return None, "its last heat"
+        best = min(losses, default=math.inf)
+        wanted = min(best - max(MIN_GAIN * best, LEAST_GAIN), probe.loss if probe else math.inf)
+        promising = [
+            arm
+            for arm in arms
+            if self.promise(arm) < wanted
+            # The last heat is half of all training: an arm that is behind by then does not run it.
+            and (
+                following[arm.recipe.name] + 1 < len(arm.ends)
+                or heats.of(arm.recipe.name)[-1].loss < (1 + MIN_GAIN) * best
+            )
+        ]
+        if not promising:
+            return None, "no more gain in sight"
+        return min(promising, key=self.promise), ""
+
+    def next_heat(self, arm: Arm) -> int:
+        """Return the number of the heat that an arm runs next, from 0 on; a checkpoint may be past the first ones."""
+        begun = step_of(self.named) if self.named else 0
+        done = max((heat.step for heat in self.heats.of(arm.recipe.name)), default=0)
+        return sum(end <= done or (end < begun and end < arm.ends[-1]) for end in arm.ends)
+
+    def expected_seconds(self, arm: Arm, number: int) -> float:
+        """Return the seconds that a heat will take, by those of the arm's last one, or by another arm's first one."""
+        own = self.heats.of(arm.recipe.name)
+        if number == 0 or not own:  # a named checkpoint may be past the first heats
+            return max((heat.seconds for heat in self.heats), default=0.0)
+        lengths = [end - begin for begin, end in zip((0, *arm.ends), arm.ends, strict=False)]
+        return own[-1].seconds * lengths[number] / lengths[number - 1]
+
+    def promise(self, arm: Arm) -> float:
+        """Return the loss where an arm's last two heats lead at the end of its training."""
+        before, now = self.heats.of(arm.recipe.name)[-2:]
+        return predict_loss(before, now, now.epochs * arm.ends[-1] / now.step)
+
+    def leading(self) -> Arm | None:
+        """Return the arm with the lowest loss; None where nothing was trained."""
+        last = {arm.recipe.name: self.heats.of(arm.recipe.name)[-1:] for arm in self.arms}
+        trained = [arm for arm in self.arms if last[arm.recipe.name]]
+        return min(trained, key=lambda arm: last[arm.recipe.name][0].loss, default=None)
+
+    def leave(self, arm: Arm, error: NotFinite) -> None:
+        """Let an arm leave the race with its heats.
+
+        Raises:
+            NotFinite: the error, where nothing else is left.
+        """
+        if self.rival is None and len(self.running) == 1:
+            raise error
+        self.running.remove(arm)
+        self.heats[:] = [heat for heat in self.heats if heat.arm != arm.recipe.name]
+        say("careful", f"{arm.recipe.name} leaves the race: {error}")
+        self.ended = "" if self.running else "no recipe left"
+
+    def advance(self, arm: Arm, end: int) -> tuple[Winner, SafeTrainer]:
+        """Train an arm up to a step, from its newest checkpoint or the named one; score its best weights so far."""
         checkpoint = self.named or newest_shared(arm.folder, arm.is_main_process)
         if self.resume and not self.has_begun:
             say("resume", _where(checkpoint, self.heats))
         if not self.has_begun:
             EpochTable.write_header(arm.training_args)
         self.has_begun, self.named = True, self.named if self.named and step_of(self.named) >= end else None
-        return _advance(arm, end, self.course, checkpoint, self.record)
+        return self._train(arm, end, checkpoint)
+
+    def _train(self, arm: Arm, end: int, checkpoint: Path | None) -> tuple[Winner, SafeTrainer]:
+        trainer, course = arm.trainer(), self.course
+        self.record()  # nothing is written before the settings are known to work
+        if arm.schedule is None:
+            trainer.add_callback(EndInTime(course.ends_in_time))
+        there = checkpoint is not None and step_of(checkpoint) >= end
+        train(trainer, end if arm.schedule or there else None, checkpoint, course.stop)
+        shares = (1.0,) if course.only_trained else arm.recipe.shares
+        validation, name = arm.rows["validation"], arm.recipe.name
+        candidates = score_candidates(trainer, validation, arm.start, shares, course.judge, name)
+        course.stopwatch.stop("evaluate")
+        return Winner(arm, candidates, trainer.state), trainer
+
+    def _return_to(self, named: Path) -> None:
+        """Go on from a checkpoint: the run is no longer finished, and later checkpoints are written again.
+
+        Raises:
+            UserError: it cannot go on from there; then nothing is removed.
+        """
+        arm = self.arms[0]
+        check_named(named, arm.origin)
+        load_weights(arm.workshop.copy(), named)
+        mark_unfinished(self.course.stop.run_dir)
+        if arm.is_main_process:
+            for step, checkpoint in checkpoints_by_step(arm.folder).items():
+                if step > step_of(named):
+                    shutil.rmtree(checkpoint)
+        self.record()
 
 
-def keep_best(outcome: Outcome, workshop: Workshop, starts: Mapping[str, State]) -> tuple[Candidate, Trainer]:
-    """Return the weights that are best on validation, and a Trainer whose model has them; see `selection.choose`."""
-    candidates = [*([outcome.probe] if outcome.probe else []), *outcome.candidates]
-    kept = choose(candidates)
-    if kept.is_probe or outcome.arm is None or outcome.trainer is None:
+def keep_best(
+    outcome: Outcome, trained: SafeTrainer | None, workshop: Workshop, starts: Mapping[str, State]
+) -> tuple[Candidate, Trainer]:
+    """Return the weights that are best on validation, and a Trainer whose model has them; see `selection.choose`.
+
+    Args:
+        outcome, trained: of `race`.
+        workshop: for the probe's Trainer.
+        starts: of `baselines.measure_probe`.
+    """
+    winner = outcome.winner
+    kept = choose([*([outcome.probe] if outcome.probe else []), *(winner.candidates if winner else ())])
+    if kept.is_probe or winner is None or trained is None:
         trainer, start = workshop.predictor(starts["probe"]), None
     else:
-        trainer, start = outcome.trainer, outcome.arm.start
+        trainer, start = trained, winner.arm.start
     load_candidate(model_of(trainer), start, kept)
     return kept, trainer
 
@@ -220,100 +316,11 @@ def predict_loss(before: Heat, now: Heat, epochs: float) -> float:
     return now.loss * (epochs / now.epochs) ** min(slope, 0.0)
 
 
-def _choose_next(
-    heats: list[Heat], arms: Sequence[Arm], probe: Candidate | None, named: Path | None = None
-) -> tuple[Arm | None, str]:
-    """Return the arm that runs the next heat, or none and why the race ends here."""
-    following = {arm.recipe.name: _next_heat(heats, arm, named) for arm in arms}
-    left = [arm for arm in arms if following[arm.recipe.name] < len(arm.ends)]
-    early = [arm for arm in left if len(_results(heats, arm)) < 2]
-    losses = [heat.loss for heat in heats if math.isfinite(heat.loss)]
-    if early:  # every arm is seen twice: a new head starts far behind
-        arm = min(early, key=lambda arm: following[arm.recipe.name])
-        far = probe and _results(heats, arm) and all(loss >= FAR * probe.loss for loss in losses)
-        return (None, "the probe far ahead") if far else (arm, "")
-    if len(left) < len(arms):
-        return None, "its last heat"
-    best = min(losses, default=math.inf)
-    wanted = min(best - max(MIN_GAIN * best, LEAST_GAIN), probe.loss if probe else math.inf)
-    promising = [
-        arm
-        for arm in arms
-        if _promise(heats, arm) < wanted
-        # The last heat is half of all training: an arm that is behind by then does not run it.
-        and (following[arm.recipe.name] + 1 < len(arm.ends) or _results(heats, arm)[-1].loss < (1 + MIN_GAIN) * best)
-    ]
-    if not promising:
-        return None, "no more gain in sight"
-    return min(promising, key=lambda arm: _promise(heats, arm)), ""
-
-
-def _leave(arm: Arm, running: list[Arm], heats: list[Heat], error: NotFinite, probe: Candidate | None) -> None:
-    """Let an arm leave the race with its heats.
-
-    Raises:
-        NotFinite: the error, where nothing else is left.
-    """
-    if probe is None and len(running) == 1:
-        raise error
-    running.remove(arm)
-    heats[:] = [heat for heat in heats if heat.arm != arm.recipe.name]
-    say("careful", f"{arm.recipe.name} leaves the race: {error}")
-
-
-def _leading(heats: list[Heat], arms: Sequence[Arm]) -> Arm | None:
-    """Return the arm with the lowest loss; None where nothing was trained."""
-    return min(
-        (arm for arm in arms if _results(heats, arm)), key=lambda arm: _results(heats, arm)[-1].loss, default=None
-    )
-
-
-def _promise(heats: list[Heat], arm: Arm) -> float:
-    """Return the loss where an arm's last two heats lead at the end of its training."""
-    before, now = _results(heats, arm)[-2:]
-    return predict_loss(before, now, now.epochs * arm.ends[-1] / now.step)
-
-
-def _advance(arm: Arm, end: int, course: Course, checkpoint: Path | None, record: Callable[[], None]) -> Advanced:
-    """Train an arm up to a step, from a checkpoint or from the arm's start; score its best weights so far."""
-    trainer = arm.trainer()
-    record()  # nothing is written before the settings are known to work
-    if arm.schedule is None:
-        trainer.add_callback(EndInTime(course.ends_in_time))
-    there = checkpoint is not None and step_of(checkpoint) >= end
-    train(trainer, end if arm.schedule or there else None, checkpoint, course.stop)
-    shares = (1.0,) if course.only_trained else arm.recipe.shares
-    candidates = score_candidates(trainer, arm.rows["validation"], arm.start, shares, course.judge, arm.recipe.name)
-    course.stopwatch.stop("evaluate")
-    return Advanced(arm, trainer, candidates)
-
-
-def _describe(advanced: Advanced, seconds: float) -> Heat:
-    arm, trainer, candidates = advanced
-    best = min(candidates, key=lambda candidate: candidate.loss)
-    step, epochs, accuracy = trainer.state.global_step, float(trainer.state.epoch or 0), best.validation["accuracy"]
-    return Heat(arm.recipe.name, step, epochs, best.loss, accuracy, round(seconds, 3))
-
-
-def _results(heats: list[Heat], arm: Arm) -> list[Heat]:
-    return [heat for heat in heats if heat.arm == arm.recipe.name]
-
-
-def _next_heat(heats: list[Heat], arm: Arm, named: Path | None) -> int:
-    """Return the number of the heat that an arm runs next, from 0 on; a checkpoint may be past the first ones."""
-    begun = step_of(named) if named else 0
-    done = max((heat.step for heat in _results(heats, arm)), default=0)
-    past = [end <= done or (end < begun and end < arm.ends[-1]) for end in arm.ends]
-    return sum(past)
-
-
-def _expected_seconds(heats: list[Heat], arm: Arm, number: int) -> float:
-    """Return the seconds that a heat will take, by those of the arm's last one, or by another arm's first one."""
-    own = _results(heats, arm)
-    if number == 0 or not own:  # a named checkpoint may be past the first heats
-        return max((heat.seconds for heat in heats), default=0.0)
-    lengths = [end - begin for begin, end in zip((0, *arm.ends), arm.ends, strict=False)]
-    return own[-1].seconds * lengths[number] / lengths[number - 1]
+def _describe(advanced: Winner, seconds: float) -> Heat:
+    best = min(advanced.candidates, key=lambda candidate: candidate.loss)
+    name, state = advanced.arm.recipe.name, advanced.state
+    accuracy = best.validation["accuracy"]
+    return Heat(name, state.global_step, float(state.epoch or 0), best.loss, accuracy, round(seconds, 3))
 
 
 def _where(checkpoint: Path | None, heats: list[Heat]) -> str:
@@ -321,29 +328,3 @@ def _where(checkpoint: Path | None, heats: list[Heat]) -> str:
     if checkpoint:
         return f"from {checkpoint}"
     return f"after {plural(len(heats), 'heat')}" if heats else "there is no whole checkpoint: from the start"
-
-
-def _take_up(course: Course, arms: Sequence[Arm], resume: str) -> tuple[list[Heat], str, Path | None]:
-    """Return what `read_record` does of a run that is resumed, and the checkpoint that is named."""
-    named = None if resume == "auto" else Path(resume)
-    heats, reason = read_record(course, arms, named)
-    if named:
-        _return_to(named, arms, heats, course)
-    return heats, reason, named
-
-
-def _return_to(named: Path, arms: Sequence[Arm], heats: list[Heat], course: Course) -> None:
-    """Let a run go on from a checkpoint: it is no longer finished, and later checkpoints are written again.
-
-    Raises:
-        UserError: it cannot go on from there; then nothing is removed.
-    """
-    arm = arms[0]
-    check_named(named, arm.origin)
-    load_weights(arm.workshop.copy(), named)
-    mark_unfinished(course.stop.run_dir)
-    if arm.is_main_process:
-        for step, checkpoint in checkpoints_by_step(arm.folder).items():
-            if step > step_of(named):
-                shutil.rmtree(checkpoint)
-    write_record(course, arms, heats, "")

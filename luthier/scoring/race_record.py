@@ -42,6 +42,22 @@ class Heat(NamedTuple):
     seconds: float
 
 
+class Heats(list[Heat]):
+    """The heats of a race, in the order in which they were run."""
+
+    def of(self, arm: str) -> list[Heat]:
+        """Return those of an arm."""
+        return [heat for heat in self if heat.arm == arm]
+
+    def seconds(self, arm: str) -> float:
+        """Return the seconds that an arm has trained."""
+        return sum(heat.seconds for heat in self.of(arm))
+
+    def epochs(self, arm: str) -> float:
+        """Return the epochs that an arm has trained."""
+        return max((heat.epochs for heat in self.of(arm)), default=0.0)
+
+
 class Course(NamedTuple):
     """What all arms of a race share.
 
@@ -70,8 +86,16 @@ class Course(NamedTuple):
         return shared
 
 
-def read_record(course: Course, arms: Sequence[Arm], named: Path | None = None) -> tuple[list[Heat], str]:
-    """Return the heats of an earlier part of a race and why it ended, if it has.
+class Record(NamedTuple):
+    """What is known of an earlier part of a race: its heats, why it ended or "", and the arms that have left it."""
+
+    heats: Heats
+    ended: str = ""
+    left: Sequence[str] = ()
+
+
+def read_record(course: Course, arms: Sequence[Arm], named: Path | None = None) -> Record:
+    """Return what an earlier part of a race has noted, on every process what the main one finds.
 
     A race that the time limit ended goes on where there is more time now.
 
@@ -84,19 +108,22 @@ def read_record(course: Course, arms: Sequence[Arm], named: Path | None = None) 
         UserError: the race was begun with other options.
     """
     path = course.folder / RACE
+    (text,) = broadcast_object_list([path.read_bytes() if path.exists() else None])
+    if text is None:
+        return Record(Heats())
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        planned, ended, options = record["arms"], record["ended"], record["options"]
-        heats = [Heat(**row) for row in record["heats"]]
-        more_time = (course.time_limit or math.inf) > (record["time_limit"] or math.inf)
-    except FileNotFoundError:
-        return [], ""
+        record = json.loads(text)
+        planned, ended, options = dict(record["arms"]), str(record["ended"]), dict(record["options"])
+        kinds = Heat.__annotations__.items()
+        heats = Heats(Heat(**{name: kind(row[name]) for name, kind in kinds}) for row in record["heats"])
+        more_time = (course.time_limit or math.inf) > float(record["time_limit"] or math.inf)
+        left = list(record.get("left", ()))
     except (ValueError, TypeError, KeyError) as error:
         logger.warning(f"Not used: {path}, which cannot be read ({error}). The checkpoints are")
-        return [], ""
+        return Record(Heats())
     ends = {arm.recipe.name: list(arm.ends) for arm in arms}
     if planned.keys() != ends.keys():  # another race: its checkpoints are in other folders
-        return [], ""
+        return Record(Heats())
     for name, now in course.options.items():
         if name in options and options[name] != now:
             raise UserError(
@@ -104,20 +131,22 @@ def read_record(course: Course, arms: Sequence[Arm], named: Path | None = None) 
                 f"{_in_words(name, now)}: give the options that the run was begun with, or another --output_dir"
             )
     if named is None:
-        return heats, ended if planned == ends and not (ended == NO_TIME and more_time) else ""
-    return [heat for heat in heats if heat.step <= step_of(named)], ""
+        return Record(heats, ended if planned == ends and not (ended == NO_TIME and more_time) else "", left)
+    return Record(Heats(heat for heat in heats if heat.step <= step_of(named)))
 
 
 def _in_words(name: str, value: Any) -> str:
     return f"no --{name}" if value is None else f"--{name} {value}"
 
 
-def write_record(course: Course, arms: Sequence[Arm], heats: Sequence[Heat], ended: str) -> None:
-    """Write the options of a race, its heats, and why it has ended or "", on the main process."""
+def write_record(
+    course: Course, arms: Sequence[Arm], heats: Sequence[Heat], ended: str, left: Sequence[str] = ()
+) -> None:
+    """Write the options of a race and what `Record` has of it, on the main process."""
     if arms and arms[0].is_main_process:
         planned = {arm.recipe.name: arm.ends for arm in arms}
         rows = [heat._asdict() for heat in heats]
         begun = {"options": dict(course.options), "time_limit": course.time_limit}
-        record = {**begun, "arms": planned, "ended": ended, "heats": rows}
+        record = {**begun, "arms": planned, "ended": ended, "left": left, "heats": rows}
         with atomic_write(course.folder / RACE) as whole:
             whole.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -8,7 +8,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedModel
 
-from luthier.errors import ImagesChanged, NotFinite
+from luthier.errors import ImagesChanged, NoSpace, NotFinite, UserError
 from luthier.familiarity import Familiarity
 from luthier.images.views import ImageRows
 from luthier.output_dir import NO_TIME
@@ -27,6 +27,12 @@ from models import linear_head
 REFIT = "refit"  # in the directory of a run: checkpoints
 TRAINED = 3  # work of training on an image, in predictions of one: forward, and backward to activations and weights
 AROUND = 2000  # predictions on a CPU that take about as long as a run's imports and its report, some 20 seconds
+
+FAILURES: dict[type[UserError], str] = {  # of a refit, after which the scored weights are shipped
+    NotFinite: "its loss is not finite",
+    ImagesChanged: "images have changed during the run",
+    NoSpace: "its checkpoints do not fit on the disk",
+}
 
 
 class Plan(NamedTuple):
@@ -71,9 +77,10 @@ def plan_refit(
     if experiment.stream:
         scored_on = scored_on if result.kept.is_probe else len(experiment.stream.labels)
         return Plan(used, scored_on, scored_on, 0.0, "the images are streamed")
-    share = 1.0 if outcome.trainer is None else outcome.best_step / max(1, outcome.trainer.state.global_step)
-    work = TRAINED * images * outcome.epochs_of(result.kept.arm) * share
-    seconds = outcome.seconds_of(result.kept.arm) * share * images / scored_on
+    winner = outcome.winner
+    share = winner.best_step / max(1, winner.state.global_step) if winner else 1.0
+    work = TRAINED * images * outcome.heats.epochs(result.kept.arm) * share
+    seconds = outcome.heats.seconds(result.kept.arm) * share * images / scored_on
     refusal = ""
     if option == "none":
         refusal = "--refit none"
@@ -87,9 +94,9 @@ def plan_refit(
 def _work_of_run(splits: DatasetDict, result: Result) -> float:
     """Return the work of a run, or of one of its folds, in predictions: training, evaluations, features, the score."""
     per_epoch = TRAINED * len(result.learned_from) + len(splits.get("validation", ()))
-    arms = {heat.arm for heat in result.outcome.heats}
+    heats = result.outcome.heats
     features = sum(len(dataset) for dataset in splits.values()) if result.probe.strength else 0  # on every process
-    return sum(result.outcome.epochs_of(arm) for arm in arms) * per_epoch + features + len(splits["test"])
+    return sum(heats.epochs(arm) for arm in {heat.arm for heat in heats}) * per_epoch + features + len(splits["test"])
 
 
 class Refitted(NamedTuple):
@@ -97,7 +104,7 @@ class Refitted(NamedTuple):
 
     Attributes:
         model: with its weights.
-        familiarity: its own, on the main process; None where the head is not one linear layer.
+        familiarity: its own, on the main process; None where the scored model has none.
     """
 
     model: PreTrainedModel
@@ -113,8 +120,7 @@ def refit(
 ) -> tuple[Plan, Refitted | None]:
     """Return the plan, and the model that has learned from all of its images, for as many epochs as the kept weights.
 
-    Where its loss is not finite, or images are not there any more, the plan says why there is none, and the scored
-    weights are shipped.
+    Where that fails, as in `FAILURES`, the plan says why there is none, and the scored weights are shipped.
 
     The temperature and the thresholds are those of the kept weights. Where answers make up for rare classes, they
     make up for the shares of the classes among these images.
@@ -129,13 +135,13 @@ def refit(
     Raises:
         UserError: see `trainer.train`.
     """
-    kept, outcome, probe, workshop = result.kept, result.outcome, result.probe, result.workshop
+    kept, probe, workshop = result.kept, result.probe, result.workshop
     labels = [label for split in plan.splits for label in splits[split]["label"][:]]
     if workshop.balance:
         balance = workshop.balance._replace(shares=np.bincount(labels) / len(labels))
         kept, workshop = kept._replace(class_shares=balance.shares), replace(workshop, balance=balance)
-    arm = None if kept.is_probe or outcome.arm is None else outcome.arm._replace(workshop=workshop)
-    kind = "probe" if arm is None else arm.recipe.start
+    winner = None if kept.is_probe else result.outcome.winner
+    kind = winner.arm.recipe.start if winner else "probe"
     start = None
     if kind != "new":
         features = join([probe.features[split] for split in plan.splits]) if probe.features else None
@@ -144,23 +150,23 @@ def refit(
         assert head is not None and strength is not None  # there is a probe
         fitted = fit_shared_probe(workshop.predictor(), features, labels, strength, workshop.balance)
         start = state_with_probe(workshop.model, head, fitted)
-    if arm is None:
+    if winner is None:
         model = workshop.copy(start)
     else:
         try:
             with workshop.training_args.main_process_first(desc="preparing the images"):
                 rows = prepare([splits[split] for split in plan.splits])
-            model = _train_again(arm, outcome.best_step, rows, start, result.course)
-        except (NotFinite, ImagesChanged) as error:
-            if isinstance(error, ImagesChanged) and workshop.training_args.world_size > 1:
-                raise  # other processes may have read the images, and would wait for this one
+            arm = winner.arm._replace(workshop=workshop)
+            model = _train_again(arm, winner.best_step, rows, start, result.course)
+        except tuple(FAILURES) as error:
+            if not isinstance(error, NotFinite) and workshop.training_args.world_size > 1:
+                raise  # other processes may not have failed, and would wait for this one
             say("careful", f"the scored weights are shipped, because the refit fails: {error}")
-            why = "its loss is not finite" if isinstance(error, NotFinite) else "images have changed during the run"
-            return plan._replace(refusal=why), None
+            return plan._replace(refusal=FAILURES[type(error)]), None
     load_candidate(model, start, kept)
     trainer = build_predictor(model, workshop.training_args, workshop.collate)
     familiarity = refit_familiarity(
-        trainer, result.answers.familiarity, plan.splits, images, splits, probe.features, arm is None,
+        trainer, result.answers.familiarity, plan.splits, images, splits, probe.features, winner is None,
         result.none,
     )  # fmt: skip
     return plan, Refitted(model, familiarity)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
-from luthier.errors import UserError
+from luthier.errors import NoSpace, UserError
 from luthier.output_dir import copy_permissions_to_weights, sync
 
 logger = logging.getLogger(__name__)
@@ -235,12 +235,12 @@ def check_disk_space(output_dir: Path, size: int, limit: int) -> None:
         limit: how many are kept, besides the best one and the one that is being written.
 
     Raises:
-        UserError: they do not fit.
+        NoSpace: they do not fit.
     """
     needed, free = (limit + 2) * size, shutil.disk_usage(output_dir).free
     there = sum(file.stat().st_size for path in checkpoints_by_step(output_dir).values() for file in path.iterdir())
     if free + there < needed:
-        raise UserError(
+        raise NoSpace(
             f"{output_dir} has {free / 1e6:,.0f} MB left, and this run's checkpoints need up to {needed / 1e6:,.0f} MB"
             ": free some space, give another --output_dir, or keep fewer (--save_total_limit 1)"
         )

@@ -16,7 +16,7 @@ import luthier.scoring.race as race
 import train
 from luthier.output_dir import has_ended
 from luthier.scoring.criterion import Judge
-from luthier.scoring.race_record import Heat
+from luthier.scoring.race_record import Heat, Heats
 from luthier.scoring.refit import Plan, plan_refit
 from luthier.scoring.screening import cross_fitted_losses
 
@@ -262,10 +262,11 @@ def test_cross_fitted_losses_are_those_of_images_that_were_not_learned_from():
 def one_arm(tmp_path, epochs, best_step, own_test=True):
     """Return an experiment of ten images a split, and its result: ten steps of one arm, in 30 seconds."""
     course = race.Course(Judge([]), None, tmp_path, SimpleNamespace(total=lambda: 100.0), time_limit=1.0)
-    trainer = SimpleNamespace(state=SimpleNamespace(best_global_step=best_step, global_step=10))
+    state = SimpleNamespace(best_global_step=best_step, global_step=10)
+    heats = Heats([Heat("full", 10, epochs, 0.5, 0.9, 30.0)])
     result = SimpleNamespace(
         course=course,
-        outcome=race.Outcome(trainer=trainer, heats=[Heat("full", 10, epochs, 0.5, 0.9, 30.0)]),
+        outcome=race.Outcome(heats, "", winner=race.Winner(None, [], state)),
         kept=SimpleNamespace(arm="full"), learned_from=["digest"] * 10, probe=SimpleNamespace(strength=None),
     )  # fmt: skip
     splits = {"train": range(10), "validation": range(10), "test": range(10)}

@@ -15,6 +15,7 @@ from luthier.scoring.experiment import Experiment, Result
 from luthier.scoring.familiarity import Answers
 from luthier.scoring.metrics import choose_threshold, confidence_and_correct, fit_temperature
 from luthier.scoring.race import Outcome
+from luthier.scoring.race_record import Heats
 from luthier.scoring.selection import Candidate
 
 NONE = 2
@@ -34,7 +35,7 @@ def fold(
     kept = Candidate(1.0, temperature, 0.1, {}, {}, np.full(4, loss), arm)
     model = SimpleNamespace(config=SimpleNamespace())
     answers = Answers(logits / temperature, references)
-    result = Result(None, course, [], ProbeResults(), Outcome(reason=reason), kept, model, answers)
+    result = Result(None, course, [], ProbeResults(), Outcome(Heats(), reason), kept, model, answers)
     return logits, (
         Experiment(splits, False, splits, {"unreadable": [], "learned_from": 3}, None, None, [], None, {}),
         result,
@@ -85,6 +86,6 @@ def test_shipped_model_is_the_best_of_the_kind_that_most_folds_kept(monkeypatch)
     _, result, _ = pool(monkeypatch, *several)
     assert result.model is several[2][1][1].model
     _, result, _ = pool(monkeypatch, *several[:2])
-    assert (result.kept.arm, result.outcome.reason) == ("lp_ft", "its last heat"), "one each: by the loss"
+    assert (result.kept.arm, result.outcome.ended) == ("lp_ft", "its last heat"), "one each: by the loss"
     _, result, _ = pool(monkeypatch, several[1], several[2])
-    assert result.outcome.reason == NO_TIME, "with more time one fold goes on"
+    assert result.outcome.ended == NO_TIME, "with more time one fold goes on"

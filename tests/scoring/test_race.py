@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,8 +14,8 @@ from luthier.errors import NotFinite, UserError
 from luthier.output_dir import NO_TIME, RACE
 from luthier.reporting import console
 from luthier.scoring.criterion import Judge
-from luthier.scoring.race import FAR, Outcome, _choose_next, _expected_seconds, predict_loss, race
-from luthier.scoring.race_record import Course, Heat, read_record, write_record
+from luthier.scoring.race import FAR, Outcome, Winner, _Race, predict_loss, race
+from luthier.scoring.race_record import Course, Heat, Heats, read_record, write_record
 from luthier.scoring.selection import Candidate, choose
 from luthier.terminal import Stopwatch
 from luthier.training.signals import Stop
@@ -24,13 +25,13 @@ def arm(name: str, ends: tuple[int, ...] = (10, 30, 70, 150)) -> SimpleNamespace
     return SimpleNamespace(recipe=SimpleNamespace(name=name), ends=ends)
 
 
-def heats(**losses: list[float]) -> list[Heat]:
+def heats(**losses: list[float]) -> Heats:
     ends = (10, 30, 70, 150)
-    return [
+    return Heats(
         Heat(name, end, end / 10, loss, 0.9, 1.0)
         for name, values in losses.items()
         for end, loss in zip(ends, values, strict=False)
-    ]
+    )
 
 
 def candidate(losses: list[float], name: str = "full") -> Candidate:
@@ -40,13 +41,21 @@ def candidate(losses: list[float], name: str = "full") -> Candidate:
 ARMS = [arm("lp_ft"), arm("full"), arm("full_from_probe")]
 
 
-def next_one(tried: list[Heat], arms: list[SimpleNamespace], probe: float | None) -> tuple[str | None, str]:
-    chosen, reason = _choose_next(tried, arms, None if probe is None else candidate([probe] * 4, "probe"))
+def begun(tried: Heats, arms: list[SimpleNamespace], probe: float | None = None) -> _Race:
+    """Return a race whose arms have run some heats."""
+    rival = None if probe is None else candidate([probe] * 4, "probe")
+    begun = _Race(arms, rival, SimpleNamespace())
+    begun.heats = tried
+    return begun
+
+
+def next_one(tried: Heats, arms: list[SimpleNamespace], probe: float | None) -> tuple[str | None, str]:
+    chosen, reason = begun(tried, arms, probe).choose_next()
     return chosen and chosen.recipe.name, reason
 
 
 def test_every_arm_runs_two_heats_in_turns():
-    order, tried = [], []
+    order, tried = [], Heats()
     losses = {"lp_ft": [0.4, 0.4], "full": [4.0, 4.0], "full_from_probe": [0.5, 0.5]}
     while (name := next_one(tried, ARMS, 0.45)[0]) and len(order) < 9:
         order.append(name)
@@ -71,7 +80,7 @@ def test_probe_that_is_far_ahead_ends_the_race():
     tried = heats(lp_ft=[0.4], full=[1.0])
     assert next_one(tried, ARMS[:2], 0.4 / FAR - 0.01) == (None, "the probe far ahead")
     assert next_one(tried, ARMS[:2], 0.4 / FAR + 0.01) == ("lp_ft", "")
-    assert next_one(tried[:1], ARMS[:2], 0.01) == ("full", ""), "each arm is seen once"
+    assert next_one(heats(lp_ft=[0.4]), ARMS[:2], 0.01) == ("full", ""), "each arm is seen once"
 
 
 @pytest.mark.parametrize(("last", "goes_on"), [(0.30, True), (0.399, False), (0.45, False), (math.nan, False)])
@@ -99,8 +108,9 @@ def test_arm_that_leads_to_less_than_the_probe_does_not_go_on():
 
 def test_heat_after_a_named_checkpoint_is_expected_to_take_as_long_as_any():
     tried = heats(lp_ft=[0.4])
-    assert _expected_seconds([], arm("full"), 1) == 0 and _expected_seconds(tried, arm("full"), 1) == 1.0
-    assert _expected_seconds(tried, arm("lp_ft"), 1) == 2.0
+    assert begun(Heats(), ARMS).expected_seconds(arm("full"), 1) == 0
+    assert begun(tried, ARMS).expected_seconds(arm("full"), 1) == 1.0
+    assert begun(tried, ARMS).expected_seconds(arm("lp_ft"), 1) == 2.0
 
 
 def course_in(folder: Path, **terms) -> Course:
@@ -109,17 +119,18 @@ def course_in(folder: Path, **terms) -> Course:
 
 def test_record_of_a_race_counts_for_the_same_arms_alone(tmp_path, caplog):
     tried, arms, course = heats(full=[0.5, 0.4]), [arm("full")], course_in(tmp_path, time_limit=5)
-    assert read_record(course, arms) == ([], "")
+    assert read_record(course, arms) == ([], "", ())
     begun = {"arms": {"full": [10, 30, 70, 150]}, "options": {"seed": 1}, "time_limit": 5}
     text = json.dumps({**begun, "ended": "the time limit", "heats": [heat._asdict() for heat in tried]})
     (tmp_path / RACE).write_text(text)
-    assert read_record(course, arms) == (tried, "the time limit")
-    assert read_record(course, [arm("full", (10, 30, 300))]) == (tried, ""), "more epochs: it may go on"
-    assert read_record(course, ARMS) == ([], "")
+    assert read_record(course, arms) == (tried, "the time limit", [])
+    assert read_record(course, [arm("full", (10, 30, 300))]) == (tried, "", []), "more epochs: it may go on"
+    assert read_record(course, ARMS) == ([], "", ())
     assert not caplog.text
-    for damaged in ("", text[:-9], "[]", "{}"):
-        (tmp_path / RACE).write_text(damaged)
-        assert read_record(course, arms) == ([], "")
+    edited = [text.replace('"time_limit": 5', '"time_limit": "5 min"'), text.replace('"step": 10', '"step": "ten"')]
+    for damaged in ("", text[:-9], "[]", "{}", *edited, text.replace('"full": [', '"full", ['), "\xff"):
+        (tmp_path / RACE).write_text(damaged, encoding="latin-1")
+        assert read_record(course, arms) == ([], "", ())
         assert "race.json, which cannot be read" in caplog.text
         caplog.clear()
 
@@ -128,7 +139,7 @@ def test_record_of_a_race_counts_for_the_same_arms_alone(tmp_path, caplog):
 def test_race_that_the_time_limit_ended_goes_on_with_more_time(tmp_path, limit, ended):
     arms = [SimpleNamespace(**vars(arm("full")), is_main_process=True)]
     write_record(course_in(tmp_path, time_limit=5), arms, heats(full=[0.5]), "the time limit")
-    assert read_record(course_in(tmp_path, time_limit=limit), arms) == (heats(full=[0.5]), ended)
+    assert read_record(course_in(tmp_path, time_limit=limit), arms) == (heats(full=[0.5]), ended, [])
     write_record(course_in(tmp_path), arms, heats(full=[0.5]), "its last heat")
     assert read_record(course_in(tmp_path, time_limit=limit), arms)[1] == "its last heat"
 
@@ -136,7 +147,7 @@ def test_race_that_the_time_limit_ended_goes_on_with_more_time(tmp_path, limit, 
 def test_race_is_not_resumed_with_other_options(tmp_path):
     arms = [SimpleNamespace(**vars(arm("full")), is_main_process=True)]
     write_record(course_in(tmp_path, options={"balance": "auto", "none_class": None}), arms, [], "")
-    assert read_record(course_in(tmp_path, options={"balance": "auto", "seed": 3}), arms) == ([], "")
+    assert read_record(course_in(tmp_path, options={"balance": "auto", "seed": 3}), arms) == ([], "", [])
     with pytest.raises(UserError, match="begun with --balance auto, and now there would be --balance weighted: give"):
         read_record(course_in(tmp_path, options={"balance": "weighted"}), arms)
     with pytest.raises(UserError, match="begun with no --none_class, and now there would be --none_class other"):
@@ -147,7 +158,7 @@ def test_loss_that_is_no_number_never_wins():
     broken = candidate([math.nan] * 4, "full")
     assert broken.loss == math.inf
     assert predict_loss(*heats(full=[math.inf, 0.5]), 150) == 0.5
-    assert module._leading(heats(full=[math.inf], lp_ft=[0.3]), ARMS).recipe.name == "lp_ft"
+    assert begun(heats(full=[math.inf], lp_ft=[0.3]), ARMS).leading().recipe.name == "lp_ft"
 
 
 def test_power_law_goes_through_both_heats_and_never_rises():
@@ -173,39 +184,57 @@ def test_weights_that_diverged_are_not_kept():
 
 @pytest.mark.parametrize(("broken", "kept"), [(["full"], "lp_ft"), (["full", "lp_ft", "full_from_probe"], None)])
 def test_arm_whose_loss_is_not_finite_leaves_the_race(tmp_path, monkeypatch, capsys, broken, kept):
-    def advance(arm, end, course, checkpoint, begin):
-        if arm.recipe.name in broken:
+    def loss(name: str) -> float:
+        if name in broken:
             raise NotFinite("its loss is not finite")
-        state = SimpleNamespace(global_step=end, epoch=end / 10)
-        loss = candidate([0.4 if arm.recipe.name == "lp_ft" else 0.6] * 4, arm.recipe.name)
-        return module.Advanced(arm, SimpleNamespace(state=state), [loss._replace(validation={"accuracy": 0.9})])
+        return 0.4 if name == "lp_ft" else 0.6
 
-    monkeypatch.setattr(module, "_advance", advance)
-    monkeypatch.setattr(module.EpochTable, "write_header", lambda args: None)
-    monkeypatch.setattr(module, "newest_shared", lambda *_: None)
-    arms = [SimpleNamespace(**vars(one), is_main_process=True, folder=tmp_path, training_args=None) for one in ARMS]
-    course = course_in(tmp_path)
-    outcome = race(arms, candidate([0.5] * 4, "probe"), course, None)
-    assert (outcome.arm and outcome.arm.recipe.name) == kept
+    without_training(monkeypatch, lambda name, end: loss(name))
+    arms, course = [in_folder(one, tmp_path) for one in ARMS], course_in(tmp_path)
+    outcome, trainer = race(arms, candidate([0.5] * 4, "probe"), course, None)
+    assert (outcome.winner and outcome.winner.arm.recipe.name) == kept and (trainer is None) == (kept is None)
     printed = capsys.readouterr().out
     assert all(f"{name} leaves the race: its loss is not finite" in printed for name in broken)
     assert not {heat.arm for heat in outcome.heats} & set(broken)
     if kept is None:
-        assert outcome.reason == "no recipe left"
+        assert outcome.ended == "no recipe left"
         with pytest.raises(NotFinite):  # nothing is left but the error
             race(arms, None, course, None)
 
 
+def test_arm_that_has_left_does_not_return_when_the_run_is_resumed(tmp_path, monkeypatch):
+    trained: list[str] = []
+
+    def loss(name: str, end: int) -> float:
+        trained.append(name)
+        if name == "full" and end == 30:
+            raise NotFinite("its loss is not finite")
+        if name == "full_from_probe" and end == 30:
+            raise KeyboardInterrupt  # the run is killed
+        return 1 / end
+
+    without_training(monkeypatch, loss)
+    arms, probe = [in_folder(one, tmp_path) for one in ARMS], candidate([0.5] * 4, "probe")
+    with pytest.raises(KeyboardInterrupt):
+        race(arms, probe, course_in(tmp_path), None)
+    assert trained[-2:] == ["full", "full_from_probe"]
+    trained.clear()
+    without_training(monkeypatch, lambda name, end: trained.append(name) or 1 / end)
+    outcome, _ = race(arms, probe, course_in(tmp_path), "auto")
+    assert "full" not in trained and "full_from_probe" in trained
+    assert not outcome.heats.of("full")
+
+
 def test_no_race_where_the_probe_leaves_little_to_gain(tmp_path):
-    outcome = race(ARMS, candidate([0.01] * 4, "probe"), course_in(tmp_path), None)
-    assert outcome.arm is None and not outcome.heats and "little to gain" in outcome.reason
+    outcome, trainer = race(ARMS, candidate([0.01] * 4, "probe"), course_in(tmp_path), None)
+    assert outcome.winner is trainer is None and not outcome.heats and "little to gain" in outcome.ended
 
 
 def test_heats_after_a_named_checkpoint_do_not_count(tmp_path):
     arms = [SimpleNamespace(**vars(arm("full")), is_main_process=True)]
     write_record(course_in(tmp_path), arms, heats(full=[0.5, 0.4, 0.3]), "its last heat")
     (tmp_path / "trainer_state.json").write_text('{"global_step": 30}')
-    assert read_record(course_in(tmp_path), arms, tmp_path) == (heats(full=[0.5, 0.4]), "")
+    assert read_record(course_in(tmp_path), arms, tmp_path) == (heats(full=[0.5, 0.4]), "", ())
 
 
 def test_heats_of_the_same_length_promise_nothing():
@@ -213,28 +242,39 @@ def test_heats_of_the_same_length_promise_nothing():
 
 
 def test_seconds_of_heats_add_up_and_epochs_are_counted_from_the_start():
-    outcome = Outcome(heats=heats(full=[0.5, 0.4], lp_ft=[0.3]))
-    assert (outcome.epochs_of("full"), outcome.seconds_of("full"), outcome.epochs_of("probe")) == (3.0, 2.0, 0.0)
+    tried = heats(full=[0.5, 0.4], lp_ft=[0.3])
+    assert (tried.epochs("full"), tried.seconds("full"), tried.epochs("probe")) == (3.0, 2.0, 0.0)
+
+
+def in_folder(arm: SimpleNamespace, folder: Path) -> SimpleNamespace:
+    """Return an arm with what a race needs of it."""
+    return SimpleNamespace(**vars(arm), is_main_process=True, folder=folder, training_args=None)
+
+
+def without_training(monkeypatch, loss: Callable[[str, int], float]) -> None:
+    """Let heats take no time, and end with the loss that a function gives for an arm's name and a step."""
+
+    def train(self, arm, end, checkpoint):
+        self.record()
+        state = SimpleNamespace(global_step=end, epoch=end / 10, best_global_step=None)
+        best = candidate([loss(arm.recipe.name, end)] * 4, arm.recipe.name)
+        return Winner(arm, [best._replace(validation={"accuracy": 0.9})], state), SimpleNamespace()
+
+    monkeypatch.setattr(_Race, "_train", train)
+    monkeypatch.setattr(module.EpochTable, "write_header", lambda args: None)
+    monkeypatch.setattr(module, "newest_shared", lambda *_: None)
 
 
 def run_race(tmp_path, monkeypatch, resume: str | None = None, **terms) -> tuple[Outcome, SimpleNamespace]:
     """Run a race of one arm that is trained in no time, and return its outcome and the arm."""
-
-    def advance(arm, end, course, checkpoint, record):
-        state = SimpleNamespace(global_step=end, epoch=end / 10)
-        best = candidate([10 / end] * 4, arm.recipe.name)._replace(validation={"accuracy": 0.9})
-        return module.Advanced(arm, SimpleNamespace(state=state), [best])
-
-    monkeypatch.setattr(module, "_advance", advance)
-    monkeypatch.setattr(module.EpochTable, "write_header", lambda args: None)
-    monkeypatch.setattr(module, "newest_shared", lambda *_: None)
-    one = SimpleNamespace(**vars(arm("full")), is_main_process=True, folder=tmp_path, training_args=None)
-    return race([one], None, course_in(tmp_path, **terms), resume), one
+    without_training(monkeypatch, lambda name, end: 10 / end)
+    one = in_folder(arm("full"), tmp_path)
+    return race([one], None, course_in(tmp_path, **terms), resume)[0], one
 
 
 def test_race_that_the_time_limit_ends_says_so(tmp_path, monkeypatch):
     outcome, one = run_race(tmp_path, monkeypatch, time_limit=0)  # the first heat is run in any case
-    assert len(outcome.heats) == 1 and outcome.reason == NO_TIME
+    assert len(outcome.heats) == 1 and outcome.ended == NO_TIME
     assert read_record(course_in(tmp_path, time_limit=0), [one])[1] == NO_TIME
 
 
@@ -262,10 +302,10 @@ def test_probe_must_be_ahead_in_more_than_a_few_groups():
 )
 def test_what_is_kept_is_said_with_what_it_was_compared_with(capsys, tried, kept, expected):
     probe = candidate([0.3] * 4, "probe")
-    console.say_race(Outcome(heats=heats(**tried), reason="its last heat", probe=probe), candidate([0.3] * 4, kept))
+    console.say_race(Outcome(heats(**tried), "its last heat", probe), candidate([0.3] * 4, kept))
     assert f"kept     {expected}\n" in capsys.readouterr().out
 
 
 def test_single_recipe_without_a_probe_is_no_race(capsys):
-    console.say_race(Outcome(heats=heats(full=[0.5]), reason="its last heat"), candidate([0.5] * 4))
+    console.say_race(Outcome(heats(full=[0.5]), "its last heat"), candidate([0.5] * 4))
     assert capsys.readouterr().out.startswith("trained  validation loss: full 0.500 (1 epoch, 1 s)\n")

@@ -335,6 +335,18 @@ def test_images_that_vanish_before_the_refit_leave_the_scored_weights(timm_check
     assert "changed during the run" in json.loads(Path("out/metrics.json").read_text())["refit"]["refusal"]
 
 
+@pytest.mark.slow
+def test_refit_whose_checkpoints_do_not_fit_leaves_the_scored_weights(timm_checkpoint, monkeypatch, capsys):
+    def check(output_dir, size, limit):
+        if output_dir.is_relative_to("out/refit"):
+            check_disk_space(output_dir, 10**18, limit)
+
+    monkeypatch.setattr("luthier.training.trainer.check_disk_space", check)
+    main(flags(str(timm_checkpoint), "--recipe", "full", "--keep", "trained", "--output_dir", "out"))
+    assert "the scored weights are shipped, because the refit fails: out/refit/full" in capsys.readouterr().out
+    assert has_ended(Path("out")) and not Path("out/scored").exists()
+
+
 def test_full_disk_keeps_the_last_whole_checkpoint(timm_checkpoint, monkeypatch, capsys):
     def seal_on_full_disk(partial, folder):
         if folder.name == "checkpoint-3":
