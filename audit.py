@@ -99,7 +99,7 @@ def ask_probe(splits: "DatasetDict", arguments: "Arguments") -> dict:
     from dataclasses import replace
     from functools import partial
 
-    from data import collate, feature_rows, prepare, sample_rows
+    from data import feature_rows, prepare, sample_rows
     from luthier.images.views import EvaluationView
     from luthier.scoring.baselines import measure_probe
     from luthier.scoring.screening import choose_backbone, draw_sample
@@ -111,7 +111,7 @@ def ask_probe(splits: "DatasetDict", arguments: "Arguments") -> dict:
     labels = dict(enumerate(splits["train"].features["label"].names))
     build = partial(build_model, id2label=labels, image_size=model_args.image_size)
     with tempfile.TemporaryDirectory() as folder:  # the Trainer creates its output directory
-        predictor = partial(build_predictor, training_args=replace(training_args, output_dir=folder), collate=collate)
+        predictor = partial(build_predictor, training_args=replace(training_args, output_dir=folder))
         sample = draw_sample(splits["train"], sample_rows, predictor)
         name = choose_backbone(model_args.model_name, build, sample, model_args.milliseconds)
         model, image_processor = build(name)

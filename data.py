@@ -1,4 +1,4 @@
-"""The way of an image: loaded, split, prepared once, transformed lazily, collated to a batch."""
+"""The way of an image: loaded, split, prepared once, transformed lazily."""
 
 import functools
 import hashlib
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, concatenate_datasets
 from PIL import Image as PILImage
-from torch.utils.data import default_collate, get_worker_info
+from torch.utils.data import get_worker_info
 from transformers import BaseImageProcessor
 
 from luthier.cache import cache_key, library_versions, make_rows
@@ -371,11 +371,6 @@ def batch_transform(column: str, transform: Callable[..., torch.Tensor], threads
         return rows | ({"labels": batch["label"]} if "label" in batch else {})
 
     return transform_batch
-
-
-def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
-    """Stack rows of a transformed split: `pixel_values` [N, 3, H, W], and `labels` int64 [N] if they have."""
-    return default_collate(rows)
 
 
 def _view_key(view: EvaluationView) -> str:

@@ -67,7 +67,7 @@ def build_parser() -> "Parser":
 
 def score_model(arguments: "Arguments", output_dir: Path, stopwatch: Stopwatch) -> None:
     """Load the images and the model, predict, and write the results."""
-    from data import collate, evaluation_rows, load_labelled, prepare
+    from data import evaluation_rows, load_labelled, prepare
     from luthier.familiarity import load_familiarity, none_of
     from luthier.images.description import describe
     from luthier.images.views import EvaluationView
@@ -93,7 +93,7 @@ def score_model(arguments: "Arguments", output_dir: Path, stopwatch: Stopwatch) 
         prepared = prepare(splits, view)
     stopwatch.stop("prepare")
     check_known(splits, none_of(model))
-    trainer = build_predictor(model, training_args, collate)
+    trainer = build_predictor(model, training_args)
     data = describe(prepared, data_args.name, data_args.is_built_in)
     setup = console.describe_setup(trainer, model_args.model_name, view.size)
     findings = audit_images(splits, unreadable)

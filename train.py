@@ -53,7 +53,7 @@ def set_up(arguments: "Arguments", stopwatch: Stopwatch) -> "Experiment":
     """Load the images, build the model, and prepare the images for it."""
     from transformers import set_seed
 
-    from data import collate, cut_splits, load_images, prepare, sample_rows
+    from data import cut_splits, load_images, prepare, sample_rows
     from luthier.images.streams import open_stream
     from luthier.reporting import console
     from luthier.reporting.results import warn_if_learned
@@ -78,7 +78,7 @@ def set_up(arguments: "Arguments", stopwatch: Stopwatch) -> "Experiment":
 
     # Model
     drawn_from = images["train"] if data_args.folds else splits["train"]  # the same view for all folds
-    sample = draw_sample(drawn_from, sample_rows, lambda model: build_predictor(model, training_args, collate))
+    sample = draw_sample(drawn_from, sample_rows, lambda model: build_predictor(model, training_args))
     build = functools.partial(build_model, id2label=id2label, image_size=model_args.image_size)
     name = choose_backbone(model_args.model_name, build, sample, model_args.milliseconds, arguments.run_dir)
     set_seed(training_args.seed)  # decides the first weights of a new head
@@ -99,7 +99,7 @@ def set_up(arguments: "Arguments", stopwatch: Stopwatch) -> "Experiment":
 
 def fine_tune(arguments: "Arguments", stop: "Stop", stopwatch: Stopwatch) -> tuple["Experiment", "Result"]:
     """Race the recipes, keep the weights that are best on validation, and predict test with them, once."""
-    from data import collate, feature_rows, with_transforms
+    from data import feature_rows, with_transforms
     from luthier.reporting import console
     from luthier.scoring.baselines import ProbeResults, measure_probe, with_yardstick
     from luthier.scoring.experiment import Result
@@ -113,7 +113,7 @@ def fine_tune(arguments: "Arguments", stop: "Stop", stopwatch: Stopwatch) -> tup
     experiment = set_up(arguments, stopwatch)
     splits, prepared, view, stream = experiment.splits, experiment.prepared, experiment.view, experiment.stream
     rows = with_transforms(prepared, view, data_args.augmentation, data_args.test_view, experiment.size, stream)
-    workshop = experiment.workshop(training_args, collate, [StageTimes(stopwatch), stop])
+    workshop = experiment.workshop(training_args, [StageTimes(stopwatch), stop])
 
     # Probe
     probe, images, curve = ProbeResults(), feature_rows(prepared, view), data_args.learning_curve

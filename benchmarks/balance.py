@@ -21,7 +21,7 @@ from scipy.special import log_softmax
 from scipy.stats import t as student
 
 from benchmarks._common import directory
-from data import collate, feature_rows, load_splits, prepare
+from data import feature_rows, load_splits, prepare
 from luthier.arguments import parse_arguments
 from luthier.errors import exit_on_user_error
 from luthier.images.splits import stratified_cut
@@ -77,7 +77,7 @@ def load(folder: str) -> tuple[DatasetDict, dict[str, torch.Tensor]]:
         model, image_processor = build_model("efficientnet_lite0", dict(enumerate(pool.features["label"].names)))
         view = EvaluationView(image_processor)
         rows = feature_rows(prepare(splits, view), view)
-        trainer, head = build_predictor(model, training_args, collate), linear_head(model)
+        trainer, head = build_predictor(model, training_args), linear_head(model)
         return splits, {split: load_features(trainer, head, rows[split]) for split in splits}
 
 

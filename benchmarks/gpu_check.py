@@ -29,14 +29,14 @@ from typing import NamedTuple
 
 import torch
 from datasets import disable_progress_bars
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms import v2
 from transformers import PreTrainedModel
 
 from benchmarks._networks import save_network
 from benchmarks.throughput import LABELS, build, compare
 from benchmarks.training_view import draw
-from data import batch_transform, collate, load_splits, prepare, training_rows
+from data import batch_transform, load_splits, prepare, training_rows
 from luthier.fusion import fuse_for_training
 from luthier.images.views import EvaluationView
 from luthier.machine import available_cores
@@ -296,7 +296,7 @@ def check_augmentation(cpu: bool, scratch: Path) -> Iterator[Row]:
     speeds = {}
     for name, (rows, augment) in ways.items():
         loader = DataLoader(
-            rows, 64, collate_fn=collate, num_workers=workers, pin_memory=not cpu, persistent_workers=True,
+            rows, 64, collate_fn=default_collate, num_workers=workers, pin_memory=not cpu, persistent_workers=True,
             worker_init_fn=StartWorker(None),
         )  # fmt: skip
         for _ in range(2):  # the first starts the workers

@@ -15,7 +15,7 @@ import torch
 from torchvision.transforms import v2
 
 from benchmarks._common import directory
-from data import collate, feature_rows, load_splits, prepare
+from data import feature_rows, load_splits, prepare
 from luthier.arguments import parse_arguments
 from luthier.errors import exit_on_user_error
 from luthier.images.decode import decode_rgb
@@ -48,7 +48,7 @@ def main() -> None:
         )
         view = EvaluationView(image_processor)
         rows = feature_rows(prepare(splits, view), view)
-        inflation = measure_probe(build_predictor(model, training_args, collate), splits, rows).inflation
+        inflation = measure_probe(build_predictor(model, training_args), splits, rows).inflation
     assert inflation is not None  # the images have groups
     print(inflation_in_words(inflation))
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from benchmarks._common import directory
-from data import collate, feature_rows, load_splits, prepare
+from data import feature_rows, load_splits, prepare
 from luthier.arguments import parse_arguments
 from luthier.errors import exit_on_user_error
 from luthier.images.views import EvaluationView
@@ -43,7 +43,7 @@ def main() -> None:
         model, image_processor = build_model("efficientnet_lite0", dict(enumerate(names)))
         view = EvaluationView(image_processor)
         rows = feature_rows(prepare(splits, view), view)
-        trainer, head = build_predictor(model, training_args, collate), linear_head(model)
+        trainer, head = build_predictor(model, training_args), linear_head(model)
         features = {split: load_features(trainer, head, rows[split]) for split in USED}
         probe, _ = fit_shared_probes(trainer, features, {split: splits[split]["label"][:] for split in USED})
     labels, groups = (np.concatenate([splits[split][column][:] for split in USED]) for column in ("label", "group"))

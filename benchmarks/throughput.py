@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from transformers import (
     PreTrainedModel,
     TimmWrapperConfig,
@@ -24,15 +24,14 @@ from transformers import (
     TrainingArguments,
 )
 
-from data import collate
 from luthier.arguments import parse_arguments
 from luthier.images.views import EvaluationView
 from luthier.machine import set_up_process
 from luthier.scoring.criterion import Judge
+from luthier.training.arms import Arm, Workshop, build_trainer
 from luthier.training.callbacks import EpochTable
 from luthier.training.layers import parameter_groups
 from luthier.training.recipe import RECIPES
-from luthier.training.trainer import build_trainer
 from models import build_model, keep_in_eval_mode
 
 LABELS = {index: f"class {index}" for index in range(10)}
@@ -141,9 +140,9 @@ def compare(name: str, size: int, rounds: int, steps: int, batch: int, options: 
         clock, judge = Clock(steps + 1), Judge(list(LABELS.values()))
         data, measure = {"train": rows, "validation": rows}, judge.compute_metrics
         scale = EvaluationView(build_model("efficientnet_lite0", LABELS, size)[1]).scale
-        trainer = build_trainer(
-            build(name, size), RECIPES["full"], training_args, data, collate, measure, [clock], scale=scale
-        )
+        model = build(name, size)
+        shop = Workshop(model, training_args, measure, [clock], scale=scale)
+        trainer = build_trainer(model, Arm(RECIPES["full"], shop, training_args, data, (steps + 1,), None, None))
         trainer.remove_callback(EpochTable)  # its table would stand inside this one
         bare = BareLoop(build(name, size), rows, training_args, scale)
         for _ in range(rounds):
@@ -160,8 +159,9 @@ class BareLoop:
     def __init__(self, model: PreTrainedModel, rows: Dataset, args: TrainingArguments, scale: Callable):
         self.model, self.args, self.scale = model.to(args.device), args, scale
         self.loader = DataLoader(
-            rows, args.train_batch_size, shuffle=True, collate_fn=collate, num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory, persistent_workers=args.dataloader_persistent_workers,
+            rows, args.train_batch_size, shuffle=True, collate_fn=default_collate,
+            num_workers=args.dataloader_num_workers, pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
         )  # fmt: skip
         self.optimizer = torch.optim.AdamW(parameter_groups(model, 1e-4, 1e-4, 1.0, 0.01), fused=True)
 

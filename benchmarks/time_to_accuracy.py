@@ -186,6 +186,7 @@ def fine_tune_with_trainer(data: Path, seed: int, name: str, size: int, epochs: 
     import numpy as np
     from datasets import load_dataset
     from timm.data import create_transform
+    from torch.utils.data import default_collate
     from transformers import (
         TimmWrapperConfig,
         TimmWrapperForImageClassification,
@@ -194,8 +195,6 @@ def fine_tune_with_trainer(data: Path, seed: int, name: str, size: int, epochs: 
         TrainingArguments,
         set_seed,
     )
-
-    from data import collate
 
     class Report(TrainerCallback):
         def on_evaluate(self, args, state, control, metrics, **kwargs):
@@ -229,7 +228,7 @@ def fine_tune_with_trainer(data: Path, seed: int, name: str, size: int, epochs: 
             save_strategy="no", report_to="none", remove_unused_columns=False, disable_tqdm=True,
         )  # fmt: skip
         trainer = Trainer(
-            model=model, args=training_args, data_collator=collate, train_dataset=splits["train"],
+            model=model, args=training_args, data_collator=default_collate, train_dataset=splits["train"],
             eval_dataset=splits["validation"], callbacks=[Report()],
             compute_metrics=lambda result: {"accuracy": float(np.mean(result[0].argmax(-1) == result[1]))},
         )  # fmt: skip

@@ -15,11 +15,12 @@ import torch
 from conftest import COLOURS, draw, draw_folder, encoded, labels_of, load, save_dataset
 from datasets import DatasetDict, Image, Value
 from PIL import Image as PILImage
+from torch.utils.data import default_collate
 
 import data
 import luthier.cache as cache
 import luthier.images.inspection as inspection
-from data import collate, load_splits, prepare, store_training_image, with_transforms
+from data import load_splits, prepare, store_training_image, with_transforms
 from luthier.errors import UserError
 from luthier.images.decode import decode_rgb
 from luthier.images.description import describe
@@ -354,7 +355,7 @@ def test_file_that_is_much_smaller_than_its_view_is_stored_in_its_place(tmp_path
 def test_augmentation_is_lazy_and_rows_are_collated(images, view):
     train = with_transforms(prepare(load(data_dir=str(images)), view), view, "flip_crop", "evaluation")["train"]
     assert not torch.equal(train[0]["pixel_values"], train[0]["pixel_values"])
-    batch = collate([train[0], train[14]])
+    batch = default_collate([train[0], train[14]])
     assert batch["pixel_values"].shape == (2, 3, 32, 32) and batch["pixel_values"].dtype == torch.uint8  # levels
     assert batch["labels"].tolist() == [0, 2] and batch["labels"].dtype == torch.int64
 

@@ -1,6 +1,6 @@
 """What a run prepares before it trains, and what it has found before it is written."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from datasets import DatasetDict
@@ -55,12 +55,7 @@ class Experiment(NamedTuple):
         """(height, width) of the random crops of training, in pixels."""
         return training_size(self.model, self.view.size)
 
-    def workshop(
-        self,
-        training_args: TrainingArguments,
-        collate: Callable[[list[dict]], dict],
-        callbacks: Sequence[TrainerCallback] = (),
-    ) -> Workshop:
+    def workshop(self, training_args: TrainingArguments, callbacks: Sequence[TrainerCallback] = ()) -> Workshop:
         """Return what builds the Trainers of this run, see `Workshop`; the model gets its memory format.
 
         Raises:
@@ -73,7 +68,7 @@ class Experiment(NamedTuple):
         choose_memory_format(self.model, training_args.device, count)
         data, (height, width) = hash_splits(self.splits), self.view.size
         images = f"images of {height} x {width} px"
-        return Workshop(self.model, training_args, collate, measure, callbacks, balance, self.view.scale, data, images)
+        return Workshop(self.model, training_args, measure, callbacks, balance, self.view.scale, data, images)
 
 
 class Result(NamedTuple):

@@ -164,7 +164,7 @@ def refit(
             say("careful", f"the scored weights are shipped, because the refit fails: {error}")
             return plan._replace(refusal=FAILURES[type(error)]), None
     load_candidate(model, start, kept)
-    trainer = build_predictor(model, workshop.training_args, workshop.collate)
+    trainer = build_predictor(model, workshop.training_args)
     familiarity = refit_familiarity(
         trainer, result.answers.familiarity, plan.splits, images, splits, probe.features, winner is None,
         result.none,

@@ -1,6 +1,7 @@
 """Arms: ways to fine-tune one model, each with its start, its heats and its folder of checkpoints."""
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -8,16 +9,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils.data import default_collate
 from transformers import EvalPrediction, PreTrainedModel, SchedulerType, Trainer, TrainerCallback, TrainingArguments
 
+from luthier.errors import UserError
 from luthier.fusion import fuse_for_training
+from luthier.machine import explain_exhausted_memory
 from luthier.training.balance import Balance
-from luthier.training.checkpoints import Origin
+from luthier.training.callbacks import EpochTable, SetEpoch
+from luthier.training.checkpoints import Origin, check_disk_space
 from luthier.training.heats import Schedule, first_heat, heat_ends
-from luthier.training.layers import freeze, freeze_unused
+from luthier.training.layers import freeze, freeze_unused, parameter_groups
 from luthier.training.recipe import BATCH, Recipe
 from luthier.training.safe_trainer import SafeTrainer
-from luthier.training.trainer import build_predictor, build_trainer
+from luthier.training.trainer import build_predictor, check_scheduler, choose_optimizer, replace_progress
+from luthier.training.workers import SeededAugmentation
 
 State = dict[str, torch.Tensor]
 
@@ -29,7 +35,6 @@ class Workshop:
     Attributes:
         model: as it was built; every Trainer gets a copy.
         training_args: of the run.
-        collate: stacks rows to a batch.
         compute_metrics: of an evaluation.
         callbacks: of every training.
         balance: how rare classes count as much as frequent ones; None counts all images alike.
@@ -40,7 +45,6 @@ class Workshop:
 
     model: PreTrainedModel
     training_args: TrainingArguments
-    collate: Callable[[list[dict]], dict]
     compute_metrics: Callable[[EvalPrediction], dict[str, float]]
     callbacks: Sequence[TrainerCallback] = ()
     balance: Balance | None = None
@@ -55,7 +59,7 @@ class Workshop:
 
     def predictor(self, state: State | None = None) -> Trainer:
         """Return a Trainer that only predicts, with the model in a state, or as it was built."""
-        return build_predictor(self.copy(state), self.training_args, self.collate)
+        return build_predictor(self.copy(state), self.training_args)
 
     def copy(self, state: State | None = None) -> PreTrainedModel:
         """Return a copy of the model in a state, or as it was built."""
@@ -125,13 +129,7 @@ class Arm(NamedTuple):
             height, width = shape[-2:]
             model = fuse_for_training(model, (height, width))
         freeze_unused(model, shape)
-        shop = self.workshop
-        trainer = build_trainer(
-            model, self.recipe, self.training_args, self.rows, shop.collate, shop.compute_metrics, shop.callbacks,
-            self.schedule, shop.balance, shop.scale,
-        )  # fmt: skip
-        trainer.origin = self.origin
-        return trainer
+        return build_trainer(model, self)
 
 
 def plan_arm(recipe: Recipe, workshop: Workshop, rows: Mapping[str, Any], folder: Path, start: State | None) -> Arm:
@@ -161,6 +159,52 @@ def plan_arm(recipe: Recipe, workshop: Workshop, rows: Mapping[str, Any], folder
     rate, epochs = recipe.rate_of_batch(min(batch, max(images, BATCH))), total / per_epoch
     own = replace(args, learning_rate=rate, num_train_epochs=epochs, output_dir=str(folder))
     return Arm(recipe, workshop, own, rows, ends, Schedule(ends, args.warmup_steps) if in_heats else None, start)
+
+
+def build_trainer(model: PreTrainedModel, arm: Arm) -> SafeTrainer:
+    """Return the Trainer of an arm, with the learning rates of the recipe's layers.
+
+    Args:
+        model: as it is trained, with its frozen layers.
+        arm: its rows are as transforms make them.
+
+    Raises:
+        UserError: a tracker, an optimizer or a scheduler is not available, memory does not suffice, or the checkpoints
+            do not fit on the disk.
+    """
+    recipe, shop, args, rows = arm.recipe, arm.workshop, arm.training_args, arm.rows
+    rate, balance = args.learning_rate, shop.balance
+    train_dataset = SeededAugmentation(rows["train"], args.seed, args.dataloader_num_workers)
+    groups = parameter_groups(model, rate, rate * recipe.backbone_rate, recipe.layer_decay, args.weight_decay)
+    optimizer_class, optimizer_kwargs = choose_optimizer(args, model)
+    check_scheduler(args)
+    try:
+        with explain_exhausted_memory(args):
+            trainer = SafeTrainer(
+                model=model,
+                args=args,
+                data_collator=default_collate,
+                train_dataset=train_dataset,
+                eval_dataset=rows.get("validation"),
+                compute_metrics=shop.compute_metrics,
+                optimizer_cls_and_kwargs=(optimizer_class, {**optimizer_kwargs, "params": groups}),
+            )
+    except (ImportError, RuntimeError, ValueError) as error:  # of trackers
+        raise UserError(str(error)) from error
+    trainer.schedule, trainer.scale, trainer.origin = arm.schedule, shop.scale, arm.origin
+    if balance:
+        as_tensor = functools.partial(torch.tensor, dtype=torch.float32, device=args.device)
+        trainer.log_shares = as_tensor(balance.log_shares)
+        trainer.class_weights = None if balance.class_weights is None else as_tensor(balance.class_weights)
+    if (args.save_strategy != "no" or arm.schedule) and trainer.is_world_process_zero():
+        limit = args.save_total_limit or round(args.num_train_epochs)
+        check_disk_space(arm.folder, trainer.checkpoint_size(), limit)
+    replace_progress(trainer)
+    table = EpochTable(recipe.name)
+    trainer.watch_answers = table.count
+    for callback in (SetEpoch(train_dataset.set_epoch), table, *shop.callbacks):
+        trainer.add_callback(callback)
+    return trainer
 
 
 def count_steps(training_args: TrainingArguments, images: int) -> int:

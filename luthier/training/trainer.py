@@ -1,8 +1,6 @@
 """Trainers that train and Trainers that only predict: built, run up to a step, and what they answer."""
 
 import contextlib
-import functools
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -11,14 +9,13 @@ import numpy as np
 import torch
 import torch.distributed
 from accelerate.utils import broadcast_object_list
+from torch.utils.data import default_collate
 from transformers import (
-    EvalPrediction,
     PreTrainedModel,
     PrinterCallback,
     ProgressCallback,
     SchedulerType,
     Trainer,
-    TrainerCallback,
     TrainerState,
     TrainingArguments,
     get_scheduler,
@@ -29,96 +26,22 @@ from transformers.training_args import OptimizerNames
 from luthier.errors import UserError
 from luthier.machine import explain_exhausted_memory
 from luthier.terminal import has_terminal
-from luthier.training.balance import Balance
-from luthier.training.callbacks import EpochTable, ProgressBar, ProgressLines, SetEpoch
-from luthier.training.checkpoints import (
-    bring_best,
-    check_disk_space,
-    check_origin,
-    load_weights,
-    step_of,
-)
-from luthier.training.heats import EndHeat, Schedule
-from luthier.training.layers import parameter_groups
-from luthier.training.recipe import Recipe
+from luthier.training.callbacks import ProgressBar, ProgressLines
+from luthier.training.checkpoints import bring_best, check_origin, load_weights, step_of
+from luthier.training.heats import EndHeat
 from luthier.training.safe_trainer import SafeTrainer
 from luthier.training.signals import Stop, StoppedInEvaluation
-from luthier.training.workers import SeededAugmentation
 
 
-def build_trainer(
-    model: PreTrainedModel,
-    recipe: Recipe,
-    training_args: TrainingArguments,
-    rows: Mapping[str, Any],
-    collate: Callable[[list[dict]], dict],
-    compute_metrics: Callable[[EvalPrediction], dict[str, float]],
-    callbacks: Sequence[TrainerCallback] = (),
-    schedule: Schedule | None = None,
-    balance: Balance | None = None,
-    scale: Callable[[torch.Tensor], torch.Tensor] | None = None,
-) -> SafeTrainer:
-    """Return the Trainer of a run, with the learning rates of the recipe's layers.
-
-    Args:
-        model: with its frozen layers, see `layers.freeze`.
-        recipe: decides how fast each layer learns.
-        training_args: complete; its learning rate is the head's.
-        rows: "train" and, if anything is evaluated, "validation"; `collate` takes their rows.
-        collate: stacks rows to a batch.
-        compute_metrics: of an evaluation.
-        callbacks: besides the epoch table and the progress.
-        schedule: of the learning rate; None leaves it to the training arguments.
-        balance: how rare classes count as much as frequent ones; None counts all images alike.
-        scale: see `EvaluationView.scale`; of rows that have 8-bit levels for `pixel_values`.
-
-    Raises:
-        UserError: a tracker, an optimizer or a scheduler is not available, or the checkpoints do not fit on the disk.
-    """
-    rate = training_args.learning_rate
-    train_dataset = SeededAugmentation(rows["train"], training_args.seed, training_args.dataloader_num_workers)
-    groups = parameter_groups(model, rate, rate * recipe.backbone_rate, recipe.layer_decay, training_args.weight_decay)
-    optimizer_class, optimizer_kwargs = choose_optimizer(training_args, model)
-    check_scheduler(training_args)
-    try:
-        trainer = SafeTrainer(
-            model=model,
-            args=training_args,
-            data_collator=collate,
-            train_dataset=train_dataset,
-            eval_dataset=rows.get("validation"),
-            compute_metrics=compute_metrics,
-            optimizer_cls_and_kwargs=(optimizer_class, {**optimizer_kwargs, "params": groups}),
-        )
-    except (ImportError, RuntimeError, ValueError) as error:
-        raise UserError(str(error)) from error
-    trainer.schedule, trainer.scale = schedule, scale
-    if balance:
-        as_tensor = functools.partial(torch.tensor, dtype=torch.float32, device=training_args.device)
-        trainer.log_shares = as_tensor(balance.log_shares)
-        trainer.class_weights = None if balance.class_weights is None else as_tensor(balance.class_weights)
-    if (training_args.save_strategy != "no" or schedule) and trainer.is_world_process_zero():
-        limit = training_args.save_total_limit or round(training_args.num_train_epochs)
-        check_disk_space(Path(str(training_args.output_dir)), trainer.checkpoint_size(), limit)
-    _replace_progress(trainer)
-    table = EpochTable(recipe.name)
-    trainer.watch_answers = table.count
-    for callback in (SetEpoch(train_dataset.set_epoch), table, *callbacks):
-        trainer.add_callback(callback)
-    return trainer
-
-
-def build_predictor(
-    model: PreTrainedModel, training_args: TrainingArguments, collate: Callable[[list[dict]], dict]
-) -> Trainer:
-    """Return a Trainer that only predicts."""
+def build_predictor(model: PreTrainedModel, training_args: TrainingArguments) -> Trainer:
+    """Return a Trainer that only predicts, on rows as transforms make them."""
     # With evaluations the Trainer would ask for their rows. Trackers follow the training alone.
-    trainer = SafeTrainer(model, replace(training_args, eval_strategy="no", report_to="none"), collate)
-    _replace_progress(trainer)
+    trainer = SafeTrainer(model, replace(training_args, eval_strategy="no", report_to="none"), default_collate)
+    replace_progress(trainer)
     return trainer
 
 
-def _replace_progress(trainer: Trainer) -> None:
+def replace_progress(trainer: Trainer) -> None:
     """Show bars on a terminal and lines elsewhere, and leave out the library's log."""
     for theirs in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(theirs)
@@ -160,7 +83,7 @@ def train(trainer: SafeTrainer, end: int | None, checkpoint: Path | None, stop: 
     """Train up to a step, and leave the model as it was after its best evaluation so far.
 
     Args:
-        trainer: of `build_trainer`; its model is where training starts without a checkpoint.
+        trainer: of `arms.build_trainer`; its model is where training starts without a checkpoint.
         end: the last step; None is the end of the training arguments.
         checkpoint: to continue from. One of the last step itself needs no more training.
         stop: the signal handler; after a signal the process ends here, with a checkpoint.

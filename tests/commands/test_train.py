@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PROJECT, draw_folder, same
+from torch.utils.data import default_collate
 from transformers import AutoModelForImageClassification, Trainer, pipeline
 
 import train
-from data import collate, evaluation_rows, load_splits, prepare
+from data import evaluation_rows, load_splits, prepare
 from luthier.arguments import parse_arguments
 from luthier.images.views import EvaluationView
 from luthier.machine import available_cores, configure_cpu
@@ -339,7 +340,7 @@ def test_trainer_gives_the_logits_of_the_model_on_single_images(timm_checkpoint,
     view = EvaluationView(image_processor)
     dataset = evaluation_rows(prepare(load_splits(data_dir=str(images))[0], view)["test"], view)
     training_args = parse_arguments(["--output_dir", str(tmp_path / "out"), "--num_train_epochs", "1"]).training_args
-    trainer = Trainer(model=model, args=training_args, data_collator=collate, eval_dataset=dataset)
+    trainer = Trainer(model=model, args=training_args, data_collator=default_collate, eval_dataset=dataset)
     batched = torch.from_numpy(concatenate_batches(trainer.predict(dataset).predictions))
     with torch.no_grad():
         single = torch.cat([model.eval()(row["pixel_values"][None]).logits for row in dataset])

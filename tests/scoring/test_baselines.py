@@ -5,10 +5,11 @@ import pytest
 import torch
 from conftest import load
 from datasets import ClassLabel, Dataset, DatasetDict
+from torch.utils.data import default_collate
 from transformers import Trainer, TrainingArguments
 
 import luthier.scoring.baselines as module
-from data import collate, feature_rows, prepare
+from data import feature_rows, prepare
 from luthier.images.views import EvaluationView
 from luthier.reporting.console import findings_in_words
 from luthier.scoring.audit import KINDS, suspect_labels
@@ -53,7 +54,7 @@ def measure(splits, timm_checkpoint, tmp_path):
     model, image_processor = build_model(str(timm_checkpoint), LABELS)
     view = EvaluationView(image_processor)
     args = TrainingArguments(output_dir=str(tmp_path), report_to="none", remove_unused_columns=False, use_cpu=True)
-    trainer, rows = Trainer(model, args, collate), feature_rows(prepare(splits, view), view)
+    trainer, rows = Trainer(model, args, default_collate), feature_rows(prepare(splits, view), view)
     return lambda **options: measure_probe(trainer, splits, rows, **options)
 
 

@@ -11,9 +11,10 @@ from conftest import draw, draw_folder, load
 from datasets import DatasetDict
 from sklearn.linear_model import LogisticRegression
 from timm.layers import Conv2dSame
+from torch.utils.data import default_collate
 from transformers import PreTrainedModel, ResNetConfig, ResNetForImageClassification, Trainer, TrainingArguments
 
-from data import collate, feature_rows, prepare
+from data import feature_rows, prepare
 from luthier.cache import cache_key
 from luthier.errors import UserError
 from luthier.fusion import _with_even_padding
@@ -170,7 +171,7 @@ def test_fold_without_others_to_learn_from_has_no_opinion():
 
 def build_trainer(model: PreTrainedModel, folder: Path) -> Trainer:
     arguments = TrainingArguments(output_dir=str(folder), report_to="none", remove_unused_columns=False, use_cpu=True)
-    return Trainer(model=model, args=arguments, data_collator=collate)
+    return Trainer(model=model, args=arguments, data_collator=default_collate)
 
 
 def build_probe(

@@ -125,7 +125,7 @@ def test_what_has_no_part_in_the_answers_is_frozen(device):
 
 def test_rate_grows_with_the_images_that_a_step_has(tmp_path):
     args = TrainingArguments(str(tmp_path), per_device_train_batch_size=512, use_cpu=True)
-    shop = Workshop(torch.nn.Module(), args, collate=None, compute_metrics=None)
+    shop = Workshop(torch.nn.Module(), args, compute_metrics=None)
     recipe = RECIPES["full"]._replace(batch=512)
     rates = [plan_arm(recipe, shop, {"train": range(n)}, tmp_path, None).training_args.learning_rate for n in (9, 128)]
     assert rates == pytest.approx([recipe.learning_rate, 2 * recipe.learning_rate])
