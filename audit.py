@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from luthier.errors import UserError, exit_on_user_error
 from luthier.output_dir import create_output_dir
+from luthier.run_files import AUDIT
 from luthier.terminal import say
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from luthier.arguments import Arguments
     from luthier.parsing import Parser
 
-FILES = ("audit.json", "audit.html")  # in the output directory; an earlier audit is replaced
+FILES = (AUDIT, "audit.html")  # in the output directory; an earlier audit is replaced
 # Options of train.py that have a meaning here too, and that people use.
 SHOWN = (
     "dataset_config_name", "labels", "image_column", "label_column", "split_column", "group_column", "group_by",

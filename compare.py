@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from luthier.errors import UserError, exit_on_user_error
 from luthier.output_dir import has_ended, read_metrics, wait_for_lock
+from luthier.run_files import PREDICTIONS
 from luthier.terminal import percent, say
 
 PROJECT = Path(__file__).parent
@@ -69,8 +70,13 @@ def main(argv: list[str] | None = None) -> None:
     finished = {run.folder for run in runs if is_finished(run)}
     from luthier.output_dir import create_output_dir
     from luthier.reporting.console import comparison_in_words
-    from luthier.reporting.results import read_correct
-    from luthier.scoring.comparison import RunResult, check_same_images, compare_pairs, summarise_experiment
+    from luthier.scoring.comparison import (
+        RunResult,
+        check_same_images,
+        compare_pairs,
+        read_correct,
+        summarise_experiment,
+    )
 
     create_output_dir(args.output_dir)
     results: dict[str, dict[str, RunResult]] = {}
@@ -79,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"[{number}/{len(runs)}] {run.experiment}, {run.part}: its output goes to {run.log}", flush=True)
             execute(run)
         metrics = read_metrics(run.folder)
-        correct = read_correct(run.folder / "predictions.csv")
+        correct = read_correct(run.folder / PREDICTIONS)
         results.setdefault(run.experiment, {})[run.part] = RunResult(metrics, correct)
         scored, seconds = metrics["test"], metrics["seconds"]["total"]
         print(

@@ -27,6 +27,7 @@ from luthier.images.decode import is_image
 from luthier.images.image_files import walk
 from luthier.options import EXPORT_PACKAGES
 from luthier.output_dir import atomic_copy, lock_folder
+from luthier.run_files import DIGEST, IMAGES, ONNX, ONNX_FILES, SCORED
 from luthier.terminal import plural, say
 
 if TYPE_CHECKING:
@@ -71,8 +72,8 @@ def main(argv: list[str] | None = None) -> None:
     busy = f"another export is writing into {folder}: wait for it"
     with lock_folder(folder, ".export.lock", busy) if folder.is_dir() else nullcontext():
         refused = export(args.model, folder, precisions, args.check, args.allow_worse)
-    model = folder / "onnx" / "model.onnx"
-    if "model.onnx" not in refused:
+    model = folder / ONNX / ONNX_FILES["fp32"]
+    if model.name not in refused:
         publish_page(args, model)
         say("next", shlex.join(["python", "predict.py", str(model), "image.jpg"]))
     if refused:
@@ -141,7 +142,7 @@ def export(
     Args:
         model_name: a folder with a saved model, or a name on the Hub.
         folder: where to write; files of earlier exports are replaced once the new ones are whole.
-        precisions: besides fp32, of `FILES`.
+        precisions: besides fp32, of `ONNX_FILES`.
         check: a folder of images to compare on; None is the test images of the run.
         allow_worse: write what is worse too.
 
@@ -150,7 +151,6 @@ def export(
     Raises:
         ModelError, UserError: the model cannot be loaded or exported, or there are no images to compare on.
     """
-    from luthier.reporting.results import SCORED
     from luthier.serving.export import export_precisions
     from luthier.serving.onnx_network import OnnxNetwork
     from luthier.serving.parity import compare
@@ -181,7 +181,7 @@ def export(
                 about = {"images": "of test" if check is None else "others",
                          "weights": "scored" if name in measured else "shipped"}  # fmt: skip
                 write_export(path, folder, parity._asdict() | about)
-                say("saved", str(folder / "onnx" / path.name))
+                say("saved", str(folder / ONNX / path.name))
     return refused
 
 
@@ -240,7 +240,6 @@ def images_of_run(folder: Path, labels: list[str]) -> tuple["Images", "Images"]:
     from luthier.images.groups import groups_of
     from luthier.images.splits import draw_order
     from luthier.images.streams import open_stream
-    from luthier.reporting.results import DIGEST, IMAGES
     from luthier.serving.parity import Images
 
     advice = "give images to compare the export with: --check FOLDER"
@@ -284,8 +283,7 @@ def images_of_run(folder: Path, labels: list[str]) -> tuple["Images", "Images"]:
 
 def write_export(path: Path, folder: Path, record: dict) -> None:
     """Copy an exported file into a model's folder, and note in `export.json` and the model card how it compares."""
-    from luthier.reporting.card import ONNX
-    from luthier.reporting.results import note_export
+    from luthier.reporting.card import note_export
 
     target = folder / ONNX / path.name
     atomic_copy(path, target)

@@ -174,12 +174,11 @@ def load_trained(model_name: str) -> tuple[PreTrainedModel, BaseImageProcessor]:
     return model.eval().to(memory_format=torch.channels_last), image_processor
 
 
-def save_model(model: PreTrainedModel, image_processor: BaseImageProcessor, folder: Path) -> bool:
-    """Write a model and its image processor into a folder; return whether the model brings code of its own."""
+def save_model(model: PreTrainedModel, image_processor: BaseImageProcessor, folder: Path) -> None:
+    """Write a model and its image processor into a folder."""
     model.save_pretrained(folder)
     # Not save_pretrained, which does nothing for a timm model and would leave the folder without this file.
     image_processor.to_json_file(folder / "preprocessor_config.json")
-    return (folder / "models.py").exists()
 
 
 def labels_of(model: PreTrainedModel) -> list[str]:

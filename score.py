@@ -74,7 +74,6 @@ def score_model(arguments: "Arguments", output_dir: Path, stopwatch: Stopwatch) 
     from luthier.reporting import console
     from luthier.reporting.results import collect_metrics, warn_if_learned, write_results
     from luthier.scoring.audit import audit_images
-    from luthier.scoring.baselines import majority_baseline
     from luthier.scoring.criterion import check_known
     from luthier.scoring.familiarity import answer
     from luthier.scoring.metrics import TestPredictions
@@ -105,13 +104,10 @@ def score_model(arguments: "Arguments", output_dir: Path, stopwatch: Stopwatch) 
     stopwatch.stop("evaluate")
     if trainer.is_world_process_zero():
         test = TestPredictions(splits, *answers[:2], class_shares_of(model), answers.sureness, none_of(model))
-        majority = majority_baseline(data, test)
         threshold = familiarity.unsure_below if familiarity else threshold_of(model)
-        metrics = collect_metrics(
-            scores=score_test(test, threshold), majority=majority,
-            class_shares=test.class_shares, data=data, recipe={**setup, "recipe": "nothing trained"},
-            findings=findings, command=run_args.command, settings=run_args.settings,
-        )  # fmt: skip
+        recipe = {**setup, "recipe": "nothing trained"}
+        record = {"command": run_args.command, "settings": run_args.settings}
+        metrics = collect_metrics(test, score_test(test, threshold), data, recipe, findings, record)
         write_results(output_dir, metrics, test, findings, stopwatch)
         console.say_results(output_dir, metrics)
 

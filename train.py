@@ -162,8 +162,8 @@ def finish(experiment: "Experiment", result: "Result", arguments: "Arguments", s
 
     # Report
     if training_args.process_index == 0:
-        record = collect_run(experiment, result, plan, data_args.augmentation, arguments.for_record())
-        write_run(Path(str(training_args.output_dir)), experiment, result, plan, refitted, record, stopwatch)
+        metrics = collect_run(experiment, result, plan, data_args, arguments.for_record())
+        write_run(arguments.run_dir, experiment, result, refitted, metrics, arguments.for_later(), stopwatch)
 
 
 if __name__ == "__main__":

@@ -56,11 +56,13 @@ class Arguments(NamedTuple):
         return own.parent if self.data_args.folds and self.data_args.fold else own
 
     def for_record(self) -> dict:
-        """Return what `results.collect_run` records of a run."""
+        """Return what `metrics.json` records of the options of a run."""
         of_run = {key: getattr(self.run_args, key) for key in ("command", "settings", "seeds")}
-        of_run["time_limit"] = self.model_args.time_limit
-        data = {"name": self.data_args.name, "built_in": self.data_args.is_built_in}
-        return {**of_run, "data": data, "images": self.data_args.for_later(self.run_dir)}
+        return {**of_run, "time_limit": self.model_args.time_limit}
+
+    def for_later(self) -> dict:
+        """Return the options that load the images of a run again; see `DataArguments.for_later`."""
+        return self.data_args.for_later(self.run_dir)
 
     def folds(self) -> list["Arguments"]:
         """Return the arguments of each fold, or these where there are no folds.

@@ -12,19 +12,31 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from luthier.errors import UserError
+from luthier.run_files import (
+    AUDIT,
+    BACKBONE,
+    CARD,
+    CODE,
+    CONFIG,
+    EXPORTS,
+    IMAGES,
+    LEARNED_FROM,
+    METRICS,
+    ONNX,
+    PREDICTIONS,
+    RACE,
+    REPORT,
+)
 
 logger = logging.getLogger(__name__)
 
-CARD = "README.md"  # the model card
-RACE = "race.json"  # from which an interrupted race goes on
-NO_TIME = "the time limit"  # why a race ended, or why there is no refit
-LEARNED_FROM = "learned_from.txt"  # digests of a model's training images
+NO_TIME = "the time limit"  # why a race ended, or why there is no refit: in race.json and metrics.json too
 # What a run writes first; another folder that holds folders, such as classes, is none of a run.
-OF_RUNS = (RACE, "checkpoint-*", "damaged-checkpoint-*", "fold-*", "backbone.txt", LEARNED_FROM, "metrics.json")
-WEIGHTS = (".safetensors", ".bin", ".onnx")
-WRITTEN = {  # by a run, besides weights and figures
-    "README.md", "audit.html", "audit.json", "backbone.txt", "config.json", "export.json", "images.json", LEARNED_FROM,
-    "metrics.json", "models.py", "predictions.csv", "preprocessor_config.json", "race.json", "report.html",
+OF_RUNS = (RACE, "checkpoint-*", "damaged-checkpoint-*", "fold-*", BACKBONE, LEARNED_FROM, METRICS)
+WEIGHTS, FIGURES = (".safetensors", ".safetensors.index.json", ".bin", ".onnx"), (".png",)
+WRITTEN = {  # by a run or an audit, besides weights and figures
+    CARD, METRICS, PREDICTIONS, AUDIT, "audit.html", REPORT, CODE, CONFIG, "preprocessor_config.json", LEARNED_FROM,
+    IMAGES, RACE, BACKBONE, EXPORTS,
 }  # fmt: skip
 LOCK = ".lock"  # in the directory while a run writes there
 
@@ -66,8 +78,9 @@ def free_output_dir(
 
 def is_of_run(path: Path) -> bool:
     """Tell whether a file was written by a run, or belongs to the model that it lies beside."""
-    beside_model = any((path.parent / name).exists() for name in ("config.json", "metrics.json"))
-    return beside_model and (path.suffix in WEIGHTS or path.name in WRITTEN) and path.exists()
+    folder = path.parent.parent if path.parent.name == ONNX else path.parent
+    is_ours = path.name in WRITTEN or path.name.endswith((*WEIGHTS, *FIGURES))
+    return is_ours and path.exists() and any((folder / name).exists() for name in (CONFIG, METRICS))
 
 
 def check_folds(output_dir: Path, folds: int | None) -> None:
@@ -100,7 +113,7 @@ def has_ended(output_dir: Path) -> bool:
 
     The model card comes last. Mounted buckets upload in an order of their own, so the weights must be there too.
     """
-    return all((output_dir / name).exists() for name in ("metrics.json", CARD)) and has_weights(output_dir)
+    return all((output_dir / name).exists() for name in (METRICS, CARD)) and has_weights(output_dir)
 
 
 def has_weights(folder: Path) -> bool:
@@ -162,7 +175,7 @@ def read_metrics(output_dir: Path) -> dict:
     Raises:
         UserError: it is damaged.
     """
-    path = output_dir / "metrics.json"
+    path = output_dir / METRICS
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:

@@ -11,7 +11,15 @@ from conftest import PROJECT
 
 import luthier.output_dir as module
 from luthier.errors import UserError
-from luthier.output_dir import check_folds, claim_output_dir, describe_ended, free_output_dir, has_ended, is_complete
+from luthier.output_dir import (
+    check_folds,
+    claim_output_dir,
+    describe_ended,
+    free_output_dir,
+    has_ended,
+    is_complete,
+    is_of_run,
+)
 
 
 def test_second_run_is_refused_until_the_first_is_killed(tmp_path):
@@ -140,3 +148,16 @@ def test_run_that_the_time_limit_cut_short_goes_on_with_more_time(tmp_path):
     (tmp_path / "race.json").unlink()
     assert not left(cut, "a", 6)
     assert left(no_refit, "a", 6), "where nothing was trained, nothing is needed to go on"
+
+
+def test_files_of_a_run_are_known_and_others_are_not(tmp_path):
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "config.json").touch()
+    own = ["metrics.json", "model.safetensors", "model.safetensors.index.json", "onnx/model.onnx", "curves.png"]
+    for name in (*own, "answers.csv", "onnx/notes.txt"):
+        assert not is_of_run(tmp_path / name), "it is not there"
+        (tmp_path / name).touch()
+        assert is_of_run(tmp_path / name) == (name in own)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/report.html").touch()
+    assert not is_of_run(tmp_path / "elsewhere/report.html"), "there is no model beside it"

@@ -1,13 +1,15 @@
 """The model card, `README.md`: what a model is, what it scores, on which data, by which recipe."""
 
+import contextlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
 
 from luthier.escape import escape_markdown
-from luthier.output_dir import atomic_write
+from luthier.output_dir import atomic_write, has_ended
 from luthier.reporting.console import (
     balance_with_intervals,
     inflation_in_words,
@@ -17,10 +19,9 @@ from luthier.reporting.console import (
     refit_in_words,
     trust_remote_code,
 )
+from luthier.run_files import CARD, EXPORTS, METRICS, ONNX
 from luthier.terminal import percent, points
 
-ONNX = "onnx"  # folder of exported files
-EXPORTS = "export.json"  # how they compare with the model
 FIGURES = {  # that a model card shows
     "confusion_matrix.png": "Confusion matrix",
     "reliability.png": "Accuracy by confidence",
@@ -30,17 +31,16 @@ FIGURES = {  # that a model card shows
 }
 
 
-def write_model_card(path: Path, metrics: dict, custom_code: bool, repo_id: str | None = None) -> None:
+def write_model_card(folder: Path, metrics: dict, repo_id: str | None = None) -> None:
     """Write the model card of a run.
 
     Args:
-        path: of the card, `README.md` in the folder of the model.
+        folder: of the model.
         metrics: what `metrics.json` holds.
-        custom_code: the model needs the `models.py` beside it.
         repo_id: its repository on the Hub; the card of a folder is named after the folder.
     """
     test, data = metrics["test"], metrics["data"]
-    name = repo_id.split("/")[-1] if repo_id else path.parent.resolve().name
+    name = repo_id.split("/")[-1] if repo_id else folder.resolve().name
     results = [
         EvalResult("image-classification", data["name"], data["name"], kind, value, dataset_split="test")
         for kind, value in (("accuracy", test["accuracy"]), ("f1", test["macro_f1"]))
@@ -64,22 +64,43 @@ def write_model_card(path: Path, metrics: dict, custom_code: bool, repo_id: str 
         "points": points,
         "balance": balance_with_intervals,
     }
-    exports = path.parent / EXPORTS
-    compared = json.loads(exports.read_text(encoding="utf-8")) if exports.is_file() else {}
     card = environment.get_template("card.md").render(
         metadata=metadata.to_yaml(),
         name=name,
         loaded_from=json.dumps(repo_id or "THIS_FOLDER"),
-        trust=trust_remote_code(custom_code),
+        trust=trust_remote_code(folder),
         metrics=metrics,
         learning_curve=metrics["learning_curve"] and learning_curve_in_words(metrics["learning_curve"]),
         class_shares=metrics.get("class_shares"),
         groups=metrics.get("groups") and inflation_in_words(metrics["groups"]),
         not_known="; ".join(none_in_words(test["none"], metrics["unsure"])) if "none" in test else "",
         refit=refit_in_words(metrics["refit"]) if metrics.get("refit") else "",
-        figures={file: title for file, title in FIGURES.items() if (path.parent / file).exists()},
-        exports={file: row for file, row in compared.items() if (path.parent / "onnx" / file).is_file()},
+        figures={file: title for file, title in FIGURES.items() if (folder / file).exists()},
+        exports=read_exports(folder),
         command=" ".join(metrics["command"].split()),
     )
-    with atomic_write(path) as whole:  # its presence says that the run has ended
+    with atomic_write(folder / CARD) as whole:  # its presence says that the run has ended
         whole.write_text(card + "\n", encoding="utf-8")
+
+
+def read_exports(folder: Path) -> dict[str, dict]:
+    """Return how each exported file of a folder compares with the model, as far as is known."""
+    try:
+        noted = json.loads((folder / EXPORTS).read_text(encoding="utf-8"))
+        return {file: dict(row) for file, row in noted.items() if (folder / ONNX / file).is_file()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}  # there is no note, or it is damaged
+
+
+def note_export(folder: Path, file: str, parity: Mapping) -> None:
+    """Note in `EXPORTS` and in the model card of a folder how an exported file compares with the model.
+
+    A run that has not ended has no card, and gets none.
+    """
+    noted = read_exports(folder) | {file: dict(parity)}
+    with atomic_write(folder / EXPORTS) as whole:
+        whole.write_text(json.dumps(noted, indent=2) + "\n", encoding="utf-8")
+    if not has_ended(folder):
+        return
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, TemplateError):  # no run of this version
+        write_model_card(folder, json.loads((folder / METRICS).read_text(encoding="utf-8")))

@@ -10,7 +10,8 @@ from transformers import SchedulerType, Trainer
 from transformers.training_args import OptimizerNames
 
 from luthier.escape import escape_terminal
-from luthier.output_dir import NO_TIME
+from luthier.output_dir import NO_TIME, has_weights
+from luthier.run_files import CODE
 from luthier.scoring.audit import KINDS, TINY
 from luthier.scoring.baselines import ProbeResults
 from luthier.scoring.comparison import Verdict
@@ -194,13 +195,12 @@ def _epochs(epochs: float) -> str:
     return f"{epochs:.3g} epoch{'' if epochs == 1 else 's'}"
 
 
-def say_results(output_dir: Path, metrics: Mapping, custom_code: bool | None = None) -> None:
+def say_results(output_dir: Path, metrics: Mapping) -> None:
     """Say the score, what it is compared with, and where everything is.
 
     Args:
-        output_dir: of the run.
+        output_dir: of the run; it may hold the model.
         metrics: what `metrics.json` holds.
-        custom_code: the model that was saved brings its own code; None if none was saved.
     """
     test, majority = metrics["test"], metrics["baselines"]["majority"]
     probe, before = metrics["baselines"].get("linear_probe"), metrics["calibration"].get("before")
@@ -220,9 +220,9 @@ def say_results(output_dir: Path, metrics: Mapping, custom_code: bool | None = N
     say("saved", f"{output_dir}; open report.html in it")
     if metrics.get("refit"):
         say("", refit_in_words(metrics["refit"]))
-    if custom_code is not None:
+    if has_weights(output_dir):
         say("next", f"python predict.py {shlex.quote(str(output_dir))} photo.jpg")
-        say("", f'pipeline("image-classification", "{output_dir}"{trust_remote_code(custom_code)})')
+        say("", f'pipeline("image-classification", "{output_dir}"{trust_remote_code(output_dir)})')
 
 
 def percent_with_interval(scored: Mapping) -> str:
@@ -254,9 +254,9 @@ def none_in_words(none: Mapping, unsure: Mapping) -> tuple[str, str]:
     )
 
 
-def trust_remote_code(custom_code: bool) -> str:
-    """Return the argument that loading a model takes which brings its own code."""
-    return ", trust_remote_code=True" if custom_code else ""
+def trust_remote_code(folder: Path) -> str:
+    """Return the argument that loading a folder's model takes where it brings its own code."""
+    return ", trust_remote_code=True" if (folder / CODE).exists() else ""
 
 
 def inflation_in_words(inflation: Mapping) -> str:

@@ -22,6 +22,7 @@ from luthier.reporting.console import (
     none_in_words,
     refit_in_words,
 )
+from luthier.run_files import REPORT
 from luthier.scoring.metrics import TestPredictions
 from luthier.terminal import percent
 
@@ -53,7 +54,7 @@ def write_report(output_dir: Path, metrics: dict, findings: dict, test: TestPred
     wrong, correct = most_telling(test, labels)
     _render(
         "report.html",
-        output_dir / "report.html",
+        output_dir / REPORT,
         test.splits,
         name=output_dir.resolve().name,
         metrics=metrics,

@@ -12,15 +12,27 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from jinja2 import TemplateError
-from transformers import BaseImageProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
 from luthier.escape import escape_cell
 from luthier.familiarity import Familiarity, describe_in_config, save_bank
 from luthier.images.description import describe
-from luthier.output_dir import LEARNED_FROM, atomic_write, copy_permissions_to_weights, has_ended, mark_unfinished
-from luthier.reporting.card import EXPORTS, ONNX, write_model_card
+from luthier.options import DataArguments
+from luthier.output_dir import copy_permissions_to_weights, mark_unfinished
+from luthier.reporting.card import FIGURES, write_model_card
 from luthier.reporting.console import describe_recipe, say_results
+from luthier.run_files import (
+    AUDIT,
+    CONFIG,
+    DIGEST,
+    EXPORTS,
+    IMAGES,
+    LEARNED_FROM,
+    METRICS,
+    ONNX,
+    PREDICTIONS,
+    SCORED,
+)
 from luthier.scoring.audit import KINDS
 from luthier.scoring.baselines import majority_baseline
 from luthier.scoring.experiment import Experiment, Result
@@ -30,105 +42,77 @@ from luthier.scoring.selection import score_run
 from luthier.terminal import Stopwatch, say
 from models import save_model
 
-SCORED = "scored"  # folder of the scored weights, where others are shipped
-DIGEST = 16  # the first hexadecimal digits of a digest, which `LEARNED_FROM` has
-IMAGES = "images.json"  # the options that load a run's images again on this machine, and which of them are of test
+# Of a model that was scored alone; see `collect_run`.
+NOT_TRAINED: Mapping[str, Any] = {
+    "learning_curve": None, "groups": None, "race": None, "refit": None, "history": [], "time_limit": None,
+}  # fmt: skip
 PACKAGES = ("torch", "torchvision", "transformers", "timm", "datasets", "evaluate", "accelerate")
 
 
 def collect_run(
-    experiment: Experiment, result: Result, plan: Plan, augmentation: str, record: Mapping[str, Any]
+    experiment: Experiment, result: Result, plan: Plan, data_args: DataArguments, record: Mapping[str, Any]
 ) -> dict:
-    """Return what `metrics.json` holds of a run, without the seconds, and `images`, which is for a file of its own.
+    """Return what `metrics.json` holds of a run, without the seconds.
 
     Args:
         experiment, result: of the run.
         plan: of the refit.
-        augmentation: of the training images.
-        record: `data`, the dataset's name and whether it is built in; `images`, the options that load the images
-            again; and the rest of what `collect_metrics` takes.
+        data_args: of the run.
+        record: of `Arguments.for_record`.
     """
-    outcome = result.outcome
-    of_run = {key: value for key, value in record.items() if key not in ("data", "images")}
-    data = describe(experiment.prepared, **record["data"], stream=experiment.stream)
+    outcome, probe = result.outcome, result.outcome.probe
+    data = describe(experiment.prepared, data_args.name, data_args.is_built_in, experiment.stream)
     test = result.predictions(experiment.splits)
-    metrics = collect_metrics(
-        scores=score_run(result.kept, test, result.threshold),
-        majority=majority_baseline(data, test),
-        linear_probe=result.probe.scores,
-        learning_curve=result.probe.learning_curve,
-        groups=result.probe.inflation,
-        class_shares=result.kept.class_shares,
-        data=data,
-        recipe=experiment.setup | describe_recipe(result, augmentation),
-        race={
-            "probe": outcome.probe and {"loss": outcome.probe.loss, "accuracy": outcome.probe.validation["accuracy"]},
+    scores, recipe = score_run(result.kept, test, result.threshold), describe_recipe(result, data_args.augmentation)
+    of_training: dict[str, Any] = {
+        "learning_curve": result.probe.learning_curve,
+        "groups": result.probe.inflation,
+        "race": {
+            "probe": probe and {"loss": probe.loss, "accuracy": probe.validation["accuracy"]},
             "heats": [heat._asdict() for heat in outcome.heats],
             "ended": outcome.ended,
         },
-        refit={**plan._asdict(), "done": plan.pays},
-        history=outcome.history,
-        findings=experiment.findings,
-        **of_run,
-    )
-    return metrics | {"images": record["images"]}
+        "refit": {**plan._asdict(), "done": plan.pays},
+        "history": outcome.history,
+    }
+    return collect_metrics(
+        test, scores, data, experiment.setup | recipe, experiment.findings, {**of_training, **record},
+        result.probe.scores,
+    )  # fmt: skip
 
 
 def collect_metrics(
-    *,
+    test: TestPredictions,
     scores: Mapping,
-    majority: Mapping,
-    linear_probe: Mapping | None = None,
-    learning_curve: Mapping | None = None,
-    groups: Mapping | None = None,
-    class_shares: Sequence[float] | np.ndarray | None = None,
     data: Mapping,
     recipe: Mapping[str, str],
-    race: Mapping | None = None,
-    refit: Mapping | None = None,
-    history: Sequence[dict] = (),
-    seeds: Mapping | None = None,
     findings: Mapping,
-    command: str,
-    settings: str,
-    time_limit: float | None = None,
+    record: Mapping,
+    probe: Mapping | None = None,
 ) -> dict:
     """Return what `metrics.json` holds, without the seconds.
 
     Args:
-        scores: of `selection.score_run` or `selection.score_test`.
-        majority, linear_probe: the baselines; None where the model has no probe.
-        learning_curve: of `learning_curve.learning_curve`.
-        groups: of `grouping.measure_inflation`.
-        class_shares: of `balance.Balance`, where the answers make up for rare classes.
+        test: what the model predicts.
+        scores: of that, by `selection.score_run` or `selection.score_test`.
         data: of `description.describe`.
         recipe: of `console.describe_setup` and `console.describe_recipe`.
-        race: its heats, and why it ended.
-        refit: what the shipped weights have learned from, see `refit.Plan`.
-        history: the Trainer's log.
-        seeds: of the training and the splits.
         findings: of `audit.audit_images`.
-        command, settings: the command line, and the digest of all settings.
-        time_limit: minutes; None is no limit.
+        record: `command` and `settings`, the digest of all of them; of training also what replaces `NOT_TRAINED`, and
+            the random seeds.
+        probe: the scores of the linear probe, which is compared with; None where the model has none.
     """
-    baselines = {"majority": majority} | ({"linear_probe": linear_probe} if linear_probe else {})
+    shares = test.class_shares
     return {
         **scores,
-        "baselines": baselines,
-        "learning_curve": learning_curve,
-        "groups": groups,
-        "class_shares": None if class_shares is None else list(map(float, class_shares)),
+        "baselines": {"majority": majority_baseline(data, test)} | ({"linear_probe": probe} if probe else {}),
+        "class_shares": None if shares is None else list(map(float, shares)),
         "data": data,
         "recipe": recipe,
-        "race": race,
-        "refit": refit,
-        "history": list(history),
-        **({"seeds": seeds} if seeds else {}),
+        **NOT_TRAINED,
         "audit": {kind: None if findings[kind] is None else len(findings[kind]) for kind in KINDS},
         "versions": _versions(),
-        "command": command,
-        "settings": settings,
-        "time_limit": time_limit,
+        **record,
     }
 
 
@@ -136,9 +120,9 @@ def write_run(
     output_dir: Path,
     experiment: Experiment,
     result: Result,
-    plan: Plan,
     refitted: Refitted | None,
     metrics: dict,
+    images: Mapping,
     stopwatch: Stopwatch,
 ) -> None:
     """Save the model of a run, write its files, and say its score.
@@ -146,23 +130,20 @@ def write_run(
     Args:
         output_dir: of the run.
         experiment, result: of the run.
-        plan: of the refit.
         refitted: what is shipped; None where that is the scored model.
         metrics: of `collect_run`.
+        images: the options that load the images again.
         stopwatch: of the run.
     """
     splits = experiment.splits
-    seen = digests = [*result.learned_from, *(splits["validation"]["digest"][:] if "validation" in splits else ())]
-    if plan.pays:
-        digests = [digest for split in plan.splits for digest in splits[split]["digest"][:]]
-    custom_code = save_models(result, refitted, experiment.view.image_processor, output_dir, digests, seen)
+    save_models(output_dir, experiment, result, refitted)
     learned = set(result.learned_from)  # in cross-validation, by the weights of one fold
     unseen = [digest[:DIGEST] for digest in splits["test"]["digest"][:] if digest not in learned]
-    images = {"options": metrics.pop("images"), "test": unseen}
-    (output_dir / IMAGES).write_text(json.dumps(images, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps({"options": images, "test": unseen}, indent=1)
+    (output_dir / IMAGES).write_text(f"{text}\n", encoding="utf-8")
     write_results(output_dir, metrics, result.predictions(splits), experiment.findings, stopwatch)
-    write_model_card(output_dir / "README.md", metrics, custom_code)
-    say_results(output_dir, metrics, custom_code)
+    write_model_card(output_dir, metrics)
+    say_results(output_dir, metrics)
 
 
 def write_results(
@@ -180,84 +161,51 @@ def write_results(
     from luthier.reporting.page import write_report  # it draws figures, and matplotlib takes half a second
 
     metrics["seconds"] = stopwatch.seconds
-    write_metrics(output_dir / "metrics.json", metrics)  # first: the rest can be made again
-    write_predictions(output_dir / "predictions.csv", metrics["data"]["labels"], test)
-    write_audit(output_dir / "audit.json", findings)
+    write_metrics(output_dir / METRICS, metrics)  # first: the rest can be made again
+    write_predictions(output_dir / PREDICTIONS, metrics["data"]["labels"], test)
+    write_audit(output_dir / AUDIT, findings)
     write_report(output_dir, metrics, findings, test)
     stopwatch.stop("save")
     metrics["seconds"] = {**stopwatch.seconds, "total": round(sum(stopwatch.seconds.values()), 3)}
-    write_metrics(output_dir / "metrics.json", metrics)
+    write_metrics(output_dir / METRICS, metrics)
 
 
-def save_models(
-    result: Result,
-    refitted: Refitted | None,
-    image_processor: BaseImageProcessor,
-    output_dir: Path,
-    digests: Sequence[str],
-    scored_digests: Sequence[str],
-) -> bool:
+def save_models(output_dir: Path, experiment: Experiment, result: Result, refitted: Refitted | None) -> None:
     """Save the shipped model, and the scored one beside it where that is another.
 
+    Beside each is `LEARNED_FROM`, which names the images that it has learned from, or without folds was chosen by.
     What an earlier part of the run has made of other weights is removed.
 
     Args:
+        output_dir: of the run; the scored model goes to `SCORED` in it.
+        experiment: of the run.
         result: has the model that was scored.
         refitted: the model that is shipped; None where that is the scored one.
-        image_processor: of both.
-        output_dir: of the run; the scored model goes to `SCORED` in it.
-        digests: of the images that the shipped model has learned from, or without folds was chosen by.
-        scored_digests: the same of the scored model.
-
-    Returns whether the model brings code of its own.
     """
+    splits = experiment.splits
 
-    def save(model: PreTrainedModel, familiarity: Familiarity | None, folder: Path) -> bool:
+    def save(model: PreTrainedModel, familiarity: Familiarity | None, digests: Sequence[str], folder: Path) -> None:
         describe_in_config(model, familiarity)
-        custom_code = save_model(model, image_processor, folder)
+        save_model(model, experiment.view.image_processor, folder)
         save_bank(folder, familiarity)
-        copy_permissions_to_weights(folder / "config.json")
-        return custom_code
-
-    def note(digests: Sequence[str], folder: Path) -> None:
+        copy_permissions_to_weights(folder / CONFIG)
         short = sorted({digest[:DIGEST] for digest in digests})
         (folder / LEARNED_FROM).write_text("\n".join(short) + "\n", encoding="utf-8")
 
     mark_unfinished(output_dir)
     if (output_dir / ONNX).is_dir():
         say("removed", f"{output_dir / ONNX}: exports of the earlier weights")
-    for folder in (SCORED, ONNX):
-        shutil.rmtree(output_dir / folder, ignore_errors=True)
-    (output_dir / EXPORTS).unlink(missing_ok=True)
-    note(digests, output_dir)
-    scored = (result.model, result.answers.familiarity)
-    if refitted is None:
-        return save(*scored, output_dir)
-    save(*scored, output_dir / SCORED)
-    note(scored_digests, output_dir / SCORED)
-    return save(*refitted, output_dir)
-
-
-def note_export(folder: Path, file: str, parity: Mapping) -> None:
-    """Note in `EXPORTS` and in the model card of a folder how an exported file compares with the model.
-
-    A run that has not ended has no card, and gets none.
-    """
-    path = folder / EXPORTS
-    try:
-        known = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        known = {}  # there is none, or it is damaged
-    known = {name: row for name, row in known.items() if (folder / ONNX / name).is_file()} | {file: dict(parity)}
-    with atomic_write(path) as whole:
-        whole.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
-    if not has_ended(folder):
-        return
-    try:
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        write_model_card(folder / "README.md", metrics, (folder / "models.py").exists())
-    except (OSError, ValueError, KeyError, TypeError, TemplateError):
-        pass  # no run of this version: its card stays as it is
+    for name in (SCORED, ONNX):
+        shutil.rmtree(output_dir / name, ignore_errors=True)
+    for name in (EXPORTS, *FIGURES):
+        (output_dir / name).unlink(missing_ok=True)
+    chosen_by = splits["validation"]["digest"][:] if "validation" in splits else ()
+    scored = (result.model, result.answers.familiarity, [*result.learned_from, *chosen_by])
+    save(*scored, output_dir / SCORED if refitted else output_dir)
+    if refitted:
+        model, familiarity, learned_from = refitted
+        digests = [digest for split in learned_from for digest in splits[split]["digest"][:]]
+        save(model, familiarity, digests, output_dir)
 
 
 def warn_if_learned(model_name: str, splits: Mapping[str, Dataset]) -> int:
@@ -312,19 +260,6 @@ def write_predictions(path: Path, labels: list[str], test: TestPredictions) -> N
         ):
             words = [escape_cell(word) for word in (name, digest, labels[label], labels[row.argmax()])]
             table.writerow([*words, f"{row.max():.6f}", f"{row[label]:.6f}", *rest])
-
-
-def read_correct(path: Path) -> list[tuple[str, bool, str]]:
-    """Return of each image of a `predictions.csv` its digest, whether it is correct, and its group, if any; sorted.
-
-    Images of none of the classes are left out.
-    """
-    with path.open(newline="", encoding="utf-8") as file:
-        return sorted(
-            (row["digest"], row["label"] == row["predicted"], row.get("group", ""))
-            for row in csv.DictReader(file)
-            if row.get("none") != "1"
-        )
 
 
 def _versions() -> dict[str, str]:

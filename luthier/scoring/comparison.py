@@ -1,8 +1,10 @@
 """Which of several experiments is better, and whether the test images are enough to tell."""
 
+import csv
 import itertools
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -157,3 +159,16 @@ def compare_pairs(results: dict[str, dict[str, RunResult]]) -> list[Verdict]:
         highest = max(highest, min(1.0, verdict.p * (len(verdicts) - rank)))
         adjusted[verdict.a, verdict.b] = highest
     return [verdict._replace(p=adjusted[verdict.a, verdict.b]) for verdict in verdicts]
+
+
+def read_correct(path: Path) -> list[tuple[str, bool, str]]:
+    """Return of each image of a `predictions.csv` its digest, whether it is correct, and its group, if any; sorted.
+
+    Images of none of the classes are left out.
+    """
+    with path.open(newline="", encoding="utf-8") as file:
+        return sorted(
+            (row["digest"], row["label"] == row["predicted"], row.get("group", ""))
+            for row in csv.DictReader(file)
+            if row.get("none") != "1"
+        )

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from accelerate.utils import broadcast_object_list
 
 from luthier.errors import UserError
-from luthier.output_dir import NO_TIME, RACE, atomic_write
+from luthier.output_dir import NO_TIME, atomic_write
+from luthier.run_files import RACE
 from luthier.scoring.criterion import Judge
 from luthier.terminal import Stopwatch
 from luthier.training.arms import Arm

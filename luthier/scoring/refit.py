@@ -1,6 +1,6 @@
 """The shipped model: the arm that was chosen, trained again on all images that may be learned from."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from luthier.errors import ImagesChanged, NoSpace, NotFinite, UserError
 from luthier.familiarity import Familiarity
 from luthier.images.views import ImageRows
 from luthier.output_dir import NO_TIME
+from luthier.run_files import REFIT
 from luthier.scoring.experiment import Experiment, Result
 from luthier.scoring.familiarity import refit_familiarity
 from luthier.scoring.race_record import Course
@@ -24,7 +25,6 @@ from luthier.training.probe import SOFT, fit_shared_probe, state_with_probe
 from luthier.training.trainer import build_predictor, model_of, train
 from models import linear_head
 
-REFIT = "refit"  # in the directory of a run: checkpoints
 TRAINED = 3  # work of training on an image, in predictions of one: forward, and backward to activations and weights
 AROUND = 2000  # predictions on a CPU that take about as long as a run's imports and its report, some 20 seconds
 
@@ -105,10 +105,12 @@ class Refitted(NamedTuple):
     Attributes:
         model: with its weights.
         familiarity: its own, on the main process; None where the scored model has none.
+        splits: that it has learned from.
     """
 
     model: PreTrainedModel
     familiarity: Familiarity | None
+    splits: Sequence[str]
 
 
 def refit(
@@ -169,7 +171,7 @@ def refit(
         trainer, result.answers.familiarity, plan.splits, images, splits, probe.features, winner is None,
         result.none,
     )  # fmt: skip
-    return plan, Refitted(model, familiarity)
+    return plan, Refitted(model, familiarity, plan.splits)
 
 
 def _train_again(arm: Arm, best: int, rows: Any, start: State | None, course: Course) -> PreTrainedModel:

@@ -18,6 +18,7 @@ from luthier.errors import UserError
 from luthier.images.splits import draw_order, stratified_folds
 from luthier.images.views import EvaluationView, view_size
 from luthier.machine import choose_memory_format
+from luthier.run_files import BACKBONE
 from luthier.scoring.metrics import standard_error
 from luthier.terminal import say
 from luthier.training.features import build_backbone, compute_features, size_of
@@ -39,7 +40,6 @@ HUB_BACKBONES = (
     "timm/tiny_vit_21m_224.dist_in22k_ft_in1k",
     "timm/vit_small_patch14_dinov2.lvd142m",
 )
-CHOICE = "backbone.txt"  # in the directory of a run with `--model_name auto`
 SQUARE = 1.05  # aspect ratio up to which an image counts as square
 
 
@@ -244,7 +244,7 @@ def choose_backbone(
     """
     if name != "auto":
         return name
-    record = run_dir / CHOICE if run_dir else None
+    record = run_dir / BACKBONE if run_dir else None
     (recorded,) = broadcast_object_list([record.read_text(encoding="utf-8") if record and record.exists() else None])
     if recorded:
         return recorded

@@ -24,11 +24,11 @@ from luthier.escape import escape_terminal
 from luthier.images.resizing import find_rule
 from luthier.images.views import EvaluationView
 from luthier.output_dir import atomic_write
+from luthier.run_files import ONNX_FILES
 from luthier.serving.onnx_network import INPUT, OUTPUTS, Facts, OnnxNetwork
 from luthier.serving.parity import Images
 from luthier.serving.torch_network import TorchNetwork
 
-FILES = {"fp32": "model.onnx", "fp16": "model_fp16.onnx", "int8": "model_int8.onnx"}  # as transformers.js names them
 OPSET = 20
 WEIGHTED = ("Conv", "MatMul", "Gemm")
 BETWEEN = ("Add", "Clip", "Relu", "MaxPool", "AveragePool", "GlobalAveragePool")
@@ -85,7 +85,7 @@ def export_precisions(
         precisions: `fp16`, `int8`.
         calibration: some of the images that the model has learned from, for `int8`.
     """
-    files = {name: folder / FILES[name] for name in ("fp32", *precisions)}
+    files = {name: folder / ONNX_FILES[name] for name in ("fp32", *precisions)}
     facts = export_model(network, files["fp32"])
     if "fp16" in files:
         halve(files["fp32"], files["fp16"], facts)

@@ -17,22 +17,21 @@ from jinja2 import TemplateError
 
 from luthier.errors import REFUSED_BY_SYSTEM, UserError, message_for_user
 from luthier.output_dir import has_ended, has_weights
-from luthier.reporting.card import EXPORTS, FIGURES, write_model_card
+from luthier.reporting.card import FIGURES, write_model_card
+from luthier.run_files import CODE, CONFIG, EXPORTS, METRICS, ONNX, ONNX_FILES
 from luthier.terminal import say
 
 # Besides the card, which is rewritten with the repository's name. Nothing else leaves the machine: no checkpoints,
 # no logs, and no report, predictions or audit, which show or name the user's images.
 PUBLISHED = (
-    "config.json",
+    CONFIG,
     "preprocessor_config.json",
     "model.safetensors",
     "model-*-of-*.safetensors",  # of models too large for one file
     "model.safetensors.index.json",
     "familiarity.safetensors",  # features of training images
-    "models.py",
-    "onnx/model.onnx",
-    "onnx/model_fp16.onnx",
-    "onnx/model_int8.onnx",
+    CODE,
+    *(f"{ONNX}/{name}" for name in ONNX_FILES.values()),
     EXPORTS,
     *FIGURES,
 )
@@ -137,7 +136,7 @@ def stage(output_dir: Path, repo_id: str, staging: Path) -> None:
     """
     files = [path for pattern in PUBLISHED for path in output_dir.glob(pattern)]
     try:
-        metrics = json.loads((output_dir / "metrics.json").read_text(encoding="utf-8"))
+        metrics = json.loads((output_dir / METRICS).read_text(encoding="utf-8"))
         if "test" in metrics and not has_weights(output_dir):
             raise UserError(
                 f"{output_dir} holds no model: score.py writes none. Give the output directory of train.py"
@@ -146,7 +145,7 @@ def stage(output_dir: Path, repo_id: str, staging: Path) -> None:
             copy = staging / path.relative_to(output_dir)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, copy)
-        write_model_card(staging / "README.md", metrics, (staging / "models.py").exists(), repo_id)
+        write_model_card(staging, metrics, repo_id)
         if not has_ended(output_dir):
             raise UserError(
                 f"the run in {output_dir} has not ended: go on with it by --resume_from_checkpoint auto, then push it"

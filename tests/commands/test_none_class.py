@@ -11,7 +11,7 @@ import predict
 import score
 import train
 from luthier.familiarity import load_familiarity
-from luthier.reporting.results import read_correct
+from luthier.scoring.comparison import read_correct
 from models import load_trained
 
 

@@ -137,7 +137,8 @@ def test_curves_are_drawn(tmp_path):
 
 def test_model_card_shows_the_score_and_escapes_names(metrics, tmp_path):
     path = tmp_path / "README.md"
-    write_model_card(path, metrics, custom_code=True)
+    (tmp_path / "models.py").touch()
+    write_model_card(tmp_path, metrics)
     card = ModelCard.load(path)
     assert card.data.library_name == "transformers" and card.data.pipeline_tag == "image-classification"
     scores = {entry.metric_type: entry.metric_value for entry in card.data.eval_results}
@@ -243,7 +244,7 @@ def test_readme_image_has_the_shape_of_the_default_runs_report(tmp_path, launch)
 
 
 def test_sentences_of_the_card_are_apart(metrics, tmp_path):
-    write_model_card(tmp_path / "README.md", metrics, custom_code=False)
+    write_model_card(tmp_path, metrics)
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "by chance.\n" in text and "by chance.Luthier" not in text
     prose = text.partition("## Score")[2].partition("| class |")[0].replace(HOSTILE[0], "")

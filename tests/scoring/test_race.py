@@ -11,8 +11,9 @@ import pytest
 
 import luthier.scoring.race as module
 from luthier.errors import NotFinite, UserError
-from luthier.output_dir import NO_TIME, RACE
+from luthier.output_dir import NO_TIME
 from luthier.reporting import console
+from luthier.run_files import RACE
 from luthier.scoring.criterion import Judge
 from luthier.scoring.race import FAR, Outcome, Winner, _Race, predict_loss, race
 from luthier.scoring.race_record import Course, Heat, Heats, read_record, write_record

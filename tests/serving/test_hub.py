@@ -19,8 +19,8 @@ import luthier.serving.hub as hub
 import prepare
 import score
 from luthier.errors import UserError
-from luthier.reporting.card import EXPORTS, write_model_card
-from luthier.reporting.results import note_export
+from luthier.reporting.card import note_export, write_model_card
+from luthier.run_files import EXPORTS
 
 PUBLISHED = {
     ".gitattributes", "README.md", "config.json", "confusion_matrix.png", "coverage.png", "curves.png",
@@ -403,9 +403,17 @@ def test_hostile_names_are_escaped_in_the_model_card(finished_run, tmp_path):
     per_class = dict(zip(names, metrics["test"]["per_class"].values(), strict=True))
     metrics["test"]["per_class"] = per_class
     metrics["baselines"]["majority"]["label"] = names[1]
-    write_model_card(tmp_path / "README.md", metrics, False, "me/instruments")
+    write_model_card(tmp_path, metrics, "me/instruments")
     body = (tmp_path / "README.md").read_text().split("---", 2)[2]
     assert not any(text in body for text in ("<img", "<b>", "[x](", "[c](", "| | a |")) and "# instruments" in body
+
+
+def test_damaged_note_of_exports_is_left_out(finished_run, tmp_path):
+    metrics = json.loads((finished_run / "metrics.json").read_text())
+    for text in ("{", "[]", '{"model.onnx": 1}'):
+        (tmp_path / EXPORTS).write_text(text)
+        write_model_card(tmp_path, metrics)
+        assert "## Exports" not in (tmp_path / "README.md").read_text()
 
 
 def test_folder_without_a_run_sends_no_request(server, push, tmp_path):
