@@ -19,7 +19,7 @@ from luthier.errors import exit_on_user_error
 from luthier.images.views import EvaluationView
 from luthier.machine import set_up_process
 from luthier.scoring.learning_curve import FOLDS, learning_curve
-from luthier.training.features import load_features
+from luthier.training.features import Pool, load_features, pool_of
 from luthier.training.probe import fit_shared_probes
 from luthier.training.trainer import build_predictor
 from models import build_model, linear_head
@@ -46,18 +46,19 @@ def main() -> None:
         trainer, head = build_predictor(model, training_args), linear_head(model)
         features = {split: load_features(trainer, head, rows[split]) for split in USED}
         probe, _ = fit_shared_probes(trainer, features, {split: splits[split]["label"][:] for split in USED})
-    labels, groups = (np.concatenate([splits[split][column][:] for split in USED]) for column in ("label", "group"))
-    pool = torch.cat([features[split] for split in USED])
-    n = round(len(labels) * (1 - 1 / FOLDS))
+    pool = pool_of(splits, features, torch.device("cpu"))
+    images = len(pool.labels)
+    n = round(images * (1 - 1 / FOLDS))
     start = time.perf_counter()
-    measured = learning_curve(pool, labels, names, groups, probe.strength, n)["points"][-1]
+    measured = learning_curve(pool, probe.strength, n)["points"][-1]
     seconds = time.perf_counter() - start
     print(f"measured with {measured['n']} training images: {measured['accuracy']:.1%}, in {seconds:.1f} s\n")
     print("| half | predicted | 95% interval | inside |\n|---|---|---|---|")
     inside = 0
     for seed in range(args.halves):
-        half = np.random.default_rng(seed).permutation(len(labels))[: len(labels) // 2]
-        twice = learning_curve(pool[half], labels[half], names, groups[half], probe.strength, n // 2)["twice"]
+        half = np.random.default_rng(seed).permutation(images)[: images // 2]
+        part = Pool(pool.features[half], pool.labels[half], pool.groups[half], names)
+        twice = learning_curve(part, probe.strength, n // 2)["twice"]
         low, high = twice["ci95"]
         is_inside = low <= measured["accuracy"] <= high
         inside += is_inside

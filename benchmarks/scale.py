@@ -56,7 +56,7 @@ STAGES = {
     "features": ("luthier.scoring.baselines", "load_features"),
     "probe": ("luthier.scoring.baselines", "fit_shared_probes"),
     "label check": ("luthier.scoring.baselines", "suspect_labels"),
-    "learning curve": ("luthier.scoring.baselines", "probe_learning_curve"),
+    "learning curve": ("luthier.scoring.baselines", "learning_curve"),
     "training": ("luthier.scoring.race", "race"),
     "score": ("luthier.scoring.familiarity", "answer"),
     "refit": ("luthier.scoring.refit", "refit"),

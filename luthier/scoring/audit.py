@@ -14,6 +14,7 @@ from luthier.images.groups import propose_grouping
 from luthier.images.inspection import UnreadableImage
 from luthier.images.splits import stratified_folds
 from luthier.terminal import percent
+from luthier.training.features import Pool
 from luthier.training.probe import cross_fit
 
 # What Pillow calls a format, and the extensions that files of it may have.
@@ -122,7 +123,7 @@ def _add_duplicates(findings: dict, members: list[tuple[bytes, dict]]) -> None:
             findings[kind].append(alike)
 
 
-def suspect_labels(splits: DatasetDict, features: torch.Tensor, strength: float) -> tuple[list[dict], int | None]:
+def suspect_labels(splits: DatasetDict, pool: Pool, strength: float) -> tuple[list[dict], int | None]:
     """Return the images whose label is likely wrong, the likeliest first.
 
     Besides, about how many images each probe learned from, if that was a sample.
@@ -133,11 +134,10 @@ def suspect_labels(splits: DatasetDict, features: torch.Tensor, strength: float)
 
     Args:
         splits: as `data.load_splits` returns them.
-        features: float32 [N, D] of all splits' rows, in order, on the device of the fits.
+        pool: of all splits.
         strength: of the probe.
     """
-    names = splits["train"].features["label"].names
-    labels, groups = (np.concatenate([d[column][:] for d in splits.values()]) for column in ("label", "group"))
+    features, labels, groups, names = pool
     folds = stratified_folds(labels, groups, FOLDS, seed=0)
     truth = torch.as_tensor(labels, device=features.device)
     given, highest, likelier = np.zeros(len(labels)), np.zeros(len(labels)), np.zeros(len(labels), dtype=int)

@@ -18,9 +18,9 @@ from luthier.scoring.audit import suspect_labels
 from luthier.scoring.criterion import LOG_LOSS, Criterion, Judge
 from luthier.scoring.grouping import measure_inflation
 from luthier.scoring.intervals import interval_of_share
-from luthier.scoring.learning_curve import check_classes, probe_learning_curve
+from luthier.scoring.learning_curve import check_classes, learning_curve
 from luthier.scoring.metrics import TestPredictions, Yardstick, score
-from luthier.training.features import empty_rows, feature_size, join, load_features
+from luthier.training.features import Pool, columns_of, empty_rows, feature_size, load_features, pool_of
 from luthier.training.probe import LinearProbe, cross_fit, fit_shared_probes, state_with_probe
 from luthier.training.recipe import Recipe
 from luthier.training.trainer import model_of
@@ -33,7 +33,7 @@ class ProbeResults(NamedTuple):
     """What the linear probe of a model tells.
 
     `starts` and `strength` are on every process, the rest is on the main one alone. Where the model has no probe,
-    `starts` is empty, and the rest None.
+    `starts` and `features` are empty, and the rest None.
 
     Attributes:
         starts: the model's state with the probe as its head, by `recipe.Recipe.start`.
@@ -48,13 +48,17 @@ class ProbeResults(NamedTuple):
 
     starts: Mapping[str, dict[str, torch.Tensor]] = MappingProxyType({})
     strength: float | None = None
-    features: dict[str, torch.Tensor] | None = None
+    features: Mapping[str, torch.Tensor] = MappingProxyType({})
     scores: dict | None = None
     logits: np.ndarray | None = None
     suspect_labels: list[dict] | None = None
     checked_by: int | None = None
     learning_curve: dict | None = None
     inflation: dict | None = None
+
+    def known_of(self, is_probe: bool) -> Mapping[str, torch.Tensor] | None:
+        """Return the features of a model that is the probe; None of one with other weights below the head."""
+        return self.features if is_probe else None
 
     @property
     def findings(self) -> dict:
@@ -88,7 +92,8 @@ def measure_probe(
     if head is None:
         return ProbeResults()
     if with_learning_curve:
-        check_classes(splits)  # before the features, which take longer
+        labels, groups = columns_of(splits, ("label", "group"))
+        check_classes(labels, groups, splits["train"].features["label"].names)  # features take longer
     references = {split: dataset["label"][:] for split, dataset in splits.items()}
     space, features = None, {}
     if trainer.is_world_process_zero():
@@ -107,34 +112,14 @@ def measure_probe(
         return ProbeResults(starts, probe.strength)
     device = trainer.args.device
     scores, logits = score_linear_probe(probe, features, splits, criterion)
-    suspects, checked_by = suspect_labels(splits, space.to(device), probe.strength)
-    curve = probe_learning_curve(splits, features, probe, device) if with_learning_curve else None
-    inflation = probe_inflation(splits, features, probe.strength, device)
+    suspects, checked_by = suspect_labels(splits, pool_of(splits, features, device, splits), probe.strength)
+    pool, curve, inflation = pool_of(splits, features, device), None, None
+    if with_learning_curve:
+        curve = learning_curve(pool, probe.strength, len(splits["train"]))
+    if GIVEN_GROUP in splits["train"].column_names:
+        (duplicates,) = columns_of(splits, ["duplicates"])
+        inflation = measure_inflation(pool, duplicates, probe.strength)
     return ProbeResults(starts, probe.strength, features, scores, logits, suspects, checked_by, curve, inflation)
-
-
-def probe_inflation(
-    splits: DatasetDict, features: Mapping[str, torch.Tensor], strength: float, device: torch.device
-) -> dict | None:
-    """Return what ignoring the given groups would add to a probe's accuracy, see `grouping.measure_inflation`.
-
-    None where there are no given groups, or too few to tell.
-
-    Args:
-        splits: as loaded.
-        features: float32 [N, D] of train and validation.
-        strength: of the probe.
-        device: of the fits.
-    """
-    both = [splits[split] for split in ("train", "validation")]
-    classes = both[0].features["label"].num_classes
-    if GIVEN_GROUP not in both[0].column_names:
-        return None
-    labels, duplicates, groups = (
-        np.concatenate([dataset[column][:] for dataset in both]) for column in ("label", "duplicates", "group")
-    )
-    everything = join([features["train"], features["validation"]]).to(device)
-    return measure_inflation(everything, labels, duplicates, groups, classes, strength)
 
 
 def with_yardstick(
@@ -151,34 +136,28 @@ def with_yardstick(
     """
     if probe.strength is None or all(recipe.name == "probe" for recipe in recipes):
         return judge
-    corrects = probe.features and build_yardstick(probe.features, splits, probe.strength, judge.criterion, device)
+    corrects = None
+    if probe.features:
+        pool = pool_of(splits, probe.features, device)
+        corrects = build_yardstick(pool, len(splits["train"]), probe.strength, judge.criterion)
     (yardstick,) = broadcast_object_list([corrects])
     return judge._replace(yardstick=yardstick)
 
 
-def build_yardstick(
-    features: Mapping[str, torch.Tensor],
-    splits: DatasetDict,
-    strength: float,
-    criterion: Criterion,
-    device: torch.device,
-) -> Yardstick:
+def build_yardstick(pool: Pool, n_train: int, strength: float, criterion: Criterion) -> Yardstick:
     """Return what corrects validation losses.
 
     Args:
-        features: float32 [N, D] of train and validation.
-        splits: as loaded.
+        pool: of train and validation.
+        n_train: images of train.
         strength: of the probes.
         criterion: has the losses.
-        device: of the fits.
     """
-    both = [splits[split] for split in ("train", "validation")]
-    labels, groups = (np.concatenate([dataset[column][:] for dataset in both]) for column in ("label", "group"))
-    classes = both[0].features["label"].num_classes
-    everything, truth = join([features["train"], features["validation"]]).to(device), torch.tensor(labels)
+    features, labels, groups, names = pool
+    classes, truth = len(names), torch.as_tensor(labels, device=features.device)
     folds, is_learned = stratified_folds(labels, groups, FOLDS, seed=0), labels < 0
     predictions, cross_entropies = np.zeros(len(labels), dtype=int), np.zeros(len(labels))
-    for part in cross_fit(everything, truth.to(device), folds, classes, (strength,)):
+    for part in cross_fit(features, truth, folds, classes, (strength,)):
         adjusted, own = criterion.adjust(part.logits[0].cpu().numpy()), labels[part.rows]
         predictions[part.rows] = adjusted.argmax(axis=-1)
         cross_entropies[part.rows] = criterion.log_losses(adjusted, own)
@@ -186,7 +165,7 @@ def build_yardstick(
     losses = criterion.weigh(predictions, cross_entropies, labels, classes)  # of all together, and not of each part
     # How hard an image is tells no probe that has not learned its class, as one whose images are all in one fold.
     losses[~is_learned] = losses[is_learned].mean() if is_learned.any() else 0.0
-    return Yardstick(losses[len(both[0]) :], float(losses.mean()))
+    return Yardstick(losses[n_train:], float(losses.mean()))
 
 
 def majority_baseline(data: Mapping, test: TestPredictions) -> dict:

@@ -68,8 +68,7 @@ def learn_familiarity(
     trainer: Trainer,
     images: Mapping[str, ImageRows],
     splits: DatasetDict,
-    features: Mapping[str, torch.Tensor] | None,
-    frozen: bool,
+    known: Mapping[str, torch.Tensor] | None,
     none: int | None = None,
 ) -> Familiarity | None:
     """Return what is familiar to the model that is kept; None where its head is not one linear layer, or it diverged.
@@ -80,8 +79,8 @@ def learn_familiarity(
         trainer: has the model with its final weights.
         images: of "train" and "validation", see `data.feature_rows`.
         splits: as loaded.
-        features: of "train" and "validation" by the pretrained weights; None on all processes but the main one.
-        frozen: the weights below the head are still these.
+        known: features of "train" and "validation", where the probe is kept (on all processes but the main one,
+            without splits); None where the model has other weights below the head.
         none: the class of images that show none of the others: they are not familiar.
     """
     head = linear_head(model_of(trainer))
@@ -92,7 +91,7 @@ def learn_familiarity(
         "train": choose_bank(splits["train"]["label"][:], splits["train"]["digest"][:], none),
         "validation": order[np.array(splits["validation"]["label"][:])[order] != none][:VALIDATION],
     }
-    learned = _features(trainer, head, images, chosen, features, frozen)
+    learned = _features(trainer, head, images, chosen, known)
     if not trainer.is_world_process_zero() or not all(len(part) and torch.isfinite(part).all() for part in learned):
         return None
     bank, validation = nn.functional.normalize(learned[0]).half(), learned[1]
@@ -111,8 +110,7 @@ def refit_familiarity(
     used: Sequence[str],
     images: Mapping[str, ImageRows],
     splits: DatasetDict,
-    features: Mapping[str, torch.Tensor] | None,
-    frozen: bool,
+    known: Mapping[str, torch.Tensor] | None,
     none: int | None = None,
 ) -> Familiarity | None:
     """Return the familiarity of a model that was refit: its own bank, and the scale of the scored one.
@@ -123,7 +121,7 @@ def refit_familiarity(
         used: the splits that it has learned from.
         images: of these splits, see `data.feature_rows`.
         splits: as loaded.
-        features, frozen, none: as in `learn_familiarity`, of these splits.
+        known, none: as in `learn_familiarity`, of these splits.
     """
     head = linear_head(model_of(trainer))
     if head is None:
@@ -133,7 +131,7 @@ def refit_familiarity(
     begins = np.cumsum([0, *(len(splits[split]) for split in used)])
     parts = [rows[(rows >= begin) & (rows < end)] - begin for begin, end in itertools.pairwise(begins)]
     chosen = {split: part for split, part in zip(used, parts, strict=True) if len(part)}
-    learned = _features(trainer, head, images, chosen, features, frozen)
+    learned = _features(trainer, head, images, chosen, known)
     if familiarity is None:  # as on all processes but the main one
         return None
     return familiarity._replace(bank=nn.functional.normalize(torch.cat(learned)).half())
@@ -177,12 +175,11 @@ def _features(
     head: str,
     images: Mapping[str, ImageRows],
     chosen: Mapping[str, np.ndarray],
-    features: Mapping[str, torch.Tensor] | None,
-    frozen: bool,
+    known: Mapping[str, torch.Tensor] | None,
 ) -> list[torch.Tensor]:
-    """Return the features [R, D] of some rows of each split; of frozen weights on the main process alone."""
-    if frozen:
-        return [features[split][rows] for split, rows in chosen.items()] if features else []
+    """Return the features [R, D] of some rows of each split; if they are known, on the main process alone."""
+    if known is not None:
+        return [known[split][rows] for split, rows in chosen.items()] if known else []
     backbone = build_backbone(model_of(trainer), head, size_of(next(iter(images.values())).rows))
     return [run_backbone(trainer, backbone, images[split].rows.select(rows)) for split, rows in chosen.items()]
 

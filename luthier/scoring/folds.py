@@ -124,13 +124,13 @@ def _pool_probes(
 ) -> ProbeResults:
     """Return the shipped model's probe, with the features of all images, and the score of all folds' probes."""
     leader = result.probe
-    if leader.logits is None or leader.features is None or leader.scores is None:
+    if leader.logits is None or leader.scores is None:
         return leader
     logits = np.concatenate([probe.logits for probe in probes if probe.logits is not None])
     references = np.array(splits["test"]["label"][:])
     none = result.none
     scored = TestPredictions(splits, logits, references, result.kept.class_shares, none=none).score()
-    features = {"test": join([probe.features["test"] for probe in probes if probe.features])}
+    features = {"test": join([probe.features["test"] for probe in probes])}
     features |= {UNTESTED[split]: leader.features[split][rows] for split, rows in untested.items()}
     return leader._replace(scores=leader.scores | {"test": scored}, features=features)
 

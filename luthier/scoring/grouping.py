@@ -5,42 +5,34 @@ import torch
 
 from luthier.images.splits import stratified_folds
 from luthier.scoring.intervals import stretch
+from luthier.training.features import Pool
 from luthier.training.probe import cross_fit
 
 FOLDS, REPEATS = 5, 3
 RESAMPLES = 1000
 
 
-def measure_inflation(
-    features: torch.Tensor,
-    labels: np.ndarray,
-    duplicates: np.ndarray,
-    groups: np.ndarray,
-    classes: int,
-    strength: float,
-) -> dict | None:
+def measure_inflation(pool: Pool, duplicates: np.ndarray, strength: float) -> dict | None:
     """Return the accuracy of cross-fitted probes with folds that keep groups together, and with folds that do not.
 
     Both keep duplicates together. An image counts if all of its probes have learned its class, which they cannot where
     the class has one group. The interval of the difference comes from bootstrap samples of the groups.
 
     Args:
-        features: float32 [N, D], on the device of the fits.
-        labels: int [N].
+        pool: the images.
         duplicates: int [N], the same for images that are nearly the same.
-        groups: int [N], the same for images that belong together.
-        classes: how many there are.
         strength: of the probes.
 
     Returns `images` and `groups` that count, `accuracy`, `ignoring` (the accuracy without groups), `inflation` and its
     `ci95`; None where no image counts.
     """
+    features, labels, groups, names = pool
     truth = torch.as_tensor(labels, device=features.device)
     correct, counts = {"accuracy": np.zeros(len(labels)), "ignoring": np.zeros(len(labels))}, labels >= 0
     for seed in range(REPEATS):
         for name, together in (("accuracy", groups), ("ignoring", duplicates)):
             folds = stratified_folds(labels, together, FOLDS, seed)
-            for part in cross_fit(features, truth, folds, classes, (strength,)):
+            for part in cross_fit(features, truth, folds, len(names), (strength,)):
                 likely = part.logits[0].argmax(dim=1).cpu().numpy()
                 correct[name][part.rows] += (likely == labels[part.rows]) / REPEATS
                 counts[part.rows] &= part.learned[labels[part.rows]]

@@ -1,76 +1,34 @@
 """How a linear probe's accuracy grows with the number of images, and what more of them would bring."""
 
 import warnings
-from collections.abc import Mapping
 
 import numpy as np
 import torch
-from datasets import DatasetDict
 from scipy.optimize import OptimizeWarning, curve_fit
 
 from luthier.errors import UserError
 from luthier.images.splits import stratified_folds
 from luthier.terminal import plural
-from luthier.training.features import join, rows_at_once
-from luthier.training.probe import LinearProbe, fit_parts
+from luthier.training.features import Pool, rows_at_once
+from luthier.training.probe import fit_parts
 
 FRACTIONS = (0.1, 0.18, 0.32, 0.56, 1.0)  # of the training images
 FOLDS, REPEATS = 4, 3  # every image is held out once in each repeat
 MANY = 20_000  # images from which on one repeat is enough: the error of an accuracy is a third of a point
 RESAMPLES = 300
-BOTH = ("train", "validation")
 
 
-def check_classes(splits: DatasetDict) -> None:
-    """Check that train and validation have enough images of every class for a learning curve.
-
-    Raises:
-        UserError: a class has fewer than there are folds.
-    """
-    _check_classes(*_labels_and_groups(splits))
-
-
-def probe_learning_curve(
-    splits: DatasetDict, features: Mapping[str, torch.Tensor], probe: LinearProbe, device: torch.device
-) -> dict:
-    """Return the learning curve of a run's probe on train and validation; test is not looked at.
-
-    Args:
-        splits: as `data.load_splits` returns them.
-        features: float32 [N, D] by split.
-        probe: gives the strength.
-        device: of the fits.
-
-    Raises:
-        UserError: a class has fewer images than there are folds.
-    """
-    labels, names, groups = _labels_and_groups(splits)
-    pool = join([features[split] for split in BOTH]).to(device)
-    return learning_curve(pool, labels, names, groups, probe.strength, len(splits["train"]))
-
-
-def _labels_and_groups(splits: DatasetDict) -> tuple[np.ndarray, list[str], np.ndarray]:
-    """Return the labels of train and validation, the classes' names, and the groups."""
-    labels, groups = (np.concatenate([splits[split][column][:] for split in BOTH]) for column in ("label", "group"))
-    return labels, splits["train"].features["label"].names, groups
-
-
-def learning_curve(
-    features: torch.Tensor, labels: np.ndarray, names: list[str], groups: np.ndarray, strength: float, target: int
-) -> dict:
+def learning_curve(pool: Pool, strength: float, target: int) -> dict:
     """Measure probes on growing parts of the images and extrapolate.
 
     Each part is drawn `FOLDS` x `REPEATS` times, or `FOLDS` times from `MANY` images on, class by class, and scored on
-    the fold that is held out. A power law
-    (Hestness et al. 2017; Viering and Loog 2022) is fitted to the mean errors, and to `RESAMPLES` bootstrap samples of
-    the images, groups as a whole, which give the intervals. These cover the choice of the images that are tested, not
-    of those that are learned from. The law never falls, so the gain is never below zero.
+    the fold that is held out. A power law (Hestness et al. 2017; Viering and Loog 2022) is fitted to the mean errors,
+    and to `RESAMPLES` bootstrap samples of the images, groups as a whole, which give the intervals. These cover the
+    choice of the images that are tested, not of those that are learned from. The law never falls, so the gain is
+    never below zero.
 
     Args:
-        features: float32 [N, D] of train and validation, on the device of the fits.
-        labels: int [N].
-        names: the classes' names.
-        groups: int [N], the same for duplicates.
+        pool: of train and validation; test is not looked at.
         strength: of the probe.
         target: number of training images that is compared with twice as many.
 
@@ -81,7 +39,8 @@ def learning_curve(
         UserError: a class has fewer images than there are folds, counting those of a group as one: a fold could
             hold all of them, and its probes would not know the class.
     """
-    _check_classes(labels, names, groups)
+    features, labels, groups, names = pool
+    check_classes(labels, groups, names)
     truth = torch.as_tensor(labels, device=features.device)
     correct = np.zeros((len(FRACTIONS), len(labels)))
     sizes = np.zeros(len(FRACTIONS))
@@ -114,8 +73,12 @@ def learning_curve(
     }
 
 
-def _check_classes(labels: np.ndarray, names: list[str], groups: np.ndarray) -> None:
-    """Check that every class has enough images; see `learning_curve`."""
+def check_classes(labels: np.ndarray, groups: np.ndarray, names: list[str]) -> None:
+    """Check that every class has enough images for a learning curve, by the columns of a pool; see there.
+
+    Raises:
+        UserError: see `learning_curve`.
+    """
     sizes = [len(np.unique(groups[labels == index])) for index in range(len(names))]
     fewest = int(np.argmin(sizes))
     if sizes[fewest] < FOLDS:

@@ -167,10 +167,8 @@ def refit(
             return plan._replace(refusal=FAILURES[type(error)]), None
     load_candidate(model, start, kept)
     trainer = build_predictor(model, workshop.training_args)
-    familiarity = refit_familiarity(
-        trainer, result.answers.familiarity, plan.splits, images, splits, probe.features, winner is None,
-        result.none,
-    )  # fmt: skip
+    known, of_scored = probe.known_of(winner is None), result.answers.familiarity
+    familiarity = refit_familiarity(trainer, of_scored, plan.splits, images, splits, known, result.none)
     return plan, Refitted(model, familiarity, plan.splits)
 
 

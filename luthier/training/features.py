@@ -5,14 +5,15 @@ import itertools
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
+from datasets import DatasetDict
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
@@ -23,6 +24,7 @@ from luthier.images.views import ImageRows
 from luthier.terminal import say
 from luthier.training.trainer import concatenate_batches, model_of
 
+LEARNABLE = ("train", "validation")  # what a probe may learn from: all but test
 MAX_IN_MEMORY = 64_000_000  # bytes of features; more are in a temporary file
 # What a model's config says of a run, and not of its backbone.
 OF_RUN = {
@@ -106,6 +108,43 @@ def feature_size(model: PreTrainedModel, head: str) -> int:
     layer = model.get_submodule(head)
     assert isinstance(layer, nn.Linear)  # see models.linear_head
     return layer.in_features
+
+
+class Pool(NamedTuple):
+    """Images of several splits, one after the other, for probes to learn from.
+
+    Attributes:
+        features: float32 [N, D], on the device of the fits.
+        labels: int [N].
+        groups: int [N], the same for images that belong together.
+        names: the classes' names.
+    """
+
+    features: torch.Tensor
+    labels: np.ndarray
+    groups: np.ndarray
+    names: list[str]
+
+
+def pool_of(
+    splits: DatasetDict, features: Mapping[str, torch.Tensor], device: torch.device, used: Iterable[str] = LEARNABLE
+) -> Pool:
+    """Return images of several splits together.
+
+    Args:
+        splits: as loaded.
+        features: float32 [N, D] by split.
+        device: of the fits.
+        used: the splits.
+    """
+    labels, groups = columns_of(splits, ("label", "group"), used)
+    everything, names = join([features[split] for split in used]).to(device), splits["train"].features["label"].names
+    return Pool(everything, labels, groups, names)
+
+
+def columns_of(splits: DatasetDict, columns: Sequence[str], used: Iterable[str] = LEARNABLE) -> list[np.ndarray]:
+    """Return columns of several splits together, [N] each."""
+    return [np.concatenate([splits[split][column][:] for split in used]) for column in columns]
 
 
 def join(parts: Sequence[torch.Tensor]) -> torch.Tensor:

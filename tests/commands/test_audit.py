@@ -13,6 +13,7 @@ from data import load_splits
 from luthier.images.groups import propose_grouping
 from luthier.reporting.console import findings_in_words, list_findings
 from luthier.scoring.audit import audit_images, suspect_labels
+from luthier.training.features import pool_of
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +120,8 @@ def test_labels_of_a_class_with_one_image_are_not_judged(tmp_path):
     labels = torch.tensor([label for dataset in splits.values() for label in dataset["label"][:]])
     features = torch.nn.functional.one_hot(labels, 3) + 0.1 * torch.randn(len(labels), 3)
     features[0] = features[-1]  # a blue image with the features of a red one
-    (suspect,), _ = suspect_labels(splits, features, 0.01)
+    parts = dict(zip(splits, features.split([len(dataset) for dataset in splits.values()]), strict=True))
+    (suspect,), _ = suspect_labels(splits, pool_of(splits, parts, torch.device("cpu"), splits), 0.01)
     assert (suspect["label"], suspect["likelier"]) == ("blue", "red")
 
 

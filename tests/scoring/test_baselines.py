@@ -23,7 +23,7 @@ from luthier.scoring.baselines import (
 from luthier.scoring.criterion import LOG_LOSS, Criterion, Judge
 from luthier.scoring.intervals import interval_of_share
 from luthier.scoring.metrics import TestPredictions
-from luthier.training.features import join
+from luthier.training.features import Pool, join, pool_of
 from luthier.training.recipe import RECIPES
 from models import build_model
 
@@ -82,7 +82,7 @@ def test_classes_that_no_probe_has_learned_do_not_move_the_yardstick():
     rows = {"train": [*range(40), 80, 81], "validation": [*range(40, 80), 82]}
     splits = DatasetDict({split: both.select(chosen) for split, chosen in rows.items()})
     parts = {split: features[chosen] for split, chosen in rows.items()}
-    yardstick = build_yardstick(parts, splits, 0.001, LOG_LOSS, torch.device("cpu"))
+    yardstick = build_yardstick(pool_of(splits, parts, torch.device("cpu")), 42, 0.001, LOG_LOSS)
     assert yardstick.mean < 0.1 and yardstick.losses.max() < 0.5
     assert yardstick.losses[-1] == pytest.approx(yardstick.mean)
 
@@ -92,7 +92,8 @@ def test_probe_of_many_images_is_cross_fitted_on_a_sample_and_says_so(measure, s
     monkeypatch.setattr("luthier.training.probe.MAX_CELLS", 30)  # ten images of three classes
     probe = measure()
     assert probe.checked_by == 10
-    yardstick = build_yardstick(probe.features, splits, probe.strength, LOG_LOSS, torch.device("cpu"))
+    pool = pool_of(splits, probe.features, torch.device("cpu"))
+    yardstick = build_yardstick(pool, len(splits["train"]), probe.strength, LOG_LOSS)
     assert 0 < yardstick.mean < 10
     findings = {kind: [] for kind in KINDS} | probe.findings | {"suspect_labels": [{}]}
     assert findings_in_words(findings) == "labels to check: 1 (by probes that have learned from about 10 images each)"
@@ -104,9 +105,10 @@ def test_classes_that_a_sample_lacks_are_not_suspect(monkeypatch):
     label = ClassLabel(names=[f"{index:02}" for index in range(60)])
     train = Dataset.from_dict(columns).cast_column("label", label)
     features = torch.nn.functional.one_hot(torch.tensor(labels)).float() + 0.01 * torch.randn(600, 60)
+    pool = Pool(features, labels, np.arange(600), label.names)
     for most in (600, 40):
         monkeypatch.setattr("luthier.training.probe.MAX_LEARNED", most)
-        assert suspect_labels(DatasetDict(train=train), features, 0.001) == ([], None if most == 600 else 40)
+        assert suspect_labels(DatasetDict(train=train), pool, 0.001) == ([], None if most == 600 else 40)
 
 
 def test_features_in_a_file_and_in_parts_tell_the_same(measure, monkeypatch):
@@ -136,7 +138,7 @@ def test_labels_are_checked_on_the_device_of_the_run(measure, monkeypatch):
         devices.append(device)
         return to(self, device, *rest, **options)
 
-    def check_device(splits, features, strength):
+    def check_device(splits, pool, strength):
         assert torch.device("cpu") in devices[-1:]  # moved just before, to the device of the Trainer
         return [], None
 
@@ -154,7 +156,7 @@ def test_yardstick_does_not_depend_on_how_many_rows_are_at_a_time(monkeypatch):
     parts = {"train": features, "validation": features[150:]}
 
     def yardstick():
-        return build_yardstick(parts, splits, 0.1, Criterion("balanced_accuracy"), torch.device("cpu"))
+        return build_yardstick(pool_of(splits, parts, torch.device("cpu")), 220, 0.1, Criterion("balanced_accuracy"))
 
     whole = yardstick()
     monkeypatch.setattr("luthier.training.probe.rows_at_once", lambda device: 16)

@@ -91,7 +91,7 @@ def test_scale_is_that_of_images_of_the_classes(monkeypatch):
     other = known.clone()
     other[torch.from_numpy(labels) == 2] *= -9  # images of none of the classes, which may look like anything
     one, same = (
-        module.learn_familiarity(trainer, {}, splits, {"train": known, "validation": validation}, True, none=2)
+        module.learn_familiarity(trainer, {}, splits, {"train": known, "validation": validation}, none=2)
         for validation in (known, other)
     )
     assert (one.log_odds, one.similarity, one.unsure_below) == (same.log_odds, same.similarity, same.unsure_below)

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from luthier.scoring.grouping import measure_inflation
+from luthier.training.features import Pool
 
 
 def measure(shared: float) -> dict:
@@ -14,7 +15,7 @@ def measure(shared: float) -> dict:
     burst = np.repeat(generator.normal(size=(40, 30)), 5, axis=0)
     features = generator.normal(size=(200, 30)) + shared * burst
     features[:, 0] += labels
-    return measure_inflation(torch.tensor(features).float(), labels, np.arange(200), groups, 2, 0.01)
+    return measure_inflation(Pool(torch.tensor(features).float(), labels, groups, ["a", "b"]), np.arange(200), 0.01)
 
 
 def test_bursts_inflate_a_score_that_ignores_them():
@@ -34,15 +35,15 @@ def test_classes_in_one_group_do_not_count():
     generator, labels = np.random.default_rng(0), np.repeat(np.arange(4), 20)
     groups = labels * 10 + np.arange(80) % 4 * (labels > 0)  # the first class has one group
     features = torch.tensor(np.eye(4)[labels] * 10 + generator.normal(size=(80, 4))).float()
-    found = measure_inflation(features, labels, np.arange(80), groups, 4, 0.01)
+    found = measure_inflation(Pool(features, labels, groups, [*"abcd"]), np.arange(80), 0.01)
     assert (found["images"], found["groups"]) == (60, 12)
     assert found["accuracy"] == found["ignoring"] == 1 and found["inflation"] == 0
-    assert measure_inflation(features, labels, np.arange(80), labels, 4, 0.01) is None
+    assert measure_inflation(Pool(features, labels, labels, [*"abcd"]), np.arange(80), 0.01) is None
 
 
 def test_duplicates_are_kept_together_in_both_scores():
     generator = np.random.default_rng(0)
     groups, labels = np.repeat(np.arange(40), 5), np.repeat(generator.integers(0, 2, 40), 5)
     features = torch.tensor(np.repeat(generator.normal(size=(40, 30)), 5, axis=0)).float()
-    found = measure_inflation(features, labels, groups, groups, 2, 0.01)
+    found = measure_inflation(Pool(features, labels, groups, [*"ab"]), groups, 0.01)
     assert found["inflation"] == 0 and found["ignoring"] < 0.8

@@ -1,7 +1,5 @@
 """The learning curve: it rises on features of known difficulty, and half of the data predicts the accuracy on all."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -11,6 +9,7 @@ import luthier.scoring.learning_curve as module
 from luthier.errors import UserError
 from luthier.reporting.console import learning_curve_in_words
 from luthier.scoring.learning_curve import FRACTIONS, _ranks_in_class, extrapolate, learning_curve
+from luthier.training.features import Pool, pool_of
 
 NAMES = ["a", "b", "c", "d"]
 
@@ -29,8 +28,8 @@ def test_curve_of_half_the_images_predicts_the_accuracy_of_all():
         features, labels = clusters(800, seed)
         half = np.concatenate([np.flatnonzero(labels == label)[:100] for label in range(4)])
         groups = np.arange(800)
-        predicted = learning_curve(features[half], labels[half], NAMES, groups[half], 0.1, 300)
-        measured = learning_curve(features, labels, NAMES, groups, 0.1, 600)["points"][-1]
+        predicted = learning_curve(Pool(features[half], labels[half], groups[half], NAMES), 0.1, 300)
+        measured = learning_curve(Pool(features, labels, groups, NAMES), 0.1, 600)["points"][-1]
         assert measured["n"] == predicted["twice"]["n"] == 600
         low, high = predicted["twice"]["ci95"]
         within_interval += low <= measured["accuracy"] <= high
@@ -39,7 +38,7 @@ def test_curve_of_half_the_images_predicts_the_accuracy_of_all():
 
 def test_accuracy_rises_with_the_images_and_the_sentence_says_so():
     features, labels = clusters(800, 1)
-    curve = learning_curve(features, labels, NAMES, np.arange(800), 0.1, 600)
+    curve = learning_curve(Pool(features, labels, np.arange(800), NAMES), 0.1, 600)
     accuracies = [point["accuracy"] for point in curve["points"]]
     assert len(accuracies) == len(FRACTIONS) and accuracies[-1] > accuracies[0] + 0.1
     assert all(point["lowest"] <= point["accuracy"] <= point["highest"] for point in curve["points"])
@@ -50,18 +49,18 @@ def test_accuracy_rises_with_the_images_and_the_sentence_says_so():
 def test_smallest_subset_has_every_class():
     features, labels = clusters(40, 1)
     labels = np.where(np.arange(40) < 5, 3, labels % 3)
-    assert learning_curve(features, labels, NAMES, np.arange(40), 0.1, 30)["points"][0]["n"] >= 4
+    assert learning_curve(Pool(features, labels, np.arange(40), NAMES), 0.1, 30)["points"][0]["n"] >= 4
 
 
 def test_class_with_too_few_images_is_refused():
     features, labels = clusters(40, 1)
     labels = np.where(np.arange(40) < 3, 3, labels % 3)
     with pytest.raises(UserError, match=r"needs 4 images of each class .* 'd' has 3"):
-        learning_curve(features, labels, NAMES, np.arange(40), 0.1, 30)
+        learning_curve(Pool(features, labels, np.arange(40), NAMES), 0.1, 30)
     labels, groups = np.arange(40) % 4, np.arange(40)
     groups[labels == 2] = 2 + 4 * (np.arange(10) % 2)  # two bursts: a fold would hold all of the class, or half
     with pytest.raises(UserError, match=r"images of one group count as one, but 'c' has 2 images"):
-        learning_curve(features, labels, NAMES, groups, 0.1, 30)
+        learning_curve(Pool(features, labels, groups, NAMES), 0.1, 30)
 
 
 def test_power_law_is_recovered():
@@ -101,5 +100,5 @@ def test_features_of_train_and_validation_are_those_of_their_labels(monkeypatch)
         columns = {"label": labels, "group": np.arange(len(labels)) + 100 * len(splits)}
         splits[split] = Dataset.from_dict(columns).cast_column("label", ClassLabel(names=["a", "b"]))
         features[split] = 5 * torch.eye(2)[torch.from_numpy(labels)]
-    curve = module.probe_learning_curve(splits, features, SimpleNamespace(strength=0.1), torch.device("cpu"))
+    curve = learning_curve(pool_of(splits, features, torch.device("cpu")), 0.1, 40)
     assert curve["points"][-1]["accuracy"] == 1 and curve["now"]["n"] == 40
