@@ -178,11 +178,9 @@ def majority_baseline(data: Mapping, test: TestPredictions) -> dict:
     learned = data["splits"].get("train", data["splits"]["test"])["per_class"]
     none = None if test.none is None else test.labels[test.none]
     label = max((label for label in learned if label != none), key=learned.__getitem__)
-    known = test.references != test.none
-    correct = test.references[known] == test.labels.index(label)
-    groups = None if test.groups is None else test.groups[known]
-    interval = interval_of_share(correct, groups)
-    return {"label": label, "accuracy": float(correct.mean()), "accuracy_ci95": interval, "n": int(known.sum())}
+    correct = test.references[test.known] == test.labels.index(label)
+    interval = interval_of_share(correct, test.known_groups)
+    return {"label": label, "accuracy": float(correct.mean()), "accuracy_ci95": interval, "n": len(correct)}
 
 
 def score_linear_probe(

@@ -62,6 +62,16 @@ class TestPredictions:
         return groups_of(self.splits["test"])
 
     @property
+    def known(self) -> np.ndarray:
+        """Whether an image shows one of the classes, and not none of them, bool [N]."""
+        return self.references != self.none
+
+    @property
+    def known_groups(self) -> np.ndarray | None:
+        """The groups of the images that do."""
+        return None if self.groups is None else self.groups[self.known]
+
+    @property
     def logits_with_shares(self) -> np.ndarray:
         """The logits [N, C] whose probabilities take the shares of the classes into account."""
         return self.logits if self.class_shares is None else self.logits + np.log(self.class_shares)

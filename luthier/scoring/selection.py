@@ -164,9 +164,8 @@ def score_test(test: TestPredictions, threshold: float) -> dict:
     confidence, correct = confidence_and_correct(test.logits, test.references)
     by, sureness = ("confidence", confidence) if test.sureness is None else ("familiarity", test.sureness)
     sureness = np.where(test.logits.argmax(axis=-1) == test.none, -np.inf, sureness)
-    known = test.references != test.none
-    groups = None if test.groups is None else test.groups[known]
-    unsure = {"by": by, **selective(sureness[known], correct[known], threshold, groups)}
+    known = test.known
+    unsure = {"by": by, **selective(sureness[known], correct[known], threshold, test.known_groups)}
     if not known.all():
         unsure["none_answered"] = float((sureness[~known] >= threshold).mean())
     return {
@@ -179,8 +178,7 @@ def score_test(test: TestPredictions, threshold: float) -> dict:
 def score_run(kept: Candidate, test: TestPredictions, threshold: float) -> dict:
     """Return all scores of a run: those of `score_test`, validation, and what calibration changed."""
     scores, before = score_test(test, threshold), replace(test, logits=test.logits * kept.temperature)
-    known = test.references != test.none
-    uncalibrated = calibration_scores(before.logits_with_shares[known], test.references[known])
+    uncalibrated = calibration_scores(before.logits_with_shares[test.known], test.references[test.known])
     scores["calibration"] |= {
         "temperature": kept.temperature,
         "before": {"validation": kept.uncalibrated, "test": uncalibrated},
