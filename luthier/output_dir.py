@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 NO_TIME = "the time limit"  # why a race ended, or why there is no refit: in race.json and metrics.json too
 # What a run writes first; another folder that holds folders, such as classes, is none of a run.
 OF_RUNS = (RACE, "checkpoint-*", "damaged-checkpoint-*", "fold-*", BACKBONE, LEARNED_FROM, METRICS)
-WEIGHTS, FIGURES = (".safetensors", ".safetensors.index.json", ".bin", ".onnx"), (".png",)
+ENDINGS = (".safetensors", ".safetensors.index.json", ".bin", ".onnx", ".png")  # of its weights and figures
 WRITTEN = {  # by a run or an audit, besides weights and figures
     CARD, METRICS, PREDICTIONS, AUDIT, "audit.html", REPORT, CODE, CONFIG, "preprocessor_config.json", LEARNED_FROM,
     IMAGES, RACE, BACKBONE, EXPORTS,
@@ -78,9 +78,9 @@ def free_output_dir(
 
 def is_of_run(path: Path) -> bool:
     """Tell whether a file was written by a run, or belongs to the model that it lies beside."""
-    folder = path.parent.parent if path.parent.name == ONNX else path.parent
-    is_ours = path.name in WRITTEN or path.name.endswith((*WEIGHTS, *FIGURES))
-    return is_ours and path.exists() and any((folder / name).exists() for name in (CONFIG, METRICS))
+    folders = (path.parent, path.parent.parent) if path.parent.name == ONNX else (path.parent,)
+    beside_model = any((folder / name).exists() for folder in folders for name in (CONFIG, METRICS))
+    return beside_model and path.exists() and (path.name in WRITTEN or path.name.endswith(ENDINGS))
 
 
 def check_folds(output_dir: Path, folds: int | None) -> None:

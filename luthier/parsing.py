@@ -107,14 +107,14 @@ def read_config(path: str, parser: HfArgumentParser) -> dict:
     try:
         loader = yaml.SafeLoader(Path(path).read_text(encoding="utf-8"))
         tree = loader.get_single_node()
-        settings = loader.construct_document(tree) if tree else None
+        keys = [key.value for key, _ in tree.value] if isinstance(tree, yaml.MappingNode) else []
+        settings = loader.construct_document(tree) if tree else None  # adds to the tree what is merged by `<<`
     except OSError as error:
         raise UserError(f"cannot read the config {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise UserError(f"{path} must hold settings, one `key: value` on a line")
-    keys = [key.value for key, _ in tree.value] if tree else []
     if twice := [key for key in keys if keys.count(key) > 1]:
         raise UserError(f"{path} gives {twice[0]} twice: leave one out")
     for key, value in settings.items():

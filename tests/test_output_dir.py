@@ -158,6 +158,10 @@ def test_files_of_a_run_are_known_and_others_are_not(tmp_path):
         assert not is_of_run(tmp_path / name), "it is not there"
         (tmp_path / name).touch()
         assert is_of_run(tmp_path / name) == (name in own)
+    (tmp_path / "onnx/config.json").touch()
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "metrics.json").unlink()
+    assert is_of_run(tmp_path / "onnx/config.json"), "a model's folder of this name"
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/report.html").touch()
     assert not is_of_run(tmp_path / "elsewhere/report.html"), "there is no model beside it"

@@ -1,4 +1,4 @@
-"""The model card, `README.md`: what a model is, what it scores, on which data, by which recipe."""
+"""The model card, `README.md`: what a model is, what it scores, on which data, by which recipe, and its exports."""
 
 import contextlib
 import json
@@ -29,6 +29,11 @@ FIGURES = {  # that a model card shows
     "learning_curve.png": "Accuracy by number of training images",
     "curves.png": "Loss and accuracy by epoch",
 }
+
+ROWS = "confusion_matrix_rows.png"  # one more, for the report alone
+SHOWN_OF_EXPORT = {  # by a model card; the rest of `parity.Parity` is for programs
+    "images", "weights", "precision", "n", "same", "largest_difference", "labelled", "accuracy", "difference_ci95",
+}  # fmt: skip
 
 
 def write_model_card(folder: Path, metrics: dict, repo_id: str | None = None) -> None:
@@ -86,10 +91,11 @@ def write_model_card(folder: Path, metrics: dict, repo_id: str | None = None) ->
 def read_exports(folder: Path) -> dict[str, dict]:
     """Return how each exported file of a folder compares with the model, as far as is known."""
     try:
-        noted = json.loads((folder / EXPORTS).read_text(encoding="utf-8"))
-        return {file: dict(row) for file, row in noted.items() if (folder / ONNX / file).is_file()}
-    except (OSError, ValueError, TypeError, AttributeError):
+        noted = dict(json.loads((folder / EXPORTS).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
         return {}  # there is no note, or it is damaged
+    whole = {file: row for file, row in noted.items() if isinstance(row, dict) and row.keys() >= SHOWN_OF_EXPORT}
+    return {file: row for file, row in whole.items() if (folder / ONNX / file).is_file()}
 
 
 def note_export(folder: Path, file: str, parity: Mapping) -> None:

@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader
 
 from luthier.images.decode import decode_rgb, read_bytes
 from luthier.reporting import figures
+from luthier.reporting.card import ROWS
 from luthier.reporting.console import (
     KIND_NAMES,
     count_in_words,
@@ -43,7 +44,7 @@ def write_report(output_dir: Path, metrics: dict, findings: dict, test: TestPred
     if metrics["test"]["confusion_matrix"]:
         figures.plot_confusion_matrix(metrics["test"], labels, output_dir / "confusion_matrix.png")
         if len(labels) <= figures.MAX_CELLS:  # the figures differ in what is written into the cells alone
-            rows = output_dir / "confusion_matrix_rows.png"
+            rows = output_dir / ROWS
             figures.plot_confusion_matrix(metrics["test"], labels, rows, shares=True)
     figures.plot_reliability(metrics["calibration"]["reliability"], output_dir / "reliability.png")
     figures.plot_coverage(metrics["unsure"], output_dir / "coverage.png")

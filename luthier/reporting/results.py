@@ -19,7 +19,7 @@ from luthier.familiarity import Familiarity, describe_in_config, save_bank
 from luthier.images.description import describe
 from luthier.options import DataArguments
 from luthier.output_dir import copy_permissions_to_weights, mark_unfinished
-from luthier.reporting.card import FIGURES, write_model_card
+from luthier.reporting.card import FIGURES, ROWS, write_model_card
 from luthier.reporting.console import describe_recipe, say_results
 from luthier.run_files import (
     AUDIT,
@@ -185,19 +185,20 @@ def save_models(output_dir: Path, experiment: Experiment, result: Result, refitt
     splits = experiment.splits
 
     def save(model: PreTrainedModel, familiarity: Familiarity | None, digests: Sequence[str], folder: Path) -> None:
+        short = sorted({digest[:DIGEST] for digest in digests})
+        folder.mkdir(exist_ok=True)
+        (folder / LEARNED_FROM).write_text("\n".join(short) + "\n", encoding="utf-8")  # before there are weights
         describe_in_config(model, familiarity)
         save_model(model, experiment.view.image_processor, folder)
         save_bank(folder, familiarity)
         copy_permissions_to_weights(folder / CONFIG)
-        short = sorted({digest[:DIGEST] for digest in digests})
-        (folder / LEARNED_FROM).write_text("\n".join(short) + "\n", encoding="utf-8")
 
     mark_unfinished(output_dir)
     if (output_dir / ONNX).is_dir():
         say("removed", f"{output_dir / ONNX}: exports of the earlier weights")
     for name in (SCORED, ONNX):
         shutil.rmtree(output_dir / name, ignore_errors=True)
-    for name in (EXPORTS, *FIGURES):
+    for name in (EXPORTS, ROWS, *FIGURES):
         (output_dir / name).unlink(missing_ok=True)
     chosen_by = splits["validation"]["digest"][:] if "validation" in splits else ()
     scored = (result.model, result.answers.familiarity, [*result.learned_from, *chosen_by])

@@ -113,12 +113,12 @@ def measure_probe(
     device = trainer.args.device
     scores, logits = score_linear_probe(probe, features, splits, criterion)
     suspects, checked_by = suspect_labels(splits, pool_of(splits, features, device, splits), probe.strength)
-    pool, curve, inflation = pool_of(splits, features, device), None, None
+    curve, inflation = None, None
     if with_learning_curve:
-        curve = learning_curve(pool, probe.strength, len(splits["train"]))
+        curve = learning_curve(pool_of(splits, features, device), probe.strength, len(splits["train"]))
     if GIVEN_GROUP in splits["train"].column_names:
         (duplicates,) = columns_of(splits, ["duplicates"])
-        inflation = measure_inflation(pool, duplicates, probe.strength)
+        inflation = measure_inflation(pool_of(splits, features, device), duplicates, probe.strength)
     return ProbeResults(starts, probe.strength, features, scores, logits, suspects, checked_by, curve, inflation)
 
 
@@ -154,7 +154,8 @@ def build_yardstick(pool: Pool, n_train: int, strength: float, criterion: Criter
         criterion: has the losses.
     """
     features, labels, groups, names = pool
-    classes, truth = len(names), torch.as_tensor(labels, device=features.device)
+    classes = len(names)
+    truth = torch.as_tensor(labels, device=features.device)
     folds, is_learned = stratified_folds(labels, groups, FOLDS, seed=0), labels < 0
     predictions, cross_entropies = np.zeros(len(labels), dtype=int), np.zeros(len(labels))
     for part in cross_fit(features, truth, folds, classes, (strength,)):

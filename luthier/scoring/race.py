@@ -34,8 +34,8 @@ MIN_GAIN, LEAST_GAIN = 0.05, 0.005  # that the rest of an arm must promise: a sh
 TINY = 1e-9  # a loss that is as good as none
 
 
-class Winner(NamedTuple):
-    """The arm that a race ends with.
+class Trained(NamedTuple):
+    """An arm that has been trained up to a step.
 
     Attributes:
         arm: itself.
@@ -60,13 +60,13 @@ class Outcome(NamedTuple):
         heats: all of them.
         ended: why the race has ended, for people.
         probe: what the arms had to beat; None where there is no probe.
-        winner: None where nothing was trained.
+        winner: the best arm; None where nothing was trained.
     """
 
     heats: Heats
     ended: str
     probe: Candidate | None = None
-    winner: Winner | None = None
+    winner: Trained | None = None
 
     @property
     def history(self) -> list[dict]:
@@ -184,14 +184,14 @@ class _Race:
         """Return the arm that runs the next heat, or none and why the race ends here."""
         heats, arms, probe = self.heats, self.running, self.rival
         following = {arm.recipe.name: self.next_heat(arm) for arm in arms}
-        left = [arm for arm in arms if following[arm.recipe.name] < len(arm.ends)]
-        early = [arm for arm in left if len(heats.of(arm.recipe.name)) < 2]
+        unfinished = [arm for arm in arms if following[arm.recipe.name] < len(arm.ends)]
+        early = [arm for arm in unfinished if len(heats.of(arm.recipe.name)) < 2]
         losses = [heat.loss for heat in heats if math.isfinite(heat.loss)]
         if early:  # every arm is seen twice: a new head starts far behind
             arm = min(early, key=lambda arm: following[arm.recipe.name])
             far = probe and heats.of(arm.recipe.name) and all(loss >= FAR * probe.loss for loss in losses)
             return (None, "the probe far ahead") if far else (arm, "")
-        if len(left) < len(arms):
+        if len(unfinished) < len(arms):
             return None, "its last heat"
         best = min(losses, default=math.inf)
         wanted = min(best - max(MIN_GAIN * best, LEAST_GAIN), probe.loss if probe else math.inf)
@@ -247,7 +247,7 @@ class _Race:
         say("careful", f"{arm.recipe.name} leaves the race: {error}")
         self.ended = "" if self.running else "no recipe left"
 
-    def advance(self, arm: Arm, end: int) -> tuple[Winner, SafeTrainer]:
+    def advance(self, arm: Arm, end: int) -> tuple[Trained, SafeTrainer]:
         """Train an arm up to a step, from its newest checkpoint or the named one; score its best weights so far."""
         checkpoint = self.named or newest_shared(arm.folder, arm.is_main_process)
         if self.resume and not self.has_begun:
@@ -257,7 +257,7 @@ class _Race:
         self.has_begun, self.named = True, self.named if self.named and step_of(self.named) >= end else None
         return self._train(arm, end, checkpoint)
 
-    def _train(self, arm: Arm, end: int, checkpoint: Path | None) -> tuple[Winner, SafeTrainer]:
+    def _train(self, arm: Arm, end: int, checkpoint: Path | None) -> tuple[Trained, SafeTrainer]:
         trainer, course = arm.trainer(), self.course
         self.record()  # nothing is written before the settings are known to work
         if arm.schedule is None:
@@ -268,7 +268,7 @@ class _Race:
         validation, name = arm.rows["validation"], arm.recipe.name
         candidates = score_candidates(trainer, validation, arm.start, shares, course.judge, name)
         course.stopwatch.stop("evaluate")
-        return Winner(arm, candidates, trainer.state), trainer
+        return Trained(arm, candidates, trainer.state), trainer
 
     def _return_to(self, named: Path) -> None:
         """Go on from a checkpoint: the run is no longer finished, and later checkpoints are written again.
@@ -316,9 +316,9 @@ def predict_loss(before: Heat, now: Heat, epochs: float) -> float:
     return now.loss * (epochs / now.epochs) ** min(slope, 0.0)
 
 
-def _describe(advanced: Winner, seconds: float) -> Heat:
-    best = min(advanced.candidates, key=lambda candidate: candidate.loss)
-    name, state = advanced.arm.recipe.name, advanced.state
+def _describe(trained: Trained, seconds: float) -> Heat:
+    best = min(trained.candidates, key=lambda candidate: candidate.loss)
+    name, state = trained.arm.recipe.name, trained.state
     accuracy = best.validation["accuracy"]
     return Heat(name, state.global_step, float(state.epoch or 0), best.loss, accuracy, round(seconds, 3))
 

@@ -161,10 +161,11 @@ def refit(
             arm = winner.arm._replace(workshop=workshop)
             model = _train_again(arm, winner.best_step, rows, start, result.course)
         except tuple(FAILURES) as error:
-            if not isinstance(error, NotFinite) and workshop.training_args.world_size > 1:
-                raise  # other processes may not have failed, and would wait for this one
+            if isinstance(error, ImagesChanged) and workshop.training_args.world_size > 1:
+                raise  # other processes may have read the images, and would wait for this one
             say("careful", f"the scored weights are shipped, because the refit fails: {error}")
-            return plan._replace(refusal=FAILURES[type(error)]), None
+            why = next(why for kind, why in FAILURES.items() if isinstance(error, kind))
+            return plan._replace(refusal=why), None
     load_candidate(model, start, kept)
     trainer = build_predictor(model, workshop.training_args)
     known, of_scored = probe.known_of(winner is None), result.answers.familiarity

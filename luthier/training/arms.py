@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch.utils.data import default_collate
 from transformers import EvalPrediction, PreTrainedModel, SchedulerType, Trainer, TrainerCallback, TrainingArguments
 
-from luthier.errors import UserError
+from luthier.errors import NoSpace, UserError
 from luthier.fusion import fuse_for_training
 from luthier.machine import explain_exhausted_memory
 from luthier.training.balance import Balance
 from luthier.training.callbacks import EpochTable, SetEpoch
-from luthier.training.checkpoints import Origin, check_disk_space
+from luthier.training.checkpoints import Origin, lacking_space
 from luthier.training.heats import Schedule, first_heat, heat_ends
 from luthier.training.layers import freeze, freeze_unused, parameter_groups
 from luthier.training.recipe import BATCH, Recipe
@@ -169,8 +170,8 @@ def build_trainer(model: PreTrainedModel, arm: Arm) -> SafeTrainer:
         arm: its rows are as transforms make them.
 
     Raises:
-        UserError: a tracker, an optimizer or a scheduler is not available, memory does not suffice, or the checkpoints
-            do not fit on the disk.
+        UserError: a tracker, an optimizer or a scheduler is not available, or memory does not suffice. NoSpace: the
+            checkpoints do not fit on the disk.
     """
     recipe, shop, args, rows = arm.recipe, arm.workshop, arm.training_args, arm.rows
     rate, balance = args.learning_rate, shop.balance
@@ -196,9 +197,13 @@ def build_trainer(model: PreTrainedModel, arm: Arm) -> SafeTrainer:
         as_tensor = functools.partial(torch.tensor, dtype=torch.float32, device=args.device)
         trainer.log_shares = as_tensor(balance.log_shares)
         trainer.class_weights = None if balance.class_weights is None else as_tensor(balance.class_weights)
-    if (args.save_strategy != "no" or arm.schedule) and trainer.is_world_process_zero():
-        limit = args.save_total_limit or round(args.num_train_epochs)
-        check_disk_space(arm.folder, trainer.checkpoint_size(), limit)
+    if args.save_strategy != "no" or arm.schedule:
+        limit, lacking = args.save_total_limit or round(args.num_train_epochs), ""
+        if arm.is_main_process:
+            lacking = lacking_space(arm.folder, trainer.checkpoint_size(), limit)
+        (lacking,) = broadcast_object_list([lacking])
+        if lacking:
+            raise NoSpace(lacking)
     replace_progress(trainer)
     table = EpochTable(recipe.name)
     trainer.watch_answers = table.count

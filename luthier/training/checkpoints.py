@@ -12,7 +12,7 @@ from typing import NamedTuple
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
-from luthier.errors import NoSpace, UserError
+from luthier.errors import UserError
 from luthier.output_dir import copy_permissions_to_weights, sync
 
 logger = logging.getLogger(__name__)
@@ -226,24 +226,22 @@ def prune_checkpoints(output_dir: Path, limit: int | None, best: int | None) -> 
             shutil.rmtree(checkpoint)
 
 
-def check_disk_space(output_dir: Path, size: int, limit: int) -> None:
-    """Foresee a full disk.
+def lacking_space(output_dir: Path, size: int, limit: int) -> str:
+    """Foresee a full disk: return in words what checkpoints need and do not have, or nothing.
 
     Args:
         output_dir: where the checkpoints go.
         size: of a checkpoint, in bytes.
         limit: how many are kept, besides the best one and the one that is being written.
-
-    Raises:
-        NoSpace: they do not fit.
     """
     needed, free = (limit + 2) * size, shutil.disk_usage(output_dir).free
     there = sum(file.stat().st_size for path in checkpoints_by_step(output_dir).values() for file in path.iterdir())
-    if free + there < needed:
-        raise NoSpace(
-            f"{output_dir} has {free / 1e6:,.0f} MB left, and this run's checkpoints need up to {needed / 1e6:,.0f} MB"
-            ": free some space, give another --output_dir, or keep fewer (--save_total_limit 1)"
-        )
+    if free + there >= needed:
+        return ""
+    return (
+        f"{output_dir} has {free / 1e6:,.0f} MB left, and this run's checkpoints need up to {needed / 1e6:,.0f} MB"
+        ": free some space, give another --output_dir, or keep fewer (--save_total_limit 1)"
+    )
 
 
 def _is_checkpoint(path: Path) -> bool:

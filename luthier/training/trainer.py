@@ -1,4 +1,4 @@
-"""Trainers that train and Trainers that only predict: built, run up to a step, and what they answer."""
+"""What Trainers share: those that only predict, the parts of those that train, training up to a step, and answers."""
 
 import contextlib
 from dataclasses import replace

@@ -112,6 +112,7 @@ def test_data_on_the_command_line_replaces_all_data_settings_of_the_config():
         ("a: [", "not valid YAML"),
         ("", "must hold settings"),
         ("recipe: full\nseed: 2\nrecipe: probe", "gives recipe twice: leave one out"),
+        ("<<: {seed: 1}\nseed: 2\nrecipes: probe", "unknown key 'recipes'"),
         ("hub_token: hf_secret", "hf auth login"),
     ],
 )

@@ -266,7 +266,7 @@ def one_arm(tmp_path, epochs, best_step, own_test=True):
     heats = Heats([Heat("full", 10, epochs, 0.5, 0.9, 30.0)])
     result = SimpleNamespace(
         course=course,
-        outcome=race.Outcome(heats, "", winner=race.Winner(None, [], state)),
+        outcome=race.Outcome(heats, "", winner=race.Trained(None, [], state)),
         kept=SimpleNamespace(arm="full"), learned_from=["digest"] * 10, probe=SimpleNamespace(strength=None),
     )  # fmt: skip
     splits = {"train": range(10), "validation": range(10), "test": range(10)}

@@ -15,7 +15,7 @@ from luthier.output_dir import NO_TIME
 from luthier.reporting import console
 from luthier.run_files import RACE
 from luthier.scoring.criterion import Judge
-from luthier.scoring.race import FAR, Outcome, Winner, _Race, predict_loss, race
+from luthier.scoring.race import FAR, Outcome, Trained, _Race, predict_loss, race
 from luthier.scoring.race_record import Course, Heat, Heats, read_record, write_record
 from luthier.scoring.selection import Candidate, choose
 from luthier.terminal import Stopwatch
@@ -125,7 +125,7 @@ def test_record_of_a_race_counts_for_the_same_arms_alone(tmp_path, caplog):
     text = json.dumps({**begun, "ended": "the time limit", "heats": [heat._asdict() for heat in tried]})
     (tmp_path / RACE).write_text(text)
     assert read_record(course, arms) == (tried, "the time limit", [])
-    assert read_record(course, [arm("full", (10, 30, 300))]) == (tried, "", []), "more epochs: it may go on"
+    assert read_record(course, [arm("full", (10, 30, 300))]) == (tried, "", ()), "more epochs: it may go on"
     assert read_record(course, ARMS) == ([], "", ())
     assert not caplog.text
     edited = [text.replace('"time_limit": 5', '"time_limit": "5 min"'), text.replace('"step": 10', '"step": "ten"')]
@@ -259,7 +259,7 @@ def without_training(monkeypatch, loss: Callable[[str, int], float]) -> None:
         self.record()
         state = SimpleNamespace(global_step=end, epoch=end / 10, best_global_step=None)
         best = candidate([loss(arm.recipe.name, end)] * 4, arm.recipe.name)
-        return Winner(arm, [best._replace(validation={"accuracy": 0.9})], state), SimpleNamespace()
+        return Trained(arm, [best._replace(validation={"accuracy": 0.9})], state), SimpleNamespace()
 
     monkeypatch.setattr(_Race, "_train", train)
     monkeypatch.setattr(module.EpochTable, "write_header", lambda args: None)

@@ -207,8 +207,11 @@ def test_exports_are_pushed_and_those_of_others_stay(server, push, finished_run,
         "n": 9,
         "same": 9,
         "largest_difference": 1e-6,
+        "labelled": False,
+        "accuracy": [1.0, 1.0],
+        "difference_ci95": [0.0, 0.0],
     }
-    (tmp_path / "run/export.json").write_text(json.dumps({"model.onnx": row | {"labelled": False}}))
+    (tmp_path / "run/export.json").write_text(json.dumps({"model.onnx": row}))
     (tmp_path / "run/images.json").write_text('{"options": {"data_dir": "/home/me/secret"}}')
     for name in ("model.onnx", "model_int8.onnx"):
         (tmp_path / "run/onnx" / name).write_bytes(b"weights")
@@ -410,7 +413,9 @@ def test_hostile_names_are_escaped_in_the_model_card(finished_run, tmp_path):
 
 def test_damaged_note_of_exports_is_left_out(finished_run, tmp_path):
     metrics = json.loads((finished_run / "metrics.json").read_text())
-    for text in ("{", "[]", '{"model.onnx": 1}'):
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "onnx/model.onnx").touch()
+    for text in ("{", "[]", '{"model.onnx": 1}', '{"model.onnx": {"n": 1}}'):
         (tmp_path / EXPORTS).write_text(text)
         write_model_card(tmp_path, metrics)
         assert "## Exports" not in (tmp_path / "README.md").read_text()

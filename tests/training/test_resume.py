@@ -26,7 +26,7 @@ from luthier.errors import NotFinite, UserError
 from luthier.machine import check_processes, explain_exhausted_memory
 from luthier.output_dir import has_ended
 from luthier.scoring.refit import plan_refit
-from luthier.training.checkpoints import check_disk_space, find_damage, newest_whole, seal
+from luthier.training.checkpoints import find_damage, lacking_space, newest_whole, seal
 from luthier.training.recipe import BATCH, FROM_SCRATCH
 from luthier.training.safe_trainer import SafeTrainer
 from luthier.training.signals import Stop, StoppedInEvaluation
@@ -337,11 +337,10 @@ def test_images_that_vanish_before_the_refit_leave_the_scored_weights(timm_check
 
 @pytest.mark.slow
 def test_refit_whose_checkpoints_do_not_fit_leaves_the_scored_weights(timm_checkpoint, monkeypatch, capsys):
-    def check(output_dir, size, limit):
-        if output_dir.is_relative_to("out/refit"):
-            check_disk_space(output_dir, 10**18, limit)
+    def lacking(output_dir, size, limit):
+        return lacking_space(output_dir, 10**18, limit) if output_dir.is_relative_to("out/refit") else ""
 
-    monkeypatch.setattr("luthier.training.arms.check_disk_space", check)
+    monkeypatch.setattr("luthier.training.arms.lacking_space", lacking)
     main(flags(str(timm_checkpoint), "--recipe", "full", "--keep", "trained", "--output_dir", "out"))
     assert "the scored weights are shipped, because the refit fails: out/refit/full" in capsys.readouterr().out
     assert has_ended(Path("out")) and not Path("out/scored").exists()
@@ -354,7 +353,7 @@ def test_full_disk_keeps_the_last_whole_checkpoint(timm_checkpoint, monkeypatch,
         return seal(partial, folder)
 
     monkeypatch.setattr("luthier.training.safe_trainer.seal", seal_on_full_disk)
-    monkeypatch.setattr("luthier.training.arms.check_disk_space", lambda *_: None)
+    monkeypatch.setattr("luthier.training.arms.lacking_space", lambda *_: "")
     with pytest.raises(SystemExit) as exit_info:
         main([*flags(str(timm_checkpoint), "--recipe", "full"), "--output_dir", "out"])
     errors = capsys.readouterr().err
