@@ -233,3 +233,11 @@ def test_rare_class_among_the_groups_of_a_frequent_one_is_in_every_split():
         assert all((labels[rows] == 1).sum() == 1 for rows in parts.values())
         folds = stratified_folds(labels, patients, 5, seed)
         assert len(set(folds[labels == 1])) == 3
+
+
+def test_each_class_is_dealt_evenly_and_so_are_all_images():
+    labels = np.repeat(np.arange(4), (7, 8, 12, 3))
+    folds = stratified_folds(labels, np.arange(30), 5, seed=3)
+    counts = np.array([np.bincount(folds[labels == label], minlength=5) for label in range(4)])
+    assert np.ptp(counts, axis=1).max() == 1 and np.ptp(counts.sum(axis=0)) == 0
+    assert not np.array_equal(folds, stratified_folds(labels, np.arange(30), 5, seed=4))
