@@ -2,10 +2,11 @@
 
 import math
 import re
+from dataclasses import fields
 from pathlib import Path
 
 from luthier.errors import UserError, require
-from luthier.options import BUILT_IN_DATASET, EXPORT_PACKAGES
+from luthier.options import BUILT_IN_DATASET, EXPORT_PACKAGES, DataArguments, ModelArguments
 
 # Options of the library that would distort the score, do nothing, or harm a run.
 REFUSED = {
@@ -32,13 +33,13 @@ POSITIVE = (
     "per_device_eval_batch_size",
     "gradient_accumulation_steps",
     "learning_rate",
-    "image_size",
     "time_limit",
     "milliseconds",
 )
 
 # The least and the most that others can be.
 RANGES = {
+    "image_size": (8, 100_000),
     "seed": (0, 2**32 - 1),
     "split_seed": (0, 2**32 - 1),
     "folds": (2, 1000),
@@ -61,6 +62,9 @@ def check_options(options: dict) -> None:
     Raises:
         UserError: there is such an option.
     """
+    for option in (*fields(DataArguments), *fields(ModelArguments)):
+        if options[option.name] == "":  # as of a shell's variable that is not set
+            raise UserError(f"--{option.name} is empty: give a value, or leave the option out")
     if options["data_dir"] and options["dataset_name"]:
         raise UserError("--data_dir and --dataset_name both name the data: give one of them")
     if options["hub_token"] is not None:

@@ -270,7 +270,7 @@ def _index_parquet(url: str, image_column: str, label_column: str, features: Fea
 def _size_of(group: Any, column: str) -> int:
     """Return the bytes of a column in a row group, when it has been read."""
     parts = [group.column(number) for number in range(group.num_columns)]
-    return sum(part.total_uncompressed_size for part in parts if part.path_in_schema.split(".")[0] == column)
+    return sum(part.total_uncompressed_size for part in parts if f"{part.path_in_schema}.".startswith(f"{column}."))
 
 
 def _index_archive(url: str, image_column: str, label_column: str) -> Source:

@@ -7,7 +7,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from luthier.errors import UserError
-from luthier.images.splits import cut_splits, hash_splits, stratified_cut, stratified_folds
+from luthier.images.splits import cut_splits, hash_splits, stratified_cut, stratified_folds, validation_share
 
 NAMES = ["a", "b", "c"]
 FRACTIONS = {"validation": 0.1, "test": 0.2}
@@ -241,3 +241,31 @@ def test_each_class_is_dealt_evenly_and_so_are_all_images():
     counts = np.array([np.bincount(folds[labels == label], minlength=5) for label in range(4)])
     assert np.ptp(counts, axis=1).max() == 1 and np.ptp(counts.sum(axis=0)) == 0
     assert not np.array_equal(folds, stratified_folds(labels, np.arange(30), 5, seed=4))
+
+
+def test_empty_split_of_the_users_own_is_refused():
+    splits = {split: labelled([0, 1] * 10, ["a", "b"]) for split in ("train", "test")}
+    for split in ("validation", "test"):
+        with pytest.raises(UserError, match=f"the {split} split is empty: fill it"):
+            cut_splits(DatasetDict(splits | {split: labelled([], ["a", "b"])}))
+
+
+@pytest.mark.parametrize(("images", "share"), [(100, 0.25), (1000, 0.15), (10_000, 0.1)])
+def test_validation_is_a_tenth_or_enough_to_choose_by(images, share):
+    assert validation_share(images) == share
+
+
+def test_classes_that_are_too_small_are_named_or_taken_for_names(capsys):
+    names = [f"c{number}" for number in range(8)]
+    cut_splits(DatasetDict(train=labelled([*range(7), *[7] * 40], names)))
+    assert "too few images to be in test too: 'c0', 'c1', 'c2', 'c3', 'c4' and 2 more" in capsys.readouterr().out
+    names = [f"c{number}" for number in range(11)]
+    with pytest.raises(UserError, match="is that the class, and not the name of an image"):
+        cut_splits(DatasetDict(train=labelled(range(11), names)))
+    with pytest.raises(UserError, match="too few for one each in test, train, validation"):
+        cut_splits(DatasetDict(train=labelled(range(2), ["a", "b"])))
+
+
+def test_hash_of_splits_tells_names_of_classes_apart():
+    first, second = (DatasetDict(train=labelled([0, 1], names)) for names in (["a", "b"], ["a", "c"]))
+    assert hash_splits(first) != hash_splits(second)

@@ -1,0 +1,37 @@
+"""What is said of an exported model, and what refuses it, by the figures alone."""
+
+import pytest
+
+from luthier.serving.parity import Parity
+
+SAME = Parity("fp32", 9, 9, 0, 0, 1e-6, True, (1.0, 1.0), (-0.01, 0.01))
+INT8 = Parity("int8", 100, 97, 0, 0, 0.1, True, (0.9, 0.8), (-0.15, -0.05))
+
+
+def test_loss_of_an_export_is_said_in_its_direction():
+    assert "the same class for 97 of 100 images; accuracy 80.0% in the place of 90.0% (-10.0 points" in str(INT8)
+    assert "95% interval -15.0 to -5.0" in str(INT8)
+    assert str(SAME).endswith("9 of 9 images; largest difference of a probability 1e-06")
+    assert "accuracy" not in str(INT8._replace(labelled=False))
+
+
+@pytest.mark.parametrize(
+    ("parity", "refusal"),
+    [
+        (SAME, None),
+        (SAME._replace(same=8), "1 image gets another class"),
+        (SAME._replace(other_answers=1), "1 image is unsure by one of the two alone"),
+        (SAME._replace(not_finite=2), "the answers to 2 images are no finite numbers"),
+        (INT8, "it loses more than 1 point"),
+        (INT8._replace(difference_ci95=(-0.02, -0.009)), None),
+        (INT8._replace(difference_ci95=(-0.02, -0.011)), "it loses more than 1 point"),
+    ],
+)
+def test_export_that_is_worse_is_refused(parity, refusal):
+    assert parity.refusal == refusal or (refusal and parity.refusal.startswith(refusal))
+
+
+@pytest.mark.parametrize(("low", "doubtful"), [(-0.04, False), (-0.06, True)])
+def test_few_images_leave_a_doubt(low, doubtful):
+    assert bool(INT8._replace(difference_ci95=(low, 0.02)).doubt) == doubtful
+    assert SAME._replace(difference_ci95=(low, 0.02)).doubt is None
