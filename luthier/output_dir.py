@@ -12,21 +12,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from luthier.errors import UserError
-from luthier.run_files import (
-    AUDIT,
-    BACKBONE,
-    CARD,
-    CODE,
-    CONFIG,
-    EXPORTS,
-    IMAGES,
-    LEARNED_FROM,
-    METRICS,
-    ONNX,
-    PREDICTIONS,
-    RACE,
-    REPORT,
-)
+from luthier.run_files import BACKBONE, CARD, CONFIG, LEARNED_FROM, METRICS, ONNX, RACE, WRITTEN
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +20,6 @@ NO_TIME = "the time limit"  # why a race ended, or why there is no refit: in rac
 # What a run writes first; another folder that holds folders, such as classes, is none of a run.
 OF_RUNS = (RACE, "checkpoint-*", "damaged-checkpoint-*", "fold-*", BACKBONE, LEARNED_FROM, METRICS)
 ENDINGS = (".safetensors", ".safetensors.index.json", ".bin", ".onnx", ".png")  # of its weights and figures
-WRITTEN = {  # by a run or an audit, besides weights and figures
-    CARD, METRICS, PREDICTIONS, AUDIT, "audit.html", REPORT, CODE, CONFIG, "preprocessor_config.json", LEARNED_FROM,
-    IMAGES, RACE, BACKBONE, EXPORTS,
-}  # fmt: skip
 LOCK = ".lock"  # in the directory while a run writes there
 
 

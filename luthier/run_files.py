@@ -17,3 +17,7 @@ REFIT = "refit"  # folder of the refit's checkpoints
 ONNX = "onnx"  # folder of exported files, as transformers.js names them
 ONNX_FILES = {"fp32": "model.onnx", "fp16": "model_fp16.onnx", "int8": "model_int8.onnx"}
 EXPORTS = "export.json"  # how they compare with the model
+WRITTEN = {  # by a run or an audit, besides weights and figures
+    CARD, METRICS, PREDICTIONS, AUDIT, "audit.html", REPORT, CODE, CONFIG, "preprocessor_config.json", LEARNED_FROM,
+    IMAGES, RACE, BACKBONE, EXPORTS,
+}  # fmt: skip
