@@ -63,7 +63,7 @@ def check_options(options: dict) -> None:
         UserError: there is such an option.
     """
     for option in (*fields(DataArguments), *fields(ModelArguments)):
-        if options[option.name] == "":  # as of a shell's variable that is not set
+        if options[option.name] == "" and option.name != "none_class":  # as of a shell's variable that is not set
             raise UserError(f"--{option.name} is empty: give a value, or leave the option out")
     if options["data_dir"] and options["dataset_name"]:
         raise UserError("--data_dir and --dataset_name both name the data: give one of them")
