@@ -62,9 +62,10 @@ def check_options(options: dict) -> None:
     Raises:
         UserError: there is such an option.
     """
-    for option in (*fields(DataArguments), *fields(ModelArguments)):
-        if options[option.name] == "" and option.name != "none_class":  # as of a shell's variable that is not set
-            raise UserError(f"--{option.name} is empty: give a value, or leave the option out")
+    own = {option.name for kind in (DataArguments, ModelArguments) for option in fields(kind)}
+    for key in sorted(own - {"none_class"}):  # whose empty value means that there is no such class
+        if options[key] == "":  # as of a shell's variable that is not set
+            raise UserError(f"--{key} is empty: give a value, or leave the option out")
     if options["data_dir"] and options["dataset_name"]:
         raise UserError("--data_dir and --dataset_name both name the data: give one of them")
     if options["hub_token"] is not None:

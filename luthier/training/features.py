@@ -5,7 +5,7 @@ import itertools
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,7 +127,7 @@ class Pool(NamedTuple):
 
 
 def pool_of(
-    splits: DatasetDict, features: Mapping[str, torch.Tensor], device: torch.device, used: Iterable[str] = LEARNABLE
+    splits: DatasetDict, features: Mapping[str, torch.Tensor], device: torch.device, used: Collection[str] = LEARNABLE
 ) -> Pool:
     """Return images of several splits together.
 
@@ -142,7 +142,7 @@ def pool_of(
     return Pool(everything, labels, groups, names)
 
 
-def columns_of(splits: DatasetDict, columns: Sequence[str], used: Iterable[str] = LEARNABLE) -> list[np.ndarray]:
+def columns_of(splits: DatasetDict, columns: Sequence[str], used: Collection[str] = LEARNABLE) -> list[np.ndarray]:
     """Return columns of several splits together, [N] each."""
     return [np.concatenate([splits[split][column][:] for split in used]) for column in columns]
 

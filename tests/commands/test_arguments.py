@@ -315,3 +315,7 @@ def test_help_has_groups_and_shows_defaults():
 def test_only_label_names_replaces_an_option_of_the_trainer():
     own = {option.name for option in (*fields(DataArguments), *fields(ModelArguments))}
     assert own & {option.name for option in fields(TrainingArguments)} == {"label_names"}
+
+
+def test_empty_none_class_is_an_answer():
+    assert parse_arguments(["--none_class", ""]).data_args.none_class == ""
