@@ -346,7 +346,10 @@ def _explain(model_name: str, error: Exception) -> ModelError:
     if path.is_dir() and not (path / "config.json").exists():
         return ModelError(f"the folder {model_name} holds no model, which would have a config.json: {give}")
     if path.is_dir():
-        return ModelError(f"cannot load a model from the folder {model_name}: {first_line}")
+        return ModelError(
+            f"cannot load a model from the folder {model_name}. If a file of it is damaged, copy the folder again, or "
+            f"train again. The library says: {first_line}"
+        )
     if path.is_absolute() or model_name.startswith(".") or model_name.count("/") > 1:
         return ModelError(f"there is no folder {model_name}: {give}")
     if "connect" in str(error):

@@ -37,6 +37,8 @@ POSITIVE = (
     "milliseconds",
 )
 
+NAMES = ("output_dir", "resume_from_checkpoint", "hub_model_id")  # options of the library that name something
+
 # The least and the most that others can be.
 RANGES = {
     "image_size": (8, 100_000),
@@ -63,7 +65,7 @@ def check_options(options: dict) -> None:
         UserError: there is such an option.
     """
     own = {option.name for kind in (DataArguments, ModelArguments) for option in fields(kind)}
-    for key in sorted(own - {"none_class"}):  # whose empty value means that there is no such class
+    for key in sorted({*own, *NAMES} - {"none_class"}):  # whose empty value means that there is no such class
         if options[key] == "":  # as of a shell's variable that is not set
             raise UserError(f"--{key} is empty: give a value, or leave the option out")
     if options["data_dir"] and options["dataset_name"]:

@@ -79,8 +79,9 @@ def _check_columns(path: Path, columns: list[str], least: int) -> None:
     if twice:
         raise UserError(f"{path} has two columns {twice[0]!r}: rename or remove one")
     if len(columns) < least:
+        has = f"has the one column {columns[0]!r}" if columns[0] else "has no columns"
         raise UserError(
-            f"{path} has the one column {columns[0]!r}: it needs one for the image files and one for the labels, "
+            f"{path} {has}: it needs one for the image files and one for the labels, "
             f"with a name for each in the first row, divided by one of {' '.join(map(repr, DELIMITERS))}"
         )
 

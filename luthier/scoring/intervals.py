@@ -61,16 +61,17 @@ def interval_of_difference(differences: np.ndarray, groups: np.ndarray | None = 
         groups: int [N], the same for images that belong together; None where each stands alone.
     """
     n, mean = len(differences) + 2, float(differences.sum()) / (len(differences) + 2)
-    half = NORMAL_95 * math.sqrt(float(((differences - mean) ** 2).sum()) + 1) / n
+    added = 1 + 2 * mean**2  # the squared deviations of half an image of -1, half of 1, and one of 0
+    half = NORMAL_95 * math.sqrt(float(((differences - mean) ** 2).sum()) + added) / n
     if groups is not None:
         _, index = np.unique(groups, return_inverse=True)
         count = int(index.max()) + 1
         if count == 1:
             return -1.0, 1.0
         sums = np.bincount(index, weights=differences - mean)
-        variance = count / (count - 1) * float((sums**2).sum()) + 1
+        variance = count / (count - 1) * float((sums**2).sum()) + added
         half = max(half, float(t.ppf(0.975, count - 1)) * math.sqrt(variance) / n)
-    return mean - half, mean + half
+    return max(-1.0, mean - half), min(1.0, mean + half)
 
 
 def stretch(groups: int) -> float:

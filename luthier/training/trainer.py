@@ -73,8 +73,13 @@ def check_scheduler(training_args: TrainingArguments) -> None:
     schedule, kwargs = SchedulerType(training_args.lr_scheduler_type), training_args.lr_scheduler_kwargs
     assert not isinstance(kwargs, str)  # TrainingArguments have parsed it
     try:
-        get_scheduler(schedule, optimizer, num_warmup_steps=1, num_training_steps=10, scheduler_specific_kwargs=kwargs)
-    except (TypeError, ValueError) as error:
+        scheduler = get_scheduler(
+            schedule, optimizer, num_warmup_steps=1, num_training_steps=10, scheduler_specific_kwargs=kwargs
+        )
+        for _ in range(10):  # a value of the wrong type is noticed only where it is used
+            optimizer.step()
+            scheduler.step()
+    except (ArithmeticError, TypeError, ValueError) as error:
         settings = f" with --lr_scheduler_kwargs {kwargs}" if kwargs else ""
         raise UserError(f"--lr_scheduler_type {schedule.value}{settings} cannot be used: {error}") from error
 

@@ -155,6 +155,7 @@ def test_mistake_in_a_config(text, message):
         (["--time_limit", "0"], "--time_limit is 0.0, but must be a number above 0"),
         (["--time_limit", "inf"], "--time_limit is inf, but must be a number above 0"),
         (["--data_dir", ""], "--data_dir is empty: give a value, or leave the option out"),
+        (["--hub_model_id", ""], "--hub_model_id is empty: give a value, or leave the option out"),
         (["--group_by="], "--group_by is empty"),
         (["--prediction_loss_only", "1"], "--prediction_loss_only leaves no predictions"),
         (["--batch_eval_metrics", "1"], "--batch_eval_metrics scores each batch alone"),

@@ -185,7 +185,7 @@ def rows_with(**changes: tuple) -> str:
         (text(pairs(), "file,file"), {}, "has two columns 'file'"),
         ("file\na0.png\n", {}, "has the one column 'file'"),
         ("file,label\n", {}, "has no rows"),
-        ("", {}, "has the one column ''"),
+        ("", {}, "has no columns: it needs one for the image files"),
         (b"file,label\n\0\1\2", {}, "holds binary data"),
     ],
 )  # fmt: skip

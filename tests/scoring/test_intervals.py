@@ -1,5 +1,7 @@
 """Intervals: compared with known values, and with how far scores really scatter."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -196,6 +198,16 @@ def test_interval_of_macro_f1_leaves_out_refusals():
     scored = score(np.eye(3)[predictions], references, ["a", "b", "none"], none=2)
     low, high = scored["macro_f1_ci95"]
     assert low < scored["macro_f1"] < high
+
+
+@pytest.mark.parametrize(("gained", "lost", "n"), [(3, 10, 100), (0, 9, 10), (1, 0, 4), (40, 40, 90)])
+def test_interval_of_a_difference_is_that_of_agresti_and_min(gained, lost, n):
+    # Half an image is added to each of the four pairs of answers; then Wald's interval of two dependent shares.
+    more, less, all_of = gained + 0.5, lost + 0.5, n + 2
+    mean = (more - less) / all_of
+    half = 1.959964 * math.sqrt(more + less - (more - less) ** 2 / all_of) / all_of
+    expected = max(-1.0, mean - half), min(1.0, mean + half)
+    assert interval_of_difference(np.repeat([1, -1, 0], [gained, lost, n - gained - lost])) == pytest.approx(expected)
 
 
 def test_few_groups_tell_little_of_a_difference():

@@ -32,6 +32,7 @@ from models import build_model
     ("options", "message"),
     [
         (["--lr_scheduler_kwargs", '{"nonsense": 1}'], "--lr_scheduler_type cosine with --lr_scheduler_kwargs"),
+        (["--lr_scheduler_kwargs", '{"num_cycles": "two"}'], "{'num_cycles': 'two'} cannot be used"),
         (["--optim_args", "nonsense"], "--optim adamw_torch_fused with --optim_args nonsense cannot be used"),
         (["--report_to", "nonsense"], "nonsense is not supported"),
     ],
