@@ -17,7 +17,7 @@ ATTRIBUTION = (
     "License: [CC BY-SA 4.0](https://creativecommons.org/licenses/by-sa/4.0/)."
 )
 MAX_PER_CLASS = 120
-SIZE = 160  # pixels; the drawings are vectors, and the default model sees them at this size
+SIZE = 160  # pixels; the drawings are vectors, and more would not show more of them
 
 
 def load_openmoji() -> Dataset:
