@@ -1,5 +1,6 @@
 """Everything that is said in words: the lines of a run, findings, verdicts, and the sentences of page and card."""
 
+import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -185,10 +186,8 @@ def refit_in_words(refit: Mapping) -> str:
     """Return what the scored weights and the shipped ones have learned from."""
     if not refit["done"]:
         return f"The shipped weights are the scored ones; they have learned from {refit['scored_on']:,} images"
-    return (
-        f"Scored as trained on {refit['scored_on']:,} images; the shipped weights were then refit on all "
-        f"{refit['images']:,}"
-    )
+    how = "are the mean of these and of a refit" if refit.get("averaged") else "were then refit"
+    return f"Scored as trained on {refit['scored_on']:,} images; the shipped weights {how} on all {refit['images']:,}"
 
 
 def _epochs(epochs: float) -> str:
@@ -222,7 +221,7 @@ def say_results(output_dir: Path, metrics: Mapping) -> None:
         say("", refit_in_words(metrics["refit"]))
     if has_weights(output_dir):
         say("next", f"python predict.py {shlex.quote(str(output_dir))} photo.jpg")
-        say("", f'pipeline("image-classification", "{output_dir}"{trust_remote_code(output_dir)})')
+        say("", f'pipeline("image-classification", {json.dumps(str(output_dir))}{trust_remote_code(output_dir)})')
 
 
 def percent_with_interval(scored: Mapping) -> str:

@@ -13,19 +13,24 @@ from luthier.familiarity import Familiarity
 from luthier.images.views import ImageRows
 from luthier.output_dir import NO_TIME
 from luthier.run_files import REFIT
+from luthier.scoring.baselines import ProbeResults
 from luthier.scoring.experiment import Experiment, Result
 from luthier.scoring.familiarity import refit_familiarity
+from luthier.scoring.metrics import standard_error
 from luthier.scoring.race_record import Course
 from luthier.scoring.selection import load_candidate
 from luthier.terminal import say
-from luthier.training.arms import Arm, State
+from luthier.training.arms import Arm, State, Workshop
 from luthier.training.checkpoints import newest_shared
 from luthier.training.features import join
 from luthier.training.probe import SOFT, fit_shared_probe, state_with_probe
-from luthier.training.trainer import build_predictor, model_of, train
+from luthier.training.recipe import blend
+from luthier.training.trainer import build_predictor, model_of, predict, train
 from models import linear_head
 
 TRAINED = 3  # work of training on an image, in predictions of one: forward, and backward to activations and weights
+SHARE = 0.5  # of the weights that have learned from all images, in those that are shipped
+WORSE = 2  # standard errors by which the loss on validation must be higher than that of the scored weights
 AROUND = 2000  # predictions on a CPU that take about as long as a run's imports and its report, some 20 seconds
 
 FAILURES: dict[type[UserError], str] = {  # of a refit, after which the scored weights are shipped
@@ -44,6 +49,7 @@ class Plan(NamedTuple):
         scored_on: how many images the scored weights have learned from.
         seconds: that it takes, as far as can be foreseen.
         refusal: why it is not done, for people; empty where it is.
+        averaged: the mean of the scored weights and those of the refit is shipped.
     """
 
     splits: tuple[str, ...]
@@ -51,6 +57,7 @@ class Plan(NamedTuple):
     scored_on: int
     seconds: float
     refusal: str
+    averaged: bool = False
 
     @property
     def pays(self) -> bool:
@@ -88,7 +95,8 @@ def plan_refit(
         refusal = f"it would be more work than the run was, and take about {seconds:.0f} s"
     elif not result.course._replace(time_limit=time_limit).ends_in_time(seconds):
         refusal = NO_TIME
-    return Plan(used, images, scored_on, seconds, refusal)
+    averaged = winner is not None and not result.kept.is_probe and winner.arm.recipe.is_pretrained
+    return Plan(used, images, scored_on, seconds, refusal, averaged)
 
 
 def _work_of_run(splits: DatasetDict, result: Result) -> float:
@@ -120,9 +128,11 @@ def refit(
     images: Mapping[str, ImageRows],
     prepare: Callable[[list[Dataset]], Any],
 ) -> tuple[Plan, Refitted | None]:
-    """Return the plan, and the model that has learned from all of its images, for as many epochs as the kept weights.
+    """Return the plan, and the model that is shipped: the probe of all images, or trained weights.
 
-    Where that fails, as in `FAILURES`, the plan says why there is none, and the scored weights are shipped.
+    An arm is trained again on all images, for as many epochs as the kept weights, and the mean of both is shipped
+    (Wortsman et al. 2022): see `_ship`. Where that fails, as in `FAILURES`, the plan says why there is none, and the
+    scored weights are shipped.
 
     The temperature and the thresholds are those of the kept weights. Where answers make up for rare classes, they
     make up for the shares of the classes among these images.
@@ -143,15 +153,7 @@ def refit(
         balance = workshop.balance._replace(shares=np.bincount(labels) / len(labels))
         kept, workshop = kept._replace(class_shares=balance.shares), replace(workshop, balance=balance)
     winner = None if kept.is_probe else result.outcome.winner
-    kind = winner.arm.recipe.start if winner else "probe"
-    start = None
-    if kind != "new":
-        features = join([probe.features[split] for split in plan.splits]) if probe.features else None
-        strength = SOFT if kind == "soft probe" else probe.strength
-        head = linear_head(workshop.model)
-        assert head is not None and strength is not None  # there is a probe
-        fitted = fit_shared_probe(workshop.predictor(), features, labels, strength, workshop.balance)
-        start = state_with_probe(workshop.model, head, fitted)
+    start = _start(winner.arm.recipe.start if winner else "probe", probe, plan.splits, labels, workshop)
     if winner is None:
         model = workshop.copy(start)
     else:
@@ -167,10 +169,60 @@ def refit(
             why = next(why for kind, why in FAILURES.items() if isinstance(error, kind))
             return plan._replace(refusal=why), None
     load_candidate(model, start, kept)
+    if winner is not None and not (plan := _ship(model, plan, result, winner.arm.rows["validation"])).pays:
+        say("careful", f"the scored weights are shipped, because the refit fails: {plan.refusal}")
+        return plan, None
     trainer = build_predictor(model, workshop.training_args)
     known, of_scored = probe.known_of(winner is None), result.answers.familiarity
     familiarity = refit_familiarity(trainer, of_scored, plan.splits, images, splits, known, result.none)
     return plan, Refitted(model, familiarity, plan.splits)
+
+
+def _ship(model: PreTrainedModel, plan: Plan, result: Result, validation: Any) -> Plan:
+    """Give the model of a refit the weights that are shipped: their mean with the scored ones, if that is planned.
+
+    Validation has chosen among the epochs of the scored weights, and nothing among those of a refit, which by
+    themselves are often worse. The mean of weights that lie too far apart is worse than both; then those of the refit
+    are shipped. A refit has learned from the images of validation. If it is clearly worse on them than the scored
+    weights, it has failed.
+
+    Returns the plan, with what came of it.
+    """
+    args, judge = result.workshop.training_args, result.course.judge
+
+    def losses(of: PreTrainedModel) -> np.ndarray:
+        return judge.criterion.log_losses(*predict(build_predictor(of, args), validation))
+
+    scored = losses(result.model)
+    own, before = ({name: t.clone() for name, t in each.state_dict().items()} for each in (model, result.model))
+    result.model.cpu()
+    for share in (SHARE, 1.0) if plan.averaged else (1.0,):
+        model.load_state_dict(blend(before, own, share))
+        behind = losses(model) - scored
+        if behind.mean() <= WORSE * standard_error(behind, judge.groups):
+            return plan._replace(averaged=share < 1)
+    return plan._replace(refusal="it is clearly worse on validation than the scored weights")
+
+
+def _start(
+    kind: str, probe: ProbeResults, splits: Sequence[str], labels: list[int], workshop: Workshop
+) -> State | None:
+    """Return the state that training starts with, see `Recipe.start`; None is the model as it was built.
+
+    Args:
+        kind: of the start.
+        probe: of the run.
+        splits: that the head is fitted on.
+        labels: of their images.
+        workshop: of the refit.
+    """
+    if kind == "new":
+        return None
+    features = join([probe.features[split] for split in splits]) if probe.features else None
+    head, strength = linear_head(workshop.model), SOFT if kind == "soft probe" else probe.strength
+    assert head is not None and strength is not None  # there is a probe
+    fitted = fit_shared_probe(workshop.predictor(), features, labels, strength, workshop.balance)
+    return state_with_probe(workshop.model, head, fitted)
 
 
 def _train_again(arm: Arm, best: int, rows: Any, start: State | None, course: Course) -> PreTrainedModel:

@@ -1,0 +1,101 @@
+"""The refit: what it learns from, for how long, and where it goes on."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from transformers import TrainingArguments
+
+import luthier.scoring.refit as module
+from luthier.scoring.refit import Plan
+from luthier.training.arms import Arm, Workshop
+from luthier.training.heats import Schedule
+from luthier.training.probe import SOFT
+from luthier.training.recipe import RECIPES
+
+
+class Fitted(Exception):
+    """Ends a refit where its probe is fitted."""
+
+
+@pytest.mark.parametrize(("start", "strength"), [(None, 0.5), ("probe", 0.5), ("soft probe", SOFT)])
+def test_probe_of_a_refit_learns_each_image_with_its_label(monkeypatch, start, strength):
+    labels = {"test": [2, 0], "validation": [1], "train": [0, 1, 2]}
+    splits = DatasetDict({split: Dataset.from_dict({"label": each}) for split, each in labels.items()})
+    features = {split: torch.tensor(each).float()[:, None] for split, each in labels.items()}
+    seen = []
+
+    def fit(trainer, *arguments):
+        seen.extend(arguments)
+        raise Fitted
+
+    monkeypatch.setattr(module, "linear_head", lambda model: "head")
+    monkeypatch.setattr(module, "fit_shared_probe", fit)
+    winner = SimpleNamespace(arm=SimpleNamespace(recipe=SimpleNamespace(start=start)))
+    result = SimpleNamespace(
+        kept=SimpleNamespace(is_probe=start is None, class_shares=None),
+        probe=SimpleNamespace(features=features, strength=0.5),
+        workshop=SimpleNamespace(balance=None, model=None, predictor=lambda: None),
+        outcome=SimpleNamespace(winner=winner),
+    )
+    plan = Plan(("train", "validation", "test"), 6, 3, 1.0, "")
+    with pytest.raises(Fitted):
+        module.refit(plan, result, splits, {}, None)
+    assert seen[0][:, 0].tolist() == seen[1] == [0, 1, 2, 1, 2, 0] and seen[2] == strength
+
+
+@pytest.mark.parametrize(
+    ("averaged", "best", "shipped"),
+    [
+        (True, 4.5, 4.0),
+        (True, 6.0, 4.0),  # the refit alone would be better, but it has learned from these images
+        (True, None, 6.0),  # the mean is worse than both
+        (False, 6.0, 6.0),
+        (True, 1.0, None),
+        (False, float("nan"), None),
+    ],
+)
+def test_mean_of_scored_and_refit_weights_is_shipped_unless_it_is_worse_on_validation(averaged, best, shipped):
+    """The loss is the distance from `best`, or zero at both ends."""
+
+    class Model(torch.nn.Linear):
+        device = torch.device("cpu")
+
+    def loss_of(model: Model) -> float:
+        weight = model.weight.item()
+        return abs(weight - best) if best is not None else float(weight == 4)
+
+    def log_losses(logits: float, references: None) -> np.ndarray:
+        return np.array([logits, logits])
+
+    scored, trained = Model(1, 1), Model(1, 1)
+    for model, value in ((scored, 2.0), (trained, 6.0)):
+        model.load_state_dict({"weight": torch.full((1, 1), value), "bias": torch.full((1,), value)})
+    judge = SimpleNamespace(criterion=SimpleNamespace(log_losses=log_losses), groups=None)
+    workshop, course = SimpleNamespace(training_args=None), SimpleNamespace(judge=judge)
+    result = SimpleNamespace(workshop=workshop, course=course, model=scored)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "build_predictor", lambda model, args: model)
+        patch.setattr(module, "predict", lambda model, rows: (loss_of(model), None))
+        plan = module._ship(trained, Plan(("train",), 2, 1, 1.0, "", averaged), result, None)
+    assert plan.pays == (shipped is not None) and scored.weight.item() == scored.bias.item() == 2
+    if shipped:
+        assert trained.weight.item() == trained.bias.item() == shipped and plan.averaged == (shipped == 4)
+    else:
+        assert "worse on validation" in plan.refusal
+
+
+def test_refit_follows_the_schedule_of_the_scored_weights_and_goes_on_in_a_folder_of_its_own(monkeypatch, tmp_path):
+    trained = []
+    monkeypatch.setattr(Arm, "trainer", lambda self: self)
+    monkeypatch.setattr(module, "newest_shared", lambda folder, is_main: folder / "checkpoint-7")
+    monkeypatch.setattr(module, "model_of", lambda trainer: trainer)
+    monkeypatch.setattr(module, "train", lambda trainer, *arguments: trained.append(arguments))
+    args = TrainingArguments(str(tmp_path / "out"), per_device_train_batch_size=10, use_cpu=True, report_to="none")
+    schedule, rows = Schedule((10, 30, 70), 0.1), {"train": range(100)}
+    arm = Arm(RECIPES["full"], Workshop(None, args, None), args, rows, schedule.ends, schedule, None)
+    again = module._train_again(arm, 30, range(150), None, SimpleNamespace(folder=tmp_path, stop=None))
+    assert again.ends == again.schedule.ends == (15, 45, 105) and again.schedule.warmup == 0.1
+    assert trained == [(45, tmp_path / "refit/full-30/checkpoint-7", None)]
