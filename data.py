@@ -14,6 +14,7 @@ from torch.utils.data import get_worker_info
 from transformers import BaseImageProcessor
 
 from luthier.cache import cache_key, library_versions, make_rows
+from luthier.cores import count_cores
 from luthier.errors import ImagesChanged, UserError
 from luthier.images.columns import label_and_image, load_named
 from luthier.images.decode import decode_rgb, read_bytes, reason
@@ -25,8 +26,9 @@ from luthier.images.shards import StreamedRows
 from luthier.images.splits import MAX_NAMED, cut_splits
 from luthier.images.streams import Stream
 from luthier.images.views import EvaluationView, ImageRows, random_crop_transform, training_transform
-from luthier.machine import available_cores, pool_of_single_threads
+from luthier.machine import pool_of_single_threads
 from luthier.options import BUILT_IN_DATASET
+from luthier.processes import available_cores
 from luthier.terminal import plural, say
 
 PREPARATION = 8  # part of the cache's key: raise it when what is stored changes
@@ -241,7 +243,7 @@ def prepare_batch(batch: dict, indices: list[int], store: Callable, column: str)
         except Exception as error:  # Pillow's plugins raise errors of any kind on damaged data
             return None, f"{name}: {reason(error)}"
 
-    with pool_of_single_threads() as pool:
+    with pool_of_single_threads(count_cores()) as pool:  # other processes wait for this one
         stored, errors = zip(*pool.map(prepare_one, batch["image"], batch["name"], batch["digest"]), strict=True)
     return {column: list(stored), "digest": batch["digest"], "error": list(errors)}
 
@@ -364,7 +366,7 @@ def batch_transform(column: str, transform: Callable[..., torch.Tensor], threads
 
     def transform_batch(batch: dict) -> dict:
         if threads > 1 and len(batch[column]) > 1 and get_worker_info() is None:
-            with pool_of_single_threads(threads) as pool:
+            with pool_of_single_threads(min(threads, available_cores())) as pool:
                 rows = {"pixel_values": list(pool.map(transform, batch[column]))}
         else:
             rows = {"pixel_values": [transform(entry) for entry in batch[column]]}

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from luthier.errors import UserError, exit_on_user_error, message_for_user, require
+from luthier.files import atomic_copy, lock_folder
 from luthier.images.decode import is_image
 from luthier.images.image_files import walk
 from luthier.options import EXPORT_PACKAGES
-from luthier.output_dir import atomic_copy, lock_folder
 from luthier.run_files import DIGEST, IMAGES, ONNX, ONNX_FILES, SCORED
 from luthier.terminal import plural, say
 

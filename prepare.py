@@ -167,9 +167,9 @@ def write_shards(splits: "DatasetDict", folder: Path, side: int, images: int, sh
     """
     import numpy as np
 
+    from luthier.files import atomic_write, lock_folder
     from luthier.images.shards import BLOCK
     from luthier.images.splits import draw_order
-    from luthier.output_dir import atomic_write, lock_folder
 
     kept = {split: keep_one_of_each(dataset) for split, dataset in splits.items()}
     claim_folder(folder, plan_of(kept, side, images))
@@ -259,8 +259,8 @@ def claim_folder(folder: Path, plan: dict) -> None:
     Raises:
         UserError: it has something else.
     """
+    from luthier.files import atomic_write
     from luthier.images.columns import PLAN
-    from luthier.output_dir import atomic_write
 
     text = json.dumps(plan, indent=1)
     check_folder(folder)

@@ -47,10 +47,9 @@ def main(argv: list[str] | None = None) -> None:
 
     from luthier.machine import set_up_process
     from luthier.output_dir import claim_output_dir
-    from luthier.training.signals import Stop, die_with_launcher
+    from luthier.training.signals import Stop
 
     training_args = arguments.training_args
-    die_with_launcher()
     set_up_process(training_args)
     output_dir, is_main_process = Path(str(training_args.output_dir)), training_args.process_index == 0
     with Stop(output_dir), claim_output_dir(output_dir, continues=False, enabled=is_main_process):
@@ -70,6 +69,7 @@ def score_model(arguments: "Arguments", output_dir: Path, stopwatch: Stopwatch) 
     from data import evaluation_rows, load_labelled, prepare
     from luthier.familiarity import load_familiarity, none_of
     from luthier.images.description import describe
+    from luthier.images.splits import check_same_images
     from luthier.images.views import EvaluationView
     from luthier.reporting import console
     from luthier.reporting.results import collect_metrics, warn_if_learned, write_results
@@ -87,6 +87,7 @@ def score_model(arguments: "Arguments", output_dir: Path, stopwatch: Stopwatch) 
     labels, view = labels_of(model), EvaluationView(image_processor)
     with training_args.main_process_first(desc="loading the images"):
         splits, unreadable = load_labelled(labels, **data_args.for_images())
+    check_same_images(splits)
     stopwatch.stop("load")
     with training_args.main_process_first(desc="preparing the images"):
         prepared = prepare(splits, view)

@@ -26,22 +26,20 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
     from export import export_run
     from luthier.machine import set_up_process
-    from luthier.output_dir import claim_output_dir, describe_ended, is_complete
+    from luthier.output_dir import claim_output_dir
     from luthier.scoring.folds import pool
     from luthier.serving import hub
-    from luthier.training.signals import Stop, die_with_launcher
+    from luthier.training.signals import Stop
 
     _, model_args, training_args, run_args = arguments
-    die_with_launcher()
     set_up_process(training_args)
-    output_dir, resume = Path(str(training_args.output_dir)), training_args.resume_from_checkpoint
-    is_main_process = training_args.process_index == 0
+    output_dir, is_main_process = arguments.run_dir, training_args.process_index == 0
+    resume = training_args.resume_from_checkpoint
     with Stop(output_dir) as stop, claim_output_dir(output_dir, continues=bool(resume), enabled=is_main_process):
-        repo_id, private = None, training_args.hub_private_repo
-        if run_args.push_to_hub and is_main_process:  # rights are checked before the training, not after it
-            repo_id = hub.check_access(training_args.hub_model_id or output_dir.name, private)
-        if resume == "auto" and is_complete(output_dir, run_args.settings, model_args.time_limit):
-            say("done", describe_ended(output_dir, run_args.settings))
+        asked, private = run_args.push_to_hub and is_main_process, training_args.hub_private_repo
+        repo_id = hub.check_access(training_args.hub_model_id or output_dir.name, private) if asked else None
+        if ended := arguments.describe_if_ended():
+            say("done", ended)
         else:
             finish(*pool(fine_tune(part, stop, stopwatch) for part in arguments.folds()), arguments, stopwatch)
         failures = [export_run(output_dir)] if model_args.export and is_main_process else []
@@ -54,6 +52,7 @@ def set_up(arguments: "Arguments", stopwatch: Stopwatch) -> "Experiment":
     from transformers import set_seed
 
     from data import cut_splits, load_images, prepare, sample_rows
+    from luthier.images.splits import check_same_images
     from luthier.images.streams import open_stream
     from luthier.reporting import console
     from luthier.reporting.results import warn_if_learned
@@ -73,6 +72,7 @@ def set_up(arguments: "Arguments", stopwatch: Stopwatch) -> "Experiment":
         stream = open_stream(**data_args.for_stream()) if data_args.streaming else None
         images, unreadable = load_images(**data_args.for_images(), stream=stream)
     splits = cut_splits(images, **data_args.for_cut())
+    check_same_images(splits, stream.fingerprint if stream else "")
     id2label = dict(enumerate(splits["train"].features["label"].names))
     findings = audit_images(splits, unreadable)
 

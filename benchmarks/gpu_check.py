@@ -39,7 +39,7 @@ from benchmarks.training_view import draw
 from data import batch_transform, load_splits, prepare, training_rows
 from luthier.fusion import fuse_for_training
 from luthier.images.views import EvaluationView
-from luthier.machine import available_cores
+from luthier.processes import available_cores
 from luthier.serving.torch_network import TorchNetwork
 from luthier.training.checkpoints import newest
 from luthier.training.workers import StartWorker

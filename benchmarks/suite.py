@@ -41,7 +41,7 @@ from PIL import Image
 
 from benchmarks._common import directory, own_caches
 from luthier.errors import UserError, exit_on_user_error
-from luthier.output_dir import atomic_write
+from luthier.files import atomic_write
 
 PROJECT = Path(__file__).parent.parent
 LUTHIER = {  # the options of train.py

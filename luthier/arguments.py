@@ -14,8 +14,9 @@ from luthier.checks import check_options, check_outside
 from luthier.errors import UserError
 from luthier.machine import OneGPUTrainingArguments, fill_in_machine_defaults
 from luthier.options import BUILT_IN_DATASET, DATA_KEYS, DataArguments, ModelArguments
-from luthier.output_dir import check_folds, free_output_dir
+from luthier.output_dir import check_folds, describe_if_ended, free_output_dir
 from luthier.parsing import HelpFormatter, Parser, describe_command, read_options
+from luthier.processes import from_main_process
 
 
 class RunArguments(NamedTuple):
@@ -59,6 +60,12 @@ class Arguments(NamedTuple):
         """Return what `metrics.json` records of the options of a run."""
         of_run = {key: getattr(self.run_args, key) for key in ("command", "settings", "seeds")}
         return {**of_run, "time_limit": self.model_args.time_limit}
+
+    def describe_if_ended(self) -> str:
+        """Return in words, on every process alike, that a run has ended which is to go on; nothing otherwise."""
+        if self.training_args.resume_from_checkpoint != "auto":
+            return ""
+        return from_main_process(describe_if_ended(self.run_dir, self.run_args.settings, self.model_args.time_limit))
 
     def for_later(self) -> dict:
         """Return the options that load the images of a run again; see `DataArguments.for_later`."""

@@ -13,6 +13,7 @@ import logging
 import shutil
 import tempfile
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -168,16 +169,16 @@ def make_rows(
             progress.reach(first + indices[-1] + 1)
             return made
 
-        path = folder / f"{file}-{first:09}.arrow"  # so that the files are in the order of the rows
+        path = folder / f"{file}-{first:09}-{uuid.uuid4().hex[:8]}.arrow"  # in the order of the rows; of this process
         part = dataset.select(rows).map(
             make_batch, batched=True, with_indices=True, batch_size=32, writer_batch_size=32,
             remove_columns=dataset.column_names, features=Features(features | {KEY: Value("string")}),
-            cache_file_name=str(path), load_from_cache_file=False, new_fingerprint=cache_key(key, path.name),
+            cache_file_name=str(path), load_from_cache_file=False, new_fingerprint=cache_key(key, file, first),
             desc=f"{topic}: {unit}" + (f", {first:,} of {len(new):,} done" if len(new) > PART_ROWS else ""),
         )  # fmt: skip
+        parts.append(part)
         if not lasts(part):  # the file stays readable for this process, not for the next one
             path.unlink(missing_ok=True)
-        parts.append(part)
     made, places = concatenate_datasets(parts).remove_columns(KEY), [place_of[name] for name in keys]
     for column in beside:
         made = made.add_column(column, _put(dataset[column][:], places, len(made)), feature=dataset.features[column])

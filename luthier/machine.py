@@ -17,9 +17,9 @@ import transformers
 from torch import nn
 from transformers import TrainingArguments
 
-from luthier.cores import count_cores
 from luthier.errors import UserError
 from luthier.escape import escape_lines
+from luthier.processes import available_cores, check_processes, die_with_launcher, is_launched, processes_started
 from luthier.terminal import has_terminal, is_first_process, plural, say
 
 LONG_RUN = 20_000  # images for which channels_last pays on a GPU
@@ -55,7 +55,7 @@ def fill_in_machine_defaults(options: dict) -> None:
     if not options["use_cpu"] and DRIVER.is_file() and torch.version.cuda and not torch.cuda.is_available():
         hint = "is its driver too old, or is it hidden (CUDA_VISIBLE_DEVICES, a container without --gpus)?"
         say("careful", f"torch cannot use the NVIDIA GPU of this machine, and uses the CPU: {hint}")
-    if _processes_started() > 1 and (options["use_cpu"] or not torch.cuda.is_available()):
+    if processes_started() > 1 and (options["use_cpu"] or not torch.cuda.is_available()):
         # Without these the Trainer ignores the other processes, and each trains alone.
         options["use_cpu"], options["ddp_backend"] = True, options["ddp_backend"] or "gloo"
     gpu = torch.cuda.is_available() and not options["use_cpu"]
@@ -113,6 +113,7 @@ def set_up_process(training_args: TrainingArguments) -> None:
     """
     import datasets
 
+    die_with_launcher()
     configure_logging()
     if not has_terminal():
         datasets.disable_progress_bars()  # in a file each refresh adds to one endless line; see terminal.Tenths
@@ -137,24 +138,6 @@ def check_compiler(training_args: TrainingArguments) -> None:
         )
 
 
-def check_processes(training_args: TrainingArguments) -> None:
-    """Refuse what accelerate does silently: fewer processes than were asked for, or several that train alone.
-
-    Raises:
-        UserError: it is so.
-    """
-    if is_launched() and "MASTER_ADDR" in os.environ and "RANK" not in os.environ:
-        raise UserError(
-            "accelerate was asked for several processes and started one: in its config, use distributed_type "
-            "MULTI_GPU (on CPUs too, with use_cpu: true) instead of MULTI_CPU"
-        )
-    if _processes_started() != training_args.world_size:
-        raise UserError(
-            f"{_processes_started()} processes were started, and each would train alone, into one directory: give "
-            "each process a GPU, or use --use_cpu True"
-        )
-
-
 def configure_cpu(device: torch.device) -> None:
     """On a CPU, use all cores and let the process keep its memory; on other devices change nothing."""
     if device.type != "cpu":
@@ -165,18 +148,14 @@ def configure_cpu(device: torch.device) -> None:
     keep_freed_memory()
 
 
-def pool_of_single_threads(most: int | None = None) -> ThreadPoolExecutor:
-    """Return a pool of a thread for each core, each with one thread of torch: together they keep all cores busy.
+def pool_of_single_threads(threads: int) -> ThreadPoolExecutor:
+    """Return a pool of threads, one for each core, each with one thread of torch: together they keep all cores busy.
 
     With as many threads each as there are cores, they would wait for one another. New threads take their number from
     the one that was set last, in whatever thread; this one asks for its own before, and so keeps it.
-
-    Args:
-        most: how many threads at most; for short work more of them wait for the interpreter.
     """
     torch.get_num_threads()
-    cores = available_cores()
-    return ThreadPoolExecutor(min(cores, most or cores), initializer=torch.set_num_threads, initargs=(1,))
+    return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
 
 
 @contextlib.contextmanager
@@ -251,17 +230,3 @@ class _Printable(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return escape_lines(super().format(record))
-
-
-def is_launched() -> bool:
-    """Tell whether `accelerate launch` started this process."""
-    return "ACCELERATE_MIXED_PRECISION" in os.environ
-
-
-def available_cores() -> int:
-    """Return how many cores this process may use: its share where several processes run on this machine."""
-    return max(1, count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
-def _processes_started() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -2,19 +2,15 @@
 
 import contextlib
 import json
-import logging
-import os
 import shlex
-import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from luthier.errors import UserError
+from luthier.files import lock_folder
 from luthier.run_files import BACKBONE, CARD, CONFIG, LEARNED_FROM, METRICS, ONNX, RACE, WRITTEN
-
-logger = logging.getLogger(__name__)
 
 NO_TIME = "the time limit"  # why a race ended, or why there is no refit: in race.json and metrics.json too
 # What a run writes first; another folder that holds folders, such as classes, is none of a run.
@@ -103,8 +99,8 @@ def has_weights(folder: Path) -> bool:
     return any(folder.glob("model*.safetensors"))
 
 
-def is_complete(output_dir: Path, settings: str, time_limit: float | None) -> bool:
-    """Tell whether a run has ended, and does not go on because it has more time now.
+def describe_if_ended(output_dir: Path, settings: str, time_limit: float | None) -> str:
+    """Return in words that a run has ended, and does not go on because it has more time now; nothing if it goes on.
 
     Args:
         output_dir: of the run.
@@ -115,11 +111,18 @@ def is_complete(output_dir: Path, settings: str, time_limit: float | None) -> bo
         UserError: see `read_metrics`.
     """
     if not has_ended(output_dir):
-        return False
+        return ""
     metrics = read_metrics(output_dir)
-    before = metrics.get("time_limit")
-    more_time = before is not None and (time_limit is None or time_limit > before)
-    return not (more_time and _is_cut_short(output_dir, metrics) and metrics.get("settings") == settings)
+    before, done = metrics.get("time_limit"), f"{output_dir} holds a finished run: nothing is left to train"
+    if metrics.get("settings") != settings:
+        return (
+            f"{done}. It had other options, or another version of Luthier: to train again, give another --output_dir"
+        )
+    if not _is_cut_short(output_dir, metrics):
+        return f"{done}. If the images have changed, give another --output_dir"
+    if before is not None and (time_limit is None or time_limit > before):
+        return ""
+    return f"{done} in the time that it had. With a larger --time_limit it goes on"
 
 
 def _is_cut_short(output_dir: Path, metrics: dict) -> bool:
@@ -127,28 +130,6 @@ def _is_cut_short(output_dir: Path, metrics: dict) -> bool:
     cut_short = NO_TIME in ((metrics.get("race") or {}).get("ended"), (metrics.get("refit") or {}).get("refusal"))
     trained = (metrics.get("race") or {}).get("heats")
     return cut_short and (not trained or any(output_dir.rglob(RACE)))  # which may be deleted once a run has ended
-
-
-def copy_permissions_to_weights(source: Path) -> None:
-    """Give the weights in a file's folder its permissions: safetensors lets nobody but their owner read them."""
-    for path in source.parent.glob("*.safetensors"):
-        with contextlib.suppress(OSError):  # some mounted buckets have no permissions
-            shutil.copymode(source, path)
-
-
-def describe_ended(output_dir: Path, settings: str) -> str:
-    """Return in words that a run has ended, and whether it had other settings (their digest) than those given now.
-
-    Raises:
-        UserError: see `read_metrics`.
-    """
-    metrics = read_metrics(output_dir)
-    done = f"{output_dir} holds a finished run: nothing is left to train"
-    if metrics.get("settings") == settings and _is_cut_short(output_dir, metrics):
-        return f"{done} in the time that it had. With a larger --time_limit it goes on"
-    if metrics.get("settings") == settings:
-        return f"{done}. If the images have changed, give another --output_dir"
-    return f"{done}. It had other options, or another version of Luthier: to train again, give another --output_dir"
 
 
 def read_metrics(output_dir: Path) -> dict:
@@ -215,62 +196,8 @@ def claim_output_dir(output_dir: Path, continues: bool, enabled: bool = True) ->
                 path.rmdir()
 
 
-@contextlib.contextmanager
-def lock_folder(folder: Path, name: str, busy: str) -> Iterator[None]:
-    """Keep other processes out of a folder; the lock belongs to the system and ends with the process.
-
-    Args:
-        folder: to write to.
-        name: of the lock's file in it.
-        busy: the message if another process has the lock.
-
-    Raises:
-        UserError: another process has it.
-    """
-    lock = FileLock(folder / name, fallback_to_soft=False)  # a soft lock would outlive its process
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise UserError(busy) from None
-    except (OSError, NotImplementedError) as error:  # some network disks have no locks
-        logger.warning(f"{folder} cannot be locked against a second run: {error}")
-    try:
-        yield
-    finally:
-        # Before the release, so that it is never another run's lock. Windows removes it only once it is released.
-        with contextlib.suppress(OSError):
-            (folder / name).unlink()
-        lock.release()
-
-
 def wait_for_lock(folder: Path, seconds: float) -> None:
     """Wait until no run writes into a folder, for so long at most."""
     if folder.is_dir():
         with contextlib.suppress(Timeout, OSError, NotImplementedError), FileLock(folder / LOCK).acquire(seconds):
             pass
-
-
-@contextlib.contextmanager
-def atomic_write(target: Path) -> Iterator[Path]:
-    """Yield a path to write a file to, which then gets its name: it is there whole, or not at all."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    whole = target.with_name(f".{target.name}")
-    try:
-        yield whole
-        sync(whole)
-        whole.replace(target)
-    finally:
-        whole.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    """Wait until what has been written to a file is on the disk."""
-    # A mounted bucket may refuse to open a file for writing again. Windows needs it.
-    with path.open("rb+" if os.name == "nt" else "rb") as file:
-        os.fsync(file.fileno())
-
-
-def atomic_copy(source: Path, target: Path) -> None:
-    """Copy a file to its place, whole or not at all; the two may be on different disks."""
-    with atomic_write(target) as whole:
-        shutil.copyfile(source, whole)

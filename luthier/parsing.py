@@ -15,7 +15,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from luthier.errors import UserError
-from luthier.machine import is_launched
+from luthier.processes import is_launched
 from luthier.terminal import say
 
 MAX_CHOICES = 5  # that the help lists

@@ -24,7 +24,8 @@ def test_benchmark_prints_its_help_and_is_documented(path, monkeypatch, capsys):
 
 def test_accuracies_of_a_run_are_read_from_what_it_prints(capsys):
     table = EpochTable("full_from_probe")
-    args, state = SimpleNamespace(), SimpleNamespace(epoch=1.0, log_history=[{}], is_world_process_zero=True)
+    args = SimpleNamespace(device="cpu")
+    state = SimpleNamespace(epoch=1.0, log_history=[{}], is_world_process_zero=True)
     table.on_train_begin(args, state, None)
     for accuracy in ({}, {"loss": 0.5}):
         table.on_log(args, state, None, accuracy | {"eval_loss": 0.3, "eval_accuracy": 0.9, "eval_macro_f1": 0.8})

@@ -14,10 +14,9 @@ from luthier.errors import UserError
 from luthier.output_dir import (
     check_folds,
     claim_output_dir,
-    describe_ended,
+    describe_if_ended,
     free_output_dir,
     has_ended,
-    is_complete,
     is_of_run,
 )
 
@@ -109,13 +108,13 @@ def test_run_has_ended_when_model_card_metrics_and_weights_exist(tmp_path):
     (tmp_path / "model.safetensors").touch()
     assert has_ended(tmp_path)
     (tmp_path / "metrics.json").write_text('{"settings": "a"}')
-    assert describe_ended(tmp_path, "a").endswith("If the images have changed, give another --output_dir")
-    assert "to train again, give another --output_dir" in describe_ended(tmp_path, "b")
-    assert is_complete(tmp_path, "a", None)  # of an earlier version
+    said = describe_if_ended(tmp_path, "a", None)  # of an earlier version
+    assert said.endswith("If the images have changed, give another --output_dir")
+    assert "to train again, give another --output_dir" in describe_if_ended(tmp_path, "b", None)
     for damaged in ("", '{"settings": ', "null"):
         (tmp_path / "metrics.json").write_text(damaged)
         with pytest.raises(UserError, match=r"metrics.json is damaged \(.+ --resume_from_checkpoint auto"):
-            describe_ended(tmp_path, "a")
+            describe_if_ended(tmp_path, "a", None)
 
 
 def test_run_goes_on_with_folds_or_without_as_it_was_begun(tmp_path):
@@ -139,9 +138,10 @@ def test_run_that_the_time_limit_cut_short_goes_on_with_more_time(tmp_path):
 
     def left(metrics, settings, limit):
         (tmp_path / "metrics.json").write_text(json.dumps({"time_limit": 5, "settings": "a", **metrics}))
-        return not is_complete(tmp_path, settings, limit)
+        return not describe_if_ended(tmp_path, settings, limit)
 
-    assert left(cut, "a", 6) and "With a larger --time_limit it goes on" in describe_ended(tmp_path, "a")
+    assert left(cut, "a", 6)
+    assert "With a larger --time_limit it goes on" in describe_if_ended(tmp_path, "a", 5)
     assert left(cut, "a", None) and left(no_refit, "a", 6)
     assert not left(cut, "a", 5) and not left(unlimited, "a", None) and not left(ended, "a", 6)
     assert not left(cut, "b", 6)  # other options would lose its results

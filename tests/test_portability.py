@@ -31,7 +31,7 @@ def test_every_module_can_be_imported_without_posix(tmp_path):
         del os.sched_getaffinity
         for name in {MODULES!r}:
             importlib.import_module(name)
-        from luthier.machine import available_cores
+        from luthier.processes import available_cores
 
         assert available_cores() >= 1
         print("imported", len({MODULES!r}))

@@ -7,6 +7,7 @@ import numpy as np
 from datasets import DatasetDict
 
 from luthier.errors import UserError
+from luthier.processes import are_alike
 from luthier.terminal import plural, say
 
 MAX_NAMED = 5  # classes that a message names
@@ -101,6 +102,23 @@ def hash_splits(splits: DatasetDict) -> str:
         total.update(f"{split} {dataset.features['label'].names} {dataset['label'][:]}".encode())
         total.update("".join(dataset["digest"][:]).encode())
     return total.hexdigest()
+
+
+def check_same_images(splits: DatasetDict, stream: str = "") -> None:
+    """Check that all processes have the same images: what they compute is put together by row.
+
+    Args:
+        splits: as loaded.
+        stream: fingerprint of what train is a sample of, if it is one.
+
+    Raises:
+        UserError: another process has others.
+    """
+    if not are_alike(hash_splits(splits) + stream):
+        raise UserError(
+            "the processes have read different images: some changed or could not be read in the meantime, or another "
+            "machine has other files. Start again, with the same files on every machine"
+        )
 
 
 def _holds_class(labels: np.ndarray, groups: np.ndarray) -> np.ndarray:

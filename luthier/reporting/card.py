@@ -9,7 +9,8 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
 
 from luthier.escape import escape_markdown
-from luthier.output_dir import atomic_write, has_ended
+from luthier.files import atomic_write
+from luthier.output_dir import has_ended
 from luthier.reporting.console import (
     balance_with_intervals,
     inflation_in_words,

@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 
 from luthier.escape import escape_cell
 from luthier.familiarity import Familiarity, describe_in_config, save_bank
+from luthier.files import copy_permissions_to_weights
 from luthier.images.description import describe
 from luthier.options import DataArguments
-from luthier.output_dir import copy_permissions_to_weights, mark_unfinished
+from luthier.output_dir import mark_unfinished
 from luthier.reporting.card import FIGURES, ROWS, write_model_card
 from luthier.reporting.console import describe_recipe, say_results
 from luthier.run_files import (

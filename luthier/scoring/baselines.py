@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
 from datasets import DatasetDict
 from transformers import Trainer
 
@@ -14,6 +13,7 @@ from luthier.images.folders import GIVEN_GROUP
 from luthier.images.groups import groups_of
 from luthier.images.splits import stratified_folds
 from luthier.images.views import ImageRows
+from luthier.processes import from_main_process
 from luthier.scoring.audit import suspect_labels
 from luthier.scoring.criterion import LOG_LOSS, Criterion, Judge
 from luthier.scoring.grouping import measure_inflation
@@ -140,7 +140,7 @@ def with_yardstick(
     if probe.features:
         pool = pool_of(splits, probe.features, device)
         corrects = build_yardstick(pool, len(splits["train"]), probe.strength, judge.criterion)
-    (yardstick,) = broadcast_object_list([corrects])
+    yardstick = from_main_process(corrects)
     return judge._replace(yardstick=yardstick)
 
 

@@ -124,18 +124,22 @@ class Judge(NamedTuple):
         return score(adjusted, references, self.labels, self.groups, criterion.class_shares, criterion.none)
 
     def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """Return what the Trainer's log has of an evaluation: accuracy, balanced accuracy, macro F1, calibrated loss.
+        """Return what the Trainer's log has of an evaluation: accuracy, balanced accuracy, macro F1, and two losses.
 
-        The loss is that of the criterion at the best temperature: long training makes a model too sure of itself,
-        which a temperature mends, before it makes it worse.
+        The Trainer's own `loss` is replaced: with several processes it is a mean of batches that are filled up with
+        images of others. The calibrated loss is that of the criterion at the best temperature: long training makes a
+        model too sure of itself, which a temperature mends, before it makes it worse.
         """
         logits, references = (concatenate_batches(p) for p in (prediction.predictions, prediction.label_ids))
         adjusted, known = self.criterion.adjust(logits), references != self.criterion.none
         predictions = adjusted.argmax(axis=-1)[known]
         result = classify(predictions, references[known], len(self.labels), self.criterion.none)
         calibrated = adjusted / self.criterion.temperature(logits, references)
-        loss = float(self.criterion.losses(calibrated, references).mean())
-        return {name: result[name] for name in SHOWN} | {"calibrated_loss": loss}
+        losses = {
+            "loss": log_losses(logits, references),
+            "calibrated_loss": self.criterion.losses(calibrated, references),
+        }
+        return {name: result[name] for name in SHOWN} | {name: float(each.mean()) for name, each in losses.items()}
 
 
 def build_judge(

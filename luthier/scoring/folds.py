@@ -139,7 +139,11 @@ def _in_pool(suspects: list[dict] | None, own: DatasetDict, splits: DatasetDict)
     """Return the images of a finding with their places in the pool, in the place of those in a fold's own splits."""
     if suspects is None:
         return None
-    digests = {split: dataset["digest"][:] for split, dataset in own.items()}  # names may occur twice
-    places = {digest: (split, row) for split in splits for row, digest in enumerate(splits[split]["digest"][:])}
-    found = [(image, places[digests[image["split"]][image["row"]]]) for image in suspects]
+    # Names may occur twice, and one image with two labels.
+    before, after = (
+        {split: list(zip(rows["digest"][:], rows["label"][:], strict=True)) for split, rows in datasets.items()}
+        for datasets in (own, splits)
+    )
+    places = {image: (split, row) for split, images in after.items() for row, image in enumerate(images)}
+    found = [(image, places[before[image["split"]][image["row"]]]) for image in suspects]
     return [image | {"split": split, "row": row} for image, (split, row) in found]

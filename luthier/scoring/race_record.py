@@ -8,10 +8,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from accelerate.utils import broadcast_object_list
-
 from luthier.errors import UserError
-from luthier.output_dir import NO_TIME, atomic_write
+from luthier.files import atomic_write
+from luthier.output_dir import NO_TIME
+from luthier.processes import from_main_process
 from luthier.run_files import RACE
 from luthier.scoring.criterion import Judge
 from luthier.terminal import Stopwatch
@@ -83,8 +83,7 @@ class Course(NamedTuple):
     def ends_in_time(self, seconds: float) -> bool:
         """Tell, on every process alike, whether something that takes so long would end within the time limit."""
         in_time = self.time_limit is None or self.stopwatch.total() + seconds <= 60 * self.time_limit
-        (shared,) = broadcast_object_list([in_time])
-        return shared
+        return from_main_process(in_time)
 
 
 class Record(NamedTuple):
@@ -109,7 +108,7 @@ def read_record(course: Course, arms: Sequence[Arm], named: Path | None = None) 
         UserError: the race was begun with other options.
     """
     path = course.folder / RACE
-    (text,) = broadcast_object_list([path.read_bytes() if path.exists() else None])
+    text = from_main_process(path.read_bytes() if path.exists() else None)
     if text is None:
         return Record(Heats())
     try:

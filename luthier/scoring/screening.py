@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import BaseImageProcessor, PreTrainedModel, Trainer
 
@@ -18,6 +18,7 @@ from luthier.errors import UserError
 from luthier.images.splits import draw_order, stratified_folds
 from luthier.images.views import EvaluationView, view_size
 from luthier.machine import choose_memory_format
+from luthier.processes import from_main_process
 from luthier.run_files import BACKBONE
 from luthier.scoring.metrics import standard_error
 from luthier.terminal import say
@@ -181,8 +182,7 @@ class Sample:
         seconds = (time.perf_counter() - begin) / len(features)
         labels = torch.from_numpy(self.labels)
         losses = [cross_fitted_losses(each, labels, self.folds) for each in features if each is not None]
-        (shared,) = broadcast_object_list([losses])
-        return shared, seconds
+        return from_main_process(losses), seconds
 
 
 def draw_sample(
@@ -245,7 +245,7 @@ def choose_backbone(
     if name != "auto":
         return name
     record = run_dir / BACKBONE if run_dir else None
-    (recorded,) = broadcast_object_list([record.read_text(encoding="utf-8") if record and record.exists() else None])
+    recorded = from_main_process(record.read_text(encoding="utf-8") if record and record.exists() else None)
     if recorded:
         return recorded
     tried: list[Backbone] = []
@@ -267,7 +267,7 @@ def choose_backbone(
         tried.append(Backbone(candidate, float(losses.mean()), 1000 * seconds / len(sample.labels)))
     affordable = [backbone for backbone in tried if backbone.milliseconds <= milliseconds] or tried[:1]
     best = min(affordable, key=lambda backbone: backbone.loss)
-    (chosen,) = broadcast_object_list([best.name])  # seconds differ between processes
+    chosen = from_main_process(best.name)  # seconds differ between processes
     listed = (f"{each.name} {each.loss:.3f}, {each.milliseconds:.0f} ms" for each in tried)
     if record and PartialState().is_main_process:
         record.write_text(chosen, encoding="utf-8")

@@ -21,9 +21,9 @@ from torch import nn
 
 from luthier.errors import UserError
 from luthier.escape import escape_terminal
+from luthier.files import atomic_write
 from luthier.images.resizing import find_rule
 from luthier.images.views import EvaluationView
-from luthier.output_dir import atomic_write
 from luthier.run_files import ONNX_FILES
 from luthier.serving.onnx_network import INPUT, OUTPUTS, Facts, OnnxNetwork
 from luthier.serving.parity import Images

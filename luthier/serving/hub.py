@@ -214,7 +214,7 @@ def _first_line(error: Exception) -> str:
 def _retry_after(error: Exception) -> float | None:
     """Return the seconds that the Hub asks to wait; None where it gives none, or a date."""
     try:
-        return min(MAX_WAIT, float(getattr(error, "response").headers["Retry-After"]))  # noqa: B009
+        return max(0.0, min(MAX_WAIT, float(getattr(error, "response").headers["Retry-After"])))  # noqa: B009
     except (AttributeError, KeyError, ValueError):
         return None
 

@@ -14,7 +14,7 @@ from typing import Any
 import PIL
 
 from luthier.errors import UserError
-from luthier.output_dir import atomic_copy
+from luthier.files import atomic_copy
 from luthier.serving import hub
 from luthier.serving.onnx_network import OnnxNetwork
 

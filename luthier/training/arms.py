@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import broadcast_object_list
 from torch.utils.data import default_collate
 from transformers import EvalPrediction, PreTrainedModel, SchedulerType, Trainer, TrainerCallback, TrainingArguments
 
 from luthier.errors import NoSpace, UserError
 from luthier.fusion import fuse_for_training
 from luthier.machine import explain_exhausted_memory
+from luthier.processes import from_main_process
 from luthier.training.balance import Balance
 from luthier.training.callbacks import EpochTable, SetEpoch
 from luthier.training.checkpoints import Origin, lacking_space
@@ -201,7 +201,7 @@ def build_trainer(model: PreTrainedModel, arm: Arm) -> SafeTrainer:
         limit, lacking = args.save_total_limit or round(args.num_train_epochs), ""
         if arm.is_main_process:
             lacking = lacking_space(arm.folder, trainer.checkpoint_size(), limit)
-        (lacking,) = broadcast_object_list([lacking])
+        lacking = from_main_process(lacking)
         if lacking:
             raise NoSpace(lacking)
     replace_progress(trainer)

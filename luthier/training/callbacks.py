@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from accelerate.utils import reduce
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainingArguments
 
@@ -93,8 +94,10 @@ class EpochTable(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
             self.train = {"loss": logs["loss"]}
-            if self.seen:
-                self.train["accuracy"] = state.log_history[-1]["train_accuracy"] = float(self.correct) / self.seen
+            counts = torch.tensor([int(self.correct), self.seen], device=args.device)
+            correct, seen = reduce(counts, "sum").tolist()  # of all processes
+            if seen:
+                self.train["accuracy"] = state.log_history[-1]["train_accuracy"] = correct / seen
             self.correct, self.seen = 0, 0
         if "eval_loss" in logs and state.is_world_process_zero:
             now = time.perf_counter()

@@ -7,13 +7,14 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from luthier.errors import UserError
-from luthier.output_dir import copy_permissions_to_weights, sync
+from luthier.files import copy_permissions_to_weights, sync
+from luthier.processes import from_main_process
 
 logger = logging.getLogger(__name__)
 
@@ -119,8 +120,8 @@ def newest_shared(output_dir: Path, is_main_process: bool) -> Path | None:
     Raises:
         UserError: it is not on this machine.
     """
-    (checkpoint,) = broadcast_object_list([newest_whole(output_dir) if is_main_process else None])
-    if checkpoint and not checkpoint.exists():
+    checkpoint = from_main_process(newest_whole(output_dir) if is_main_process else None)
+    if checkpoint and not _is_there(checkpoint):
         raise UserError(
             f"{checkpoint} is not on this machine: to resume, and to train in heats, --output_dir must be on a disk "
             "that all machines share. Or train in one: --recipe full --lr_scheduler_type linear"
@@ -202,6 +203,7 @@ def load_weights(model: PreTrainedModel, checkpoint: Path) -> None:
     Raises:
         UserError: the checkpoint is of another model, or not whole.
     """
+    broken = "{} is not a whole checkpoint ({}): use another"
     other = UserError(
         f"{checkpoint} is of another model, or of other classes: resume with the options of the run that wrote it"
     )
@@ -209,9 +211,12 @@ def load_weights(model: PreTrainedModel, checkpoint: Path) -> None:
         config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
         if config["model_type"] != model.config.model_type:
             raise other
-        saved = type(model).from_pretrained(checkpoint)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{checkpoint} is not a whole checkpoint ({error}): use another") from error
+        loaded: Any = type(model).from_pretrained(checkpoint, output_loading_info=True)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(broken.format(checkpoint, error)) from error
+    saved, loading = loaded
+    if missing := loading["missing_keys"]:  # they would be random numbers
+        raise UserError(broken.format(checkpoint, f"it lacks {min(missing)}"))
     try:
         model.load_state_dict(saved.state_dict(), strict=True)
     except RuntimeError as error:
@@ -241,6 +246,14 @@ def lacking_space(output_dir: Path, size: int, limit: int) -> str:
     return (
         f"{output_dir} has {free / 1e6:,.0f} MB left, and this run's checkpoints need up to {needed / 1e6:,.0f} MB"
         ": free some space, give another --output_dir, or keep fewer (--save_total_limit 1)"
+    )
+
+
+def _is_there(checkpoint: Path) -> bool:
+    """Tell whether this machine has all files of a checkpoint: the library goes on without those of the optimizer."""
+    record = checkpoint / HASHES
+    return record.exists() and all(
+        (checkpoint / name).exists() for name in json.loads(record.read_text(encoding="utf-8"))
     )
 
 

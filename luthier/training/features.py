@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
 from datasets import DatasetDict
 from torch import nn
 from transformers import PreTrainedModel, Trainer
@@ -21,6 +20,7 @@ from luthier.cache import AT_ONCE, as_bytes, cache_key, fill_rows, library_versi
 from luthier.errors import UserError
 from luthier.fusion import fuse_batchnorm
 from luthier.images.views import ImageRows
+from luthier.processes import from_main_process
 from luthier.terminal import say
 from luthier.training.trainer import concatenate_batches, model_of
 
@@ -62,7 +62,7 @@ def load_features(
         new = np.sort(first[~is_cached[first]]).tolist()  # copies of an image are one
         if new and is_cached.any():
             say("reuse", f"features of {len(digests) - len(new):,} of {len(digests):,} images")
-    (new,) = broadcast_object_list([new])  # all processes compute the same
+    new = from_main_process(new)  # all processes compute the same
     if new:
         backbone = build_backbone(model, head, size_of(rows))
         at_once = rows_at_once(trainer.args.device)

@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
+from luthier.processes import from_main_process
 from luthier.training.balance import Balance
 from luthier.training.features import empty_rows, rows_at_once
 
@@ -101,14 +101,12 @@ def fit_shared_probe(
 
 def _on_main_process(trainer: Trainer, fit: Callable[[torch.device], list[LinearProbe]]) -> list[LinearProbe]:
     """Fit on the main process, on the Trainer's device, and return the probes to all, on the CPU."""
-    answer: list[list[LinearProbe] | None] = [None]
+    probes = list[LinearProbe]()
     if trainer.is_world_process_zero():
-        answer = [
-            [probe._replace(weight=probe.weight.cpu(), bias=probe.bias.cpu()) for probe in fit(trainer.args.device)]
+        probes = [
+            probe._replace(weight=probe.weight.cpu(), bias=probe.bias.cpu()) for probe in fit(trainer.args.device)
         ]
-    (shared,) = broadcast_object_list(answer)
-    assert shared is not None  # the main process has sent it
-    return shared
+    return from_main_process(probes)
 
 
 def fit_probes(

@@ -153,6 +153,10 @@ class SafeTrainer(WorkerTrainer):
 
     def evaluation_loop(self, *arguments, **options):
         """Evaluate or predict, with advice where memory does not suffice."""
+        if self.is_in_train and self.args.world_size > 1:
+            # In a step each process counts BatchNorm's statistics of its own images; those of the main one are saved.
+            for buffer in self.model_wrapped.buffers():
+                torch.distributed.broadcast(buffer, src=0)
         with explain_exhausted_memory(self.args, training=False):
             return super().evaluation_loop(*arguments, **options)
 

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -17,7 +18,6 @@ import torch
 import torch.distributed
 from transformers import TrainerCallback
 
-from luthier.machine import is_launched
 from luthier.terminal import is_first_process, say
 from luthier.training.checkpoints import newest
 
@@ -76,8 +76,9 @@ class Stop(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.training = True
-        if args.world_size > 1:  # between the hosts: a signal must not make a device wait at every step
-            self.group = torch.distributed.new_group(backend="gloo")
+        if args.world_size > 1 and self.group is None:
+            # Between the hosts: a signal must not make a device wait at every step.
+            self.group = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=args.ddp_timeout))
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.agree():
@@ -142,15 +143,6 @@ def _leave_terminal() -> None:
         for number in (1, 2):
             if stat.S_ISCHR(os.fstat(number).st_mode):
                 os.dup2(nowhere.fileno(), number)
-
-
-def die_with_launcher() -> None:
-    """Receive SIGTERM when `accelerate launch` dies (Linux): it passes none on to its process, which would go on."""
-    if is_launched() and sys.platform == "linux":
-        import ctypes
-
-        pr_set_pdeathsig = 1  # prctl(2)
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def _write(line: str) -> None:

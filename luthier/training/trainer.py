@@ -8,7 +8,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.distributed
-from accelerate.utils import broadcast_object_list
 from torch.utils.data import default_collate
 from transformers import (
     PreTrainedModel,
@@ -25,6 +24,7 @@ from transformers.training_args import OptimizerNames
 
 from luthier.errors import UserError
 from luthier.machine import explain_exhausted_memory
+from luthier.processes import from_main_process
 from luthier.terminal import has_terminal
 from luthier.training.callbacks import ProgressBar, ProgressLines
 from luthier.training.checkpoints import bring_best, check_origin, load_weights, step_of
@@ -120,7 +120,7 @@ def train(trainer: SafeTrainer, end: int | None, checkpoint: Path | None, stop: 
         owner.optimizer = owner.lr_scheduler = None
     # The best step was chosen on validation. With other strategies than Luthier's it may have no checkpoint.
     best = output_dir / f"checkpoint-{trainer.state.best_global_step}"
-    (found,) = broadcast_object_list([best if best.exists() else None])
+    found = from_main_process(best if best.exists() else None)
     if found is None:
         trainer.state.best_global_step = None
     elif trainer.args.process_index == 0:

@@ -20,8 +20,9 @@ import train
 from data import evaluation_rows, load_splits, prepare
 from luthier.arguments import parse_arguments
 from luthier.images.views import EvaluationView
-from luthier.machine import available_cores, configure_cpu
+from luthier.machine import configure_cpu
 from luthier.parsing import describe_command
+from luthier.processes import available_cores
 from luthier.training.trainer import concatenate_batches
 from models import build_model
 
@@ -129,6 +130,7 @@ def test_saved_model_is_calibrated(run):
     assert metrics["calibration"]["before"]["test"]["log_loss"] != pytest.approx(log_loss, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_run_with_tensorboard_fold_learning_curve_and_trained_weights(timm_checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     draw_folder(Path("images"), per_class=20)

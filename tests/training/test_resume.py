@@ -23,8 +23,9 @@ from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 from luthier.errors import NotFinite, UserError
-from luthier.machine import check_processes, explain_exhausted_memory
+from luthier.machine import explain_exhausted_memory
 from luthier.output_dir import has_ended
+from luthier.processes import check_processes
 from luthier.scoring.refit import plan_refit
 from luthier.training.checkpoints import find_damage, lacking_space, newest_whole, seal
 from luthier.training.recipe import BATCH, FROM_SCRATCH
@@ -512,3 +513,14 @@ def test_processes_that_would_each_train_alone_are_refused(monkeypatch):
 def test_accelerate_configs_of_the_cloud_are_valid(path):
     config = load_config_from_file(str(path))
     assert config.num_processes > 1 and config.distributed_type.value == "MULTI_GPU"
+
+
+def test_signal_in_the_last_step_of_an_epoch_leaves_its_evaluation_and_its_checkpoint(tmp_path):
+    stop, control = Stop(tmp_path), SimpleNamespace(should_training_stop=False)
+    stop.received = signal.SIGTERM
+    stop.on_step_end(None, SimpleNamespace(epoch=2.0), control)
+    assert control.should_training_stop and not control.should_save, "the evaluation comes first"
+    for epoch, kept in ((2.0, True), (1.5, False)):
+        control.should_save = control.should_evaluate = control.should_log = True  # as the strategies want it
+        stop.on_epoch_end(None, SimpleNamespace(epoch=epoch), control)
+        assert control.should_save == control.should_evaluate == control.should_log == kept

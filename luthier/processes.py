@@ -1,0 +1,67 @@
+"""Several processes of one run: how many there are, and what one of them tells the others."""
+
+import os
+import signal
+import sys
+from typing import TypeVar
+
+from accelerate.utils import broadcast_object_list, gather_object
+from transformers import TrainingArguments
+
+from luthier.cores import count_cores
+from luthier.errors import UserError
+
+T = TypeVar("T")
+
+
+def is_launched() -> bool:
+    """Tell whether `accelerate launch` started this process."""
+    return "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
+def processes_started() -> int:
+    """Return how many processes were started, on all machines together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use: its share where several processes run on this machine."""
+    return max(1, count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def check_processes(training_args: TrainingArguments) -> None:
+    """Refuse what accelerate does silently: fewer processes than were asked for, or several that train alone.
+
+    Raises:
+        UserError: it is so.
+    """
+    if is_launched() and "MASTER_ADDR" in os.environ and "RANK" not in os.environ:
+        raise UserError(
+            "accelerate was asked for several processes and started one: on CPUs too, use accelerate launch "
+            "--multi_gpu without --cpu; or in its config distributed_type MULTI_GPU, and on CPUs use_cpu: true"
+        )
+    if processes_started() != training_args.world_size:
+        raise UserError(
+            f"{processes_started()} processes were started, and each would train alone, into one directory: give "
+            "each process a GPU, or use --use_cpu True"
+        )
+
+
+def from_main_process(value: T) -> T:
+    """Return to all processes what the main one gives: all must do the same."""
+    (shared,) = broadcast_object_list([value])
+    return shared
+
+
+def are_alike(value: str) -> bool:
+    """Tell all processes whether they give the same."""
+    return len(set(gather_object([value]))) == 1
+
+
+def die_with_launcher() -> None:
+    """Receive SIGTERM when `accelerate launch` dies (Linux): it passes none on to its process, which would go on."""
+    if is_launched() and sys.platform == "linux":
+        import ctypes
+
+        pr_set_pdeathsig = 1  # prctl(2)
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
