@@ -207,7 +207,7 @@ def write_jsonl(file: TextIO, top_k: int) -> Callable[["Prediction"], None]:
 
 def write_csv(file: TextIO, top_k: int) -> Callable[["Prediction"], None]:
     """Return the function that writes a prediction as a row; `answer` is empty without one, and if unsure."""
-    table = csv.writer(file)
+    table = csv.writer(file, lineterminator="\n")  # Windows' standard output makes two characters of it by itself
     numbers = range(1, top_k + 1)
     table.writerow(["input", "answer", *(f"{kind}_{k}" for k in numbers for kind in ("label", "score")), "error"])
 

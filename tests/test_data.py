@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import COLOURS, draw, draw_folder, encoded, labels_of, load, save_dataset
-from datasets import DatasetDict, Image, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 from torch.utils.data import default_collate
 
@@ -24,6 +24,7 @@ from data import load_splits, prepare, store_training_image, with_transforms
 from luthier.errors import UserError
 from luthier.images.decode import decode_rgb
 from luthier.images.description import describe
+from luthier.images.inspection import leave_out_unreadable
 from luthier.images.views import EvaluationView
 from models import build_model
 
@@ -398,3 +399,47 @@ def test_damaged_cache_is_named(tmp_path, monkeypatch):
         load_splits(data_dir=str(tmp_path / "images"))
     shutil.rmtree(tmp_path / "cache/generator")
     assert sum(map(len, load_splits(data_dir=str(tmp_path / "images"))[0].values())) == 18
+
+
+def inspected(labels: list[int], unreadable: set[int]) -> DatasetDict:
+    """Return images as inspected, of which some cannot be read."""
+    features = Features({"name": Value("string"), "label": ClassLabel(names=["a", "b"]), "error": Value("string")})
+    errors = ["not an image" if row in unreadable else None for row in range(len(labels))]
+    columns = {"name": [f"{row}.png" for row in range(len(labels))], "label": labels, "error": errors}
+    return DatasetDict(train=Dataset.from_dict(columns, features=features))
+
+
+def test_no_class_is_left_out_and_no_more_images_than_may_be():
+    readable, unreadable = leave_out_unreadable(inspected([0, 1] * 10, {3}))  # 5%
+    assert len(readable["train"]) == 19 and unreadable[0][:3] == ("train", "3.png", "b")
+    with pytest.raises(UserError, match="2 of 20, which is more than 5%"):
+        leave_out_unreadable(inspected([0, 1] * 10, {3, 4}))
+    rare = inspected([0] * 39 + [1], {39})
+    with pytest.raises(UserError, match="1 of 40, all of the class 'b' in train"):
+        leave_out_unreadable(rare)
+    assert len(leave_out_unreadable(rare, max_unreadable=1)[1]) == 1  # an audit
+
+
+def test_images_of_one_colour_and_other_sides_are_no_copies(tmp_path):
+    files = [encoded(PILImage.new("RGB", size, "red"), tmp_path) for size in ((20, 40), (40, 20), (20, 40))]
+    batch = {"image": [{"bytes": file, "path": None} for file in files]}
+    pixels = inspection._inspect_batch(batch, [0, 1, 2], "train", None)["pixels"]
+    assert pixels[0] == pixels[2] != pixels[1]
+
+
+def fingerprint_of(**splits: list[tuple[int, str]]) -> str:
+    """Return the fingerprint of splits of images, each a class and a digest."""
+    features = Features({"label": ClassLabel(names=["a", "b"]), "digest": Value("string")})
+    parts = {}
+    for split, images in splits.items():
+        columns = {"label": [label for label, _ in images], "digest": [digest for _, digest in images]}
+        parts[split] = Dataset.from_dict(columns, features=features)
+    return describe(DatasetDict(parts), "drawn")["fingerprint"]
+
+
+def test_fingerprint_tells_splits_apart_and_not_the_order_of_images():
+    one, two, three = (0, "x"), (1, "y"), (0, "z")
+    before = fingerprint_of(train=[one, two], test=[three])
+    assert before == fingerprint_of(train=[two, one], test=[three])
+    assert before != fingerprint_of(train=[three, two], test=[one])  # compare.py refuses other splits by it
+    assert before != fingerprint_of(train=[one, two], validation=[three])

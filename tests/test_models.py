@@ -34,7 +34,7 @@ from luthier.errors import UserError
 from luthier.images.views import EvaluationView, view_size
 from luthier.scoring.experiment import Experiment
 from luthier.serving.torch_network import TorchNetwork
-from luthier.training.layers import _merge_lists, freeze, freeze_unused, layer_numbers, parameter_groups
+from luthier.training.layers import _merge_lists, freeze, freeze_unused, layer_numbers, parameter_groups, training_size
 from models import (
     ModelError,
     SimpleCNNForImageClassification,
@@ -451,6 +451,7 @@ def test_every_parameter_is_in_one_group_and_the_rates_fall_towards_the_input(ti
 # --- outside the project
 
 
+@pytest.mark.slow
 def test_simple_cnn_loads_without_the_projects_files(tmp_path):
     model, image_processor = build_model("simple_cnn", ID2LABEL)
     folder = tmp_path / "model"
@@ -500,3 +501,15 @@ def test_model_without_gradient_checkpointing_is_refused_before_anything_runs():
     experiment = Experiment({}, False, {}, {}, model, None, [], None, {})
     with pytest.raises(UserError, match="has no --gradient_checkpointing: leave it out"):
         experiment.workshop(SimpleNamespace(gradient_checkpointing=True), None)
+
+
+@pytest.mark.parametrize(
+    ("size", "crop"),
+    [
+        ((256, 256), (192, 192)), ((260, 260), (192, 192)), ((224, 224), (224, 224)), ((192, 256), (192, 256)),
+        ((64, 64), (64, 64)), ((40, 40), (32, 32)), ((20, 20), (20, 20)),
+    ],
+)  # fmt: skip
+def test_crops_of_training_are_smaller_where_the_model_takes_them(monkeypatch, size, crop):
+    monkeypatch.setattr("luthier.training.layers.takes_size", lambda model, side: side != 160)
+    assert training_size(None, size) == crop

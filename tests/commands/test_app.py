@@ -24,6 +24,7 @@ from huggingface_hub.errors import HfHubHTTPError
 import app
 import train
 from luthier.errors import UserError
+from luthier.serving.classifier import Prediction
 from luthier.serving.space import find_imports, find_requirements, push_to_space
 
 
@@ -206,3 +207,15 @@ def test_space_of_a_model_that_the_hub_does_not_have_is_refused(monkeypatch):
     monkeypatch.setattr(HfApi, "repo_info", missing)
     with pytest.raises(UserError, match="the Hub has no outputs/my_runn, or its owner does not exist"):
         push_to_space("outputs/my_runn", "me/demo")
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer"),
+    [
+        (Prediction("", [("none", 0.9), ("a", 0.1)], unsure=True, none=True), "None of these"),
+        (Prediction("", [("a", 0.9), ("none", 0.1)]), "a (90%)"),
+    ],
+)
+def test_answer_is_that_of_the_prediction(prediction, answer):
+    ask = app.answerer(SimpleNamespace(predict=lambda image, top_k: prediction), lambda source: source)
+    assert ask(" image ") == (answer, dict(prediction.top)) and ask("  ") == ask(None) == ("", {})

@@ -320,3 +320,21 @@ def test_only_label_names_replaces_an_option_of_the_trainer():
 
 def test_empty_none_class_is_an_answer():
     assert parse_arguments(["--none_class", ""]).data_args.none_class == ""
+
+
+def test_each_fold_has_a_folder_and_a_share_of_the_time():
+    arguments = parse_arguments(["--folds", "3", "--time_limit", "8", "--output_dir", "out"])
+    folds = arguments.folds()
+    times = [(each.data_args.fold, each.model_args.time_limit) for each in folds]
+    assert times == [("1/3", 2), ("2/3", 4), ("3/3", 6)], "the refit has the last share"
+    assert [Path(each.training_args.output_dir) for each in folds] == [Path("out", f"fold-{i}") for i in (1, 2, 3)]
+    assert {each.run_dir for each in (arguments, *folds)} == {Path("out")}
+    alone = parse_arguments(["--fold", "1/3", "--output_dir", "out"])
+    assert alone.run_dir == Path("out") and alone.folds() == [alone]
+
+
+def test_processes_of_a_machine_share_its_memory(monkeypatch):
+    monkeypatch.setattr("luthier.machine.available_cores", lambda: 16)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 1200 * 10**6))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert defaults_on_a_gpu(monkeypatch)["dataloader_num_workers"] == 2

@@ -2,9 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import draw, draw_folder
+from datasets import Dataset, DatasetDict
 from PIL import Image
 
 import audit
@@ -13,7 +15,8 @@ from data import load_splits
 from luthier.images.groups import propose_grouping
 from luthier.reporting.console import findings_in_words, list_findings
 from luthier.scoring.audit import audit_images, suspect_labels
-from luthier.training.features import pool_of
+from luthier.training.features import Pool, pool_of
+from luthier.training.probe import HeldOut
 
 
 @pytest.fixture(scope="module")
@@ -183,3 +186,19 @@ def test_data_with_a_validation_split_that_cannot_be_cut_further(tmp_path, timm_
     audit.main([str(tmp_path / "p"), "--model_name", str(timm_checkpoint), "--disable_tqdm", "True"])
     output = capsys.readouterr().out
     assert "careful  the class 'blue' has 1 image, too few" in output and "labels: not checked" not in output
+
+
+def test_label_is_suspect_where_another_is_as_likely_as_for_that_ones_own_images(monkeypatch):
+    likely_b = [0.1, 0.8, 0.6, 0.7, 0.75, 0.95]  # on average 0.725 for the two images of b
+    logits = torch.tensor([[1 - b, b] for b in likely_b]).log()
+    held_out = HeldOut(np.arange(6), logits[None], None, np.array([True, True]))
+    monkeypatch.setattr("luthier.scoring.audit.cross_fit", lambda *_: [held_out])
+    names = [f"{row}.png" for row in range(6)]
+    splits = DatasetDict(train=Dataset.from_dict({"name": names[:3]}), test=Dataset.from_dict({"name": names[3:]}))
+    pool = Pool(torch.zeros(6, 1), np.array([0, 0, 0, 1, 1, 0]), np.arange(6), ["a", "b"])
+    found, sample = suspect_labels(splits, pool, 0.1)
+    assert sample is None and [(each["split"], each["row"], each["name"], each["likelier"]) for each in found] == [
+        ("test", 2, "5.png", "b"),
+        ("train", 1, "1.png", "b"),
+    ]
+    assert [each["probability"] for each in found] == pytest.approx([0.05, 0.2], abs=1e-6)

@@ -1,5 +1,6 @@
 """compare.py: experiments on the same images, the table, the verdicts, and runs that are reused or resumed."""
 
+import json
 import subprocess
 import sys
 
@@ -283,3 +284,44 @@ def test_accuracy_of_folds_is_that_of_all_their_images():
     row = summarise_experiment("a", parts)
     assert row["n"] == 90 and row["test accuracy"] == pytest.approx(75 / 90)
     assert row["interval low"] < 75 / 90 < row["interval high"]
+
+
+@pytest.mark.parametrize(
+    ("option", "parts", "word", "values"),
+    [
+        ("--folds", ["fold 1 of 3", "fold 2 of 3", "fold 3 of 3"], "--fold", ["1/3", "2/3", "3/3"]),
+        ("--seeds", ["seed 1", "seed 2", "seed 3"], "--seed", ["1", "2", "3"]),
+    ],
+)
+def test_every_part_of_every_experiment_is_run(tmp_path, monkeypatch, option, parts, word, values):
+    monkeypatch.chdir(tmp_path)
+    args, configs, rest = parse_line(["--set", "augmentation=none,augmix", option, "3", "--output_dir", "out"])
+    runs = build_runs(build_experiments(configs, args.set), args, rest)
+    names = ["augmentation-none", "augmentation-augmix"]
+    assert [(run.part, run.experiment) for run in runs] == [(part, name) for part in parts for name in names]
+    assert [run.line[run.line.index(word) + 1] for run in runs] == [value for value in values for _ in names]
+    assert len({run.folder for run in runs}) == 6
+
+
+def test_finished_run_counts_with_the_time_that_it_had(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--set", "augmentation=none,augmix", "--time_limit"]
+    run = build_run(tmp_path, [*flags, "5"])
+    run.folder.mkdir(parents=True)
+    for name in ("README.md", "model.safetensors"):
+        (run.folder / name).touch()
+    record = {"settings": run.settings.split()[0], "time_limit": 5.0}
+    (run.folder / "metrics.json").write_text(json.dumps(record))
+    assert is_finished(run)
+    longer = build_run(tmp_path, [*flags, "6"])
+    assert longer.folder == run.folder
+    with pytest.raises(UserError, match="holds a run with other settings"):
+        is_finished(longer)
+
+
+def test_table_has_each_figure_in_its_column():
+    row = {"experiment": "a", "runs": 3, "test accuracy": 0.8, "lowest": 0.7, "highest": 0.9, "interval low": 0.75}
+    row |= {"interval high": 0.85, "n": 90, "validation accuracy": 0.6, "seconds": 12.4}
+    head, _, line = comparison_in_words([row], []).splitlines()[:3]
+    assert line == "| a | 3 | 80.0% (70.0% to 90.0%) | 75.0% to 85.0% | 90 | 60.0% | 12 |"
+    assert head.count("|") == line.count("|")

@@ -12,6 +12,8 @@ import onnx
 import pytest
 import torch
 from conftest import PROJECT, draw, draw_folder, encode
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from datasets import Image as ImageFeature
 from PIL import Image
 from transformers import (
     ConvNextConfig,
@@ -22,10 +24,11 @@ from transformers import (
     MobileViTImageProcessor,
 )
 
+import data
 import export
 import predict
 import train
-from luthier.errors import exit_with
+from luthier.errors import UserError, exit_with
 from luthier.scoring.intervals import interval_of_difference
 from luthier.serving import export as exporting
 from luthier.serving.classifier import open_network
@@ -77,10 +80,10 @@ def build(name: str, request: pytest.FixtureRequest) -> tuple:
     return build_model(model_name, CLASSES, 96 if name == "efficientnet_lite0" else None)
 
 
-SLOW = pytest.param("mobilevit", marks=pytest.mark.slow)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("efficientnet_lite0", "mobilevit")]
 
 
-@pytest.mark.parametrize("name", ["simple_cnn", "efficientnet_lite0", "vit", "resnet", "convnext", SLOW])
+@pytest.mark.parametrize("name", ["simple_cnn", "vit", "resnet", "convnext", *SLOW])
 def test_every_kind_of_model_answers_as_before(name, request, tmp_path):
     torch.manual_seed(1)
     model, image_processor = build(name, request)
@@ -151,6 +154,7 @@ def test_predict_with_onnx_imports_neither_torch_nor_transformers(run, tmp_path)
     subprocess.run([sys.executable, "-c", code], cwd=PROJECT, check=True, capture_output=True)
 
 
+@pytest.mark.slow
 def test_other_precisions_are_measured_with_the_scored_weights(run, capsys, monkeypatch):
     named = []
     monkeypatch.setattr(
@@ -244,6 +248,7 @@ def test_refusal_depends_on_the_interval():
     assert interval_of_difference(np.zeros(9), np.zeros(9)) == (-1.0, 1.0)  # one group tells nothing
 
 
+@pytest.mark.slow
 def test_shipped_file_is_judged_too(run, capsys, monkeypatch, tmp_path):
     """What 8 bits cost is measured with other weights, but the file that people get must not be broken."""
 
@@ -480,3 +485,45 @@ def test_channels_that_the_model_wants_reversed_are_reversed_in_the_export():
     for is_reversed, answer in ((False, 0), (True, 2)):
         view = SimpleNamespace(reversed=is_reversed, contrast=torch.ones(3), black=torch.zeros(3))
         assert PixelsToAnswer(network, view)(pixels)[0].argmax() == answer
+
+
+def test_images_of_a_run_are_told_apart_by_their_digests(tmp_path, monkeypatch, capsys):
+    files, digests = [encode("red", seed) for seed in range(4)], [letter * 64 for letter in "abcd"]
+    columns = {"image": [{"bytes": file, "path": None} for file in files], "name": [*"0123"]}
+    columns |= {"label": [0, 1, 0, 1], "digest": digests}
+    text, label = Value("string"), ClassLabel(names=["x", "y"])
+    features = Features({"image": ImageFeature(decode=False), "name": text, "label": label, "digest": text})
+    rows = Dataset.from_dict(columns, features=features)
+    splits = DatasetDict(train=rows.select([0, 1]), test=rows.select([2, 3]))
+    monkeypatch.setattr(data, "load_images", lambda **options: (splits, []))
+
+    def found(of_test: str, labels: tuple[str, str] = ("x", "y")) -> tuple[Images, Images]:
+        record = {"options": {"data_dir": "gone"}, "test": [letter * 16 for letter in of_test]}
+        (tmp_path / "images.json").write_text(json.dumps(record))
+        return export.images_of_run(tmp_path, list(labels))
+
+    tested, others = found("bce")
+    assert (list(tested.names), tested.labels.tolist(), sorted(others.names)) == (["1", "2"], [1, 0], ["0", "3"])
+    assert [tested.read(number) for number in (0, 1)] == files[1:3]
+    assert "not there any more, or changed: 1 test image of the run" in capsys.readouterr().out
+    with pytest.raises(UserError, match="have other classes than its model by now"):
+        found("bc", ("y", "x"))
+    for of_test, gone in (("e", "test"), ("abcd", "other")):
+        with pytest.raises(UserError, match=f"the {gone} images of the run are no longer there"):
+            found(of_test)
+
+
+def test_image_to_check_on_has_the_class_of_its_outermost_folder(tmp_path):
+    for number, folder in enumerate(("red/blue", "red", "blue")):
+        (tmp_path / "check" / folder).mkdir(parents=True, exist_ok=True)
+        draw("red", number).save(tmp_path / "check" / folder / f"{number}.png")
+    labels = ["blue", "red"]
+    images, calibration = export.find_images("", tmp_path / "check", labels, calibrate=False)
+    found = dict(zip([Path(name).stem for name in images.names], images.labels.tolist(), strict=True))
+    assert found == {"0": 1, "1": 1, "2": 0} and not calibration.names
+    alone, _ = export.find_images("", tmp_path / "check/red/blue", labels, calibrate=False)
+    assert alone.labels.tolist() == [0]
+    images, calibration = export.find_images("", tmp_path / "check", labels, calibrate=True)
+    assert (len(images.names), len(calibration.names)) == (2, 1)
+    assert not {*images.names} & {*calibration.names}
+    assert images.read(0) == Path(images.names[0]).read_bytes()

@@ -393,3 +393,16 @@ class Fixed:
 def test_sureness_that_is_no_number_is_unsure():
     assert Classifier(Fixed(np.nan)).predict(draw("red", 1), 1).unsure
     assert not Classifier(Fixed(0.5)).predict(draw("red", 1), 1).unsure  # the threshold itself is sure
+
+
+def test_csv_has_no_answer_where_the_model_is_unsure():
+    file = io.StringIO()
+    write = predict.WRITERS["csv"](file, 3)
+    write(Prediction("a.png", [("red", 0.6), ("=x", 0.4)]))
+    write(Prediction("b.png", [("red", 0.5), ("blue", 0.5)], unsure=True))
+    write(Prediction("c.png", [], error="the file is empty"))
+    sure, unsure, failed = csv.DictReader(file.getvalue().splitlines())
+    assert sure["answer"] == sure["label_1"] == "red" and sure["label_3"] == sure["error"] == ""
+    assert (sure["label_2"], sure["score_2"]) == ("'=x", "0.400000")
+    assert unsure["answer"] == "" and unsure["label_1"] == "red"
+    assert failed["answer"] == failed["label_1"] == "" and failed["error"] == "the file is empty"

@@ -10,12 +10,13 @@ import pytest
 from conftest import draw, draw_folder, load
 from datasets import ClassLabel, Dataset
 from PIL import Image
+from pyarrow import parquet
 
 import luthier.images.inspection
 import prepare
 from luthier.errors import UserError
+from luthier.files import lock_folder
 from luthier.images.streams import open_stream
-from luthier.output_dir import lock_folder
 
 LINE = ["images", "shards", "--side", "64", "--images", "7"]
 
@@ -205,3 +206,12 @@ def test_plan_changes_with_all_that_is_written():
         plan(digest=["x", "x", "x", "z"]),
     ]  # fmt: skip
     assert len({plan(), *others}) == 7 and plan() == plan()
+
+
+def test_shards_say_which_images_belong_together(capsys):
+    prepare.main([*LINE, "--group_by", r"\d(?=\.png)"])  # the last digit
+    assert "3 images without a group" in capsys.readouterr().out  # a copy, a damaged and a large one
+    rows = [row for path in Path("shards").glob("*.parquet") for row in parquet.read_table(path).to_pylist()]
+    found = {(row["image"]["path"][-5], row["group"]) for row in rows}
+    digits, groups = zip(*found, strict=True)
+    assert len(rows) == 37 and len(found) == len(set(digits)) == len(set(groups)) == 11

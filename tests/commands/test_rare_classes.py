@@ -33,7 +33,11 @@ def run(folder, timm_checkpoint, name: str, *options: str) -> dict:
     ("name", "options"),
     [
         ("probe", ["--recipe", "probe"]),
-        ("weighted", ["--recipe", "full", "--balance", "weighted", "--num_train_epochs", "2"]),
+        pytest.param(
+            "weighted",
+            ["--recipe", "full", "--balance", "weighted", "--num_train_epochs", "2"],
+            marks=pytest.mark.slow,
+        ),
         pytest.param("folds", ["--recipe", "probe", "--folds", "3"], marks=pytest.mark.slow),
     ],
 )

@@ -11,7 +11,7 @@ from huggingface_hub.utils import httpx
 import data
 from data import prepare
 from luthier.errors import UserError
-from luthier.images.columns import _names_of_labels, check_holds_images, explain_loading
+from luthier.images.columns import _names_of_labels, check_holds_images, explain_loading, named_splits
 from luthier.images.description import describe
 
 
@@ -149,3 +149,24 @@ def test_connection_that_breaks_gives_advice(error):
         explain_loading("me/set"),
     ):
         raise error("it broke")
+
+
+def test_unreadable_images_count_where_their_split_is_scored(tmp_path):
+    classes = ("blue", "red")
+    draw_folder(tmp_path / "train", 20, classes=classes)
+    draw_folder(tmp_path / "test", 2, classes=classes, first=100)
+    (tmp_path / "train/red/000.png").write_bytes(b"no image")
+    images, unreadable = data.load_labelled(list(classes), data_dir=str(tmp_path))
+    assert len(images["test"]) == 4 and not unreadable
+    (tmp_path / "test").rename(tmp_path / "val")  # then all images are scored
+    images, unreadable = data.load_labelled(list(classes), data_dir=str(tmp_path))
+    assert len(images["test"]) == 43 and [image.split for image in unreadable] == ["test"]
+
+
+def test_splits_of_a_dataset_are_known_by_their_names(caplog):
+    assert named_splits({"Training": 1, "dev": 2, "extra": 3}, "set") == {"train": 1, "validation": 2}
+    assert "Not used: the split 'extra' of set" in caplog.text
+    with pytest.raises(UserError, match="set has two validation splits: train, val, dev"):
+        named_splits({"train": 1, "val": 2, "dev": 3}, "set")
+    with pytest.raises(UserError, match="set has the splits val, test, but none to train on"):
+        named_splits({"val": 1, "test": 2}, "set")

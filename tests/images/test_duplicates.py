@@ -5,12 +5,14 @@ import sys
 
 import numpy as np
 import pytest
+from datasets import Dataset, DatasetDict
 from PIL import Image, ImageOps
 
 from benchmarks.plant import draw_scene
 from data import load_images
-from luthier.images import duplicates
+from luthier.images import duplicates, groups
 from luthier.images.duplicates import BITS, BORDERS, SIDE, connected_groups, fingerprint, near_duplicates
+from luthier.images.folders import GIVEN_GROUP
 
 
 def pairs_among(images: list[Image.Image], mirrored: bool = False) -> list[tuple[int, int]]:
@@ -160,3 +162,13 @@ def test_candidates_do_not_depend_on_how_many_images_are_searched_for_at_a_time(
     assert candidates_among(hashes) == expected
     monkeypatch.setattr(duplicates, "QUERIES", 64)
     assert candidates_among(hashes) == expected
+
+
+def test_given_groups_are_joined_by_duplicates_and_are_none_themselves(monkeypatch):
+    monkeypatch.setattr(groups, "duplicate_pairs", lambda splits: np.array([[0, 3]]))
+    names = {"train": ["p", "p", ""], "test": ["q", ""]}
+    splits = DatasetDict({split: Dataset.from_dict({GIVEN_GROUP: each}) for split, each in names.items()})
+    found = groups.add_groups(splits)
+    copies, together = ([*found["train"][name], *found["test"][name]] for name in ("duplicates", "group"))
+    assert copies[0] == copies[3] and len(set(copies)) == 4
+    assert together[0] == together[1] == together[3] and len(set(together)) == 3

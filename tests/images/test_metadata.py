@@ -466,3 +466,20 @@ def test_images_of_one_group_are_together_and_those_without_a_group_alone(root, 
 def test_table_of_windows_keeps_signs_that_latin_1_lacks(root):
     rows = [(file, f"{label} \u2013 5 \u20ac") for file, label in pairs()]
     assert load(root, text(rows).encode("cp1252")) == {"train": dict(rows)}
+
+
+def test_split_without_a_table_and_folder_with_two_are_refused(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+    (tmp_path / "train/metadata.csv").write_text(text(pairs(), "file_name,label"))
+    with pytest.raises(UserError, match="test has no metadata file, but another split has one: add it"):
+        load_images(data_dir=str(tmp_path))
+    (tmp_path / "train/metadata.jsonl").touch()
+    with pytest.raises(UserError, match=r"train holds metadata\.csv and metadata\.jsonl: remove all but one"):
+        load_images(data_dir=str(tmp_path))
+
+
+def test_rows_are_numbered_as_an_editor_shows_them(root):
+    content = 'sep=;\nfile;label;note\na0.png;blue;"two\nlines"\n\nb.png;red;x\n'
+    with pytest.raises(UserError, match=r"row 6, column 'file': there is no image 'b\.png'"):
+        load(root, content)

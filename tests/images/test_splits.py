@@ -7,7 +7,14 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from luthier.errors import UserError
-from luthier.images.splits import cut_splits, hash_splits, stratified_cut, stratified_folds, validation_share
+from luthier.images.splits import (
+    _deal,
+    cut_splits,
+    hash_splits,
+    stratified_cut,
+    stratified_folds,
+    validation_share,
+)
 
 NAMES = ["a", "b", "c"]
 FRACTIONS = {"validation": 0.1, "test": 0.2}
@@ -269,3 +276,42 @@ def test_classes_that_are_too_small_are_named_or_taken_for_names(capsys):
 def test_hash_of_splits_tells_names_of_classes_apart():
     first, second = (DatasetDict(train=labelled([0, 1], names)) for names in (["a", "b"], ["a", "c"]))
     assert hash_splits(first) != hash_splits(second)
+
+
+BOTH, SINGLES = {"validation": 0.3, "test": 0.3}, dict.fromkeys(range(1, 8), 1)
+
+
+@pytest.mark.parametrize(
+    ("size", "fractions", "before", "expected"),
+    [
+        # Two images are lacking: four are no nearer to that than none, three are.
+        ({0: 4} | dict.fromkeys(range(1, 7), 1), {"test": 0.2}, {}, {"test": {1, 2}}),
+        ({0: 3} | SINGLES, {"test": 0.2}, {}, {"test": {0}}),
+        (dict.fromkeys(range(11), 1), {"test": 0.2}, {}, {"test": {0, 1}}),  # of 2.2
+        # What exceeds a share must leave something for train.
+        ({0: 3, 1: 1}, {"validation": 0.25, "test": 0.4}, {}, {"test": {1}}),
+        ({0: 3, 1: 3}, {"validation": 0.34, "test": 0.34}, {}, {"test": {0}}),
+        ({0: 4, 1: 3}, BOTH, {0: "test"}, {"test": {0}}),
+        ({0: 9, 1: 6}, {"test": 0.2}, {}, {"test": {1}}),  # none fits: the smallest
+    ],
+)
+def test_groups_of_a_class_go_where_the_shares_are_nearest(size, fractions, before, expected):
+    split_of = dict(before)
+    _deal(size, sum(size.values()), fractions, split_of)
+    found = {split: {group for group in size if split_of[group] == split} for split in fractions}
+    assert {split: groups for split, groups in found.items() if groups} == expected
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_folds_of_groups_of_mixed_sizes_are_even_in_images(seed):
+    groups = np.concatenate([np.repeat(np.arange(20), 5), 20 + np.arange(100)])
+    folds = stratified_folds(np.zeros(200, dtype=int), groups, 5, seed)
+    assert np.ptp(np.bincount(folds, minlength=5)) <= 5
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_images_that_are_in_a_fold_already_are_made_up_for(seed):
+    labels = np.array([1, 1] + [0] * 20)
+    groups = np.array([0, 1] + [0] * 10 + [*range(2, 12)])  # the rare class deals a group with half of the other
+    folds = stratified_folds(labels, groups, 2, seed)
+    assert np.bincount(folds[labels == 0]).tolist() == [10, 10]

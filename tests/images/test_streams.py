@@ -16,7 +16,7 @@ from data import load_images
 from luthier.errors import UserError
 from luthier.images import shards
 from luthier.images.shards import Block, StreamedRows
-from luthier.images.streams import open_stream
+from luthier.images.streams import _draw_sample, _set_apart, open_stream
 from luthier.training.block_batches import BlockBatches
 
 NAMES = sorted(COLOURS)
@@ -242,3 +242,28 @@ def test_block_that_has_other_rows_than_before_is_refused(tmp_path):
     assert len(block.read(["label"])) == 3
     with pytest.raises(UserError, match="4 rows were there before, and now 3"):
         block._replace(rows=4).read(["label"])
+
+
+def test_small_row_groups_are_read_together(monkeypatch):
+    monkeypatch.setattr(shards, "BLOCK", 6)  # groups have four rows, and the last one two
+    truth = write("train.parquet", mixed(30))
+    write("validation.parquet", mixed(9), 200)
+    write("test.parquet", mixed(9), 300)
+    stream = open_stream(".")
+    assert sorted(stream.rows(digest_of).sizes) == [6, 8, 8, 8] and learned(stream) == truth
+
+
+def arrays(*blocks: list[int]) -> list[np.ndarray]:
+    return [np.array(labels) for labels in blocks]
+
+
+def test_last_block_of_a_class_is_not_set_apart():
+    blocks = arrays([0, 1, 1], [0, 1, 2], [1, 0, 0], [0, 1, 0])
+    assert _set_apart(blocks, np.array([1, 0, 2, 3]), 4) == [0, 2]  # 1 has the only image of a class
+    assert _set_apart(arrays([0, 1], [0, 1], [0, 0]), np.arange(3), 3) == [0, 2]  # 1 has the last one, then
+
+
+def test_sample_has_three_images_of_a_rare_class():
+    frequent = [[0, 0, 1, 1]] * 3
+    blocks = arrays(*frequent, [0, 1, 0, 2], [0, 0, 1, 1], [2, 0, 1, 1], [1, 0, 2, 1], [2, 0, 0, 1])
+    assert _draw_sample(blocks, np.arange(8)) == [0, 1, 2, 3, 5, 6]

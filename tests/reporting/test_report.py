@@ -9,15 +9,29 @@ import numpy as np
 import pytest
 import yaml
 from conftest import PROJECT, draw_folder
+from datasets import Dataset, DatasetDict
 from huggingface_hub import ModelCard
 from PIL import Image
 
 from data import load_splits
 from luthier.reporting import figures
 from luthier.reporting.card import write_model_card
-from luthier.reporting.console import percent_with_interval
-from luthier.reporting.figures import plot_confusion_matrix, plot_curves, plot_learning_curve, plot_reliability
-from luthier.reporting.page import write_audit_page, write_report
+from luthier.reporting.console import (
+    balance_with_intervals,
+    inflation_in_words,
+    learning_curve_in_words,
+    none_in_words,
+    percent_with_interval,
+    refit_in_words,
+)
+from luthier.reporting.figures import (
+    plot_confusion_matrix,
+    plot_coverage,
+    plot_curves,
+    plot_learning_curve,
+    plot_reliability,
+)
+from luthier.reporting.page import most_telling, write_audit_page, write_report
 from luthier.reporting.results import TestPredictions, write_metrics, write_predictions
 from luthier.scoring.audit import audit_images
 from luthier.scoring.metrics import confidence_and_correct, reliability, score, selective
@@ -249,3 +263,81 @@ def test_sentences_of_the_card_are_apart(metrics, tmp_path):
     assert "by chance.\n" in text and "by chance.Luthier" not in text
     prose = text.partition("## Score")[2].partition("| class |")[0].replace(HOSTILE[0], "")
     assert not re.search(r"[a-z]{3}\.[A-Z]", prose)
+
+
+def test_report_shows_the_most_confident_errors_and_the_least_confident_correct_answers():
+    rows = Dataset.from_dict({"name": [f"{number}.png" for number in range(6)]})
+    logits = np.array([[1.0, 0], [3, 0], [2, 0], [1, 0], [3, 0], [2, 0]])
+    test = TestPredictions(DatasetDict(test=rows), logits, np.array([1, 1, 1, 0, 0, 0]))
+    wrong, correct = most_telling(test, ["a", "b"])
+    assert [image["name"] for image in wrong] == ["1.png", "2.png", "0.png"]
+    assert [image["name"] for image in correct] == ["3.png", "5.png", "4.png"]
+    assert wrong[0] == {"split": "test", "row": 1, "name": "1.png", "label": "b", "why": "predicted a, 95% sure"}
+    assert (correct[-1]["label"], correct[-1]["why"]) == ("a", "95% sure")
+
+
+def test_figures_have_their_values_on_the_right_axes(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    scored = {"confusion_matrix": [[3, 1], [0, 4]], "accuracy": 0.875, "accuracy_ci95": [0.5, 1.0], "n": 8}
+    trained = {"epoch": 1.0, "loss": 0.9, "train_accuracy": 0.5}
+    curve = [{"coverage": 0.5, "accuracy": 0.9}, {"coverage": 1.0, "accuracy": 0.7}]
+    plot_confusion_matrix(scored, ["a", "b"], Path("a.png"))
+    plot_curves([trained, {"epoch": 1.0, "eval_loss": 0.8, "eval_accuracy": 0.6}], Path("b.png"))
+    plot_reliability([{"confidence": 0.6, "accuracy": 0.5, "n": 4}], Path("c.png"))
+    plot_coverage({"curve": curve, "answered": 0.8, "accuracy": 0.75}, Path("d.png"))
+    matrix, curves, reliable, coverage = drawn
+    cells = {(*map(int, text.get_position()), text.get_text()) for text in matrix.axes[0].texts}
+    assert cells == {(0, 0, "3"), (1, 0, "1"), (1, 1, "4")}, "columns are predicted classes"
+    assert matrix.axes[0].images[0].get_array().tolist() == [[0.75, 0.25], [0, 1]]
+
+    def values(axes) -> list[tuple[float, float]]:
+        return [(float(line.get_xdata()[0]), float(line.get_ydata()[0])) for line in axes.lines]
+
+    assert [values(axes) for axes in curves.axes] == [[(1, 0.9), (1, 0.8)], [(1, 0.5), (1, 0.6)]]
+    assert [line.get_label() for line in curves.axes[0].lines] == ["train (augmented)", "validation"]
+    assert values(reliable.axes[0])[1] == (0.6, 0.5) and reliable.axes[1].patches[0].get_height() == 4
+    assert values(coverage.axes[0]) == [(0.5, 0.9), (0.8, 0.75)]
+
+
+def test_sentences_have_each_figure_in_its_place():
+    none = {"n": 20, "refused": 0.6, "refused_ci95": [0.4, 0.8], "known_refused": 0.05}
+    assert none_in_words(none, {"none_answered": 0.3, "answered": 0.9}) == (
+        "20 images of none of the classes: 60.0% refused (95% interval 40.0% to 80.0%), 70.0% refused or unsure",
+        "of the others, wrongly: 5.0% refused, 10.0% refused or unsure",
+    )
+    inflation = {"images": 1200, "groups": 40, "accuracy": 0.7, "ignoring": 0.85, "inflation": 0.15}
+    text = inflation_in_words(inflation | {"ci95": [0.1, 0.2]})
+    assert text.startswith("1,200 images of train and validation in 40 groups.")
+    assert "scores 70.0% on groups that it has not seen" in text
+    assert text.endswith("seem to score 85.0%: +15.0 points (95% interval +10.0 to +20.0)")
+    assert "about 98.0% instead of 97.0%: +1.0 points" in learning_curve_in_words(CURVE)
+    refit = {"done": True, "scored_on": 100, "images": 150}
+    assert refit_in_words(refit).startswith("Scored as trained on 100 images; ")
+    assert refit_in_words(refit).endswith("the shipped weights were then refit on all 150")
+    averaged = refit_in_words(refit | {"averaged": True})
+    assert averaged.endswith("the shipped weights are the mean of these and of a refit on all 150")
+    assert refit_in_words(refit | {"done": False}).endswith("they have learned from 100 images")
+    balance = {"balanced_accuracy": 0.7, "balanced_accuracy_ci95": [0.6, 0.8]}
+    balance |= {"macro_f1": 0.65, "macro_f1_ci95": [0.55, 0.75]}
+    expected = "balanced accuracy 70.0% (60.0% to 80.0%), macro F1 0.650 (0.550 to 0.750)"
+    assert balance_with_intervals(balance) == expected
+
+
+def test_predictions_have_each_figure_in_its_column(tmp_path):
+    columns = {"name": ["=1.png", "b.png", "c.png"], "digest": ["x", "y", "z"], "group": [4, 4, 7]}
+    logits = np.log([[0.7, 0.2, 0.1], [0.5, 0.3, 0.2], [0.1, 0.1, 0.8]])
+    splits = DatasetDict(test=Dataset.from_dict(columns))
+    test = TestPredictions(splits, logits, np.array([0, 1, 2]), none=2)
+    write_predictions(tmp_path / "predictions.csv", ["a", "b", "@none"], test)
+    assert (tmp_path / "predictions.csv").read_text(encoding="utf-8").splitlines() == [
+        "name,digest,label,predicted,confidence,probability_of_label,group,none",
+        "'=1.png,x,a,a,0.700000,0.700000,4,0",
+        "b.png,y,b,a,0.500000,0.300000,4,0",
+        "c.png,z,'@none,'@none,0.800000,0.800000,7,1",
+    ]
+
+
+def test_what_is_no_number_is_null_in_the_metrics(tmp_path):
+    write_metrics(tmp_path / "metrics.json", {"loss": float("nan"), "row": [float("inf"), 1.5]})
+    assert json.loads((tmp_path / "metrics.json").read_text()) == {"loss": None, "row": [None, 1.5]}

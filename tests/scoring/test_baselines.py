@@ -23,6 +23,7 @@ from luthier.scoring.baselines import (
 from luthier.scoring.criterion import LOG_LOSS, Criterion, Judge
 from luthier.scoring.intervals import interval_of_share
 from luthier.scoring.metrics import TestPredictions
+from luthier.training.balance import Balance
 from luthier.training.features import Pool, join, pool_of
 from luthier.training.recipe import RECIPES
 from models import build_model
@@ -161,3 +162,19 @@ def test_yardstick_does_not_depend_on_how_many_rows_are_at_a_time(monkeypatch):
     whole = yardstick()
     monkeypatch.setattr("luthier.training.probe.rows_at_once", lambda device: 16)
     assert yardstick().mean == pytest.approx(whole.mean) and np.allclose(yardstick().losses, whole.losses)
+
+
+def test_yardstick_of_the_log_loss_does_not_depend_on_how_answers_make_up_for_rare_classes():
+    generator, labels = np.random.default_rng(0), np.tile([0, 0, 0, 1], 40)
+    features = torch.tensor(np.eye(2)[labels] + generator.normal(size=(160, 2))).float()
+    pool, balance = Pool(features, labels, np.arange(160), ["a", "b"]), Balance(np.array([0.75, 0.25]))
+    plain, balanced = (build_yardstick(pool, 100, 0.1, Criterion("log_loss", each)) for each in (None, balance))
+    assert len(plain.losses) == 60 and balanced.mean == pytest.approx(plain.mean)
+    assert np.allclose(balanced.losses, plain.losses)
+
+
+def test_features_that_do_not_follow_each_other_are_copied():
+    first, second, third = torch.arange(12.0).view(6, 2).split([1, 2, 3])
+    for parts in ([third, first], [first, third], [first.clone(), second]):
+        assert torch.equal(join(parts), torch.cat(parts))
+    assert join([second, third]).data_ptr() == second.data_ptr()

@@ -75,8 +75,8 @@ def test_compute_metrics_takes_logits_or_a_tuple_of_outputs():
     scored = score(LOGITS, REFERENCES, LABELS)
     expected = {name: pytest.approx(scored[name]) for name in ("accuracy", "balanced_accuracy", "macro_f1")}
     calibrated = log_loss(LOGITS / fit_temperature(LOGITS, REFERENCES), REFERENCES)
-    judge = Judge(LABELS)
-    assert judge.compute_metrics(EvalPrediction(LOGITS, REFERENCES)) == {**expected, "calibrated_loss": calibrated}
+    expected |= {"loss": pytest.approx(log_loss(LOGITS, REFERENCES)), "calibrated_loss": pytest.approx(calibrated)}
+    assert Judge(LABELS).compute_metrics(EvalPrediction(LOGITS, REFERENCES)) == expected
     assert concatenate_batches((LOGITS, np.zeros(1))) is LOGITS
     batches = [(LOGITS[:4], np.zeros(1)), (LOGITS[4:], np.zeros(1))]
     assert np.array_equal(concatenate_batches(batches), LOGITS)
@@ -169,3 +169,17 @@ def test_shares_are_those_of_the_whole_stream(splits, timm_checkpoint):
     stream = SimpleNamespace(labels=np.array([0, 1, 2, 2]))
     judge = build_judge("balanced_accuracy", "auto", model, splits, stream=stream)
     assert judge.criterion.class_shares.tolist() == [0.25, 0.25, 0.5]
+
+
+def test_log_of_the_trainer_makes_up_for_rare_classes():
+    shares = np.array([0.7, 0.25, 0.05])
+    criterion = Criterion("balanced_accuracy", Balance(shares))
+    found = Judge(LABELS, criterion).compute_metrics(EvalPrediction(LOGITS, REFERENCES))
+    adjusted = LOGITS - np.log(shares)
+    scored = score(adjusted, REFERENCES, LABELS)
+    assert scored["accuracy"] != (LOGITS.argmax(axis=1) == REFERENCES).mean()
+    for name in ("accuracy", "balanced_accuracy", "macro_f1"):
+        assert found[name] == pytest.approx(scored[name])
+    calibrated = criterion.losses(adjusted / criterion.temperature(LOGITS, REFERENCES), REFERENCES)
+    assert found["calibrated_loss"] == pytest.approx(calibrated.mean())
+    assert found["loss"] == pytest.approx(log_loss(LOGITS, REFERENCES)), "of the data's own probabilities"

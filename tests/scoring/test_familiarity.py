@@ -11,6 +11,7 @@ from torch import nn
 import luthier.scoring.familiarity as module
 from luthier.familiarity import Familiarity, log_odds, similarity
 from luthier.scoring.familiarity import Answers, choose_bank, pool_familiarity
+from luthier.scoring.metrics import choose_threshold
 
 CLASSES, D = 3, 16
 
@@ -95,3 +96,64 @@ def test_scale_is_that_of_images_of_the_classes(monkeypatch):
         for validation in (known, other)
     )
     assert (one.log_odds, one.similarity, one.unsure_below) == (same.log_odds, same.similarity, same.unsure_below)
+
+
+def test_bank_scale_and_threshold_are_worked_out_from_the_features(monkeypatch):
+    monkeypatch.setattr(module, "linear_head", lambda model: "head")
+    head = nn.Linear(4, 3)
+    trainer = SimpleNamespace(model=nn.ModuleDict({"head": head}), is_world_process_zero=lambda: True)
+    labels, digests = np.arange(300) % 3, [f"{row:064x}" for row in range(300)]
+    rows = Dataset.from_dict({"label": labels, "digest": digests})
+    generator = torch.Generator().manual_seed(0)
+    known = {split: 3 * torch.randn(300, 4, generator=generator) for split in ("train", "validation")}
+    found = module.learn_familiarity(trainer, {}, DatasetDict(train=rows, validation=rows), known, none=2)
+    bank = nn.functional.normalize(known["train"][choose_bank(labels.tolist(), digests, 2)]).half()
+    assert torch.equal(found.bank, bank) and found.head == "head"
+    shown = known["validation"][torch.from_numpy(labels != 2)]
+    with torch.no_grad():
+        probabilities = head(shown).softmax(dim=1)
+    scales = (found.log_odds, log_odds(probabilities)), (found.similarity, similarity(bank, shown))
+    for (mean, spread), values in scales:
+        assert mean == pytest.approx(float(values.mean()), abs=1e-4)
+        assert spread == pytest.approx(float(values.std(correction=0)), abs=1e-4)
+    correct = probabilities.argmax(dim=1).numpy() == labels[labels != 2]
+    threshold = choose_threshold(found.rate(probabilities, shown).numpy(), correct)
+    assert found.unsure_below == pytest.approx(threshold, abs=1e-4)
+
+
+def test_refit_model_has_a_bank_of_its_own_and_the_scale_of_the_scored_one(monkeypatch):
+    monkeypatch.setattr(module, "linear_head", lambda model: "head")
+    trainer = SimpleNamespace(model=nn.ModuleDict({"head": nn.Linear(4, 3)}), is_world_process_zero=lambda: True)
+    labels, digests = (np.arange(30) % 3).tolist(), [f"{row:064x}" for row in range(30)]
+    rows = Dataset.from_dict({"label": labels, "digest": digests})
+    splits = DatasetDict(train=rows.select(range(18)), validation=rows.select(range(18, 30)))
+    features = 5 * torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
+    known = {"validation": features[18:], "train": features[:18]}
+    scored = Familiarity(torch.zeros(1, 4).half(), "head", (1.0, 2.0), (0.3, 0.4), 0.5)
+    used = ("train", "validation")
+    found = module.refit_familiarity(trainer, scored, used, {}, splits, known, none=2)
+    assert torch.equal(found.bank, nn.functional.normalize(features[choose_bank(labels, digests, 2)]).half())
+    assert found[1:] == scored[1:]
+    assert module.refit_familiarity(trainer, None, used, {}, splits, known) is None
+
+
+def test_answers_in_parts_are_those_to_all_images_at_once(monkeypatch):
+    features, labels = draw_features(10, 0)
+    head = nn.Linear(D, CLASSES)
+    rows = Dataset.from_dict({"row": list(range(10)), "label": labels.tolist()})
+    trainer = SimpleNamespace(model=nn.ModuleDict({"head": head}), args=SimpleNamespace(device=torch.device("cpu")))
+    replaced = {
+        "linear_head": lambda model: "head",
+        "build_backbone": lambda *_: None,
+        "size_of": lambda rows: (1, 1),
+        "rows_at_once": lambda device: 4,
+        "run_backbone": lambda trainer, backbone, part: features[part["row"][:]],
+    }
+    for name, value in replaced.items():
+        monkeypatch.setattr(module, name, value)
+    familiarity = Familiarity(nn.functional.normalize(features).half(), "head", (1.0, 2.0), (0.5, 0.1), 0.0)
+    found = module.answer(trainer, rows, DatasetDict(test=rows), familiarity)
+    with torch.no_grad():
+        logits = head(features)
+    assert np.allclose(found.logits, logits.numpy(), atol=1e-5) and found.references.tolist() == labels.tolist()
+    assert np.allclose(found.sureness, familiarity.rate(logits.softmax(dim=1), features).numpy(), atol=1e-3)

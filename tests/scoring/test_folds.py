@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from datasets import Dataset, DatasetDict, concatenate_datasets
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, concatenate_datasets
 
 import luthier.scoring.folds as module
 from luthier.errors import UserError
@@ -89,3 +90,76 @@ def test_shipped_model_is_the_best_of_the_kind_that_most_folds_kept(monkeypatch)
     assert (result.kept.arm, result.outcome.ended) == ("lp_ft", "its last heat"), "one each: by the loss"
     _, result, _ = pool(monkeypatch, several[1], several[2])
     assert result.outcome.ended == NO_TIME, "with more time one fold goes on"
+
+
+def test_temperature_of_folds_knows_the_shares_of_the_classes(monkeypatch):
+    shares = np.array([0.7, 0.2, 0.1])
+    folds = [fold(0, 2.0, loss=0.5), fold(1, 7.0, loss=0.4)]
+    logits, references = np.concatenate([each for each, _ in folds]), np.tile(np.arange(3), 40)
+    shared = [
+        (each, (experiment, result._replace(kept=result.kept._replace(class_shares=shares))))
+        for each, (experiment, result) in folds
+    ]
+    _, result, _ = pool(monkeypatch, *shared)
+    assert result.kept.temperature == pytest.approx(fit_temperature(logits, references, shares), rel=1e-6)
+    assert result.kept.temperature != pytest.approx(fit_temperature(logits, references), rel=1e-4)
+
+
+def test_folds_of_a_model_that_cannot_be_calibrated_stay_as_they_are(monkeypatch):
+    folds = fold(0, 1.0, loss=0.5), fold(1, 1.0, loss=0.4)
+    _, result, divided = pool(monkeypatch, *folds)
+    assert result.kept.temperature == 1 and divided == [(result.model, 1.0)]
+    assert np.array_equal(result.answers.logits, np.concatenate([each for each, _ in folds]))
+
+
+def test_features_and_scores_of_the_probes_are_those_of_all_images_in_their_order():
+    label = ClassLabel(names=["a", "b"])
+    splits = DatasetDict(test=Dataset.from_dict({"label": [0, 1, 1, 0, 0]}).cast_column("label", label))
+    columns = (
+        {"test": [0, 1, 2], "train": [3, 4]},
+        {"test": [3, 4], "train": [0, 9, 2], "validation": [7, 8]},
+    )
+    logits = np.eye(2)[[0, 1, 1]], np.eye(2)[[1, 1]]  # the second fold is always wrong
+    probes = [
+        ProbeResults(
+            features={split: torch.tensor(values).float()[:, None] for split, values in each.items()},
+            scores={"validation": {"n": 7}, "test": {}},
+            logits=own,
+        )
+        for each, own in zip(columns, logits, strict=True)
+    ]
+    leader = SimpleNamespace(probe=probes[1], none=None, kept=SimpleNamespace(class_shares=None))
+    found = module._pool_probes(leader, probes, splits, {"validation": [1], "train": [1]})
+    assert {split: rows.ravel().tolist() for split, rows in found.features.items()} == {
+        "test": [0, 1, 2, 3, 4],
+        "validation": [8],
+        "untested": [9],
+    }
+    assert (found.scores["test"]["n"], found.scores["test"]["accuracy"]) == (5, 0.6)
+    assert found.scores["validation"] == {"n": 7}
+
+
+def test_suspect_labels_are_found_again_in_the_pool():
+    label = {"a": 0, "b": 1, "c": 0, "b again": 0}
+    own, pooled = (
+        DatasetDict(
+            {
+                split: Dataset.from_dict(
+                    {"digest": [name[0] for name in names], "label": [label[name] for name in names]}
+                )
+                for split, names in each.items()
+            }
+        )
+        for each in (
+            {"train": ["a", "b", "b again"], "test": ["c"]},
+            {"test": ["c", "b", "b again"], "untested": ["a"]},
+        )
+    )
+    suspects = [{"split": "train", "row": 1, "why": "x"}, {"split": "train", "row": 0}, {"split": "test", "row": 0}]
+    assert module._in_pool([*suspects, {"split": "train", "row": 2}], own, pooled) == [
+        {"split": "test", "row": 1, "why": "x"},
+        {"split": "untested", "row": 0},
+        {"split": "test", "row": 0},
+        {"split": "test", "row": 2},
+    ]
+    assert module._in_pool(None, own, pooled) is None

@@ -51,6 +51,7 @@ def test_interval_covers_the_truth_as_often_as_it_says(count):
     assert 0.92 < covered / 500 < 0.99
 
 
+@pytest.mark.slow
 def test_intervals_are_as_wide_as_the_scores_scatter():
     generator = np.random.default_rng(0)
 

@@ -22,6 +22,7 @@ def clusters(n: int, seed: int) -> tuple[torch.Tensor, np.ndarray]:
     return torch.tensor(centres[labels] + generator.normal(0, 1, (n, 200)), dtype=torch.float32), labels
 
 
+@pytest.mark.slow
 def test_curve_of_half_the_images_predicts_the_accuracy_of_all():
     within_interval = 0
     for seed in range(2):

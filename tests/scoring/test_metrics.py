@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from datasets import ClassLabel, Dataset, DatasetDict
 from torch import nn
 
@@ -228,3 +229,35 @@ def test_scores_before_calibration_are_those_of_the_logits_before_it():
     test = TestPredictions(split_of(list(references), ["a", "b"], range(40)), logits / 4, references)
     before = score_run(kept, test, 0.5)["calibration"]["before"]["test"]
     assert before == pytest.approx(calibration_scores(logits, references))
+
+
+def test_each_share_is_scored_with_its_own_weights_and_the_model_is_left_as_it_was(monkeypatch):
+    model, seen = nn.Linear(2, 3, bias=False), []
+    model.load_state_dict({"weight": torch.full((3, 2), 2.0)})
+
+    def predict(trainer, rows):
+        seen.append(trainer.model.weight[0, 0].item())
+        return LOGITS, REFERENCES
+
+    monkeypatch.setattr(selection, "predict", predict)
+    monkeypatch.setattr(selection, "linear_head", lambda model: None)
+    start, shares = {"weight": torch.zeros(3, 2)}, (0.5, 1.0, 0.0)
+    trainer = SimpleNamespace(model=model)
+    found = selection.score_candidates(trainer, None, start, shares, Judge(LABELS), "lp_ft")
+    assert seen == [1.0, 2.0, 0.0] and tuple(each.share for each in found) == shares
+    assert (model.weight == 2).all()
+
+
+def test_errors_withheld_and_the_curve_are_worked_out_by_hand():
+    sureness, correct = np.array([0.2, 0.9, 0.5, 0.7]), np.array([False, True, False, True])
+    found = selective(sureness, correct, 0.5)
+    assert (found["answered"], found["errors_withheld"]) == (0.75, 0.5)
+    assert found["accuracy"] == pytest.approx(2 / 3)
+    assert [each["coverage"] for each in found["curve"]] == [0.25, 0.5, 0.75, 1.0]
+    assert [each["accuracy"] for each in found["curve"]] == pytest.approx([1, 1, 2 / 3, 0.5])
+    assert selective(sureness, np.ones(4, dtype=bool), 0.5)["errors_withheld"] is None
+
+
+def test_yardstick_moves_a_loss_by_no_more_than_its_own():
+    corrected = Yardstick(np.array([0.0, 1.0, 2.0]), 3.0).correct(np.array([0.0, 5.0, 10.0]))
+    assert corrected.tolist() == [3.0, 7.0, 11.0]

@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 import luthier.scoring.race as module
 from luthier.errors import NotFinite, UserError
@@ -15,7 +17,7 @@ from luthier.output_dir import NO_TIME
 from luthier.reporting import console
 from luthier.run_files import RACE
 from luthier.scoring.criterion import Judge
-from luthier.scoring.race import FAR, Outcome, Trained, _Race, predict_loss, race
+from luthier.scoring.race import FAR, Outcome, Trained, _Race, keep_best, predict_loss, race
 from luthier.scoring.race_record import Course, Heat, Heats, read_record, write_record
 from luthier.scoring.selection import Candidate, choose
 from luthier.terminal import Stopwatch
@@ -310,3 +312,37 @@ def test_what_is_kept_is_said_with_what_it_was_compared_with(capsys, tried, kept
 def test_single_recipe_without_a_probe_is_no_race(capsys):
     console.say_race(Outcome(heats(full=[0.5]), "its last heat"), candidate([0.5] * 4))
     assert capsys.readouterr().out.startswith("trained  validation loss: full 0.500 (1 epoch, 1 s)\n")
+
+
+def test_weights_between_start_and_end_are_kept_as_they_were_scored(monkeypatch):
+    monkeypatch.setattr("luthier.training.layers.linear_head", lambda model: "head")
+    model = nn.ModuleDict({"head": nn.Linear(1, 1)})
+    model.config = SimpleNamespace()
+    start, end = (
+        {"head.weight": torch.full((1, 1), value), "head.bias": torch.full((1,), value)} for value in (2.0, 6.0)
+    )
+    model.load_state_dict(end)
+    between = candidate([0.4] * 4)._replace(share=0.25, temperature=2.0, threshold=0.3)
+    winner = Trained(SimpleNamespace(start=start), [candidate([0.5] * 4), between], None)
+    trainer = SimpleNamespace(model=model)
+    kept, found = keep_best(Outcome(Heats(), "", None, winner), trainer, None, {})
+    assert kept is between and found is trainer
+    assert model["head"].weight.item() == model["head"].bias.item() == 1.5  # a fourth of the way is 3
+    assert model.config.unsure_below == 0.3
+
+
+@pytest.mark.parametrize(
+    ("losses", "goes_on"),
+    [([0.51, 0.5], False), ([0.6, 0.5], True), ([0.021, 0.02], False), ([0.03, 0.02], True)],
+)
+def test_more_training_must_promise_a_share_of_the_best_loss_and_more_than_next_to_nothing(losses, goes_on):
+    expected = ("full", "") if goes_on else (None, "no more gain in sight")
+    assert next_one(heats(full=losses), [arm("full")], None) == expected
+
+
+@pytest.mark.parametrize(("step", "number"), [(10, 0), (29, 1), (30, 1), (31, 2), (150, 3), (200, 3)])
+def test_heat_that_a_named_checkpoint_is_in_or_ends_is_the_next_one(tmp_path, step, number):
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    state = begun(Heats(), [arm("full")])
+    state.named = tmp_path
+    assert state.next_heat(arm("full")) == number

@@ -186,3 +186,29 @@ def test_view_is_better_only_by_more_than_a_standard_error():
     assert not View("pad", 64, np.array([0.1, 0.8, 0.1, 0.9])).is_better(own, alone)  # by 0.025, with an error of 0.19
     close = View("pad", 64, np.array([0.4, 0.4, 0.52, 0.52]))
     assert close.is_better(own, alone) and not close.is_better(own, alone // 2), "two groups tell less"
+
+
+def test_side_that_is_given_is_kept_for_tiny_images_too():
+    class Tiny:
+        is_square, groups, shorter_side = True, np.arange(10), 28
+
+        def losses(self, model: object, *image_processors: object) -> tuple[list[np.ndarray], float]:
+            sides = [each.data_config["input_size"][-1] for each in image_processors]
+            return [np.full(10, side / 256) for side in sides], 0.1  # the smaller the better
+
+    model, image_processor = build_model("efficientnet_lite0", {0: "a", 1: "b"})
+    view, (chosen, *tried) = choose_view(model, image_processor, Tiny(), enabled=True, any_side=False)
+    assert view.image_processor.data_config["input_size"][-1] == chosen.side == 256
+    assert {each.side for each in tried} == {128} and model.config.pretrained_cfg["input_size"][-1] == 256
+    assert choose_view(model, image_processor, None, enabled=False, any_side=True)[1] == []
+
+
+def test_shape_of_a_sample_is_that_of_most_of_its_images():
+    def shown(*sizes: tuple[int, int]) -> Sample:
+        return Sample(None, [0, 1] * (len(sizes) // 2), np.arange(len(sizes)), sizes, None)
+
+    uneven = shown((100, 30), (30, 90), (400, 50), (160, 160))
+    assert uneven.shorter_side == 40 and not uneven.is_square
+    assert shown(*[(104, 100)] * 19, (90, 30)).is_square
+    assert not shown(*[(100, 104)] * 18, (90, 30), (30, 90)).is_square, "nine in ten are not enough"
+    assert not shown(*[(106, 100)] * 20).is_square

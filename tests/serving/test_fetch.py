@@ -229,3 +229,10 @@ def test_slow_answer_ends_at_the_deadline_over_tls_too(tmp_path, monkeypatch):
         fetch.fetch(f"{url}/drip", allow_private=True, seconds=1)
     assert time.monotonic() - start < 5
     https_server.shutdown()
+
+
+@pytest.mark.parametrize(
+    "address", ["93.184.216.34", "2606:4700:4700::1111", "64:ff9b::808:808", "2002:808:808::1", "::ffff:8.8.8.8"]
+)
+def test_public_addresses_are_public(address):
+    assert fetch._is_public(address)

@@ -141,6 +141,7 @@ def finished_run(tmp_path_factory, launch):
     return folder / "out"
 
 
+@pytest.mark.slow
 def test_model_from_a_private_repository_equals_the_pushed_one_bit_for_bit(
     server, push, client, finished_run, tmp_path
 ):
@@ -311,6 +312,7 @@ def test_permission_is_checked_before_training(server, client, tmp_path):
     assert not result.stdout and not (tmp_path / "outputs").exists() and "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_failed_push_keeps_the_run_and_can_be_repeated(server, client, push, tmp_path):
     draw_folder(tmp_path / "images", per_class=6)
     fault = server.fail("POST .*/commit/", 403, 1)

@@ -1,8 +1,12 @@
 """What is said of an exported model, and what refuses it, by the figures alone."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 
-from luthier.serving.parity import Parity
+from luthier.serving.network import Rated
+from luthier.serving.parity import Images, Parity, compare
 
 SAME = Parity("fp32", 9, 9, 0, 0, 1e-6, True, (1.0, 1.0), (-0.01, 0.01))
 INT8 = Parity("int8", 100, 97, 0, 0, 0.1, True, (0.9, 0.8), (-0.15, -0.05))
@@ -35,3 +39,42 @@ def test_export_that_is_worse_is_refused(parity, refusal):
 def test_few_images_leave_a_doubt(low, doubtful):
     assert bool(INT8._replace(difference_ci95=(low, 0.02)).doubt) == doubtful
     assert SAME._replace(difference_ci95=(low, 0.02)).doubt is None
+
+
+def compared(before: list[tuple], after: list[tuple], labels=None, precision: str = "fp32") -> Parity:
+    """Compare answers, each the probability of the first of two classes, and the sureness."""
+    rated, other = (
+        Rated(np.array([(share, 1 - share) for share, _ in each]), np.array([sureness for _, sureness in each]))
+        for each in (before, after)
+    )
+
+    class Fixed(Images):
+        def rate(self, network, topic):
+            return other
+
+    images = Fixed(["image"] * len(before), lambda number: b"", labels)
+    return compare(SimpleNamespace(unsure_below=0.6), rated, images, precision)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "not_finite", "other_answers"),
+    [
+        ((0.9, 0.7), (0.9, 0.5), 0, 1),
+        ((0.9, 0.5), (0.9, 0.7), 0, 1),
+        ((0.9, 0.595), (0.9, 0.605), 0, 0),  # either answer is right
+        ((0.9, 0.6), (0.9, 0.65), 0, 0),  # at the threshold it answers
+        ((0.9, 0.7), (0.9, np.nan), 1, 1),
+        ((np.nan, np.nan), (np.nan, np.nan), 0, 0),  # as the trained one does
+    ],
+)
+def test_answers_of_one_of_the_two_alone_are_counted_both_ways(before, after, not_finite, other_answers):
+    parity = compared([before], [after])
+    assert (parity.not_finite, parity.other_answers) == (not_finite, other_answers)
+
+
+def test_trained_models_answers_are_correct_where_no_labels_are_known():
+    before, after = [(0.9, 0.9)] * 10, [(0.9, 0.9)] * 8 + [(0.1, 0.9)] * 2
+    unknown = compared(before, after, precision="int8")
+    assert unknown.accuracy == (1.0, 0.8) and sum(unknown.difference_ci95) < 0 and not unknown.labelled
+    known = compared(before, after, np.array([0] * 8 + [1] * 2), "int8")
+    assert known.accuracy == (0.8, 1.0) and sum(known.difference_ci95) > 0 and known.labelled

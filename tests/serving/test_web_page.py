@@ -173,6 +173,7 @@ def test_runtime_that_cannot_be_had_leaves_nothing(exported, tmp_path, monkeypat
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_page_resizes_as_pillow_does(exported, tmp_path):
     write_page(exported, tmp_path / "page", "colours", vendor=False)
@@ -282,3 +283,12 @@ def test_version_of_a_page_changes_with_the_weights_alone(tmp_path, monkeypatch)
         write_page(tmp_path / "model.onnx", tmp_path / "page", "colours", vendor=False)
         versions.add(json.loads((tmp_path / "page/model.json").read_text())["version"])
     assert len(versions) == 2
+
+
+def test_infinite_threshold_is_null_for_browsers(tmp_path, monkeypatch):
+    facts = SimpleNamespace(labels=["a", "b"], resize=SimpleNamespace(_asdict=dict), unsure_below=-np.inf, none=1)
+    monkeypatch.setattr(web_page, "OnnxNetwork", lambda model: SimpleNamespace(facts=facts))
+    (tmp_path / "model.onnx").touch()
+    write_page(tmp_path / "model.onnx", tmp_path / "page", "colours", vendor=False)
+    config = json.loads((tmp_path / "page/model.json").read_text())
+    assert config["unsure_below"] is None and config["none_class"] == 1

@@ -18,6 +18,7 @@ from luthier.training.checkpoints import (
     HASHES,
     Origin,
     bring_best,
+    check_named,
     check_origin,
     checkpoints_by_step,
     find_damage,
@@ -172,3 +173,26 @@ def test_checkpoints_that_are_there_make_room(tmp_path, monkeypatch):
     assert lacking_space(tmp_path, size, 1) == "", "three are needed, and one is there"
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2 * size - 1))
     assert "MB left" in lacking_space(tmp_path, size, 1)
+
+
+def test_copies_and_files_are_no_checkpoints(tmp_path):
+    folder = write_checkpoint(tmp_path, 4)
+    shutil.copytree(folder, tmp_path / "checkpoint-12-copy")
+    (tmp_path / "checkpoint-9").touch()
+    (tmp_path / "checkpoint-new").mkdir()
+    assert checkpoints_by_step(tmp_path) == {4: folder} and newest_whole(tmp_path) == folder
+    prune_checkpoints(tmp_path, 1, best=None)
+    assert (tmp_path / "checkpoint-12-copy").exists()
+
+
+def test_named_checkpoint_that_is_damaged_is_refused(tmp_path):
+    origin, folder = Origin("a", 32), write_checkpoint(tmp_path, 4)
+    write_origin(folder, origin)
+    check_named(folder, origin)
+    (folder / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"is damaged: model.safetensors is not as it was written. Use another"):
+        check_named(folder, origin)
+    (folder / HASHES).unlink()  # nothing says what it was
+    check_named(folder, origin)
+    with pytest.raises(UserError, match="of other images or files"):
+        check_named(folder, origin._replace(data="b"))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import draw, draw_folder, load
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from sklearn.linear_model import LogisticRegression
 from timm.layers import Conv2dSame
 from torch.utils.data import default_collate
@@ -18,10 +18,10 @@ from data import feature_rows, prepare
 from luthier.cache import cache_key
 from luthier.errors import UserError
 from luthier.fusion import _with_even_padding
-from luthier.images.views import EvaluationView
+from luthier.images.views import EvaluationView, ImageRows
 from luthier.training import probe as probe_module
 from luthier.training.balance import Balance
-from luthier.training.features import _parts_of_key, build_backbone, load_features
+from luthier.training.features import _parts_of_key, build_backbone, feature_size, load_features
 from luthier.training.probe import (
     SOFT,
     STRENGTHS,
@@ -349,3 +349,24 @@ def test_damaged_cache_is_computed_again_and_weights_that_are_not_finite_are_rep
         next(trainer.model.parameters()).fill_(float("nan"))
     with pytest.raises(UserError, match="not finite numbers"):
         build_probe(trainer, head, splits, view)
+
+
+def test_features_of_another_precision_are_not_reused(timm_checkpoint, monkeypatch):
+    model, _ = build_model(str(timm_checkpoint), NAMES)
+    head, computed = linear_head(model), []
+
+    def compute(trainer, backbone, rows):
+        computed.append(trainer.accelerator.mixed_precision)
+        return torch.ones(len(rows), feature_size(model, head))
+
+    replaced = {"build_backbone": lambda *_: None, "size_of": lambda rows: None, "compute_features": compute}
+    for name, value in replaced.items():
+        monkeypatch.setattr(f"luthier.training.features.{name}", value)
+    digests = [f"{row:064x}" for row in range(2)]
+    images = ImageRows(Dataset.from_dict({"row": [0, 1]}), "of the test of precisions", digests)
+    args = SimpleNamespace(device=torch.device("cpu"))
+    for precision in ("no", "bf16", "no"):
+        accelerator = SimpleNamespace(mixed_precision=precision)
+        trainer = SimpleNamespace(model=model, accelerator=accelerator, args=args, is_world_process_zero=lambda: True)
+        load_features(trainer, head, images)
+    assert computed == ["no", "bf16"]

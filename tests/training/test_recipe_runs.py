@@ -32,6 +32,7 @@ def recipes(timm_checkpoint, tmp_path_factory):
     return folder, printed
 
 
+@pytest.mark.slow
 def test_every_recipe_reports_the_linear_probe_as_its_baseline(recipes):
     folder, printed = recipes
     runs = {name: json.loads((folder / name / "metrics.json").read_text()) for name in printed}
@@ -48,6 +49,7 @@ def test_every_recipe_reports_the_linear_probe_as_its_baseline(recipes):
     assert "features" in runs["lp_ft"]["seconds"] and "train" not in runs["probe"]["seconds"]
 
 
+@pytest.mark.slow
 def test_each_recipe_trains_its_layers(recipes, timm_checkpoint):
     folder, _ = recipes
     original = load_file(timm_checkpoint / "model.safetensors")

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import draw_folder
+from torch.nn.functional import cross_entropy
 from transformers import (
     DeiTConfig,
     DeiTForImageClassificationWithTeacher,
@@ -20,7 +21,7 @@ import train
 from luthier.errors import UserError
 from luthier.machine import LONG_RUN, choose_memory_format
 from luthier.training.arms import Workshop, plan_arm
-from luthier.training.callbacks import EpochTable, ProgressBar
+from luthier.training.callbacks import EpochTable, ProgressBar, StageTimes
 from luthier.training.checkpoints import load_weights
 from luthier.training.layers import freeze_unused
 from luthier.training.recipe import RECIPES
@@ -57,6 +58,28 @@ def test_checkpoint_of_another_model_is_refused(timm_checkpoint, vit_checkpoint,
 
 
 @pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", None),
+        ("config.json", b"no json"),
+        ("config.json", b"{}"),
+        ("config.json", b"[]"),
+        ("model.safetensors", b""),
+        ("model.safetensors", b"\x10\0\0\0\0\0\0\0{"),
+        ("model.safetensors", b"\x02\0\0\0\0\0\0\0{}"),  # no tensors
+    ],
+)
+def test_checkpoint_that_is_not_whole_is_refused(timm_checkpoint, tmp_path, name, content):
+    model = build_model(str(timm_checkpoint), {0: "a", 1: "b"})[0]
+    model.save_pretrained(tmp_path)
+    (tmp_path / name).unlink()
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match="is not a whole checkpoint"):
+        load_weights(model, tmp_path)
+
+
+@pytest.mark.parametrize(
     ("device", "images", "last"), [("cuda", 100, False), ("cuda", LONG_RUN, True), ("cpu", 100, True)]
 )
 def test_weights_of_a_short_run_on_a_gpu_are_in_the_default_memory_format(timm_checkpoint, device, images, last):
@@ -79,7 +102,11 @@ def run(checkpoint: Path, *options: str) -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    "options", [["4", "--gradient_accumulation_steps", "4"], ["16", "--label_smoothing_factor", "0.2"]]
+    "options",
+    [
+        ["4", "--gradient_accumulation_steps", "4"],
+        pytest.param(["16", "--label_smoothing_factor", "0.2"], marks=pytest.mark.slow),
+    ],
 )
 def test_loss_is_the_mean_of_the_images_of_a_step(resnet_checkpoint, tmp_path, monkeypatch, options):
     """Some architectures have a loss that is multiplied by the batches that are accumulated."""
@@ -158,9 +185,73 @@ def test_bars_have_names_and_are_cleared(capsys):
 
 def test_training_accuracy_is_that_of_the_epoch():
     table, answers = EpochTable("full"), torch.eye(2)[[0, 0, 1, 1]]
-    table.on_train_begin(None, None, None)
+    args = SimpleNamespace(device=torch.device("cpu"))
+    table.on_train_begin(args, None, None)
     for labels, expected in (([0, 0, 1, 1], 1.0), ([0, 1, 0, 1], 0.5)):
         table.count(answers, torch.tensor(labels))
         state = SimpleNamespace(log_history=[{}])
-        table.on_log(None, state, None, logs={"loss": 1.0})
+        table.on_log(args, state, None, logs={"loss": 1.0})
         assert state.log_history[-1]["train_accuracy"] == expected
+
+
+@pytest.mark.parametrize("weights", [None, [0.5, 1.0, 2.0]])
+def test_loss_is_of_the_logits_and_only_that_of_weighted_training_of_the_answers(weights):
+    logits, labels = torch.tensor([[2.0, 0.5, -1.0], [0.0, 1.0, 3.0]]), torch.tensor([0, 1])
+    log_shares, seen = torch.tensor([0.7, 0.2, 0.1]).log(), []
+    trainer = SimpleNamespace(
+        watch_answers=lambda answers, _: seen.append(answers),
+        log_shares=log_shares,
+        class_weights=None if weights is None else torch.tensor(weights),
+        args=SimpleNamespace(label_smoothing_factor=0.0),
+    )
+
+    def loss_of(training: bool) -> float:
+        call = {"training": training, "__call__": lambda self, **_: SimpleNamespace(logits=logits)}
+        return float(SafeTrainer.compute_loss(trainer, type("Model", (), call)(), {"labels": labels}))
+
+    plain = float(cross_entropy(logits, labels))
+    answers = cross_entropy(logits - log_shares, labels, reduction="none")
+    expected = plain if weights is None else float((answers * torch.tensor(weights)[labels]).mean())
+    assert loss_of(training=False) == pytest.approx(plain) and not seen
+    assert loss_of(training=True) == pytest.approx(expected)
+    assert torch.allclose(seen[0], logits - log_shares), "train accuracy is of what the model answers"
+
+
+@pytest.mark.parametrize(
+    ("options", "epochs", "ends", "in_heats"),
+    [
+        ({}, None, (12, 36, 84, 180), True),
+        ({}, 2.4, (15,), True),
+        ({"max_steps": 50}, 2.4, (12, 50), True),
+        ({"lr_scheduler_type": "linear"}, None, (180,), False),
+        ({"lr_scheduler_kwargs": {"num_cycles": 1}}, None, (180,), False),
+    ],
+)
+def test_heats_of_an_arm_follow_from_its_epochs_and_the_users_schedule(tmp_path, options, epochs, ends, in_heats):
+    """11 batches of 105 images, two in a step: 6 steps an epoch."""
+    given = {"lr_scheduler_type": "cosine", "gradient_accumulation_steps": 2, "use_cpu": True} | options
+    args = TrainingArguments(str(tmp_path), per_device_train_batch_size=10, report_to="none", **given)
+    shop = Workshop(torch.nn.Module(), args, compute_metrics=None)
+    recipe = RECIPES["full"]._replace(batch=10, num_train_epochs=epochs)
+    arm = plan_arm(recipe, shop, {"train": range(105)}, tmp_path, None)
+    assert (arm.ends, arm.schedule is not None, arm.batch, arm.steps_per_epoch) == (ends, in_heats, 20, 6)
+    assert arm.training_args.num_train_epochs == pytest.approx(ends[-1] / 6)
+
+
+def test_first_step_that_is_not_finite_is_remembered_until_it_is_read():
+    state, args = SimpleNamespace(global_step=0), SimpleNamespace(device=torch.device("cpu"))
+    trainer = SimpleNamespace(not_finite_at=None, state=state, args=args, stop_if_not_finite=lambda: None)
+    found = []
+    for step, loss in enumerate([1.0, float("nan"), 1.0, float("inf")]):
+        state.global_step = step
+        SafeTrainer._watch(trainer, loss)
+        found.append(int(trainer.not_finite_at))
+    assert found == [-1, 2, 2, 2]
+
+
+def test_seconds_of_the_training_loop_go_to_their_stages():
+    told, events = [], ("train_begin", "step_begin", "step_end", "evaluate", "save")
+    times = StageTimes(SimpleNamespace(stop=told.append))
+    for event in events:
+        getattr(times, f"on_{event}")(None, None, None)
+    assert told == ["train", "data", "train", "evaluate", "save"]

@@ -6,10 +6,12 @@ import signal
 import time
 from types import SimpleNamespace
 
+import pytest
 import torch
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
+from luthier.processes import available_cores
 from luthier.training.callbacks import SetEpoch
 from luthier.training.workers import BATCHES, SeededAugmentation, WorkerTrainer
 
@@ -82,3 +84,20 @@ def test_augmentation_differs_from_row_to_row_and_from_epoch_to_epoch():
         seen += [rows[row] for row in range(4)]
     assert len(set(seen)) == 12
     assert rows[3] == seen[-1], "and in nothing else"
+
+
+def test_augmentation_follows_from_the_seed_and_leaves_other_random_numbers_alone():
+    rows, others = (SeededAugmentation(RandomRows(range(4)), seed, workers=0) for seed in (1, 2))
+    state = torch.get_rng_state()
+    assert rows[0] != others[0]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(("processes", "cores"), [(None, 16), ("4", 4), ("3", 5), ("32", 1)])
+def test_processes_of_one_machine_share_its_cores(monkeypatch, processes, cores):
+    monkeypatch.setattr("luthier.processes.count_cores", lambda: 16)
+    monkeypatch.setenv("WORLD_SIZE", "64")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if processes:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    assert available_cores() == cores
