@@ -65,7 +65,10 @@ class Arguments(NamedTuple):
         """Return in words, on every process alike, that a run has ended which is to go on; nothing otherwise."""
         if self.training_args.resume_from_checkpoint != "auto":
             return ""
-        return from_main_process(describe_if_ended(self.run_dir, self.run_args.settings, self.model_args.time_limit))
+        ended = ""
+        if self.training_args.process_index == 0:
+            ended = describe_if_ended(self.run_dir, self.run_args.settings, self.model_args.time_limit)
+        return from_main_process(ended)
 
     def for_later(self) -> dict:
         """Return the options that load the images of a run again; see `DataArguments.for_later`."""

@@ -169,20 +169,33 @@ def make_rows(
             progress.reach(first + indices[-1] + 1)
             return made
 
-        path = folder / f"{file}-{first:09}-{uuid.uuid4().hex[:8]}.arrow"  # in the order of the rows; of this process
+        path = folder / f"tmp{uuid.uuid4().hex}.arrow"  # which no other process writes
         part = dataset.select(rows).map(
             make_batch, batched=True, with_indices=True, batch_size=32, writer_batch_size=32,
             remove_columns=dataset.column_names, features=Features(features | {KEY: Value("string")}),
             cache_file_name=str(path), load_from_cache_file=False, new_fingerprint=cache_key(key, file, first),
             desc=f"{topic}: {unit}" + (f", {first:,} of {len(new):,} done" if len(new) > PART_ROWS else ""),
         )  # fmt: skip
-        parts.append(part)
-        if not lasts(part):  # the file stays readable for this process, not for the next one
-            path.unlink(missing_ok=True)
+        parts.append(_keep(part, path, f"{file}-{first:09}.arrow", lasts(part)))
     made, places = concatenate_datasets(parts).remove_columns(KEY), [place_of[name] for name in keys]
     for column in beside:
         made = made.add_column(column, _put(dataset[column][:], places, len(made)), feature=dataset.features[column])
     return (made if places == list(range(len(made))) else made.select(places)), len(keys) - len(new)
+
+
+def _keep(part: Dataset, path: Path, name: str, lasts: bool) -> Dataset:
+    """Give the file of a part its name, by which files are in the order of the rows, or remove it; return the part.
+
+    Without its name the file stays readable for this process, not for the next one.
+    """
+    if not lasts:
+        path.unlink(missing_ok=True)
+        return part
+    try:
+        path.replace(path.with_name(name))
+    except OSError:  # Windows renames no open file: it is made again next time
+        return part
+    return Dataset.from_file(str(path.with_name(name)))
 
 
 @functools.cache

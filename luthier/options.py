@@ -224,8 +224,7 @@ class ModelArguments:
     refit: Literal["auto", "none"] = field(
         default="auto",
         metadata={
-            "help": "auto: train the shipped model again on all images but the data's own test split, if that is "
-            "quick; none: do not."
+            "help": "auto: train again on all images but the data's own test split, if that is quick; none: do not."
         },
     )
     export: bool = field(

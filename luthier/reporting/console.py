@@ -186,7 +186,7 @@ def refit_in_words(refit: Mapping) -> str:
     """Return what the scored weights and the shipped ones have learned from."""
     if not refit["done"]:
         return f"The shipped weights are the scored ones; they have learned from {refit['scored_on']:,} images"
-    how = "are the mean of these and of a refit" if refit.get("averaged") else "were then refit"
+    how = "are the mean of the scored ones and those of a refit" if refit.get("averaged") else "were then refit"
     return f"Scored as trained on {refit['scored_on']:,} images; the shipped weights {how} on all {refit['images']:,}"
 
 
@@ -221,7 +221,8 @@ def say_results(output_dir: Path, metrics: Mapping) -> None:
         say("", refit_in_words(metrics["refit"]))
     if has_weights(output_dir):
         say("next", f"python predict.py {shlex.quote(str(output_dir))} photo.jpg")
-        say("", f'pipeline("image-classification", {json.dumps(str(output_dir))}{trust_remote_code(output_dir)})')
+        path = json.dumps(str(output_dir), ensure_ascii=False)
+        say("", f'pipeline("image-classification", {path}{trust_remote_code(output_dir)})')
 
 
 def percent_with_interval(scored: Mapping) -> str:

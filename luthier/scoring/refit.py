@@ -1,12 +1,13 @@
-"""The shipped model: the arm that was chosen, trained again on all images that may be learned from."""
+"""The shipped model: what was chosen learns again, from all images that it may learn from."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import Dataset, DatasetDict
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 
 from luthier.errors import ImagesChanged, NoSpace, NotFinite, UserError
 from luthier.familiarity import Familiarity
@@ -16,6 +17,7 @@ from luthier.run_files import REFIT
 from luthier.scoring.baselines import ProbeResults
 from luthier.scoring.experiment import Experiment, Result
 from luthier.scoring.familiarity import refit_familiarity
+from luthier.scoring.intervals import TINY
 from luthier.scoring.metrics import standard_error
 from luthier.scoring.race_record import Course
 from luthier.scoring.selection import load_candidate
@@ -26,7 +28,7 @@ from luthier.training.features import join
 from luthier.training.probe import SOFT, fit_shared_probe, state_with_probe
 from luthier.training.recipe import blend
 from luthier.training.trainer import build_predictor, model_of, predict, train
-from models import linear_head
+from models import class_shares_of, linear_head
 
 TRAINED = 3  # work of training on an image, in predictions of one: forward, and backward to activations and weights
 SHARE = 0.5  # of the weights that have learned from all images, in those that are shipped
@@ -49,7 +51,7 @@ class Plan(NamedTuple):
         scored_on: how many images the scored weights have learned from.
         seconds: that it takes, as far as can be foreseen.
         refusal: why it is not done, for people; empty where it is.
-        averaged: the mean of the scored weights and those of the refit is shipped.
+        averaged: the mean of the scored weights and those of the refit is to be shipped, or is.
     """
 
     splits: tuple[str, ...]
@@ -95,8 +97,8 @@ def plan_refit(
         refusal = f"it would be more work than the run was, and take about {seconds:.0f} s"
     elif not result.course._replace(time_limit=time_limit).ends_in_time(seconds):
         refusal = NO_TIME
-    averaged = winner is not None and not result.kept.is_probe and winner.arm.recipe.is_pretrained
-    return Plan(used, images, scored_on, seconds, refusal, averaged)
+    trained = winner is not None and not result.kept.is_probe and winner.arm.recipe.is_pretrained
+    return Plan(used, images, scored_on, seconds, refusal, averaged=trained and not refusal)
 
 
 def _work_of_run(splits: DatasetDict, result: Result) -> float:
@@ -167,41 +169,52 @@ def refit(
                 raise  # other processes may have read the images, and would wait for this one
             say("careful", f"the scored weights are shipped, because the refit fails: {error}")
             why = next(why for kind, why in FAILURES.items() if isinstance(error, kind))
-            return plan._replace(refusal=why), None
+            return plan._replace(refusal=why, averaged=False), None
     load_candidate(model, start, kept)
-    if winner is not None and not (plan := _ship(model, plan, result, winner.arm.rows["validation"])).pays:
+    trainer = build_predictor(model, workshop.training_args)
+    if winner is not None and not (plan := _ship(trainer, plan, result, winner.arm.rows["validation"])).pays:
         say("careful", f"the scored weights are shipped, because the refit fails: {plan.refusal}")
         return plan, None
-    trainer = build_predictor(model, workshop.training_args)
     known, of_scored = probe.known_of(winner is None), result.answers.familiarity
     familiarity = refit_familiarity(trainer, of_scored, plan.splits, images, splits, known, result.none)
     return plan, Refitted(model, familiarity, plan.splits)
 
 
-def _ship(model: PreTrainedModel, plan: Plan, result: Result, validation: Any) -> Plan:
+def _ship(trainer: Trainer, plan: Plan, result: Result, validation: Any) -> Plan:
     """Give the model of a refit the weights that are shipped: their mean with the scored ones, if that is planned.
 
     Validation has chosen among the epochs of the scored weights, and nothing among those of a refit, which by
-    themselves are often worse. The mean of weights that lie too far apart is worse than both; then those of the refit
-    are shipped. A refit has learned from the images of validation. If it is clearly worse on them than the scored
-    weights, it has failed.
+    themselves are often worse on few images. The mean of weights that lie too far apart is worse than both, as after
+    long training at a high rate; then those of the refit are shipped. A refit has learned from the images of
+    validation. If it is clearly worse on them than the scored weights, it has failed.
+
+    Args:
+        trainer: of the refit model.
+        plan: of the refit.
+        result: of the run.
+        validation: rows.
 
     Returns the plan, with what came of it.
     """
-    args, judge = result.workshop.training_args, result.course.judge
+    model, judge = model_of(trainer), result.course.judge
 
-    def losses(of: PreTrainedModel) -> np.ndarray:
-        return judge.criterion.log_losses(*predict(build_predictor(of, args), validation))
+    def losses(of: Trainer) -> np.ndarray:
+        return judge.criterion.log_losses(*predict(of, validation))
 
-    scored = losses(result.model)
-    own, before = ({name: t.clone() for name, t in each.state_dict().items()} for each in (model, result.model))
+    scored = losses(build_predictor(result.model, result.workshop.training_args))
+    before, own = result.model.state_dict(), {name: tensor.clone() for name, tensor in model.state_dict().items()}
     result.model.cpu()
     for share in (SHARE, 1.0) if plan.averaged else (1.0,):
         model.load_state_dict(blend(before, own, share))
-        behind = losses(model) - scored
-        if behind.mean() <= WORSE * standard_error(behind, judge.groups):
+        behind = losses(trainer) - scored
+        mean, error = float(behind.mean()), standard_error(behind, judge.groups)
+        if math.isfinite(mean) and (mean <= WORSE * error or error < TINY):  # one image, or group, tells nothing
+            new, old = class_shares_of(model), class_shares_of(result.model)
+            if share < 1 and new and old:  # the mean of the biases makes up for these
+                both = np.sqrt(np.array(new) * np.array(old))
+                model.config.class_shares = (both / both.sum()).tolist()
             return plan._replace(averaged=share < 1)
-    return plan._replace(refusal="it is clearly worse on validation than the scored weights")
+    return plan._replace(refusal="it is clearly worse on validation than the scored weights", averaged=False)
 
 
 def _start(

@@ -316,7 +316,7 @@ def test_sentences_have_each_figure_in_its_place():
     assert refit_in_words(refit).startswith("Scored as trained on 100 images; ")
     assert refit_in_words(refit).endswith("the shipped weights were then refit on all 150")
     averaged = refit_in_words(refit | {"averaged": True})
-    assert averaged.endswith("the shipped weights are the mean of these and of a refit on all 150")
+    assert averaged.endswith("weights are the mean of the scored ones and those of a refit on all 150")
     assert refit_in_words(refit | {"done": False}).endswith("they have learned from 100 images")
     balance = {"balanced_accuracy": 0.7, "balanced_accuracy_ci95": [0.6, 0.8]}
     balance |= {"macro_f1": 0.65, "macro_f1_ci95": [0.55, 0.75]}

@@ -61,14 +61,14 @@ def test_mean_of_scored_and_refit_weights_is_shipped_unless_it_is_worse_on_valid
     """The loss is the distance from `best`, or zero at both ends."""
 
     class Model(torch.nn.Linear):
-        device = torch.device("cpu")
+        config = SimpleNamespace()
 
     def loss_of(model: Model) -> float:
         weight = model.weight.item()
         return abs(weight - best) if best is not None else float(weight == 4)
 
     def log_losses(logits: float, references: None) -> np.ndarray:
-        return np.array([logits, logits])
+        return np.array([0.9, 1.1]) * logits
 
     scored, trained = Model(1, 1), Model(1, 1)
     for model, value in ((scored, 2.0), (trained, 6.0)):
@@ -77,9 +77,9 @@ def test_mean_of_scored_and_refit_weights_is_shipped_unless_it_is_worse_on_valid
     workshop, course = SimpleNamespace(training_args=None), SimpleNamespace(judge=judge)
     result = SimpleNamespace(workshop=workshop, course=course, model=scored)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "build_predictor", lambda model, args: model)
-        patch.setattr(module, "predict", lambda model, rows: (loss_of(model), None))
-        plan = module._ship(trained, Plan(("train",), 2, 1, 1.0, "", averaged), result, None)
+        patch.setattr(module, "build_predictor", lambda model, args: SimpleNamespace(model=model))
+        patch.setattr(module, "predict", lambda trainer, rows: (loss_of(trainer.model), None))
+        plan = module._ship(SimpleNamespace(model=trained), Plan(("train",), 2, 1, 1.0, "", averaged), result, None)
     assert plan.pays == (shipped is not None) and scored.weight.item() == scored.bias.item() == 2
     if shipped:
         assert trained.weight.item() == trained.bias.item() == shipped and plan.averaged == (shipped == 4)
