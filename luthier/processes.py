@@ -3,8 +3,11 @@
 import os
 import signal
 import sys
+from collections.abc import Iterable
 from typing import TypeVar
 
+import torch
+import torch.distributed
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainingArguments
 
@@ -51,6 +54,14 @@ def from_main_process(value: T) -> T:
     """Return to all processes what the main one gives: all must do the same."""
     (shared,) = broadcast_object_list([value])
     return shared
+
+
+def share_tensors(tensors: Iterable[torch.Tensor]) -> None:
+    """Give tensors the values that they have on the main process; only where there are several processes."""
+    for tensor in tensors:
+        whole = tensor.contiguous()
+        torch.distributed.broadcast(whole, src=0)
+        tensor.copy_(whole)
 
 
 def are_alike(value: str) -> bool:

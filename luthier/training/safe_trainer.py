@@ -5,12 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.distributed
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 
 from luthier.errors import NotFinite, UserError
 from luthier.machine import explain_exhausted_memory
+from luthier.processes import share_tensors
 from luthier.training.checkpoints import (
     PARTIAL,
     Origin,
@@ -155,8 +155,7 @@ class SafeTrainer(WorkerTrainer):
         """Evaluate or predict, with advice where memory does not suffice."""
         if self.is_in_train and self.args.world_size > 1:
             # In a step each process counts BatchNorm's statistics of its own images; those of the main one are saved.
-            for buffer in self.model_wrapped.buffers():
-                torch.distributed.broadcast(buffer, src=0)
+            share_tensors(self.model_wrapped.buffers())
         with explain_exhausted_memory(self.args, training=False):
             return super().evaluation_loop(*arguments, **options)
 

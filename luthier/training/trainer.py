@@ -7,7 +7,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.distributed
 from torch.utils.data import default_collate
 from transformers import (
     PreTrainedModel,
@@ -24,7 +23,7 @@ from transformers.training_args import OptimizerNames
 
 from luthier.errors import UserError
 from luthier.machine import explain_exhausted_memory
-from luthier.processes import from_main_process
+from luthier.processes import from_main_process, share_tensors
 from luthier.terminal import has_terminal
 from luthier.training.callbacks import ProgressBar, ProgressLines
 from luthier.training.checkpoints import bring_best, check_origin, load_weights, step_of
@@ -126,10 +125,7 @@ def train(trainer: SafeTrainer, end: int | None, checkpoint: Path | None, stop: 
     elif trainer.args.process_index == 0:
         load_weights(model, found)
     if trainer.args.world_size > 1:  # the checkpoint may be on that process's machine alone, or arrive late elsewhere
-        for tensor in model.state_dict().values():
-            whole = tensor.contiguous()
-            torch.distributed.broadcast(whole, src=0)
-            tensor.copy_(whole)
+        share_tensors(model.state_dict().values())
 
 
 def model_of(trainer: Trainer) -> PreTrainedModel:

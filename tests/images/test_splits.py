@@ -9,6 +9,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from luthier.errors import UserError
 from luthier.images.splits import (
     _deal,
+    check_same_images,
     cut_splits,
     hash_splits,
     stratified_cut,
@@ -315,3 +316,23 @@ def test_images_that_are_in_a_fold_already_are_made_up_for(seed):
     groups = np.array([0, 1] + [0] * 10 + [*range(2, 12)])  # the rare class deals a group with half of the other
     folds = stratified_folds(labels, groups, 2, seed)
     assert np.bincount(folds[labels == 0]).tolist() == [10, 10]
+
+
+def test_processes_with_other_images_are_refused(monkeypatch):
+    """Each process is played in turn; the value that it gives is compared with that of the main one."""
+    given = []
+
+    def are_alike(value):
+        given.append(value)
+        return value == given[0]
+
+    monkeypatch.setattr("luthier.images.splits.processes_started", lambda: 2)
+    monkeypatch.setattr("luthier.images.splits.are_alike", are_alike)
+    rows = labelled([0, 1, 2, 0], NAMES)
+    check_same_images(DatasetDict(train=rows))
+    check_same_images(DatasetDict(train=rows))
+    for others in (rows.select([1, 0, 2, 3]), rows.select([0, 1, 2])):
+        with pytest.raises(UserError, match="have read different images"):
+            check_same_images(DatasetDict(train=others))
+    with pytest.raises(UserError, match="with the same files on every machine"):
+        check_same_images(DatasetDict(train=rows), "another stream")
