@@ -128,7 +128,7 @@ def fine_tune(arguments: "Arguments", stop: "Stop", stopwatch: Stopwatch) -> tup
 
     # Train
     folder, resume = Path(str(training_args.output_dir)), training_args.resume_from_checkpoint
-    only_trained = model_args.keep == "trained" and recipes[0].name != "probe"
+    only_trained = model_args.keep == "trained" and not recipes[0].is_probe
     course = Course(judge, stop, folder, stopwatch, model_args.time_limit, only_trained, run_args.of_training)
     candidate = None if only_trained else score_probe(workshop, probe, rows["validation"], judge)
     outcome, trained = race(enter(recipes, workshop, rows, probe.starts, folder), candidate, course, resume)
@@ -154,7 +154,7 @@ def finish(experiment: "Experiment", result: "Result", arguments: "Arguments", s
     # Refit
     plan, refitted = plan_refit(experiment, result, model_args.refit, model_args.time_limit, data_args.folds), None
     console.say_refit(plan)
-    if plan.pays:
+    if plan.done:
         options = (experiment.view, data_args.augmentation, experiment.size)
         images = feature_rows(experiment.prepared, experiment.view)
         plan, refitted = refit(plan, result, experiment.splits, images, lambda them: join_for_training(them, *options))

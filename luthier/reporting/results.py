@@ -73,7 +73,7 @@ def collect_run(
             "heats": [heat._asdict() for heat in outcome.heats],
             "ended": outcome.ended,
         },
-        "refit": {**plan._asdict(), "done": plan.pays},
+        "refit": {**plan._asdict(), "done": plan.done},
         "history": outcome.history,
     }
     return collect_metrics(

@@ -134,7 +134,7 @@ def with_yardstick(
         recipes: of the run.
         device: of the fits.
     """
-    if probe.strength is None or all(recipe.name == "probe" for recipe in recipes):
+    if probe.strength is None or all(recipe.is_probe for recipe in recipes):
         return judge
     corrects = None
     if probe.features:

@@ -90,7 +90,7 @@ def enter(
         starts: of `baselines.measure_probe`.
         folder: of the run or its fold. Several arms have a folder each in it for their checkpoints.
     """
-    trained = [recipe for recipe in recipes if recipe.name != "probe"]
+    trained = [recipe for recipe in recipes if not recipe.is_probe]
     folders = [folder / "race" / recipe.name if len(trained) > 1 else folder for recipe in trained]
     arms = [
         plan_arm(recipe, workshop, rows, own, starts.get(recipe.start))

@@ -62,8 +62,8 @@ class Plan(NamedTuple):
     averaged: bool = False
 
     @property
-    def pays(self) -> bool:
-        """Whether the model is refit."""
+    def done(self) -> bool:
+        """Whether the model is refit, or was."""
         return not self.refusal
 
 
@@ -172,7 +172,7 @@ def refit(
             return plan._replace(refusal=why, averaged=False), None
     load_candidate(model, start, kept)
     trainer = build_predictor(model, workshop.training_args)
-    if winner is not None and not (plan := _ship(trainer, plan, result, winner.arm.rows["validation"])).pays:
+    if winner is not None and not (plan := _ship(trainer, plan, result, winner.arm.rows["validation"])).done:
         say("careful", f"the scored weights are shipped, because the refit fails: {plan.refusal}")
         return plan, None
     known, of_scored = probe.known_of(winner is None), result.answers.familiarity

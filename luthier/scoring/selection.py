@@ -20,7 +20,7 @@ from luthier.scoring.metrics import (
 )
 from luthier.training.arms import State, Workshop
 from luthier.training.layers import divide_logits, shift_logits
-from luthier.training.recipe import blend
+from luthier.training.recipe import PROBE, blend
 from luthier.training.trainer import model_of, predict
 from models import linear_head
 
@@ -64,7 +64,7 @@ class Candidate(NamedTuple):
     @property
     def is_probe(self) -> bool:
         """Whether these are the pretrained weights with the probe as the head."""
-        return self.arm == "probe"
+        return self.arm == PROBE
 
 
 def score_candidates(
@@ -113,7 +113,7 @@ def score_probe(workshop: Workshop, probe: ProbeResults, rows: Any, judge: Judge
     if "probe" not in probe.starts:
         return None
     trainer = workshop.predictor(probe.starts["probe"])
-    (candidate,) = score_candidates(trainer, rows, None, (1.0,), judge, "probe")
+    (candidate,) = score_candidates(trainer, rows, None, (1.0,), judge, PROBE)
     return candidate
 
 

@@ -12,6 +12,7 @@ from luthier.errors import UserError
 
 BATCH = 32  # images in an optimizer step that the learning rates below are for
 LEAST_STEPS = 100  # of an epoch: with fewer, a model learns too little in it
+PROBE = "probe"  # the recipe without training
 
 
 class Recipe(NamedTuple):
@@ -63,6 +64,11 @@ class Recipe(NamedTuple):
         return self.learning_rate if self.rate_is_given else self.learning_rate * math.sqrt(max(1, batch / BATCH))
 
     @property
+    def is_probe(self) -> bool:
+        """Whether nothing is trained: the model is the probe itself."""
+        return self.name == PROBE
+
+    @property
     def is_pretrained(self) -> bool:
         """Whether there is a pretrained backbone, whose features a probe can learn from."""
         return self.name != FROM_SCRATCH.name
@@ -72,7 +78,7 @@ RECIPES = {
     recipe.name: recipe
     for recipe in (
         # The logistic regression itself.
-        Recipe("probe", start="probe", learning_rate=0.0, frozen=1.0, heats=0, num_train_epochs=0, shares=()),
+        Recipe(PROBE, start="probe", learning_rate=0.0, frozen=1.0, heats=0, num_train_epochs=0, shares=()),
         # A new head on the frozen backbone, on augmented views.
         Recipe("head", start="new", learning_rate=1e-2, frozen=1.0, num_train_epochs=5),
         # Fine-tuning the upper layers from the probe (Kumar et al. 2022). The result may be averaged with the start,

@@ -279,24 +279,24 @@ def test_refit_has_the_time_limit_of_the_whole_run(tmp_path):
     run = one_arm(tmp_path, epochs=1.0, best_step=5)  # its course has the limit of a fold, in minutes
     assert plan_refit(*run, "auto", time_limit=1.0).refusal == "the time limit"
     plan = plan_refit(*run, "auto", time_limit=3.0)
-    assert plan.pays and plan.averaged and plan.seconds == 30.0, "half of the steps on twice the images"
+    assert plan.done and plan.averaged and plan.seconds == 30.0, "half of the steps on twice the images"
 
 
 def test_refit_is_at_most_as_much_work_as_the_run(tmp_path, monkeypatch):
     """An epoch of ten images is 30 predictions; the run adds 10 of validation an epoch, and 10 of test."""
-    assert plan_refit(*one_arm(tmp_path, epochs=1.0, best_step=10), "auto", None).pays, "it is over in no time"
+    assert plan_refit(*one_arm(tmp_path, epochs=1.0, best_step=10), "auto", None).done, "it is over in no time"
     monkeypatch.setattr("luthier.scoring.refit.AROUND", 0)
-    assert plan_refit(*one_arm(tmp_path, epochs=1.0, best_step=8), "auto", None).pays, "48 of 50"
+    assert plan_refit(*one_arm(tmp_path, epochs=1.0, best_step=8), "auto", None).done, "48 of 50"
     late = one_arm(tmp_path, epochs=1.0, best_step=10)
     assert "more work than the run" in plan_refit(*late, "auto", None).refusal, "60 of 50"
-    assert plan_refit(*late, "auto", None, folds=2).pays
-    assert not plan_refit(*one_arm(tmp_path, epochs=1.0, best_step=8, own_test=False), "auto", None).pays, "72 of 50"
+    assert plan_refit(*late, "auto", None, folds=2).done
+    assert not plan_refit(*one_arm(tmp_path, epochs=1.0, best_step=8, own_test=False), "auto", None).done, "72 of 50"
     assert plan_refit(*one_arm(tmp_path, epochs=1.0, best_step=8), "none", None).refusal == "--refit none"
 
 
 def test_refit_is_done_unless_it_is_refused():
     plan = Plan(("train", "validation"), 50, 40, 1.0, "the time limit")
-    assert not plan.pays and plan._replace(refusal="").pays
+    assert not plan.done and plan._replace(refusal="").done
 
 
 @pytest.mark.slow
