@@ -153,6 +153,8 @@ def answerer(classifier: "Classifier", load: Callable) -> Callable[[str | None],
             prediction = classifier.predict(load(source.strip()), TOP)
         except Exception as error:  # Pillow raises errors of any kind on damaged data
             return f"No prediction: {reason(error)}", {}
+        if prediction.error:
+            return f"No prediction: {prediction.error}", {}
         label, share = prediction.top[0]
         shown: dict[str, float] = {}
         for name, probability in prediction.top:

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, TextIO
 
 from tqdm import tqdm
@@ -112,22 +113,28 @@ def _positive(text: str) -> int:
 def expand(inputs: Iterable[str], stdin: Iterable[str] = ()) -> Iterator[tuple[str, str | None]]:
     """Yield (file or address, None) for each input, or (input, what is wrong with it), in order."""
     for text in inputs:
-        lines = (line.rstrip("\r\n") for line in stdin if line.strip()) if text == "-" else (text,)
-        for line in lines:
-            yield from _expand_one(line)
+        if text == "-":
+            unmarked = (line.removeprefix("\ufeff") for line in stdin)  # as Windows may begin a list
+            for line in unmarked:
+                if line.strip():
+                    yield from _expand_one(line.rstrip("\r\n"))
+        else:
+            yield from _expand_one(text)
 
 
 def _expand_one(text: str) -> Iterator[tuple[str, str | None]]:
     # os.path, because a path that is too long or holds a null byte is not a file there, but an error in pathlib.
     # fetch.py decides which addresses are fetched.
-    if "://" in text or os.path.isfile(text):  # noqa: PTH113
+    if "\0" in text:  # as in a list of `find -print0`; glob fails at it
+        yield text, "there is no such file"
+    elif "://" in text or os.path.isfile(text):  # noqa: PTH113
         yield text, None
     elif os.path.isdir(text):  # noqa: PTH112
         yield from _images_in(text)
     elif glob.has_magic(text) and (names := sorted(glob.iglob(text, recursive=True))):  # noqa: PTH207
         seen: set[str] = set()  # with ** both a folder and its images match
         for name in names:
-            for entry in _images_in(name) if Path(name).is_dir() else [(name, None)]:
+            for entry in _images_in(name) if os.path.isdir(name) else [(name, None)]:  # noqa: PTH112
                 if (path := os.path.normpath(entry[0])) not in seen:
                     seen.add(path)
                     yield entry
@@ -207,7 +214,9 @@ def write_jsonl(file: TextIO, top_k: int) -> Callable[["Prediction"], None]:
 
 def write_csv(file: TextIO, top_k: int) -> Callable[["Prediction"], None]:
     """Return the function that writes a prediction as a row; `answer` is empty without one, and if unsure."""
-    table = csv.writer(file, lineterminator="\n")  # Windows' standard output makes two characters of it by itself
+    # The writer quotes what its line ending holds: with its own one, carriage returns too. Windows' standard output
+    # makes two characters of "\n" by itself.
+    table = csv.writer(SimpleNamespace(write=lambda row: file.write(row.removesuffix("\r\n") + "\n")))
     numbers = range(1, top_k + 1)
     table.writerow(["input", "answer", *(f"{kind}_{k}" for k in numbers for kind in ("label", "score")), "error"])
 

@@ -5,12 +5,12 @@ import unicodedata
 
 
 def escape_terminal(text: str) -> str:
-    """Return text without the control characters that a terminal would obey."""
-    return "".join(character if character.isprintable() else "?" for character in text)
+    """Return one line of text without control characters; what joins letters and emoji stays, and every space."""
+    return "".join("?" if character == "\n" or _is_control(character) else character for character in text)
 
 
 def escape_lines(text: str) -> str:
-    """Return text of several lines without control characters; what joins letters and emoji stays, as in paths."""
+    """Return several lines of text, likewise."""
     return "".join("?" if _is_control(character) else character for character in text.expandtabs())
 
 

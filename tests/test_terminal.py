@@ -9,6 +9,7 @@ import pytest
 from conftest import PROJECT, draw_folder
 
 import luthier.terminal as module
+from luthier.escape import escape_terminal
 from luthier.terminal import Stopwatch, Tenths, percent, plural, points, say, shorten
 
 
@@ -59,6 +60,17 @@ def test_control_characters_of_names_do_not_reach_the_terminal(capsys):
 def test_spaces_and_joiners_of_names_stay(capsys):
     say("data", "3.14\u202fPM a\u00a0b \U0001f469\u200d\U0001f52c \u202ey")
     assert capsys.readouterr().out == "data     3.14\u202fPM a\u00a0b \U0001f469\u200d\U0001f52c ?y\n"
+
+
+def test_name_in_a_line_keeps_what_is_no_control_character():
+    for name in (
+        "3.00.00\u202fPM.png",
+        "\u8d64\u3000\u732b",
+        "\u0645\u06cc\u200c\u062e",
+        "\U0001f469\u200d\U0001f680",
+    ):
+        assert escape_terminal(name) == name
+    assert escape_terminal("a\tb\nc\x1b[0m\u202e\u2028\udcff") == "a?b?c?[0m???"
 
 
 def test_long_lines_are_wrapped_on_a_terminal_and_whole_in_a_file(monkeypatch, capsys):

@@ -5,8 +5,9 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
+from yaml import YAMLError
 
 from luthier.escape import escape_markdown
 from luthier.files import atomic_write
@@ -31,6 +32,7 @@ FIGURES = {  # that a model card shows
     "curves.png": "Loss and accuracy by epoch",
 }
 
+ADDED = ("license", "license_name", "license_link", "language")  # metadata that only a person knows
 ROWS = "confusion_matrix_rows.png"  # one more, for the report alone
 SHOWN_OF_EXPORT = {  # by a model card; the rest of `parity.Parity` is for programs
     "images", "weights", "precision", "n", "same", "largest_difference", "labelled", "accuracy", "difference_ci95",
@@ -38,7 +40,7 @@ SHOWN_OF_EXPORT = {  # by a model card; the rest of `parity.Parity` is for progr
 
 
 def write_model_card(folder: Path, metrics: dict, repo_id: str | None = None) -> None:
-    """Write the model card of a run.
+    """Write the model card of a run. What a person has added to the metadata of an earlier one is kept, see `ADDED`.
 
     Args:
         folder: of the model.
@@ -58,6 +60,7 @@ def write_model_card(folder: Path, metrics: dict, repo_id: str | None = None) ->
         metrics=["accuracy", "f1"],
         model_name=name,
         eval_results=results,
+        **_added(folder / CARD),
     )
     templates = FileSystemLoader(Path(__file__).parent / "templates")
     environment = Environment(  # Markdown escapes by a filter of its own
@@ -87,6 +90,14 @@ def write_model_card(folder: Path, metrics: dict, repo_id: str | None = None) ->
     )
     with atomic_write(folder / CARD) as whole:  # its presence says that the run has ended
         whole.write_text(card + "\n", encoding="utf-8")
+
+
+def _added(card: Path) -> dict:
+    try:
+        found = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
+    except (OSError, ValueError, YAMLError):
+        return {}  # there is none, or it is damaged
+    return {key: found[key] for key in ADDED if key in found}
 
 
 def read_exports(folder: Path) -> dict[str, dict]:

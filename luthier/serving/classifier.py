@@ -158,6 +158,10 @@ class Classifier:
         return list(zip(probabilities, unsure.tolist(), strict=True))
 
     def _rank(self, name: str, probabilities: np.ndarray, unsure: bool, top_k: int) -> Prediction:
+        if not np.isfinite(probabilities).all():
+            return Prediction(
+                name, [], error="the model's answer is not a number: its weights or its export are damaged"
+            )
         classes = np.argsort(-probabilities, kind="stable")[:top_k].tolist()
         top = [(self.labels[index], float(probabilities[index])) for index in classes]
         return Prediction(name, top, unsure, none=classes[0] == self.network.none)

@@ -68,6 +68,8 @@ def fetch(url: str, allow_private: bool = False, seconds: float = MAX_SECONDS) -
             kind = response.headers.get("Content-Type", "").partition(";")[0]
             if kind.startswith("text/"):
                 raise OSError(f"the server sends {kind}, not an image: give the address of the image itself")
+            if response.headers.get("Content-Encoding", "identity").strip().lower() not in ("", "identity"):
+                raise OSError("the server sends compressed data, which was not asked for: download the image first")
             data = response.read(MAX_BYTES + 1)
             if len(data) > MAX_BYTES:
                 raise OSError(f"larger than {MAX_BYTES // 2**20} MB")

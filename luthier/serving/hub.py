@@ -18,7 +18,7 @@ from jinja2 import TemplateError
 from luthier.errors import REFUSED_BY_SYSTEM, UserError, message_for_user
 from luthier.output_dir import has_ended, has_weights
 from luthier.reporting.card import FIGURES, write_model_card
-from luthier.run_files import CODE, CONFIG, EXPORTS, METRICS, ONNX, ONNX_FILES
+from luthier.run_files import CARD, CODE, CONFIG, EXPORTS, METRICS, ONNX, ONNX_FILES
 from luthier.terminal import say
 
 # Besides the card, which is rewritten with the repository's name. Nothing else leaves the machine: no checkpoints,
@@ -145,6 +145,8 @@ def stage(output_dir: Path, repo_id: str, staging: Path) -> None:
             copy = staging / path.relative_to(output_dir)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, copy)
+        if (card := output_dir / CARD).is_file():  # of which a part is kept
+            shutil.copyfile(card, staging / CARD)
         write_model_card(staging, metrics, repo_id)
         if not has_ended(output_dir):
             raise UserError(

@@ -214,6 +214,7 @@ def test_space_of_a_model_that_the_hub_does_not_have_is_refused(monkeypatch):
     [
         (Prediction("", [("none", 0.9), ("a", 0.1)], unsure=True, none=True), "None of these"),
         (Prediction("", [("a", 0.9), ("none", 0.1)]), "a (90%)"),
+        (Prediction("", [], error="not a number"), "No prediction: not a number"),
     ],
 )
 def test_answer_is_that_of_the_prediction(prediction, answer):

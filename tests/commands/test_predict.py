@@ -1,8 +1,10 @@
 """predict.py: the predictions of evaluation and of `pipeline`, every kind of input and output, and bad inputs."""
 
 import csv
+import errno
 import io
 import json
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -115,6 +117,23 @@ def test_every_line_of_the_standard_input_is_an_input(tmp_path):
     assert list(predict.expand([""])) == [("", "there is no such file")]
     (tmp_path / "a.png\r").touch()
     assert list(predict.expand([f"{tmp_path}/a.png\r"])) == [(f"{tmp_path}/a.png\r", None)]
+    marked = ["\ufeffmissing.jpg\r\n", "\ufeff\n"]  # as Windows writes a list
+    assert list(predict.expand(["-"], marked)) == [("missing.jpg", "there is no such file")]
+    with_nulls = ["a.jpg\0./b[1].jpg", "folder\0/*", "a\0*"]  # as of `find -print0`
+    assert [error for _, error in predict.expand(["-"], with_nulls)] == ["there is no such file"] * 3
+
+
+def test_file_of_a_pattern_that_may_not_be_looked_at_is_an_input(tmp_path, monkeypatch):
+    (tmp_path / "a.png").touch()
+    stat = os.stat
+
+    def refuse(path, *args, **kwargs):
+        if str(path).endswith("a.png"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    assert list(predict.expand([f"{tmp_path}/*"])) == [(f"{tmp_path}/a.png", None)]
 
 
 def test_closed_standard_output_is_of_no_use_without_a_file(model, monkeypatch, capsys, tmp_path):
@@ -375,6 +394,23 @@ def test_prediction_that_is_stopped_does_not_wait_for_what_is_being_read(model, 
     release.set()
 
 
+class Diverged:
+    labels, unsure_below, none, batch_size = ["a", "b"], 0.0, None, 16
+
+    def view(self, image):
+        return image
+
+    def rate(self, views):
+        return Rated(np.full((len(views), 2), np.nan, np.float32), np.full(len(views), np.nan, np.float32))
+
+
+@pytest.mark.parametrize("format", ["table", "jsonl", "csv"])
+def test_answer_that_is_no_number_is_no_prediction(format):
+    prediction, file = Classifier(Diverged()).predict(draw("red", 1), 2), io.StringIO()
+    predict.WRITERS[format](file, 2)(prediction)
+    assert prediction.error and prediction.error in file.getvalue() and "nan" not in file.getvalue().lower()
+
+
 class Fixed:
     """A network that is as sure of everything."""
 
@@ -406,3 +442,13 @@ def test_csv_has_no_answer_where_the_model_is_unsure():
     assert (sure["label_2"], sure["score_2"]) == ("'=x", "0.400000")
     assert unsure["answer"] == "" and unsure["label_1"] == "red"
     assert failed["answer"] == failed["label_1"] == "" and failed["error"] == "the file is empty"
+
+
+def test_names_with_line_breaks_stay_in_their_cells_of_csv():
+    file = io.StringIO(newline="")
+    write = predict.WRITERS["csv"](file, 1)
+    for name in ("a\rb.png", "c\nd.png", "e.png"):
+        write(Prediction(name, [("re\rd", 0.9)]))
+    rows = list(csv.DictReader(io.StringIO(file.getvalue(), newline="")))
+    assert [row["input"] for row in rows] == ["a\rb.png", "c\nd.png", "e.png"] and rows[0]["label_1"] == "re\rd"
+    assert "\r\n" not in file.getvalue(), "Windows' standard output would make three characters of it"

@@ -1,5 +1,6 @@
 """Fetching images: a server on a loopback address that misbehaves in many ways, and addresses that are refused."""
 
+import gzip
 import io
 import shutil
 import socket
@@ -61,6 +62,9 @@ class MisbehavingHandler(BaseHTTPRequestHandler):
 
     def cut_png(self):
         self.respond(200, png_image()[:100], Content_Length="5000")
+
+    def packed_png(self):
+        self.respond(200, gzip.compress(png_image()), Content_Type="image/png", Content_Encoding="gzip")
 
     def loop(self):
         self.respond(302, Location="/loop")
@@ -146,6 +150,7 @@ def test_good_image_is_fetched(server, path):
         ("colourful", r"^the server answers 404 \[31mred$"),
         ("endless", "larger than 32 MB"),
         ("garbage", "does not speak HTTP"),
+        ("packed.png", "compressed data, which was not asked for"),
     ],
 )
 def test_bad_answer_gives_one_message(server, path, message):

@@ -423,6 +423,18 @@ def test_damaged_note_of_exports_is_left_out(finished_run, tmp_path):
         assert "## Exports" not in (tmp_path / "README.md").read_text()
 
 
+@pytest.mark.parametrize(("head", "kept"), [("license: mit\nlanguage: en\n", True), (": [\n", False)])
+def test_licence_that_a_person_has_added_to_the_card_stays(finished_run, tmp_path, head, kept):
+    run, staging = tmp_path / "run", tmp_path / "staging"
+    shutil.copytree(finished_run, run)
+    card = (run / "README.md").read_text()
+    (run / "README.md").write_text(card.replace("---\n", f"---\n{head}", 1))
+    staging.mkdir()
+    hub.stage(run, "me/x", staging)
+    published = (staging / "README.md").read_text()
+    assert ("license: mit" in published) == ("language: en" in published) == kept and "library_name" in published
+
+
 def test_folder_without_a_run_sends_no_request(server, push, tmp_path):
     for text in (None, "{}", "no JSON"):
         if text:
