@@ -18,6 +18,7 @@ from luthier.cores import count_cores
 from luthier.errors import ImagesChanged, UserError
 from luthier.images.columns import label_and_image, load_named
 from luthier.images.decode import decode_rgb, read_bytes, reason
+from luthier.images.folders import hint_at_table
 from luthier.images.groups import add_groups
 from luthier.images.inspection import MAX_UNREADABLE, UnreadableImage, inspect, leave_out_unreadable, listing
 from luthier.images.metadata import Columns, has_shards, load_directory
@@ -31,7 +32,7 @@ from luthier.options import BUILT_IN_DATASET
 from luthier.processes import available_cores
 from luthier.terminal import plural, say
 
-PREPARATION = 8  # part of the cache's key: raise it when what is stored changes
+PREPARATION = 9  # part of the cache's key: raise it when what is stored changes
 STORED_SIDE = 2  # shorter side of a stored training image, in sides of the view
 SMALL = 4  # a file is stored that has a fourth of its view's bytes, and no more than four times its pixels
 VIEW_THREADS = 4  # that read stored views: each takes a millisecond or so, and more threads were slower
@@ -126,7 +127,8 @@ def list_images(
     splits = label_and_image(splits, columns.image, columns.label, columns.group, label_names, to_train)
     names = splits["train"].features["label"].names
     if to_train and len(names) < 2:
-        raise UserError(f"all images have the one class {names[0]!r}: a classifier needs at least two")
+        hint = hint_at_table(root) if root and not labels else ""
+        raise UserError(f"all images have the one class {names[0]!r}: a classifier needs at least two{hint}")
     alike = Counter(name.casefold() for name in names)
     if same := [name for name in names if alike[name.casefold()] > 1]:
         say("careful", f"classes whose names differ in capitals alone: {', '.join(map(repr, same[:MAX_NAMED]))}")
@@ -211,7 +213,7 @@ def prepare(splits: DatasetDict, view: EvaluationView, quiet: bool = False) -> D
             cache_key(column, key),
             functools.partial(prepare_batch, store=store, column=column),
             Features({column: feature} | dict.fromkeys(("digest", "error"), Value("string"))),
-            lasts=lambda made: not any(made["error"][:]),
+            lasts=lambda made: [not error for error in made["error"]],
             topic="prepare",
             unit=f"images of {split}",
             beside=["label"],
@@ -250,9 +252,9 @@ def prepare_batch(batch: dict, indices: list[int], store: Callable, column: str)
 
 def store_training_image(data: bytes, shorter_side: int) -> dict:
     """Return what is stored of a training image, as `datasets.Image` has it; see `prepare`."""
-    image, changed, *_ = decode_rgb(data, shorter_side)
+    image, changed, _, size_in_file = decode_rgb(data, shorter_side)
     stored = io.BytesIO()
-    if min(image.size) > shorter_side:
+    if min(size_in_file) > shorter_side:  # even if it was decoded at a reduced scale, at just this size
         scale = shorter_side / min(image.size)
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
         image.resize(size, PILImage.Resampling.BICUBIC, reducing_gap=3).save(stored, "JPEG", quality=90, subsampling=0)

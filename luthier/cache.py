@@ -130,7 +130,7 @@ def make_rows(
     key: str,
     make: Callable[[dict, list[int]], dict],
     features: Features,
-    lasts: Callable[[Dataset], bool],
+    lasts: Callable[[dict], list[bool]],
     topic: str,
     unit: str,
     beside: Sequence[str] = (),
@@ -147,7 +147,7 @@ def make_rows(
         key: of all that the function depends on.
         make: as `Dataset.map` takes it, for batches with the numbers of their rows.
         features: of what it makes.
-        lasts: tells of new rows whether they may be kept.
+        lasts: tells of each row that was made whether it may be kept; another one is made again next time.
         topic, unit: of the lines of progress, see `terminal.Tenths`.
         beside: columns of small values that the answer has too, as they are in the dataset.
     """
@@ -165,7 +165,9 @@ def make_rows(
 
         def make_batch(batch: dict, indices: list[int], first: int = first, rows: list[int] = rows) -> dict:
             numbers = [rows[index] for index in indices]
-            made = make(batch, numbers) | {KEY: [keys[row] for row in numbers]}
+            made = make(batch, numbers)
+            # No run looks for an empty key, so that a row of one is made again, and the rows beside it are not.
+            made[KEY] = [keys[row] if kept else "" for row, kept in zip(numbers, lasts(made), strict=True)]
             progress.reach(first + indices[-1] + 1)
             return made
 
@@ -176,21 +178,18 @@ def make_rows(
             cache_file_name=str(path), load_from_cache_file=False, new_fingerprint=cache_key(key, file, first),
             desc=f"{topic}: {unit}" + (f", {first:,} of {len(new):,} done" if len(new) > PART_ROWS else ""),
         )  # fmt: skip
-        parts.append(_keep(part, path, f"{file}-{first:09}.arrow", lasts(part)))
+        parts.append(_keep(part, path, f"{file}-{first:09}.arrow"))
     made, places = concatenate_datasets(parts).remove_columns(KEY), [place_of[name] for name in keys]
     for column in beside:
         made = made.add_column(column, _put(dataset[column][:], places, len(made)), feature=dataset.features[column])
     return (made if places == list(range(len(made))) else made.select(places)), len(keys) - len(new)
 
 
-def _keep(part: Dataset, path: Path, name: str, lasts: bool) -> Dataset:
-    """Give the file of a part its name, by which files are in the order of the rows, or remove it; return the part.
+def _keep(part: Dataset, path: Path, name: str) -> Dataset:
+    """Give the file of a part its name, by which files are in the order of the rows; return the part.
 
     Without its name the file stays readable for this process, not for the next one.
     """
-    if not lasts:
-        path.unlink(missing_ok=True)
-        return part
     try:
         path.replace(path.with_name(name))
     except OSError:  # Windows renames no open file: it is made again next time

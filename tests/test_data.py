@@ -2,23 +2,18 @@
 
 import hashlib
 import io
-import os
 import shutil
-import time
-from collections import Counter
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import COLOURS, draw, draw_folder, encoded, labels_of, load, save_dataset
+from conftest import COLOURS, draw, draw_folder, encoded, labels_of, load
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 from torch.utils.data import default_collate
 
 import data
-import luthier.cache as cache
 import luthier.images.inspection as inspection
 from data import load_splits, prepare, store_training_image, with_transforms
 from luthier.errors import UserError
@@ -84,20 +79,6 @@ def test_missing_test_split_is_taken_from_train(tmp_path):
     draw_folder(tmp_path / "p/val", 2, first=50)
     splits = load(data_dir=str(tmp_path / "p"))
     assert {split: len(dataset) for split, dataset in splits.items()} == {"train": 24, "validation": 6, "test": 6}
-
-
-def test_changed_file_is_prepared_again(images, view):
-    before = describe(prepare(load(data_dir=str(images)), view), "drawn")["fingerprint"]
-    assert describe(prepare(load(data_dir=str(images)), view), "drawn")["fingerprint"] == before
-    draw("red", 999).save(images / "red/000.png")
-    assert describe(prepare(load(data_dir=str(images)), view), "drawn")["fingerprint"] != before
-
-
-def test_second_run_decodes_nothing(images, monkeypatch, view):
-    prepare(load(data_dir=str(images)), view)
-    for module in (data, inspection):
-        monkeypatch.setattr(module, "decode_rgb", lambda *arguments: pytest.fail("decoded again"))
-    assert len(prepare(load(data_dir=str(images)), view)["train"]) == 15
 
 
 @pytest.mark.parametrize("fractions", [{"test_fraction": 0}, {"validation_fraction": 1.5}])
@@ -169,150 +150,6 @@ def test_split_with_only_unreadable_images_is_reported(tmp_path):
         load(data_dir=str(tmp_path / "p"))
 
 
-@pytest.fixture
-def empty_cache(tmp_path, monkeypatch):
-    """The cache is empty at the beginning of the test; otherwise it has the images of other tests."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-def test_read_error_is_not_cached(images, monkeypatch, view, empty_cache):
-    def fail(*arguments):
-        raise OSError(5, "the disk is away")
-
-    for module, message in (
-        (inspection, "cannot be opened: the disk is away"),
-        (data, "read before are not there now"),
-    ):
-        with monkeypatch.context() as patch, pytest.raises(UserError, match=message):
-            patch.setattr(module, "decode_rgb", fail)
-            prepare(load(data_dir=str(images)), view)
-    assert len(prepare(load(data_dir=str(images)), view)["train"]) == 15
-
-
-def test_inspection_that_is_interrupted_goes_on_where_it_was(tmp_path, monkeypatch, empty_cache):
-    """The rows of a dataset have no names but their numbers, which must stay what they are."""
-    path = save_dataset(tmp_path / "set", Value("string"), {"train": ["a", "b"] * 10})
-    inspected, decode = [], inspection.decode_rgb
-
-    def decode_some(content, *rest):
-        if len(inspected) == limit:
-            raise KeyboardInterrupt
-        inspected.append(content)
-        return decode(content, *rest)
-
-    monkeypatch.setattr(cache, "PART_ROWS", 8)
-    monkeypatch.setattr(inspection, "decode_rgb", decode_some)
-    limit = 12
-    with pytest.raises(KeyboardInterrupt):
-        load(dataset_name=path)
-    inspected.clear()
-    limit = 100
-    splits = load(dataset_name=path)
-    names = sorted((name for split in splits.values() for name in split["name"][:]), key=lambda name: int(name[10:]))
-    assert names == [f"train row {row}" for row in range(20)] and 12 <= len(inspected) < 20
-    assert load(dataset_name=path)["train"]["name"][:] == splits["train"]["name"][:]
-
-
-def test_file_that_changes_with_its_size_and_time_is_not_kept_as_another(images, view, empty_cache):
-    path = images / "red/000.png"
-    splits, content, status = load(data_dir=str(images)), path.read_bytes(), path.stat()
-    changed = bytearray(content)
-    changed[-20] ^= 1
-    path.write_bytes(changed)
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    with pytest.raises(UserError, match=r"red/000.png: it has changed since it was read. If starting again"):
-        prepare(splits, view)
-    path.write_bytes(content)
-    assert len(prepare(splits, view)["train"]) == len(splits["train"])
-
-
-def test_image_that_memory_did_not_suffice_for_is_read_again(images, monkeypatch, empty_cache):
-    def fail(*arguments):
-        raise MemoryError
-
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="there is not enough memory"):
-        patch.setattr(inspection, "decode_rgb", fail)
-        load(data_dir=str(images))
-    assert sum(map(len, load(data_dir=str(images)).values())) == 24
-
-
-def test_files_of_killed_processes_are_removed(images, view, empty_cache, tmp_path):
-    prepare(load(data_dir=str(images)), view)
-    folder = next((tmp_path / "cache").glob("luthier_inspected/*"))
-    cache._remove_stale_files.cache_clear()
-    for name, age in (("tmpold", 2 * cache.STALE_SECONDS), ("tmpnew", 60), ("tmpfolder", 2 * cache.STALE_SECONDS)):
-        (folder / name).touch() if name != "tmpfolder" else (folder / name).mkdir()
-        os.utime(folder / name, (time.time() - age,) * 2)
-    draw("red", 7000).save(images / "red/more.png")
-    load(data_dir=str(images))
-    assert [path.name for path in folder.glob("tmp*")] == ["tmpnew"]
-
-
-def test_folder_that_is_read_again_warns_of_nothing(images, view, empty_cache, caplog):
-    for seed in range(3):
-        draw("red", 7000 + seed).save(images / f"red/more{seed}.png")
-        prepare(load(data_dir=str(images)), view)
-    assert "damaged" not in caplog.text
-
-
-def test_damaged_file_of_the_cache_is_left_out(images, view, empty_cache, tmp_path, caplog):
-    prepare(load(data_dir=str(images)), view)
-    for part in (tmp_path / "cache").rglob("rows-*.arrow"):
-        part.write_bytes(part.read_bytes()[:100])
-    assert len(prepare(load(data_dir=str(images)), view)["train"]) == 15 and "it is damaged" in caplog.text
-
-
-def test_images_of_an_earlier_run_are_reused(images, monkeypatch, view, empty_cache, capsys):
-    """Adding images, a class and copies, and renaming a file, prepares only what is new."""
-    made = Counter()
-
-    def watch(kind, function):
-        return lambda *arguments, **rest: made.update([kind]) or function(*arguments, **rest)
-
-    def counts():
-        numbers = dict(made)
-        made.clear()
-        return numbers
-
-    def both():
-        splits = load(data_dir=str(images), test_fraction=0.2, validation_fraction=0.2)
-        return splits, prepare(splits, view)
-
-    monkeypatch.setattr(inspection, "decode_rgb", watch("inspect", inspection.decode_rgb))
-    monkeypatch.setattr(data, "store_training_image", watch("train", data.store_training_image))
-    packer = data.view_packer
-    monkeypatch.setattr(data, "view_packer", lambda view: watch("other", packer(view)))
-    before, _ = both()
-    total = sum(map(len, before.values()))
-    assert counts() == {"inspect": total, "train": len(before["train"]), "other": total - len(before["train"])}
-    both()
-    assert counts() == {}
-    assert f"reuse    {total} of {total} images as they were stored before" in capsys.readouterr().out
-
-    (images / "violet").mkdir()
-    for seed in range(6):
-        draw("red", 5000 + seed).save(images / f"violet/{seed}.png")
-    first = next((images / "red").iterdir())
-    shutil.copy(first, images / "red/copy.png")
-    first.rename(images / "red/renamed.png")
-    after, prepared = both()
-    numbers = counts()
-    moved = sum(
-        (image in before["train"]["digest"][:]) != (split == "train")
-        for split in after for image in after[split]["digest"][:]
-    )  # fmt: skip
-    assert numbers["inspect"] == 6 + 2 and numbers["train"] + numbers["other"] <= 6 + 1 + moved
-    for split, dataset in after.items():
-        assert (
-            prepared[split]["digest"][:] == dataset["digest"][:] and prepared[split]["label"][:] == dataset["label"][:]
-        )
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", images.parent / "another")
-    fresh = prepare(after, view)
-    for split, rows in with_transforms(prepared, view, "none", "evaluation").items():
-        others = with_transforms(fresh, view, "none", "evaluation")[split]
-        assert all(torch.equal(rows[i]["pixel_values"], others[i]["pixel_values"]) for i in range(len(rows)))
-
-
 def test_large_image_is_stored_smaller_and_looks_the_same(tmp_path, view):
     smooth = draw("red", 1, 8, 6).resize((2000, 1500), PILImage.Resampling.BICUBIC)
     data = encoded(smooth, tmp_path, "jpg", quality=95)
@@ -320,6 +157,14 @@ def test_large_image_is_stored_smaller_and_looks_the_same(tmp_path, view):
     assert stored.format == "JPEG" and min(stored.size) == 64 and stored.mode == "RGB"
     difference = view(stored).sub(view(decode_rgb(data).image)).abs() * 127.5  # in 8-bit levels
     assert difference.mean() < 1.5 and difference.max() < 12
+
+
+@pytest.mark.parametrize("side", [128, 256, 512, 513])
+def test_photograph_that_is_decoded_at_just_the_stored_size_is_not_stored_whole(side):
+    file = io.BytesIO()
+    draw("red", 1, side, side).save(file, "JPEG", quality=90)
+    stored = store_training_image(file.getvalue(), 64)["bytes"]
+    assert PILImage.open(io.BytesIO(stored)).size == (64, 64)
 
 
 def test_elongated_and_tiny_images_are_stored(tmp_path):
@@ -387,18 +232,6 @@ def test_classes_that_differ_in_capitals_alone_are_named(tmp_path, capsys):
     (tmp_path / "green").rename(tmp_path / "Red")
     load_splits(data_dir=str(tmp_path))
     assert "classes whose names differ in capitals alone: 'Red', 'red'" in capsys.readouterr().out
-
-
-def test_damaged_cache_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    draw_folder(tmp_path / "images", per_class=6)
-    load_splits(data_dir=str(tmp_path / "images"))
-    for path in (tmp_path / "cache/generator").rglob("dataset_info.json"):
-        path.write_text("")
-    with pytest.raises(UserError, match=r"the cache in .*generator is damaged .*: remove this folder"):
-        load_splits(data_dir=str(tmp_path / "images"))
-    shutil.rmtree(tmp_path / "cache/generator")
-    assert sum(map(len, load_splits(data_dir=str(tmp_path / "images"))[0].values())) == 18
 
 
 def inspected(labels: list[int], unreadable: set[int]) -> DatasetDict:

@@ -5,6 +5,7 @@ import itertools
 import json
 import logging
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,7 +30,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 PLAN = "shards.json"  # in a folder that prepare.py writes: what its files are made of
-ENCODED_IMAGE = {"bytes": Value("binary"), "path": Value("string")}  # an image column that lost its type
+# The types in an image column that lost its own: polars and pyarrow write large ones, pandas a path that is never set.
+BINARY, TEXT = (Value("binary"), Value("large_binary")), (Value("string"), Value("large_string"), Value("null"))
 LABEL_COLUMNS = ("label", "labels", "class", "cls", "category", "target", "fine_label")
 
 
@@ -68,7 +70,7 @@ def check_holds_images(splits: Mapping[str, Dataset], dataset_name: str) -> None
         if dataset.info.builder_name == "imagefolder":  # its rows name its own files
             continue
         for column, feature in dataset.features.items():
-            if isinstance(feature, Image) or feature == ENCODED_IMAGE:
+            if isinstance(feature, Image) or is_encoded_image(feature):
                 for images in dataset.data.column(column).chunks:
                     outside = pc.and_(pc.is_null(images.field("bytes")), pc.is_valid(images.field("path")))
                     if pc.any(outside).as_py():
@@ -77,6 +79,16 @@ def check_holds_images(splits: Mapping[str, Dataset], dataset_name: str) -> None
                             f"the split {split} of {dataset_name} names a file in the place of an image ({path}): "
                             "write the images themselves into the dataset, or give a table of files with --labels"
                         )
+
+
+def is_encoded_image(feature: object) -> bool:
+    """Tell whether a column is one of images, as `datasets` stores them, that has lost its type."""
+    return (
+        isinstance(feature, dict)
+        and feature.keys() == {"bytes", "path"}
+        and feature["bytes"] in BINARY
+        and feature["path"] in TEXT
+    )
 
 
 def check_complete(folder: Path) -> None:
@@ -230,7 +242,7 @@ def label_and_image(
     if unused:
         classes = plural(len(unused), "class", "classes")
         logger.warning(f"Not used: {classes} of the column {label_column!r} without images, such as {unused[0]!r}")
-    index_of = {name: index for index, name in enumerate(name_of.values())}
+    index_of = {name: index for index, name in enumerate(dict.fromkeys(name_of.values()))}
     learned = {name_of[value] for value in values["train"]}
     missing = [name for name in index_of if name not in learned]
     if missing and to_train:
@@ -276,7 +288,7 @@ def find_columns(features: Features, image_column: str | None, label_column: str
     image_column = _find_column(
         "image", image_column, features, [name for name, feature in features.items() if isinstance(feature, Image)]
     )
-    encoded = features[image_column] == Value("binary") or features[image_column] == ENCODED_IMAGE
+    encoded = features[image_column] in BINARY or is_encoded_image(features[image_column])
     if not encoded and not isinstance(features[image_column], Image):
         raise UserError(f"the column {image_column!r} holds no images but {features[image_column]}")
     typed = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
@@ -295,7 +307,10 @@ def labels_of_splits(splits: Mapping[str, list], label_column: str) -> dict[str,
     """
     labels = {}
     for split, values in splits.items():
-        unlabelled = sum(value in (None, -1, "") or value != value for value in values)  # NaN is not equal to itself
+        # NaN is not equal to itself.
+        unlabelled = sum(
+            value in (None, -1) or value != value or (isinstance(value, str) and not value.strip()) for value in values
+        )
         if unlabelled == len(values) and split != "train":
             logger.warning(f"Not used: the {split} split, which has no labels")
         elif unlabelled:
@@ -316,7 +331,7 @@ def index_of_labels(feature: object, values: set, label_column: str) -> dict:
         UserError: the column has no labels.
     """
     names = _names_of_labels(feature, values, label_column)
-    index_of = {name: index for index, name in enumerate(names.values())}
+    index_of = {name: index for index, name in enumerate(dict.fromkeys(names.values()))}
     return {value: index_of[name] for value, name in names.items()}
 
 
@@ -330,7 +345,10 @@ def _names_of_labels(feature: object, values: set, label_column: str) -> dict:
         return {value: name for value, name in known.items() if value in values}
     kinds = {type(value) for value in values}
     if kinds == {str}:
-        return {name: name for name in sort_names(values)}
+        # As of a table and of class folders: text files end with a line, and accented letters are written in two ways.
+        name_of = {value: unicodedata.normalize("NFC", value.strip()) for value in values}
+        order = {name: index for index, name in enumerate(sort_names({*name_of.values()}))}
+        return dict(sorted(name_of.items(), key=lambda item: order[item[1]]))
     if kinds in ({int}, {bool}):
         return {value: str(value) for value in sorted(values)}
     if kinds == {float} and all(value.is_integer() for value in values):  # pandas makes whole numbers so

@@ -26,6 +26,11 @@ UPRIGHT = {  # what turns an image upright, by its EXIF orientation
 MAX_BYTES = 2**30  # of a file; the largest images that Pillow opens have half of it, uncompressed
 STRIP = 256  # rows of a grey image that are converted at a time: all of them would take eight times their memory
 MAX_RATIO = 500  # of an image's sides: a view enlarges the shorter one, and the longer one with it
+# By macOS, Windows, Linux, and network disks of Synology, whose @eaDir has thumbnails of all images beside it.
+LEFT_BEHIND = {
+    "__MACOSX", "Thumbs.db", "desktop.ini", "$RECYCLE.BIN", "System Volume Information", "lost+found", "@eaDir",
+    "#recycle",
+}  # fmt: skip
 CONVERT = "convert it to JPEG or PNG"
 NOT_OPENED = "cannot be opened: "  # prefix of reasons that may be gone at the next try
 
@@ -115,7 +120,7 @@ def read_file(path: str | Path) -> bytes:
 
 def is_hidden(name: str) -> bool:
     """Tell whether a file or folder is hidden, or one that an operating system leaves behind."""
-    return name.startswith(".") or name in ("__MACOSX", "Thumbs.db", "desktop.ini")
+    return name.startswith(".") or name in LEFT_BEHIND
 
 
 def is_image(name: str) -> bool:

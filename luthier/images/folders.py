@@ -36,10 +36,12 @@ SPLIT_OF_FOLDER = {
 }
 
 ARCHIVES = {".zip", ".7z", ".rar", ".tar", ".tgz", ".gz", ".xz", ".bz2"}
+FILE_SUFFIX = re.compile(r"\.[A-Za-z][A-Za-z0-9]{0,4}")  # of a file, and not of a class such as `v1.0` or `St.Bernard`
+TABLES: dict[str, str | None] = {".csv": ",", ".tsv": "\t", ".jsonl": None, ".ndjson": None, ".parquet": None}
 MOST_SPLITS = 5  # folders that splits may be; more are classes
 SHARDS = (".parquet", ".tar")  # of files that hold many images
 GIVEN_GROUP = "given_group"  # the column of what an image belongs to, where the user has told it
-STAMP = "stamp"  # the column that changes with a file: its path, its size in bytes, and when it was last changed
+STAMP = "stamp"  # the column that changes with a file: its path, size in bytes, and times of the last change
 
 Grouping = Callable[[PurePosixPath], str]  # the group of an image; an empty one is none
 
@@ -91,7 +93,7 @@ def load_folder(root: Path, grouping: Grouping, to_train: bool) -> DatasetDict:
     if not any(files.values()):
         raise UserError(
             f"{root} has no images in class folders. Expected {root}/CLASS/image.jpg, in the formats "
-            f"{', '.join(sorted(EXTENSIONS))}"
+            f"{', '.join(sorted(EXTENSIONS))}{hint_at_table(root)}"
         )
     for split, listed in files.items():
         if not listed:
@@ -112,6 +114,12 @@ def load_folder(root: Path, grouping: Grouping, to_train: bool) -> DatasetDict:
             few = ", ".join(names[:3])
             logger.warning(f"Not used, because {why}: {plural(len(names), 'file')}, such as {few}")
     return load_listed(files)
+
+
+def hint_at_table(root: Path) -> str:
+    """Return the end of an error where a table in the folder may hold the classes; it is empty where none is there."""
+    tables = [path for path in sorted(root.iterdir()) if path.suffix.lower() in TABLES and not is_hidden(path.name)]
+    return f". If {tables[0].name} holds the classes, give --labels {tables[0]}" if tables else ""
 
 
 def check_folder(folder: Path, advice: str) -> None:
@@ -204,7 +212,7 @@ def _check_links(folder: Path) -> None:
     with os.scandir(folder) as entries:
         links = [Path(entry.path) for entry in entries if entry.is_symlink() and not is_hidden(entry.name)]
     for link in links:
-        if not link.suffix and not link.exists():
+        if not FILE_SUFFIX.fullmatch(link.suffix) and not link.exists():
             raise UserError(f"{link} is a link to what is not there: mend or remove it")
 
 
@@ -293,7 +301,9 @@ def _list_class_folders(split_root: Path, root: Path, skipped: Counter, grouping
     """Return every image, at any depth below a class folder; count other files in `skipped`."""
     listed = []
     skipped.update(
-        str(entry.relative_to(root)) for entry in split_root.iterdir() if entry.is_file() and not is_hidden(entry.name)
+        str(entry.relative_to(root))
+        for entry in split_root.iterdir()
+        if not is_hidden(entry.name) and (entry.is_file() or not entry.exists())
     )
     for folder in subfolders(split_root):
         # macOS and Linux write an accented letter differently; a model must not see two classes in that.
@@ -337,7 +347,8 @@ def stamp_of(path: str) -> str:
         OSError: it cannot be read.
     """
     status = Path(path).stat()
-    return f"{Path(path).absolute()} {status.st_size} {status.st_mtime_ns}"
+    # Also when the entry of the file last changed: archives give all files one time, and `cp -p` keeps it.
+    return f"{Path(path).absolute()} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
 
 
 def _file_rows(files: tuple[tuple, ...], columns: tuple[str, ...]) -> Iterator[dict]:

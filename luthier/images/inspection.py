@@ -60,7 +60,7 @@ def inspect(dataset: Dataset, split: str, root: Path | None = None) -> Dataset:
         cache_key(split, root and root.absolute(), INSPECTION, library_versions("pillow")),
         functools.partial(_inspect_batch, split=split, root=root),
         Features(features),
-        lasts=lambda made: not any(error and error.startswith(NOT_OPENED) for error in made["error"][:]),
+        lasts=lambda made: [not (error or "").startswith(NOT_OPENED) for error in made["error"]],
         topic="inspect",
         unit=f"images of {split}",
     )

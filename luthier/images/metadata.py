@@ -384,7 +384,7 @@ def _find_image_column(table: Table, files: ImageFiles, names: list[str]) -> str
 
 def _is_index(name: str) -> bool:
     """Tell whether a column is the number of the row, as pandas writes it."""
-    return not name or name.startswith("Unnamed: ")
+    return not name or name.startswith(("Unnamed: ", "__index_level_"))
 
 
 def _without_points(values: list[str]) -> list[str]:

@@ -12,10 +12,10 @@ from datasets import ClassLabel, Dataset, Image, Value
 from datasets.exceptions import DatasetGenerationError
 
 from luthier.errors import UserError
-from luthier.images.columns import ENCODED_IMAGE
+from luthier.images.columns import is_encoded_image
+from luthier.images.folders import TABLES
 from luthier.terminal import say
 
-SUFFIXES = {".csv": ",", ".tsv": "\t", ".jsonl": None, ".ndjson": None, ".parquet": None}
 DELIMITERS = ",;\t|"
 METADATA = ("metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.parquet")  # as `datasets` names them, and TSV
 
@@ -55,15 +55,15 @@ def read_table(path: Path, least: int = 2) -> Table:
     """
     suffix = path.suffix.lower()
     if not path.is_file():
-        raise UserError(f"--labels {path} is not a file: give a table ({', '.join(SUFFIXES)})")
+        raise UserError(f"--labels {path} is not a file: give a table ({', '.join(TABLES)})")
     if suffix in (".xlsx", ".xls", ".ods"):
         raise UserError(f"{path} is a spreadsheet: save it as CSV, and give that file")
-    if suffix not in SUFFIXES:
-        raise UserError(f"{path} is not a table that can be read: give one of {', '.join(SUFFIXES)}")
+    if suffix not in TABLES:
+        raise UserError(f"{path} is not a table that can be read: give one of {', '.join(TABLES)}")
     nested = frozenset[str]()
     if suffix == ".parquet":
         columns, rows, nested = _read_parquet(path)
-    elif SUFFIXES[suffix] is None:
+    elif TABLES[suffix] is None:
         columns, rows, nested = _read_json_lines(path)
     else:
         columns, rows = _read_delimited(path)
@@ -105,7 +105,7 @@ def _read_delimited(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]
     if first.startswith("sep="):  # Excel's own line
         text, begin = text.partition("\n")[2], 2
         first = text.partition("\n")[0]
-    own = SUFFIXES[path.suffix.lower()] or ","
+    own = TABLES[path.suffix.lower()] or ","
     delimiter = max(own + DELIMITERS, key=first.count)
     # Strict, or one quote too many would take the rest of the file for a value.
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
@@ -155,7 +155,7 @@ def _read_parquet(path: Path) -> tuple[list[str], list[tuple[int, list[str]]], f
         table = Dataset.from_parquet(str(path), keep_in_memory=True)
     except (DatasetGenerationError, OSError, ValueError) as error:
         raise UserError(f"{path} is not a Parquet file that can be read: write it anew, or save it as CSV") from error
-    if any(feature == ENCODED_IMAGE or isinstance(feature, Image) for feature in table.features.values()):
+    if any(is_encoded_image(feature) or isinstance(feature, Image) for feature in table.features.values()):
         raise UserError(f"{path} holds the images themselves: load it with --dataset_name {path.parent}")
     values = [map(_as_text, _named(table[name][:], table.features[name])) for name in table.column_names]
     rows = [(number, list(row)) for number, row in enumerate(zip(*values, strict=True), start=1)]

@@ -1,10 +1,13 @@
 """A dataset by name: which columns hold images and labels, which classes there are, and how they are ordered."""
 
+import unicodedata
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from conftest import draw, draw_folder, labels_of, load, save_dataset
+from conftest import COLOURS, draw, draw_folder, encode, labels_of, load, save_dataset
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from huggingface_hub.utils import httpx
 
@@ -170,3 +173,44 @@ def test_splits_of_a_dataset_are_known_by_their_names(caplog):
         named_splits({"train": 1, "val": 2, "dev": 3}, "set")
     with pytest.raises(UserError, match="set has the splits val, test, but none to train on"):
         named_splits({"val": 1, "test": 2}, "set")
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        pa.large_binary(),
+        pa.struct([("bytes", pa.large_binary()), ("path", pa.large_string())]),
+        pa.struct([("bytes", pa.binary()), ("path", pa.null())]),
+        pa.struct([("path", pa.string()), ("bytes", pa.binary())]),
+    ],
+)
+def test_images_as_polars_and_pandas_write_them(tmp_path, stored):
+    files = [encode(sorted(COLOURS)[row % 3], row) for row in range(24)]
+    images = [{"bytes": file, "path": None} for file in files] if pa.types.is_struct(stored) else files
+    columns = {"image": pa.array(images, stored), "label": [row % 3 for row in range(24)]}
+    pq.write_table(pa.table(columns), tmp_path / "train-00000-of-00001.parquet")
+    splits = load(data_dir=str(tmp_path), image_column="image")
+    assert sum(len(dataset) for dataset in splits.values()) == 24
+
+
+def test_large_texts_of_paths_are_refused_too(tmp_path):
+    stored = pa.struct([("bytes", pa.large_binary()), ("path", pa.large_string())])
+    columns = {"image": pa.array([{"bytes": None, "path": "/etc/hosts"}] * 4, stored), "label": [0, 1, 0, 1]}
+    pq.write_table(pa.table(columns), tmp_path / "train-00000-of-00001.parquet")
+    with pytest.raises(UserError, match="names a file in the place of an image"):
+        load(data_dir=str(tmp_path), image_column="image")
+
+
+def test_white_space_and_accents_make_no_second_class(tmp_path):
+    decomposed = unicodedata.normalize("NFD", "fée")
+    labels = ["cat", "cat\n", " cat", "dog", "fée", decomposed] * 4
+    splits = load(dataset_name=save_dataset(tmp_path / "set", Value("string"), {"train": labels}))
+    assert labels_of(splits) == ["cat", "dog", "fée"]
+    counts = [sum(split["label"][:].count(index) for split in splits.values()) for index in range(3)]
+    assert counts == [12, 4, 8]
+
+
+def test_label_of_white_space_alone_is_none(tmp_path):
+    path = save_dataset(tmp_path / "set", Value("string"), {"train": ["a", "b", " \n"] * 4})
+    with pytest.raises(UserError, match="4 rows of the train split have no label"):
+        load(dataset_name=path)

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from conftest import draw, draw_folder, labels_of, load
+from conftest import COLOURS, draw, draw_folder, labels_of, load
 
 import data
 from luthier.errors import UserError
@@ -307,3 +307,41 @@ def test_class_folder_of_images_in_a_format_that_is_not_read_says_so(images):
         UserError, match=r"violet has 2 images in a format that is not read, such as IMG_0\.HEIC: convert"
     ):
         load(data_dir=str(images))
+
+
+def test_folders_that_systems_leave_behind_are_no_classes_and_their_thumbnails_no_images(images):
+    for name in ("$RECYCLE.BIN", "System Volume Information", "lost+found", "@eaDir", "#recycle"):
+        (images / name).mkdir()
+    thumbnails = images / "red/@eaDir/000.png"
+    thumbnails.mkdir(parents=True)
+    draw("red", 500).save(thumbnails / "SYNOPHOTO_THUMB_M.jpg")
+    splits = load(data_dir=str(images))
+    assert labels_of(splits) == sorted(COLOURS)
+    assert sum(len(dataset) for dataset in splits.values()) == 24
+
+
+@pytest.mark.parametrize("name", ["St.Bernard", "v1.0", "violet"])
+def test_link_to_a_class_that_is_not_there_is_refused_whatever_its_name(images, name):
+    (images / name).symlink_to("nowhere")
+    with pytest.raises(UserError, match=f"{name} is a link to what is not there"):
+        load(data_dir=str(images))
+
+
+def test_link_to_a_file_that_is_not_there_is_reported(images, caplog):
+    (images / "README.md").symlink_to("nowhere")
+    load(data_dir=str(images))
+    assert "such as README.md" in caplog.text
+
+
+@pytest.mark.parametrize("folder", [".", "images"])
+def test_table_beside_the_images_is_pointed_at(tmp_path, folder):
+    root = tmp_path / "set"
+    (root / folder).mkdir(parents=True)
+    rows = []
+    for row in range(12):
+        draw(sorted(COLOURS)[row % 3], row).save(root / folder / f"{row}.png")
+        rows.append(f"{row}.png,{sorted(COLOURS)[row % 3]}")
+    (root / "train.csv").write_text("\n".join(["file,label", *rows]))
+    with pytest.raises(UserError, match=r"If train.csv holds the classes, give --labels .*train.csv"):
+        load(data_dir=str(root))
+    assert labels_of(load(data_dir=str(root), labels=str(root / "train.csv"))) == sorted(COLOURS)

@@ -483,3 +483,10 @@ def test_rows_are_numbered_as_an_editor_shows_them(root):
     content = 'sep=;\nfile;label;note\na0.png;blue;"two\nlines"\n\nb.png;red;x\n'
     with pytest.raises(UserError, match=r"row 6, column 'file': there is no image 'b\.png'"):
         load(root, content)
+
+
+def test_index_of_pandas_is_no_label(root):
+    rows = {"file_name": [f"a{n}.png" for n in range(12)], "breed": [CLASSES[n % 3] for n in range(12)]}
+    Dataset.from_dict(rows | {"__index_level_0__": [*range(11, -1, -1)]}).to_parquet(root / "metadata.parquet")
+    images, _ = load_images(data_dir=str(root))
+    assert images["train"].features["label"].names == list(CLASSES)
