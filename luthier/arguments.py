@@ -140,7 +140,7 @@ COMMON = {
     "num_train_epochs": "Most epochs; as many as pay if not given (docs/usage.md).",
     "learning_rate": "Learning rate of the head; the recipe's if not given.",
     "lr_scheduler_type": "How the learning rate changes.",
-    "per_device_train_batch_size": "Images on a device (docs/scaling.md).",
+    "per_device_train_batch_size": "Images on a device; see docs/scaling.md.",
     "gradient_accumulation_steps": "Batches in an optimizer step.",
     "weight_decay": "Weight decay of the optimizer.",
     "optim": "The optimizer, such as adamw_torch_fused or sgd.",

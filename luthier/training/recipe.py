@@ -29,6 +29,7 @@ class Recipe(NamedTuple):
         heats: how many heats there are at most, each twice as long as the one before; see `heats`.
         num_train_epochs: in the place of heats, for a single one of this length.
         shares: weights to choose from at the end: 1 is the trained ones, 0.5 their mean with those at the start.
+        small_batch: images in a step where an epoch has fewer than `LEAST_STEPS` of `BATCH`; at the same rates.
         rate_is_given: the learning rate is the user's, and for the batch as it is.
         batch: the user's, of a device; None leaves it to `batch_of_device`.
     """
@@ -42,11 +43,12 @@ class Recipe(NamedTuple):
     heats: int = 1
     num_train_epochs: float | None = None
     shares: tuple[float, ...] = (1.0,)
+    small_batch: int = BATCH
     rate_is_given: bool = False
     batch: int | None = None
 
     def batch_of_device(self, images: int, devices: int) -> int:
-        """Return how many images a device takes in a step: `BATCH`, or a part of it where an epoch is short.
+        """Return how many images a device takes in a step: `BATCH`, or fewer where an epoch is short.
 
         Args:
             images: of an epoch.
@@ -54,7 +56,9 @@ class Recipe(NamedTuple):
         """
         if self.batch is not None:
             return self.batch
-        return BATCH if images >= LEAST_STEPS * BATCH * devices else math.ceil(BATCH / devices)
+        if images >= LEAST_STEPS * BATCH * devices:
+            return BATCH
+        return math.ceil((BATCH if images >= LEAST_STEPS * BATCH else self.small_batch) / devices)
 
     def rate_of_batch(self, batch: int) -> float:
         """Return the learning rate of the head for so many images in an optimizer step.
@@ -84,8 +88,8 @@ RECIPES = {
         # Fine-tuning the upper layers from the probe (Kumar et al. 2022). The result may be averaged with the start,
         # as in WiSE-FT (Wortsman et al. 2022).
         Recipe("lp_ft", start="probe", learning_rate=3e-4, frozen=0.5, layer_decay=0.7, heats=4, shares=(0.5, 1.0)),
-        # Every layer, with a new head.
-        Recipe("full", start="new", learning_rate=2e-3, backbone_rate=0.1, heats=4),
+        # Every layer, with a new head, which has far to go.
+        Recipe("full", start="new", learning_rate=2e-3, backbone_rate=0.1, heats=4, small_batch=16),
         # Every layer, from a probe.
         Recipe(
             "full_from_probe", start="soft probe", learning_rate=2e-3, backbone_rate=0.1, heats=4, shares=(0.5, 1.0)

@@ -280,7 +280,16 @@ def vit_run(vit_checkpoint, tmp_path, monkeypatch):
     args = ["--data_dir", "images", "--model_name", str(vit_checkpoint), "--optim", "sgd", "--learning_rate", "3"]
     args += ["--lr_scheduler_type", "constant", "--warmup_steps", "0", "--num_train_epochs", "4"]
     args += ["--save_total_limit", "9", "--augmentation", "none", "--recipe", "full", "--seed", "1"]
-    args += ["--keep", "trained", "--refit", "none", "--metric_for_best_model", "loss"]
+    args += [
+        "--per_device_train_batch_size",
+        "32",
+        "--keep",
+        "trained",
+        "--refit",
+        "none",
+        "--metric_for_best_model",
+        "loss",
+    ]
     train.main([*args, "--output_dir", "out"])
     return args
 

@@ -41,10 +41,14 @@ def test_blend_interpolates_between_two_states():
 
 @pytest.mark.parametrize(
     ("images", "devices", "batch"),
-    [(100, 1, 32), (1_000_000, 1, 32), (12_799, 4, 8), (12_800, 4, 32), (100, 5, 7), (100, 64, 1)],
+    [
+        *[(100, 1, 16), (3_199, 1, 16), (3_200, 1, 32), (1_000_000, 1, 32)],
+        *[(3_199, 4, 4), (12_799, 4, 8), (12_800, 4, 32), (100, 5, 4), (100, 64, 1)],
+    ],
 )
 def test_step_of_many_devices_has_as_many_images_as_that_of_one_where_an_epoch_is_short(images, devices, batch):
     assert RECIPES["full"].batch_of_device(images, devices) == batch
+    assert RECIPES["lp_ft"].batch_of_device(images, devices) == (batch if images >= 3_200 else -(-32 // devices))
     assert RECIPES["full"]._replace(batch=5).batch_of_device(images, devices) == 5
 
 
