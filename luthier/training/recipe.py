@@ -88,7 +88,7 @@ RECIPES = {
         # Fine-tuning the upper layers from the probe (Kumar et al. 2022). The result may be averaged with the start,
         # as in WiSE-FT (Wortsman et al. 2022).
         Recipe("lp_ft", start="probe", learning_rate=3e-4, frozen=0.5, layer_decay=0.7, heats=4, shares=(0.5, 1.0)),
-        # Every layer, with a new head, which has far to go.
+        # Every layer, with a new head: for images that are far from those of the pretraining.
         Recipe("full", start="new", learning_rate=2e-3, backbone_rate=0.1, heats=4, small_batch=16),
         # Every layer, from a probe.
         Recipe(
