@@ -345,7 +345,7 @@ def _names_of_labels(feature: object, values: set, label_column: str) -> dict:
         return {value: name for value, name in known.items() if value in values}
     kinds = {type(value) for value in values}
     if kinds == {str}:
-        # As in tables and class folders: texts may end with a line break, and accented letters are written in two ways.
+        # As in tables and class folders: texts may end with a line break, and accented letters come in two forms.
         name_of = {value: unicodedata.normalize("NFC", value.strip()) for value in values}
         order = {name: index for index, name in enumerate(sort_names({*name_of.values()}))}
         return dict(sorted(name_of.items(), key=lambda item: order[item[1]]))
