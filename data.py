@@ -21,7 +21,7 @@ from luthier.images.decode import decode_rgb, read_bytes, reason
 from luthier.images.folders import hint_at_table
 from luthier.images.groups import add_groups
 from luthier.images.inspection import MAX_UNREADABLE, UnreadableImage, inspect, leave_out_unreadable, listing
-from luthier.images.metadata import Columns, has_shards, load_directory
+from luthier.images.metadata import Columns, find_tables, has_shards, load_directory
 from luthier.images.openmoji import load_openmoji
 from luthier.images.shards import StreamedRows
 from luthier.images.splits import MAX_NAMED, cut_splits
@@ -127,7 +127,7 @@ def list_images(
     splits = label_and_image(splits, columns.image, columns.label, columns.group, label_names, to_train)
     names = splits["train"].features["label"].names
     if to_train and len(names) < 2:
-        hint = hint_at_table(root) if root and not labels else ""
+        hint = hint_at_table(root) if root and not find_tables(root, labels) else ""
         raise UserError(f"all images have the one class {names[0]!r}: a classifier needs at least two{hint}")
     alike = Counter(name.casefold() for name in names)
     if same := [name for name in names if alike[name.casefold()] > 1]:

@@ -114,8 +114,9 @@ def expand(inputs: Iterable[str], stdin: Iterable[str] = ()) -> Iterator[tuple[s
     """Yield (file or address, None) for each input, or (input, what is wrong with it), in order."""
     for text in inputs:
         if text == "-":
-            unmarked = (line.removeprefix("\ufeff") for line in stdin)  # as Windows may begin a list
-            for line in unmarked:
+            for number, line in enumerate(stdin):
+                if number == 0:  # Windows may begin a list with a mark, which it may also read in its own encoding
+                    line = line.removeprefix("\ufeff").removeprefix("\u00ef\u00bb\u00bf")
                 if line.strip():
                     yield from _expand_one(line.rstrip("\r\n"))
         else:

@@ -271,7 +271,10 @@ def claim_folder(folder: Path, plan: dict) -> None:
             with atomic_write(folder / PLAN) as whole:
                 whole.write_text(text, encoding="utf-8")
     if (folder / PLAN).read_text(encoding="utf-8") != text:
-        raise UserError(f"{folder} has shards of other images, splits or sizes: give another folder, or remove it")
+        raise UserError(
+            f"{folder} has shards of other images, splits or sizes, or of another version of Luthier: give another "
+            "folder, or remove it"
+        )
 
 
 def resized(dataset: "Dataset", rows: "np.ndarray", side: int) -> "Dataset":

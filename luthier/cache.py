@@ -166,7 +166,7 @@ def make_rows(
         def make_batch(batch: dict, indices: list[int], first: int = first, rows: list[int] = rows) -> dict:
             numbers = [rows[index] for index in indices]
             made = make(batch, numbers)
-            # No run looks for an empty key, so that a row of one is made again, and the rows beside it are not.
+            # A row that may not be kept has an empty key, which no run looks for: it alone is made again.
             made[KEY] = [keys[row] if kept else "" for row, kept in zip(numbers, lasts(made), strict=True)]
             progress.reach(first + indices[-1] + 1)
             return made
@@ -190,6 +190,10 @@ def _keep(part: Dataset, path: Path, name: str) -> Dataset:
 
     Without its name the file stays readable for this process, not for the next one.
     """
+    if not any(part[KEY][:]):  # nothing of it may be kept
+        with contextlib.suppress(OSError):  # Windows removes no open file
+            path.unlink()
+        return part
     try:
         path.replace(path.with_name(name))
     except OSError:  # Windows renames no open file: it is made again next time

@@ -10,7 +10,7 @@ def escape_terminal(text: str) -> str:
 
 
 def escape_lines(text: str) -> str:
-    """Return several lines of text, likewise."""
+    """Return text of several lines without control characters, as `escape_terminal`; tabs become spaces."""
     return "".join("?" if _is_control(character) else character for character in text.expandtabs())
 
 

@@ -207,7 +207,7 @@ def explain_exhausted_memory(training_args: TrainingArguments, training: bool = 
             ) from error
         batch = training_args.per_device_train_batch_size
         raise UserError(
-            f"not enough memory for batches of {batch}: use smaller ones and as many images as before in a step "
+            f"not enough memory for batches of {batch}: use smaller ones, with as many images as before in a step "
             f"(--per_device_train_batch_size {max(1, batch // 2)} --gradient_accumulation_steps "
             f"{2 * training_args.gradient_accumulation_steps}), or fewer pixels (--image_size)"
         ) from error

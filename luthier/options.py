@@ -43,7 +43,7 @@ class DataArguments:
     labels: str | None = field(
         default=None,
         metadata={
-            "help": "A table of images in the folder: CSV, TSV, JSON lines or Parquet, with a column of file "
+            "help": "A table of the images in --data_dir: CSV, TSV, JSON lines or Parquet, with a column of file "
             "names and one of labels."
         },
     )

@@ -10,7 +10,7 @@ from filelock import FileLock, Timeout
 
 from luthier.errors import UserError
 from luthier.files import lock_folder
-from luthier.run_files import BACKBONE, CARD, CONFIG, LEARNED_FROM, METRICS, ONNX, RACE, WRITTEN
+from luthier.run_files import BACKBONE, CARD, CONFIG, EARLIER_CARD, LEARNED_FROM, METRICS, ONNX, RACE, WRITTEN
 
 NO_TIME = "the time limit"  # why a race ended, or why there is no refit: in race.json and metrics.json too
 # What a run writes first; another folder that holds folders, such as classes, is none of a run.
@@ -150,7 +150,8 @@ def read_metrics(output_dir: Path) -> dict:
 
 def mark_unfinished(output_dir: Path) -> None:
     """Let a run that goes on not count as finished before it has written all of its output again."""
-    (output_dir / CARD).unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError):  # there is none, or another process was first
+        (output_dir / CARD).replace(output_dir / EARLIER_CARD)
 
 
 def create_output_dir(output_dir: Path) -> None:

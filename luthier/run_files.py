@@ -1,6 +1,7 @@
 """The names of a run's files and folders, in its directory."""
 
 CARD = "README.md"  # the model card
+EARLIER_CARD = ".earlier_card.md"  # of a run that goes on; the next card keeps what a person has added to it
 METRICS = "metrics.json"
 PREDICTIONS = "predictions.csv"
 AUDIT = "audit.json"

@@ -182,7 +182,7 @@ def _split_folders(root: Path, to_train: bool) -> dict[str, Path]:
         _check_shards(root, *splits.values())
         raise UserError(
             f"{root} has the splits {names}, but no class folders in them: put the images in folders such as "
-            f"{splits['train']}/CLASS"
+            f"{splits['train']}/CLASS{hint_at_table(root)}"
         )
     if len(named) < len(folders) and with_classes:
         others = ", ".join(folder.name for folder in folders if folder not in named)
@@ -347,7 +347,8 @@ def stamp_of(path: str) -> str:
         OSError: it cannot be read.
     """
     status = Path(path).stat()
-    # Also when the entry of the file last changed: archives give all files one time, and `cp -p` keeps it.
+    # Archives give all files one time, and `cp -p` keeps it. So `st_ctime` too, when the file's entry last changed (on
+    # Windows when the file was made, which tells less).
     return f"{Path(path).absolute()} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
 
 

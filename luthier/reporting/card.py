@@ -21,8 +21,8 @@ from luthier.reporting.console import (
     refit_in_words,
     trust_remote_code,
 )
-from luthier.run_files import CARD, EXPORTS, METRICS, ONNX
-from luthier.terminal import percent, points
+from luthier.run_files import CARD, EARLIER_CARD, EXPORTS, METRICS, ONNX
+from luthier.terminal import percent, points, say
 
 FIGURES = {  # that a model card shows
     "confusion_matrix.png": "Confusion matrix",
@@ -60,7 +60,7 @@ def write_model_card(folder: Path, metrics: dict, repo_id: str | None = None) ->
         metrics=["accuracy", "f1"],
         model_name=name,
         eval_results=results,
-        **_added(folder / CARD),
+        **_added(folder / CARD if has_ended(folder) else folder / EARLIER_CARD),
     )
     templates = FileSystemLoader(Path(__file__).parent / "templates")
     environment = Environment(  # Markdown escapes by a filter of its own
@@ -90,13 +90,18 @@ def write_model_card(folder: Path, metrics: dict, repo_id: str | None = None) ->
     )
     with atomic_write(folder / CARD) as whole:  # its presence says that the run has ended
         whole.write_text(card + "\n", encoding="utf-8")
+    (folder / EARLIER_CARD).unlink(missing_ok=True)
 
 
 def _added(card: Path) -> dict:
+    """Return what a person has added to the metadata of a card, see `ADDED`; nothing where there is no card."""
+    if not card.is_file():
+        return {}
     try:
         found = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
-    except (OSError, ValueError, YAMLError):
-        return {}  # there is none, or it is damaged
+    except (OSError, ValueError, TypeError, YAMLError) as error:
+        say("careful", f"what you added to the metadata of the model card is lost, because it cannot be read: {error}")
+        return {}
     return {key: found[key] for key in ADDED if key in found}
 
 

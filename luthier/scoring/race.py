@@ -96,9 +96,9 @@ def enter(
         plan_arm(recipe, workshop, rows, own, starts.get(recipe.start))
         for recipe, own in zip(trained, folders, strict=True)
     ]
-    if arms and arms[0].recipe.batch is None and arms[0].batch > BATCH:  # the run has chosen it
-        rates = ", ".join(f"{arm.recipe.name} {arm.training_args.learning_rate:.3g}" for arm in arms)
-        say("batch", f"{arms[0].batch} images in a step of all processes; learning rates: {rates}")
+    if any(arm.recipe.batch is None and arm.batch > BATCH for arm in arms):  # the run has chosen it
+        each = ", ".join(f"{arm.recipe.name} {arm.batch} at {arm.training_args.learning_rate:.3g}" for arm in arms)
+        say("batch", f"images in a step of all processes, and learning rate: {each}")
     return arms
 
 

@@ -19,6 +19,7 @@ MAX_SECONDS = 30  # with all redirects and retries
 MAX_BYTES = 32 * 2**20
 MAX_REQUESTS = 6  # so five redirects
 USER_AGENT = "Luthier/0.1 (image classification; fetches single images that a person named; python http.client)"
+COMPRESSED = {"gzip", "x-gzip", "deflate", "br", "zstd", "compress", "x-compress"}  # other encodings leave bytes alone
 REDIRECTS = (301, 302, 303, 307, 308)
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 # Python calls these global, or older ones do, but they lead inside: local NAT64, old site-local and IPv4 in IPv6,
@@ -68,7 +69,8 @@ def fetch(url: str, allow_private: bool = False, seconds: float = MAX_SECONDS) -
             kind = response.headers.get("Content-Type", "").partition(";")[0]
             if kind.startswith("text/"):
                 raise OSError(f"the server sends {kind}, not an image: give the address of the image itself")
-            if response.headers.get("Content-Encoding", "identity").strip().lower() not in ("", "identity"):
+            encodings = response.headers.get("Content-Encoding", "").lower().split(",")
+            if COMPRESSED.intersection(map(str.strip, encodings)):
                 raise OSError("the server sends compressed data, which was not asked for: download the image first")
             data = response.read(MAX_BYTES + 1)
             if len(data) > MAX_BYTES:

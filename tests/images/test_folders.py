@@ -333,7 +333,7 @@ def test_link_to_a_file_that_is_not_there_is_reported(images, caplog):
     assert "such as README.md" in caplog.text
 
 
-@pytest.mark.parametrize("folder", [".", "images"])
+@pytest.mark.parametrize("folder", [".", "images", "train"])
 def test_table_beside_the_images_is_pointed_at(tmp_path, folder):
     root = tmp_path / "set"
     (root / folder).mkdir(parents=True)

@@ -50,6 +50,9 @@ class MisbehavingHandler(BaseHTTPRequestHandler):
     def good_png(self):
         self.respond(200, png_image(), Content_Type="image/png")
 
+    def chunked_png(self):  # as uploads to a store are marked, which are stored as they are
+        self.respond(200, png_image(), Content_Type="image/png", Content_Encoding="aws-chunked")
+
     def late_png(self):
         time.sleep(0.5)
         self.good_png()
@@ -131,7 +134,9 @@ def server():
     http_server.shutdown()
 
 
-@pytest.mark.parametrize("path", ["good.png", "round-about", "busy.png", "good.png?a=ü b", "good.png?\udcff"])
+@pytest.mark.parametrize(
+    "path", ["good.png", "chunked.png", "round-about", "busy.png", "good.png?a=ü b", "good.png?\udcff"]
+)
 def test_good_image_is_fetched(server, path):
     assert decode_rgb(fetch.fetch(f"{server}/{path}", allow_private=True)).image.size == (48, 40)
     assert MisbehavingHandler.agents[-1].startswith("Luthier/")

@@ -19,6 +19,7 @@ import luthier.serving.hub as hub
 import prepare
 import score
 from luthier.errors import UserError
+from luthier.output_dir import mark_unfinished
 from luthier.reporting.card import note_export, write_model_card
 from luthier.run_files import EXPORTS
 
@@ -424,15 +425,20 @@ def test_damaged_note_of_exports_is_left_out(finished_run, tmp_path):
 
 
 @pytest.mark.parametrize(("head", "kept"), [("license: mit\nlanguage: en\n", True), (": [\n", False)])
-def test_licence_that_a_person_has_added_to_the_card_stays(finished_run, tmp_path, head, kept):
+def test_licence_that_a_person_has_added_to_the_card_stays(finished_run, tmp_path, capsys, head, kept):
     run, staging = tmp_path / "run", tmp_path / "staging"
     shutil.copytree(finished_run, run)
     card = (run / "README.md").read_text()
     (run / "README.md").write_text(card.replace("---\n", f"---\n{head}", 1))
     staging.mkdir()
     hub.stage(run, "me/x", staging)
-    published = (staging / "README.md").read_text()
-    assert ("license: mit" in published) == ("language: en" in published) == kept and "library_name" in published
+    mark_unfinished(run)  # it goes on, and writes its card anew
+    write_model_card(run, json.loads((run / "metrics.json").read_text()))
+    for folder in (staging, run):
+        card = (folder / "README.md").read_text()
+        assert ("license: mit" in card) == ("language: en" in card) == kept and "library_name" in card
+    assert ("metadata of the model card is lost" in capsys.readouterr().out) != kept
+    assert {path.name for path in run.iterdir()} == {path.name for path in finished_run.iterdir()}
 
 
 def test_folder_without_a_run_sends_no_request(server, push, tmp_path):

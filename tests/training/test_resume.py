@@ -461,7 +461,7 @@ def test_two_processes_take_a_larger_batch_and_learn_faster_where_epochs_are_lon
     launcher = ("accelerate", "launch", "--config_file", "accelerate.yaml")
     result = launch("train.py", *options, "--output_dir", "two", cwd=folder, launcher=launcher)
     assert result.returncode == 0, result.stdout + result.stderr
-    batch, rate = re.search(r"batch +(\d+) images in a step .*: from scratch (.*)", result.stdout).groups()
+    batch, rate = re.search(r"batch +images in a step .*: from scratch (\d+) at (.*)", result.stdout).groups()
     assert int(batch) == 2 * BATCH and float(rate) == pytest.approx(
         math.sqrt(2) * FROM_SCRATCH.learning_rate, rel=2e-3
     )
