@@ -30,6 +30,7 @@ from luthier.training.trainer import model_of, train
 
 FAR = 3.0  # times the probe's loss that the arms may have after the first heat, and go on
 MIN_GAIN, LEAST_GAIN = 0.05, 0.005  # that the rest of an arm must promise: a share of the best loss, and in nats
+LAST_GAIN = 0.1  # that its last heat must promise, which is half of all training; a share of the best loss
 
 TINY = 1e-9  # a loss that is as good as none
 
@@ -194,17 +195,15 @@ class _Race:
         if len(unfinished) < len(arms):
             return None, "its last heat"
         best = min(losses, default=math.inf)
-        wanted = min(best - max(MIN_GAIN * best, LEAST_GAIN), probe.loss if probe else math.inf)
-        promising = [
-            arm
-            for arm in arms
-            if self.promise(arm) < wanted
-            # The last heat is half of all training: an arm that is behind by then does not run it.
-            and (
-                following[arm.recipe.name] + 1 < len(arm.ends)
-                or heats.of(arm.recipe.name)[-1].loss < (1 + MIN_GAIN) * best
-            )
-        ]
+
+        def pays(arm: Arm) -> bool:
+            last = following[arm.recipe.name] + 1 == len(arm.ends)
+            if last and heats.of(arm.recipe.name)[-1].loss >= (1 + MIN_GAIN) * best:
+                return False  # it is behind
+            wanted = best - max((LAST_GAIN if last else MIN_GAIN) * best, LEAST_GAIN)
+            return self.promise(arm) < min(wanted, probe.loss if probe else math.inf)
+
+        promising = [arm for arm in arms if pays(arm)]
         if not promising:
             return None, "no more gain in sight"
         return min(promising, key=self.promise), ""

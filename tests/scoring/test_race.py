@@ -79,6 +79,12 @@ def test_last_heat_is_for_an_arm_that_is_not_behind():
     assert next_one(heats(**seen | {"full": [1.2, 0.6, 0.31]}), ARMS[:2], 0.45)[0] == "full"
 
 
+def test_last_heat_must_promise_a_tenth():
+    """A power law through 0.4 and 0.37 leads to 0.345, 7% lower; one through 0.4 and 0.35 to 0.31, 11% lower."""
+    assert next_one(heats(full=[0.6, 0.4, 0.37]), [arm("full")], None) == (None, "no more gain in sight")
+    assert next_one(heats(full=[0.6, 0.4, 0.35]), [arm("full")], None) == ("full", "")
+
+
 def test_probe_that_is_far_ahead_ends_the_race():
     tried = heats(lp_ft=[0.4], full=[1.0])
     assert next_one(tried, ARMS[:2], 0.4 / FAR - 0.01) == (None, "the probe far ahead")
