@@ -15,6 +15,7 @@ from luthier.output_dir import has_ended
 from luthier.reporting.console import (
     balance_with_intervals,
     inflation_in_words,
+    leaks_in_words,
     learning_curve_in_words,
     none_in_words,
     percent_with_interval,
@@ -82,6 +83,7 @@ def write_model_card(folder: Path, metrics: dict, repo_id: str | None = None) ->
         learning_curve=metrics["learning_curve"] and learning_curve_in_words(metrics["learning_curve"]),
         class_shares=metrics.get("class_shares"),
         groups=metrics.get("groups") and inflation_in_words(metrics["groups"]),
+        leaks=leaks_in_words(metrics),
         not_known="; ".join(none_in_words(test["none"], metrics["unsure"])) if "none" in test else "",
         refit=refit_in_words(metrics["refit"]) if metrics.get("refit") else "",
         figures={file: title for file, title in FIGURES.items() if (folder / file).exists()},

@@ -207,6 +207,8 @@ def say_results(output_dir: Path, metrics: Mapping) -> None:
     baselines.append(f"always {majority['label']!r} {percent(majority['accuracy'])}")
     say("test", f"accuracy {percent_with_interval(test)}")
     say("", balance_with_intervals(test))
+    if leaks := leaks_in_words(metrics):
+        say("careful", leaks)
     say("", f"compare: {'; '.join(baselines)}")
     if "none" in test:
         for sentence in none_in_words(test["none"], metrics["unsure"]):
@@ -230,6 +232,19 @@ def percent_with_interval(scored: Mapping) -> str:
     low, high = scored["accuracy_ci95"]
     groups = f" in {plural(scored['groups'], 'group')}" if "groups" in scored else ""
     return f"{percent(scored['accuracy'])} (95% interval {percent(low)} to {percent(high)}, n = {scored['n']}{groups})"
+
+
+def leaks_in_words(metrics: Mapping) -> str:
+    """Return why a score may be too high, as far as the audit knows; empty where nothing is known."""
+    leaks, reasons = metrics.get("leaks", {}), []  # metrics.json of an earlier version has none
+    if leaks.get("duplicates"):
+        images = plural(metrics["data"]["splits"]["test"]["n"], "test image")
+        reasons.append(f"{leaks['duplicates']:,} of {images} are also in train or validation, exactly or nearly")
+    if leaks.get("groups"):
+        reasons.append(f"{plural(leaks['groups'], 'group')} of images in test also in train or validation")
+    if leaks.get("learned_from"):
+        reasons.append(f"the model knew {plural(leaks['learned_from'], 'image')} of test or validation before")
+    return f"The score may be too high: {'; '.join(reasons)}" if reasons else ""
 
 
 def balance_with_intervals(scored: Mapping) -> str:

@@ -19,6 +19,7 @@ from luthier.reporting.console import (
     count_in_words,
     grouping_in_words,
     inflation_in_words,
+    leaks_in_words,
     learning_curve_in_words,
     none_in_words,
     refit_in_words,
@@ -60,6 +61,7 @@ def write_report(output_dir: Path, metrics: dict, findings: dict, test: TestPred
         name=output_dir.resolve().name,
         metrics=metrics,
         findings=findings,
+        leaks=leaks_in_words(metrics | {"leaks": findings["leaks"]}),  # the page has the images learned from itself
         figures={path.name: _data_uri(path.read_bytes(), "png") for path in output_dir.glob("*.png")},
         wrong=wrong,
         correct=correct,

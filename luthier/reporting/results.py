@@ -112,6 +112,7 @@ def collect_metrics(
         "recipe": recipe,
         **NOT_TRAINED,
         "audit": {kind: None if findings[kind] is None else len(findings[kind]) for kind in KINDS},
+        "leaks": findings["leaks"] | {"learned_from": findings["learned_from"]},
         "versions": _versions(),
         **record,
     }

@@ -47,7 +47,8 @@ def audit_images(splits: DatasetDict, unreadable: list[UnreadableImage]) -> dict
     `between_classes` repeat those duplicates that distort a score. `groups_between_splits` has an image of each split
     for each given group that is in several splits of the data's own. `suspect_labels` and `checked_by` are None until
     the function `suspect_labels` has told them. `images` is how many there are, `classes` how many of each class.
-    `grouping` is what `groups.propose_grouping` proposes where no groups are given.
+    `grouping` is what `groups.propose_grouping` proposes where no groups are given. `leaks` is how many images of test
+    have `duplicates` in another split, and how many given `groups` have images in test and in another split.
     """
     names = next(iter(splits.values())).features["label"].names
     images = concatenate_datasets([dataset.select_columns(COLUMNS) for dataset in splits.values()])
@@ -85,6 +86,12 @@ def audit_images(splits: DatasetDict, unreadable: list[UnreadableImage]) -> dict
     return findings | {
         "images": len(images),
         "classes": dict(zip(names, counts.tolist(), strict=True)),
+        "leaks": {
+            "duplicates": sum(entry["split"] == "test" for alike in findings["between_splits"] for entry in alike),
+            "groups": sum(
+                any(entry["split"] == "test" for entry in group) for group in findings["groups_between_splits"]
+            ),
+        },
         "grouping": None if any(given) else propose_grouping(files, len(names)),
     }
 

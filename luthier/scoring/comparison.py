@@ -167,8 +167,9 @@ def read_correct(path: Path) -> list[tuple[str, bool, str]]:
     Images of none of the classes are left out.
     """
     with path.open(newline="", encoding="utf-8") as file:
-        return sorted(
-            (row["digest"], row["label"] == row["predicted"], row.get("group", ""))
-            for row in csv.DictReader(file)
-            if row.get("none") != "1"
-        )
+        rows = sorted(csv.DictReader(file), key=lambda row: (row["digest"], row["label"]))  # one image, two classes
+    return [
+        (row["digest"], row["label"] == row["predicted"], row.get("group", ""))
+        for row in rows
+        if row.get("none") != "1"
+    ]

@@ -1,11 +1,11 @@
 """Cross-validation: every image is scored once, by a model that has seen neither it nor its duplicates."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import mean
 
 import numpy as np
-from datasets import ClassLabel, DatasetDict, concatenate_datasets
+from datasets import ClassLabel, Dataset, DatasetDict, concatenate_datasets
 
 from luthier.errors import UserError
 from luthier.output_dir import NO_TIME
@@ -65,7 +65,8 @@ def pool(folds: Iterable[tuple[Experiment, Result]]) -> tuple[Experiment, Result
     if any(result.outcome.ended == NO_TIME for result in results):  # with more time, the run has something left to do
         outcome = outcome._replace(ended=NO_TIME)
     findings = audit_images(splits, [])
-    findings |= {kind: experiment.findings[kind] for kind in ("unreadable", "learned_from")}
+    findings["unreadable"] = experiment.findings["unreadable"]
+    findings["learned_from"] = max(each.findings["learned_from"] for each, _ in parts)  # each test split is a fold's
     findings |= leader.probe.findings
     findings["suspect_labels"] = _in_pool(leader.probe.suspect_labels, experiment.splits, splits)
     probe = _pool_probes(leader, [each.probe for each in results], splits, untested)
@@ -93,8 +94,13 @@ def _of_same_images(folds: Iterable[tuple[Experiment, Result]]) -> list[tuple[Ex
 def _images_of(experiment: Experiment) -> tuple[ClassLabel, Counter]:
     """Return the classes of an experiment, and how often each image has which class in all splits together."""
     splits = experiment.splits.values()
-    images = Counter(pair for rows in splits for pair in zip(rows["digest"][:], rows["label"][:], strict=True))
+    images = Counter(pair for rows in splits for pair in _pairs_of(rows))
     return next(iter(splits)).features["label"], images
+
+
+def _pairs_of(rows: Dataset) -> Iterator[tuple[str, int]]:
+    """Return the digest and the class of each image."""
+    return zip(rows["digest"][:], rows["label"][:], strict=True)
 
 
 def _pool_splits(
@@ -102,15 +108,20 @@ def _pool_splits(
 ) -> tuple[DatasetDict, DatasetDict, dict[str, list[int]]]:
     """Return all images as a split "test", loaded and prepared, and those that no fold tests as in `UNTESTED`.
 
-    The last value has the rows of the latter in each split of the fold whose model is shipped.
+    The last value has the rows of the latter in each split of the fold whose model is shipped. An image of the data's
+    own validation split of which there is a copy in a test split is one of them: it has chosen, and was not tested.
     """
     splits, prepared = (
         DatasetDict(test=concatenate_datasets([dataset["test"] for dataset in datasets]))
         for datasets in ([each.splits for each in experiments], [each.prepared for each in experiments])
     )
-    tested, untested = set(splits["test"]["digest"][:]), {}
+    left, untested = _images_of(leader)[1] - Counter(_pairs_of(splits["test"])), {}
     for split, name in UNTESTED.items():
-        rows = [row for row, digest in enumerate(leader.splits[split]["digest"][:]) if digest not in tested]
+        rows = []
+        for row, pair in enumerate(_pairs_of(leader.splits[split])):
+            if left[pair] > 0:
+                left[pair] -= 1
+                rows.append(row)
         if rows:
             untested[split] = rows
             splits[name], prepared[name] = (
@@ -140,10 +151,7 @@ def _in_pool(suspects: list[dict] | None, own: DatasetDict, splits: DatasetDict)
     if suspects is None:
         return None
     # Names may occur twice, and one image with two labels.
-    before, after = (
-        {split: list(zip(rows["digest"][:], rows["label"][:], strict=True)) for split, rows in datasets.items()}
-        for datasets in (own, splits)
-    )
+    before, after = ({split: list(_pairs_of(rows)) for split, rows in datasets.items()} for datasets in (own, splits))
     places = {image: (split, row) for split, images in after.items() for row, image in enumerate(images)}
     found = [(image, places[before[image["split"]][image["row"]]]) for image in suspects]
     return [image | {"split": split, "row": row} for image, (split, row) in found]

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, Trainer
 
 from luthier.scoring.baselines import ProbeResults
 from luthier.scoring.criterion import Judge
+from luthier.scoring.intervals import TINY
 from luthier.scoring.metrics import (
     TestPredictions,
     calibration_scores,
@@ -130,7 +131,8 @@ def choose(candidates: list[Candidate]) -> Candidate:
     if probe is None or best is probe:
         return best
     lead = best.losses - probe.losses
-    return best if lead.mean() < LEAD * standard_error(lead, probe.groups) else probe
+    error = standard_error(lead, probe.groups)
+    return best if lead.mean() < LEAD * error or error < TINY else probe  # one image, or group, tells nothing
 
 
 def load_candidate(model: PreTrainedModel, start: State | None, kept: Candidate) -> None:

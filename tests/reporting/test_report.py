@@ -19,6 +19,7 @@ from luthier.reporting.card import write_model_card
 from luthier.reporting.console import (
     balance_with_intervals,
     inflation_in_words,
+    leaks_in_words,
     learning_curve_in_words,
     none_in_words,
     percent_with_interval,
@@ -341,3 +342,17 @@ def test_predictions_have_each_figure_in_its_column(tmp_path):
 def test_what_is_no_number_is_null_in_the_metrics(tmp_path):
     write_metrics(tmp_path / "metrics.json", {"loss": float("nan"), "row": [float("inf"), 1.5]})
     assert json.loads((tmp_path / "metrics.json").read_text()) == {"loss": None, "row": [None, 1.5]}
+
+
+def test_score_of_images_that_were_learned_from_is_said_to_be_too_high(metrics, tmp_path):
+    folder = tmp_path / "images"
+    draw_folder(folder / "train", 8)
+    shutil.copytree(folder / "train", folder / "test")
+    splits, _ = load_splits(data_dir=str(folder))
+    found = audit_images(splits, [])["leaks"]
+    assert found == {"duplicates": len(splits["test"]), "groups": 0} and len(splits["test"])
+    assert leaks_in_words(metrics) == leaks_in_words(metrics | {"leaks": {**found, "duplicates": 0}}) == ""
+    write_model_card(tmp_path, metrics | {"leaks": {"duplicates": 5, "groups": 2, "learned_from": 0}})
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "**The score may be too high: 5 of 6 test images are also in train or validation, exactly or nearly" in text
+    assert "2 groups of images in test also in train or validation.**" in text

@@ -67,7 +67,8 @@ def test_shipped_model_has_the_temperature_and_the_threshold_of_all_folds(monkey
     assert result.model.config.unsure_below == result.kept.threshold
     assert experiment.findings["learned_from"] == 3
     assert experiment.splits["test"]["digest"][:] == [f"{number} {row}" for number in (0, 1) for row in range(60)]
-    assert experiment.splits["validation"]["digest"][:] == ["of no fold"] and "untested" not in experiment.splits
+    assert experiment.splits["validation"]["digest"][:] == ["of no fold", "0 7"], "a copy of a tested image too"
+    assert "untested" not in experiment.splits
 
 
 def test_images_that_change_between_folds_are_refused(monkeypatch):
@@ -163,3 +164,41 @@ def test_suspect_labels_are_found_again_in_the_pool():
         {"split": "test", "row": 2},
     ]
     assert module._in_pool(None, own, pooled) is None
+
+
+@pytest.mark.parametrize("label", ["a", "b"])
+def test_validation_of_the_users_own_that_has_a_copy_of_a_tested_image_stays_in_the_pool(label):
+    names = ["a", "b"]
+
+    def images(rows: list[tuple[str, str]]) -> Dataset:
+        columns = {
+            "name": [f"{letter} {number}" for number, (letter, _) in enumerate(rows)],
+            "digest": [letter * 64 for letter, _ in rows],
+            "pixels": [letter * 64 for letter, _ in rows],
+            "label": [names.index(own) for _, own in rows],
+            "duplicates": [ord(letter) for letter, _ in rows],
+        }
+        same = {"format": "", "width": 64, "height": 64}
+        columns |= {name: [value] * len(rows) for name, value in same.items()}
+        return Dataset.from_dict(columns).cast_column("label", ClassLabel(names=names))
+
+    tests, own = ([("x", "a"), ("y", "b")], [("z", "a"), ("w", "b")]), images([("x", label), ("v", "b")])
+    folds = [
+        SimpleNamespace(splits=splits, prepared=splits)
+        for splits in (
+            DatasetDict(train=images(tests[1 - fold]), validation=own, test=images(tests[fold])) for fold in (0, 1)
+        )
+    ]
+    splits, _, untested = module._pool_splits(folds, folds[0])
+    assert untested == {"validation": [0, 1]}
+    (leak,) = module.audit_images(splits, [])["between_splits"]
+    assert [image["split"] for image in leak] == ["test", "validation"]
+    suspects = [{"split": "validation", "row": 0}]
+    assert module._in_pool(suspects, folds[0].splits, splits) == suspects
+
+
+def test_model_that_knew_images_of_any_fold_is_named(monkeypatch):
+    known, unknown = fold(0, 2.0, loss=0.5), fold(1, 7.0, loss=0.4)
+    unknown[1][0].findings["learned_from"] = 0
+    experiment, result, _ = pool(monkeypatch, known, unknown)
+    assert result.model is unknown[1][1].model and experiment.findings["learned_from"] == 3

@@ -352,3 +352,12 @@ def test_heat_that_a_named_checkpoint_is_in_or_ends_is_the_next_one(tmp_path, st
     state = begun(Heats(), [arm("full")])
     state.named = tmp_path
     assert state.next_heat(arm("full")) == number
+
+
+@pytest.mark.parametrize("groups", [None, np.zeros(4, dtype=int)])
+def test_lead_whose_error_is_unknown_is_no_lead(groups):
+    losses = [0.2, 0.6, 0.4, 0.4] if groups is not None else [0.4]
+    probe = candidate(losses, "probe")._replace(groups=groups)
+    best = candidate([0.5, 0.4, 0.35, 0.3501] if groups is not None else [0.4001])
+    assert choose([probe, best._replace(losses=best.losses + 1e-3)]) is not probe
+    assert choose([probe, probe._replace(arm="full")]).arm == "full", "a draw"
