@@ -15,7 +15,6 @@ from luthier.output_dir import has_ended
 from luthier.reporting.console import (
     balance_with_intervals,
     inflation_in_words,
-    leaks_in_words,
     learning_curve_in_words,
     none_in_words,
     percent_with_interval,
@@ -23,6 +22,7 @@ from luthier.reporting.console import (
     trust_remote_code,
 )
 from luthier.run_files import CARD, EARLIER_CARD, EXPORTS, METRICS, ONNX
+from luthier.scoring.audit import leaks_in_words
 from luthier.terminal import percent, points, say
 
 FIGURES = {  # that a model card shows

@@ -13,7 +13,7 @@ from transformers.training_args import OptimizerNames
 from luthier.escape import escape_terminal
 from luthier.output_dir import NO_TIME, has_weights
 from luthier.run_files import CODE
-from luthier.scoring.audit import KINDS, TINY
+from luthier.scoring.audit import KINDS, TINY, leaks_in_words
 from luthier.scoring.baselines import ProbeResults
 from luthier.scoring.comparison import Verdict
 from luthier.scoring.criterion import ASKS_FOR_BALANCE, LOG_LOSS, Criterion
@@ -232,19 +232,6 @@ def percent_with_interval(scored: Mapping) -> str:
     low, high = scored["accuracy_ci95"]
     groups = f" in {plural(scored['groups'], 'group')}" if "groups" in scored else ""
     return f"{percent(scored['accuracy'])} (95% interval {percent(low)} to {percent(high)}, n = {scored['n']}{groups})"
-
-
-def leaks_in_words(metrics: Mapping) -> str:
-    """Return why a score may be too high, as far as the audit knows; empty where nothing is known."""
-    leaks, reasons = metrics.get("leaks", {}), []  # metrics.json of an earlier version has none
-    if leaks.get("duplicates"):
-        images = plural(metrics["data"]["splits"]["test"]["n"], "test image")
-        reasons.append(f"{leaks['duplicates']:,} of {images} are also in train or validation, exactly or nearly")
-    if leaks.get("groups"):
-        reasons.append(f"{plural(leaks['groups'], 'group')} of images in test also in train or validation")
-    if leaks.get("learned_from"):
-        reasons.append(f"the model knew {plural(leaks['learned_from'], 'image')} of test or validation before")
-    return f"The score may be too high: {'; '.join(reasons)}" if reasons else ""
 
 
 def balance_with_intervals(scored: Mapping) -> str:

@@ -19,12 +19,12 @@ from luthier.reporting.console import (
     count_in_words,
     grouping_in_words,
     inflation_in_words,
-    leaks_in_words,
     learning_curve_in_words,
     none_in_words,
     refit_in_words,
 )
 from luthier.run_files import REPORT
+from luthier.scoring.audit import leaks_in_words
 from luthier.scoring.metrics import TestPredictions
 from luthier.terminal import percent
 

@@ -1,7 +1,7 @@
 """What is wrong with a dataset: unreadable, misnamed, tiny, duplicate and mislabelled images."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from luthier.images.folders import GIVEN_GROUP
 from luthier.images.groups import propose_grouping
 from luthier.images.inspection import UnreadableImage
 from luthier.images.splits import stratified_folds
-from luthier.terminal import percent
+from luthier.terminal import percent, plural
 from luthier.training.features import Pool
 from luthier.training.probe import cross_fit
 
@@ -176,3 +176,20 @@ def suspect_labels(splits: DatasetDict, pool: Pool, strength: float) -> tuple[li
             }
         )
     return found, sample
+
+
+def leaks_in_words(metrics: Mapping) -> str:
+    """Return why a score may be too high, as far as the audit knows; empty where nothing is known.
+
+    Args:
+        metrics: what `metrics.json` holds.
+    """
+    leaks, reasons = metrics.get("leaks", {}), []  # metrics.json of an earlier version has none
+    if leaks.get("duplicates"):
+        images = plural(metrics["data"]["splits"]["test"]["n"], "test image")
+        reasons.append(f"{leaks['duplicates']:,} of {images} are also in train or validation, exactly or nearly")
+    if leaks.get("groups"):
+        reasons.append(f"{plural(leaks['groups'], 'group')} of images in test also in train or validation")
+    if leaks.get("learned_from"):
+        reasons.append(f"the model knew {plural(leaks['learned_from'], 'image')} of test or validation before")
+    return f"The score may be too high: {'; '.join(reasons)}" if reasons else ""

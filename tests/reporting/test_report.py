@@ -19,7 +19,6 @@ from luthier.reporting.card import write_model_card
 from luthier.reporting.console import (
     balance_with_intervals,
     inflation_in_words,
-    leaks_in_words,
     learning_curve_in_words,
     none_in_words,
     percent_with_interval,
@@ -34,7 +33,7 @@ from luthier.reporting.figures import (
 )
 from luthier.reporting.page import most_telling, write_audit_page, write_report
 from luthier.reporting.results import TestPredictions, write_metrics, write_predictions
-from luthier.scoring.audit import audit_images
+from luthier.scoring.audit import audit_images, leaks_in_words
 from luthier.scoring.metrics import confidence_and_correct, reliability, score, selective
 
 HOSTILE = ["<script>alert(1)</script>", "a|b `c` $x^2$ \\frac", "çok uzun 乐器 " * 8]
