@@ -61,7 +61,7 @@ def write_model_card(folder: Path, metrics: dict, repo_id: str | None = None) ->
         metrics=["accuracy", "f1"],
         model_name=name,
         eval_results=results,
-        **_added(folder / CARD if has_ended(folder) else folder / EARLIER_CARD),
+        **_added(folder / CARD if (folder / CARD).is_file() else folder / EARLIER_CARD),
     )
     templates = FileSystemLoader(Path(__file__).parent / "templates")
     environment = Environment(  # Markdown escapes by a filter of its own
