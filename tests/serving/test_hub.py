@@ -179,6 +179,7 @@ def test_familiarity_is_loaded_from_the_hub_and_may_be_missing(server, push, cli
     assert loaded.stdout.strip() == "None", loaded.stderr
 
 
+@pytest.mark.slow
 def test_second_push_uploads_changed_files_and_deletes_missing_ones(server, push, finished_run, tmp_path):
     copied_run = tmp_path / "copied"
     subprocess.run(["cp", "-r", finished_run, copied_run], check=True)
@@ -305,6 +306,7 @@ def test_public_repository_is_not_taken_for_a_private_one(server, push, finished
     assert server.repositories["models/me/hidden"].private
 
 
+@pytest.mark.slow
 def test_permission_is_checked_before_training(server, client, tmp_path):
     draw_folder(tmp_path / "images", per_class=6)
     args = ["--data_dir", "images", "--model_name", "simple_cnn", "--num_train_epochs", "1", "--push_to_hub"]

@@ -79,7 +79,7 @@ def test_resumes_exactly_for_every_augmentation(timm_checkpoint, augmentation):
     assert_resumes_exactly(options, (3, 4))
 
 
-@pytest.mark.parametrize("model", ["vit", pytest.param("simple_cnn", marks=SLOW)])
+@pytest.mark.parametrize("model", [pytest.param("vit", marks=SLOW), "simple_cnn"])
 def test_resumes_exactly_for_every_kind_of_model(vit_checkpoint, model):
     name = str(vit_checkpoint) if model == "vit" else model
     recipe = ["--recipe", "lp_ft", "--keep", "trained"] if model == "vit" else []
@@ -302,6 +302,7 @@ def test_several_processes_end_where_one_would_go_on(processes, kind):
     assert found.type is kind
 
 
+@SLOW
 def test_refit_that_diverges_leaves_the_scored_weights(timm_checkpoint, monkeypatch, capsys):
     training_step = SafeTrainer.training_step
 
@@ -320,6 +321,7 @@ def test_refit_that_diverges_leaves_the_scored_weights(timm_checkpoint, monkeypa
     assert json.loads(Path("out/metrics.json").read_text())["refit"]["refusal"] == "its loss is not finite"
 
 
+@SLOW
 def test_images_that_vanish_before_the_refit_leave_the_scored_weights(timm_checkpoint, monkeypatch, capsys):
     def plan_late(*arguments):
         for path in Path("images/red").iterdir():
