@@ -7,7 +7,7 @@ import logging
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from tarfile import TarError
 from typing import TypeVar
@@ -242,7 +242,7 @@ def label_and_image(
     if unused:
         classes = plural(len(unused), "class", "classes")
         logger.warning(f"Not used: {classes} of the column {label_column!r} without images, such as {unused[0]!r}")
-    index_of = {name: index for index, name in enumerate(dict.fromkeys(name_of.values()))}
+    index_of = _indices(name_of.values())
     learned = {name_of[value] for value in values["train"]}
     missing = [name for name in index_of if name not in learned]
     if missing and to_train:
@@ -331,8 +331,13 @@ def index_of_labels(feature: object, values: set, label_column: str) -> dict:
         UserError: the column has no labels.
     """
     names = _names_of_labels(feature, values, label_column)
-    index_of = {name: index for index, name in enumerate(dict.fromkeys(names.values()))}
+    index_of = _indices(names.values())
     return {value: index_of[name] for value, name in names.items()}
+
+
+def _indices(names: Iterable[str]) -> dict[str, int]:
+    """Return the index of each class, in the order of its name; several labels may have one name."""
+    return {name: index for index, name in enumerate(dict.fromkeys(names))}
 
 
 def _names_of_labels(feature: object, values: set, label_column: str) -> dict:
