@@ -1,5 +1,5 @@
 # Luthier in a container, with or without a GPU:
-#   docker build -t luthier .
+#   docker build -t luthier .                                        needs BuildKit, the package docker-buildx
 #   docker run --rm -v luthier-outputs:/srv/outputs luthier          the built-in images and model
 #   docker run --rm --gpus all --shm-size 4g -v "$PWD/photos:/photos:ro" \
 #       -v luthier-outputs:/srv/outputs -v luthier-cache:/cache luthier \

@@ -9,7 +9,9 @@ train.py`. Finished runs are not run again, interrupted ones are resumed.
 """
 
 import argparse
+import contextlib
 import csv
+import io
 import itertools
 import os
 import signal
@@ -18,12 +20,15 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
+
 from luthier.errors import UserError, exit_on_user_error
 from luthier.output_dir import has_ended, read_metrics, wait_for_lock
 from luthier.run_files import PREDICTIONS
 from luthier.terminal import percent, say
 
 PROJECT = Path(__file__).parent
+SEEDS = 3  # where neither seeds nor folds are given
 PATIENCE = 60  # seconds in which a run that is stopped may write its checkpoint
 FIXED = {  # what compare.py gives to every run, and the option to use instead, if there is one
     "seed": "--seeds",
@@ -31,6 +36,7 @@ FIXED = {  # what compare.py gives to every run, and the option to use instead, 
     "output_dir": "--output_dir",
     "refit": "",
     "disable_tqdm": "",
+    "push_to_hub": "",
     "resume_from_checkpoint": "",
 }
 
@@ -72,6 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     from luthier.reporting.console import comparison_in_words
     from luthier.scoring.comparison import (
         RunResult,
+        check_same_data,
         check_same_images,
         compare_pairs,
         read_correct,
@@ -94,6 +101,7 @@ def main(argv: list[str] | None = None) -> None:
             flush=True,
         )
         check_same_images(results, run.part)
+        check_same_data(run.experiment, results[run.experiment], run.part, bool(args.folds))
     rows = [summarise_experiment(name, parts) for name, parts in results.items()]
     report = comparison_in_words(rows, compare_pairs(results)) + "\n"
     print(f"\n{report}", end="")
@@ -115,7 +123,7 @@ def build_parser() -> argparse.ArgumentParser:
         usage="compare.py [configs/NAME.yaml ...] [--seeds N | --folds K] [--set key=v1,v2 ...] [train.py's options]",
     )  # fmt: skip
     several = parser.add_mutually_exclusive_group()
-    several.add_argument("--seeds", type=int, default=3, help="training seeds, on one split")
+    several.add_argument("--seeds", type=int, help=f"training seeds, on one split; {SEEDS} if there are no folds")
     several.add_argument("--folds", type=int, help="folds, each image in one test split, instead of seeds")
     parser.add_argument("--set", action="append", default=[], metavar="key=v1,v2", help="an option and its values")
     parser.add_argument(
@@ -132,10 +140,11 @@ def parse_line(argv: list[str]) -> tuple[argparse.Namespace, list[str], list[str
     """
     configs = list(itertools.takewhile(lambda word: word.endswith((".yaml", ".yml")), argv))
     args, rest = build_parser().parse_known_args(argv[len(configs) :])
+    args.seeds = SEEDS if args.seeds is None else args.seeds  # as a default, argparse would miss that it was given
     if args.seeds < 1 or (args.folds is not None and args.folds < 2):
         raise UserError("--seeds must be at least 1, --folds at least 2")
     for_all = [word.split("=")[0].lstrip("-").replace("-", "_") for word in rest if word.startswith("--")]
-    for_each = [setting.partition("=")[0] for setting in args.set]
+    for_each = [_key_and_values(setting)[0] for setting in args.set]
     twice = next((option for option in for_each if option in for_all or for_each.count(option) > 1), None)
     if twice:
         raise UserError(f"{twice} is given twice: leave --{twice} out, or one --set")
@@ -153,10 +162,12 @@ def build_experiments(configs: list[str], settings: list[str]) -> list[Experimen
     """
     values = []
     for setting in settings:
-        key, _, listed = setting.partition("=")
-        if not key.isidentifier() or not all(listed.split(",")):
+        key, listed = _key_and_values(setting)
+        if not key.isidentifier() or not all(listed):
             raise UserError(f"--set {setting} is not a setting: write it as key=value1,value2")
-        values.append([(key, value) for value in listed.split(",")])
+        if twice := [value for value in listed if listed.count(value) > 1]:
+            raise UserError(f"--set {setting} has {twice[0]} twice: leave one out")
+        values.append([(key, value) for value in listed])
     experiments = []
     for config in configs or [""]:
         for chosen in itertools.product(*values):
@@ -164,10 +175,18 @@ def build_experiments(configs: list[str], settings: list[str]) -> list[Experimen
             line = [*([config] if config else []), *(word for key, value in chosen for word in (f"--{key}", value))]
             experiments.append(Experiment("".join(c if c.isalnum() or c in "-_." else "-" for c in name), line))
     if len(experiments) < 2:
-        raise UserError("that is one experiment: give two configs, or --set with two values")
+        raise UserError(
+            "that is one experiment: give two configs (YAML files, first on the line), or --set with two values"
+        )
     if len({experiment.name for experiment in experiments}) < len(experiments):
         raise UserError("two experiments have the same name: give the configs different names")
     return experiments
+
+
+def _key_and_values(setting: str) -> tuple[str, list[str]]:
+    """Return the two sides of `key=v1,v2`; the key as a config writes it."""
+    key, _, listed = setting.partition("=")
+    return key.strip().lstrip("-").replace("-", "_"), [value.strip() for value in listed.split(",")]
 
 
 def build_runs(experiments: list[Experiment], args: argparse.Namespace, rest: list[str]) -> list[Run]:
@@ -185,10 +204,11 @@ def build_runs(experiments: list[Experiment], args: argparse.Namespace, rest: li
     runs = []
     for (part, words), experiment in itertools.product(parts, experiments):
         folder = args.output_dir / f"{experiment.name}-{part.replace(' ', '-')}"
-        line = [*experiment.line, "--refit", "none", *rest, *words]  # nothing is shipped, so nothing is refit
+        line = [*experiment.line, "--refit", "none", "--push_to_hub", "false", *rest, *words]  # nothing is shipped
         line += ["--disable_tqdm", "True", "--output_dir", str(folder)]
         line += ["--resume_from_checkpoint", "auto"]  # from the start where there is nothing to resume
-        parsed = parse_arguments(line)
+        with contextlib.nullcontext() if part == parts[0][0] else contextlib.redirect_stdout(io.StringIO()):
+            parsed = parse_arguments(line)  # says once what it leaves out
         settings = with_time_limit(parsed.run_args.settings, parsed.model_args.time_limit)
         runs.append(Run(experiment.name, part, folder, line, settings))
     first: dict[tuple[str, str], str] = {}
@@ -243,15 +263,27 @@ def execute(run: Run) -> None:
             code = process.wait()
         except (KeyboardInterrupt, SystemExit) as stopped:
             if isinstance(stopped, SystemExit):
-                process.terminate()
-            process.wait()
-            wait_for_lock(run.folder, PATIENCE)  # accelerate ends before its process, which writes a checkpoint
+                terminate(process)
+            while process.poll() is None:
+                with contextlib.suppress(KeyboardInterrupt):  # a second Ctrl-C is for the run, which has received it
+                    process.wait()
+            with contextlib.suppress(KeyboardInterrupt):
+                wait_for_lock(run.folder, PATIENCE)  # accelerate ends before its process, which writes a checkpoint
             print(f"stopped in {run.experiment}, {run.part}: give the same command to go on", file=sys.stderr)
             sys.exit(getattr(stopped, "code", 130))
     if code:
         last = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:])
         print(f"error: {run.experiment}, {run.part} failed; all it printed is in {log}:\n{last}", file=sys.stderr)
         sys.exit(1)
+
+
+def terminate(process: subprocess.Popen) -> None:
+    """Send SIGTERM to the launcher of a run and to all that it has started, to which it may not pass it on."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for each in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.terminate()
+    process.terminate()
 
 
 if __name__ == "__main__":

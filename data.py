@@ -178,7 +178,7 @@ def load_labelled(names: list[str], **options) -> tuple[DatasetDict, list[Unread
 
 
 def prepare(splits: DatasetDict, view: EvaluationView, quiet: bool = False) -> DatasetDict:
-    """Decode every image once, on all cores, and store what the run needs of it; `datasets` caches the result.
+    """Decode every image once, on all cores, and store what the run needs of it; see `luthier.cache`.
 
     A training image is stored upright, in RGB, with its shorter side at most twice the view's: a random crop of it
     still has a pixel for each that the model sees. An image that is small enough and plain RGB already keeps its

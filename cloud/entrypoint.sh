@@ -21,7 +21,10 @@ trap forward TERM INT HUP
 
 app=$(dirname "$0")
 [ -f "$app/train.py" ] || app=$app/.. # in a checkout
-accelerate launch --quiet --config_file "${ACCELERATE_CONFIG:-$app/accelerate_config.yaml}" "$app/train.py" "$@" &
+several=
+[ "${PROCESSES:-1}" = 1 ] || several="--multi_gpu --num_processes $PROCESSES" # one for each GPU
+# shellcheck disable=SC2086 # $several holds several words, or none
+accelerate launch --quiet --config_file "${ACCELERATE_CONFIG:-$app/accelerate_config.yaml}" $several "$app/train.py" "$@" &
 launcher=$!
 while kill -0 "$launcher" 2>/dev/null; do # a signal ends the wait, not the launcher
     wait "$launcher"

@@ -62,7 +62,7 @@ class Arguments(NamedTuple):
         return {**of_run, "time_limit": self.model_args.time_limit}
 
     def describe_if_ended(self) -> str:
-        """Return in words, on every process alike, that a run has ended which is to go on; nothing otherwise."""
+        """Return a sentence if the run to go on with has ended, or else ""; the same on every process."""
         if self.training_args.resume_from_checkpoint != "auto":
             return ""
         ended = ""
@@ -140,7 +140,7 @@ COMMON = {
     "num_train_epochs": "Most epochs; as many as pay if not given (docs/usage.md).",
     "learning_rate": "Learning rate of the head; the recipe's if not given.",
     "lr_scheduler_type": "How the learning rate changes.",
-    "per_device_train_batch_size": "Images on a device; see docs/scaling.md.",
+    "per_device_train_batch_size": "Images on a device; fewer on small data.",
     "gradient_accumulation_steps": "Batches in an optimizer step.",
     "weight_decay": "Weight decay of the optimizer.",
     "optim": "The optimizer, such as adamw_torch_fused or sgd.",

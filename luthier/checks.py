@@ -84,7 +84,10 @@ def check_options(options: dict) -> None:
         advice = f"give 1/{k} to {k}/{k}" if k > 1 else "there must be at least two folds"
         raise UserError(f"--fold {fold} is none of {k}: {advice}")
     if options["folds"] is not None and (fold or resume not in (None, "auto")):
-        raise UserError("--folds runs every fold: leave --fold out, and resume with --resume_from_checkpoint auto")
+        raise UserError(
+            "--folds runs every fold: give it or --fold (as compare.py --folds does), on the line or in a config, and "
+            "resume with --resume_from_checkpoint auto"
+        )
     if options["streaming"]:
         _check_streaming(options)
     for key, why in REFUSED.items():

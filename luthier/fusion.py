@@ -36,7 +36,7 @@ def fuse_for_training(model: PreTrainedModel, size: tuple[int, int]) -> PreTrain
 
     Args:
         model: its BatchNorm layers stay in evaluation mode while it trains. It is put into evaluation mode, and its
-            narrow convolutions get their stride before them.
+            convolutions of 1x1 pixels with a stride leave out pixels before they compute.
         size: (height, width) in pixels of an input to check it with.
     """
     _stride_before_narrow_convolutions(model)

@@ -108,12 +108,12 @@ def read_config(path: str, parser: HfArgumentParser) -> dict:
         loader = yaml.SafeLoader(Path(path).read_text(encoding="utf-8"))
         tree = loader.get_single_node()
         keys = [key.value for key, _ in tree.value] if isinstance(tree, yaml.MappingNode) else []
-        settings = loader.construct_document(tree) if tree else None  # adds to the tree what is merged by `<<`
+        settings = _read_values(loader, tree) if isinstance(tree, yaml.MappingNode) else None
     except OSError as error:
         raise UserError(f"cannot read the config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(settings, dict):
+    if settings is None:
         raise UserError(f"{path} must hold settings, one `key: value` on a line")
     if twice := [key for key in keys if keys.count(key) > 1]:
         raise UserError(f"{path} gives {twice[0]} twice: leave one out")
@@ -129,6 +129,24 @@ def read_config(path: str, parser: HfArgumentParser) -> dict:
     return settings
 
 
+def _read_values(loader: yaml.SafeLoader, tree: yaml.MappingNode) -> dict:
+    """Return the settings of a config, words as they are written: argparse reads them.
+
+    To YAML `no` is false, `01` is 1 and `2024_01` is 202401. Here they may be names of classes and folders.
+    """
+    loader.flatten_mapping(tree)  # adds to the tree what is merged by `<<`
+    return {str(_read_value(loader, key)): _read_value(loader, value) for key, value in tree.value}
+
+
+def _read_value(loader: yaml.SafeLoader, node: yaml.Node) -> Any:
+    """Return a word or a list of words as they are written, None for null, or what else YAML reads."""
+    if isinstance(node, yaml.ScalarNode):
+        return None if node.tag == "tag:yaml.org,2002:null" else node.value
+    if isinstance(node, yaml.SequenceNode):
+        return [word.value if isinstance(word, yaml.ScalarNode) else _read_value(loader, word) for word in node.value]
+    return loader.construct_object(node, deep=True)
+
+
 def as_tokens(settings: dict) -> list[str]:
     """Write a config's settings as a command line, so that argparse reads and checks both alike (YAML's 1e-4 too)."""
     tokens = []
@@ -136,7 +154,7 @@ def as_tokens(settings: dict) -> list[str]:
         if isinstance(value, list):
             tokens += [f"--{key}", *map(str, value)]
         elif value is not None:
-            tokens.append(f"--{key}={json.dumps(value) if isinstance(value, (dict, bool)) else value}")
+            tokens.append(f"--{key}={json.dumps(value, default=str) if isinstance(value, dict) else value}")
     return tokens
 
 

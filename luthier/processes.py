@@ -65,7 +65,7 @@ def share_tensors(tensors: Iterable[torch.Tensor]) -> None:
 
 
 def are_alike(value: str) -> bool:
-    """Tell all processes whether they give the same."""
+    """Return, on every process, whether all of them passed the same value."""
     return len(set(gather_object([value]))) == 1
 
 

@@ -85,6 +85,34 @@ def test_script_of_the_container_runs_in_a_checkout_and_passes_signals_on(tmp_pa
         assert process.wait(20) == 143
 
 
+@pytest.mark.parametrize(("processes", "expected"), [(None, ""), ("1", ""), ("2", "--multi_gpu --num_processes 2 ")])
+def test_script_of_the_container_starts_as_many_processes_as_asked_for(tmp_path, processes, expected):
+    launcher = tmp_path / "accelerate"
+    launcher.write_text('#!/bin/sh\necho "$@"\n')
+    launcher.chmod(0o755)
+    own = {"PATH": f"{tmp_path}:{os.environ['PATH']}"} | ({"PROCESSES": processes} if processes else {})
+    line = ["sh", "cloud/entrypoint.sh", "--seed", "3"]
+    told = subprocess.run(line, cwd=PROJECT, env=os.environ | own, capture_output=True, text=True, check=True).stdout
+    assert told.endswith(f"accelerate_config.yaml {expected}cloud/../train.py --seed 3\n")
+
+
+@pytest.mark.parametrize("name", ["my_photos/cat/1.jpg", "my_photos_2/1.jpg", "shards/train.parquet", "outputs/a/x"])
+def test_images_and_runs_are_not_copied_with_the_checkout(tmp_path, name):
+    """SkyPilot's `workdir: .` leaves out what git ignores."""
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    (tmp_path / ".gitignore").write_text((PROJECT / ".gitignore").read_text())
+    assert subprocess.run(["git", "-C", str(tmp_path), "check-ignore", "-q", name]).returncode == 0
+
+
+def test_disk_of_the_vm_has_room_beside_the_image():
+    assert yaml.safe_load(TASK.read_text())["resources"]["disk_size"] >= 200  # SkyPilot's GPU image alone takes 50 GB
+
+
+def test_documented_container_can_be_stopped_and_shows_no_token():
+    text = (PROJECT / "docs/cloud.md").read_text()
+    assert "docker run --name luthier --detach --stop-timeout 120" in text and "HF_TOKEN=" not in text
+
+
 def test_hf_accepts_the_job(tmp_path):
     (command,) = commands("hf jobs run")
     launcher = [str(Path(sys.executable).with_name("hf")), *command[1:3], "--dry-run", *command[3:]]
@@ -123,3 +151,5 @@ def test_skypilot_accepts_the_task_and_the_commands(tmp_path):
         known = run(*words, "--help").stdout
         flags = [word for word in command if re.fullmatch(r"-[a-z]|--[a-z-]+", word)]
         assert flags and all(re.search(rf"(^|[ ,]){flag}\b", known) for flag in flags), (command, known)
+    for words in (["sky", "down"], ["sky", "jobs", "cancel"]):
+        assert "--graceful" in run(*words, "--help").stdout

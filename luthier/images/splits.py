@@ -38,8 +38,8 @@ def cut_splits(
         splits: of `data.load_images`: with the columns `label`, `digest` and `group`. Images of one group stay on
             one side.
         split_seed: decides the cut, together with the images' content; the training seed does not change it.
-        validation_fraction, test_fraction: share of each class to cut, with a fold of the images that are not in it;
-            see `validation_share` for None.
+        validation_fraction, test_fraction: share of each class to cut; with a fold, of the images outside it. For None
+            see `validation_share`.
         fold: (i, k): test is the i-th of k parts, from 1 on, instead of `test_fraction`.
 
     Raises:
@@ -269,8 +269,8 @@ def stratified_cut(
         labels: int [N], the class of each row.
         names: the classes' names, for the error.
         fractions: share of each class to cut, for "validation", "test" or both; at least one image of each class is
-            cut. A class with too few images or groups is not in validation, if there is a test split, and with one
-            not in test either.
+            cut. A class too small for every split is left out of validation first, if there is a test split; with a
+            single image or group it is left out of test too.
         seed: decides the order.
         groups: int [N]; rows of the same number go to the same split. A group that is larger than what test still
             lacks may go to validation, and at last to train. Without it every row is a group of its own.

@@ -3,6 +3,7 @@
 import csv
 import itertools
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -74,6 +75,34 @@ def check_same_images(results: dict[str, dict[str, RunResult]], part: str) -> No
             f"{', '.join(fingerprints)} do not count the same test images in {part}: name --none_class once, for all "
             "of them, on the command line of compare.py"
         )
+
+
+def check_same_data(name: str, parts: dict[str, RunResult], part: str, folds: bool) -> None:
+    """Refuse a seed or fold of an experiment whose images are others than those of its first one.
+
+    Raises:
+        UserError: images or labels have changed, so that an image would count twice.
+    """
+    (before, first), last = next(iter(parts.items())), parts[part]
+    if folds:  # each has a fingerprint of its own
+        tested = {digest for other, result in parts.items() if other != part for digest, *_ in result.correct}
+        changed = not tested.isdisjoint(digest for digest, *_ in last.correct)
+        changed |= _images_by_class(first) != _images_by_class(last)
+    else:
+        changed = first.metrics["data"]["fingerprint"] != last.metrics["data"]["fingerprint"]
+    if changed:
+        raise UserError(
+            f"the images, or their labels, have changed between {before} and {part} of {name}: an image would count "
+            "twice. Put them back and remove the folders of the runs that had others, or give another --output_dir"
+        )
+
+
+def _images_by_class(result: RunResult) -> Counter:
+    """Return how many images of each class all splits of a run have together."""
+    total: Counter = Counter()
+    for split in result.metrics["data"]["splits"].values():
+        total.update(split["per_class"])
+    return total
 
 
 def summarise_experiment(name: str, parts: dict[str, RunResult]) -> dict[str, str | int | float]:

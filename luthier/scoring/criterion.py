@@ -60,7 +60,8 @@ class Criterion(NamedTuple):
     def losses(self, adjusted: np.ndarray, references: np.ndarray) -> np.ndarray:
         """Return a loss for each image, float64 [N], whose mean is what is to be low.
 
-        That is the log loss, or how much is missing of the metric, with a thousandth of the log loss beside it.
+        For `log_loss` the log loss; for another metric what is missing of it, plus a thousandth of the log loss, which
+        decides between equals.
 
         Args:
             adjusted: logits, float [N, C], see `adjust`, calibrated.

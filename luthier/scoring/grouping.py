@@ -1,4 +1,4 @@
-"""What a score would be worth that ignores which images belong together."""
+"""By how much a score is too high that ignores which images belong together."""
 
 import numpy as np
 import torch

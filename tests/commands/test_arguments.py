@@ -338,3 +338,13 @@ def test_processes_of_a_machine_share_its_memory(monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 1200 * 10**6))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert defaults_on_a_gpu(monkeypatch)["dataloader_num_workers"] == 2
+
+
+def test_words_of_a_config_are_what_is_written():
+    text = "label_names: [no, yes, 01, null]\ndata_dir: 2024_01\nnone_class: no\nsave_strategy: no\nbf16: no\n"
+    data_args, _, training_args, _ = parse_arguments([write_config(text)])
+    assert data_args.label_names == ["no", "yes", "01", "null"] and data_args.none_class == "no"
+    assert data_args.data_dir == "2024_01" and training_args.save_strategy == "no" and not training_args.bf16
+    assert parse_arguments([write_config("data_dir: 2024-31-01\n")]).data_args.data_dir == "2024-31-01"
+    line = [write_config("lr_scheduler_kwargs: {a: 2024-01-01}\n")]
+    assert parse_arguments(line).training_args.lr_scheduler_kwargs == {"a": "2024-01-01"}

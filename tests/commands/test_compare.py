@@ -3,16 +3,20 @@
 import json
 import subprocess
 import sys
+import time
 
 import numpy as np
+import psutil
 import pytest
 from conftest import draw_folder
 
-from compare import Run, build_experiments, build_runs, execute, is_finished, main, parse_line
+from compare import Run, build_experiments, build_runs, execute, is_finished, main, parse_line, terminate
+from luthier.arguments import parse_arguments
 from luthier.errors import UserError
 from luthier.reporting.console import comparison_in_words, verdict_in_words
 from luthier.scoring.comparison import (
     RunResult,
+    check_same_data,
     check_same_images,
     compare_pairs,
     count_correct,
@@ -169,7 +173,7 @@ def test_run_is_stopped_with_the_command(tmp_path, monkeypatch, capsys):
     class Process:
         def __init__(self, *_, **__):
             self.wait = lambda: told.append("wait") if "terminate" in told else sys.exit(143)
-            self.terminate = lambda: told.append("terminate")
+            self.poll = lambda: 143 if "wait" in told else None
 
         def __enter__(self):
             return self
@@ -178,10 +182,48 @@ def test_run_is_stopped_with_the_command(tmp_path, monkeypatch, capsys):
             pass
 
     monkeypatch.setattr(subprocess, "Popen", Process)
+    monkeypatch.setattr("compare.terminate", lambda process: told.append("terminate"))
     run = Run("a", "seed 1", tmp_path / "a", [], "x")
     with pytest.raises(SystemExit) as exit_info:
         execute(run)
     assert exit_info.value.code == 143 and told == ["terminate", "wait"] and "to go on" in capsys.readouterr().err
+
+
+def test_second_ctrl_c_is_left_to_the_run(tmp_path, monkeypatch, capsys):
+    pressed = [KeyboardInterrupt, KeyboardInterrupt]
+
+    class Process:
+        def __init__(self, *_, **__):
+            self.poll = lambda: None if pressed else 130
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def wait(self):
+            if pressed:
+                raise pressed.pop()
+
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    with pytest.raises(SystemExit) as exit_info:
+        execute(Run("a", "seed 1", tmp_path / "a", [], "x"))
+    assert exit_info.value.code == 130 and not pressed and "to go on" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM that a process could answer")
+def test_sigterm_reaches_what_the_launcher_has_started(tmp_path):
+    below = f"import time; open({str(tmp_path / 'begun')!r}, 'w').close(); time.sleep(60)"
+    launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {below!r}])"
+    with subprocess.Popen([sys.executable, "-c", launcher]) as process:
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.05)
+        (child,) = psutil.Process(process.pid).children(recursive=True)
+        terminate(process)
+        child.wait(10)  # raises TimeoutExpired if it goes on
+        process.wait(10)
+    terminate(process)  # nothing is left
 
 
 def test_mistake_on_the_command_line_deletes_nothing(tmp_path, monkeypatch, capsys):
@@ -219,6 +261,12 @@ def test_interrupted_run_resumes_from_its_checkpoint(compared, launch):
         (["nowhere.yaml", "else.yaml"], "nowhere.yaml"),
         (["a/x.yaml", "b/x.yaml"], "the same name"),
         (["--set", "augmentation=none,augmix", "--folds", "1"], "--folds at least 2"),
+        (["--set", "augmentation=none,augmix", "--push_to_hub"], "compare.py sets push_to_hub itself: leave it out"),
+        (["--seeds", "2", "a.yaml", "b.yaml"], "first on the line"),
+        (["a.json", "b.json"], "YAML files"),
+        (["--set", "augmentation=none,none"], "has none twice"),
+        (["--set", "output-dir=a,b"], "compare.py sets output_dir itself"),
+        (["--set", "augmentation=none,augmix", "--seeds", "3", "--folds", "5"], "not allowed with"),
     ],
 )
 def test_mistake_on_the_command_line_is_reported_before_anything_runs(tmp_path, monkeypatch, capsys, flags, message):
@@ -251,6 +299,48 @@ def test_other_images_are_refused():
     others = results(("a", [[True, False]]), ("b", [[True]]))  # one of them with --none_class
     with pytest.raises(UserError, match="a, b do not count the same test images in 0: name --none_class once"):
         check_same_images(others, "0")
+
+
+def with_data(digests: str, fingerprint: str, images: int) -> RunResult:
+    counts = {"train": images - len(digests), "test": len(digests)}
+    splits = {split: {"per_class": {"x": n}} for split, n in counts.items()}
+    return RunResult({"data": {"fingerprint": fingerprint, "splits": splits}}, [(each, True, "") for each in digests])
+
+
+@pytest.mark.parametrize(
+    ("second", "folds", "changed"),
+    [
+        (("ab", "1", 4), False, False),
+        (("ab", "2", 4), False, True),  # another seed, other images
+        (("cd", "2", 4), True, False),
+        (("cd", "2", 5), True, True),  # one image more
+        (("bd", "2", 4), True, True),  # tested twice
+    ],
+)
+def test_images_that_change_between_seeds_or_folds_are_refused(second, folds, changed):
+    parts = {"1": with_data("ab", "1", 4)}
+    check_same_data("a", parts, "1", folds)
+    parts["2"] = with_data(*second)
+    if changed:
+        with pytest.raises(UserError, match="have changed between 1 and 2 of a"):
+            check_same_data("a", parts, "2", folds)
+    else:
+        check_same_data("a", parts, "2", folds)
+
+
+def test_setting_may_be_written_with_hyphens_and_spaces():
+    one, two = build_experiments([], ["weight-decay=0, 0.1"])
+    assert (one.line, two.line) == (["--weight_decay", "0"], ["--weight_decay", "0.1"])
+
+
+def test_runs_of_configs_are_not_published_and_say_once_what_they_leave_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yaml").write_text("data_dir: x\ngroup_by: folder\npush_to_hub: true\nhub_model_id: me/x\n")
+    (tmp_path / "b.yaml").write_text("augmentation: none\n")
+    args, configs, rest = parse_line(["a.yaml", "b.yaml", "--data_dir", "z"])
+    runs = build_runs(build_experiments(configs, args.set), args, rest)
+    assert len(runs) == 6 and capsys.readouterr().out.count("group_by are left out") == 1
+    assert not any(parse_arguments(run.line).run_args.push_to_hub for run in runs)
 
 
 @pytest.mark.slow
