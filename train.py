@@ -54,8 +54,7 @@ def set_up(arguments: "Arguments", stopwatch: Stopwatch) -> "Experiment":
     from data import cut_splits, load_images, prepare, sample_rows
     from luthier.images.splits import check_same_images
     from luthier.images.streams import open_stream
-    from luthier.reporting import console
-    from luthier.reporting.results import warn_if_learned
+    from luthier.reporting import console, results
     from luthier.scoring.audit import audit_images
     from luthier.scoring.criterion import build_judge
     from luthier.scoring.experiment import Experiment
@@ -90,7 +89,7 @@ def set_up(arguments: "Arguments", stopwatch: Stopwatch) -> "Experiment":
     view, views = choose_view(model, processor, sample, recipes[0].is_pretrained, not model_args.image_size)
     setup = console.describe_setup(sample.predictor(model), name, view.size, views, judge.criterion)
     console.say_setup(splits, data_args.name, setup, data_args.fold)
-    findings["learned_from"] = warn_if_learned(name, splits)
+    findings["learned_from"] = results.warn_if_learned(name, splits)
     with training_args.main_process_first(desc="preparing the images"):
         prepared = prepare(splits, view)
     stopwatch.stop("prepare")
@@ -105,22 +104,23 @@ def fine_tune(arguments: "Arguments", stop: "Stop", stopwatch: Stopwatch) -> tup
     from luthier.scoring.experiment import Result
     from luthier.scoring.familiarity import answer, learn_familiarity
     from luthier.scoring.race import Course, enter, keep_best, race
+    from luthier.scoring.screening import choose_augmentation
     from luthier.scoring.selection import score_probe
     from luthier.training.callbacks import StageTimes
     from luthier.training.trainer import model_of
 
     data_args, model_args, training_args, run_args = arguments
     experiment = set_up(arguments, stopwatch)
-    splits, prepared, view, stream = experiment.splits, experiment.prepared, experiment.view, experiment.stream
-    rows = with_transforms(prepared, view, data_args.augmentation, data_args.test_view, experiment.size, stream)
-    workshop = experiment.workshop(training_args, [StageTimes(stopwatch), stop])
+    splits, prepared, view, recipes = experiment.splits, experiment.prepared, experiment.view, experiment.recipes
+    workshop, images = experiment.workshop(training_args, [StageTimes(stopwatch), stop]), feature_rows(prepared, view)
 
     # Probe
-    probe, images, curve = ProbeResults(), feature_rows(prepared, view), data_args.learning_curve
-    judge, recipes = experiment.judge, experiment.recipes
+    probe, judge, curve = ProbeResults(), experiment.judge, data_args.learning_curve
     if recipes[0].is_pretrained:
         probe = measure_probe(workshop.predictor(), splits, images, judge.criterion, curve, console.say_probe)
         judge = with_yardstick(judge, probe, splits, recipes, training_args.device)
+    augmentation = choose_augmentation(data_args.augmentation, workshop.predictor(), splits, images, probe, recipes)
+    rows = with_transforms(prepared, view, augmentation, data_args.test_view, experiment.size, experiment.stream)
     stopwatch.stop("features")
     console.say_estimates(probe, curve)
     experiment.findings.update(probe.findings)
@@ -139,14 +139,14 @@ def fine_tune(arguments: "Arguments", stop: "Stop", stopwatch: Stopwatch) -> tup
     familiarity = learn_familiarity(trainer, images, splits, probe.known_of(kept.is_probe), judge.criterion.none)
     answers, model = answer(trainer, rows["test"], splits, familiarity), model_of(trainer).cpu()
     stopwatch.stop("evaluate")
-    return experiment, Result(workshop, course, splits["train"]["digest"][:], probe, outcome, kept, model, answers)
+    learned_from = splits["train"]["digest"][:]
+    return experiment, Result(workshop, course, learned_from, probe, outcome, kept, model, answers, augmentation)
 
 
 def finish(experiment: "Experiment", result: "Result", arguments: "Arguments", stopwatch: Stopwatch) -> None:
     """Refit the model on all images that may be learned from, and write the results."""
     from data import feature_rows, join_for_training
-    from luthier.reporting import console
-    from luthier.reporting.results import collect_run, write_run
+    from luthier.reporting import console, results
     from luthier.scoring.refit import plan_refit, refit
 
     data_args, model_args, training_args, _ = arguments
@@ -155,15 +155,15 @@ def finish(experiment: "Experiment", result: "Result", arguments: "Arguments", s
     plan, refitted = plan_refit(experiment, result, model_args.refit, model_args.time_limit, data_args.folds), None
     console.say_refit(plan)
     if plan.done:
-        options = (experiment.view, data_args.augmentation, experiment.size)
+        options = (experiment.view, result.augmentation, experiment.size)
         images = feature_rows(experiment.prepared, experiment.view)
         plan, refitted = refit(plan, result, experiment.splits, images, lambda them: join_for_training(them, *options))
         stopwatch.stop("refit")
 
     # Report
     if training_args.process_index == 0:
-        metrics = collect_run(experiment, result, plan, data_args, arguments.for_record())
-        write_run(arguments.run_dir, experiment, result, refitted, metrics, arguments.for_later(), stopwatch)
+        metrics = results.collect_run(experiment, result, plan, data_args, arguments.for_record())
+        results.write_run(arguments.run_dir, experiment, result, refitted, metrics, arguments.for_later(), stopwatch)
 
 
 if __name__ == "__main__":

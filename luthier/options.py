@@ -98,12 +98,12 @@ class DataArguments:
         default="drop",
         metadata={"help": "Images that cannot be read: drop leaves them out and names them, error stops."},
     )
-    augmentation: Literal["none", "flip_crop", "trivial", "augmix"] = field(
-        default="flip_crop",
+    augmentation: Literal["auto", "none", "crop", "flip_crop", "trivial", "augmix"] = field(
+        default="auto",
         metadata={
-            "help": "Transform of training images. none: the evaluation view; flip_crop: a random crop, flipped half "
-            "of the time; trivial: flip_crop and one random operation of TrivialAugmentWide; augmix: AugMix on the "
-            "evaluation view."
+            "help": "Transform of training images. none: the evaluation view; crop: a random crop; flip_crop: that, "
+            "mirrored half of the time; auto: flip_crop, or crop where the mirror shows something else; trivial: "
+            "flip_crop and an operation of TrivialAugmentWide; augmix: AugMix."
         },
     )
     test_view: Literal["evaluation", "random_crop"] = field(

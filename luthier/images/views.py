@@ -17,7 +17,7 @@ from luthier.machine import one_thread
 if TYPE_CHECKING:  # predict.py needs no `datasets`, which takes a second to import
     from datasets import Dataset
 
-AUGMENTATIONS = ("none", "flip_crop", "trivial", "augmix")
+AUGMENTATIONS = ("none", "crop", "flip_crop", "trivial", "augmix")
 
 
 def view_size(image_processor: BaseImageProcessor) -> tuple[int, int]:
@@ -158,9 +158,9 @@ def training_transform(
 
     Args:
         view: gives the size, the order of the channels, and the view that is augmented.
-        augmentation: `none`, the evaluation view; `flip_crop`, a random crop, flipped half of the time; `trivial`,
-            flip_crop and one random operation of TrivialAugmentWide (Müller and Hutter 2021); `augmix`, AugMix
-            (Hendrycks et al. 2020) on the evaluation view, as in the original experiment.
+        augmentation: `none`, the evaluation view; `crop`, a random crop; `flip_crop`, that, mirrored half of the
+            time; `trivial`, flip_crop and one random operation of TrivialAugmentWide (Müller and Hutter 2021);
+            `augmix`, AugMix (Hendrycks et al. 2020) on the evaluation view, as in the original experiment.
         size: (height, width) of the random crops in pixels, if not the view's own.
     """
     if augmentation not in AUGMENTATIONS:
@@ -173,7 +173,7 @@ def training_transform(
     # At least 35% of the image, where torchvision's default is 8%: small crops lose the object. torchvision resizes a
     # tensor in a fifth of the time that Pillow takes, and to the same levels but for rounding.
     crop = v2.RandomResizedCrop(size or view.size, scale=(0.35, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
-    steps = [v2.PILToTensor(), crop, v2.RandomHorizontalFlip()]
+    steps = [v2.PILToTensor(), crop] + ([v2.RandomHorizontalFlip()] if augmentation != "crop" else [])
     if augmentation == "trivial":  # whose operations are faster on Pillow's images
         steps += [v2.ToPILImage(), v2.TrivialAugmentWide(), v2.PILToTensor()]
     if view.reversed:

@@ -93,18 +93,13 @@ def criterion_in_words(criterion: Criterion) -> str:
     return f"{metric}; answers as if all classes were equally frequent ({percent(low)} to {percent(high)}){weights}"
 
 
-def describe_recipe(result: Result, augmentation: str) -> dict[str, str]:
-    """Return how the model was trained, and which weights were kept, each in a line.
-
-    Args:
-        result: of the run.
-        augmentation: of the training images.
-    """
+def describe_recipe(result: Result) -> dict[str, str]:
+    """Return how the model was trained, and which weights were kept, each in a line."""
     winner, heats, how = result.outcome.winner, result.outcome.heats, "probe: the logistic regression is the head"
     if winner is not None:
         arm, args = winner.arm, winner.arm.training_args
         epochs = heats.epochs(arm.recipe.name)
-        steps = f"{_epochs(epochs)}, batch {arm.batch}, {augmentation}, {OptimizerNames(args.optim).value}"
+        steps = f"{_epochs(epochs)}, batch {arm.batch}, {result.augmentation}, {OptimizerNames(args.optim).value}"
         schedule = SchedulerType(args.lr_scheduler_type).value
         parts = f" in {plural(len(heats.of(arm.recipe.name)), 'heat')}" if arm.schedule else ""
         how = f"{arm.recipe.name}: {steps} {args.learning_rate:g}, {schedule}{parts}"

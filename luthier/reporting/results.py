@@ -64,7 +64,7 @@ def collect_run(
     outcome, probe = result.outcome, result.outcome.probe
     data = describe(experiment.prepared, data_args.name, data_args.is_built_in, experiment.stream)
     test = result.predictions(experiment.splits)
-    scores, recipe = score_run(result.kept, test, result.threshold), describe_recipe(result, data_args.augmentation)
+    scores, recipe = score_run(result.kept, test, result.threshold), describe_recipe(result)
     of_training: dict[str, Any] = {
         "learning_curve": result.probe.learning_curve,
         "groups": result.probe.inflation,

@@ -82,6 +82,7 @@ class Result(NamedTuple):
         kept: the weights that are scored.
         model: with these weights, in main memory, so that a GPU's is free for the refit and for other folds.
         answers: what it says of test.
+        augmentation: of the training images.
     """
 
     workshop: Workshop
@@ -92,6 +93,7 @@ class Result(NamedTuple):
     kept: Candidate
     model: PreTrainedModel
     answers: Answers
+    augmentation: str
 
     @property
     def none(self) -> int | None:

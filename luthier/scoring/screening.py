@@ -1,9 +1,9 @@
-"""What a probe on a few images tells before anything is trained: which view suits them, and which backbone."""
+"""What probes on a few images tell before anything is trained: the view, the backbone, and whether to mirror."""
 
 import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,19 +11,23 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
+from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel, Trainer
 
 from luthier.errors import UserError
 from luthier.images.splits import draw_order, stratified_folds
-from luthier.images.views import EvaluationView, view_size
+from luthier.images.views import EvaluationView, ImageRows, view_size
 from luthier.machine import choose_memory_format
 from luthier.processes import from_main_process
 from luthier.run_files import BACKBONE
+from luthier.scoring.baselines import ProbeResults
 from luthier.scoring.metrics import standard_error
 from luthier.terminal import say
-from luthier.training.features import build_backbone, compute_features, size_of
-from luthier.training.probe import cross_fit
+from luthier.training.features import LEARNABLE, build_backbone, columns_of, compute_features, join, size_of
+from luthier.training.probe import fit_parts
+from luthier.training.recipe import Recipe
+from luthier.training.trainer import model_of
 from models import EFFICIENTNETS, HubUnreachable, ModelError, change_view, explain_refusal, linear_head, takes_size
 
 IMAGES, CLASSES = 192, 24  # of train that are looked at, at most: eight images of a class, where classes are even
@@ -41,6 +45,8 @@ HUB_BACKBONES = (
     "timm/tiny_vit_21m_224.dist_in22k_ft_in1k",
     "timm/vit_small_patch14_dinov2.lvd142m",
 )
+# Images of train and validation that are mirrored, at most, and the standard errors by which that must be worse.
+MIRRORED, WORSE = 600, 2.5
 SQUARE = 1.05  # aspect ratio up to which an image counts as square
 
 
@@ -275,21 +281,92 @@ def choose_backbone(
     return chosen
 
 
-def cross_fitted_losses(features: torch.Tensor, labels: torch.Tensor, folds: np.ndarray) -> np.ndarray:
-    """Return the cross-entropy of each image by a probe that has not learned from its fold, float64 [N].
-
-    Of several penalties the one with the lowest mean counts. A probability is mixed with a guess, or a few images of
-    which a probe is wrongly sure would outweigh all others.
+def choose_augmentation(
+    name: str,
+    trainer: Trainer,
+    splits: DatasetDict,
+    images: Mapping[str, ImageRows],
+    probe: ProbeResults,
+    recipes: Sequence[Recipe],
+) -> str:
+    """Return the augmentation of training, on every process: for `auto` `flip_crop` or `crop`, see `is_mirror_worse`.
 
     Args:
-        features: float32 [N, D].
+        name: `--augmentation`.
+        trainer: predicts with the model as it was built.
+        splits: as loaded.
+        images: of each split, see `data.feature_rows`.
+        probe: of `baselines.measure_probe`; without one, or where nothing is trained, nothing is tried.
+        recipes: of the run.
+    """
+    if name != "auto" or probe.strength is None or all(recipe.is_probe for recipe in recipes):
+        return "flip_crop" if name == "auto" else name
+    model, (digests,) = model_of(trainer), columns_of(splits, ["digest"])
+    head, begin = linear_head(model), len(splits["train"])
+    assert head is not None  # the probe's
+    drawn = np.sort(np.argsort(draw_order(digests, seed=1), kind="stable")[:MIRRORED])
+    backbone = build_backbone(model, head, size_of(images["train"].rows))
+    backbone.register_forward_pre_hook(_mirror, with_kwargs=True)
+    mirrored = [
+        compute_features(trainer, backbone, images[split].rows.select(rows.tolist()))
+        for split, rows in zip(LEARNABLE, (drawn[drawn < begin], drawn[drawn >= begin] - begin), strict=True)
+        if len(rows)
+    ]
+    worse = False
+    if probe.features:
+        labels, groups = (column[drawn] for column in columns_of(splits, ("label", "group")))
+        features = join([probe.features[split] for split in LEARNABLE])[torch.from_numpy(drawn)]
+        worse = is_mirror_worse(features, torch.cat([each for each in mirrored if each is not None]), labels, groups)
+    return "crop" if from_main_process(worse) else "flip_crop"
+
+
+def is_mirror_worse(features: torch.Tensor, mirrored: torch.Tensor, labels: np.ndarray, groups: np.ndarray) -> bool:
+    """Tell whether probes take mirror images for something else, as those of letters and digits; say so if they do.
+
+    Mirror images of such classes are no training images of them.
+
+    Args:
+        features, mirrored: of images and of their mirror images, float32 [N, D].
+        labels, groups: int [N].
+    """
+    _, labels = np.unique(labels, return_inverse=True)  # without gaps
+    folds = stratified_folds(labels, groups, FOLDS, seed=1)
+    losses, others = losses_of_views((features, mirrored), torch.from_numpy(labels), folds)
+    if others.mean() - losses.mean() <= WORSE * standard_error(others - losses, groups):
+        return False
+    say("mirror", f"not in training; loss of a probe: {losses.mean():.3f}, of mirrored images {others.mean():.3f}")
+    return True
+
+
+def _mirror(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Turn left and right of what a model is given."""
+    return args, kwargs | {"pixel_values": kwargs["pixel_values"].flip(-1)}
+
+
+def cross_fitted_losses(features: torch.Tensor, labels: torch.Tensor, folds: np.ndarray) -> np.ndarray:
+    """Return the cross-entropy of each image, float64 [N]; see `losses_of_views`."""
+    return losses_of_views([features], labels, folds)[0]
+
+
+def losses_of_views(views: Sequence[torch.Tensor], labels: torch.Tensor, folds: np.ndarray) -> np.ndarray:
+    """Return the cross-entropy of each image in each view, float64 [V, N], by probes that have not seen its fold.
+
+    The probes learn from the first view. Of several penalties the one with the lowest mean there counts. A probability
+    is mixed with a guess, or a few images of which a probe is wrongly sure would outweigh all others.
+
+    Args:
+        views: features, float32 [N, D] each.
         labels: int64 [N].
         folds: int [N].
     """
-    classes = int(labels.max()) + 1
-    true = torch.zeros((len(STRENGTHS), len(labels)), dtype=torch.float64)
-    for part in cross_fit(features, labels, folds, classes, STRENGTHS):
-        probabilities = part.logits.double().softmax(dim=-1)
-        true[:, part.rows] = probabilities[:, torch.arange(len(part.rows)), labels[part.rows]]
+    classes, names = int(labels.max()) + 1, np.unique(folds)
+    true = torch.full((len(STRENGTHS), len(views), len(labels)), 1 / classes, dtype=torch.float64)
+    paths = fit_parts(views[0], labels, classes, STRENGTHS, folds[:, None] != names)
+    for fold, path in zip(names, paths, strict=True):
+        rows = torch.from_numpy(np.flatnonzero(folds == fold))
+        for number, probe in enumerate(path):
+            for view, features in enumerate(views):
+                probabilities = probe.logits(features[rows]).double().softmax(dim=-1)
+                true[number, view, rows] = probabilities[torch.arange(len(rows)), labels[rows]]
     losses = -torch.log((1 - GUESS) * true + GUESS / classes)
-    return losses[losses.mean(dim=1).argmin()].numpy()
+    return losses[losses[:, 0].mean(dim=1).argmin()].numpy()

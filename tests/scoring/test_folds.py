@@ -36,7 +36,7 @@ def fold(
     kept = Candidate(1.0, temperature, 0.1, {}, {}, np.full(4, loss), arm)
     model = SimpleNamespace(config=SimpleNamespace())
     answers = Answers(logits / temperature, references)
-    result = Result(None, course, [], ProbeResults(), Outcome(Heats(), reason), kept, model, answers)
+    result = Result(None, course, [], ProbeResults(), Outcome(Heats(), reason), kept, model, answers, "flip_crop")
     return logits, (
         Experiment(splits, False, splits, {"unreadable": [], "learned_from": 3}, None, None, [], None, {}),
         result,
