@@ -85,8 +85,8 @@ def check_options(options: dict) -> None:
         raise UserError(f"--fold {fold} is none of {k}: {advice}")
     if options["folds"] is not None and (fold or resume not in (None, "auto")):
         raise UserError(
-            "--folds runs every fold: give it or --fold (as compare.py --folds does), on the line or in a config, and "
-            "resume with --resume_from_checkpoint auto"
+            "--folds runs every fold: leave --fold out (compare.py --folds gives it: leave folds out of its configs), "
+            "and resume with --resume_from_checkpoint auto"
         )
     if options["streaming"]:
         _check_streaming(options)

@@ -281,6 +281,24 @@ def choose_backbone(
     return chosen
 
 
+class Mirror(NamedTuple):
+    """What probes make of mirror images.
+
+    Attributes:
+        loss, mirrored: mean cross-entropy of images and of their mirror images.
+        error: standard error of the difference, image by image.
+    """
+
+    loss: float
+    mirrored: float
+    error: float
+
+    @property
+    def is_worse(self) -> bool:
+        """Whether mirror images show something else, as those of letters and digits do: then they teach errors."""
+        return self.mirrored - self.loss > WORSE * self.error
+
+
 def choose_augmentation(
     name: str,
     trainer: Trainer,
@@ -289,53 +307,66 @@ def choose_augmentation(
     probe: ProbeResults,
     recipes: Sequence[Recipe],
 ) -> str:
-    """Return the augmentation of training, on every process: for `auto` `flip_crop` or `crop`, see `is_mirror_worse`.
+    """Return the augmentation of training, on every process: for `auto` `flip_crop`, or `crop` if `Mirror.is_worse`.
 
     Args:
         name: `--augmentation`.
-        trainer: predicts with the model as it was built.
-        splits: as loaded.
-        images: of each split, see `data.feature_rows`.
-        probe: of `baselines.measure_probe`; without one, or where nothing is trained, nothing is tried.
-        recipes: of the run.
+        trainer, splits, images, probe: see `measure_mirror`. Without a probe nothing is measured.
+        recipes: of the run; where nothing is trained, nothing is measured.
     """
     if name != "auto" or probe.strength is None or all(recipe.is_probe for recipe in recipes):
         return "flip_crop" if name == "auto" else name
+    mirror = measure_mirror(trainer, splits, images, probe)
+    worse = from_main_process(mirror is not None and mirror.is_worse)
+    if worse and mirror:
+        say("mirror", f"not in training; loss of a probe: {mirror.loss:.3f}, of mirrored images {mirror.mirrored:.3f}")
+    return "crop" if worse else "flip_crop"
+
+
+def measure_mirror(
+    trainer: Trainer, splits: DatasetDict, images: Mapping[str, ImageRows], probe: ProbeResults
+) -> Mirror | None:
+    """Return what probes make of the mirror images of train and validation; None on all but the main process.
+
+    Args:
+        trainer: predicts with the model as it was built.
+        splits: as loaded.
+        images: of each split, see `data.feature_rows`.
+        probe: of `baselines.measure_probe`.
+    """
     model, (digests,) = model_of(trainer), columns_of(splits, ["digest"])
     head, begin = linear_head(model), len(splits["train"])
-    assert head is not None  # the probe's
+    assert head is not None and probe.strength is not None  # it is their probe
     drawn = np.sort(np.argsort(draw_order(digests, seed=1), kind="stable")[:MIRRORED])
     backbone = build_backbone(model, head, size_of(images["train"].rows))
     backbone.register_forward_pre_hook(_mirror, with_kwargs=True)
-    mirrored = [
+    parts = [
         compute_features(trainer, backbone, images[split].rows.select(rows.tolist()))
         for split, rows in zip(LEARNABLE, (drawn[drawn < begin], drawn[drawn >= begin] - begin), strict=True)
         if len(rows)
     ]
-    worse = False
-    if probe.features:
-        labels, groups = (column[drawn] for column in columns_of(splits, ("label", "group")))
-        features = join([probe.features[split] for split in LEARNABLE])[torch.from_numpy(drawn)]
-        worse = is_mirror_worse(features, torch.cat([each for each in mirrored if each is not None]), labels, groups)
-    return "crop" if from_main_process(worse) else "flip_crop"
+    if not probe.features:
+        return None
+    labels, groups = (column[drawn] for column in columns_of(splits, ("label", "group")))
+    features = join([probe.features[split] for split in LEARNABLE])[torch.from_numpy(drawn)]
+    mirrored = torch.cat([part for part in parts if part is not None])
+    return compare_with_mirror(features, mirrored, labels, groups, probe.strength)
 
 
-def is_mirror_worse(features: torch.Tensor, mirrored: torch.Tensor, labels: np.ndarray, groups: np.ndarray) -> bool:
-    """Tell whether probes take mirror images for something else, as those of letters and digits; say so if they do.
-
-    Mirror images of such classes are no training images of them.
+def compare_with_mirror(
+    features: torch.Tensor, mirrored: torch.Tensor, labels: np.ndarray, groups: np.ndarray, strength: float
+) -> Mirror:
+    """Return what probes that have not learned from an image make of it and of its mirror image.
 
     Args:
         features, mirrored: of images and of their mirror images, float32 [N, D].
         labels, groups: int [N].
+        strength: of the probes.
     """
     _, labels = np.unique(labels, return_inverse=True)  # without gaps
     folds = stratified_folds(labels, groups, FOLDS, seed=1)
-    losses, others = losses_of_views((features, mirrored), torch.from_numpy(labels), folds)
-    if others.mean() - losses.mean() <= WORSE * standard_error(others - losses, groups):
-        return False
-    say("mirror", f"not in training; loss of a probe: {losses.mean():.3f}, of mirrored images {others.mean():.3f}")
-    return True
+    losses, others = losses_of_views((features, mirrored), torch.from_numpy(labels), folds, (strength,))
+    return Mirror(float(losses.mean()), float(others.mean()), standard_error(others - losses, groups))
 
 
 def _mirror(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -348,7 +379,9 @@ def cross_fitted_losses(features: torch.Tensor, labels: torch.Tensor, folds: np.
     return losses_of_views([features], labels, folds)[0]
 
 
-def losses_of_views(views: Sequence[torch.Tensor], labels: torch.Tensor, folds: np.ndarray) -> np.ndarray:
+def losses_of_views(
+    views: Sequence[torch.Tensor], labels: torch.Tensor, folds: np.ndarray, strengths: tuple[float, ...] = STRENGTHS
+) -> np.ndarray:
     """Return the cross-entropy of each image in each view, float64 [V, N], by probes that have not seen its fold.
 
     The probes learn from the first view. Of several penalties the one with the lowest mean there counts. A probability
@@ -358,10 +391,11 @@ def losses_of_views(views: Sequence[torch.Tensor], labels: torch.Tensor, folds: 
         views: features, float32 [N, D] each.
         labels: int64 [N].
         folds: int [N].
+        strengths: the penalties.
     """
     classes, names = int(labels.max()) + 1, np.unique(folds)
-    true = torch.full((len(STRENGTHS), len(views), len(labels)), 1 / classes, dtype=torch.float64)
-    paths = fit_parts(views[0], labels, classes, STRENGTHS, folds[:, None] != names)
+    true = torch.full((len(strengths), len(views), len(labels)), 1 / classes, dtype=torch.float64)
+    paths = fit_parts(views[0], labels, classes, strengths, folds[:, None] != names)
     for fold, path in zip(names, paths, strict=True):
         rows = torch.from_numpy(np.flatnonzero(folds == fold))
         for number, probe in enumerate(path):

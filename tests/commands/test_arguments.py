@@ -310,7 +310,7 @@ def test_help_has_groups_and_shows_defaults():
         assert group in text
     for option in (*fields(DataArguments), *fields(ModelArguments)):
         assert f"--{option.name}" in text and option.metadata["help"].split()[0] in text
-    assert "(default: flip_crop)" in unwrapped and "(default: cosine)" in unwrapped
+    assert "(default: auto)" in unwrapped and "(default: cosine)" in unwrapped
 
 
 def test_only_label_names_replaces_an_option_of_the_trainer():

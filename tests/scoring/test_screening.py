@@ -28,9 +28,9 @@ from luthier.scoring.screening import (
     choose_augmentation,
     choose_backbone,
     choose_view,
+    compare_with_mirror,
     cross_fitted_losses,
     draw_sample,
-    is_mirror_worse,
     losses_of_views,
 )
 from luthier.training.recipe import RECIPES
@@ -165,18 +165,18 @@ def test_views_are_judged_by_probes_of_the_first_one():
     assert turned.mean() > 2
 
 
-def test_mirror_must_be_clearly_worse(capsys):
+def test_mirror_must_be_clearly_worse():
     generator = torch.Generator().manual_seed(1)
     labels, groups = np.arange(120) % 3 + 1, np.arange(120)  # class 0 has no image in the sample
     features = 3 * torch.nn.functional.one_hot(torch.from_numpy(labels), 8) + torch.randn(120, 8, generator=generator)
     again = features + 0.5 * torch.randn(120, 8, generator=generator)
-    assert not is_mirror_worse(features, again, labels, groups) and not capsys.readouterr().out
+    assert not compare_with_mirror(features, again, labels, groups, 0.01).is_worse
     b_and_d = features.clone()
     b_and_d[:, [1, 2]] = features[:, [2, 1]]
-    assert is_mirror_worse(features, b_and_d, labels, groups)
-    assert "not in training; loss of a probe: 0." in capsys.readouterr().out
-    few = groups[:6]  # images of one group are no independent evidence
-    assert not is_mirror_worse(features[:6], again[:6], labels[:6], few)
+    mirror = compare_with_mirror(features, b_and_d, labels, groups, 0.01)
+    assert mirror.is_worse and mirror.loss < 0.6 and mirror.mirrored > 1 and 0 < mirror.error < 0.3
+    together = compare_with_mirror(features, b_and_d, labels, labels + 3 * (np.arange(120) // 30), 0.01)
+    assert together.error > 1.5 * mirror.error, "images of one group are no independent evidence"
 
 
 def draw_arrows(folder: Path, turned: bool) -> Path:
@@ -196,7 +196,7 @@ def draw_arrows(folder: Path, turned: bool) -> Path:
 
 
 @pytest.mark.parametrize(("turned", "expected"), [(False, "crop"), (True, "flip_crop")])
-def test_arrows_to_the_left_and_right_are_not_mirrored(tmp_path, timm_checkpoint, turned, expected):
+def test_arrows_to_the_left_and_right_are_not_mirrored(tmp_path, timm_checkpoint, capsys, turned, expected):
     splits = load(data_dir=str(draw_arrows(tmp_path / "arrows", turned)))
     model, image_processor = build_model(str(timm_checkpoint), {0: "left", 1: "right"})
     view, args = EvaluationView(image_processor), TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
@@ -208,6 +208,7 @@ def test_arrows_to_the_left_and_right_are_not_mirrored(tmp_path, timm_checkpoint
         return choose_augmentation(name, trainer, splits, rows, probe, [RECIPES[recipe]])
 
     assert choose("auto", probe) == expected
+    assert ("mirror   not in training; loss" in capsys.readouterr().out) == (not turned)
     assert choose("trivial", probe) == "trivial" and choose("auto", ProbeResults()) == "flip_crop"
     assert choose("auto", probe, "probe") == "flip_crop", "nothing is trained"
 
