@@ -103,8 +103,8 @@ def fine_tune(arguments: "Arguments", stop: "Stop", stopwatch: Stopwatch) -> tup
     from luthier.scoring.baselines import ProbeResults, measure_probe, with_yardstick
     from luthier.scoring.experiment import Result
     from luthier.scoring.familiarity import answer, learn_familiarity
+    from luthier.scoring.mirror import choose_augmentation
     from luthier.scoring.race import Course, enter, keep_best, race
-    from luthier.scoring.screening import choose_augmentation
     from luthier.scoring.selection import score_probe
     from luthier.training.callbacks import StageTimes
     from luthier.training.trainer import model_of

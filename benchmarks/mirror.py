@@ -14,7 +14,7 @@ from luthier.errors import exit_on_user_error
 from luthier.images.views import EvaluationView
 from luthier.machine import set_up_process
 from luthier.scoring.baselines import measure_probe
-from luthier.scoring.screening import Mirror, measure_mirror
+from luthier.scoring.mirror import Mirror, measure_mirror
 from luthier.training.trainer import build_predictor
 from models import build_model
 

@@ -1,0 +1,66 @@
+"""Whether training mirrors images: not where the mirror shows something else."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import load
+from PIL import Image, ImageDraw
+from torch.utils.data import default_collate
+from transformers import Trainer, TrainingArguments
+
+from data import feature_rows, prepare
+from luthier.images.views import EvaluationView
+from luthier.scoring.baselines import ProbeResults, measure_probe
+from luthier.scoring.mirror import choose_augmentation, compare_with_mirror
+from luthier.training.recipe import RECIPES
+from models import build_model
+
+
+def test_mirror_must_be_clearly_worse():
+    generator = torch.Generator().manual_seed(1)
+    labels, groups = np.arange(120) % 3 + 1, np.arange(120)  # class 0 has no image in the sample
+    features = 3 * torch.nn.functional.one_hot(torch.from_numpy(labels), 8) + torch.randn(120, 8, generator=generator)
+    again = features + 0.5 * torch.randn(120, 8, generator=generator)
+    assert not compare_with_mirror(features, again, labels, groups, 0.01).is_worse
+    b_and_d = features.clone()
+    b_and_d[:, [1, 2]] = features[:, [2, 1]]
+    mirror = compare_with_mirror(features, b_and_d, labels, groups, 0.01)
+    assert mirror.is_worse and mirror.loss < 0.6 and mirror.mirrored > 1 and 0 < mirror.error < 0.3
+    together = compare_with_mirror(features, b_and_d, labels, labels + 3 * (np.arange(120) // 30), 0.01)
+    assert together.error > 1.5 * mirror.error, "images of one group are no independent evidence"
+
+
+def draw_arrows(folder: Path, turned: bool) -> Path:
+    """Draw arrows of two classes, to the left and to the right; or all of them either way, thin and thick."""
+    generator = np.random.default_rng(1)
+    for name, number in (("left", 0), ("right", 1)):
+        (folder / name).mkdir(parents=True)
+        for image in range(40):
+            drawing = Image.new("RGB", (32, 32), "white")
+            x, y = generator.integers(10, 16), generator.integers(10, 22)
+            width = 2 + 4 * number if turned else 4
+            ImageDraw.Draw(drawing).line([(x + 8, y - 9), (x - 6, y), (x + 8, y + 9)], "black", int(width))
+            if (image % 2 if turned else number) == 1:
+                drawing = drawing.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            drawing.save(folder / name / f"{image}.png")
+    return folder
+
+
+@pytest.mark.parametrize(("turned", "expected"), [(False, "crop"), (True, "flip_crop")])
+def test_arrows_to_the_left_and_right_are_not_mirrored(tmp_path, timm_checkpoint, capsys, turned, expected):
+    splits = load(data_dir=str(draw_arrows(tmp_path / "arrows", turned)))
+    model, image_processor = build_model(str(timm_checkpoint), {0: "left", 1: "right"})
+    view, args = EvaluationView(image_processor), TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    args.remove_unused_columns = False
+    trainer, rows = Trainer(model, args, default_collate), feature_rows(prepare(splits, view), view)
+    probe = measure_probe(trainer, splits, rows)
+
+    def choose(name: str, probe: ProbeResults, recipe: str = "full") -> str:
+        return choose_augmentation(name, trainer, splits, rows, probe, [RECIPES[recipe]])
+
+    assert choose("auto", probe) == expected
+    assert ("mirror   not in training; loss" in capsys.readouterr().out) == (not turned)
+    assert choose("trivial", probe) == "trivial" and choose("auto", ProbeResults()) == "flip_crop"
+    assert choose("auto", probe, "probe") == "flip_crop", "nothing is trained"
