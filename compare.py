@@ -150,7 +150,8 @@ def parse_line(argv: list[str]) -> tuple[argparse.Namespace, list[str], list[str
         raise UserError(f"{twice} is given twice: leave --{twice} out, or one --set")
     for option, instead in FIXED.items():
         if option in (*for_all, *for_each):
-            raise UserError(f"compare.py sets {option} itself: {f'use {instead}' if instead else 'leave it out'}")
+            own = instead if not (option == "seed" and args.folds) else ""  # seeds and folds exclude each other
+            raise UserError(f"compare.py sets {option} itself: {f'use {own}' if own else 'leave it out'}")
     return args, configs, rest
 
 

@@ -111,6 +111,8 @@ def read_config(path: str, parser: HfArgumentParser) -> dict:
         settings = _read_values(loader, tree) if isinstance(tree, yaml.MappingNode) else None
     except OSError as error:
         raise UserError(f"cannot read the config {path}: {error.strerror}") from error
+    except RecursionError as error:
+        raise UserError(f"{path} is not valid YAML: a list contains itself") from error
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if settings is None:
@@ -124,6 +126,8 @@ def read_config(path: str, parser: HfArgumentParser) -> dict:
             _, unknown = parser.parse_known_args(as_tokens({key: value}))
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
+        except TypeError as error:  # of JSON, whose keys are words: a date is none
+            raise UserError(f"{path}: {key} has a key that is no word: {error}") from error
         if unknown:
             raise UserError(f"{path}: {key} takes one value, not {len(value)}")
     return settings

@@ -23,7 +23,7 @@ def empty_folder(tmp_path, monkeypatch):
 def test_config_parses_and_is_documented(path):
     data_args, _, training_args, _ = parse_arguments([str(path)])
     assert training_args.output_dir == str(Path("outputs", path.stem))
-    assert data_args.augmentation in AUGMENTATIONS
+    assert data_args.augmentation in ("auto", *AUGMENTATIONS)
     header = path.read_text().split("\n\n")[0]
     assert header.startswith("# ") and f"accelerate launch train.py configs/{path.name}" in path.read_text()
 

@@ -1,11 +1,13 @@
 """Whether training may mirror images: the mirror images of letters show something else."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from datasets import DatasetDict
+from scipy.special import ndtr, stdtrit
 from torch import nn
 from transformers import Trainer
 
@@ -30,7 +32,7 @@ class Mirror(NamedTuple):
 
     Attributes:
         loss, mirrored: mean cross-entropy of images and of their mirror images.
-        error: standard error of the difference, image by image.
+        error: standard error of the difference, image by image; wider where there are few groups.
     """
 
     loss: float
@@ -110,7 +112,14 @@ def compare_with_mirror(
     _, labels = np.unique(labels, return_inverse=True)  # without gaps
     folds = stratified_folds(labels, groups, FOLDS, seed=1)
     losses, others = losses_of_views((features, mirrored), torch.from_numpy(labels), folds, (strength,))
-    return Mirror(float(losses.mean()), float(others.mean()), standard_error(others - losses, groups))
+    error = standard_error(others - losses, groups) * _widen(len(np.unique(groups)))
+    return Mirror(float(losses.mean()), float(others.mean()), error)
+
+
+def _widen(groups: int) -> float:
+    """Return by how much a standard error of few groups is too small for `WORSE` of them (Student's t)."""
+    freedom = max(1, groups - 1)
+    return float(stdtrit(freedom, ndtr(WORSE))) / WORSE * math.sqrt((freedom + 1) / freedom)
 
 
 def _mirror(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

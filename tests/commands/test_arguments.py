@@ -348,3 +348,12 @@ def test_words_of_a_config_are_what_is_written():
     assert parse_arguments([write_config("data_dir: 2024-31-01\n")]).data_args.data_dir == "2024-31-01"
     line = [write_config("lr_scheduler_kwargs: {a: 2024-01-01}\n")]
     assert parse_arguments(line).training_args.lr_scheduler_kwargs == {"a": "2024-01-01"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["label_names: &x [a, *x]\n", "lr_scheduler_kwargs: {2024-01-01: a}\n", "bf16: on\n", "max_grad_norm: .inf\n"],
+)
+def test_value_that_is_none_is_no_traceback(text):
+    with pytest.raises(UserError, match=r"some\.yaml"):
+        parse_arguments([write_config(text)])

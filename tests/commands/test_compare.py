@@ -262,6 +262,7 @@ def test_interrupted_run_resumes_from_its_checkpoint(compared, launch):
         (["a/x.yaml", "b/x.yaml"], "the same name"),
         (["--set", "augmentation=none,augmix", "--folds", "1"], "--folds at least 2"),
         (["--set", "augmentation=none,augmix", "--push_to_hub"], "compare.py sets push_to_hub itself: leave it out"),
+        (["--set", "augmentation=none,augmix", "--folds", "5", "--seed", "3"], "sets seed itself: leave it out"),
         (["--seeds", "2", "a.yaml", "b.yaml"], "first on the line"),
         (["a.json", "b.json"], "YAML files"),
         (["--set", "augmentation=none,none"], "has none twice"),

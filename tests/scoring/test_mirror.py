@@ -64,3 +64,15 @@ def test_arrows_to_the_left_and_right_are_not_mirrored(tmp_path, timm_checkpoint
     assert ("mirror   not in training; loss" in capsys.readouterr().out) == (not turned)
     assert choose("trivial", probe) == "trivial" and choose("auto", ProbeResults()) == "flip_crop"
     assert choose("auto", probe, "probe") == "flip_crop", "nothing is trained"
+
+
+@pytest.mark.parametrize("groups", [2, 3])
+def test_few_groups_do_not_show_by_chance_that_the_mirror_is_worse(groups):
+    found = 0
+    for seed in range(40):
+        generator = np.random.default_rng(seed)
+        labels, of = np.arange(60) % 2, np.arange(60) * groups // 60
+        base = labels[:, None] + generator.normal(size=(groups, 8))[of]
+        own, other = (torch.from_numpy(base + generator.normal(size=(60, 8))).float() for _ in range(2))
+        found += compare_with_mirror(own, other, labels, of, 0.1).is_worse  # both are of one distribution
+    assert found <= 1
