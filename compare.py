@@ -138,12 +138,14 @@ def parse_line(argv: list[str]) -> tuple[argparse.Namespace, list[str], list[str
     Raises:
         UserError: an option is wrong, or belongs to this command.
     """
+    from luthier.parsing import option_names_in
+
     configs = list(itertools.takewhile(lambda word: word.endswith((".yaml", ".yml")), argv))
     args, rest = build_parser().parse_known_args(argv[len(configs) :])
     args.seeds = SEEDS if args.seeds is None else args.seeds  # as a default, argparse would miss that it was given
     if args.seeds < 1 or (args.folds is not None and args.folds < 2):
         raise UserError("--seeds must be at least 1, --folds at least 2")
-    for_all = [word.split("=")[0].lstrip("-").replace("-", "_") for word in rest if word.startswith("--")]
+    for_all = option_names_in(rest)
     for_each = [_key_and_values(setting)[0] for setting in args.set]
     twice = next((option for option in for_each if option in for_all or for_each.count(option) > 1), None)
     if twice:

@@ -119,7 +119,7 @@ def fine_tune(arguments: "Arguments", stop: "Stop", stopwatch: Stopwatch) -> tup
     if recipes[0].is_pretrained:
         probe = measure_probe(workshop.predictor(), splits, images, judge.criterion, curve, console.say_probe)
         judge = with_yardstick(judge, probe, splits, recipes, training_args.device)
-    augmentation = choose_augmentation(data_args.augmentation, workshop.predictor(), splits, images, probe, recipes)
+    augmentation = choose_augmentation(data_args.augmentation, workshop.predictor, splits, images, probe, recipes)
     rows = with_transforms(prepared, view, augmentation, data_args.test_view, experiment.size, experiment.stream)
     stopwatch.stop("features")
     console.say_estimates(probe, curve)

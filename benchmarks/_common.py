@@ -1,7 +1,14 @@
-"""What several commands share: folders that must be there, and caches of a run's own."""
+"""What several commands share: folders that must be there, caches of a run's own, and images for a probe."""
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # slow imports are inside the function, because some commands change the environment first
+    from datasets import DatasetDict
+    from transformers import Trainer
+
+    from luthier.images.views import ImageRows
 
 
 def directory(text: str) -> Path:
@@ -19,3 +26,24 @@ def directory(text: str) -> Path:
 def own_caches(folder: Path) -> dict[str, str]:
     """Return the environment of a process whose caches are below a folder, wherever the user has others."""
     return {"HF_HOME": str(folder), "HF_DATASETS_CACHE": str(folder / "datasets"), "HF_HUB_OFFLINE": "1"}
+
+
+def load_for_probe(
+    data: Path, output_dir: str, group_by: str | None = None
+) -> "tuple[Trainer, DatasetDict, dict[str, ImageRows]]":
+    """Return what `measure_probe` takes: a Trainer of `efficientnet_lite0`, the splits of a folder, and their rows."""
+    from data import feature_rows, load_splits, prepare
+    from luthier.arguments import parse_arguments
+    from luthier.images.views import EvaluationView
+    from luthier.machine import set_up_process
+    from luthier.training.trainer import build_predictor
+    from models import build_model
+
+    line = ["--output_dir", output_dir, "--disable_tqdm", "1", "--eval_strategy", "no"]
+    training_args = parse_arguments(line).training_args
+    set_up_process(training_args)
+    splits, _ = load_splits(data_dir=str(data), group_by=group_by)
+    names = splits["train"].features["label"].names
+    model, image_processor = build_model("efficientnet_lite0", dict(enumerate(names)))
+    view = EvaluationView(image_processor)
+    return build_predictor(model, training_args), splits, feature_rows(prepare(splits, view), view)

@@ -14,17 +14,11 @@ from pathlib import Path
 import torch
 from torchvision.transforms import v2
 
-from benchmarks._common import directory
-from data import feature_rows, load_splits, prepare
-from luthier.arguments import parse_arguments
+from benchmarks._common import directory, load_for_probe
 from luthier.errors import exit_on_user_error
 from luthier.images.decode import decode_rgb
-from luthier.images.views import EvaluationView
-from luthier.machine import set_up_process
 from luthier.reporting.console import inflation_in_words
 from luthier.scoring.baselines import measure_probe
-from luthier.training.trainer import build_predictor
-from models import build_model
 
 BURSTS, FRAMES = 15, 5  # of each class
 PATTERN = r"^(IMG_\d+)_"
@@ -39,16 +33,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         data = args.data if args.group_by else make_bursts(args.data, Path(folder, "bursts"))
-        line = ["--output_dir", f"{folder}/out", "--disable_tqdm", "1", "--eval_strategy", "no"]
-        training_args = parse_arguments(line).training_args
-        set_up_process(training_args)
-        splits, _ = load_splits(data_dir=str(data), group_by=args.group_by or PATTERN)
-        model, image_processor = build_model(
-            "efficientnet_lite0", dict(enumerate(splits["train"].features["label"].names))
-        )
-        view = EvaluationView(image_processor)
-        rows = feature_rows(prepare(splits, view), view)
-        inflation = measure_probe(build_predictor(model, training_args), splits, rows).inflation
+        inflation = measure_probe(*load_for_probe(data, f"{folder}/out", args.group_by or PATTERN)).inflation
     assert inflation is not None  # the images have groups
     print(inflation_in_words(inflation))
 

@@ -1,7 +1,7 @@
 """Whether training may mirror images: the mirror images of letters show something else."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -41,13 +41,13 @@ class Mirror(NamedTuple):
 
     @property
     def is_worse(self) -> bool:
-        """Whether mirror images show something else, as those of letters and digits do: then they teach errors."""
+        """Whether mirror images show something else, as those of letters do: then they teach errors."""
         return self.mirrored - self.loss > WORSE * self.error
 
 
 def choose_augmentation(
     name: str,
-    trainer: Trainer,
+    predictor: Callable[[], Trainer],
     splits: DatasetDict,
     images: Mapping[str, ImageRows],
     probe: ProbeResults,
@@ -57,12 +57,13 @@ def choose_augmentation(
 
     Args:
         name: `--augmentation`.
-        trainer, splits, images, probe: see `measure_mirror`. Without a probe nothing is measured.
+        predictor: returns a Trainer that only predicts with the model as it was built.
+        splits, images, probe: see `measure_mirror`. Without a probe nothing is measured.
         recipes: of the run; where nothing is trained, nothing is measured.
     """
     if name != "auto" or probe.strength is None or all(recipe.is_probe for recipe in recipes):
         return "flip_crop" if name == "auto" else name
-    mirror = measure_mirror(trainer, splits, images, probe)
+    mirror = measure_mirror(predictor(), splits, images, probe)
     worse = from_main_process(mirror is not None and mirror.is_worse)
     if worse and mirror:
         say("mirror", f"not in training; loss of a probe: {mirror.loss:.3f}, of mirrored images {mirror.mirrored:.3f}")

@@ -58,7 +58,7 @@ def test_arrows_to_the_left_and_right_are_not_mirrored(tmp_path, timm_checkpoint
     probe = measure_probe(trainer, splits, rows)
 
     def choose(name: str, probe: ProbeResults, recipe: str = "full") -> str:
-        return choose_augmentation(name, trainer, splits, rows, probe, [RECIPES[recipe]])
+        return choose_augmentation(name, lambda: trainer, splits, rows, probe, [RECIPES[recipe]])
 
     assert choose("auto", probe) == expected
     assert ("mirror   not in training; loss" in capsys.readouterr().out) == (not turned)
