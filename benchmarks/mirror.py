@@ -1,6 +1,6 @@
 """Whether the mirror shows something else than the images do, as `--augmentation auto` finds out.
 
-    python -m benchmarks.mirror path/to/instruments path/to/suite/cells ...
+python -m benchmarks.mirror path/to/instruments path/to/suite/cells ...
 """
 
 import argparse
