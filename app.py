@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 TOP = 5  # classes
 MAX_FILE_SIZE = "64mb"
+FETCHES = 4  # addresses at a time, so that one slow server does not hold up all visitors
+MAX_WAITING = 100  # requests
 CLEAN = (600, 3600)  # seconds: how often images that were given to the page are deleted, and how old they are then
 
 
@@ -109,9 +111,10 @@ def build_page(model_name: str, always_answer: bool, examples: list[str]) -> "gr
         load = file_loader(classifier, [Path(image.GRADIO_CACHE), *map(Path, examples)])
         image.change(answerer(classifier, load), image, [answer, classes], api_name="image")
         gradio.on(
-            [ask.click, url.submit], answerer(classifier, classifier.load_url), url, [answer, classes], api_name="url"
-        )
-    return page
+            [ask.click, url.submit], answerer(classifier, classifier.load_url), url, [answer, classes], api_name="url",
+            concurrency_limit=FETCHES,
+        )  # fmt: skip
+    return page.queue(max_size=MAX_WAITING)
 
 
 def _refuse_addresses(block: "gradio.components.Component") -> Callable:

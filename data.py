@@ -32,7 +32,7 @@ from luthier.options import BUILT_IN_DATASET
 from luthier.processes import available_cores
 from luthier.terminal import plural, say
 
-PREPARATION = 9  # part of the cache's key: raise it when what is stored changes
+PREPARATION = 10  # part of the cache's key: raise it when what is stored changes
 STORED_SIDE = 2  # shorter side of a stored training image, in sides of the view
 SMALL = 4  # a file is stored that has a fourth of its view's bytes, and no more than four times its pixels
 VIEW_THREADS = 4  # that read stored views: each takes a millisecond or so, and more threads were slower

@@ -93,7 +93,7 @@ def set_up(arguments: "Arguments", stopwatch: Stopwatch) -> "Experiment":
     with training_args.main_process_first(desc="preparing the images"):
         prepared = prepare(splits, view)
     stopwatch.stop("prepare")
-    return Experiment(splits, "test" in images, prepared, findings, model, view, recipes, judge, setup, stream)
+    return Experiment(splits, frozenset(images), prepared, findings, model, view, recipes, judge, setup, stream)
 
 
 def fine_tune(arguments: "Arguments", stop: "Stop", stopwatch: Stopwatch) -> tuple["Experiment", "Result"]:
@@ -118,7 +118,7 @@ def fine_tune(arguments: "Arguments", stop: "Stop", stopwatch: Stopwatch) -> tup
     probe, judge, curve = ProbeResults(), experiment.judge, data_args.learning_curve
     if recipes[0].is_pretrained:
         probe = measure_probe(workshop.predictor(), splits, images, judge.criterion, curve, console.say_probe)
-        judge = with_yardstick(judge, probe, splits, recipes, training_args.device)
+        judge = with_yardstick(judge, probe, splits, recipes, training_args.device, experiment.own_splits)
     augmentation = choose_augmentation(data_args.augmentation, workshop.predictor, splits, images, probe, recipes)
     rows = with_transforms(prepared, view, augmentation, data_args.test_view, experiment.size, experiment.stream)
     stopwatch.stop("features")

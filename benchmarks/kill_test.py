@@ -43,13 +43,13 @@ def main() -> None:
         os.chdir(folder)
         draw()
         seconds = train("whole", args.epochs)
-        while_saving, steps, damaged = 0, [], 0
+        while_saving, steps = 0, []
         for _ in range(args.kills):
             step, was_saving = train("killed", args.epochs, kill_after=generator.uniform(0, seconds / args.kills))
             steps.append(step)
             while_saving += was_saving
-            damaged += len(list(Path("killed").glob("damaged-*")))
         train("killed", args.epochs)
+        damaged = len(list(Path("killed").glob("damaged-*")))  # where they were set aside
         same = compare()
     print(f"killed {args.kills} times, {while_saving} of them while it wrote a checkpoint")
     print(f"resumed from steps {', '.join(map(str, steps))}")

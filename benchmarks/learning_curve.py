@@ -12,17 +12,13 @@ import time
 import numpy as np
 import torch
 
-from benchmarks._common import directory
-from data import feature_rows, load_splits, prepare
-from luthier.arguments import parse_arguments
+from benchmarks._common import directory, load_for_probe
 from luthier.errors import exit_on_user_error
-from luthier.images.views import EvaluationView
-from luthier.machine import set_up_process
 from luthier.scoring.learning_curve import FOLDS, learning_curve
 from luthier.training.features import Pool, load_features, pool_of
 from luthier.training.probe import fit_shared_probes
-from luthier.training.trainer import build_predictor
-from models import build_model, linear_head
+from luthier.training.trainer import model_of
+from models import linear_head
 
 USED = ("train", "validation")
 
@@ -35,15 +31,8 @@ def main() -> None:
     parser.add_argument("--halves", type=int, default=10, help="how many (default: 10)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        line = ["--output_dir", folder, "--eval_strategy", "no", "--disable_tqdm", "1"]
-        training_args = parse_arguments(line).training_args
-        set_up_process(training_args)
-        splits, _ = load_splits(data_dir=args.data)
-        names = splits["train"].features["label"].names
-        model, image_processor = build_model("efficientnet_lite0", dict(enumerate(names)))
-        view = EvaluationView(image_processor)
-        rows = feature_rows(prepare(splits, view), view)
-        trainer, head = build_predictor(model, training_args), linear_head(model)
+        trainer, splits, rows = load_for_probe(args.data, folder)
+        names, head = splits["train"].features["label"].names, linear_head(model_of(trainer))
         features = {split: load_features(trainer, head, rows[split]) for split in USED}
         probe, _ = fit_shared_probes(trainer, features, {split: splits[split]["label"][:] for split in USED})
     pool = pool_of(splits, features, torch.device("cpu"))

@@ -161,8 +161,9 @@ def loop_network(model: str, backend: str | None, files: list[str]) -> Callable[
 
 
 def loop_plain(model: str, backend: None, files: list[str]) -> Callable[[list[str]], None]:
-    """Return a loop over the same batch, by torch without any preparation."""
-    plain = AutoModelForImageClassification.from_pretrained(model).eval()
+    """Return a loop over the same batch, by torch in its default memory format."""
+    keep_freed_memory()  # as the other loops do, so that the format is all that differs
+    plain = AutoModelForImageClassification.from_pretrained(model, trust_remote_code=True).eval()
     return loop_tensors(plain, model, files, torch.contiguous_format)
 
 

@@ -242,12 +242,10 @@ def disk_space(folder: Path) -> int:
 
 
 def recall(path: Path, copies: list[frozenset[str]]) -> float:
-    """Return which share of the planted copies an audit has found."""
+    """Return which share of the planted copies an audit has found, each in a group of its own."""
     groups = json.loads(path.read_text(encoding="utf-8"))["near_duplicates"]
-    found = [{image["name"] for image in group} for group in groups]
-    number_of = {name: number for number, group in enumerate(found) for name in group}
-    hits = [len({number_of.get(name, name) for name in pair}) == 1 for pair in copies]
-    return float(np.mean(hits)) if hits else 1.0
+    found = {frozenset(image["name"] for image in group) for group in groups}
+    return float(np.mean([pair in found for pair in copies])) if copies else 1.0
 
 
 def report(run: str, by_size: Mapping[int, dict]) -> Iterator[str]:

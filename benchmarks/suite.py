@@ -6,7 +6,8 @@
 FOLDER holds data sets, each a folder with `train` and `test`. --also adds folders; one without a test split is cut as
 Luthier cuts it. OpenMoji is added unless --without_openmoji is given. Every run is a process of its own with empty
 caches, and is timed from its start. All tools start from the same ImageNet weights of EfficientNet-Lite0. The other
-tools get Luthier's cut of train and validation. No run chooses anything by test images: they make the table only.
+tools learn from all images that are not test, as what Luthier ships has. No run chooses anything by test images: they
+make the table only.
 
     python -m benchmarks.suite FOLDER --only probe "probe of lite2" "probe of auto"
 
@@ -218,12 +219,18 @@ def run_luthier(
 
 
 def cut(data: str, folder: Path, seed: int, out: Path) -> Path:
-    """Return a folder with Luthier's cut of a data set."""
+    """Return a folder with Luthier's cut of a data set; in train are validation's images too.
+
+    The other tools choose nothing by validation, and what Luthier ships has learned from it as well.
+    """
+    from datasets import concatenate_datasets
+
     from data import load_splits
 
     target = out / "cut" / f"{data}-seed{seed}"
     if not target.exists():
         splits, _ = load_splits(data_dir=str(folder), split_seed=seed)
+        splits["train"] = concatenate_datasets([splits["train"], splits["validation"]])
         link_splits(splits, {split: split for split in splits}, target)
     return target
 

@@ -68,9 +68,8 @@ def main() -> None:
     groups = {}
     for run in runs:
         groups.setdefault((run["name"], json.dumps(run["setting"])), []).append(run)
-    best = best_tuned(groups)
-    print_table(groups, best)
-    plot_runs(groups, best, args.out / "time_to_accuracy.png")
+    print_table(groups)
+    plot_runs(groups, args.out / "time_to_accuracy.png")
 
 
 def link_split(data: Path, folder: Path) -> Path:
@@ -247,22 +246,12 @@ def write_csv(runs: list[dict], path: Path) -> None:
                 table.writerow([*row, f"{run['test']:.4f}"])
 
 
-def best_tuned(groups: dict[tuple[str, str], list[dict]]) -> set[tuple[str, str]]:
-    """Return each tool's tuned setting with the highest final validation accuracy of the first seed."""
-    best = {}
-    for (name, setting), (run, *_) in groups.items():
-        accuracy = run["epochs"][-1][1]
-        if is_tuned(name, setting) and (name not in best or accuracy > best[name][0]):
-            best[name] = accuracy, setting
-    return {(name, setting) for name, (_, setting) in best.items()}
-
-
 def is_tuned(name: str, setting: str) -> bool:
     """Return whether a setting is not the tool's default."""
     return json.loads(setting) != DEFAULTS[name]
 
 
-def print_table(groups: dict[tuple[str, str], list[dict]], best: set[tuple[str, str]]) -> None:
+def print_table(groups: dict[tuple[str, str], list[dict]]) -> None:
     """Print a row for each tool and setting."""
     print("| what | setting | runs | seconds | test accuracy | validation after each epoch (first run) |")
     print("|---|---|---|---|---|---|")
@@ -271,15 +260,15 @@ def print_table(groups: dict[tuple[str, str], list[dict]], best: set[tuple[str, 
         spread = [(min(run[key] for run in group), max(run[key] for run in group)) for key in ("seconds", "test")]
         curve = ", ".join(f"{accuracy:.1%} {seconds:.0f}" for seconds, accuracy in group[0]["epochs"])
         shown = ", ".join(f"{key} {value:g}" for key, value in json.loads(setting).items()) or "default"
-        mark = " (best tuned)" if (name, setting) in best else ""
+        mark = " (another setting)" if is_tuned(name, setting) else ""
         print(
             f"| {name} | {shown}{mark} | {len(group)} | {mean[0]:.0f} ({spread[0][0]:.0f} to {spread[0][1]:.0f}) "
             f"| {mean[1]:.1%} ({spread[1][0]:.1%} to {spread[1][1]:.1%}) | {curve} |"
         )
 
 
-def plot_runs(groups: dict[tuple[str, str], list[dict]], best: set[tuple[str, str]], path: Path) -> None:
-    """Write the chart of all runs at default settings (solid) and at the best tuned ones (dashed)."""
+def plot_runs(groups: dict[tuple[str, str], list[dict]], path: Path) -> None:
+    """Write the chart of all runs at default settings (solid) and at other ones (dashed)."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
@@ -288,12 +277,10 @@ def plot_runs(groups: dict[tuple[str, str], list[dict]], best: set[tuple[str, st
     colours = dict(zip(DEFAULTS, ("#D55E00", "#0072B2", "#009E73", "#CC79A7"), strict=True))
     for (name, setting), group in groups.items():
         tuned = is_tuned(name, setting)
-        if tuned and (name, setting) not in best:
-            continue
         for number, run in enumerate(group):
             axes.plot(
                 *zip(*run["epochs"], strict=True), color=colours[name], linestyle="--" if tuned else "-", marker=".",
-                label=f"{name}{', tuned' if tuned else ''}" if number == 0 else None,
+                label=f"{name}{', another setting' if tuned else ''}" if number == 0 else None,
             )  # fmt: skip
     axes.set(xlabel="seconds from the start of the process", ylabel="validation accuracy", ylim=(None, 1))
     axes.yaxis.set_major_formatter(PercentFormatter(1))

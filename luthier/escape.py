@@ -1,6 +1,7 @@
 """Text from file names, labels and servers, made safe for a terminal, a spreadsheet or Markdown."""
 
 import html
+import re
 import unicodedata
 
 
@@ -20,8 +21,9 @@ def _is_control(character: str) -> bool:
 
 
 def escape_cell(text: str) -> str:
-    """Return text that a spreadsheet does not take for a formula."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+    """Return text that a spreadsheet does not take for a formula; a number, as of the class -1, stays as it is."""
+    is_formula = text.startswith(("=", "+", "-", "@", "\t", "\r")) and not re.fullmatch(r"[-+]\d+([.,]\d+)?", text)
+    return f"'{text}" if is_formula else text
 
 
 def escape_markdown(text: object) -> str:

@@ -5,8 +5,10 @@ import ctypes
 import functools
 import gc
 import logging
+import multiprocessing
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +27,7 @@ from luthier.terminal import has_terminal, is_first_process, plural, say
 LONG_RUN = 20_000  # images for which channels_last pays on a GPU
 SHARED = 2**28  # bytes of shared memory for a data worker: two batches of 64 images of 512 px, and one that is read
 DRIVER = Path("/proc/driver/nvidia/version")
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
 
 
 class OneGPUTrainingArguments(TrainingArguments):
@@ -55,6 +57,13 @@ def fill_in_machine_defaults(options: dict) -> None:
     if not options["use_cpu"] and DRIVER.is_file() and torch.version.cuda and not torch.cuda.is_available():
         hint = "is its driver too old, or is it hidden (CUDA_VISIBLE_DEVICES, a container without --gpus)?"
         say("careful", f"torch cannot use the NVIDIA GPU of this machine, and uses the CPU: {hint}")
+    if not options["use_cpu"] and torch.cuda.is_available() and (needed := lacking_capability()):
+        say(
+            "careful",
+            f"this NVIDIA GPU is too old for this build of torch, which needs {needed}: the CPU is used. A build for "
+            "an older CUDA may support it (https://pytorch.org/get-started/previous-versions)",
+        )
+        options["use_cpu"] = True
     if processes_started() > 1 and (options["use_cpu"] or not torch.cuda.is_available()):
         # Without these the Trainer ignores the other processes, and each trains alone.
         options["use_cpu"], options["ddp_backend"] = True, options["ddp_backend"] or "gloo"
@@ -77,8 +86,22 @@ def fill_in_machine_defaults(options: dict) -> None:
             options[name] = value
 
 
+def lacking_capability() -> str:
+    """Return the compute capability that torch is built for, if the GPU's is lower; otherwise an empty text.
+
+    Such a GPU is there for torch, which fails at the first computation.
+    """
+    built = [int(found[1]) for name in torch.cuda.get_arch_list() if (found := re.match(r"sm_(\d+)", name))]
+    major, minor = torch.cuda.get_device_capability()
+    if not torch.version.cuda or not built or 10 * major + minor >= min(built):  # AMD's have other names
+        return ""
+    return f"compute capability {min(built) / 10:.1f} or higher"
+
+
 def _data_workers() -> int:
     """Return how many data workers a process gets: as many as there is shared memory for, to hand over batches in."""
+    if "fork" not in multiprocessing.get_all_start_methods():  # Windows would pickle the rows, which hold functions
+        return 0
     workers, shared = min(available_cores(), 8), Path("/dev/shm")
     if not shared.is_dir():
         return workers
@@ -209,7 +232,8 @@ def explain_exhausted_memory(training_args: TrainingArguments, training: bool = 
         raise UserError(
             f"not enough memory for batches of {batch}: use smaller ones, with as many images as before in a step "
             f"(--per_device_train_batch_size {max(1, batch // 2)} --gradient_accumulation_steps "
-            f"{2 * training_args.gradient_accumulation_steps}), or fewer pixels (--image_size)"
+            f"{2 * training_args.gradient_accumulation_steps}), or fewer pixels (--image_size). What the run has "
+            "trained so far is kept: --resume_from_checkpoint auto, with its --output_dir, goes on from there"
         ) from error
 
 

@@ -498,7 +498,7 @@ def test_features_have_one_axis_whatever_enters_the_head():
 
 def test_model_without_gradient_checkpointing_is_refused_before_anything_runs():
     model = SimpleNamespace(supports_gradient_checkpointing=False)
-    experiment = Experiment({}, False, {}, {}, model, None, [], None, {})
+    experiment = Experiment({}, frozenset(), {}, {}, model, None, [], None, {})
     with pytest.raises(UserError, match="has no --gradient_checkpointing: leave it out"):
         experiment.workshop(SimpleNamespace(gradient_checkpointing=True), None)
 

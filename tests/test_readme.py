@@ -45,6 +45,17 @@ def test_commands_name_real_options_and_files(page):
         assert (PROJECT / name).exists(), name
 
 
+def test_commands_besides_train_name_real_options(page):
+    cli = (PROJECT / "docs/cli.md").read_text()  # which is that of the parsers
+    sections = re.findall(r"^## (\w+)\.py\n(.*?)(?=^## |\Z)", cli, re.MULTILINE | re.DOTALL)
+    options = {name: set(re.findall(r"^\| `--(\w+)", text, re.MULTILINE)) for name, text in sections}
+    options["compare"] |= set(option_names(build_parser()))  # which it passes on
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL))
+    for name, rest in re.findall(r"(?:python|launch) (\w+)\.py(.*)", blocks.replace("\\\n", " ")):
+        if name != "train":
+            assert set(re.findall(r"--(\w+)", rest.split(" #")[0])) <= options[name], f"{name}.py{rest}"
+
+
 def test_commands_exist(page):
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL))
     for name in re.findall(r"(?:python|launch) (\w+)\.py", blocks):

@@ -4,6 +4,7 @@ import io
 import math
 import re
 import stat
+import struct
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +26,8 @@ UPRIGHT = {  # what turns an image upright, by its EXIF orientation
 }  # fmt: skip
 MAX_BYTES = 2**30  # of a file; the largest images that Pillow opens have half of it, uncompressed
 STRIP = 256  # rows of a grey image that are converted at a time: all of them would take eight times their memory
+TILE = (322, 323)  # tags of a TIFF: width and height of a tile
+BITS_12 = 2**12  # levels of grey
 MAX_RATIO = 500  # of an image's sides: a view enlarges the shorter one, and the longer one with it
 # By macOS, Windows, Linux, and network disks of Synology, whose @eaDir has thumbnails of all images beside it.
 LEFT_BEHIND = {
@@ -54,7 +57,8 @@ class Decoded(NamedTuple):
 def decode_rgb(data: bytes, shorter_side: int | None = None, max_pixels: int | None = None) -> Decoded:
     """Decode an image file to upright 8-bit RGB.
 
-    Transparency is laid on white. 16-bit and floating-point grey is scaled to 8 bits. Of an animation the first frame
+    Transparency is laid on white. Grey of 16 bits, of 12 in a file of 16, and of floating-point numbers is scaled to 8
+    bits. Of an animation the first frame
     is taken. The EXIF orientation is applied.
 
     Args:
@@ -80,6 +84,8 @@ def decode_rgb(data: bytes, shorter_side: int | None = None, max_pixels: int | N
             raise OSError(f"{size[0]} x {size[1]} px are more than the {max_pixels:,} pixels that are allowed")
         if max(size) > MAX_RATIO * min(size):
             raise OSError(f"{size[0]} x {size[1]} px: one side is more than {MAX_RATIO} times the other")
+        if image.format == "TIFF":
+            _check_tile(data, image, max_pixels or 2 * (Image.MAX_IMAGE_PIXELS or math.inf))
         if shorter_side and min(image.size) > shorter_side and image.format in ("JPEG", "MPO"):
             scale = shorter_side / min(image.size)
             image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
@@ -91,6 +97,30 @@ def decode_rgb(data: bytes, shorter_side: int | None = None, max_pixels: int | N
             turn, readable = None, False  # and `datasets` would fail at them
         changed = image.mode != "RGB" or image.has_transparency_data or turn is not None or not readable
         return Decoded(_to_rgb(image if turn is None else image.transpose(turn)), changed, str(image.format), size)
+
+
+def _check_tile(data: bytes, image: Image.Image, most: float) -> None:
+    """Refuse a TIFF whose tiles are too large: each is decoded whole, however small the image is.
+
+    If a tag is there twice, Pillow reads the last one and libtiff the first; some types libtiff alone reads. So tags
+    are counted in the file itself.
+
+    Raises:
+        OSError: a tile has more than `most` pixels, or a size that cannot be told, or the file is damaged.
+    """
+    order, is_big = "<" if data[:2] == b"II" else ">", data[2:4] in (b"\x2b\0", b"\0\x2b")  # BigTIFF
+    number, first, step = ("Q", 8, 20) if is_big else ("H", 2, 12)
+    try:
+        (start,) = struct.unpack_from(order + ("Q" if is_big else "L"), data, 8 if is_big else 4)
+        (entries,) = struct.unpack_from(order + number, data, start)
+        begins = (start + first + step * entry for entry in range(entries))
+        tags = [struct.unpack_from(f"{order}H", data, begin)[0] for begin in begins]
+    except struct.error:
+        raise OSError("the file is truncated") from None
+    if any(tag in tags for tag in TILE):
+        width, height = (dict(getattr(image, "tag_v2", {})).get(tag, 0) for tag in TILE)
+        if any(tags.count(tag) != 1 for tag in TILE) or not 0 < width * height <= most:
+            raise OSError(f"a TIFF with tiles of more than {most:,.0f} pixels, or of no clear size: {CONVERT}")
 
 
 def read_bytes(source: dict | None) -> bytes:
@@ -171,6 +201,9 @@ def _grey_to_rgb(image: Image.Image) -> Image.Image:
         scale = 255 if image.mode == "F" and highest <= 1 else 1 if highest <= 255 else scale
     else:
         transparent = image.info.get("transparency")
+        highest = int(levels.max(where=levels != (-1 if transparent is None else transparent), initial=0))
+        if highest < BITS_12:  # as most medical devices give them, or with 8: in 16 bits they would be nearly black
+            scale = 1 if highest < 256 else 255 / (BITS_12 - 1)
     grey = np.empty(levels.shape, dtype=np.uint8)
     for begin in range(0, len(levels), STRIP):
         part = levels[begin : begin + STRIP].astype(np.float64)

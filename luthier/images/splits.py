@@ -12,7 +12,8 @@ from luthier.terminal import plural, say
 
 MAX_NAMED = 5  # classes that a message names
 MAX_SINGLE = 10  # classes of an image each; more are the names of the images
-MIN_VALIDATION, MAX_VALIDATION_SHARE = 150, 0.25
+FEW_VALIDATION = 50  # images of a split of the user's own
+MIN_VALIDATION, MAX_VALIDATION, MAX_VALIDATION_SHARE = 150, 10_000, 0.25
 
 
 def check_fraction(split: str, fraction: float) -> None:
@@ -71,6 +72,11 @@ def cut_splits(
     for split in ("validation", "test"):
         if not len(complete[split]):
             raise UserError(f"the {split} split is empty: fill it, or remove it to have one cut from train")
+    own, train = len(splits.get("validation", ())), len(complete["train"])
+    if 0 < own < min(FEW_VALIDATION, train / 10):
+        say(
+            "careful", f"{plural(own, 'validation image')} cannot tell weights apart: remove the split to have one cut"
+        )
     return DatasetDict({split: complete[split] for split in ("train", "validation", "test")})
 
 
@@ -166,10 +172,10 @@ def _report_missing(
 def validation_share(images: int) -> float:
     """Return the share of images to cut for validation: a tenth, or more where that is too few to choose by.
 
-    `MIN_VALIDATION` images tell accuracies apart that differ by five points or so. A refit learns from them too, so
-    that the shipped model loses nothing by a larger share.
+    `MIN_VALIDATION` images tell accuracies apart that differ by five points or so, and more than `MAX_VALIDATION` take
+    longer than they tell. A refit learns from them too, so that the shipped model loses nothing by a larger share.
     """
-    return min(max(0.1, MIN_VALIDATION / images), MAX_VALIDATION_SHARE)
+    return min(max(min(0.1, MAX_VALIDATION / images), MIN_VALIDATION / images), MAX_VALIDATION_SHARE)
 
 
 def stratified_folds(labels: np.ndarray, groups: np.ndarray, k: int, seed: int) -> np.ndarray:

@@ -13,11 +13,11 @@ from luthier.cache import cache_key, dataset_of
 from luthier.errors import UserError
 from luthier.images.columns import check_holds_images, explain_loading, index_of_labels, labels_of_splits
 from luthier.images.shards import Block, StreamedRows, read_sources, remedy
-from luthier.images.splits import check_fraction
+from luthier.images.splits import MAX_VALIDATION, check_fraction
 from luthier.terminal import plural, say
 
+VALIDATION = 0.1  # share of training images, where the data has no such split
 SAMPLE, OF_CLASS = 10_000, 3  # training images that are stored, for all but the training itself; at least, of a class
-VALIDATION, MAX_VALIDATION = 0.1, 10_000  # share and number of training images, where the data has no such split
 
 
 class Stream(NamedTuple):

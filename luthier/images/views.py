@@ -17,6 +17,7 @@ from luthier.machine import one_thread
 if TYPE_CHECKING:  # predict.py needs no `datasets`, which takes a second to import
     from datasets import Dataset
 
+ELONGATED = 2.0  # aspect ratio above which a random crop hardly reaches the ends of an image
 AUGMENTATIONS = ("none", "crop", "flip_crop", "trivial", "augmix")
 
 
@@ -79,6 +80,24 @@ class EvaluationView:
         """Whether the channels are blue, green, red, as MobileViT has them."""
         red = self._middle((255, 0, 0))
         return bool((red[2] - self.black[2]) * self.contrast[2] > (red[0] - self.black[0]) * self.contrast[0])
+
+    @functools.cached_property
+    def ends(self) -> str:
+        """What becomes of the ends of a wide image: `cropped`, `squeezed` or `padded`; measured, as the values are."""
+        image = Image.new("RGB", (256, 64), "black")
+        image.paste("white", (64, 0, 192, 64))
+        with one_thread():
+            shown = self.levels(self(image)).float().mean(dim=0)
+        middle, (height, width) = shown[shown.shape[0] // 2], shown.shape
+        if middle[width // 16] > 128:
+            return "cropped"
+        return "squeezed" if shown[height // 16, width // 2] > 250 else "padded"
+
+    @functools.cached_property
+    def padding(self) -> int:
+        """The 8-bit level of the border where images are padded."""
+        with one_thread():
+            return int(self.levels(self(Image.new("RGB", (256, 64), "white")))[1, 0, self.size[1] // 2])
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """Return the pixel values [3, H, W] of an RGB image."""
@@ -173,12 +192,39 @@ def training_transform(
     # At least 35% of the image, where torchvision's default is 8%: small crops lose the object. torchvision resizes a
     # tensor in a fifth of the time that Pillow takes, and to the same levels but for rounding.
     crop = v2.RandomResizedCrop(size or view.size, scale=(0.35, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
-    steps = [v2.PILToTensor(), crop] + ([v2.RandomHorizontalFlip()] if augmentation != "crop" else [])
+    steps = [v2.PILToTensor(), Whole(view), crop] + ([v2.RandomHorizontalFlip()] if augmentation != "crop" else [])
     if augmentation == "trivial":  # whose operations are faster on Pillow's images
         steps += [v2.ToPILImage(), v2.TrivialAugmentWide(), v2.PILToTensor()]
     if view.reversed:
         steps.append(v2.Lambda(lambda levels: levels.flip(0)))
     return v2.Compose(steps)
+
+
+class Whole:
+    """Makes elongated images square where the view shows the whole of them, or training would see their middle alone.
+
+    A random crop has an aspect ratio of 4:3 at most. torchvision tries ten times, and then takes the middle.
+
+    Args:
+        view: whose `ends` are followed.
+    """
+
+    def __init__(self, view: EvaluationView):
+        self.ends, self.side = view.ends, max(view.size)
+        self.padding = view.padding if self.ends == "padded" else 0
+
+    def __call__(self, levels: torch.Tensor) -> torch.Tensor:
+        """Return 8-bit levels [3, H, W] as they are, or as a square."""
+        height, width = levels.shape[-2:]
+        short, long = sorted((height, width))
+        if self.ends == "cropped" or long <= ELONGATED * short:
+            return levels
+        if self.ends == "squeezed":
+            side = max(short, self.side)
+            return v2.functional.resize(levels, [side, side], v2.InterpolationMode.BICUBIC)
+        top, left = (long - height) // 2, (long - width) // 2
+        border = [left, top, long - width - left, long - height - top]
+        return v2.functional.pad(levels, border, fill=self.padding)
 
 
 def random_crop_transform(view: EvaluationView) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -50,8 +50,10 @@ def write_model_card(folder: Path, metrics: dict, repo_id: str | None = None) ->
     """
     test, data = metrics["test"], metrics["data"]
     name = repo_id.split("/")[-1] if repo_id else folder.resolve().name
+    # On the Hub a dataset is named with its owner. A folder may have any name, also that of another dataset.
+    dataset = data["name"] if "/" in data["name"] else "imagefolder"
     results = [
-        EvalResult("image-classification", data["name"], data["name"], kind, value, dataset_split="test")
+        EvalResult("image-classification", dataset, data["name"], kind, value, dataset_split="test")
         for kind, value in (("accuracy", test["accuracy"]), ("f1", test["macro_f1"]))
     ]
     metadata = ModelCardData(

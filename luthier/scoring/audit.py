@@ -150,7 +150,7 @@ def suspect_labels(splits: DatasetDict, pool: Pool, strength: float) -> tuple[li
     given, highest, likelier = np.zeros(len(labels)), np.zeros(len(labels)), np.zeros(len(labels), dtype=int)
     sample, known = None, np.zeros(len(labels), dtype=bool)
     for part in cross_fit(features, truth, folds, len(names), (strength,)):
-        probabilities = part.logits[0].softmax(dim=1).double().cpu().numpy()
+        probabilities = part.logits[0].softmax(dim=1).cpu().double().numpy()  # Apple's GPUs have no float64
         given[part.rows] = probabilities[np.arange(len(part.rows)), labels[part.rows]]
         highest[part.rows], likelier[part.rows] = probabilities.max(axis=1), probabilities.argmax(axis=1)
         own = labels[part.rows], likelier[part.rows]  # there must be others of both classes to judge by

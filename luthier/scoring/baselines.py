@@ -1,6 +1,7 @@
 """What a score is compared with: the most frequent class, and the linear probe."""
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from luthier.scoring.criterion import LOG_LOSS, Criterion, Judge
 from luthier.scoring.grouping import measure_inflation
 from luthier.scoring.intervals import interval_of_share
 from luthier.scoring.learning_curve import check_classes, learning_curve
-from luthier.scoring.metrics import TestPredictions, Yardstick, score
+from luthier.scoring.metrics import TestPredictions, Yardstick, score, standard_error
 from luthier.training.features import Pool, columns_of, empty_rows, feature_size, load_features, pool_of
 from luthier.training.probe import LinearProbe, cross_fit, fit_shared_probes, state_with_probe
 from luthier.training.recipe import Recipe
@@ -27,6 +28,7 @@ from luthier.training.trainer import model_of
 from models import linear_head
 
 FOLDS = 4  # of the yardstick: as many images as the probe learns from where validation is a quarter
+BY_CHANCE = 2  # standard errors by which a random validation split may be harder or easier than train
 
 
 class ProbeResults(NamedTuple):
@@ -123,9 +125,17 @@ def measure_probe(
 
 
 def with_yardstick(
-    judge: Judge, probe: ProbeResults, splits: DatasetDict, recipes: Sequence[Recipe], device: torch.device
+    judge: Judge,
+    probe: ProbeResults,
+    splits: DatasetDict,
+    recipes: Sequence[Recipe],
+    device: torch.device,
+    own_splits: Collection[str] = (),
 ) -> Judge:
     """Return a judge that corrects validation losses, on every process, where there are some to compare.
+
+    A validation split that the data brings may be harder or easier than train by its nature, as images of another
+    camera are. If chance does not explain the difference, nothing is corrected.
 
     Args:
         judge: without a yardstick.
@@ -133,6 +143,7 @@ def with_yardstick(
         splits: as loaded.
         recipes: of the run.
         device: of the fits.
+        own_splits: names of the splits that the data brings.
     """
     if probe.strength is None or all(recipe.is_probe for recipe in recipes):
         return judge
@@ -140,8 +151,23 @@ def with_yardstick(
     if probe.features:
         pool = pool_of(splits, probe.features, device)
         corrects = build_yardstick(pool, len(splits["train"]), probe.strength, judge.criterion)
+        if "validation" in own_splits and _differs(corrects, len(splits["train"]), judge.groups):
+            corrects = None
     yardstick = from_main_process(corrects)
     return judge._replace(yardstick=yardstick)
+
+
+def _differs(yardstick: Yardstick, n_train: int, groups: np.ndarray | None) -> bool:
+    """Tell whether validation is harder or easier than train by more than chance explains.
+
+    Args:
+        yardstick: of both.
+        n_train: images of train.
+        groups: of the validation images, see `Judge`.
+    """
+    ahead = float(yardstick.losses.mean()) - yardstick.mean  # of both together: of train it is more
+    share = n_train / (n_train + len(yardstick.losses))
+    return abs(ahead) > BY_CHANCE * math.sqrt(share) * standard_error(yardstick.losses, groups)
 
 
 def build_yardstick(pool: Pool, n_train: int, strength: float, criterion: Criterion) -> Yardstick:

@@ -33,11 +33,13 @@ class Criterion(NamedTuple):
         metric: what is to be good.
         balance: None where the likeliest class is the answer.
         none: the class of images that show none of the others, see `metrics.score`.
+        uncertainty: see `uncertainty_of`.
     """
 
     metric: Metric = "log_loss"
     balance: Balance | None = None
     none: int | None = None
+    uncertainty: float = 1.0
 
     @property
     def class_shares(self) -> np.ndarray | None:
@@ -46,8 +48,8 @@ class Criterion(NamedTuple):
 
     @property
     def enough(self) -> float:
-        """The loss below which there is little to gain."""
-        return ENOUGH if self.metric == "log_loss" else ENOUGH_ERRORS
+        """The loss below which there is little to gain; lower where nearly all images are of one class."""
+        return self.uncertainty * (ENOUGH if self.metric == "log_loss" else ENOUGH_ERRORS)
 
     def adjust(self, logits: np.ndarray) -> np.ndarray:
         """Return the logits [N, C] whose highest is the answer (logit adjustment, Menon et al. 2021)."""
@@ -107,17 +109,24 @@ class Judge(NamedTuple):
         criterion: what is compared.
         groups: int [N], what the images of validation belong to; None where each stands alone.
         yardstick: corrects the losses; None corrects nothing.
+        calibrates: weights are compared, and shipped, with the temperature that calibrates them; a head that is not
+            one linear layer stays as it is.
     """
 
     labels: list[str]
     criterion: Criterion = LOG_LOSS
     groups: np.ndarray | None = None
     yardstick: Yardstick | None = None
+    calibrates: bool = True
 
     def losses(self, adjusted: np.ndarray, references: np.ndarray) -> np.ndarray:
         """Return the loss of each image, float64 [N], corrected by the yardstick; see `Criterion.losses`."""
         losses = self.criterion.losses(adjusted, references)
         return self.yardstick.correct(losses) if self.yardstick else losses
+
+    def temperature(self, logits: np.ndarray, references: np.ndarray) -> float:
+        """Return what the adjusted logits [N, C] are divided by; see `calibrates`."""
+        return self.criterion.temperature(logits, references) if self.calibrates else 1.0
 
     def score(self, adjusted: np.ndarray, references: np.ndarray) -> dict:
         """Return the scores of adjusted logits [N, C], see `metrics.score`."""
@@ -135,7 +144,7 @@ class Judge(NamedTuple):
         adjusted, known = self.criterion.adjust(logits), references != self.criterion.none
         predictions = adjusted.argmax(axis=-1)[known]
         result = classify(predictions, references[known], len(self.labels), self.criterion.none)
-        calibrated = adjusted / self.criterion.temperature(logits, references)
+        calibrated = adjusted / self.temperature(logits, references)
         losses = {
             "loss": log_losses(logits, references),
             "calibrated_loss": self.criterion.losses(calibrated, references),
@@ -179,12 +188,24 @@ def build_judge(
             f"--balance {option} changes the bias of the last layer, and this model's head is not one linear layer: "
             "use --balance none, or another model"
         )
+    learned = stream.labels if stream else np.array(train["label"][:])
+    shares = np.bincount(learned, minlength=len(labels)) / len(learned)
     if option != "none" and linear and (option != "auto" or metric in ASKS_FOR_BALANCE):
-        learned = stream.labels if stream else np.array(train["label"][:])
-        shares = np.bincount(learned, minlength=len(labels)) / len(learned)
         balance = Balance(shares, weighted=option == "weighted")
         shift_logits(model, balance.log_shares)
-    return Judge(labels, Criterion(metric, balance, none), groups_of(splits["validation"]))
+    criterion = Criterion(metric, balance, none, uncertainty_of(metric, shares))
+    return Judge(labels, criterion, groups_of(splits["validation"]), calibrates=linear)
+
+
+def uncertainty_of(metric: Metric, shares: np.ndarray) -> float:
+    """Return the loss of knowing the shares of the classes [C] alone, relative to that of two equally frequent ones.
+
+    It is 1 at most, and always 1 where each class counts alike.
+    """
+    if metric == "log_loss":
+        present = shares[shares > 0]
+        return min(1.0, -float((present * np.log2(present)).sum()))
+    return min(1.0, 2 * (1 - float(shares.max()))) if metric == "accuracy" else 1.0
 
 
 def find_none(labels: list[str], name: str | None) -> int | None:

@@ -28,7 +28,7 @@ class Experiment(NamedTuple):
 
     Attributes:
         splits: as loaded.
-        own_test: the data brings a test split.
+        own_splits: names of the splits that the data brings.
         prepared: the splits, decoded and stored.
         findings: of the audit.
         model: as built.
@@ -40,7 +40,7 @@ class Experiment(NamedTuple):
     """
 
     splits: DatasetDict
-    own_test: bool
+    own_splits: frozenset[str]
     prepared: DatasetDict
     findings: dict
     model: PreTrainedModel
@@ -49,6 +49,11 @@ class Experiment(NamedTuple):
     judge: Judge
     setup: dict[str, str]
     stream: Stream | None = None
+
+    @property
+    def own_test(self) -> bool:
+        """Whether the data brings a test split, which nothing is learned from."""
+        return "test" in self.own_splits
 
     @property
     def size(self) -> tuple[int, int]:

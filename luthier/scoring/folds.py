@@ -74,7 +74,8 @@ def pool(folds: Iterable[tuple[Experiment, Result]]) -> tuple[Experiment, Result
     leader.model.config.unsure_below = threshold
     pooled = Answers(answers, references, sureness, familiarity)
     result = leader._replace(probe=probe, outcome=outcome, kept=kept, answers=pooled)
-    return experiment._replace(splits=splits, own_test=False, prepared=prepared, findings=findings), result
+    own_splits = experiment.own_splits - {"test"}
+    return experiment._replace(splits=splits, own_splits=own_splits, prepared=prepared, findings=findings), result
 
 
 def _of_same_images(folds: Iterable[tuple[Experiment, Result]]) -> list[tuple[Experiment, Result]]:

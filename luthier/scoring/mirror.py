@@ -23,7 +23,7 @@ from luthier.training.recipe import Recipe
 from luthier.training.trainer import model_of
 from models import linear_head
 
-IMAGES = 600  # of train and validation that are looked at, at most
+IMAGES, PER_CLASS = 600, 8  # of train and validation that are looked at, at most; and of a class, where many are
 WORSE = 2.5  # standard errors by which mirror images must be worse
 
 
@@ -81,10 +81,9 @@ def measure_mirror(
         images: of each split, see `data.feature_rows`.
         probe: of `baselines.measure_probe`.
     """
-    model, (digests,) = model_of(trainer), columns_of(splits, ["digest"])
-    head, begin = linear_head(model), len(splits["train"])
+    model, begin = model_of(trainer), len(splits["train"])
+    head, drawn = linear_head(model), draw_images(*columns_of(splits, ("label", "digest")))
     assert head is not None and probe.strength is not None  # it is their probe
-    drawn = np.sort(np.argsort(draw_order(digests, seed=1), kind="stable")[:IMAGES])
     backbone = build_backbone(model, head, size_of(images["train"].rows))
     backbone.register_forward_pre_hook(_mirror, with_kwargs=True)
     parts = [
@@ -98,6 +97,20 @@ def measure_mirror(
     features = join([probe.features[split] for split in LEARNABLE])[torch.from_numpy(drawn)]
     mirrored = torch.cat([part for part in parts if part is not None])
     return compare_with_mirror(features, mirrored, labels, groups, probe.strength)
+
+
+def draw_images(labels: np.ndarray, digests: np.ndarray) -> np.ndarray:
+    """Return the rows that are looked at, int [n]: of many classes those of some, or no class could be learned.
+
+    Args:
+        labels: int [N].
+        digests: str [N], which decide.
+    """
+    order, present = np.argsort(draw_order(digests, seed=1), kind="stable"), np.unique(labels)
+    if len(present) > IMAGES // PER_CLASS:
+        some = np.random.default_rng(1).permutation(present)[: IMAGES // PER_CLASS]
+        order = order[np.isin(labels[order], some)]
+    return np.sort(order[:IMAGES])
 
 
 def compare_with_mirror(

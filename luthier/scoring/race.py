@@ -32,6 +32,7 @@ FAR = 3.0  # times the probe's loss that the arms may have after the first heat,
 MIN_GAIN, LEAST_GAIN = 0.05, 0.005  # that the rest of an arm must promise: a share of the best loss, and in nats
 LAST_GAIN = 0.1  # that its last heat must promise, which is half of all training; a share of the best loss
 
+WORK = 3  # of training on an image, in predictions of one: forward, and backward to activations and weights
 TINY = 1e-9  # a loss that is as good as none
 
 
@@ -126,7 +127,7 @@ def race(
     rival = probe if len(arms) > 1 else None  # a single arm is not compared with the probe
     if rival and rival.loss < course.judge.criterion.enough:
         return Outcome(Heats(), "the probe, which leaves little to gain", probe), None
-    state, last = _Race(arms, rival, course, resume), None
+    state, last = _Race(arms, rival, course, resume, probe.seconds if probe else 0.0), None
     while state.running and not state.ended:
         arm, state.ended = state.choose_next()
         if arm is None:
@@ -166,10 +167,19 @@ class _Race:
         ended: why the race has ended; empty where it goes on.
         named: the checkpoint that the user has named; None once training is past it.
         has_begun: something was trained in this part of the run.
+        predicting: seconds of a prediction; 0 where that is not known.
     """
 
-    def __init__(self, arms: Sequence[Arm], rival: Candidate | None, course: Course, resume: str | None = None):
+    def __init__(
+        self,
+        arms: Sequence[Arm],
+        rival: Candidate | None,
+        course: Course,
+        resume: str | None = None,
+        predicting: float = 0.0,
+    ):
         self.arms, self.rival, self.course, self.resume, self.has_begun = arms, rival, course, resume, False
+        self.predicting = predicting
         self.named = Path(resume) if resume and resume != "auto" else None
         self.heats, self.ended, left = read_record(course, arms, self.named) if resume else (Heats(), "", [])
         self.running = [arm for arm in arms if arm.recipe.name not in left]
@@ -215,10 +225,11 @@ class _Race:
         return sum(end <= done or (end < begun and end < arm.ends[-1]) for end in arm.ends)
 
     def expected_seconds(self, arm: Arm, number: int) -> float:
-        """Return the seconds that a heat will take, by those of the arm's last one, or by another arm's first one."""
+        """Return the seconds that a heat will take: by the arm's last one, another arm's first one, or predictions."""
         own = self.heats.of(arm.recipe.name)
         if number == 0 or not own:  # a named checkpoint may be past the first heats
-            return max((heat.seconds for heat in self.heats), default=0.0)
+            unmeasured = WORK * self.predicting * arm.batch * arm.ends[0]
+            return max((heat.seconds for heat in self.heats), default=unmeasured)
         lengths = [end - begin for begin, end in zip((0, *arm.ends), arm.ends, strict=False)]
         return own[-1].seconds * lengths[number] / lengths[number - 1]
 

@@ -19,6 +19,7 @@ from luthier.scoring.experiment import Experiment, Result
 from luthier.scoring.familiarity import refit_familiarity
 from luthier.scoring.intervals import TINY
 from luthier.scoring.metrics import standard_error
+from luthier.scoring.race import WORK
 from luthier.scoring.race_record import Course
 from luthier.scoring.selection import load_candidate
 from luthier.terminal import say
@@ -30,7 +31,6 @@ from luthier.training.recipe import blend
 from luthier.training.trainer import build_predictor, model_of, predict, train
 from models import class_shares_of, linear_head
 
-TRAINED = 3  # work of training on an image, in predictions of one: forward, and backward to activations and weights
 SHARE = 0.5  # of the weights that have learned from all images, in those that are shipped
 WORSE = 2  # standard errors by which the loss on validation must be higher than that of the scored weights
 AROUND = 2000  # predictions on a CPU that take about as long as a run's imports and its report, some 20 seconds
@@ -88,7 +88,7 @@ def plan_refit(
         return Plan(used, scored_on, scored_on, 0.0, "the images are streamed")
     winner = outcome.winner
     share = winner.best_step / max(1, winner.state.global_step) if winner else 1.0
-    work = TRAINED * images * outcome.heats.epochs(result.kept.arm) * share
+    work = WORK * images * outcome.heats.epochs(result.kept.arm) * share
     seconds = outcome.heats.seconds(result.kept.arm) * share * images / scored_on
     refusal = ""
     if option == "none":
@@ -103,7 +103,7 @@ def plan_refit(
 
 def _work_of_run(splits: DatasetDict, result: Result) -> float:
     """Return the work of a run, or of one of its folds, in predictions: training, evaluations, features, the score."""
-    per_epoch = TRAINED * len(result.learned_from) + len(splits.get("validation", ()))
+    per_epoch = WORK * len(result.learned_from) + len(splits.get("validation", ()))
     heats = result.outcome.heats
     features = sum(len(dataset) for dataset in splits.values()) if result.probe.strength else 0  # on every process
     return sum(heats.epochs(arm) for arm in {heat.arm for heat in heats}) * per_epoch + features + len(splits["test"])

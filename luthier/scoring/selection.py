@@ -1,6 +1,7 @@
 """Which weights a run ends with: those that are best on validation, calibrated."""
 
 import math
+import time
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -23,7 +24,6 @@ from luthier.training.arms import State, Workshop
 from luthier.training.layers import divide_logits, shift_logits
 from luthier.training.recipe import PROBE, blend
 from luthier.training.trainer import model_of, predict
-from models import linear_head
 
 # How many standard errors of the paired difference the probe must be ahead of fine-tuned weights on validation. The
 # best of 90 validation images is off by a quarter of the loss, and on most kinds of images fine-tuning ends ahead: so
@@ -44,6 +44,7 @@ class Candidate(NamedTuple):
         arm: name of the recipe that trained them.
         class_shares: float64 [C], where their answers make up for rare classes, see `balance.Balance`.
         groups: int [N], of the validation images; None where each stands alone.
+        seconds: that the prediction of an image took; 0 where that is not known.
     """
 
     share: float
@@ -55,6 +56,7 @@ class Candidate(NamedTuple):
     arm: str
     class_shares: np.ndarray | None = None
     groups: np.ndarray | None = None
+    seconds: float = 0.0
 
     @property
     def loss(self) -> float:
@@ -93,18 +95,18 @@ def score_candidates(
     candidates = []
     for share in shares if start else (1.0,):
         model.load_state_dict(blend(start or end, end, share))
+        begin = time.perf_counter()
         logits, references = predict(trainer, rows)
+        seconds = (time.perf_counter() - begin) / len(references)
         known = references != judge.criterion.none
         criterion = judge.criterion
-        temperature = criterion.temperature(logits, references) if linear_head(model) else 1.0
+        temperature = judge.temperature(logits, references)
         adjusted = criterion.adjust(logits) / temperature
         validation = judge.score(adjusted, references)
         uncalibrated = calibration_scores(logits[known], references[known])
         threshold = choose_threshold(*confidence_and_correct(adjusted[known], references[known]))
-        losses, class_shares = judge.losses(adjusted, references), criterion.class_shares
-        candidates.append(
-            Candidate(share, temperature, threshold, validation, uncalibrated, losses, arm, class_shares, judge.groups)
-        )
+        losses, shared = judge.losses(adjusted, references), (criterion.class_shares, judge.groups, seconds)
+        candidates.append(Candidate(share, temperature, threshold, validation, uncalibrated, losses, arm, *shared))
     model.load_state_dict(end)
     return candidates
 

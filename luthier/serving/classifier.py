@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,8 @@ from luthier.images.decode import decode_rgb, read_file, reason
 from luthier.serving.fetch import fetch
 from luthier.serving.network import Network
 
+FETCHES = 8  # addresses at a time: they wait for servers, and not for cores
+PAUSE = 0.2  # seconds without another input after which those that are there are answered
 MAX_FOREIGN_PIXELS = 50_000_000  # of an image from a server or a visitor; of files Pillow opens up to 179 million
 
 
@@ -34,6 +36,29 @@ class Prediction(NamedTuple):
     unsure: bool = False
     error: str | None = None
     none: bool = False
+
+
+Input = tuple[str, str | None]  # a file or an address, and why there is none
+Waiting = tuple[str, str | None, Future | None]  # the same, and its view
+
+
+def _take(waiting: deque[Waiting], most: int) -> list[Waiting]:
+    return [waiting.popleft() for _ in range(min(most, len(waiting)))]
+
+
+def _with_pauses(inputs: Iterable[Input], seconds: float) -> Iterator[Input | None]:
+    """Yield the inputs in order, and None whenever the next one takes longer than some seconds, as from a pipe."""
+    iterator, reader = iter(inputs), ThreadPoolExecutor(1)
+    try:
+        while True:
+            following = reader.submit(next, iterator, None)  # one at a time: no more is read than is asked for
+            while not wait([following], seconds).done:
+                yield None
+            if (entry := following.result()) is None:
+                return
+            yield entry
+    finally:
+        reader.shutdown(wait=False, cancel_futures=True)
 
 
 def open_network(model_name: str, backend: str | None = None) -> Network:
@@ -73,29 +98,36 @@ class Classifier:
         self.network, self.labels, self.batch_size = network, network.labels, network.batch_size
         self.always_answer, self.allow_private_urls = always_answer, allow_private_urls
 
-    def predict_files(self, inputs: Iterable[tuple[str, str | None]], top_k: int) -> Iterator[Prediction]:
+    def predict_files(self, inputs: Iterable[Input], top_k: int) -> Iterator[Prediction]:
         """Yield the prediction of each input, in order.
 
-        While the model works on a batch the next one is read and decoded. No more than two are in memory.
+        While the model works on a batch the next one is read and decoded. No more than two are in memory. Where the
+        next input is late, as from a program that writes a list and waits for answers, a batch is not filled.
 
         Args:
             inputs: (file or address, None), or (name, why there is no such input).
             top_k: how many classes to return.
         """
-        waiting: deque[tuple[str, str | None, Future | None]] = deque()
-        pool = ThreadPoolExecutor(count_cores(), initializer=self.network.start_worker)
+        waiting: deque[Waiting] = deque()
+        files, addresses = (
+            ThreadPoolExecutor(threads, initializer=self.network.start_worker) for threads in (count_cores(), FETCHES)
+        )
         try:
-            for name, error in inputs:
-                waiting.append((name, error, None if error else pool.submit(self.load_view, name)))
-                if len(waiting) == 2 * self.batch_size:
-                    yield from self._predict_batch([waiting.popleft() for _ in range(self.batch_size)], top_k)
+            for entry in _with_pauses(inputs, PAUSE):
+                if entry is not None:
+                    name, error = entry
+                    pool = addresses if "://" in name else files
+                    waiting.append((name, error, None if error else pool.submit(self.load_view, name)))
+                while len(waiting) >= (1 if entry is None else 2 * self.batch_size):
+                    yield from self._predict_batch(_take(waiting, self.batch_size), top_k)
             while waiting:
-                batch = [waiting.popleft() for _ in range(min(self.batch_size, len(waiting)))]
-                yield from self._predict_batch(batch, top_k)
+                yield from self._predict_batch(_take(waiting, self.batch_size), top_k)
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C it would wait for all that is being fetched
+            for pool in (files, addresses):  # after Ctrl-C they would wait for all that is being fetched
+                pool.shutdown(wait=False, cancel_futures=True)
             raise
-        pool.shutdown()
+        for pool in (files, addresses):
+            pool.shutdown()
 
     def predict(self, image: Image.Image, top_k: int) -> Prediction:
         """Return the prediction of one RGB image, without a name."""
@@ -130,7 +162,7 @@ class Classifier:
         """
         return decode_rgb(fetch(url, self.allow_private_urls), max_pixels=MAX_FOREIGN_PIXELS).image
 
-    def _predict_batch(self, batch: list[tuple[str, str | None, Future | None]], top_k: int) -> Iterator[Prediction]:
+    def _predict_batch(self, batch: list[Waiting], top_k: int) -> Iterator[Prediction]:
         errors, views = {}, {}
         for number, (_, error, future) in enumerate(batch):
             failure = future.exception() if future else None

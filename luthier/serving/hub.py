@@ -59,7 +59,9 @@ def check_access(repo_id: str, private: bool | None, repo_type: str = "model", s
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise UserError(f"{repo_id!r} is not a name for a repository: {error}") from error
+        raise UserError(
+            f"{repo_id!r} is not a name for a repository: give one such as me/instruments (train.py: --hub_model_id). {error}"
+        ) from error
     owner = check_login(repo_id)  # for repositories of others too
     repo_id = repo_id if "/" in repo_id else f"{owner}/{repo_id}"
     with_retries(

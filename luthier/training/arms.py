@@ -19,7 +19,7 @@ from luthier.processes import from_main_process
 from luthier.training.balance import Balance
 from luthier.training.callbacks import EpochTable, SetEpoch
 from luthier.training.checkpoints import Origin, lacking_space
-from luthier.training.heats import Schedule, first_heat, heat_ends
+from luthier.training.heats import Schedule, first_heat, heat_ends, longest
 from luthier.training.layers import freeze, freeze_unused, parameter_groups
 from luthier.training.recipe import BATCH, Recipe
 from luthier.training.safe_trainer import SafeTrainer
@@ -153,7 +153,7 @@ def plan_arm(recipe: Recipe, workshop: Workshop, rows: Mapping[str, Any], folder
     elif recipe.num_train_epochs is not None:
         total = math.ceil(recipe.num_train_epochs * per_epoch)
     else:
-        total = (2**recipe.heats - 1) * first
+        total = longest(recipe.heats, first, per_epoch, batch, args.device.type == "cuda")
     # Heats have a schedule of their own: another one, or one with settings, trains in one.
     in_heats = recipe.heats > 1 and args.lr_scheduler_type == SchedulerType.COSINE and not args.lr_scheduler_kwargs
     ends = heat_ends(first, total) if in_heats else (total,)

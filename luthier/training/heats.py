@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 # Optimizer steps of the first heat, and images: it is one epoch where that lies between them.
 MIN_STEPS, MAX_IMAGES = 8, 12_800
+MAX_ON_GPU = 1_500_000  # images of all heats of an arm: half an hour of an H100, where a CPU takes half a day
 
 
 class Schedule(NamedTuple):
@@ -49,6 +50,23 @@ def first_heat(steps_per_epoch: int, batch: int) -> int:
     """
     epochs = math.ceil(MIN_STEPS / steps_per_epoch)
     return min(epochs * steps_per_epoch, max(MAX_IMAGES // batch, MIN_STEPS))
+
+
+def longest(heats: int, first: int, steps_per_epoch: int, batch: int, on_gpu: bool) -> int:
+    """Return the steps of all heats of an arm, at most.
+
+    A GPU is 30 times as fast as a few cores of a CPU. So there many images are seen in as many epochs as few images
+    are, up to `MAX_ON_GPU`. The first heats, in which arms are compared, stay as short.
+
+    Args:
+        heats: of the recipe.
+        first: steps of the first heat.
+        steps_per_epoch: optimizer steps of an epoch.
+        batch: images in a step.
+        on_gpu: an NVIDIA GPU trains.
+    """
+    units = 2**heats - 1
+    return max(units * first, min(units * steps_per_epoch, MAX_ON_GPU // batch)) if on_gpu else units * first
 
 
 def heat_ends(first: int, total: int) -> tuple[int, ...]:

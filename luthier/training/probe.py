@@ -392,7 +392,6 @@ def minimise(
 
 
 def state_with_probe(model: PreTrainedModel, head: str, probe: LinearProbe) -> dict[str, torch.Tensor]:
-    """Return a copy of a model's state with the probe as its head: its logits are then the probe's."""
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    probe_head = {f"{head}.weight": probe.weight, f"{head}.bias": probe.bias}
-    return state | {name: tensor.to(model.device) for name, tensor in probe_head.items()}
+    """Return a copy of a model's state with the probe as its head, in main memory: its logits are the probe's."""
+    state = {name: tensor.to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+    return state | {f"{head}.weight": probe.weight.cpu(), f"{head}.bias": probe.bias.cpu()}

@@ -145,9 +145,10 @@ def choose_recipes(
 
 
 def blend(start: dict[str, torch.Tensor], end: dict[str, torch.Tensor], share: float) -> dict[str, torch.Tensor]:
-    """Return the state that lies this share of the way from one state of a model to another."""
+    """Return the state that lies this share of the way from one state of a model to another, on that one's device."""
     if share in (0, 1):  # not by arithmetic, which would carry a diverged end's NaN back to the start
         return start if share == 0 else end
     return {
-        name: start[name].lerp(tensor, share) if tensor.is_floating_point() else tensor for name, tensor in end.items()
+        name: start[name].to(tensor.device).lerp(tensor, share) if tensor.is_floating_point() else tensor
+        for name, tensor in end.items()
     }

@@ -220,3 +220,11 @@ def test_space_of_a_model_that_the_hub_does_not_have_is_refused(monkeypatch):
 def test_answer_is_that_of_the_prediction(prediction, answer):
     ask = app.answerer(SimpleNamespace(predict=lambda image, top_k: prediction), lambda source: source)
     assert ask(" image ") == (answer, dict(prediction.top)) and ask("  ") == ask(None) == ("", {})
+
+
+def test_slow_address_does_not_hold_up_the_other_visitors(monkeypatch):
+    network = SimpleNamespace(labels=["a"], batch_size=16)
+    monkeypatch.setattr("luthier.serving.classifier.open_network", lambda name: network)
+    page = app.build_page("colours", False, [])
+    limits = {function.api_name: function.concurrency_limit for function in page.fns.values()}
+    assert limits["url"] == app.FETCHES > 1

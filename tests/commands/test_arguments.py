@@ -1,6 +1,7 @@
 """Configs and command lines: which setting wins, and one clear message for every mistake."""
 
 import functools
+import multiprocessing
 import shutil
 from dataclasses import fields, replace
 from pathlib import Path
@@ -27,10 +28,12 @@ def write_config(text: str, name: str = "some.yaml") -> str:
     return name
 
 
-def defaults_on_a_gpu(monkeypatch, **given) -> dict:
+def defaults_on_a_gpu(monkeypatch, capability: tuple[int, int] = (9, 0), **given) -> dict:
     """Return the options that the machine decides, those that are given among them."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_90a", "compute_120"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     names = ("dataloader_num_workers", "dataloader_persistent_workers", "dataloader_pin_memory", "accelerator_config")
     names += ("per_device_eval_batch_size", "bf16", "ddp_backend")
     options = dict.fromkeys(names) | {"use_cpu": False, "fp16": False} | given
@@ -357,3 +360,17 @@ def test_words_of_a_config_are_what_is_written():
 def test_value_that_is_none_is_no_traceback(text):
     with pytest.raises(UserError, match=r"some\.yaml"):
         parse_arguments([write_config(text)])
+
+
+@pytest.mark.parametrize(("capability", "usable"), [((6, 1), False), ((7, 0), False), ((7, 5), True), ((12, 0), True)])
+def test_gpu_that_is_too_old_for_torch_is_not_used(monkeypatch, capsys, capability, usable):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    options = defaults_on_a_gpu(monkeypatch, capability)
+    assert options["use_cpu"] is not usable and options["dataloader_pin_memory"] is usable
+    assert ("too old for this build of torch" in capsys.readouterr().out) is not usable
+
+
+def test_without_fork_there_are_no_data_workers(monkeypatch):
+    monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: ["spawn"])
+    options = defaults_on_a_gpu(monkeypatch)
+    assert options["dataloader_num_workers"] == 0 and options["dataloader_persistent_workers"] is False

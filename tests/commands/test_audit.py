@@ -44,10 +44,12 @@ def test_command_writes_a_page(planted):
 
 
 def test_copies_are_never_in_two_splits(planted):
-    faults, _, root = planted
+    faults, findings, root = planted
     splits, _ = load_splits(data_dir=str(root))
     split_of = {name: split for split, dataset in splits.items() for name in dataset["name"][:]}
-    for first, second in faults["exact duplicates"]:
+    near = faults["near-duplicates"] & findings["near-duplicates"]  # one in ten may be missed
+    assert near
+    for first, second in faults["exact duplicates"] | near:
         assert split_of[first] == split_of[second]
 
 

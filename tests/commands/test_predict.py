@@ -22,6 +22,7 @@ from transformers import pipeline
 import predict
 import train
 from data import load_splits
+from luthier.escape import escape_cell
 from luthier.images.decode import EXTENSIONS
 from luthier.serving.classifier import Classifier, Prediction, open_network
 from luthier.serving.network import Rated
@@ -452,3 +453,47 @@ def test_names_with_line_breaks_stay_in_their_cells_of_csv():
     rows = list(csv.DictReader(io.StringIO(file.getvalue(), newline="")))
     assert [row["input"] for row in rows] == ["a\rb.png", "c\nd.png", "e.png"] and rows[0]["label_1"] == "re\rd"
     assert "\r\n" not in file.getvalue(), "Windows' standard output would make three characters of it"
+
+
+def fixed_classifier(monkeypatch) -> Classifier:
+    monkeypatch.setattr(Fixed, "start_worker", lambda self: None, raising=False)
+    return Classifier(Fixed(0.9))
+
+
+def test_list_that_is_still_being_written_is_answered(monkeypatch):
+    classifier, answered, names = fixed_classifier(monkeypatch), threading.Event(), []
+    monkeypatch.setattr(classifier, "load_file", lambda name: draw("red", 1))
+
+    def inputs():
+        yield "a.png", None
+        assert answered.wait(10), "the next input comes when the first is answered"
+        yield "b.png", None
+
+    for prediction in classifier.predict_files(inputs(), 1):
+        names.append(prediction.name)
+        answered.set()
+    assert names == ["a.png", "b.png"]
+
+
+def test_addresses_are_fetched_together(monkeypatch):
+    monkeypatch.setattr("luthier.serving.classifier.count_cores", lambda: 1)
+    classifier, together = fixed_classifier(monkeypatch), threading.Barrier(8)
+    classifier.batch_size = 16
+
+    def load(url):
+        together.wait(10)  # breaks where fewer than eight wait
+        return draw("red", 1)
+
+    monkeypatch.setattr(classifier, "load_url", load)
+    addresses = [(f"https://example.org/{number}.png", None) for number in range(8)]
+    assert [each.error for each in classifier.predict_files(addresses, 1)] == [None] * 8
+
+
+@pytest.mark.parametrize("text", ["-1", "+1", "-0.5", "-1,5"])
+def test_number_is_no_formula(text):
+    assert escape_cell(text) == text
+
+
+@pytest.mark.parametrize("text", ["-1+cmd|' /C calc'!A0", "-1-1", "-", "+a", "=1", "@a", "-1\n"])
+def test_formula_is_escaped(text):
+    assert escape_cell(text) == f"'{text}"

@@ -44,6 +44,23 @@ def raced(timm_checkpoint, tmp_path_factory):
     return folder, run(folder, timm_checkpoint, *RACE)
 
 
+def test_test_images_choose_nothing(timm_checkpoint, tmp_path):
+    """With wrong labels on all test images the weights are the same, and the score is another."""
+    found = []
+    for name in ("right", "wrong"):
+        draw_folder(tmp_path / name / "images/train", per_class=12)
+        test = draw_folder(tmp_path / name / "images/test", per_class=4, first=500)
+        if name == "wrong":
+            for old, new in (("blue", "x"), ("green", "blue"), ("red", "green"), ("x", "red")):
+                (test / old).rename(test / new)
+        metrics = run(tmp_path / name, timm_checkpoint, "--recipe", "full", "--num_train_epochs", "3")
+        found.append((metrics, load_file(tmp_path / name / "out/model.safetensors")))
+    (right, weights), (wrong, others) = found
+    assert right["validation"] == wrong["validation"] and right["recipe"]["kept"] == wrong["recipe"]["kept"]
+    assert all(torch.equal(tensor, others[key]) for key, tensor in weights.items())
+    assert right["test"]["accuracy"] != wrong["test"]["accuracy"]
+
+
 def test_race_runs_every_recipe_and_stops_the_losers_early(raced):
     _, metrics = raced
     heats = metrics["race"]["heats"]

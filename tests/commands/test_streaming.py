@@ -54,13 +54,14 @@ def test_run_that_streams_writes_what_others_do(timm_checkpoint, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", ["0", "2"])
-def test_resumes_exactly_within_an_epoch(timm_checkpoint, workers):
+def test_resumes_exactly_within_an_epoch(timm_checkpoint, capsys, workers):
     options = flags(timm_checkpoint, "--recipe", "full", "--keep", "trained", "--dataloader_num_workers", workers)
     options += ["--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "99"]
     main([*options, "--output_dir", "whole"])
     for step in (8, 30):  # of 34
         shutil.copytree(f"whole/checkpoint-{step}", f"cut{step}/checkpoint-{step}")
         main([*options, "--output_dir", f"cut{step}", "--resume_from_checkpoint", "auto"])
+        assert f"resume   from cut{step}/checkpoint-{step}\n" in capsys.readouterr().out
         whole, resumed = (load_file(f"{name}/model.safetensors") for name in ("whole", f"cut{step}"))
         assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
 

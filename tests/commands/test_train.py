@@ -53,6 +53,15 @@ def run(tmp_path_factory, launch):
     return folder, result
 
 
+def test_run_leaves_the_images_as_they_were(run, tmp_path):
+    folder, _ = run
+    after, before = (
+        {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+        for root in (folder / "my images", draw_folder(tmp_path / "again", per_class=20))
+    )
+    assert after == before
+
+
 def test_outputs_are_complete(run):
     folder, _ = run
     output = folder / "outputs/tiny"
@@ -272,34 +281,29 @@ def test_arguments_are_checked_before_large_libraries_are_imported(tmp_path, arg
     assert not {"data", "models", "datasets", "timm", "torchvision", "evaluate", "matplotlib", "sklearn"} & imported
 
 
-@pytest.fixture
-def vit_run(vit_checkpoint, tmp_path, monkeypatch):
-    """A run of four epochs in which the last is not the best, with all checkpoints kept; returns its arguments."""
-    monkeypatch.chdir(tmp_path)
-    draw_folder(Path("images"), per_class=10)
+@pytest.fixture(scope="module")
+def vit_run(vit_checkpoint, tmp_path_factory):
+    """A run of four epochs in which the last is not the best, with all checkpoints kept: its folder and arguments."""
+    folder = tmp_path_factory.mktemp("vit")
+    draw_folder(folder / "images", per_class=10)
     args = ["--data_dir", "images", "--model_name", str(vit_checkpoint), "--optim", "sgd", "--learning_rate", "3"]
     args += ["--lr_scheduler_type", "constant", "--warmup_steps", "0", "--num_train_epochs", "4"]
     args += ["--save_total_limit", "9", "--augmentation", "none", "--recipe", "full", "--seed", "1"]
-    args += [
-        "--per_device_train_batch_size",
-        "32",
-        "--keep",
-        "trained",
-        "--refit",
-        "none",
-        "--metric_for_best_model",
-        "loss",
-    ]
-    train.main([*args, "--output_dir", "out"])
-    return args
+    args += ["--per_device_train_batch_size", "32", "--keep", "trained", "--refit", "none"]
+    args += ["--metric_for_best_model", "loss"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train.main([*args, "--output_dir", "out"])
+    return folder, args
 
 
 def weights(folder: str) -> dict[str, torch.Tensor]:
     return AutoModelForImageClassification.from_pretrained(folder).state_dict()
 
 
-def test_best_epoch_of_a_vit_is_restored_completely(vit_run):
+def test_best_epoch_of_a_vit_is_restored_completely(vit_run, monkeypatch):
     """The Trainer's own restore leaves two thirds of a ViT's weights as they were in the last epoch."""
+    monkeypatch.chdir(vit_run[0])
     losses = {
         e["step"]: e["eval_loss"]
         for e in json.loads(Path("out/metrics.json").read_text())["history"]
@@ -313,9 +317,12 @@ def test_best_epoch_of_a_vit_is_restored_completely(vit_run):
     assert not same(backbone, weights(f"out/checkpoint-{last}"))
 
 
-def test_vit_resumed_after_an_epoch_ends_like_an_uninterrupted_run(vit_run):
+def test_vit_resumed_after_an_epoch_ends_like_an_uninterrupted_run(vit_run, monkeypatch, capsys):
+    folder, args = vit_run
+    monkeypatch.chdir(folder)
     steps = sorted(int(path.name.split("-")[1]) for path in Path("out").glob("checkpoint-*"))
-    train.main([*vit_run, "--output_dir", "again", "--resume_from_checkpoint", f"out/checkpoint-{steps[1]}"])
+    train.main([*args, "--output_dir", "again", "--resume_from_checkpoint", f"out/checkpoint-{steps[1]}"])
+    assert f"resume   from out/checkpoint-{steps[1]}\n" in capsys.readouterr().out
     assert same(weights(f"again/checkpoint-{steps[-1]}"), weights(f"out/checkpoint-{steps[-1]}"))
 
 

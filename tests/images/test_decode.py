@@ -3,6 +3,7 @@
 import io
 import os
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -148,3 +149,43 @@ def test_very_elongated_image_is_refused():
                 decode_rgb(file.getvalue())
         else:
             assert decode_rgb(file.getvalue()).image.size == size
+
+
+@pytest.mark.parametrize(("highest", "shown"), [(255, 255), (4095, 255), (65535, 255), (8191, 32)])
+def test_grey_of_12_bits_in_16_is_not_black(highest, shown):
+    levels = np.linspace(0, highest, 40 * 40).round().astype(np.uint16).reshape(40, 40)
+    file = io.BytesIO()
+    PILImage.fromarray(levels).save(file, "PNG")
+    image = np.asarray(decode_rgb(file.getvalue()).image)
+    assert image.max() == shown and len(np.unique(image)) > shown / 2
+
+
+def tiled_tiff(tile: int, more: tuple = (), kind: int = 4) -> bytes:
+    """A grey TIFF of 16 x 16 px in one tile; the tags of its size are of a type, and may be there twice."""
+    content = zlib.compress(bytes(tile * tile), 1)
+    tags = [
+        (256, 4, 16), (257, 4, 16), (258, 3, 8), (259, 3, 8), (262, 3, 1), (277, 3, 1), (322, kind, tile),
+        (323, kind, tile), *more, (324, 4, 0), (325, 4, len(content)),
+    ]  # fmt: skip
+    tags.sort(key=lambda tag: tag[0])
+    end = 8 + 2 + 12 * len(tags) + 4
+    file = b"II*\0" + struct.pack("<LH", 8, len(tags))
+    for tag, type_, value in tags:
+        where = end + 8 if tag == 324 else end if type_ == 17 else value  # 8 bytes do not fit into a tag
+        file += struct.pack("<HHLL", tag, type_, 1, where)
+    return file + struct.pack("<LQ", 0, tile) + content
+
+
+@pytest.mark.parametrize("odd", [{}, {"more": ((322, 4, 64), (323, 4, 64))}, {"kind": 17}])
+def test_large_tile_of_a_small_tiff_is_refused(odd):
+    with pytest.raises(OSError, match="a TIFF with tiles of more than"):
+        decode_rgb(tiled_tiff(1024, **odd), max_pixels=500_000)
+
+
+def test_tile_that_is_larger_than_its_image_is_read():
+    assert decode_rgb(tiled_tiff(64), max_pixels=500_000).image.size == (16, 16)
+
+
+def test_tiff_whose_tags_are_cut_off_is_refused():
+    with pytest.raises(OSError):
+        decode_rgb(tiled_tiff(64)[:30])

@@ -258,7 +258,7 @@ def test_empty_split_of_the_users_own_is_refused():
             cut_splits(DatasetDict(splits | {split: labelled([], ["a", "b"])}))
 
 
-@pytest.mark.parametrize(("images", "share"), [(100, 0.25), (1000, 0.15), (10_000, 0.1)])
+@pytest.mark.parametrize(("images", "share"), [(100, 0.25), (1000, 0.15), (10_000, 0.1), (400_000, 0.025)])
 def test_validation_is_a_tenth_or_enough_to_choose_by(images, share):
     assert validation_share(images) == share
 
@@ -336,3 +336,10 @@ def test_processes_with_other_images_are_refused(monkeypatch):
             check_same_images(DatasetDict(train=others))
     with pytest.raises(UserError, match="with the same files on every machine"):
         check_same_images(DatasetDict(train=rows), "another stream")
+
+
+@pytest.mark.parametrize(("train", "validation", "said"), [(2000, 10, True), (2000, 60, False), (80, 10, False)])
+def test_few_validation_images_of_the_users_own_are_named(capsys, train, validation, said):
+    of = {"train": train, "validation": validation, "test": 20}
+    cut_splits(DatasetDict({split: labelled([0, 1] * (n // 2), ["a", "b"]) for split, n in of.items()}))
+    assert ("10 validation images cannot tell weights apart" in capsys.readouterr().out) == said

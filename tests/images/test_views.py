@@ -7,12 +7,12 @@ import torch
 from conftest import draw, draw_folder, load
 from PIL import Image as PILImage
 from torchvision.transforms import v2
-from transformers import AutoImageProcessor, MobileViTImageProcessor, pipeline
+from transformers import AutoImageProcessor, BitImageProcessor, MobileViTImageProcessor, ViTImageProcessor, pipeline
 
 from data import evaluation_rows, prepare
 from luthier.images.decode import decode_rgb
 from luthier.images.views import AUGMENTATIONS, EvaluationView, training_transform
-from models import build_model
+from models import build_model, change_view
 
 
 @pytest.fixture(scope="module", params=["simple_cnn", "timm", "vit", "efficientnet_lite0"])
@@ -118,3 +118,42 @@ def test_scaled_levels_are_the_pixel_values_of_the_processor(timm_view):
     torch.testing.assert_close(timm_view.scale(timm_view.levels(pixel_values)), pixel_values)
     batch = torch.stack([timm_view.levels(pixel_values)] * 2)
     assert torch.equal(timm_view.scale(batch)[1], timm_view.scale(batch[1]))
+
+
+def shows_red(levels: torch.Tensor) -> bool:
+    return bool(((levels[0] > 200) & (levels[2] < 60)).any())
+
+
+@pytest.mark.parametrize("ends", ["cropped", "squeezed", "padded"])
+def test_crops_of_elongated_images_reach_their_ends_where_the_view_shows_them(timm_checkpoint, ends):
+    image = PILImage.new("RGB", (512, 64), (128, 128, 128))
+    image.paste("red", (0, 0, 64, 64))
+    if ends == "padded":
+        model, processor = build_model(str(timm_checkpoint), {0: "blue", 1: "red"})
+        processor = change_view(model, processor, 64, "pad")
+    elif ends == "squeezed":
+        processor = ViTImageProcessor(size={"height": 64, "width": 64})
+    else:
+        processor = BitImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
+    view = EvaluationView(processor)
+    assert view.ends == ends
+    assert shows_red(view.levels(view(image))) == (ends != "cropped")
+    transform = training_transform(view, "crop")
+    torch.manual_seed(1)
+    crops = [transform(image) for _ in range(30)]
+    assert any(map(shows_red, crops)) == (ends != "cropped")
+    assert {crop.shape for crop in crops} == {(3, *view.size)}
+    if ends == "padded":
+        bright = max(int(crop.max()) for crop in crops)
+        assert bright == max(int(view.levels(view(image)).max()), view.padding), "the border is that of the view"
+
+
+def test_images_that_are_not_elongated_are_cropped_as_they_are(timm_view):
+    image, torch_crop = draw("red", 1, width=120, height=64), v2.InterpolationMode.BICUBIC
+    squeezed = EvaluationView(ViTImageProcessor(size={"height": 32, "width": 32}))
+    plain = v2.Compose([v2.PILToTensor(), v2.RandomResizedCrop((32, 32), (0.35, 1.0), interpolation=torch_crop)])
+    for seed in range(3):
+        torch.manual_seed(seed)
+        expected = plain(image)
+        torch.manual_seed(seed)
+        assert torch.equal(training_transform(squeezed, "crop")(image), expected)

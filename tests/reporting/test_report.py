@@ -355,3 +355,25 @@ def test_score_of_images_that_were_learned_from_is_said_to_be_too_high(metrics, 
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "**The score may be too high: 5 of 6 test images are also in train or validation, exactly or nearly" in text
     assert "2 groups of images in test also in train or validation.**" in text
+
+
+def test_card_says_what_loads_the_model(metrics, tmp_path):
+    write_model_card(tmp_path, metrics, "me/instruments")
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    (line,) = (line for line in text.splitlines() if line.startswith("pip install"))
+    floor = re.search(r"^transformers(>=[\d.]+)", (PROJECT / "requirements.txt").read_text(), re.MULTILINE)[1]
+    assert f'"transformers{floor}"' in line and " timm" in line and text.index(line) < text.index("from transformers")
+
+
+@pytest.mark.parametrize(("name", "dataset"), [("food101", "imagefolder"), ("me/set", "me/set")])
+def test_folder_is_not_taken_for_a_dataset_of_the_hub(metrics, tmp_path, name, dataset):
+    metrics["data"]["name"] = name
+    write_model_card(tmp_path, metrics)
+    results = ModelCard.load(tmp_path / "README.md").data.eval_results
+    assert {(row.dataset_type, row.dataset_name) for row in results} == {(dataset, name)}
+
+
+@pytest.mark.parametrize("name", ["report.html", "audit.html"])
+def test_what_scrolls_is_reached_by_the_keyboard(page, name):
+    regions = re.findall(r'<div [^>]*class="wide[^>]*>', page.with_name(name).read_text(encoding="utf-8"))
+    assert regions and all('tabindex="0"' in region and "aria-label=" in region for region in regions)

@@ -178,3 +178,42 @@ def test_features_that_do_not_follow_each_other_are_copied():
     for parts in ([third, first], [first, third], [first.clone(), second]):
         assert torch.equal(join(parts), torch.cat(parts))
     assert join([second, third]).data_ptr() == second.data_ptr()
+
+
+@pytest.mark.parametrize(("harder", "corrects"), [(0.0, True), (6.0, False)])
+def test_losses_on_images_that_are_harder_by_nature_are_not_corrected(harder, corrects):
+    """A validation split of the user's own may be of another camera; one of ours is drawn at random."""
+    generator, labels = np.random.default_rng(0), np.arange(120) % 3
+    noise = generator.normal(size=(120, 3)) * np.r_[np.ones(80), np.full(40, 1 + harder)][:, None]
+    features = torch.tensor(4 * np.eye(3)[labels] + noise).float()
+    columns = {"label": labels, "group": np.arange(120)}
+    both = Dataset.from_dict(columns).cast_column("label", ClassLabel(names=[*"abc"]))
+    splits = DatasetDict(train=both.select(range(80)), validation=both.select(range(80, 120)))
+    probe = ProbeResults(strength=0.01, features={"train": features[:80], "validation": features[80:]})
+    judge, cpu, recipes = Judge([*"abc"]), torch.device("cpu"), [RECIPES["full"]]
+    assert with_yardstick(judge, probe, splits, recipes, cpu, ["train"]).yardstick
+    own = with_yardstick(judge, probe, splits, recipes, cpu, ["train", "validation"])
+    assert bool(own.yardstick) == corrects
+
+
+class OnApple(torch.Tensor):
+    """A tensor of a device that has no float64."""
+
+    def double(self):
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+def test_labels_are_checked_on_devices_without_float64(measure, monkeypatch):
+    from luthier.scoring import audit
+
+    cross_fit = audit.cross_fit
+
+    def on_apple(*arguments):
+        for part in cross_fit(*arguments):
+            yield part._replace(logits=part.logits.as_subclass(OnApple))
+
+    monkeypatch.setattr(audit, "cross_fit", on_apple)
+    assert isinstance(measure().suspect_labels, list)

@@ -11,7 +11,7 @@ from transformers import EvalPrediction
 
 from luthier.errors import UserError
 from luthier.scoring import criterion as module
-from luthier.scoring.criterion import TIE, Criterion, Judge, build_judge
+from luthier.scoring.criterion import TIE, Criterion, Judge, build_judge, uncertainty_of
 from luthier.scoring.metrics import Classification, Yardstick, fit_temperature, log_loss, score
 from luthier.training.balance import Balance
 from luthier.training.probe import fit_path
@@ -183,3 +183,26 @@ def test_log_of_the_trainer_makes_up_for_rare_classes():
     calibrated = criterion.losses(adjusted / criterion.temperature(LOGITS, REFERENCES), REFERENCES)
     assert found["calibrated_loss"] == pytest.approx(calibrated.mean())
     assert found["loss"] == pytest.approx(log_loss(LOGITS, REFERENCES)), "of the data's own probabilities"
+
+
+@pytest.mark.parametrize("rare", [0.5, 0.05, 0.01, 0.005])
+def test_knowing_how_frequent_the_classes_are_is_never_enough(rare):
+    shares = np.array([1 - rare, rare])
+    entropy = -float((shares * np.log(shares)).sum())
+    assert Criterion(uncertainty=uncertainty_of("log_loss", shares)).enough < 0.06 * entropy
+    assert Criterion("accuracy", uncertainty=uncertainty_of("accuracy", shares)).enough < 0.021 * rare
+
+
+def test_little_to_gain_is_the_same_for_all_numbers_of_even_classes(splits, timm_checkpoint):
+    assert uncertainty_of("log_loss", np.full(10, 0.1)) == uncertainty_of("macro_f1", np.array([0.9, 0.1])) == 1
+    assert uncertainty_of("log_loss", np.array([0.5, 0.5, 0])) == 1
+    model, _ = build_model(str(timm_checkpoint), dict(enumerate(LABELS)))
+    uneven = DatasetDict(train=splits["train"].select(range(6)), validation=splits["validation"])
+    assert build_judge("log_loss", "auto", model, uneven).criterion.uncertainty == pytest.approx(0.65, abs=0.01)
+
+
+def test_epochs_of_a_head_that_is_not_calibrated_are_compared_as_they_are():
+    prediction = EvalPrediction(LOGITS * 9, REFERENCES)
+    as_it_is, calibrated = (Judge(LABELS, calibrates=each).compute_metrics(prediction) for each in (False, True))
+    assert as_it_is["calibrated_loss"] == pytest.approx(as_it_is["loss"])
+    assert calibrated["calibrated_loss"] < calibrated["loss"]

@@ -38,7 +38,7 @@ def fold(
     answers = Answers(logits / temperature, references)
     result = Result(None, course, [], ProbeResults(), Outcome(Heats(), reason), kept, model, answers, "flip_crop")
     return logits, (
-        Experiment(splits, False, splits, {"unreadable": [], "learned_from": 3}, None, None, [], None, {}),
+        Experiment(splits, frozenset(), splits, {"unreadable": [], "learned_from": 3}, None, None, [], None, {}),
         result,
     )
 

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 from data import feature_rows, prepare
 from luthier.images.views import EvaluationView
 from luthier.scoring.baselines import ProbeResults, measure_probe
-from luthier.scoring.mirror import choose_augmentation, compare_with_mirror
+from luthier.scoring.mirror import choose_augmentation, compare_with_mirror, draw_images
 from luthier.training.recipe import RECIPES
 from models import build_model
 
@@ -76,3 +76,11 @@ def test_few_groups_do_not_show_by_chance_that_the_mirror_is_worse(groups):
         own, other = (torch.from_numpy(base + generator.normal(size=(60, 8))).float() for _ in range(2))
         found += compare_with_mirror(own, other, labels, of, 0.1).is_worse  # both are of one distribution
     assert found <= 1
+
+
+def test_of_many_classes_some_are_looked_at_with_all_their_images():
+    labels = np.arange(4000) % 1000
+    drawn = draw_images(labels, np.array([f"image {row}" for row in range(4000)]))
+    assert len(drawn) == 300 and set(np.bincount(labels[drawn])) == {0, 4}
+    few = draw_images(np.arange(780) % 26, np.array([str(row) for row in range(780)]))
+    assert len(few) == 600 and (np.diff(few) > 0).all()

@@ -25,7 +25,7 @@ from luthier.training.signals import Stop
 
 
 def arm(name: str, ends: tuple[int, ...] = (10, 30, 70, 150)) -> SimpleNamespace:
-    return SimpleNamespace(recipe=SimpleNamespace(name=name), ends=ends)
+    return SimpleNamespace(recipe=SimpleNamespace(name=name), ends=ends, batch=32)
 
 
 def heats(**losses: list[float]) -> Heats:
@@ -361,3 +361,12 @@ def test_lead_whose_error_is_unknown_is_no_lead(groups):
     best = candidate([0.5, 0.4, 0.35, 0.3501] if groups is not None else [0.4001])
     assert choose([probe, best._replace(losses=best.losses + 1e-3)]) is not probe
     assert choose([probe, probe._replace(arm="full")]).arm == "full", "a draw"
+
+
+def test_first_heat_is_expected_to_take_as_long_as_predictions_tell():
+    state = begun(Heats(), ARMS)
+    assert state.expected_seconds(ARMS[0], 0) == 0, "nothing was predicted"
+    state.predicting = 0.01
+    assert state.expected_seconds(ARMS[0], 0) == pytest.approx(3 * 0.01 * 10 * 32)
+    state.heats = heats(full=[0.4])
+    assert state.expected_seconds(ARMS[0], 0) == 1.0, "what was measured counts"

@@ -286,7 +286,7 @@ def test_upload_damaged_on_the_way_is_detected_and_not_published(server, push, f
         ("", "me/x", "nobody is logged in"),
         ("hf_wrong", "me/x", "does not know this token"),
         (TOKEN, "somebody/else", "may not write to somebody/else"),
-        (TOKEN, "me/no such name!", "is not a name for a repository"),
+        (TOKEN, "me/no such name!", "is not a name for a repository: give one such as me/instruments"),
         (TOKEN, "bare", "'bare' is not a name for a repository: give owner/name"),
     ],
 )

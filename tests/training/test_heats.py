@@ -7,7 +7,17 @@ from types import SimpleNamespace
 import pytest
 
 import luthier.training.heats as heats
-from luthier.training.heats import MAX_IMAGES, MIN_STEPS, EndHeat, EndInTime, Schedule, first_heat, heat_ends
+from luthier.training.heats import (
+    MAX_IMAGES,
+    MAX_ON_GPU,
+    MIN_STEPS,
+    EndHeat,
+    EndInTime,
+    Schedule,
+    first_heat,
+    heat_ends,
+    longest,
+)
 
 
 @pytest.mark.parametrize(
@@ -27,6 +37,16 @@ def test_first_heat_is_an_epoch_several_of_few_images_and_a_part_of_many(steps_p
 )
 def test_each_heat_is_twice_as_long_as_the_one_before(first, total, expected):
     assert heat_ends(first, total) == expected
+
+
+@pytest.mark.parametrize("steps_per_epoch", [5, 100, 400, 4000, 40_000])
+def test_on_a_gpu_many_images_are_seen_as_often_as_few_within_a_bound(steps_per_epoch):
+    first = first_heat(steps_per_epoch, 32)
+    on_cpu, on_gpu = (longest(4, first, steps_per_epoch, 32, on_gpu=each) for each in (False, True))
+    assert on_cpu == 15 * first
+    assert on_gpu == max(on_cpu, min(15 * steps_per_epoch, MAX_ON_GPU // 32))
+    ends = heat_ends(first, on_gpu)
+    assert ends[0] == first and ends[-1] == on_gpu and len(ends) >= len(heat_ends(first, on_cpu))
 
 
 def test_last_heat_is_never_a_short_one():

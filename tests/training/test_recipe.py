@@ -58,3 +58,8 @@ def test_learning_rate_grows_with_the_square_root_of_the_batch_unless_it_is_give
     assert recipe.rate_of_batch(32) == recipe.rate_of_batch(4) == recipe.learning_rate
     (chosen,) = choose_recipes("full", "some/model", True, learning_rate=0.5, batch=64)
     assert chosen.rate_of_batch(128) == 0.5 and chosen.batch == 64
+
+
+def test_blend_is_on_the_device_of_the_trained_weights():
+    start, end = {"weight": torch.zeros(3)}, {"weight": torch.ones(3, device="meta")}
+    assert blend(start, end, 0.5)["weight"].device.type == "meta"

@@ -1,6 +1,8 @@
 """Interrupted runs: exact resumption, signals, losses that are not finite, full disks, memory, several processes."""
 
+import contextlib
 import errno
+import io
 import json
 import math
 import os
@@ -66,7 +68,10 @@ def assert_resumes_exactly(options: list[str], interrupted_after: tuple[int, ...
         for checkpoint in Path("whole").glob("checkpoint-*"):
             if int(checkpoint.name.split("-")[1]) <= step:
                 shutil.copytree(checkpoint, Path(f"cut{step}", checkpoint.name))
-        main([*options, "--output_dir", f"cut{step}", "--resume_from_checkpoint", "auto"])
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            main([*options, "--output_dir", f"cut{step}", "--resume_from_checkpoint", "auto"])
+        # A run that began again would end with the same weights.
+        assert f"resume   from cut{step}/checkpoint-{step}\n" in printed.getvalue()
         resumed_weights, resumed_scores = load_result(f"cut{step}")
         assert resumed_scores == scores, step
         assert all(torch.equal(tensor, resumed_weights[name]) for name, tensor in weights.items()), step
@@ -169,6 +174,7 @@ def test_signal_saves_at_the_end_of_the_step_and_resumes_exactly(timm_checkpoint
     assert exit_info.value.code == 128 + number and f"stopped  by {number.name}: cut/checkpoint-6" in output
     assert not Path("cut/metrics.json").exists() and not Path("cut/model.safetensors").exists()
     main([*options, "--output_dir", "cut", "--resume_from_checkpoint", "auto"])
+    assert "resume   from cut/checkpoint-6\n" in capsys.readouterr().out
     (weights, scores), (resumed_weights, resumed_scores) = load_result("whole"), load_result("cut")
     assert resumed_scores == scores and all(
         torch.equal(tensor, resumed_weights[name]) for name, tensor in weights.items()
@@ -374,10 +380,13 @@ def test_exhausted_memory_gives_advice():
         torch.OutOfMemoryError("CUDA out of memory."),
         MemoryError(),
         RuntimeError("can't allocate memory: 1"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ):
         advice = "--per_device_train_batch_size 16 --gradient_accumulation_steps 2"
         with pytest.raises(UserError, match=advice), explain_exhausted_memory(arguments):
             raise error
+    with pytest.raises(UserError, match="--resume_from_checkpoint auto"), explain_exhausted_memory(arguments):
+        raise MemoryError
     with (
         pytest.raises(UserError, match=r"use smaller ones \(--per_device_eval_batch_size 4\)"),
         explain_exhausted_memory(arguments, training=False),

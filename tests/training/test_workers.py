@@ -101,3 +101,14 @@ def test_processes_of_one_machine_share_its_cores(monkeypatch, processes, cores)
     if processes:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
     assert available_cores() == cores
+
+
+def test_workers_are_forked_whatever_the_default_is(tmp_path):
+    """Python 3.14 would start them afresh, with rows that are pickled."""
+    before, rows = multiprocessing.get_start_method(), Rows(BATCHES * WORKERS)
+    rows.transform = lambda: None  # which cannot be pickled
+    multiprocessing.set_start_method("forkserver", force=True)
+    try:
+        assert len(processes(build(tmp_path).get_test_dataloader(rows))) == WORKERS
+    finally:
+        multiprocessing.set_start_method(before, force=True)
