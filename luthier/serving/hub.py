@@ -60,7 +60,8 @@ def check_access(repo_id: str, private: bool | None, repo_type: str = "model", s
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise UserError(
-            f"{repo_id!r} is not a name for a repository: give one such as me/instruments (train.py: --hub_model_id). {error}"
+            f"{repo_id!r} is not a name for a repository: give one such as me/instruments (train.py: --hub_model_id). "
+            f"{error}"
         ) from error
     owner = check_login(repo_id)  # for repositories of others too
     repo_id = repo_id if "/" in repo_id else f"{owner}/{repo_id}"

@@ -214,7 +214,6 @@ def test_threshold_is_one_of_calibrated_confidence(monkeypatch):
     references = generator.integers(0, 3, 200)
     logits = 9 * (generator.normal(size=(200, 3)) + np.eye(3)[references])  # far too sure
     monkeypatch.setattr(selection, "predict", lambda trainer, rows: (logits, references))
-    monkeypatch.setattr(selection, "linear_head", lambda model: "head")
     trainer = SimpleNamespace(model=nn.Linear(2, 3))
     (found,) = selection.score_candidates(trainer, None, None, (1.0,), Judge(["a", "b", "c"]), "full")
     calibrated = confidence_and_correct(logits / found.temperature, references)
@@ -240,7 +239,6 @@ def test_each_share_is_scored_with_its_own_weights_and_the_model_is_left_as_it_w
         return LOGITS, REFERENCES
 
     monkeypatch.setattr(selection, "predict", predict)
-    monkeypatch.setattr(selection, "linear_head", lambda model: None)
     start, shares = {"weight": torch.zeros(3, 2)}, (0.5, 1.0, 0.0)
     trainer = SimpleNamespace(model=model)
     found = selection.score_candidates(trainer, None, start, shares, Judge(LABELS), "lp_ft")
