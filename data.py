@@ -97,7 +97,7 @@ def list_images(
             with a metadata file, see `metadata.find_tables`; or one of Parquet files or WebDataset archives.
         dataset_name: `openmoji` or what `datasets.load_dataset` takes: a Hub name or a local dataset folder.
         dataset_config_name: the configuration of a Hub dataset that has several.
-        labels: a table of the images below `data_dir`, in the place of class folders.
+        labels: a table of the images below `data_dir`, instead of class folders.
         image_column, label_column: columns of a dataset or a table, where types, names or values do not tell them.
         split_column: of a table; `split` if there is one.
         group_column: of what images belong to, such as a patient: a cut keeps them on one side.

@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--fp16", action="store_true", help="write a model of half the size too, for GPUs")
     parser.add_argument(
         "--check", type=Path, metavar="FOLDER",
-        help="compare on these images, in class folders or not, in the place of the run's test images",
+        help="compare on these images, in class folders or not, instead of the run's test images",
     )  # fmt: skip
     parser.add_argument("--web", type=Path, metavar="FOLDER", help="write a page that runs the model in the browser")
     parser.add_argument("--push_to_space", metavar="OWNER/NAME", help="publish this page on the Hub")

@@ -127,7 +127,7 @@ def raise_timeout(*_: object) -> None:
 
 @contextmanager
 def watch(found: list[str]) -> Iterator[None]:
-    """Add to `found` in words how busy the GPU was, in the mean, and how much of its memory was in use, at most."""
+    """Add to `found` in words how busy the GPU was, on average, and how much of its memory was in use, at most."""
     if not torch.cuda.is_available():
         yield
         return

@@ -53,7 +53,7 @@ class Variant(NamedTuple):
     recipe: str = "lp_ft"
     learning_rate: float | None = None  # of the head, if not the recipe's
     frozen: float | None = None  # if not the recipe's
-    heats: bool = False  # of 1, 2, 4, ... epochs, in the place of one cosine
+    heats: bool = False  # of 1, 2, 4, ... epochs, instead of one cosine
     sizes: tuple[int, ...] = ()  # of the training view in pixels, one for each epoch; () is the evaluation view's
 
 

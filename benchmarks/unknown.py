@@ -3,7 +3,7 @@
     python -m benchmarks.unknown path/to/instruments path/to/suite/cells ...
 
 Each data set is a folder of class folders, with a test split or cut as Luthier cuts it. Once for each class, a linear
-probe learns the others. Several figures rank the test images; of each the table has, in the mean over the classes, the
+probe learns the others. Several figures rank the test images; of each the table has, on average over the classes, the
 area under the ROC curve, and the share of unknown images that are answered where 95% of the right answers are kept.
 
     python -m benchmarks.unknown path/to/suite/cells --train full_from_probe --num_train_epochs 3

@@ -76,7 +76,7 @@ def check_holds_images(splits: Mapping[str, Dataset], dataset_name: str) -> None
                     if pc.any(outside).as_py():
                         path = images.field("path").filter(outside)[0].as_py()
                         raise UserError(
-                            f"the split {split} of {dataset_name} names a file in the place of an image ({path}): "
+                            f"the split {split} of {dataset_name} names a file instead of an image ({path}): "
                             "write the images themselves into the dataset, or give a table of files with --labels"
                         )
 

@@ -165,7 +165,7 @@ def _read_parquet(path: Path) -> tuple[list[str], list[tuple[int, list[str]]], f
 
 
 def _named(values: Sequence[Any], feature: Any) -> Sequence[Any]:
-    """Return values with the names of classes in the place of numbers, which another file may give otherwise."""
+    """Return values with the names of classes instead of numbers, which another file may give otherwise."""
     if not isinstance(feature, ClassLabel):
         return values
     return [None if value is None or value < 0 else feature.int2str(value) for value in values]

@@ -172,7 +172,7 @@ def say_race(outcome: Outcome, kept: Candidate) -> None:
 def say_refit(plan: Plan) -> None:
     """Say what the shipped weights learn from."""
     if plan.done:
-        say("refit", f"on {plan.images:,} images in the place of {plan.scored_on:,}")
+        say("refit", f"on {plan.images:,} images instead of {plan.scored_on:,}")
     else:
         say("refit", f"not done: {plan.refusal}")
 

@@ -148,7 +148,7 @@ def _pool_probes(
 
 
 def _in_pool(suspects: list[dict] | None, own: DatasetDict, splits: DatasetDict) -> list[dict] | None:
-    """Return the images of a finding with their places in the pool, in the place of those in a fold's own splits."""
+    """Return the images of a finding with their places in the pool, instead of those in a fold's own splits."""
     if suspects is None:
         return None
     # Names may occur twice, and one image with two labels.

@@ -290,7 +290,7 @@ def log_loss(logits: np.ndarray, references: np.ndarray) -> float:
 def calibration_scores(logits: np.ndarray, references: np.ndarray) -> dict[str, float]:
     """Return how far the probabilities of logits [N, C] can be believed.
 
-    `log_loss`; `ece`, the expected calibration error; and `ece_by_chance`, what that would be in the mean if each
+    `log_loss`; `ece`, the expected calibration error; and `ece_by_chance`, what that would be on average if each
     prediction were correct as often as its confidence says. On few images it is far above 0.
     """
     bins = reliability(logits, references)
@@ -322,7 +322,7 @@ def choose_threshold(sureness: np.ndarray, correct: np.ndarray) -> float:
     """Return the sureness below which a model should say "unsure", from that of validation images [N].
 
     The highest one that loses no more than `MAX_CORRECT_WITHHELD` of the correct answers on other images like these,
-    in the mean, or the lowest where fewer than 19 correct answers choose it: another value is below the k-th of n
+    on average, or the lowest where fewer than 19 correct answers choose it: another value is below the k-th of n
     sorted ones with a probability of k / (n + 1). Detectors of unfamiliar inputs are compared in the same way (at 95%
     true positives, Hendrycks and Gimpel 2017). No unfamiliar images are available to choose it with.
     """

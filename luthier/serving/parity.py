@@ -107,7 +107,7 @@ class Parity(NamedTuple):
         before, after = self.accuracy
         low, high = map(points, self.difference_ci95)
         return (
-            f"{same}; accuracy {percent(after)} in the place of {percent(before)} ({points(after - before)} points, "
+            f"{same}; accuracy {percent(after)} instead of {percent(before)} ({points(after - before)} points, "
             f"95% interval {low} to {high})"
         )
 

@@ -28,5 +28,5 @@ class Balance(NamedTuple):
 
     @property
     def class_weights(self) -> list[float] | None:
-        """The weight of an image of each class, 1 in the mean over the images; None where all have the same."""
+        """The weight of an image of each class, 1 on average over the images; None where all have the same."""
         return (1 / (len(self.shares) * self.shares)).tolist() if self.weighted else None

@@ -178,7 +178,7 @@ def compute_features(trainer: Trainer, backbone: PreTrainedModel, rows: Any) -> 
     """Return what a backbone makes of every row, float32 [N, D], and cache nothing.
 
     Args:
-        trainer: runs the backbone in the place of its own model.
+        trainer: runs the backbone instead of its own model.
         backbone: see `build_backbone`.
         rows: give `pixel_values` [3, H, W], all of one size.
 

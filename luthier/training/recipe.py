@@ -27,7 +27,7 @@ class Recipe(NamedTuple):
         backbone_rate: the rate of the last layer below the head, as a multiple of the head's.
         layer_decay: the rate of each layer below that, as a multiple of the next layer's.
         heats: how many heats there are at most, each twice as long as the one before; see `heats`.
-        num_train_epochs: in the place of heats, for a single one of this length.
+        num_train_epochs: instead of heats, for a single one of this length.
         shares: weights to choose from at the end: 1 is the trained ones, 0.5 their mean with those at the start.
         small_batch: images in a step where an epoch has fewer than `LEAST_STEPS` of `BATCH`; at the same rates.
         rate_is_given: the learning rate is the user's, and for the batch as it is.

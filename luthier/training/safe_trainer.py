@@ -31,7 +31,7 @@ class SafeTrainer(WorkerTrainer):
     does `_clip_grad_norm` still return the norm?
     """
 
-    schedule: Schedule | None = None  # of the learning rate, in the place of `lr_scheduler_type`
+    schedule: Schedule | None = None  # of the learning rate, instead of `lr_scheduler_type`
     log_shares: torch.Tensor | None = None  # [C], where there is a `Balance`
     class_weights: torch.Tensor | None = None  # [C], likewise, where it is weighted
     watch_answers: Callable[[torch.Tensor, torch.Tensor], None] | None = None  # gets answers and labels of training

@@ -74,10 +74,10 @@ def test_dataset_that_names_files_is_refused(images, named):
     folder = images.parent / "shards"
     folder.mkdir()
     Dataset.from_dict(rows, features=features).to_parquet(folder / "train-0.parquet")
-    with pytest.raises(UserError, match=rf"train of .* names a file in the place of an image \({paths[named][0]}\)"):
+    with pytest.raises(UserError, match=rf"train of .* names a file instead of an image \({paths[named][0]}\)"):
         data.load_images(data_dir=str(folder), image_column="image")  # it has lost its type
     typed = Dataset.from_dict(rows, features=features).cast_column("image", Image(decode=False))
-    with pytest.raises(UserError, match="names a file in the place of an image"):
+    with pytest.raises(UserError, match="names a file instead of an image"):
         check_holds_images({"train": typed}, "set")
 
 
@@ -197,7 +197,7 @@ def test_large_texts_of_paths_are_refused_too(tmp_path):
     stored = pa.struct([("bytes", pa.large_binary()), ("path", pa.large_string())])
     columns = {"image": pa.array([{"bytes": None, "path": "/etc/hosts"}] * 4, stored), "label": [0, 1, 0, 1]}
     pq.write_table(pa.table(columns), tmp_path / "train-00000-of-00001.parquet")
-    with pytest.raises(UserError, match="names a file in the place of an image"):
+    with pytest.raises(UserError, match="names a file instead of an image"):
         load(data_dir=str(tmp_path), image_column="image")
 
 

@@ -83,7 +83,7 @@ def test_damaged_tags_do_no_harm(tmp_path, suffix, exif):
 
 
 def test_odd_tag_beside_the_orientation_does_no_harm(tmp_path):
-    entries = [(0x0112, 3, 1, struct.pack("<HH", 6, 0)), (0x0213, 2, 4, b"odd\0")]  # a text in the place of a number
+    entries = [(0x0112, 3, 1, struct.pack("<HH", 6, 0)), (0x0213, 2, 4, b"odd\0")]  # a text instead of a number
     tags = b"".join(struct.pack("<HHI", tag, kind, count) + value for tag, kind, count, value in entries)
     exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + tags + bytes(4)
     image = PILImage.open(io.BytesIO(encoded(PILImage.new("RGB", (20, 10), "white"), tmp_path, "jpg", exif=exif)))

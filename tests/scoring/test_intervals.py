@@ -45,7 +45,7 @@ def test_interval_covers_the_truth_as_often_as_it_says(count):
     generator, covered = np.random.default_rng(0), 0
     groups = np.repeat(np.arange(count), 20)
     for _ in range(500):
-        patients = generator.beta(4, 1, count)  # 80% in the mean
+        patients = generator.beta(4, 1, count)  # 80% on average
         low, high = interval_of_share(generator.random(20 * count) < patients[groups], groups)
         covered += low <= 0.8 <= high
     assert 0.92 < covered / 500 < 0.99
@@ -187,7 +187,7 @@ def test_large_group_does_not_hide_how_far_it_is_from_the_others():
     generator, sizes, covered = np.random.default_rng(0), [100, *[5] * 14], 0
     groups = np.repeat(np.arange(15), sizes)
     for _ in range(300):
-        shares = generator.beta(3.2, 0.8, size=15)  # 80% in the mean
+        shares = generator.beta(3.2, 0.8, size=15)  # 80% on average
         low, high = interval_of_share(generator.random(len(groups)) < shares[groups], groups)
         covered += low <= 0.8 <= high
     assert covered > 0.86 * 300
@@ -214,4 +214,4 @@ def test_interval_of_a_difference_is_that_of_agresti_and_min(gained, lost, n):
 def test_few_groups_tell_little_of_a_difference():
     differences = np.repeat([-1, 0, 0, 0], 25)  # one of four groups loses all of its images
     low, high = interval_of_difference(differences, np.repeat(np.arange(4), 25))
-    assert low < -0.75 and high > 0.25  # t = 3.18 times the standard error, in the place of 1.96
+    assert low < -0.75 and high > 0.25  # t = 3.18 times the standard error, instead of 1.96

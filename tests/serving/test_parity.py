@@ -13,7 +13,7 @@ INT8 = Parity("int8", 100, 97, 0, 0, 0.1, True, (0.9, 0.8), (-0.15, -0.05))
 
 
 def test_loss_of_an_export_is_said_in_its_direction():
-    assert "the same class for 97 of 100 images; accuracy 80.0% in the place of 90.0% (-10.0 points" in str(INT8)
+    assert "the same class for 97 of 100 images; accuracy 80.0% instead of 90.0% (-10.0 points" in str(INT8)
     assert "95% interval -15.0 to -5.0" in str(INT8)
     assert str(SAME).endswith("9 of 9 images; largest difference of a probability 1e-06")
     assert "accuracy" not in str(INT8._replace(labelled=False))
