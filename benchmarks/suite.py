@@ -25,6 +25,7 @@ left empty where they do not compare with those measured here. `--seeds 0` runs 
 import argparse
 import csv
 import io
+import itertools
 import json
 import math
 import os
@@ -372,7 +373,7 @@ def plot_runs(runs: list[Run], path: Path) -> None:
     sets = list(dict.fromkeys(run.data for run in runs))
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    others = iter((("s", "#0072B2"), ("^", "#009E73"), ("v", "#CC79A7")))
+    others, recipes = iter((("s", "#0072B2"), ("^", "#009E73"), ("v", "#CC79A7"))), itertools.cycle("|x+1*.")
     for name in names:
         lost = regrets(runs, name)
         accuracies = [average(runs, data, name, lambda run: run.accuracy) for data in sets]
@@ -383,7 +384,7 @@ def plot_runs(runs: list[Run], path: Path) -> None:
             marker, color = next(others)
             style = {"marker": marker, "color": color, "markersize": 7}
         else:
-            style = {"marker": "|", "color": "0.5", "markersize": 12}
+            style = {"marker": next(recipes), "color": "0.4", "markersize": 9}
         label = f"{name} ({accuracies[-1]:.1%}, regret {100 * mean(lost.values()):.1f})"
         axes.plot(accuracies, range(len(accuracies)), linestyle="", label=label, **style)
     axes.axhline(len(sets) - 0.5, color="0.7", linewidth=0.8)

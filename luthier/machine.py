@@ -91,7 +91,9 @@ def lacking_capability() -> str:
 
     Such a GPU is there for torch, which fails at the first computation.
     """
-    built = [int(found[1]) for name in torch.cuda.get_arch_list() if (found := re.match(r"sm_(\d+)", name))]
+    built = [
+        int(found[1]) for name in torch.cuda.get_arch_list() if (found := re.match(r"(?:sm|compute)_(\d+)", name))
+    ]
     major, minor = torch.cuda.get_device_capability()
     if not torch.version.cuda or not built or 10 * major + minor >= min(built):  # AMD's have other names
         return ""
@@ -229,11 +231,12 @@ def explain_exhausted_memory(training_args: TrainingArguments, training: bool = 
                 f"{max(1, batch // 2)}), or fewer pixels (--image_size)"
             ) from error
         batch = training_args.per_device_train_batch_size
+        smaller = (
+            f"smaller ones, with as many images as before in a step (--per_device_train_batch_size {batch // 2} "
+            f"--gradient_accumulation_steps {2 * training_args.gradient_accumulation_steps}), or "
+        )
         raise UserError(
-            f"not enough memory for batches of {batch}: use smaller ones, with as many images as before in a step "
-            f"(--per_device_train_batch_size {max(1, batch // 2)} --gradient_accumulation_steps "
-            f"{2 * training_args.gradient_accumulation_steps}), or fewer pixels (--image_size). What the run has "
-            "trained so far is kept: --resume_from_checkpoint auto, with its --output_dir, goes on from there"
+            f"not enough memory for batches of {batch}: use {smaller if batch > 1 else ''}fewer pixels (--image_size)"
         ) from error
 
 

@@ -27,7 +27,6 @@ UPRIGHT = {  # what turns an image upright, by its EXIF orientation
 MAX_BYTES = 2**30  # of a file; the largest images that Pillow opens have half of it, uncompressed
 STRIP = 256  # rows of a grey image that are converted at a time: all of them would take eight times their memory
 TILE = (322, 323)  # tags of a TIFF: width and height of a tile
-BITS_12 = 2**12  # levels of grey
 MAX_RATIO = 500  # of an image's sides: a view enlarges the shorter one, and the longer one with it
 # By macOS, Windows, Linux, and network disks of Synology, whose @eaDir has thumbnails of all images beside it.
 LEFT_BEHIND = {
@@ -194,16 +193,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _grey_to_rgb(image: Image.Image) -> Image.Image:
     """Return an image of 16 or 32 bits a pixel in 8 bits."""
-    levels, transparent, scale = np.asarray(image), None, 1 / 257
-    highest = math.inf
-    if image.mode in ("I", "F"):  # no range is written in the file, so it is taken from the values
+    levels, transparent = np.asarray(image), None
+    if image.mode in ("I", "F"):
         highest = float(levels.max(where=np.isfinite(levels), initial=0))
-        scale = 255 if image.mode == "F" and highest <= 1 else 1 if highest <= 255 else scale
     else:
         transparent = image.info.get("transparency")
-        highest = int(levels.max(where=levels != (-1 if transparent is None else transparent), initial=0))
-        if highest < BITS_12:  # as most medical devices give them, or with 8: in 16 bits they would be nearly black
-            scale = 1 if highest < 256 else 255 / (BITS_12 - 1)
+        highest = float(levels.max(where=levels != (-1 if transparent is None else transparent), initial=0))
+    scale = 255 / _white_level(image.mode, highest)
     grey = np.empty(levels.shape, dtype=np.uint8)
     for begin in range(0, len(levels), STRIP):
         part = levels[begin : begin + STRIP].astype(np.float64)
@@ -211,3 +207,13 @@ def _grey_to_rgb(image: Image.Image) -> Image.Image:
         scaled[part == transparent] = 255
         grey[begin : begin + STRIP] = scaled.round().clip(0, 255)
     return Image.fromarray(grey).convert("RGB")
+
+
+def _white_level(mode: str, highest: float) -> int:
+    """Return what is shown as white, by the highest level of an image: no file says how many of its bits are used.
+
+    Most medical devices and cameras give 12 bits, which are nearly black on the scale of 16.
+    """
+    if mode == "F":
+        return 1 if highest <= 1 else 255 if highest <= 255 else 65535
+    return 255 if highest <= 255 else 4095 if highest <= 4095 else 65535

@@ -74,9 +74,8 @@ def cut_splits(
             raise UserError(f"the {split} split is empty: fill it, or remove it to have one cut from train")
     own, train = len(splits.get("validation", ())), len(complete["train"])
     if 0 < own < min(FEW_VALIDATION, train / 10):
-        say(
-            "careful", f"{plural(own, 'validation image')} cannot tell weights apart: remove the split to have one cut"
-        )
+        few = f"{plural(own, 'validation image')} cannot tell weights apart"
+        say("careful", f"{few}: add some, or remove the split to have one cut from train")
     return DatasetDict({split: complete[split] for split in ("train", "validation", "test")})
 
 

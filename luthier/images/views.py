@@ -219,9 +219,13 @@ class Whole:
         short, long = sorted((height, width))
         if self.ends == "cropped" or long <= ELONGATED * short:
             return levels
+        most, bicubic = 2 * self.side, v2.InterpolationMode.BICUBIC  # as large as training images are stored
         if self.ends == "squeezed":
-            side = max(short, self.side)
-            return v2.functional.resize(levels, [side, side], v2.InterpolationMode.BICUBIC)
+            side = min(max(short, self.side), most)
+            return v2.functional.resize(levels, [side, side], bicubic)
+        if long > most:
+            height, width = (max(1, round(each * most / long)) for each in (height, width))
+            levels, long = v2.functional.resize(levels, [height, width], bicubic), most
         top, left = (long - height) // 2, (long - width) // 2
         border = [left, top, long - width - left, long - height - top]
         return v2.functional.pad(levels, border, fill=self.padding)

@@ -227,10 +227,12 @@ class _Race:
     def expected_seconds(self, arm: Arm, number: int) -> float:
         """Return the seconds that a heat will take: by the arm's last one, another arm's first one, or predictions."""
         own = self.heats.of(arm.recipe.name)
-        if number == 0 or not own:  # a named checkpoint may be past the first heats
-            unmeasured = WORK * self.predicting * arm.batch * arm.ends[0]
-            return max((heat.seconds for heat in self.heats), default=unmeasured)
         lengths = [end - begin for begin, end in zip((0, *arm.ends), arm.ends, strict=False)]
+        if number == 0 or not own:  # a named checkpoint may be past the first heats
+            # Without a schedule of heats training may end after any epoch, see `EndInTime`.
+            steps = lengths[number] if arm.schedule else min(lengths[number], arm.steps_per_epoch)
+            unmeasured = WORK * self.predicting * arm.batch * steps
+            return max((heat.seconds for heat in self.heats), default=unmeasured)
         return own[-1].seconds * lengths[number] / lengths[number - 1]
 
     def promise(self, arm: Arm) -> float:

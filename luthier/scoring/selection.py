@@ -44,7 +44,7 @@ class Candidate(NamedTuple):
         arm: name of the recipe that trained them.
         class_shares: float64 [C], where their answers make up for rare classes, see `balance.Balance`.
         groups: int [N], of the validation images; None where each stands alone.
-        seconds: that the prediction of an image took; 0 where that is not known.
+        seconds: that the prediction of an image took; 0 where that is not known, see `score_probe`.
     """
 
     share: float
@@ -95,9 +95,7 @@ def score_candidates(
     candidates = []
     for share in shares if start else (1.0,):
         model.load_state_dict(blend(start or end, end, share))
-        begin = time.perf_counter()
         logits, references = predict(trainer, rows)
-        seconds = (time.perf_counter() - begin) / len(references)
         known = references != judge.criterion.none
         criterion = judge.criterion
         temperature = judge.temperature(logits, references)
@@ -105,8 +103,10 @@ def score_candidates(
         validation = judge.score(adjusted, references)
         uncalibrated = calibration_scores(logits[known], references[known])
         threshold = choose_threshold(*confidence_and_correct(adjusted[known], references[known]))
-        losses, shared = judge.losses(adjusted, references), (criterion.class_shares, judge.groups, seconds)
-        candidates.append(Candidate(share, temperature, threshold, validation, uncalibrated, losses, arm, *shared))
+        losses, class_shares = judge.losses(adjusted, references), criterion.class_shares
+        candidates.append(
+            Candidate(share, temperature, threshold, validation, uncalibrated, losses, arm, class_shares, judge.groups)
+        )
     model.load_state_dict(end)
     return candidates
 
@@ -116,8 +116,11 @@ def score_probe(workshop: Workshop, probe: ProbeResults, rows: Any, judge: Judge
     if "probe" not in probe.starts:
         return None
     trainer = workshop.predictor(probe.starts["probe"])
+    begin = time.perf_counter()
     (candidate,) = score_candidates(trainer, rows, None, (1.0,), judge, PROBE)
-    return candidate
+    if trainer.args.device.type != "cpu":  # a GPU's first predictions are slow, and tell nothing of the others
+        return candidate
+    return candidate._replace(seconds=(time.perf_counter() - begin) / len(candidate.losses))
 
 
 def choose(candidates: list[Candidate]) -> Candidate:

@@ -1,8 +1,10 @@
 """A trained model that predicts: from files and addresses to classes, by torch or by ONNX Runtime."""
 
+import queue
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,17 +50,33 @@ def _take(waiting: deque[Waiting], most: int) -> list[Waiting]:
 
 def _with_pauses(inputs: Iterable[Input], seconds: float) -> Iterator[Input | None]:
     """Yield the inputs in order, and None whenever the next one takes longer than some seconds, as from a pipe."""
-    iterator, reader = iter(inputs), ThreadPoolExecutor(1)
+    iterator, asked, given = iter(inputs), queue.SimpleQueue[bool](), queue.SimpleQueue[Any]()
+
+    def read() -> None:
+        while asked.get():  # one at a time: no more is read than is asked for
+            try:
+                given.put((next(iterator, None), None))
+            except BaseException as error:
+                given.put((None, error))
+
+    # A daemon, as Python waits at its end for the thread of a pool, which may wait for a line that never comes.
+    threading.Thread(target=read, daemon=True).start()
     try:
         while True:
-            following = reader.submit(next, iterator, None)  # one at a time: no more is read than is asked for
-            while not wait([following], seconds).done:
-                yield None
-            if (entry := following.result()) is None:
+            asked.put(True)
+            while True:
+                try:
+                    entry, error = given.get(timeout=seconds)
+                    break
+                except queue.Empty:
+                    yield None
+            if error is not None:
+                raise error
+            if entry is None:
                 return
             yield entry
     finally:
-        reader.shutdown(wait=False, cancel_futures=True)
+        asked.put(False)
 
 
 def open_network(model_name: str, backend: str | None = None) -> Network:

@@ -7,7 +7,7 @@ import torch
 from luthier.familiarity import load_familiarity, none_of
 from luthier.fusion import fuse_batchnorm
 from luthier.images.views import EvaluationView
-from luthier.machine import configure_logging, keep_freed_memory
+from luthier.machine import configure_logging, keep_freed_memory, lacking_capability
 from luthier.serving.network import Rated
 from models import labels_of, load_trained, threshold_of
 
@@ -26,7 +26,8 @@ class TorchNetwork:
     def __init__(self, model_name: str):
         configure_logging()
         torch.get_num_threads()  # so that this thread keeps its own; see `machine.pool_of_single_threads`
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        usable = torch.accelerator.is_available() and not (torch.cuda.is_available() and lacking_capability())
+        accelerator = torch.accelerator.current_accelerator() if usable else None
         self.device = accelerator or torch.device("cpu")
         if accelerator is None:
             keep_freed_memory()

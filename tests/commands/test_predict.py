@@ -5,6 +5,8 @@ import errno
 import io
 import json
 import os
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -14,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import draw, draw_folder
+from conftest import PROJECT, draw, draw_folder
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import pipeline
@@ -497,3 +499,32 @@ def test_number_is_no_formula(text):
 @pytest.mark.parametrize("text", ["-1+cmd|' /C calc'!A0", "-1-1", "-", "+a", "=1", "@a", "-1\n"])
 def test_formula_is_escaped(text):
     assert escape_cell(text) == f"'{text}"
+
+
+def test_failure_does_not_wait_for_the_next_input():
+    code = (
+        "import sys\nfrom luthier.serving.classifier import _with_pauses\n"
+        "for entry in _with_pauses(((line, None) for line in sys.stdin), 0.1):\n    if entry is None: sys.exit(3)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT, stdin=subprocess.PIPE) as process:
+        try:
+            assert process.wait(30) == 3, "its standard input is still open"
+        finally:
+            process.kill()
+
+
+def test_error_of_the_inputs_is_raised(monkeypatch):
+    def inputs():
+        yield "a.png", "there is no such file"
+        raise OSError("the list cannot be read")
+
+    with pytest.raises(OSError, match="cannot be read"):
+        list(fixed_classifier(monkeypatch).predict_files(inputs(), 1))
+
+
+def test_gpu_that_is_too_old_for_torch_does_not_predict(run, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("luthier.serving.torch_network.lacking_capability", lambda: "compute capability 7.5 or higher")
+    assert TorchNetwork(str(run)).device.type == "cpu"

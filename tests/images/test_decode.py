@@ -189,3 +189,10 @@ def test_tile_that_is_larger_than_its_image_is_read():
 def test_tiff_whose_tags_are_cut_off_is_refused():
     with pytest.raises(OSError):
         decode_rgb(tiled_tiff(64)[:30])
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.int32])
+def test_12_bits_are_read_alike_whatever_type_holds_them(kind):
+    file = io.BytesIO()
+    PILImage.fromarray(np.full((8, 8), 4000, kind)).save(file, "TIFF")
+    assert np.asarray(decode_rgb(file.getvalue()).image).max() == 249

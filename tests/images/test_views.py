@@ -11,7 +11,7 @@ from transformers import AutoImageProcessor, BitImageProcessor, MobileViTImagePr
 
 from data import evaluation_rows, prepare
 from luthier.images.decode import decode_rgb
-from luthier.images.views import AUGMENTATIONS, EvaluationView, training_transform
+from luthier.images.views import AUGMENTATIONS, EvaluationView, Whole, training_transform
 from models import build_model, change_view
 
 
@@ -146,6 +146,7 @@ def test_crops_of_elongated_images_reach_their_ends_where_the_view_shows_them(ti
     if ends == "padded":
         bright = max(int(crop.max()) for crop in crops)
         assert bright == max(int(view.levels(view(image)).max()), view.padding), "the border is that of the view"
+        assert Whole(view)(torch.zeros(3, 10, 2000, dtype=torch.uint8)).shape == (3, 128, 128)
 
 
 def test_images_that_are_not_elongated_are_cropped_as_they_are(timm_view):

@@ -25,7 +25,8 @@ from luthier.training.signals import Stop
 
 
 def arm(name: str, ends: tuple[int, ...] = (10, 30, 70, 150)) -> SimpleNamespace:
-    return SimpleNamespace(recipe=SimpleNamespace(name=name), ends=ends, batch=32)
+    recipe = SimpleNamespace(name=name)
+    return SimpleNamespace(recipe=recipe, ends=ends, batch=32, schedule=len(ends) > 1, steps_per_epoch=10)
 
 
 def heats(**losses: list[float]) -> Heats:
@@ -370,3 +371,10 @@ def test_first_heat_is_expected_to_take_as_long_as_predictions_tell():
     assert state.expected_seconds(ARMS[0], 0) == pytest.approx(3 * 0.01 * 10 * 32)
     state.heats = heats(full=[0.4])
     assert state.expected_seconds(ARMS[0], 0) == 1.0, "what was measured counts"
+
+
+def test_training_in_one_heat_needs_time_for_an_epoch_alone():
+    """It ends after the epoch in which the time is over."""
+    state = begun(Heats(), [arm("head", (500,))])
+    state.predicting = 0.01
+    assert state.expected_seconds(arm("head", (500,)), 0) == pytest.approx(3 * 0.01 * 10 * 32)

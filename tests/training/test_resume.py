@@ -385,7 +385,8 @@ def test_exhausted_memory_gives_advice():
         advice = "--per_device_train_batch_size 16 --gradient_accumulation_steps 2"
         with pytest.raises(UserError, match=advice), explain_exhausted_memory(arguments):
             raise error
-    with pytest.raises(UserError, match="--resume_from_checkpoint auto"), explain_exhausted_memory(arguments):
+    arguments.per_device_train_batch_size = 1
+    with pytest.raises(UserError, match="batches of 1: use fewer pixels"), explain_exhausted_memory(arguments):
         raise MemoryError
     with (
         pytest.raises(UserError, match=r"use smaller ones \(--per_device_eval_batch_size 4\)"),
