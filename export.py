@@ -207,7 +207,7 @@ def find_images(model_name: str, check: Path | None, labels: list[str], calibrat
         return images_of_run(Path(model_name), labels)
     folders = walk(check) if check.is_dir() else ()
     paths = [folder / name for folder, names in folders for name in names if is_image(name)]
-    paths = [paths[row] for row in draw_order(map(str, range(len(paths))), seed=1).argsort()]
+    paths = [paths[row] for row in draw_order(map(str, range(len(paths))), seed=1)]
     used = min(CALIBRATION, len(paths) // 2) if calibrate else 0
     if not paths or (calibrate and not used):
         least = "at least two images, one of them to calibrate --int8 with" if calibrate else "images"
@@ -277,7 +277,7 @@ def images_of_run(folder: Path, labels: list[str]) -> tuple["Images", "Images"]:
         return Images(rows["name"][:], lambda n: read_bytes(column[n]), np.array(rows["label"][:]), groups)
 
     others = np.flatnonzero(~of_test)
-    drawn = others[draw_order([digests[row] for row in others], seed=1).argsort()[:CALIBRATION]]
+    drawn = others[draw_order([digests[row] for row in others], seed=1)[:CALIBRATION]]
     return images(rows.select(np.flatnonzero(of_test))), images(rows.select(drawn))
 
 

@@ -177,7 +177,7 @@ def write_shards(splits: "DatasetDict", folder: Path, side: int, images: int, sh
     with lock_folder(folder, f".lock-{share.machine}-of-{share.machines}", busy):
         for split, dataset in kept.items():
             copies = len(splits[split]) - len(dataset)
-            order = np.argsort(draw_order(dataset["digest"][:], seed=1), kind="stable")
+            order = draw_order(dataset["digest"][:], seed=1)
             parts = list(enumerate(np.array_split(order, -(-len(order) // images))))
             own, there = parts[share.machine - 1 :: share.machines], 0
             for number, rows in own:

@@ -21,6 +21,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from luthier.training import probe
+from luthier.training.features import Pool
 from luthier.training.probe import minimise
 
 SIZES = ((10, 1_000), (100, 10_000), (1_000, 100_000))  # classes, images
@@ -74,11 +75,12 @@ def compare_folds(rounds: int) -> None:
     at_once = probe.MAX_WEIGHTS
     for images in (1_000, 10_000, 50_000):
         features, labels = draw(0.12 * torch.randn(10, 1280), images)
+        pool = Pool(features, labels.numpy(), np.arange(images), list("0123456789"))
         seconds: dict[int, list[float]] = {at_once: [], 1: []}
         for _ in range(rounds):
             for probe.MAX_WEIGHTS in seconds:
                 start = time.perf_counter()
-                list(probe.cross_fit(features, labels, np.arange(images) % 5, 10, (STRENGTH,)))
+                list(probe.cross_fit(pool, np.arange(images) % 5, STRENGTH))
                 seconds[probe.MAX_WEIGHTS].append(time.perf_counter() - start)
         ratios = np.array(seconds[1]) / seconds[at_once]
         both = " | ".join(f"{np.median(each):.1f}" for each in seconds.values())

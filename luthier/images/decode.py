@@ -57,8 +57,7 @@ def decode_rgb(data: bytes, shorter_side: int | None = None, max_pixels: int | N
     """Decode an image file to upright 8-bit RGB.
 
     Transparency is laid on white. Grey of 16 bits, of 12 in a file of 16, and of floating-point numbers is scaled to 8
-    bits. Of an animation the first frame
-    is taken. The EXIF orientation is applied.
+    bits. Of an animation the first frame is taken. The EXIF orientation is applied.
 
     Args:
         data: the file.

@@ -58,8 +58,7 @@ def check_groups(splits: DatasetDict, group_by: str) -> None:
     Raises:
         UserError: none has one, or all have the same.
     """
-    known = GIVEN_GROUP in splits["train"].column_names
-    groups = [group for dataset in splits.values() for group in dataset[GIVEN_GROUP][:]] if known else []
+    groups = given_groups(splits)
     alone, distinct = sum(not group for group in groups), len(set(groups) - {""})
     example = Path(splits["train"][0]["image"]["path"]).name
     if not distinct:
@@ -72,6 +71,13 @@ def check_groups(splits: DatasetDict, group_by: str) -> None:
         )
     if alone:
         say("groups", f"{plural(alone, 'image')} without a group, each of them on its own")
+
+
+def given_groups(splits: DatasetDict) -> list[str]:
+    """Return the group that the user has told of each image of all splits, "" for none; nothing where none is told."""
+    if any(GIVEN_GROUP not in dataset.column_names for dataset in splits.values()):
+        return []
+    return [group or "" for dataset in splits.values() for group in dataset[GIVEN_GROUP][:]]
 
 
 def groups_of(dataset: Dataset) -> np.ndarray | None:
@@ -115,8 +121,8 @@ def add_groups(splits: DatasetDict) -> DatasetDict:
     """
     pairs, ends = duplicate_pairs(splits), np.cumsum([len(dataset) for dataset in splits.values()])
     columns = {"duplicates": connected_groups(int(ends[-1]), pairs)}
-    if GIVEN_GROUP in splits["train"].column_names:
-        names = np.array([name or "" for dataset in splits.values() for name in dataset[GIVEN_GROUP][:]])
+    if told := given_groups(splits):
+        names = np.array(told)
         given = np.flatnonzero(names != "")
         _, first, number = np.unique(names[given], return_index=True, return_inverse=True)
         pairs = np.concatenate([pairs, np.stack([given[first][number], given], axis=1)])

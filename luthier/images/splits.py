@@ -87,7 +87,7 @@ def _deal_folds(labels: np.ndarray, groups: np.ndarray, digests: np.ndarray, k: 
     Raises:
         UserError: one of the folds would be empty.
     """
-    order, folds = np.argsort(draw_order(digests, seed), kind="stable"), np.empty(len(labels), dtype=int)
+    order, folds = draw_order(digests, seed), np.empty(len(labels), dtype=int)
     folds[order] = stratified_folds(labels[order], groups[order], k, seed)
     folds[_holds_class(labels, groups)] = -1
     empty = np.setdiff1d(np.arange(k), folds)
@@ -232,10 +232,12 @@ def _sizes(groups: np.ndarray) -> dict[int, int]:
 
 
 def draw_order(names: Iterable[object], seed: int) -> np.ndarray:
-    """Return a random number for each name, uint64 [N]; it depends on the name and the seed, and on nothing else.
+    """Return the rows of names in a random order, int [N], which stays what it is when names are added or removed."""
+    return np.argsort(_draw_numbers(names, seed), kind="stable")
 
-    An order by these numbers is random, and stays what it is when names are added or removed.
-    """
+
+def _draw_numbers(names: Iterable[object], seed: int) -> np.ndarray:
+    """Return a random number for each name, uint64 [N]; it depends on the name and the seed, and on nothing else."""
     hashes = [hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest() for name in names]
     return np.frombuffer(b"".join(hashes), dtype="<u8")
 
@@ -252,7 +254,7 @@ def _draw_groups(names: np.ndarray, numbers: np.ndarray, seed: int) -> np.ndarra
         numbers: int [N], the group of each row, from 0 on.
         seed: decides the order.
     """
-    drawn, by_group = draw_order(names, seed), np.lexsort((names, numbers))
+    drawn, by_group = _draw_numbers(names, seed), np.lexsort((names, numbers))
     first = by_group[np.searchsorted(numbers[by_group], np.arange(numbers.max(initial=-1) + 1))]
     return np.lexsort((drawn, drawn[first][numbers]))
 

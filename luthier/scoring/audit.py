@@ -5,12 +5,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from datasets import DatasetDict, concatenate_datasets
 
 from luthier.images.columns import fixed_width
-from luthier.images.folders import GIVEN_GROUP
-from luthier.images.groups import propose_grouping
+from luthier.images.groups import given_groups, propose_grouping
 from luthier.images.inspection import UnreadableImage
 from luthier.images.splits import stratified_folds
 from luthier.terminal import percent, plural
@@ -76,8 +74,7 @@ def audit_images(splits: DatasetDict, unreadable: list[UnreadableImage]) -> dict
     pixels = fixed_width(images, "pixels")
     for members in _together(images["duplicates"][:]):
         _add_duplicates(findings, [(pixels[number].tobytes(), image(number)) for number in members])
-    has_groups = all(GIVEN_GROUP in dataset.column_names for dataset in splits.values())
-    given = [name or "" for dataset in splits.values() for name in dataset[GIVEN_GROUP][:]] if has_groups else []
+    given = given_groups(splits)
     for members in _together(given):
         first = {entry["split"]: entry for entry in map(image, members[::-1])}
         if given[members[0]] and len(first) > 1:
@@ -144,13 +141,12 @@ def suspect_labels(splits: DatasetDict, pool: Pool, strength: float) -> tuple[li
         pool: of all splits.
         strength: of the probe.
     """
-    features, labels, groups, names = pool
+    _, labels, groups, names = pool
     folds = stratified_folds(labels, groups, FOLDS, seed=0)
-    truth = torch.as_tensor(labels, device=features.device)
     given, highest, likelier = np.zeros(len(labels)), np.zeros(len(labels)), np.zeros(len(labels), dtype=int)
     sample, known = None, np.zeros(len(labels), dtype=bool)
-    for part in cross_fit(features, truth, folds, len(names), (strength,)):
-        probabilities = part.logits[0].softmax(dim=1).cpu().double().numpy()  # Apple's GPUs have no float64
+    for part in cross_fit(pool, folds, strength):
+        probabilities = part.logits.softmax(dim=1).cpu().double().numpy()  # Apple's GPUs have no float64
         given[part.rows] = probabilities[np.arange(len(part.rows)), labels[part.rows]]
         highest[part.rows], likelier[part.rows] = probabilities.max(axis=1), probabilities.argmax(axis=1)
         own = labels[part.rows], likelier[part.rows]  # there must be others of both classes to judge by

@@ -147,14 +147,13 @@ def with_yardstick(
     """
     if probe.strength is None or all(recipe.is_probe for recipe in recipes):
         return judge
-    corrects = None
-    if probe.features:
-        pool = pool_of(splits, probe.features, device)
-        corrects = build_yardstick(pool, len(splits["train"]), probe.strength, judge.criterion)
-        if "validation" in own_splits and _differs(corrects, len(splits["train"]), judge.groups):
-            corrects = None
-    yardstick = from_main_process(corrects)
-    return judge._replace(yardstick=yardstick)
+    yardstick = None
+    if probe.features:  # on the main process
+        pool, n_train = pool_of(splits, probe.features, device), len(splits["train"])
+        yardstick = build_yardstick(pool, n_train, probe.strength, judge.criterion)
+        if "validation" in own_splits and _differs(yardstick, n_train, judge.groups):
+            yardstick = None
+    return judge._replace(yardstick=from_main_process(yardstick))
 
 
 def _differs(yardstick: Yardstick, n_train: int, groups: np.ndarray | None) -> bool:
@@ -179,17 +178,15 @@ def build_yardstick(pool: Pool, n_train: int, strength: float, criterion: Criter
         strength: of the probes.
         criterion: has the losses.
     """
-    features, labels, groups, names = pool
-    classes = len(names)
-    truth = torch.as_tensor(labels, device=features.device)
-    folds, is_learned = stratified_folds(labels, groups, FOLDS, seed=0), labels < 0
+    _, labels, groups, names = pool
+    folds, is_learned = stratified_folds(labels, groups, FOLDS, seed=0), np.zeros(len(labels), dtype=bool)
     predictions, cross_entropies = np.zeros(len(labels), dtype=int), np.zeros(len(labels))
-    for part in cross_fit(features, truth, folds, classes, (strength,)):
-        adjusted, own = criterion.adjust(part.logits[0].cpu().numpy()), labels[part.rows]
+    for part in cross_fit(pool, folds, strength):
+        adjusted, own = criterion.adjust(part.logits.cpu().numpy()), labels[part.rows]
         predictions[part.rows] = adjusted.argmax(axis=-1)
         cross_entropies[part.rows] = criterion.log_losses(adjusted, own)
         is_learned[part.rows] = part.learned[own]
-    losses = criterion.weigh(predictions, cross_entropies, labels, classes)  # of all together, and not of each part
+    losses = criterion.weigh(predictions, cross_entropies, labels, len(names))  # of all together, and not of each part
     # How hard an image is tells no probe that has not learned its class, as one whose images are all in one fold.
     losses[~is_learned] = losses[is_learned].mean() if is_learned.any() else 0.0
     return Yardstick(losses[n_train:], float(losses.mean()))

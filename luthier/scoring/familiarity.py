@@ -86,7 +86,7 @@ def learn_familiarity(
     head = linear_head(model_of(trainer))
     if head is None:
         return None
-    order = np.argsort(draw_order(splits["validation"]["digest"][:], seed=1))
+    order = draw_order(splits["validation"]["digest"][:], seed=1)
     chosen = {
         "train": choose_bank(splits["train"]["label"][:], splits["train"]["digest"][:], none),
         "validation": order[np.array(splits["validation"]["label"][:])[order] != none][:VALIDATION],
@@ -164,7 +164,7 @@ def pool_familiarity(
 
 def choose_bank(labels: list[int], digests: list[str], none: int | None = None) -> np.ndarray:
     """Return the rows [R] of training images that others are compared with: the same number of each class."""
-    order, truth = np.argsort(draw_order(digests, seed=1), kind="stable"), np.array(labels)
+    order, truth = draw_order(digests, seed=1), np.array(labels)
     most = max(PER_CLASS, BANK // (truth.max() + 1))
     familiar = np.unique(truth[truth != none])
     return np.sort(np.concatenate([order[truth[order] == label][:most] for label in familiar]))

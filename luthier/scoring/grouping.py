@@ -1,7 +1,6 @@
 """By how much a score is too high that ignores which images belong together."""
 
 import numpy as np
-import torch
 
 from luthier.images.splits import stratified_folds
 from luthier.scoring.intervals import stretch
@@ -26,14 +25,14 @@ def measure_inflation(pool: Pool, duplicates: np.ndarray, strength: float) -> di
     Returns `images` and `groups` that count, `accuracy`, `ignoring` (the accuracy without groups), `inflation` and its
     `ci95`; None where no image counts.
     """
-    features, labels, groups, names = pool
-    truth = torch.as_tensor(labels, device=features.device)
-    correct, counts = {"accuracy": np.zeros(len(labels)), "ignoring": np.zeros(len(labels))}, labels >= 0
+    _, labels, groups, _ = pool
+    correct = {"accuracy": np.zeros(len(labels)), "ignoring": np.zeros(len(labels))}
+    counts = np.ones(len(labels), dtype=bool)  # whether an image does
     for seed in range(REPEATS):
         for name, together in (("accuracy", groups), ("ignoring", duplicates)):
             folds = stratified_folds(labels, together, FOLDS, seed)
-            for part in cross_fit(features, truth, folds, len(names), (strength,)):
-                likely = part.logits[0].argmax(dim=1).cpu().numpy()
+            for part in cross_fit(pool, folds, strength):
+                likely = part.logits.argmax(dim=1).cpu().numpy()
                 correct[name][part.rows] += (likely == labels[part.rows]) / REPEATS
                 counts[part.rows] &= part.learned[labels[part.rows]]
     if not counts.any():

@@ -173,11 +173,10 @@ def interval_of_macro_f1(
         groups: int [N], the same for images that belong together; None where each stands alone.
         none: a class whose predictions are no answers.
     """
-    # Images alike in what is counted are drawn together: the unit is a pair of classes, or a group.
+    # What is drawn are groups; or, because images of the same two classes are alike, such pairs by their frequency.
     keys = references * classes + predictions if groups is None else groups
     _, first, units, sizes = np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
-    shares = sizes / len(keys) if groups is None else np.full(len(first), 1 / len(first))
-    rows = first if groups is None else np.arange(len(keys))
+    rows, times = (first, sizes) if groups is None else (np.arange(len(keys)), np.ones(len(first), dtype=int))
     hits, answered = rows[references[rows] == predictions[rows]], rows[predictions[rows] != none]
     matrices = [
         csr_matrix((np.ones(len(chosen)), (units[chosen], column[chosen])), shape=(len(first), classes))
@@ -187,10 +186,10 @@ def interval_of_macro_f1(
     def count(units_drawn: np.ndarray) -> list[np.ndarray]:
         return [units_drawn @ matrix for matrix in matrices]  # correct answers, images and answers by class
 
-    found = count(sizes if groups is None else np.ones(len(first), dtype=int))
+    found = count(times)
     score, recall = float(macro_f1(*found)), float(balanced_accuracy(*found[:2]))
     resamples = int(np.clip(MAX_DRAWS / len(first), MIN_RESAMPLES, RESAMPLES))
-    draws, generator = len(keys) if groups is None else len(first), np.random.default_rng(0)
+    draws, shares, generator = int(times.sum()), times / times.sum(), np.random.default_rng(0)
     drawn = np.array([float(macro_f1(*count(generator.multinomial(draws, shares)))) for _ in range(resamples)])
     ends = np.quantile(drawn, (0.025, 0.975)) - drawn.mean()
     if groups is not None:

@@ -21,9 +21,8 @@ from luthier.scoring.intervals import (
 )
 
 BINS = 15  # of confidence, for the calibration error (Guo et al. 2017)
-CELLS = (
-    4_000_000  # logits that are worked on at a time: copies of all take memory where there are thousands of classes
-)
+# Logits that are worked on at a time: copies of all of them take memory where there are thousands of classes.
+CELLS = 4_000_000
 MAX_CONFUSED = 1000  # classes with a confusion matrix: that of ten thousand has a hundred million cells
 TOP = 5  # classes among which the true one may be, for the top-5 accuracy
 MAX_CORRECT_WITHHELD = 0.05  # share of the correct answers that "unsure" may cost
@@ -110,8 +109,8 @@ class Classification(evaluate.Metric):
         correct, predicted, support = (np.bincount(each, minlength=num_labels) for each in counts)
         matrix = None
         if num_labels <= MAX_CONFUSED:
-            matrix = np.zeros((num_labels, num_labels), dtype=np.int64)  # true class by predicted class
-            np.add.at(matrix, (true, answers), 1)
+            cells = np.bincount(true * num_labels + answers, minlength=num_labels**2)
+            matrix = cells.reshape(num_labels, num_labels).tolist()  # true class by predicted class
         if none is not None:
             predicted[none] = 0
         # A class never predicted has no precision, one without images no recall: both count as 0, as in scikit-learn.
@@ -126,7 +125,7 @@ class Classification(evaluate.Metric):
             "recall": recall.tolist(),
             "f1": f1.tolist(),
             "support": support.tolist(),
-            "confusion_matrix": matrix if matrix is None else matrix.tolist(),
+            "confusion_matrix": matrix,
         }
 
 

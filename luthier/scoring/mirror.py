@@ -61,8 +61,10 @@ def choose_augmentation(
         splits, images, probe: see `measure_mirror`. Without a probe nothing is measured.
         recipes: of the run; where nothing is trained, nothing is measured.
     """
-    if name != "auto" or probe.strength is None or all(recipe.is_probe for recipe in recipes):
-        return "flip_crop" if name == "auto" else name
+    if name != "auto":
+        return name
+    if probe.strength is None or all(recipe.is_probe for recipe in recipes):
+        return "flip_crop"
     mirror = measure_mirror(predictor(), splits, images, probe)
     worse = from_main_process(mirror is not None and mirror.is_worse)
     if worse and mirror:
@@ -106,7 +108,7 @@ def draw_images(labels: np.ndarray, digests: np.ndarray) -> np.ndarray:
         labels: int [N].
         digests: str [N], which decide.
     """
-    order, present = np.argsort(draw_order(digests, seed=1), kind="stable"), np.unique(labels)
+    order, present = draw_order(digests, seed=1), np.unique(labels)
     if len(present) > IMAGES // PER_CLASS:
         some = np.random.default_rng(1).permutation(present)[: IMAGES // PER_CLASS]
         order = order[np.isin(labels[order], some)]

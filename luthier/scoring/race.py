@@ -266,7 +266,9 @@ class _Race:
             say("resume", _where(checkpoint, self.heats))
         if not self.has_begun:
             EpochTable.write_header(arm.training_args)
-        self.has_begun, self.named = True, self.named if self.named and step_of(self.named) >= end else None
+        self.has_begun = True
+        if self.named and step_of(self.named) < end:
+            self.named = None
         return self._train(arm, end, checkpoint)
 
     def _train(self, arm: Arm, end: int, checkpoint: Path | None) -> tuple[Trained, SafeTrainer]:
@@ -310,7 +312,7 @@ def keep_best(
         starts: of `baselines.measure_probe`.
     """
     winner = outcome.winner
-    kept = choose([*([outcome.probe] if outcome.probe else []), *(winner.candidates if winner else ())])
+    kept = choose(outcome.probe, winner.candidates if winner else ())
     if kept.is_probe or winner is None or trained is None:
         trainer, start = workshop.predictor(starts["probe"]), None
     else:

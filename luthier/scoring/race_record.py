@@ -130,11 +130,11 @@ def read_record(course: Course, arms: Sequence[Arm], named: Path | None = None) 
                 f"{course.folder} was begun with {_in_words(name, options[name])}, and now there would be "
                 f"{_in_words(name, now)}: give the options that the run was begun with, or another --output_dir"
             )
-    if named is None and planned != ends:  # it may go on
+    if named:
+        return Record(Heats(heat for heat in heats if heat.step <= step_of(named)))
+    if planned != ends:  # it may go on
         return Record(heats)
-    if named is None:
-        return Record(heats, "" if ended == NO_TIME and more_time else ended, left)
-    return Record(Heats(heat for heat in heats if heat.step <= step_of(named)))
+    return Record(heats, "" if ended == NO_TIME and more_time else ended, left)
 
 
 def _in_words(name: str, value: Any) -> str:

@@ -168,8 +168,7 @@ def refit(
             if isinstance(error, ImagesChanged) and workshop.training_args.world_size > 1:
                 raise  # other processes may have read the images, and would wait for this one
             say("careful", f"the scored weights are shipped, because the refit fails: {error}")
-            why = next(why for kind, why in FAILURES.items() if isinstance(error, kind))
-            return plan._replace(refusal=why, averaged=False), None
+            return plan._replace(refusal=FAILURES[type(error)], averaged=False), None
     load_candidate(model, start, kept)
     trainer = build_predictor(model, workshop.training_args)
     if winner is not None and not (plan := _ship(trainer, plan, result, winner.arm.rows["validation"])).done:

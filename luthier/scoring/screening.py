@@ -198,7 +198,7 @@ def draw_sample(
         predictor: returns a Trainer that only predicts with a model.
     """
     generator, labels = np.random.default_rng(1), np.array(train["label"][:])
-    order, present = np.argsort(draw_order(train["digest"][:], seed=1), kind="stable"), np.unique(labels)
+    order, present = draw_order(train["digest"][:], seed=1), np.unique(labels)
     if len(present) > CLASSES:  # one image of each of many classes would tell nothing
         order = order[np.isin(labels[order], generator.permutation(present)[:CLASSES])]
     # Without two of a class, nothing learned from the sample could be wrong about it.

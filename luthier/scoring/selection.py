@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -90,22 +91,27 @@ def score_candidates(
         judge: scores them.
         arm: name of the recipe.
     """
-    model = model_of(trainer)
+    model, criterion = model_of(trainer), judge.criterion
     end = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     candidates = []
     for share in shares if start else (1.0,):
         model.load_state_dict(blend(start or end, end, share))
         logits, references = predict(trainer, rows)
-        known = references != judge.criterion.none
-        criterion = judge.criterion
+        known = references != criterion.none
         temperature = judge.temperature(logits, references)
         adjusted = criterion.adjust(logits) / temperature
-        validation = judge.score(adjusted, references)
-        uncalibrated = calibration_scores(logits[known], references[known])
-        threshold = choose_threshold(*confidence_and_correct(adjusted[known], references[known]))
-        losses, class_shares = judge.losses(adjusted, references), criterion.class_shares
         candidates.append(
-            Candidate(share, temperature, threshold, validation, uncalibrated, losses, arm, class_shares, judge.groups)
+            Candidate(
+                share=share,
+                temperature=temperature,
+                threshold=choose_threshold(*confidence_and_correct(adjusted[known], references[known])),
+                validation=judge.score(adjusted, references),
+                uncalibrated=calibration_scores(logits[known], references[known]),
+                losses=judge.losses(adjusted, references),
+                arm=arm,
+                class_shares=criterion.class_shares,
+                groups=judge.groups,
+            )
         )
     model.load_state_dict(end)
     return candidates
@@ -123,14 +129,16 @@ def score_probe(workshop: Workshop, probe: ProbeResults, rows: Any, judge: Judge
     return candidate._replace(seconds=(time.perf_counter() - begin) / len(candidate.losses))
 
 
-def choose(candidates: list[Candidate]) -> Candidate:
+def choose(probe: Candidate | None, trained: Sequence[Candidate]) -> Candidate:
     """Return the trained candidate with the lowest validation loss, or the probe where it is clearly ahead.
 
     Validation images are few. So the probe's mean loss must be lower by `LEAD` standard errors of the difference,
     image by image; a draw goes to the trained candidate.
+
+    Args:
+        probe: None where there is none.
+        trained: none where nothing was trained.
     """
-    probe = next((candidate for candidate in candidates if candidate.is_probe), None)
-    trained = [candidate for candidate in candidates if not candidate.is_probe]
     best = min(trained, key=lambda candidate: candidate.loss, default=probe)
     assert best is not None  # there is at least one candidate
     if probe is None or best is probe:

@@ -198,11 +198,9 @@ def build_trainer(model: PreTrainedModel, arm: Arm) -> SafeTrainer:
         trainer.log_shares = as_tensor(balance.log_shares)
         trainer.class_weights = None if balance.class_weights is None else as_tensor(balance.class_weights)
     if args.save_strategy != "no" or arm.schedule:
-        limit, lacking = args.save_total_limit or round(args.num_train_epochs), ""
-        if arm.is_main_process:
-            lacking = lacking_space(arm.folder, trainer.checkpoint_size(), limit)
-        lacking = from_main_process(lacking)
-        if lacking:
+        limit = args.save_total_limit or round(args.num_train_epochs)
+        lacking = lacking_space(arm.folder, trainer.checkpoint_size(), limit) if arm.is_main_process else ""
+        if lacking := from_main_process(lacking):
             raise NoSpace(lacking)
     replace_progress(trainer)
     table = EpochTable(recipe.name)

@@ -203,24 +203,21 @@ def load_weights(model: PreTrainedModel, checkpoint: Path) -> None:
     Raises:
         UserError: the checkpoint is of another model, or not whole.
     """
-    broken = "{} is not a whole checkpoint ({}): use another"
-    other = UserError(
-        f"{checkpoint} is of another model, or of other classes: resume with the options of the run that wrote it"
-    )
+    other = f"{checkpoint} is of another model, or of other classes: resume with the options of the run that wrote it"
     try:
         config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
         if config["model_type"] != model.config.model_type:
-            raise other
+            raise UserError(other)
         loaded: Any = type(model).from_pretrained(checkpoint, output_loading_info=True)
+        saved, loading = loaded
+        if missing := loading["missing_keys"]:  # they would be random numbers
+            raise ValueError(f"it lacks {min(missing)}")
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(broken.format(checkpoint, error)) from error
-    saved, loading = loaded
-    if missing := loading["missing_keys"]:  # they would be random numbers
-        raise UserError(broken.format(checkpoint, f"it lacks {min(missing)}"))
+        raise UserError(f"{checkpoint} is not a whole checkpoint ({error}): use another") from error
     try:
         model.load_state_dict(saved.state_dict(), strict=True)
     except RuntimeError as error:
-        raise other from error
+        raise UserError(other) from error
 
 
 def prune_checkpoints(output_dir: Path, limit: int | None, best: int | None) -> None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, Trainer
 
 from luthier.processes import from_main_process
 from luthier.training.balance import Balance
-from luthier.training.features import empty_rows, rows_at_once
+from luthier.training.features import Pool, empty_rows, rows_at_once
 
 # Penalties tried, from strong to weak; on 100 to 100,000 images the best was never at an end (docs/experiments.md).
 STRENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
@@ -235,7 +235,7 @@ class HeldOut(NamedTuple):
 
     Attributes:
         rows: int [n].
-        logits: float32 [S, n, C], by probes of each strength.
+        logits: float32 [n, C]; all are 0 where there were no others to learn from.
         sample: about how many images these probes have learned from; None where it is all of the other folds.
         learned: which classes these are of, bool [C].
     """
@@ -246,34 +246,31 @@ class HeldOut(NamedTuple):
     learned: np.ndarray
 
 
-def cross_fit(
-    features: torch.Tensor, labels: torch.Tensor, folds: np.ndarray, classes: int, strengths: tuple[float, ...]
-) -> Iterator[HeldOut]:
+def cross_fit(pool: Pool, folds: np.ndarray, strength: float) -> Iterator[HeldOut]:
     """Yield the logits of all rows, in parts, by probes that have not learned from the row's fold.
 
     A probe learns from about `MAX_LEARNED` images at most, and `MAX_CELLS` images times classes, drawn at random from
     the other folds.
 
     Args:
-        features: float32 [N, D], on the device of the fits.
-        labels: int64 [N], on the same device.
+        pool: the images.
         folds: int [N].
-        classes: how many there are, C.
-        strengths: the penalties, S of them.
+        strength: the penalty.
     """
+    features, labels, _, names = pool
     _, fold_of = np.unique(folds, return_inverse=True)
-    k, truth, at_once = int(fold_of.max()) + 1, labels.cpu().numpy(), rows_at_once(features.device)
+    k, classes, at_once = int(fold_of.max()) + 1, len(names), rows_at_once(features.device)
     learns, most = fold_of[:, None] != np.arange(k), max(1, min(MAX_LEARNED, MAX_CELLS // classes))
     sample = most if (k - 1) * len(folds) > k * most else None
     if sample:
         learns[np.random.default_rng(0).permutation(len(folds))[k * most // (k - 1) :]] = False
-    for fold, path in enumerate(fit_parts(features, labels, classes, strengths, learns)):
-        held_out, learned = np.flatnonzero(fold_of == fold), np.bincount(truth[learns[:, fold]], minlength=classes) > 0
+    truth = torch.as_tensor(labels, device=features.device)
+    for fold, probes in enumerate(fit_parts(features, truth, classes, (strength,), learns)):
+        held_out = np.flatnonzero(fold_of == fold)
+        learned = np.bincount(labels[learns[:, fold]], minlength=classes) > 0
         for begin in range(0, len(held_out), at_once):
             part = held_out[begin : begin + at_once]
-            logits = features.new_zeros((len(strengths), len(part), classes))
-            for number, probe in enumerate(path):
-                logits[number] = probe.logits(features[part])
+            logits = probes[0].logits(features[part]) if probes else features.new_zeros((len(part), classes))
             yield HeldOut(part, logits, sample, learned)
 
 

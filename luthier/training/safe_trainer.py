@@ -11,14 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from luthier.errors import NotFinite, UserError
 from luthier.machine import explain_exhausted_memory
 from luthier.processes import share_tensors
-from luthier.training.checkpoints import (
-    PARTIAL,
-    Origin,
-    newest,
-    prune_checkpoints,
-    seal,
-    write_origin,
-)
+from luthier.training.checkpoints import PARTIAL, Origin, newest, prune_checkpoints, seal, write_origin
 from luthier.training.heats import Schedule
 from luthier.training.workers import WorkerTrainer
 

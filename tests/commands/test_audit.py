@@ -193,7 +193,7 @@ def test_data_with_a_validation_split_that_cannot_be_cut_further(tmp_path, timm_
 def test_label_is_suspect_where_another_is_as_likely_as_for_that_ones_own_images(monkeypatch):
     likely_b = [0.1, 0.8, 0.6, 0.7, 0.75, 0.95]  # on average 0.725 for the two images of b
     logits = torch.tensor([[1 - b, b] for b in likely_b]).log()
-    held_out = HeldOut(np.arange(6), logits[None], None, np.array([True, True]))
+    held_out = HeldOut(np.arange(6), logits, None, np.array([True, True]))
     monkeypatch.setattr("luthier.scoring.audit.cross_fit", lambda *_: [held_out])
     names = [f"{row}.png" for row in range(6)]
     splits = DatasetDict(train=Dataset.from_dict({"name": names[:3]}), test=Dataset.from_dict({"name": names[3:]}))

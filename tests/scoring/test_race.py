@@ -181,15 +181,16 @@ def test_power_law_goes_through_both_heats_and_never_rises():
 def test_probe_must_be_ahead_beyond_doubt():
     probe, better = candidate([0.4, 0.6, 0.5, 0.5], "probe"), candidate([0.3, 0.5, 0.4, 0.4])
     worse, doubtful = candidate([0.5, 0.7, 0.6, 0.65]), candidate([2.1, 0.01, 0.04, 0.01])
-    assert choose([probe, better]) is better and choose([probe, worse]) is probe
-    assert doubtful.loss > probe.loss and choose([probe, doubtful]) is doubtful
-    assert choose([probe, worse, doubtful]) is doubtful
-    assert choose([doubtful, candidate([5.0, 5.0, 5.0, 5.0])]) is doubtful  # without a probe the best one
+    assert choose(probe, [better]) is better and choose(probe, [worse]) is probe
+    assert doubtful.loss > probe.loss and choose(probe, [doubtful]) is doubtful
+    assert choose(probe, [worse, doubtful]) is doubtful
+    assert choose(None, [doubtful, candidate([5.0, 5.0, 5.0, 5.0])]) is doubtful
+    assert choose(probe, []) is probe
 
 
 def test_weights_that_diverged_are_not_kept():
     broken, probe = candidate([math.nan] * 4), candidate([0.5] * 4, "probe")
-    assert choose([broken, probe]) is probe and choose([probe, broken]) is probe
+    assert choose(probe, [broken]) is probe
 
 
 @pytest.mark.parametrize(("broken", "kept"), [(["full"], "lp_ft"), (["full", "lp_ft", "full_from_probe"], None)])
@@ -298,7 +299,7 @@ def test_heat_that_was_interrupted_counts_the_seconds_that_were_expected(tmp_pat
 def test_probe_must_be_ahead_in_more_than_a_few_groups():
     probe, best = candidate([0.0] * 4, "probe"), candidate([1.0, 1.0, -0.5, -0.5])
     together = probe._replace(groups=np.array([0, 0, 1, 1]))
-    assert choose([probe, best]) is probe and choose([together, best]) is best
+    assert choose(probe, [best]) is probe and choose(together, [best]) is best
 
 
 @pytest.mark.parametrize(
@@ -360,8 +361,8 @@ def test_lead_whose_error_is_unknown_is_no_lead(groups):
     losses = [0.2, 0.6, 0.4, 0.4] if groups is not None else [0.4]
     probe = candidate(losses, "probe")._replace(groups=groups)
     best = candidate([0.5, 0.4, 0.35, 0.3501] if groups is not None else [0.4001])
-    assert choose([probe, best._replace(losses=best.losses + 1e-3)]) is not probe
-    assert choose([probe, probe._replace(arm="full")]).arm == "full", "a draw"
+    assert choose(probe, [best._replace(losses=best.losses + 1e-3)]) is not probe
+    assert choose(probe, [probe._replace(arm="full")]).arm == "full", "a draw"
 
 
 def test_first_heat_is_expected_to_take_as_long_as_predictions_tell():

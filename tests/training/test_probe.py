@@ -21,7 +21,7 @@ from luthier.fusion import _with_even_padding
 from luthier.images.views import EvaluationView, ImageRows
 from luthier.training import probe as probe_module
 from luthier.training.balance import Balance
-from luthier.training.features import _parts_of_key, build_backbone, feature_size, load_features
+from luthier.training.features import Pool, _parts_of_key, build_backbone, feature_size, load_features
 from luthier.training.probe import (
     SOFT,
     STRENGTHS,
@@ -44,6 +44,10 @@ def clusters(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     labels = np.arange(n) % 3
     points = np.eye(3, 8)[labels] * 2 + generator.normal(0, 1, (n, 8))
     return torch.tensor(points * np.logspace(-2, 2, 8) + 5, dtype=torch.float32), torch.tensor(labels)
+
+
+def pool_in(features: torch.Tensor, labels: torch.Tensor, classes: int) -> Pool:
+    return Pool(features, labels.numpy(), np.arange(len(labels)), list("abcd"[:classes]))
 
 
 def test_optimum_equals_that_of_scikit_learn():
@@ -112,22 +116,23 @@ def test_fit_of_many_images_ends_a_little_before_the_best_one(monkeypatch):
     assert few < objective() < few + 1e-3
 
 
+@pytest.mark.parametrize("strength", [0.3, 0.01])
 @pytest.mark.parametrize("at_once", [1, 2, 5])
-def test_probes_of_all_folds_are_those_of_each_fold(monkeypatch, at_once):
+def test_probes_of_all_folds_are_those_of_each_fold(monkeypatch, at_once, strength):
     features, labels = clusters(200, 3)
     folds = np.random.default_rng(0).choice([0, 2, 3, 7, 9], 200, p=[0.4, 0.3, 0.1, 0.1, 0.1])
     monkeypatch.setattr(probe_module, "MAX_WEIGHTS", at_once * 3 * 8)
-    logits, seen = torch.zeros(2, 200, 3), np.zeros(200, int)
-    for part in cross_fit(features, labels, folds, 3, (0.3, 0.01)):
-        logits[:, part.rows] = part.logits
+    logits, seen = torch.zeros(200, 3), np.zeros(200, int)
+    for part in cross_fit(pool_in(features, labels, 3), folds, strength):
+        logits[part.rows] = part.logits
         seen[part.rows] += 1
         assert part.sample is None and part.learned.all()
     assert (seen == 1).all()
     for fold in np.unique(folds):
         others, own = torch.from_numpy(folds != fold), torch.from_numpy(folds == fold)
-        for number, probe in enumerate(fit_path(features[others], labels[others], 3, (0.3, 0.01))):
-            expected = probe.logits(features[own]).softmax(dim=1)
-            torch.testing.assert_close(logits[number, own].softmax(dim=1), expected, atol=3e-3, rtol=0)
+        (probe,) = fit_path(features[others], labels[others], 3, (strength,))
+        expected = probe.logits(features[own]).softmax(dim=1)
+        torch.testing.assert_close(logits[own].softmax(dim=1), expected, atol=3e-3, rtol=0)
 
 
 def test_feature_that_is_constant_in_a_part_tells_its_probe_nothing():
@@ -137,11 +142,11 @@ def test_feature_that_is_constant_in_a_part_tells_its_probe_nothing():
     dense = torch.relu(torch.randn(4, 40, generator=generator)[labels] + torch.randn(200, 40, generator=generator))
     rare = torch.relu(torch.randn(200, 20, generator=generator)) * (torch.rand(200, 20, generator=generator) < 0.01)
     features, folds = torch.cat([dense, rare], dim=1), np.arange(200) // 4 % 5
-    for part in cross_fit(features, labels, folds, 4, (0.03,)):
+    for part in cross_fit(pool_in(features, labels, 4), folds, 0.03):
         others = torch.from_numpy(np.flatnonzero(folds != folds[part.rows[0]]))
         (probe,) = fit_path(features, labels, 4, (0.03,), rows=others)
         alone = probe.logits(features[part.rows]).softmax(dim=1)
-        torch.testing.assert_close(part.logits[0].softmax(dim=1), alone, atol=1e-2, rtol=0)
+        torch.testing.assert_close(part.logits.softmax(dim=1), alone, atol=1e-2, rtol=0)
         assert (features[others].std(dim=0) == 0).any()
 
 
@@ -149,21 +154,21 @@ def test_probes_of_folds_learn_from_a_sample_of_many_images(monkeypatch):
     features, labels = clusters(240, 3)
     folds = np.arange(240) % 4
     monkeypatch.setattr(probe_module, "MAX_LEARNED", 60)
-    parts = list(cross_fit(features, labels, folds, 3, (0.01,)))
+    parts = list(cross_fit(pool_in(features, labels, 3), folds, 0.01))
     samples = {int(part.rows[0]) % 4: part.sample for part in parts}
     assert (
         sum(samples.values()) == 3 * 80
         and 50 < min(samples.values()) < 70
         and sum(len(part.rows) for part in parts) == 240
     )
-    right = [(part.logits[0].argmax(dim=1) == labels[part.rows]).float().mean() for part in parts]
+    right = [(part.logits.argmax(dim=1) == labels[part.rows]).float().mean() for part in parts]
     assert np.mean(right) > 0.7
 
 
 def test_fold_without_others_to_learn_from_has_no_opinion():
     features, labels = clusters(7, 3)
     for folds in (np.zeros(7, int), np.array([0, 0, 0, 0, 0, 0, 1])):
-        parts = {len(part.rows): part for part in cross_fit(features, labels, folds, 3, (0.01,))}
+        parts = {len(part.rows): part for part in cross_fit(pool_in(features, labels, 3), folds, 0.01)}
         largest = parts[max(parts)]  # the others are one image, or none
         assert torch.equal(largest.logits, torch.zeros_like(largest.logits)) and largest.learned.sum() <= 1
     assert parts[1].logits.abs().sum() > 0 and parts[1].logits.isfinite().all()
