@@ -200,6 +200,7 @@ def test_second_push_uploads_changed_files_and_deletes_missing_ones(server, push
     assert sum(request.startswith("PUT") for request in server.requests[first_requests:]) == 1
 
 
+@pytest.mark.slow
 def test_exports_are_pushed_and_those_of_others_stay(server, push, finished_run, tmp_path):
     shutil.copytree(finished_run, tmp_path / "run")
     (tmp_path / "run/onnx").mkdir()
