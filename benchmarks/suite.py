@@ -35,6 +35,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
@@ -141,9 +142,8 @@ def collect_sets(folder: Path, also: list[Path], openmoji: bool, out: Path) -> d
     for name, source in whole.items():
         sets[name] = out / name
         if not sets[name].exists():
-            link_splits(
-                load_splits(**source)[0], {"train": "train", "validation": "train", "test": "test"}, sets[name]
-            )
+            halves = {"train": "train", "validation": "train", "test": "test"}
+            link_splits(load_splits(**source)[0], halves, sets[name])
     return {name: path.resolve() for name, path in sets.items()}
 
 
@@ -220,10 +220,7 @@ def run_luthier(
 
 
 def cut(data: str, folder: Path, seed: int, out: Path) -> Path:
-    """Return a folder with Luthier's cut of a data set; in train are validation's images too.
-
-    The other tools choose nothing by validation, and what Luthier ships has learned from it as well.
-    """
+    """Return a folder with Luthier's cut of a data set; validation is in train too, as nothing is chosen by it."""
     from datasets import concatenate_datasets
 
     from data import load_splits
@@ -272,7 +269,7 @@ def regrets(runs: list[Run], contestant: str) -> dict[str, float]:
     """Return by data set how far a contestant's mean accuracy is below the best contestant's."""
     found = {}
     for data in dict.fromkeys(run.data for run in runs):
-        accuracies = {name: average(runs, data, name, lambda run: run.accuracy) for name in contestants(runs)}
+        accuracies = {name: average(runs, data, name, attrgetter("accuracy")) for name in contestants(runs)}
         own = accuracies[contestant]
         if not math.isnan(own):
             found[data] = max(value for value in accuracies.values() if not math.isnan(value)) - own
@@ -286,9 +283,7 @@ def accuracy_table(runs: list[Run]) -> str:
     for data in dict.fromkeys(run.data for run in runs):
         cells = []
         for name in names:
-            accuracy, seconds = (
-                average(runs, data, name, value) for value in (lambda run: run.accuracy, lambda run: run.seconds)
-            )
+            accuracy, seconds = (average(runs, data, name, attrgetter(key)) for key in ("accuracy", "seconds"))
             cells.append("" if math.isnan(accuracy) else f"{100 * accuracy:.1f}{_say_seconds(seconds, ', ')}")
         lines.append(f"| {data} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -304,8 +299,7 @@ def summary_table(runs: list[Run]) -> str:
         own, lost = [run for run in runs if run.contestant == name], regrets(runs, name)
         worst = max(lost, key=lambda data: lost[data])
         accuracy, scored = (
-            mean(average(own, data, name, value) for data in lost)
-            for value in (lambda run: run.accuracy, lambda run: run.scored)
+            mean(average(own, data, name, attrgetter(key)) for data in lost) for key in ("accuracy", "scored")
         )
         lines.append(
             f"| {name} | {len(own)} | {accuracy:.1%} | {scored:.1%} "
@@ -376,7 +370,7 @@ def plot_runs(runs: list[Run], path: Path) -> None:
     others, recipes = iter((("s", "#0072B2"), ("^", "#009E73"), ("v", "#CC79A7"))), itertools.cycle("|x+1*.")
     for name in names:
         lost = regrets(runs, name)
-        accuracies = [average(runs, data, name, lambda run: run.accuracy) for data in sets]
+        accuracies = [average(runs, data, name, attrgetter("accuracy")) for data in sets]
         accuracies.append(mean(accuracies))
         if name == "Luthier":
             style = {"marker": "o", "color": "#D55E00", "markersize": 10}

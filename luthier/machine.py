@@ -57,7 +57,7 @@ def fill_in_machine_defaults(options: dict) -> None:
     if not options["use_cpu"] and DRIVER.is_file() and torch.version.cuda and not torch.cuda.is_available():
         hint = "is its driver too old, or is it hidden (CUDA_VISIBLE_DEVICES, a container without --gpus)?"
         say("careful", f"torch cannot use the NVIDIA GPU of this machine, and uses the CPU: {hint}")
-    if not options["use_cpu"] and torch.cuda.is_available() and (needed := lacking_capability()):
+    if not options["use_cpu"] and (needed := lacking_capability()):
         say(
             "careful",
             f"this NVIDIA GPU is too old for this build of torch, which needs {needed}: the CPU is used. A build for "
@@ -91,6 +91,8 @@ def lacking_capability() -> str:
 
     Such a GPU is there for torch, which fails at the first computation.
     """
+    if not torch.cuda.is_available():
+        return ""
     built = [
         int(found[1]) for name in torch.cuda.get_arch_list() if (found := re.match(r"(?:sm|compute)_(\d+)", name))
     ]

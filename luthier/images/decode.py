@@ -192,12 +192,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _grey_to_rgb(image: Image.Image) -> Image.Image:
     """Return an image of 16 or 32 bits a pixel in 8 bits."""
-    levels, transparent = np.asarray(image), None
-    if image.mode in ("I", "F"):
-        highest = float(levels.max(where=np.isfinite(levels), initial=0))
-    else:
-        transparent = image.info.get("transparency")
-        highest = float(levels.max(where=levels != (-1 if transparent is None else transparent), initial=0))
+    levels = np.asarray(image)
+    transparent = None if image.mode in ("I", "F") else image.info.get("transparency")
+    highest = float(levels.max(where=np.isfinite(levels) & (levels != transparent), initial=0))
     scale = 255 / _white_level(image.mode, highest)
     grey = np.empty(levels.shape, dtype=np.uint8)
     for begin in range(0, len(levels), STRIP):

@@ -37,7 +37,7 @@ class ResizeRule(NamedTuple):
         size: (height, width) in pixels of the result.
         filter: of Pillow's resampling, one of `FILTERS`.
         fill: colour of the border, where there is one.
-        centre: how half a pixel is rounded instead of the crop, `half_even` as torchvision or `floor`.
+        centre: how half a pixel in the crop's position is rounded, `half_even` as torchvision or `floor`.
     """
 
     fit: str

@@ -16,7 +16,7 @@ from luthier.images.views import ImageRows
 from luthier.processes import from_main_process
 from luthier.scoring.baselines import ProbeResults
 from luthier.scoring.metrics import standard_error
-from luthier.scoring.screening import FOLDS, losses_of_views
+from luthier.scoring.screening import FOLDS, losses_of_views, of_some_classes
 from luthier.terminal import say
 from luthier.training.features import LEARNABLE, build_backbone, columns_of, compute_features, join, size_of
 from luthier.training.recipe import Recipe
@@ -108,11 +108,7 @@ def draw_images(labels: np.ndarray, digests: np.ndarray) -> np.ndarray:
         labels: int [N].
         digests: str [N], which decide.
     """
-    order, present = draw_order(digests, seed=1), np.unique(labels)
-    if len(present) > IMAGES // PER_CLASS:
-        some = np.random.default_rng(1).permutation(present)[: IMAGES // PER_CLASS]
-        order = order[np.isin(labels[order], some)]
-    return np.sort(order[:IMAGES])
+    return np.sort(of_some_classes(draw_order(digests, seed=1), labels, IMAGES // PER_CLASS)[:IMAGES])
 
 
 def compare_with_mirror(

@@ -185,6 +185,18 @@ class Sample:
         return from_main_process(losses), seconds
 
 
+def of_some_classes(order: np.ndarray, labels: np.ndarray, most: int) -> np.ndarray:
+    """Return those rows of an order, int [n], that are of some classes: an image of each of many would tell nothing.
+
+    Args:
+        order: rows, int [N].
+        labels: int [N], by row.
+        most: how many classes, at most.
+    """
+    some = np.random.default_rng(1).permutation(np.unique(labels))[:most]
+    return order[np.isin(labels[order], some)]
+
+
 def draw_sample(
     train: Dataset,
     rows: Callable[[Dataset, BaseImageProcessor], Any],
@@ -197,10 +209,8 @@ def draw_sample(
         rows: see `data.sample_rows`.
         predictor: returns a Trainer that only predicts with a model.
     """
-    generator, labels = np.random.default_rng(1), np.array(train["label"][:])
-    order, present = draw_order(train["digest"][:], seed=1), np.unique(labels)
-    if len(present) > CLASSES:  # one image of each of many classes would tell nothing
-        order = order[np.isin(labels[order], generator.permutation(present)[:CLASSES])]
+    labels = np.array(train["label"][:])
+    order = of_some_classes(draw_order(train["digest"][:], seed=1), labels, CLASSES)
     # Without two of a class, nothing learned from the sample could be wrong about it.
     firsts = np.concatenate([np.flatnonzero(labels[order] == label)[:2] for label in np.unique(labels[order])])
     order = np.concatenate([order[firsts], np.delete(order, firsts)])

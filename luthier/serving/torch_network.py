@@ -26,7 +26,7 @@ class TorchNetwork:
     def __init__(self, model_name: str):
         configure_logging()
         torch.get_num_threads()  # so that this thread keeps its own; see `machine.pool_of_single_threads`
-        usable = torch.accelerator.is_available() and not (torch.cuda.is_available() and lacking_capability())
+        usable = torch.accelerator.is_available() and not lacking_capability()
         accelerator = torch.accelerator.current_accelerator() if usable else None
         self.device = accelerator or torch.device("cpu")
         if accelerator is None:

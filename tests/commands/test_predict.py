@@ -525,6 +525,5 @@ def test_error_of_the_inputs_is_raised(monkeypatch):
 def test_gpu_that_is_too_old_for_torch_does_not_predict(run, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("luthier.serving.torch_network.lacking_capability", lambda: "compute capability 7.5 or higher")
     assert TorchNetwork(str(run)).device.type == "cpu"
