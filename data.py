@@ -155,7 +155,7 @@ def load_labelled(names: list[str], **options) -> tuple[DatasetDict, list[Unread
     if repeated := sorted(name for name, count in Counter(names).items() if count > 1):
         raise UserError(
             f"the model has several classes with the name {repeated[0]!r}, and classes are matched by name: rename "
-            "them in `id2label` of its config.json"
+            "them in its config.json, in `label_names`, or in `id2label` where it has none"
         )
     splits, unreadable = load_images(**options, to_train=False)
     used = ["test"] if "test" in splits else list(splits)

@@ -161,8 +161,9 @@ def load_trained(model_name: str) -> tuple[PreTrainedModel, BaseImageProcessor]:
     model, image_processor, fresh, _ = _from_pretrained(model_name)
     if fresh:
         raise ModelError(
-            f"{model_name} lacks {len(fresh)} of its weights (such as {min(fresh)}): it is not a finished "
-            "classifier. Give the output directory of train.py, or a model for image classification"
+            f"{model_name} lacks {len(fresh)} of its weights (such as {min(fresh)}): it is not a finished classifier, "
+            f"or its config.json, which names {len(labels_of(model))} classes, was changed. Give the output directory "
+            "of train.py, or a model for image classification"
         )
     floats = {name: tensor for name, tensor in model.state_dict().items() if tensor.dtype.itemsize > 1}  # not float8
     broken = [name for name, tensor in floats.items() if tensor.isnan().any()]
@@ -185,18 +186,6 @@ def labels_of(model: PreTrainedModel) -> list[str]:
     """Return the names of a model's classes by index; a foreign config may lack some, or have numbers."""
     names: dict = model.config.id2label or {}
     return [str(names.get(index, f"LABEL_{index}")) for index in range(_number_of_labels(model.config))]
-
-
-def threshold_of(model: PreTrainedModel) -> float:
-    """Return the confidence below which a model is unsure; 0 where its config has none."""
-    value = getattr(model.config, "unsure_below", None)
-    return float(value) if isinstance(value, (int, float)) else 0.0
-
-
-def class_shares_of(model: PreTrainedModel) -> list[float] | None:
-    """Return the share of each class in the training images, where a model's answers make up for them; or None."""
-    shares = getattr(model.config, "class_shares", None)
-    return [float(share) for share in shares] if isinstance(shares, list) else None
 
 
 def head_parameters(model: PreTrainedModel) -> list[str]:
@@ -412,6 +401,28 @@ def _shows_square(image_processor: BaseImageProcessor, side: int) -> bool:
 def takes_size(model: PreTrainedModel, image_size: int) -> bool:
     """Tell whether a model takes square images of this side in pixels."""
     return explain_refusal(model, image_size, image_size) is None
+
+
+def check_view(
+    model: PreTrainedModel,
+    size: tuple[int, int],
+    advice: str = "Copy its preprocessor_config.json again, and its config.json",
+) -> None:
+    """Check that a model classifies RGB images of the size that its image processor makes.
+
+    Args:
+        model: as loaded.
+        size: (height, width) in pixels.
+        advice: what to do otherwise.
+
+    Raises:
+        ModelError: it does not.
+    """
+    if refusal := explain_refusal(model, *size):
+        raise ModelError(
+            f"{model.config.name_or_path or type(model).__name__} does not classify the RGB images that its image "
+            f"processor makes ({size[0]} x {size[1]} px): {refusal}. {advice}"
+        )
 
 
 def explain_refusal(model: PreTrainedModel, height: int, width: int) -> str | None:

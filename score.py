@@ -67,7 +67,7 @@ def build_parser() -> "Parser":
 def score_model(arguments: "Arguments", output_dir: Path, stopwatch: Stopwatch) -> None:
     """Load the images and the model, predict, and write the results."""
     from data import evaluation_rows, load_labelled, prepare
-    from luthier.familiarity import load_familiarity, none_of
+    from luthier.familiarity import class_shares_of, load_familiarity, none_of, threshold_of
     from luthier.images.description import describe
     from luthier.images.splits import check_same_images
     from luthier.images.views import EvaluationView
@@ -79,12 +79,15 @@ def score_model(arguments: "Arguments", output_dir: Path, stopwatch: Stopwatch) 
     from luthier.scoring.metrics import TestPredictions
     from luthier.scoring.selection import score_test
     from luthier.training.trainer import build_predictor
-    from models import class_shares_of, labels_of, load_trained, threshold_of
+    from models import check_view, labels_of, load_trained
 
     data_args, model_args, training_args, run_args = arguments
     stopwatch.stop("start")
     model, image_processor = load_trained(model_args.model_name)
     labels, view = labels_of(model), EvaluationView(image_processor)
+    check_view(model, view.size)
+    none, shares, familiarity = none_of(model), class_shares_of(model), load_familiarity(model, model_args.model_name)
+    threshold = familiarity.unsure_below if familiarity else threshold_of(model)
     with training_args.main_process_first(desc="loading the images"):
         splits, unreadable = load_labelled(labels, **data_args.for_images())
     check_same_images(splits)
@@ -92,7 +95,7 @@ def score_model(arguments: "Arguments", output_dir: Path, stopwatch: Stopwatch) 
     with training_args.main_process_first(desc="preparing the images"):
         prepared = prepare(splits, view)
     stopwatch.stop("prepare")
-    check_known(splits, none_of(model))
+    check_known(splits, none)
     trainer = build_predictor(model, training_args)
     data = describe(prepared, data_args.name, data_args.is_built_in)
     setup = console.describe_setup(trainer, model_args.model_name, view.size)
@@ -100,12 +103,10 @@ def score_model(arguments: "Arguments", output_dir: Path, stopwatch: Stopwatch) 
     console.say_setup(splits, data_args.name, setup)
     console.say_audit(findings)
     findings["learned_from"] = warn_if_learned(model_args.model_name, splits)
-    familiarity = load_familiarity(model, model_args.model_name)
     answers = answer(trainer, evaluation_rows(prepared["test"], view, ["label"]), splits, familiarity)
     stopwatch.stop("evaluate")
     if trainer.is_world_process_zero():
-        test = TestPredictions(splits, *answers[:2], class_shares_of(model), answers.sureness, none_of(model))
-        threshold = familiarity.unsure_below if familiarity else threshold_of(model)
+        test = TestPredictions(splits, *answers[:2], shares, answers.sureness, none)
         recipe = {**setup, "recipe": "nothing trained"}
         record = {"command": run_args.command, "settings": run_args.settings}
         metrics = collect_metrics(test, score_test(test, threshold), data, recipe, findings, record)

@@ -14,10 +14,10 @@ from datasets import Image
 
 from benchmarks._common import directory
 from luthier.errors import exit_on_user_error
+from luthier.familiarity import threshold_of
 from luthier.images.decode import decode_rgb, read_bytes
 from luthier.images.openmoji import load_openmoji
 from luthier.serving.torch_network import TorchNetwork
-from models import threshold_of
 
 BATCH = 16
 

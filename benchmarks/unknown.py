@@ -30,11 +30,11 @@ from torch.nn import functional
 from benchmarks._common import directory
 from benchmarks.balance import load
 from luthier.errors import exit_on_user_error
+from luthier.familiarity import threshold_of
 from luthier.images.splits import stratified_cut
 from luthier.serving.classifier import Classifier
 from luthier.serving.torch_network import TorchNetwork
 from luthier.training.probe import LinearProbe, fit_probes
-from models import threshold_of
 
 PROJECT = Path(__file__).parent.parent
 KEPT = 0.95  # share of the right answers

@@ -6,6 +6,7 @@ those of the third nearest training image (Sun et al. 2022). `benchmarks.unknown
 """
 
 import logging
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,9 +75,49 @@ def similarity(bank: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
 
 
 def none_of(model: PreTrainedModel) -> int | None:
-    """Return which class of a model is that of images which show none of the others, if any."""
+    """Return which class of a model is that of images which show none of the others, if any.
+
+    Raises:
+        ModelError: its config names one that is no class, as after a class was renamed.
+    """
     name, labels = getattr(model.config, "none_class", None), labels_of(model)
-    return labels.index(name) if name in labels else None
+    if name and name not in labels:
+        raise ModelError(
+            f"`none_class` in the model's config.json is {name!r}, which is none of its classes "
+            f"({', '.join(labels)}): write the name that this class has now, or remove the line"
+        )
+    return labels.index(name) if name else None
+
+
+def threshold_of(model: PreTrainedModel) -> float:
+    """Return the confidence below which a model is unsure; 0 where its config has none.
+
+    Raises:
+        ModelError: it is not a number.
+    """
+    value = getattr(model.config, "unsure_below", None)
+    if value is not None and (not isinstance(value, (int, float)) or math.isnan(value)):
+        raise ModelError(f"`unsure_below` in the model's config.json is {value!r}: write a number, without quotes")
+    return float(value or 0)
+
+
+def class_shares_of(model: PreTrainedModel) -> list[float] | None:
+    """Return the share of each class in the training images, where a model's answers make up for them; or None.
+
+    Raises:
+        ModelError: there is not one number above 0, and at most 1, for each class.
+    """
+    shares = getattr(model.config, "class_shares", None)
+    if shares is None:
+        return None
+    classes = len(labels_of(model))
+    is_list = isinstance(shares, list) and len(shares) == classes
+    if not is_list or not all(isinstance(share, (int, float)) and 0 < share <= 1 for share in shares):
+        raise ModelError(
+            f"`class_shares` in the model's config.json must be {classes} numbers above 0, one for each class: "
+            "copy the file again, or remove the line"
+        )
+    return [float(share) for share in shares]
 
 
 def describe_in_config(model: PreTrainedModel, familiarity: Familiarity | None) -> None:
@@ -118,7 +159,7 @@ def load_familiarity(model: PreTrainedModel, model_name: str) -> Familiarity | N
         if known.bank.shape[1] != model.get_submodule(known.head).in_features:
             raise ValueError(f"its references have {known.bank.shape[1]} features")
         return known
-    except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
+    except (OSError, SafetensorError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ModelError(
             f"{FILE} of {model_name} is damaged or of another model ({error}): copy it again, or delete it, and the "
             "confidence alone decides what is unsure"

@@ -92,18 +92,29 @@ def is_encoded_image(feature: object) -> bool:
 
 
 def check_complete(folder: Path) -> None:
-    """Check that prepare.py has written all files of a folder, if it has begun that.
+    """Check that a dataset is no file, and that prepare.py has written all files of a folder, if it has begun that.
 
     Raises:
-        UserError: some are missing.
+        UserError: it is a file, or some files are missing, or copies of some are among them.
     """
+    if folder.is_file():
+        raise UserError(
+            f"{folder} is a file, and not a dataset: give the folder that its Parquet or tar files are in. A table of "
+            "image files goes to --labels, with the folder of the images as --data_dir"
+        )
     try:
         splits = dict(json.loads((folder / PLAN).read_text(encoding="utf-8"))["splits"])
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return  # there is none, or it is another program's
     for split in splits:
-        names = [path.name for path in folder.glob(f"{split}-*-of-*")]
-        if not names or len(names) < int(re.split(r"-of-|\.", names[0])[1]):
+        names = sorted(path.name for path in folder.glob(f"{split}-*-of-*.parquet"))
+        counts = [re.fullmatch(r"-\d+-of-(\d+)\.parquet", name.removeprefix(split)) for name in names]
+        if odd := [name for name, count in zip(names, counts, strict=True) if count is None]:
+            raise UserError(
+                f"{folder} holds {odd[0]}, which looks like a copy of a file of prepare.py: move it elsewhere, or its "
+                "images would count twice"
+            )
+        if not names or len(names) < max(int(count[1]) for count in counts if count):
             raise UserError(
                 f"{folder} lacks files of the split {split}: prepare.py was interrupted, or other machines have not "
                 "written their share. Run it again with the same options, and it writes what is missing"
@@ -219,7 +230,7 @@ def label_and_image(
 ) -> DatasetDict:
     """Return the splits with the columns `image` (not decoded) and `label` (one ClassLabel, sorted, then renamed).
 
-    With a group column they have `given_group` too, a text.
+    With a group column they have `GIVEN_GROUP` too, a text.
 
     A split other than train whose rows have no labels is left out.
 
@@ -233,6 +244,8 @@ def label_and_image(
     Raises:
         UserError: a column is missing, ambiguous or of the wrong type, or labels are missing.
     """
+    if not len(splits["train"]):
+        raise UserError("the train split has no rows: check how its files were written")
     features = splits["train"].features
     image_column, label_column = find_columns(features, image_column, label_column)
     values = labels_of_splits({split: dataset[label_column][:] for split, dataset in splits.items()}, label_column)

@@ -40,8 +40,9 @@ FILE_SUFFIX = re.compile(r"\.[A-Za-z][A-Za-z0-9]{0,4}")  # of a file, and not of
 TABLES: dict[str, str | None] = {".csv": ",", ".tsv": "\t", ".jsonl": None, ".ndjson": None, ".parquet": None}
 MOST_SPLITS = 5  # folders that splits may be; more are classes
 SHARDS = (".parquet", ".tar")  # of files that hold many images
-GIVEN_GROUP = "given_group"  # the column of what an image belongs to, where the user has told it
-STAMP = "stamp"  # the column that changes with a file: its path, size in bytes, and times of the last change
+# Columns that no dataset of a user has: one called "stamp" would be taken for the state of files.
+GIVEN_GROUP = "luthier_given_group"  # of what an image belongs to, where the user has told it
+STAMP = "luthier_stamp"  # changes with a file: its path, size in bytes, and times of the last change
 
 Grouping = Callable[[PurePosixPath], str]  # the group of an image; an empty one is none
 

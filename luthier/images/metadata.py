@@ -10,7 +10,7 @@ from typing import NamedTuple
 from datasets import DatasetDict
 
 from luthier.errors import UserError
-from luthier.images.columns import LABEL_COLUMNS
+from luthier.images.columns import LABEL_COLUMNS, PLAN
 from luthier.images.decode import is_image
 from luthier.images.folders import (
     SHARDS,
@@ -100,7 +100,7 @@ def has_shards(root: Path) -> bool:
     if any(is_image(path.name) for path in root.iterdir()):
         return False
     files = [path for folder in (root, root / "data") for suffix in SHARDS for path in folder.glob(f"*{suffix}")]
-    return bool(files)
+    return bool(files) or (root / PLAN).is_file()  # of prepare.py, interrupted before its first file
 
 
 def find_tables(root: Path, labels: str | None) -> dict[str, Path]:
@@ -151,7 +151,7 @@ def load_tables(
         grouping: gives an image's group by its path below the folder, where there is no group column.
         to_train: see `load_directory`.
 
-    Returns what `folders.load_folder` returns, with the column `given_group` if there is a group column.
+    Returns what `folders.load_folder` returns, with the column `GIVEN_GROUP` if there is a group column.
 
     Raises:
         UserError: a table cannot be read, or a row of it cannot be used; the message names rows and columns.

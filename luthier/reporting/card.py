@@ -129,5 +129,6 @@ def note_export(folder: Path, file: str, parity: Mapping) -> None:
         whole.write_text(json.dumps(noted, indent=2) + "\n", encoding="utf-8")
     if not has_ended(folder):
         return
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, TemplateError):  # no run of this version
+    # Of no run of this version, or edited by hand.
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError, TemplateError):
         write_model_card(folder, json.loads((folder / METRICS).read_text(encoding="utf-8")))

@@ -49,16 +49,15 @@ def pool(folds: Iterable[tuple[Experiment, Result]]) -> tuple[Experiment, Result
     experiment, leader = min((part for part in parts if part[1].kept.arm == arm), key=lambda part: part[1].kept.loss)
     own = [result.answers for result in results]
     logits = np.concatenate([each.answers.logits * each.kept.temperature for each in results])  # before calibration
-    references = np.concatenate([answers.references for answers in own])
-    shares = leader.kept.class_shares
-    temperature = fit_temperature(logits, references, shares) if leader.kept.temperature != 1 else 1.0
-    answers = logits / temperature
-    none = leader.none
-    confidence, correct = confidence_and_correct(answers, references)
-    correct &= references != none
+    references = np.concatenate([each.references for each in own])
+    shares, calibrates = leader.kept.class_shares, leader.course.judge.calibrates
+    temperature = fit_temperature(logits, references, shares) if calibrates else 1.0
+    calibrated = logits / temperature
+    confidence, correct = confidence_and_correct(calibrated, references)
+    correct &= references != leader.none
     threshold = choose_threshold(confidence, correct)
     kept = leader.kept._replace(temperature=temperature, threshold=threshold)
-    sureness, familiarity = pool_familiarity(own, leader.answers.familiarity, answers, correct)
+    sureness, familiarity = pool_familiarity(own, leader.answers.familiarity, calibrated, correct)
 
     splits, prepared, untested = _pool_splits([each for each, _ in parts], experiment)
     outcome = leader.outcome
@@ -72,8 +71,8 @@ def pool(folds: Iterable[tuple[Experiment, Result]]) -> tuple[Experiment, Result
     probe = _pool_probes(leader, [each.probe for each in results], splits, untested)
     divide_logits(leader.model, temperature / leader.kept.temperature)
     leader.model.config.unsure_below = threshold
-    pooled = Answers(answers, references, sureness, familiarity)
-    result = leader._replace(probe=probe, outcome=outcome, kept=kept, answers=pooled)
+    answers = Answers(calibrated, references, sureness, familiarity)
+    result = leader._replace(probe=probe, outcome=outcome, kept=kept, answers=answers)
     own_splits = experiment.own_splits - {"test"}
     return experiment._replace(splits=splits, own_splits=own_splits, prepared=prepared, findings=findings), result
 
@@ -140,8 +139,7 @@ def _pool_probes(
         return leader
     logits = np.concatenate([probe.logits for probe in probes if probe.logits is not None])
     references = np.array(splits["test"]["label"][:])
-    none = result.none
-    scored = TestPredictions(splits, logits, references, result.kept.class_shares, none=none).score()
+    scored = TestPredictions(splits, logits, references, result.kept.class_shares, none=result.none).score()
     features = {"test": join([probe.features["test"] for probe in probes])}
     features |= {UNTESTED[split]: leader.features[split][rows] for split, rows in untested.items()}
     return leader._replace(scores=leader.scores | {"test": scored}, features=features)

@@ -74,7 +74,10 @@ def learning_curve(pool: Pool, strength: float, target: int) -> dict:
 
 
 def check_classes(labels: np.ndarray, groups: np.ndarray, names: list[str]) -> None:
-    """Check that every class has enough images for a learning curve, by the columns of a pool; see there.
+    """Check that every class has enough images for a learning curve.
+
+    Args:
+        labels, groups, names: see `features.Pool`.
 
     Raises:
         UserError: see `learning_curve`.

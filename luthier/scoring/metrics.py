@@ -67,7 +67,7 @@ class TestPredictions:
 
     @property
     def known_groups(self) -> np.ndarray | None:
-        """The groups of the images that do."""
+        """The groups of the known images, int [n], see `known`; None where each stands alone."""
         return None if self.groups is None else self.groups[self.known]
 
     @property
@@ -292,13 +292,12 @@ def calibration_scores(logits: np.ndarray, references: np.ndarray) -> dict[str, 
     `log_loss`; `ece`, the expected calibration error; and `ece_by_chance`, what that would be on average if each
     prediction were correct as often as its confidence says. On few images it is far above 0.
     """
-    bins = reliability(logits, references)
-    error = sum(b["n"] * abs(b["accuracy"] - b["confidence"]) for b in bins) / len(references)
-    confidence, _ = confidence_and_correct(logits, references)
-    number, variance = _bin(confidence), confidence * (1 - confidence)
+    confidence, correct = confidence_and_correct(logits, references)
+    number, n = _bin(confidence), len(references)
+    error = np.abs(np.bincount(number, correct - confidence)).sum() / n
     # The mean size of a normal deviation is sqrt(2 / pi) times its standard deviation.
-    chance = math.sqrt(2 / math.pi) * np.sqrt(np.bincount(number, variance)).sum() / len(references)
-    return {"log_loss": log_loss(logits, references), "ece": error, "ece_by_chance": float(chance)}
+    chance = math.sqrt(2 / math.pi) * np.sqrt(np.bincount(number, confidence * (1 - confidence))).sum() / n
+    return {"log_loss": log_loss(logits, references), "ece": float(error), "ece_by_chance": float(chance)}
 
 
 def reliability(logits: np.ndarray, references: np.ndarray) -> list[dict]:

@@ -1,14 +1,13 @@
-"""Whether training may mirror images: the mirror images of letters show something else."""
+"""Whether training may mirror images: the mirror images of letters and digits show something else."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from scipy.special import ndtr, stdtrit
-from torch import nn
 from transformers import Trainer
 
 from luthier.images.splits import draw_order, stratified_folds
@@ -18,17 +17,17 @@ from luthier.scoring.baselines import ProbeResults
 from luthier.scoring.metrics import standard_error
 from luthier.scoring.screening import FOLDS, losses_of_views, of_some_classes
 from luthier.terminal import say
-from luthier.training.features import LEARNABLE, build_backbone, columns_of, compute_features, join, size_of
+from luthier.training.features import build_backbone, compute_features, size_of
 from luthier.training.recipe import Recipe
 from luthier.training.trainer import model_of
 from models import linear_head
 
-IMAGES, PER_CLASS = 600, 8  # of train and validation that are looked at, at most; and of a class, where many are
-WORSE = 2.5  # standard errors by which mirror images must be worse
+IMAGES, PER_CLASS = 200, 8  # of train that are looked at, at most; and of a class, where there are many classes
+TIMES, WORSE = 2.0, 2.5  # how many times the loss mirror images must have, and standard errors of the difference
 
 
 class Mirror(NamedTuple):
-    """What probes make of mirror images.
+    """What probes that see the halves of an image one by one make of mirror images.
 
     Attributes:
         loss, mirrored: mean cross-entropy of images and of their mirror images.
@@ -41,8 +40,11 @@ class Mirror(NamedTuple):
 
     @property
     def is_worse(self) -> bool:
-        """Whether mirror images show something else, as those of letters do: then they teach errors."""
-        return self.mirrored - self.loss > WORSE * self.error
+        """Whether mirror images show something else, as those of letters do: then they teach errors.
+
+        It is not enough that they are a little worse, as where most things on photographs face one way.
+        """
+        return self.mirrored >= TIMES * self.loss and self.mirrored - self.loss > WORSE * self.error
 
 
 def choose_augmentation(
@@ -58,47 +60,46 @@ def choose_augmentation(
     Args:
         name: `--augmentation`.
         predictor: returns a Trainer that only predicts with the model as it was built.
-        splits, images, probe: see `measure_mirror`. Without a probe nothing is measured.
+        splits: as loaded.
+        images: of each split, see `data.feature_rows`.
+        probe: of the run. Without one nothing is measured.
         recipes: of the run; where nothing is trained, nothing is measured.
     """
     if name != "auto":
         return name
     if probe.strength is None or all(recipe.is_probe for recipe in recipes):
         return "flip_crop"
-    mirror = measure_mirror(predictor(), splits, images, probe)
+    mirror = measure_mirror(predictor(), splits["train"], images["train"])
     worse = from_main_process(mirror is not None and mirror.is_worse)
     if worse and mirror:
         say("mirror", f"not in training; loss of a probe: {mirror.loss:.3f}, of mirrored images {mirror.mirrored:.3f}")
     return "crop" if worse else "flip_crop"
 
 
-def measure_mirror(
-    trainer: Trainer, splits: DatasetDict, images: Mapping[str, ImageRows], probe: ProbeResults
-) -> Mirror | None:
-    """Return what probes make of the mirror images of train and validation; None on all but the main process.
+def measure_mirror(trainer: Trainer, train: Dataset, images: ImageRows) -> Mirror | None:
+    """Return what probes make of the mirror images of training images; None on all but the main process.
+
+    A pretrained model sees an image and its mirror image alike: it has learned from both. So it is shown the left
+    half of an image and then the right half, and a probe gets the features of both.
 
     Args:
         trainer: predicts with the model as it was built.
-        splits: as loaded.
-        images: of each split, see `data.feature_rows`.
-        probe: of `baselines.measure_probe`.
+        train: as loaded.
+        images: its rows, see `data.feature_rows`.
     """
-    model, begin = model_of(trainer), len(splits["train"])
-    head, drawn = linear_head(model), draw_images(*columns_of(splits, ("label", "digest")))
-    assert head is not None and probe.strength is not None  # it is their probe
-    backbone = build_backbone(model, head, size_of(images["train"].rows))
-    backbone.register_forward_pre_hook(_mirror, with_kwargs=True)
-    parts = [
-        compute_features(trainer, backbone, images[split].rows.select(rows.tolist()))
-        for split, rows in zip(LEARNABLE, (drawn[drawn < begin], drawn[drawn >= begin] - begin), strict=True)
-        if len(rows)
-    ]
-    if not probe.features:
+    labels, groups = (np.array(train[column][:]) for column in ("label", "group"))
+    drawn = draw_images(labels, np.array(train["digest"][:]))
+    model, rows = model_of(trainer), images.rows.select(drawn.tolist())
+    head = linear_head(model)
+    assert head is not None  # there is a probe
+    backbone = build_backbone(model, head, size_of(rows))
+    shown = [Half(rows, mirrored, right) for mirrored in (False, True) for right in (False, True)]
+    halves = [features for half in shown if (features := compute_features(trainer, backbone, half)) is not None]
+    if not halves:
         return None
-    labels, groups = (column[drawn] for column in columns_of(splits, ("label", "group")))
-    features = join([probe.features[split] for split in LEARNABLE])[torch.from_numpy(drawn)]
-    mirrored = torch.cat([part for part in parts if part is not None])
-    return compare_with_mirror(features, mirrored, labels, groups, probe.strength)
+    return compare_with_mirror(
+        torch.cat(halves[:2], dim=1), torch.cat(halves[2:], dim=1), labels[drawn], groups[drawn]
+    )
 
 
 def draw_images(labels: np.ndarray, digests: np.ndarray) -> np.ndarray:
@@ -112,18 +113,17 @@ def draw_images(labels: np.ndarray, digests: np.ndarray) -> np.ndarray:
 
 
 def compare_with_mirror(
-    features: torch.Tensor, mirrored: torch.Tensor, labels: np.ndarray, groups: np.ndarray, strength: float
+    features: torch.Tensor, mirrored: torch.Tensor, labels: np.ndarray, groups: np.ndarray
 ) -> Mirror:
     """Return what probes that have not learned from an image make of it and of its mirror image.
 
     Args:
         features, mirrored: of images and of their mirror images, float32 [N, D].
         labels, groups: int [N].
-        strength: of the probes.
     """
     _, labels = np.unique(labels, return_inverse=True)  # without gaps
     folds = stratified_folds(labels, groups, FOLDS, seed=1)
-    losses, others = losses_of_views((features, mirrored), torch.from_numpy(labels), folds, (strength,))
+    losses, others = losses_of_views((features, mirrored), torch.from_numpy(labels), folds)
     error = standard_error(others - losses, groups) * _widen(len(np.unique(groups)))
     return Mirror(float(losses.mean()), float(others.mean()), error)
 
@@ -134,6 +134,28 @@ def _widen(groups: int) -> float:
     return float(stdtrit(freedom, ndtr(WORSE))) / WORSE * math.sqrt((freedom + 1) / freedom)
 
 
-def _mirror(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Turn left and right of what a model is given."""
-    return args, kwargs | {"pixel_values": kwargs["pixel_values"].flip(-1)}
+class Half(torch.utils.data.Dataset):
+    """Rows with the left or the right half of each image, or of its mirror image, and nothing in the other half.
+
+    Args:
+        rows: give `pixel_values` [3, H, W].
+        mirrored: whether it is of the mirror image.
+        right: which half.
+    """
+
+    def __init__(self, rows: Any, mirrored: bool, right: bool):
+        self.rows, self.mirrored, self.right = rows, mirrored, right
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> dict:
+        return self.__getitems__([row])[0]
+
+    def __getitems__(self, rows: list[int]) -> list[dict]:
+        return [{"pixel_values": self._show(values)} for values in self.rows[rows]["pixel_values"]]
+
+    def _show(self, values: torch.Tensor) -> torch.Tensor:
+        values, middle = values.flip(-1) if self.mirrored else values.clone(), values.shape[-1] // 2
+        values[..., slice(None, middle) if self.right else slice(middle, None)] = 0
+        return values

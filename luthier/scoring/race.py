@@ -128,6 +128,8 @@ def race(
     if rival and rival.loss < course.judge.criterion.enough:
         return Outcome(Heats(), "the probe, which leaves little to gain", probe), None
     state, last = _Race(arms, rival, course, resume, probe.seconds if probe else 0.0), None
+    if state.named:
+        state.return_to(state.named)
     while state.running and not state.ended:
         arm, state.ended = state.choose_next()
         if arm is None:
@@ -162,6 +164,10 @@ class _Race:
     """How far a race is, from where an earlier part of the run has left it.
 
     Attributes:
+        arms: all of them.
+        rival: the probe, where the arms must beat it; None for a single arm, or without a probe.
+        course: what the arms share.
+        resume: see `race`.
         running: the arms that have not left.
         heats: that were run.
         ended: why the race has ended; empty where it goes on.
@@ -183,8 +189,6 @@ class _Race:
         self.named = Path(resume) if resume and resume != "auto" else None
         self.heats, self.ended, left = read_record(course, arms, self.named) if resume else (Heats(), "", [])
         self.running = [arm for arm in arms if arm.recipe.name not in left]
-        if self.named:
-            self._return_to(self.named)
 
     def record(self) -> None:
         """Write `race.json`."""
@@ -193,16 +197,19 @@ class _Race:
 
     def choose_next(self) -> tuple[Arm | None, str]:
         """Return the arm that runs the next heat, or none and why the race ends here."""
-        heats, arms, probe = self.heats, self.running, self.rival
-        following = {arm.recipe.name: self.next_heat(arm) for arm in arms}
-        unfinished = [arm for arm in arms if following[arm.recipe.name] < len(arm.ends)]
-        early = [arm for arm in unfinished if len(heats.of(arm.recipe.name)) < 2]
+        heats, running, rival = self.heats, self.running, self.rival
+        following = {arm.recipe.name: self.next_heat(arm) for arm in running}
+        unfinished = [arm for arm in running if following[arm.recipe.name] < len(arm.ends)]
+        # Every arm is seen twice: a new head starts far behind. Without a schedule of heats all epochs are trained,
+        # however often the time limit has ended that.
+        early = [arm for arm in unfinished if len(heats.of(arm.recipe.name)) < 2 or not arm.schedule]
         losses = [heat.loss for heat in heats if math.isfinite(heat.loss)]
-        if early:  # every arm is seen twice: a new head starts far behind
+        if early:
             arm = min(early, key=lambda arm: following[arm.recipe.name])
-            far = probe and heats.of(arm.recipe.name) and all(loss >= FAR * probe.loss for loss in losses)
+            seen = arm.schedule and heats.of(arm.recipe.name)
+            far = rival and seen and all(loss >= FAR * rival.loss for loss in losses)
             return (None, "the probe far ahead") if far else (arm, "")
-        if len(unfinished) < len(arms):
+        if len(unfinished) < len(running):
             return None, "its last heat"
         best = min(losses, default=math.inf)
 
@@ -211,9 +218,9 @@ class _Race:
             if last and heats.of(arm.recipe.name)[-1].loss >= (1 + MIN_GAIN) * best:
                 return False  # it is behind
             wanted = best - max((LAST_GAIN if last else MIN_GAIN) * best, LEAST_GAIN)
-            return self.promise(arm) < min(wanted, probe.loss if probe else math.inf)
+            return self.promise(arm) < min(wanted, rival.loss if rival else math.inf)
 
-        promising = [arm for arm in arms if pays(arm)]
+        promising = [arm for arm in running if pays(arm)]
         if not promising:
             return None, "no more gain in sight"
         return min(promising, key=self.promise), ""
@@ -262,11 +269,11 @@ class _Race:
     def advance(self, arm: Arm, end: int) -> tuple[Trained, SafeTrainer]:
         """Train an arm up to a step, from its newest checkpoint or the named one; score its best weights so far."""
         checkpoint = self.named or newest_shared(arm.folder, arm.is_main_process)
-        if self.resume and not self.has_begun:
-            say("resume", _where(checkpoint, self.heats))
         if not self.has_begun:
+            if self.resume:
+                say("resume", _where(checkpoint, self.heats))
             EpochTable.write_header(arm.training_args)
-        self.has_begun = True
+            self.has_begun = True
         if self.named and step_of(self.named) < end:
             self.named = None
         return self._train(arm, end, checkpoint)
@@ -284,8 +291,8 @@ class _Race:
         course.stopwatch.stop("evaluate")
         return Trained(arm, candidates, trainer.state), trainer
 
-    def _return_to(self, named: Path) -> None:
-        """Go on from a checkpoint: the run is no longer finished, and later checkpoints are written again.
+    def return_to(self, named: Path) -> None:
+        """Go back to the named checkpoint: later ones are removed, and the run no longer counts as finished.
 
         Raises:
             UserError: it cannot go on from there; then nothing is removed.

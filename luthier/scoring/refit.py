@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetDict
 from transformers import PreTrainedModel, Trainer
 
 from luthier.errors import ImagesChanged, NoSpace, NotFinite, UserError
-from luthier.familiarity import Familiarity
+from luthier.familiarity import Familiarity, class_shares_of
 from luthier.images.views import ImageRows
 from luthier.output_dir import NO_TIME
 from luthier.run_files import REFIT
@@ -29,7 +29,7 @@ from luthier.training.features import join
 from luthier.training.probe import SOFT, fit_shared_probe, state_with_probe
 from luthier.training.recipe import blend
 from luthier.training.trainer import build_predictor, model_of, predict, train
-from models import class_shares_of, linear_head
+from models import linear_head
 
 SHARE = 0.5  # of the weights that have learned from all images, in those that are shipped
 WORSE = 2  # standard errors by which the loss on validation must be higher than that of the scored weights

@@ -14,7 +14,6 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import BaseImageProcessor, PreTrainedModel, Trainer
 
-from luthier.errors import UserError
 from luthier.images.splits import draw_order, stratified_folds
 from luthier.images.views import EvaluationView, view_size
 from luthier.machine import choose_memory_format
@@ -24,7 +23,7 @@ from luthier.scoring.metrics import standard_error
 from luthier.terminal import say
 from luthier.training.features import build_backbone, compute_features, size_of
 from luthier.training.probe import fit_parts
-from models import EFFICIENTNETS, HubUnreachable, ModelError, change_view, explain_refusal, linear_head, takes_size
+from models import EFFICIENTNETS, HubUnreachable, ModelError, change_view, check_view, linear_head, takes_size
 
 IMAGES, CLASSES = 192, 24  # of train that are looked at, at most: eight images of a class, where classes are even
 FOLDS = 4
@@ -90,14 +89,11 @@ def choose_view(
         any_side: False leaves the model's own side.
 
     Raises:
-        UserError: the model does not classify such images, see `models.explain_refusal`, or see `view_size`.
+        ModelError: see `models.check_view`.
+        UserError: see `view_size`.
     """
     side, wide = view_size(image_processor)
-    if refusal := explain_refusal(model, side, wide):
-        raise UserError(
-            f"{model.config.name_or_path or type(model).__name__} does not classify the RGB images that its image "
-            f"processor makes ({side} x {wide} px): {refusal}. Use another model"
-        )
+    check_view(model, (side, wide), advice="Use another model")
     if not enabled or linear_head(model) is None or side != wide:
         return EvaluationView(image_processor), []
     own, cfg = image_processor, getattr(model.config, "pretrained_cfg", None)
@@ -290,9 +286,7 @@ def cross_fitted_losses(features: torch.Tensor, labels: torch.Tensor, folds: np.
     return losses_of_views([features], labels, folds)[0]
 
 
-def losses_of_views(
-    views: Sequence[torch.Tensor], labels: torch.Tensor, folds: np.ndarray, strengths: tuple[float, ...] = STRENGTHS
-) -> np.ndarray:
+def losses_of_views(views: Sequence[torch.Tensor], labels: torch.Tensor, folds: np.ndarray) -> np.ndarray:
     """Return the cross-entropy of each image in each view, float64 [V, N], by probes that have not seen its fold.
 
     The probes learn from the first view. Of several penalties the one with the lowest mean there counts. A probability
@@ -302,11 +296,10 @@ def losses_of_views(
         views: features, float32 [N, D] each.
         labels: int64 [N].
         folds: int [N].
-        strengths: the penalties.
     """
     classes, names = int(labels.max()) + 1, np.unique(folds)
-    true = torch.full((len(strengths), len(views), len(labels)), 1 / classes, dtype=torch.float64)
-    paths = fit_parts(views[0], labels, classes, strengths, folds[:, None] != names)
+    true = torch.full((len(STRENGTHS), len(views), len(labels)), 1 / classes, dtype=torch.float64)
+    paths = fit_parts(views[0], labels, classes, STRENGTHS, folds[:, None] != names)
     for fold, path in zip(names, paths, strict=True):
         rows = torch.from_numpy(np.flatnonzero(folds == fold))
         for number, probe in enumerate(path):

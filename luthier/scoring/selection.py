@@ -1,4 +1,4 @@
-"""Which weights a run ends with: those that are best on validation, calibrated."""
+"""Which weights a run ends with, those that are best on validation, calibrated; and all scores of a model."""
 
 import math
 import time

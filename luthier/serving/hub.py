@@ -155,7 +155,7 @@ def stage(output_dir: Path, repo_id: str, staging: Path) -> None:
             raise UserError(
                 f"the run in {output_dir} has not ended: go on with it by --resume_from_checkpoint auto, then push it"
             )
-    except (OSError, ValueError, KeyError, TypeError, TemplateError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, TemplateError) as error:
         if getattr(error, "errno", None) in REFUSED_BY_SYSTEM:
             raise
         raise UserError(

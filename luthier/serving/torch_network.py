@@ -4,12 +4,12 @@ import threading
 
 import torch
 
-from luthier.familiarity import load_familiarity, none_of
+from luthier.familiarity import load_familiarity, none_of, threshold_of
 from luthier.fusion import fuse_batchnorm
 from luthier.images.views import EvaluationView
 from luthier.machine import configure_logging, keep_freed_memory, lacking_capability
 from luthier.serving.network import Rated
-from models import labels_of, load_trained, threshold_of
+from models import check_view, labels_of, load_trained
 
 
 class TorchNetwork:
@@ -19,7 +19,7 @@ class TorchNetwork:
         model_name: a folder with a saved model, or a name on the Hub.
 
     Raises:
-        ModelError: the model cannot be loaded.
+        ModelError: the model cannot be loaded, or does not take what its image processor makes.
         UserError: its image processor gives every image another size.
     """
 
@@ -33,8 +33,9 @@ class TorchNetwork:
             keep_freed_memory()
         self.batch_size = 64 if accelerator else 16
         model, image_processor = load_trained(model_name)
-        model.to(self.device)  # type: ignore[arg-type]  # the library wraps torch's method
         self.view = EvaluationView(image_processor)
+        check_view(model, self.view.size)  # on the CPU: a GPU would hold a copy, and plan for a batch of one
+        model.to(self.device)  # type: ignore[arg-type]  # the library wraps torch's method
         self.model = fuse_batchnorm(model, self.view.size)
         self.labels, self.none = labels_of(model), none_of(model)
         self.familiarity = load_familiarity(model, model_name)

@@ -144,9 +144,9 @@ def plan_arm(recipe: Recipe, workshop: Workshop, rows: Mapping[str, Any], folder
         start: see `Arm`.
     """
     args, images = workshop.training_args, len(rows["train"])
-    devices = args.world_size * args.gradient_accumulation_steps
-    args = replace(args, per_device_train_batch_size=recipe.batch_of_device(images, devices))
-    batch, per_epoch = args.train_batch_size * devices, count_steps(args, images)
+    batches = args.world_size * args.gradient_accumulation_steps
+    args = replace(args, per_device_train_batch_size=recipe.batch_of_device(images, batches))
+    batch, per_epoch = args.train_batch_size * batches, count_steps(args, images)
     first = first_heat(per_epoch, batch)
     if args.max_steps > 0:
         total = args.max_steps

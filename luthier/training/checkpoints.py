@@ -49,9 +49,12 @@ def seal(folder: Path, checkpoint: Path) -> None:
     Whatever happens in between, the name stands for the whole checkpoint, or for none.
     """
     copy_permissions_to_weights(folder / "trainer_state.json")
-    hashes = {path.name: _sync_and_hash(path) for path in sorted(folder.iterdir())}
+    files = sorted(folder.iterdir())
+    for path in files:
+        sync(path)
+    hashes = {path.name: _hash(path) for path in files}
     (folder / HASHES).write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
-    _sync_and_hash(folder / HASHES)
+    sync(folder / HASHES)
     _sync_folder(folder)
     if checkpoint.exists():
         shutil.rmtree(checkpoint)
@@ -256,11 +259,6 @@ def _is_there(checkpoint: Path) -> bool:
 
 def _is_checkpoint(path: Path) -> bool:
     return path.is_dir() and re.fullmatch(r"checkpoint-\d+", path.name) is not None
-
-
-def _sync_and_hash(path: Path) -> str:
-    sync(path)
-    return _hash(path)
 
 
 def _hash(path: Path) -> str:

@@ -47,18 +47,18 @@ class Recipe(NamedTuple):
     rate_is_given: bool = False
     batch: int | None = None
 
-    def batch_of_device(self, images: int, devices: int) -> int:
-        """Return how many images a device takes in a step: `BATCH`, or fewer where an epoch is short.
+    def batch_of_device(self, images: int, batches: int) -> int:
+        """Return how many images a device takes at a time: `BATCH`, or fewer where an epoch is short.
 
         Args:
             images: of an epoch.
-            devices: times the batches of each in an optimizer step.
+            batches: in an optimizer step: of all devices together, with those that are accumulated.
         """
         if self.batch is not None:
             return self.batch
-        if images >= LEAST_STEPS * BATCH * devices:
+        if images >= LEAST_STEPS * BATCH * batches:
             return BATCH
-        return math.ceil((BATCH if images >= LEAST_STEPS * BATCH else self.small_batch) / devices)
+        return math.ceil((BATCH if images >= LEAST_STEPS * BATCH else self.small_batch) / batches)
 
     def rate_of_batch(self, batch: int) -> float:
         """Return the learning rate of the head for so many images in an optimizer step.

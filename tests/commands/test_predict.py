@@ -18,7 +18,6 @@ import pytest
 import torch
 from conftest import PROJECT, draw, draw_folder
 from PIL import Image
-from safetensors.torch import save_file
 from transformers import pipeline
 
 import predict
@@ -256,25 +255,6 @@ def test_prediction_below_the_threshold_is_unsure(model, capsys, tmp_path, by):
     assert parse_json_lines(out)[0]["answer"] == parse_json_lines(out)[0]["top"][0]["label"]
     _, out, _ = run_predict(capsys, other, tmp_path / "a.png")
     assert "a.png: unsure" in out
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda folder, config: (folder / "familiarity.safetensors").write_bytes(b"no"), "is damaged"),
-        (lambda folder, config: save_file({"references": torch.ones(4, 7).half()}, folder / "familiarity.safetensors"),
-         "have 7 features"),
-        (lambda folder, config: config["familiarity"].update(log_odds=None), "is damaged"),
-        (lambda folder, config: config["familiarity"].update(head="nothing"), "is damaged"),
-    ],
-)  # fmt: skip
-def test_damaged_familiarity_is_an_error_with_its_remedy(model, capsys, tmp_path, damage, message):
-    config = json.loads((model / "config.json").read_text())
-    folder = copy_with(model, tmp_path / "damaged", config)
-    damage(folder, config)
-    (folder / "config.json").write_text(json.dumps(config))
-    code, _, err = run_predict(capsys, folder, tmp_path / "a.png")
-    assert code == 2 and message in err and "copy it again, or delete it" in err and "Traceback" not in err
 
 
 def test_several_people_are_answered_at_once(model):

@@ -66,6 +66,29 @@ def test_damaged_shard_is_written_again(capsys):
     assert shards() == before
 
 
+def test_copies_of_shards_and_partial_downloads_are_no_shards():
+    prepare.main(LINE)
+    first, *_, last = sorted(Path("shards").glob("train-*.parquet"))
+    copy = first.with_name(f"{first.stem} (1).parquet")
+    shutil.copy(first, copy)
+    for load_them in (lambda: load(data_dir="shards"), lambda: open_stream("shards")):
+        with pytest.raises(UserError, match=r"shards holds train-00000-of-\d+ \(1\).parquet, which looks like a copy"):
+            load_them()
+    copy.unlink()
+    last.rename(last.with_name(f"{last.name}.crdownload"))
+    with pytest.raises(UserError, match="lacks files of the split train"):
+        load(data_dir="shards")
+
+
+def test_interruption_before_the_first_file_is_named(monkeypatch):
+    monkeypatch.setattr(prepare, "resized", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        prepare.main(LINE)
+    assert Path("shards/shards.json").is_file() and not shards()
+    with pytest.raises(UserError, match=r"shards lacks files of the split train: prepare.py was interrupted"):
+        load(data_dir="shards")
+
+
 def test_second_start_writes_what_is_missing_and_the_same(capsys):
     prepare.main(LINE)
     whole = shards()

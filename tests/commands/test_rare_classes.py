@@ -9,7 +9,8 @@ from transformers import AutoModelForImageClassification
 
 import score
 import train
-from models import build_model, class_shares_of, load_trained
+from luthier.familiarity import class_shares_of
+from models import build_model, load_trained
 
 COUNTS = {"blue": 24, "green": 12, "red": 4, "violet": 1}
 

@@ -133,7 +133,10 @@ def test_weights_that_are_damaged_are_not_scored(model, new_images, tmp_path, ca
             r"does not know 1 class of the images, such as 'violet'.*blue, green, red",
         ),
         (["--data_dir", "nowhere"], "nowhere is not a folder"),
-        (["twice", "--data_dir", "good"], "has several classes with the name 'red'"),
+        (
+            ["twice", "--data_dir", "good"],
+            r"has several classes with the name 'red'.*in `label_names`, or in `id2l",
+        ),
         (["empty/", "--data_dir", "good"], "holds no model"),
         (["unfinished", "--data_dir", "good"], "lacks .* of its weights"),
         (["--data_dir", "good", "--push_to_hub"], "does not take --push_to_hub, which is for train.py"),

@@ -1,5 +1,6 @@
 """A dataset by name: which columns hold images and labels, which classes there are, and how they are ordered."""
 
+import hashlib
 import unicodedata
 from pathlib import Path
 
@@ -8,13 +9,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import COLOURS, draw, draw_folder, encode, labels_of, load, save_dataset
-from datasets import ClassLabel, Dataset, Features, Image, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from huggingface_hub.utils import httpx
 
 import data
 from data import prepare
 from luthier.errors import UserError
-from luthier.images.columns import _names_of_labels, check_holds_images, explain_loading, named_splits
+from luthier.images.columns import (
+    _names_of_labels,
+    check_holds_images,
+    explain_loading,
+    label_and_image,
+    named_splits,
+)
 from luthier.images.description import describe
 
 
@@ -214,3 +221,22 @@ def test_label_of_white_space_alone_is_none(tmp_path):
     path = save_dataset(tmp_path / "set", Value("string"), {"train": ["a", "b", " \n"] * 4})
     with pytest.raises(UserError, match="4 rows of the train split have no label"):
         load(dataset_name=path)
+
+
+def test_columns_of_a_user_are_not_taken_for_luthiers_own(tmp_path):
+    names = {"photo": Image(), **dict.fromkeys(("label", "stamp", "given_group"), Value("string"))}
+    for folder, first in (("one", 0), ("two", 500)):  # other images with the same stamps
+        rows = {"photo": [{"bytes": encode("red", first + row), "path": None} for row in range(20)]}
+        rows |= {"label": ["a", "b"] * 10, "stamp": ["penny"] * 20, "given_group": ["all"] * 20}
+        (tmp_path / folder).mkdir()
+        Dataset.from_dict(rows, features=Features(names)).to_parquet(tmp_path / folder / "train.parquet")
+        train = data.load_images(dataset_name=str(tmp_path / folder))[0]["train"]
+        assert train["digest"][0] == hashlib.sha256(encode("red", first)).hexdigest()
+        assert len(set(train["group"][:])) == 20
+
+
+@pytest.mark.parametrize("feature", [ClassLabel(names=["a", "b"]), Value("string")])
+def test_dataset_without_rows_is_refused(feature):
+    empty = Dataset.from_dict({"image": [], "label": []}, features=Features({"image": Image(), "label": feature}))
+    with pytest.raises(UserError, match="the train split has no rows"):
+        label_and_image(DatasetDict(train=empty), None, None, None, None, True)

@@ -8,6 +8,7 @@ from datasets import ClassLabel, Dataset, Features, Image
 
 from luthier.errors import UserError
 from luthier.images.metadata import has_shards
+from luthier.images.streams import open_stream
 
 NAMES = sorted(COLOURS)
 
@@ -31,6 +32,14 @@ def test_parquet_files_are_loaded_with_their_splits_and_names(tmp_path, below):
     splits = load(data_dir=str(tmp_path))
     assert splits["train"].features["label"].names == NAMES
     assert len(splits["test"]) == 12 and len(splits["train"]) + len(splits["validation"]) == 30
+
+
+@pytest.mark.parametrize("name", ["photos.parquet", "photos.csv", "photos.tar"])
+def test_file_is_not_taken_for_a_dataset(tmp_path, name):
+    (tmp_path / name).write_bytes(b"anything")
+    for load_it in (lambda: load(dataset_name=str(tmp_path / name)), lambda: open_stream(str(tmp_path / name))):
+        with pytest.raises(UserError, match=rf"{name} is a file, and not a dataset: give the folder"):
+            load_it()
 
 
 def test_webdataset_archives_are_loaded_and_named(tmp_path):

@@ -32,7 +32,7 @@ def fold(
     test = Dataset.from_dict({"label": references, "digest": [f"{number} {row}" for row in range(60)]})
     validation = Dataset.from_dict({"label": [0, 1], "digest": ["of no fold", "0 7"]})
     splits = DatasetDict(train=test.select(range(0)), validation=validation, test=test)
-    course = SimpleNamespace(judge=Judge(["a", "b", "none"], Criterion(none=NONE)))
+    course = SimpleNamespace(judge=Judge(["a", "b", "none"], Criterion(none=NONE), calibrates=temperature != 1))
     kept = Candidate(1.0, temperature, 0.1, {}, {}, np.full(4, loss), arm)
     model = SimpleNamespace(config=SimpleNamespace())
     answers = Answers(logits / temperature, references)

@@ -108,6 +108,16 @@ def test_race_ends_with_the_last_heat_of_an_arm():
     assert next_one(heats(lp_ft=[0.4], full=[0.5]), single, 0.5) == (None, "its last heat")
 
 
+def test_training_without_heats_goes_on_though_the_probe_is_far_ahead():
+    tried = Heats([Heat("lp_ft", 100, 10.0, 0.5, 0.9, 1.0)])
+    assert next_one(tried, [arm("lp_ft", (500,)), arm("full", (500,))], 0.01) == ("lp_ft", "")
+
+
+def test_training_without_heats_goes_on_however_often_the_time_limit_has_ended_it():
+    tried = Heats(Heat("head", step, step / 10, loss, 0.9, 1.0) for step, loss in ((100, 0.50), (200, 0.49)))
+    assert next_one(tried, [arm("head", (500,))], None) == ("head", "")
+
+
 def test_arm_that_diverged_does_not_keep_others_from_going_on():
     assert next_one(heats(lp_ft=[math.nan, math.nan], full=[0.6, 0.4]), ARMS[:2], 0.5)[0] == "full"
 

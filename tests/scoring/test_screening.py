@@ -15,7 +15,6 @@ from hub_server import Hub
 from safetensors.torch import save_file
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
-from luthier.errors import UserError
 from luthier.scoring.screening import (
     HUB_BACKBONES,
     Sample,
@@ -45,8 +44,8 @@ class FakeSample:
 
 def test_model_that_does_not_classify_its_own_images_is_refused(monkeypatch, timm_checkpoint):
     model, image_processor = build_model(str(timm_checkpoint), {0: "a", 1: "b"})
-    monkeypatch.setattr("luthier.scoring.screening.explain_refusal", lambda model, height, width: f"no {height}")
-    with pytest.raises(UserError, match=r"does not classify the RGB images .* \(32 x 32 px\): no 32. Use another"):
+    monkeypatch.setattr("models.explain_refusal", lambda model, height, width: f"no {height}")
+    with pytest.raises(ModelError, match=r"does not classify the RGB images .* \(32 x 32 px\): no 32. Use another"):
         choose_view(model, image_processor, None, enabled=True, any_side=True)
 
 

@@ -417,6 +417,17 @@ def test_hostile_names_are_escaped_in_the_model_card(finished_run, tmp_path):
     assert not any(text in body for text in ("<img", "<b>", "[x](", "[c](", "| | a |")) and "# instruments" in body
 
 
+def test_metrics_that_were_edited_by_hand_give_one_message(finished_run, tmp_path):
+    run, staging = tmp_path / "run", tmp_path / "staging"
+    shutil.copytree(finished_run, run)
+    staging.mkdir()
+    metrics = json.loads((run / "metrics.json").read_text()) | {"command": None}
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    note_export(run, "model.onnx", {})
+    with pytest.raises(UserError, match="holds no finished run"):
+        hub.stage(run, "me/x", staging)
+
+
 def test_damaged_note_of_exports_is_left_out(finished_run, tmp_path):
     metrics = json.loads((finished_run / "metrics.json").read_text())
     (tmp_path / "onnx").mkdir()
