@@ -16,11 +16,12 @@ from transformers import BaseImageProcessor
 from luthier.cache import cache_key, library_versions, make_rows
 from luthier.cores import count_cores
 from luthier.errors import ImagesChanged, UserError
-from luthier.images.columns import label_and_image, load_named
+from luthier.images.columns import label_and_image
 from luthier.images.decode import decode_rgb, read_bytes, reason
 from luthier.images.folders import hint_at_table
 from luthier.images.groups import add_groups
 from luthier.images.inspection import MAX_UNREADABLE, UnreadableImage, inspect, leave_out_unreadable, listing
+from luthier.images.loading import load_named
 from luthier.images.metadata import Columns, find_tables, has_shards, load_directory
 from luthier.images.openmoji import load_openmoji
 from luthier.images.shards import StreamedRows
@@ -107,7 +108,8 @@ def list_images(
         stream: of the same data: train is then a sample, and the other splits are complete.
 
     Returns the splits, with the columns `image` (bytes or path, not decoded) and `label` (a `ClassLabel` whose names
-    are sorted and the same in all of them); and the folder of the images, if they are files in one.
+    are sorted and the same in all of them), `folders.STAMP` of files and `folders.GIVEN_GROUP` where groups were told;
+    and the folder of the images, if they are files in one.
 
     Raises:
         UserError: nothing usable is there.
@@ -123,7 +125,7 @@ def list_images(
         where = f"{root} holds Parquet or tar files" if root else "give --data_dir"
         raise UserError(f"--labels, --split_column and --group_by are for image files in a folder: {where}")
     else:
-        splits, root = _load_dataset(root, dataset_name, dataset_config_name), None
+        splits, root = _load_dataset(root, dataset_name, dataset_config_name, to_train), None
     splits = label_and_image(splits, columns.image, columns.label, columns.group, label_names, to_train)
     names = splits["train"].features["label"].names
     if to_train and len(names) < 2:
@@ -135,11 +137,11 @@ def list_images(
     return splits, root
 
 
-def _load_dataset(root: Path | None, name: str | None, config: str | None) -> DatasetDict:
+def _load_dataset(root: Path | None, name: str | None, config: str | None, to_train: bool) -> DatasetDict:
     """Return the splits of a folder of shards or of a dataset with their own columns; see `list_images`."""
     if root is None and name in (None, BUILT_IN_DATASET):
         return DatasetDict(train=load_openmoji())
-    return load_named(str(root or name), config)
+    return load_named(str(root or name), config, to_train)
 
 
 def load_labelled(names: list[str], **options) -> tuple[DatasetDict, list[UnreadableImage]]:

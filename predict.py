@@ -29,7 +29,7 @@ from luthier.escape import escape_cell, escape_terminal
 from luthier.images.decode import CONVERT, is_image, is_unread, reason
 from luthier.images.image_files import walk
 from luthier.output_dir import is_of_run
-from luthier.terminal import percent, plural, shorten
+from luthier.terminal import has_terminal, percent, plural, shorten
 
 if TYPE_CHECKING:
     from luthier.serving.classifier import Prediction
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     with open_output(args.output) as file:
         write = WRITERS[args.format](file, min(args.top_k, len(classifier.labels)))
         # A bar would be in the way of predictions on the same terminal.
-        silent = not sys.stderr.isatty() or (args.output is None and sys.stdout.isatty())
+        silent = not has_terminal() or (args.output is None and sys.stdout.isatty())
         predictions = classifier.predict_files(expand(args.input, sys.stdin or ()), args.top_k)
         try:
             for prediction in tqdm(predictions, unit=" images", delay=1, disable=silent):

@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -81,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
         say("left out", f"{plural(len(unreadable), 'image')} that cannot be read, such as {unreadable[0].name}")
     write_shards(splits, folder, options.side, options.images, share)
     when = ", when all machines have ended" if share.machines > 1 else ""
-    say("next", f"accelerate launch train.py --data_dir {argv[1]}{when}")
+    say("next", f"accelerate launch train.py --data_dir {shlex.quote(str(folder))}{when}")
 
 
 def build_parser() -> "Parser":
@@ -233,8 +234,8 @@ def check_folder(folder: Path) -> None:
     Raises:
         UserError: it has something else.
     """
-    from luthier.images.columns import PLAN
     from luthier.images.decode import is_hidden
+    from luthier.images.loading import PLAN
 
     foreign = folder.exists() and (not folder.is_dir() or any(not is_hidden(path.name) for path in folder.iterdir()))
     if foreign and not (folder / PLAN).is_file():
@@ -260,7 +261,7 @@ def claim_folder(folder: Path, plan: dict) -> None:
         UserError: it has something else.
     """
     from luthier.files import atomic_write
-    from luthier.images.columns import PLAN
+    from luthier.images.loading import PLAN
 
     text = json.dumps(plan, indent=1)
     check_folder(folder)

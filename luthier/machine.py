@@ -230,7 +230,7 @@ def explain_exhausted_memory(training_args: TrainingArguments, training: bool = 
             batch = training_args.per_device_eval_batch_size
             raise UserError(
                 f"not enough memory to evaluate batches of {batch}: use smaller ones (--per_device_eval_batch_size "
-                f"{max(1, batch // 2)}), or fewer pixels (--image_size)"
+                f"{max(1, batch // 2)}), or fewer pixels (train.py: --image_size)"
             ) from error
         batch = training_args.per_device_train_batch_size
         smaller = (

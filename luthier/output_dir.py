@@ -48,8 +48,8 @@ def free_output_dir(
             "leave the option out to use the next free name under outputs/, or let train.py continue an interrupted "
             "run with --resume_from_checkpoint auto"
         )
-    is_of_run = any(any(path.glob(pattern)) for pattern in OF_RUNS)
-    if path.is_dir() and not is_of_run and any(entry.is_dir() for entry in path.iterdir()):
+    has_run = any(any(path.glob(pattern)) for pattern in OF_RUNS)
+    if path.is_dir() and not has_run and any(entry.is_dir() for entry in path.iterdir()):
         raise UserError(f"--output_dir {given} holds folders, but no run that could go on: give another")
     return path
 

@@ -107,16 +107,16 @@ def read_config(path: str, parser: HfArgumentParser) -> dict:
     try:
         loader = yaml.SafeLoader(Path(path).read_text(encoding="utf-8"))
         tree = loader.get_single_node()
-        keys = [key.value for key, _ in tree.value] if isinstance(tree, yaml.MappingNode) else []
-        settings = _read_values(loader, tree) if isinstance(tree, yaml.MappingNode) else None
+        if not isinstance(tree, yaml.MappingNode):
+            raise UserError(f"{path} must hold settings, one `key: value` on a line")
+        keys = [key.value for key, _ in tree.value]
+        settings = _read_values(loader, tree)
     except OSError as error:
         raise UserError(f"cannot read the config {path}: {error.strerror}") from error
     except RecursionError as error:
         raise UserError(f"{path} is not valid YAML: a list contains itself") from error
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if settings is None:
-        raise UserError(f"{path} must hold settings, one `key: value` on a line")
     if twice := [key for key in keys if keys.count(key) > 1]:
         raise UserError(f"{path} gives {twice[0]} twice: leave one out")
     for key, value in settings.items():

@@ -1,206 +1,32 @@
-"""A dataset by name, brought to two columns: `image`, not decoded, and `label`, a ClassLabel with sorted names."""
+"""A dataset's own columns brought to two: `image`, not decoded, and `label`, a ClassLabel with sorted names."""
 
-import contextlib
-import itertools
-import json
 import logging
-import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
-from tarfile import TarError
-from typing import TypeVar
+from collections.abc import Iterable, Mapping
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset, load_dataset_builder
-from datasets.exceptions import DatasetNotFoundError, DatasetsError
-from huggingface_hub.utils import httpx  # or httpx2, by its version
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 
 from luthier.errors import UserError
-from luthier.images.archives import check_whole
-from luthier.images.folders import GIVEN_GROUP, SPLIT_OF_FOLDER, STAMP, sort_names
+from luthier.images.folders import GIVEN_GROUP, STAMP, sort_names
 from luthier.terminal import plural
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
-PLAN = "shards.json"  # in a folder that prepare.py writes: what its files are made of
 # The types in an image column that lost its own: polars and pyarrow write large ones, pandas a path that is never set.
 BINARY, TEXT = (Value("binary"), Value("large_binary")), (Value("string"), Value("large_string"), Value("null"))
 LABEL_COLUMNS = ("label", "labels", "class", "cls", "category", "target", "fine_label")
 
 
-def load_named(dataset_name: str, dataset_config_name: str | None) -> DatasetDict:
-    """Load the splits train, validation and test of a dataset, as far as it has them, with its own columns.
-
-    Args:
-        dataset_name: what `datasets.load_dataset` takes: a Hub name or a local dataset folder.
-        dataset_config_name: the configuration, where the dataset has several.
-
-    Raises:
-        UserError: it cannot be loaded, or has no split to train on.
-    """
-    if dataset_name.startswith((".", "/", "~")) and not Path(dataset_name).exists():
-        raise UserError(f"{dataset_name} is not a folder, and no name of a dataset on the Hub: check the path")
-    check_complete(Path(dataset_name))
-    with explain_loading(dataset_name):
-        loaded = load_dataset(resolved(dataset_name), dataset_config_name)
-        if Path(dataset_name).is_dir():
-            files = load_dataset_builder(resolved(dataset_name), dataset_config_name).config.data_files or {}
-            for url in itertools.chain.from_iterable(files.values()):
-                _check_file(url, next(iter(loaded.values())).features)
-    check_holds_images(loaded, dataset_name)
-    return DatasetDict(named_splits(loaded, dataset_name))
-
-
-def check_holds_images(splits: Mapping[str, Dataset], dataset_name: str) -> None:
-    """Check that the rows of a dataset hold their images, and do not name other files of this machine.
-
-    What is read would be trained on and may be published, and it is the dataset's author who chose the name.
-
-    Raises:
-        UserError: a row names a file.
-    """
-    for split, dataset in splits.items():
-        if dataset.info.builder_name == "imagefolder":  # its rows name its own files
-            continue
-        for column, feature in dataset.features.items():
-            if isinstance(feature, Image) or is_encoded_image(feature):
-                for images in dataset.data.column(column).chunks:
-                    outside = pc.and_(pc.is_null(images.field("bytes")), pc.is_valid(images.field("path")))
-                    if pc.any(outside).as_py():
-                        path = images.field("path").filter(outside)[0].as_py()
-                        raise UserError(
-                            f"the split {split} of {dataset_name} names a file instead of an image ({path}): "
-                            "write the images themselves into the dataset, or give a table of files with --labels"
-                        )
-
-
-def is_encoded_image(feature: object) -> bool:
-    """Tell whether a column is one of images, as `datasets` stores them, that has lost its type."""
-    return (
+def is_image_feature(feature: object) -> bool:
+    """Tell whether a column is one of images, as `datasets` stores them, even if it has lost its type."""
+    return isinstance(feature, Image) or (
         isinstance(feature, dict)
         and feature.keys() == {"bytes", "path"}
         and feature["bytes"] in BINARY
         and feature["path"] in TEXT
     )
-
-
-def check_complete(folder: Path) -> None:
-    """Check that a dataset is no file, and that prepare.py has written all files of a folder, if it has begun that.
-
-    Raises:
-        UserError: it is a file, or some files are missing, or copies of some are among them.
-    """
-    if folder.is_file():
-        raise UserError(
-            f"{folder} is a file, and not a dataset: give the folder that its Parquet or tar files are in. A table of "
-            "image files goes to --labels, with the folder of the images as --data_dir"
-        )
-    try:
-        splits = dict(json.loads((folder / PLAN).read_text(encoding="utf-8"))["splits"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return  # there is none, or it is another program's
-    for split in splits:
-        names = sorted(path.name for path in folder.glob(f"{split}-*-of-*.parquet"))
-        counts = [re.fullmatch(r"-\d+-of-(\d+)\.parquet", name.removeprefix(split)) for name in names]
-        if odd := [name for name, count in zip(names, counts, strict=True) if count is None]:
-            raise UserError(
-                f"{folder} holds {odd[0]}, which looks like a copy of a file of prepare.py: move it elsewhere, or its "
-                "images would count twice"
-            )
-        if not names or len(names) < max(int(count[1]) for count in counts if count):
-            raise UserError(
-                f"{folder} lacks files of the split {split}: prepare.py was interrupted, or other machines have not "
-                "written their share. Run it again with the same options, and it writes what is missing"
-            )
-
-
-def _check_file(url: str, features: Features) -> None:
-    """Check what `datasets` does not: that an archive is read to its end, and the classes of a Parquet file.
-
-    Raises:
-        UserError: a file would be read wrongly.
-    """
-    if url.endswith(".parquet"):
-        check_class_names(url, pq.read_schema(url), features)
-    elif url.endswith(".tar"):
-        try:
-            with Path(url).open("rb") as file:
-                check_whole(file)
-        except TarError as error:
-            raise UserError(f"{url} cannot be read: {error}") from error
-
-
-def check_class_names(url: str, schema: pa.Schema, features: Features) -> None:
-    """Check that a Parquet file numbers its classes as the dataset does; `datasets` would read the numbers as its own.
-
-    Raises:
-        UserError: it does not.
-    """
-    for column, feature in Features.from_arrow_schema(schema).items():
-        expected = features.get(column)
-        if isinstance(feature, ClassLabel) and isinstance(expected, ClassLabel) and feature.names != expected.names:
-            raise UserError(
-                f"{url} numbers the classes of the column {column!r} by the names {', '.join(feature.names)}, and the "
-                f"dataset by {', '.join(expected.names)}. Write all files with the same names, in the same order"
-            )
-
-
-def resolved(dataset_name: str) -> str:
-    """Return the whole path of a folder, because `datasets` cannot load `.`; another name as it is."""
-    return str(Path(dataset_name).resolve()) if Path(dataset_name).is_dir() else dataset_name
-
-
-@contextlib.contextmanager
-def explain_loading(dataset_name: str) -> Iterator[None]:
-    """Turn the errors of `datasets`, where a dataset cannot be loaded, into advice.
-
-    Raises:
-        UserError: it cannot be loaded.
-    """
-    try:
-        yield
-    except (ConnectionError, httpx.TransportError) as error:
-        raise UserError(
-            f"there is no folder {dataset_name}, and the Hub cannot be reached for a dataset of this name. Check the "
-            "name, connect this machine, or use images on disk with --data_dir, or --dataset_name openmoji"
-        ) from error
-    except (DatasetNotFoundError, FileNotFoundError) as error:
-        if Path(dataset_name).exists():
-            raise UserError(f"cannot load {dataset_name}: {' '.join(str(error).split())}") from error
-        raise UserError(
-            f"there is no dataset {dataset_name!r} on the Hub, or it is private or gated. Check the name, and log in "
-            "with `hf auth login` if it needs rights; for a folder of images use --data_dir"
-        ) from error
-    except (DatasetsError, TarError, ValueError, RuntimeError, OSError) as error:  # several configurations, damage
-        cause = error.__cause__ or error  # of an error while files are read
-        raise UserError(f"cannot load {dataset_name}: {' '.join(str(cause).split())}") from error
-
-
-def named_splits(loaded: Mapping[str, T], dataset_name: str) -> dict[str, T]:
-    """Return the splits of a dataset by the names train, validation and test; a single one is train.
-
-    Raises:
-        UserError: there is no split to train on, or two have one meaning.
-    """
-    splits: dict[str, T] = {}
-    for name, content in loaded.items():
-        split = "train" if len(loaded) == 1 else SPLIT_OF_FOLDER.get(name.lower())
-        if split in splits:
-            raise UserError(f"{dataset_name} has two {split} splits: {', '.join(loaded)}")
-        if split is None:
-            logger.warning(f"Not used: the split {name!r} of {dataset_name}")
-        else:
-            splits[split] = content
-    if "train" not in splits:
-        raise UserError(f"{dataset_name} has the splits {', '.join(loaded)}, but none to train on")
-    return splits
 
 
 def fixed_width(dataset: Dataset, column: str) -> np.ndarray:
@@ -247,7 +73,7 @@ def label_and_image(
     if not len(splits["train"]):
         raise UserError("the train split has no rows: check how its files were written")
     features = splits["train"].features
-    image_column, label_column = find_columns(features, image_column, label_column)
+    image_column, label_column = find_columns(features, image_column, label_column, group_column)
     values = labels_of_splits({split: dataset[label_column][:] for split, dataset in splits.items()}, label_column)
     name_of = _names_of_labels(features[label_column], set().union(*values.values()), label_column)
     feature = features[label_column]
@@ -287,13 +113,21 @@ def _groups_of_splits(splits: DatasetDict, group_column: str, image_column: str)
     if group_column == image_column or not isinstance(features[group_column], (Value, ClassLabel)):
         raise UserError(f"the column {group_column!r} (--group_column) holds {features[group_column]} and no names")
     return {
-        split: ["" if value is None else str(value) for value in rows[group_column][:]]
+        split: [
+            # NaN is not equal to itself. White space and accents are as in labels.
+            "" if value is None or value != value else unicodedata.normalize("NFC", str(value).strip())
+            for value in rows[group_column][:]
+        ]
         for split, rows in splits.items()
     }
 
 
-def find_columns(features: Features, image_column: str | None, label_column: str | None) -> tuple[str, str]:
+def find_columns(
+    features: Features, image_column: str | None, label_column: str | None, group_column: str | None
+) -> tuple[str, str]:
     """Return the image column and the label column: those that are given, or as types and names tell them.
+
+    The group column is taken for the labels only where `label_column` names it.
 
     Raises:
         UserError: a column is missing, ambiguous or of the wrong type.
@@ -301,11 +135,11 @@ def find_columns(features: Features, image_column: str | None, label_column: str
     image_column = _find_column(
         "image", image_column, features, [name for name, feature in features.items() if isinstance(feature, Image)]
     )
-    encoded = features[image_column] in BINARY or is_encoded_image(features[image_column])
-    if not encoded and not isinstance(features[image_column], Image):
+    if features[image_column] not in BINARY and not is_image_feature(features[image_column]):
         raise UserError(f"the column {image_column!r} holds no images but {features[image_column]}")
-    typed = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
-    likely = typed or [name for name in LABEL_COLUMNS if name in features]
+    others = {name: feature for name, feature in features.items() if name != group_column}
+    typed = [name for name, feature in others.items() if isinstance(feature, ClassLabel)]
+    likely = typed or [name for name in LABEL_COLUMNS if name in others]
     label_column = _find_column("label", label_column, features, likely)
     if not isinstance(features[label_column], (ClassLabel, Value)):
         raise UserError(f"the column {label_column!r} holds {features[label_column]} and no class names or numbers")

@@ -52,12 +52,7 @@ class ListedImage(NamedTuple):
 
     path: str
     label: str
-    group: str = ""
-
-
-def no_group(path: PurePosixPath) -> str:
-    """Give no image a group."""
-    return ""
+    group: str
 
 
 def sort_names(names: Iterable[str]) -> list[str]:

@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetDict
 
 from luthier.errors import UserError
 from luthier.images.duplicates import connected_groups
-from luthier.images.folders import GIVEN_GROUP, Grouping, no_group
+from luthier.images.folders import GIVEN_GROUP, Grouping
 from luthier.images.inspection import duplicate_pairs
 from luthier.terminal import plural, say
 
@@ -34,7 +34,7 @@ def build_grouping(group_by: str | None) -> Grouping:
         UserError: it is not a regular expression.
     """
     if group_by is None:
-        return no_group
+        return lambda path: ""
     if group_by == "folder":
         return lambda path: path.parts[0] if len(path.parts) > 1 else ""
     try:

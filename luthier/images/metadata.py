@@ -10,7 +10,7 @@ from typing import NamedTuple
 from datasets import DatasetDict
 
 from luthier.errors import UserError
-from luthier.images.columns import LABEL_COLUMNS, PLAN
+from luthier.images.columns import LABEL_COLUMNS
 from luthier.images.decode import is_image
 from luthier.images.folders import (
     SHARDS,
@@ -25,6 +25,7 @@ from luthier.images.folders import (
 from luthier.images.groups import build_grouping, check_groups
 from luthier.images.image_files import SAMPLE, ImageFiles, as_text
 from luthier.images.inspection import listing
+from luthier.images.loading import PLAN
 from luthier.images.tables import METADATA, Table, read_table
 from luthier.terminal import plural, say
 
@@ -151,7 +152,7 @@ def load_tables(
         grouping: gives an image's group by its path below the folder, where there is no group column.
         to_train: see `load_directory`.
 
-    Returns what `folders.load_folder` returns, with the column `GIVEN_GROUP` if there is a group column.
+    Returns the splits as `folders.load_listed` does.
 
     Raises:
         UserError: a table cannot be read, or a row of it cannot be used; the message names rows and columns.

@@ -23,15 +23,9 @@ from torch.utils.data import get_worker_info
 from luthier.cache import cache_key, read_cached, write_cached
 from luthier.errors import UserError
 from luthier.images.archives import index_archive, read_part
-from luthier.images.columns import (
-    check_class_names,
-    check_complete,
-    explain_loading,
-    find_columns,
-    named_splits,
-    resolved,
-)
+from luthier.images.columns import find_columns
 from luthier.images.decode import read_bytes, reason
+from luthier.images.loading import check_class_names, check_complete, explain_loading, named_splits, resolved
 from luthier.terminal import plural
 
 logger = logging.getLogger(__name__)
@@ -50,15 +44,15 @@ class Block(NamedTuple):
     Attributes:
         url: of the file, or its path.
         version: of the file; it changes with its content.
-        first, last: row groups of a Parquet file, or bytes of an archive, `last` not included.
+        begin, end: row groups of a Parquet file, or bytes of an archive, `end` not included.
         rows: how many these have.
         image_column: of an archive: which column holds images.
     """
 
     url: str
     version: str
-    first: int
-    last: int
+    begin: int
+    end: int
     rows: int
     image_column: str = ""
 
@@ -73,9 +67,9 @@ class Block(NamedTuple):
                 raise OSError("it has changed since the run began")
             with _opened(self.url) as file:
                 if self.url.endswith(ARCHIVE):
-                    table = pa.Table.from_pylist(read_part(file, self.first, self.last, columns, self.image_column))
+                    table = pa.Table.from_pylist(read_part(file, self.begin, self.end, columns, self.image_column))
                 else:
-                    table = pq.ParquetFile(file).read_row_groups(range(self.first, self.last), columns=columns)
+                    table = pq.ParquetFile(file).read_row_groups(range(self.begin, self.end), columns=columns)
             if len(table) != self.rows:
                 raise OSError(f"{plural(self.rows, 'row')} were there before, and now {len(table)}")
             return table
@@ -165,14 +159,14 @@ class Source(NamedTuple):
 
 
 def read_sources(
-    name: str, config: str | None, image_column: str | None, label_column: str | None
+    name: str, config: str | None, image_column: str | None, label_column: str | None, group_column: str | None
 ) -> tuple[dict[str, Source], Features, tuple[str, str]]:
     """Return the splits of a dataset, its features, and which columns are those of images and labels.
 
     Args:
         name: a folder, or a dataset on the Hub.
         config: the configuration, where the dataset has several.
-        image_column, label_column: see `data.list_images`.
+        image_column, label_column, group_column: see `data.list_images`.
 
     Raises:
         UserError: it cannot be loaded, or is in other files.
@@ -180,7 +174,7 @@ def read_sources(
     check_complete(Path(name))
     with explain_loading(name):
         files, features = _list_files(name, config)
-        image_column, label_column = find_columns(features, image_column, label_column)
+        image_column, label_column = find_columns(features, image_column, label_column, group_column)
         sources = {split: _read_labels(urls, image_column, label_column, features) for split, urls in files.items()}
     return sources, features, (image_column, label_column)
 

@@ -11,7 +11,8 @@ from datasets import DatasetDict, Features
 
 from luthier.cache import cache_key, dataset_of
 from luthier.errors import UserError
-from luthier.images.columns import check_holds_images, explain_loading, index_of_labels, labels_of_splits
+from luthier.images.columns import index_of_labels, labels_of_splits
+from luthier.images.loading import check_holds_images, explain_loading
 from luthier.images.shards import Block, StreamedRows, read_sources, remedy
 from luthier.images.splits import MAX_VALIDATION, check_fraction
 from luthier.terminal import plural, say
@@ -76,7 +77,9 @@ def open_stream(
     Raises:
         UserError: it cannot be loaded, lacks a split that cannot be set apart, or is ordered by class.
     """
-    sources, features, (image_column, label_column) = read_sources(name, config, image_column, label_column)
+    sources, features, (image_column, label_column) = read_sources(
+        name, config, image_column, label_column, group_column
+    )
     values = labels_of_splits({split: source.values for split, source in sources.items()}, label_column)
     blocks = {split: sources[split].blocks for split in values}
     _check_splits(blocks, name, group_column)

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datasets import ClassLabel, Dataset, Image, Value
+from datasets import ClassLabel, Dataset, Value
 from datasets.exceptions import DatasetGenerationError
 
 from luthier.errors import UserError
-from luthier.images.columns import is_encoded_image
+from luthier.images.columns import is_image_feature
 from luthier.images.folders import TABLES
 from luthier.terminal import say
 
@@ -35,7 +35,7 @@ class Table(NamedTuple):
     columns: list[str]
     rows: list[list[str]]
     numbers: list[int]
-    nested: frozenset[str] = frozenset()
+    nested: frozenset[str]
 
     def column(self, name: str) -> list[str]:
         """Return the values of a column."""
@@ -155,7 +155,7 @@ def _read_parquet(path: Path) -> tuple[list[str], list[tuple[int, list[str]]], f
         table = Dataset.from_parquet(str(path), keep_in_memory=True)
     except (DatasetGenerationError, OSError, ValueError) as error:
         raise UserError(f"{path} is not a Parquet file that can be read: write it anew, or save it as CSV") from error
-    if any(is_encoded_image(feature) or isinstance(feature, Image) for feature in table.features.values()):
+    if any(map(is_image_feature, table.features.values())):
         raise UserError(f"{path} holds the images themselves: load it with --dataset_name {path.parent}")
     values = [map(_as_text, _named(table[name][:], table.features[name])) for name in table.column_names]
     rows = [(number, list(row)) for number, row in enumerate(zip(*values, strict=True), start=1)]

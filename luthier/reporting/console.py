@@ -63,7 +63,7 @@ def describe_setup(
         model_name: as it was asked for.
         size: (height, width) of what the model sees, in pixels.
         views: of `screening.choose_view`.
-        criterion: what validation chooses by.
+        criterion: what validation chooses by; the default where a model is scored alone.
     """
     args = trainer.args
     parameters = sum(parameter.numel() for parameter in model_of(trainer).parameters())
@@ -72,7 +72,8 @@ def describe_setup(
     threads = f", {plural(torch.get_num_threads(), 'thread')}" if args.device.type == "cpu" else ""
     workers = f", {plural(args.dataloader_num_workers, 'data worker')}" if args.dataloader_num_workers else ""
     processes = f", {args.world_size} processes" if args.world_size > 1 else ""
-    none, otherwise = getattr(model_of(trainer).config, "none_class", None), '; if not, give --none_class ""'
+    none = getattr(model_of(trainer).config, "none_class", None)
+    otherwise = "" if criterion.none is None else '; if not, give --none_class ""'  # which score.py does not take
     losses = ", ".join(f"{view.side} px {FITS[view.fit]} {view.loss:.3f}" for view in views[1:])
     return {
         "model": f"{Path(model_name).name} at {size[0]} x {size[1]} px, {parameters:,} parameters",
@@ -209,8 +210,8 @@ def say_results(output_dir: Path, metrics: Mapping) -> None:
         for sentence in none_in_words(test["none"], metrics["unsure"]):
             say("", sentence)
     uncalibrated = f", before calibration {percent(before['test']['ece'])}" if before else ""
-    chance = f"; by chance alone about {percent(test['ece_by_chance'])}" if "ece_by_chance" in test else ""
-    say("", f"calibration error {percent(test['ece'])}{uncalibrated}{chance}")
+    chance = percent(test["ece_by_chance"])
+    say("", f"calibration error {percent(test['ece'])}{uncalibrated}; by chance alone about {chance}")
     stages = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in metrics["seconds"].items() if stage != "total")
     say("time", f"{metrics['seconds']['total']:.0f} s: {stages}")
     say("saved", f"{output_dir}; open report.html in it")
@@ -336,6 +337,8 @@ def list_findings(findings: Mapping) -> str:
         lines += [f"  {finding_in_words(finding)}" for finding in findings[kind][:MAX_LISTED]]
         if len(findings[kind]) > MAX_LISTED:
             lines.append(f"  ... and {len(findings[kind]) - MAX_LISTED} more")
+    if not any(findings[kind] for kind in KINDS):
+        lines.append("\nnothing found")
     return "\n".join(lines)
 
 

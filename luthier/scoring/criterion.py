@@ -237,5 +237,5 @@ def check_known(splits: DatasetDict, none: int | None) -> None:
         if none is not None and set(dataset["label"][:]) == {none}:
             raise UserError(
                 f"all images of the {split} split are of the class {dataset.features['label'].names[none]!r}, which "
-                'is that of images of anything else: add some of the other classes, or give --none_class ""'
+                'is that of images of anything else: add some of the other classes (train.py: or give --none_class "")'
             )

@@ -92,21 +92,6 @@ def check_login(repo_id: str) -> str:
     return str(with_retries(HfApi().whoami, repo_id)["name"])
 
 
-def push(output_dir: Path, repo_id: str) -> str:
-    """Publish a finished run; return the address of its page.
-
-    Args:
-        output_dir: of a finished run.
-        repo_id: as `check_access` returns it.
-
-    Raises:
-        UserError: the folder holds no finished run, or the Hub does not accept it; nothing is lost by either.
-    """
-    with tempfile.TemporaryDirectory() as staging:
-        stage(output_dir, repo_id, Path(staging))
-        return publish_staged(Path(staging), repo_id)
-
-
 def publish_staged(staging: Path, repo_id: str) -> str:
     """Upload what `stage` has put into a folder; return the address of the repository's page."""
     return upload(staging, repo_id, "model", "Fine-tuned with Luthier", PUBLISHED)
@@ -225,9 +210,17 @@ def _retry_after(error: Exception) -> float | None:
 
 
 def publish(output_dir: Path, repo_id: str, private: bool | None) -> str:
-    """Push a finished run; where that fails, return why, and how to repeat the push alone."""
+    """Push a finished run; where that fails, return why, and how to repeat the push alone.
+
+    Args:
+        output_dir: of a finished run.
+        repo_id: as `check_access` returns it.
+        private: as it was asked for, for the command that repeats the push.
+    """
     try:
-        say("pushed", push(output_dir, repo_id))
+        with tempfile.TemporaryDirectory() as staging:
+            stage(output_dir, repo_id, Path(staging))
+            say("pushed", publish_staged(Path(staging), repo_id))
         return ""
     except Exception as raised:
         error = message_for_user(raised) or f"{type(raised).__name__}: {raised}"

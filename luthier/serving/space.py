@@ -31,7 +31,8 @@ def push_to_space(model_name: str, repo_id: str, private: bool | None = None) ->
     """
     if Path(model_name).exists() or not all(model_name.partition("/")):
         raise UserError(
-            f"a Space loads its model from the Hub, and {model_name} is a folder: push that first (push.py)"
+            "a Space loads its model from the Hub: push it (push.py), and give its name there, such as "
+            f"me/instruments, instead of {model_name}"
         )
     hub.with_retries(lambda: HfApi().repo_info(model_name), model_name)
     repo_id = hub.check_access(repo_id, private, repo_type="space", sdk="gradio")

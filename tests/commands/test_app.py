@@ -183,6 +183,7 @@ def test_space_serves_the_pushed_model(model, tmp_path):
         (["nowhere"], "there is no folder 'nowhere'"),
         (["nowhere", "--examples", "none"], "--examples none is not a folder with images"),
         ([".", "--push_to_space", "me/x"], "a Space loads its model from the Hub"),
+        (["colours", "--push_to_space", "me/x"], "such as me/instruments, instead of colours"),
     ],
 )
 def test_mistake_on_the_command_line_gives_one_message(capsys, args, message):

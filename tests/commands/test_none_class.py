@@ -45,7 +45,8 @@ def ask(capsys, *words) -> list[dict]:
 def test_class_is_found_by_its_name_and_not_scored(folder, timm_checkpoint, capsys):
     metrics = run(folder, timm_checkpoint, "found")
     said = capsys.readouterr().out
-    assert "none     'None' is of images of anything else, and not scored" in said
+    not_scored = "none     'None' is of images of anything else, and not scored"
+    assert f'{not_scored}; if not, give --none_class ""\n' in said
     assert "4 images of none of the classes: " in said and "refused or unsure" in said
     test = metrics["test"]
     assert (test["n"], test["none"]["n"]) == (12, 4) and metrics["baselines"]["majority"]["n"] == 12
@@ -72,6 +73,7 @@ def test_class_is_found_by_its_name_and_not_scored(folder, timm_checkpoint, caps
 
     data = ["--data_dir", str(folder / "images"), "--output_dir", str(folder / "scored"), "--disable_tqdm", "1"]
     score.main([str(folder / "found"), *data])
+    assert f"{not_scored}\n" in capsys.readouterr().out, "score.py takes no --none_class"
     again = json.loads((folder / "scored/metrics.json").read_text())
     assert (again["test"]["n"], again["test"]["none"]["n"]) == (60, 20)
 

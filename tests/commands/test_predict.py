@@ -147,6 +147,13 @@ def test_closed_standard_output_is_of_no_use_without_a_file(model, monkeypatch, 
     assert len((tmp_path / "out.csv").read_text().splitlines()) == 2
 
 
+def test_closed_standard_error_stops_nothing(model, monkeypatch, tmp_path):
+    draw("red", 9).save(tmp_path / "a.png")
+    monkeypatch.setattr("sys.stderr", None)
+    predict.main([str(model), str(tmp_path / "a.png"), "--format", "csv", "--output", str(tmp_path / "out.csv")])
+    assert len((tmp_path / "out.csv").read_text().splitlines()) == 2
+
+
 @pytest.mark.parametrize("pattern", ["**", "**/", "**/*", "**/*.png", "*", "./**", "**/[dsr]*"])
 def test_pattern_gives_every_image_once(tmp_path, pattern):
     draw_folder(tmp_path / "in/deep", per_class=2)

@@ -58,6 +58,11 @@ def test_shards_have_the_images_of_the_folder(capsys):
     assert files > 1 and (Path("shards") / f"train-{files - 1:05}-of-{files:05}.parquet").exists()
 
 
+def test_next_command_can_be_pasted(capsys):
+    prepare.main(["images", "my shards", *LINE[2:]])
+    assert "next     accelerate launch train.py --data_dir 'my shards'\n" in capsys.readouterr().out
+
+
 def test_damaged_shard_is_written_again(capsys):
     prepare.main(LINE)
     before = shards()

@@ -161,7 +161,7 @@ def test_archive_that_is_damaged_later_is_named():
     stream, (block, *_) = open_stream("."), open_stream(".").blocks
     status = Path("train.tar").stat()
     with Path("train.tar").open("r+b") as file:
-        file.seek(block.first)
+        file.seek(block.begin)
         file.write(b"\1" * 512)
     os.utime("train.tar", ns=(status.st_atime_ns, status.st_mtime_ns))
     with pytest.raises(UserError, match=r"train.tar cannot be read: .*Mend it, and resume"):

@@ -15,14 +15,10 @@ from huggingface_hub.utils import httpx
 import data
 from data import prepare
 from luthier.errors import UserError
-from luthier.images.columns import (
-    _names_of_labels,
-    check_holds_images,
-    explain_loading,
-    label_and_image,
-    named_splits,
-)
+from luthier.images.columns import _names_of_labels, label_and_image
 from luthier.images.description import describe
+from luthier.images.folders import GIVEN_GROUP
+from luthier.images.loading import check_holds_images, explain_loading, named_splits
 
 
 @pytest.mark.parametrize(
@@ -240,3 +236,35 @@ def test_dataset_without_rows_is_refused(feature):
     empty = Dataset.from_dict({"image": [], "label": []}, features=Features({"image": Image(), "label": feature}))
     with pytest.raises(UserError, match="the train split has no rows"):
         label_and_image(DatasetDict(train=empty), None, None, None, None, True)
+
+
+def test_group_column_is_not_taken_for_the_labels(tmp_path):
+    kinds = {"image": Image(), "label": Value("string"), "patient": ClassLabel(names=["p0", "p1", "p2", "p3"])}
+    rows = {"image": [draw("red", row) for row in range(20)], "label": ["a", "b"] * 10}
+    rows |= {"patient": [row // 5 for row in range(20)]}
+    (tmp_path / "set").mkdir()
+    Dataset.from_dict(rows, features=Features(kinds)).to_parquet(tmp_path / "set/train.parquet")
+    train = data.load_images(dataset_name=str(tmp_path / "set"), group_column="patient")[0]["train"]
+    assert train.features["label"].names == ["a", "b"] and len(set(train["group"][:])) == 4
+
+
+@pytest.mark.parametrize(
+    ("feature", "values", "groups"),
+    [
+        (Value("string"), ["p1", " p1\n", " ", None], ["p1", "p1", "", ""]),
+        (Value("float64"), [1.0, 1.0, float("nan"), None], ["1.0", "1.0", "", ""]),
+    ],
+)
+def test_missing_groups_are_none_and_white_space_makes_no_second_group(feature, values, groups):
+    features = Features({"image": Image(), "label": Value("string"), "patient": feature})
+    rows = {"image": [draw("red", row) for row in range(4)], "label": ["a", "b"] * 2, "patient": values}
+    splits = DatasetDict(train=Dataset.from_dict(rows, features=features))
+    assert label_and_image(splits, None, None, "patient", None, True)["train"][GIVEN_GROUP][:] == groups
+
+
+def test_dataset_without_train_can_be_scored(tmp_path):
+    path = save_dataset(tmp_path / "set", Value("string"), {"validation": ["a", "b"], "test": ["a", "b", "b"]})
+    images, _ = data.load_labelled(["a", "b"], dataset_name=path)
+    assert images["test"]["label"][:] == [0, 1, 1]
+    with pytest.raises(UserError, match="none to train on"):
+        load(dataset_name=path)

@@ -130,7 +130,7 @@ def test_each_block_is_read_about_once_and_few_stay_in_memory(monkeypatch, worke
     reads: list[int] = []
 
     def read(block: Block, columns: list[str]) -> Table:
-        reads.append(block.first)
+        reads.append(block.begin)
         return Table([b""] * block.rows)
 
     monkeypatch.setattr(Block, "read", read)

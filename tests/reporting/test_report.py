@@ -191,8 +191,8 @@ def page(metrics, tmp_path) -> Path:
 
 def test_page_shows_the_score_and_escapes_names(page):
     text = page.read_text(encoding="utf-8")
-    assert "Test accuracy <strong>83.3%</strong> on 6 images it was not trained on" in text
-    assert "(95% interval 43.6% to 97.0%)" in text
+    assert "Test accuracy <strong>83.3%</strong> on 6 images (95% interval 43.6% to 97.0%)" in text
+    assert "it was not trained on" not in text, "it had learned from some of them"
     assert (
         "had learned before from 1,234 of the images that judge it, or was chosen by them: this score means little"
         in text
@@ -209,6 +209,15 @@ def test_page_shows_the_score_and_escapes_names(page):
         and len(rows) == 7
         and rows[0] == "name,digest,label,predicted,confidence,probability_of_label"
     )
+
+
+def test_page_says_that_test_is_new_to_a_model_that_has_not_learned_from_it(metrics, images, tmp_path):
+    splits, unreadable = load_splits(data_dir=str(images))
+    findings = audit_images(splits, unreadable) | {"learned_from": 0}
+    test = TestPredictions(splits | {"test": splits["test"].select(range(6))}, LOGITS, REFERENCES)
+    write_report(tmp_path, metrics, findings, test)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Test accuracy <strong>83.3%</strong> on 6 images it was not trained on" in text
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs the browser chromium")
