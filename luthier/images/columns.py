@@ -112,10 +112,11 @@ def _groups_of_splits(splits: DatasetDict, group_column: str, image_column: str)
     _find_column("group", group_column, features, [])
     if group_column == image_column or not isinstance(features[group_column], (Value, ClassLabel)):
         raise UserError(f"the column {group_column!r} (--group_column) holds {features[group_column]} and no names")
+    missing = (None, -1) if isinstance(features[group_column], ClassLabel) else (None,)
     return {
         split: [
             # NaN is not equal to itself. White space and accents are as in labels.
-            "" if value is None or value != value else unicodedata.normalize("NFC", str(value).strip())
+            "" if value in missing or value != value else unicodedata.normalize("NFC", str(value).strip())
             for value in rows[group_column][:]
         ]
         for split, rows in splits.items()

@@ -337,7 +337,7 @@ def list_findings(findings: Mapping) -> str:
         lines += [f"  {finding_in_words(finding)}" for finding in findings[kind][:MAX_LISTED]]
         if len(findings[kind]) > MAX_LISTED:
             lines.append(f"  ... and {len(findings[kind]) - MAX_LISTED} more")
-    if not any(findings[kind] for kind in KINDS):
+    if not findings["grouping"] and not any(findings[kind] or findings[kind] is None for kind in KINDS):
         lines.append("\nnothing found")
     return "\n".join(lines)
 

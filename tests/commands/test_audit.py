@@ -114,6 +114,7 @@ def test_audit_without_findings_says_so(tmp_path):
     assert findings_in_words(findings) == "labels not checked"
     assert findings_in_words(findings | {"suspect_labels": []}) == "nothing found"
     assert list_findings(findings | {"suspect_labels": []}).endswith("\n\nnothing found")
+    assert "nothing found" not in list_findings(findings | {"suspect_labels": None})
 
 
 def test_labels_of_a_class_with_one_image_are_not_judged(tmp_path):

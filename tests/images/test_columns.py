@@ -253,6 +253,7 @@ def test_group_column_is_not_taken_for_the_labels(tmp_path):
     [
         (Value("string"), ["p1", " p1\n", " ", None], ["p1", "p1", "", ""]),
         (Value("float64"), [1.0, 1.0, float("nan"), None], ["1.0", "1.0", "", ""]),
+        (ClassLabel(names=["p", "q"]), [0, 0, -1, None], ["0", "0", "", ""]),
     ],
 )
 def test_missing_groups_are_none_and_white_space_makes_no_second_group(feature, values, groups):
