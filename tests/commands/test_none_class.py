@@ -42,6 +42,7 @@ def ask(capsys, *words) -> list[dict]:
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
+@pytest.mark.slow
 def test_class_is_found_by_its_name_and_not_scored(folder, timm_checkpoint, capsys):
     metrics = run(folder, timm_checkpoint, "found")
     said = capsys.readouterr().out

@@ -44,6 +44,7 @@ def raced(timm_checkpoint, tmp_path_factory):
     return folder, run(folder, timm_checkpoint, *RACE)
 
 
+@pytest.mark.slow
 def test_test_images_choose_nothing_and_those_of_the_users_own_are_not_learned_from(timm_checkpoint, tmp_path):
     """With wrong labels on all test images the shipped weights are the same, and the score is another."""
     found = []

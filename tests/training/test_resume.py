@@ -84,7 +84,8 @@ def test_resumes_exactly_for_every_augmentation(timm_checkpoint, augmentation):
     assert_resumes_exactly(options, (3, 4))
 
 
-@pytest.mark.parametrize("model", [pytest.param("vit", marks=SLOW), "simple_cnn"])
+@SLOW
+@pytest.mark.parametrize("model", ["vit", "simple_cnn"])
 def test_resumes_exactly_for_every_kind_of_model(vit_checkpoint, model):
     name = str(vit_checkpoint) if model == "vit" else model
     recipe = ["--recipe", "lp_ft", "--keep", "trained"] if model == "vit" else []
