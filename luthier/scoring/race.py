@@ -200,14 +200,13 @@ class _Race:
         heats, running, rival = self.heats, self.running, self.rival
         following = {arm.recipe.name: self.next_heat(arm) for arm in running}
         unfinished = [arm for arm in running if following[arm.recipe.name] < len(arm.ends)]
-        # Every arm is seen twice: a new head starts far behind. Without a schedule of heats all epochs are trained,
-        # however often the time limit has ended that.
-        early = [arm for arm in unfinished if len(heats.of(arm.recipe.name)) < 2 or not arm.schedule]
+        # Every arm is seen twice: a new head starts far behind. What the time limit has cut short is not seen.
+        seen = {arm.recipe.name: sum(heat.step in arm.ends for heat in heats.of(arm.recipe.name)) for arm in running}
+        early = [arm for arm in unfinished if seen[arm.recipe.name] < 2]
         losses = [heat.loss for heat in heats if math.isfinite(heat.loss)]
         if early:
             arm = min(early, key=lambda arm: following[arm.recipe.name])
-            seen = arm.schedule and heats.of(arm.recipe.name)
-            far = rival and seen and all(loss >= FAR * rival.loss for loss in losses)
+            far = rival and seen[arm.recipe.name] and all(loss >= FAR * rival.loss for loss in losses)
             return (None, "the probe far ahead") if far else (arm, "")
         if len(unfinished) < len(running):
             return None, "its last heat"

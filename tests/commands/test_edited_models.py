@@ -9,6 +9,7 @@ import torch
 from conftest import draw_folder
 from safetensors.torch import save_file
 
+import predict
 import score
 from luthier.familiarity import Familiarity, class_shares_of, describe_in_config, save_bank
 from luthier.serving.torch_network import TorchNetwork
@@ -59,11 +60,20 @@ def test_bank_that_is_damaged_is_an_error_with_its_remedy(folder, bank, message)
         TorchNetwork(str(folder))
 
 
+@pytest.mark.parametrize("changes", [{"log_odds": None}, {"head": "nothing"}])
+def test_figures_of_familiarity_that_are_damaged_are_an_error_with_its_remedy(folder, capsys, changes):
+    edit(folder, "config.json", lambda config: config["familiarity"].update(changes))
+    with pytest.raises(SystemExit) as exit_info:
+        predict.main([str(folder), "a.png"])
+    said = capsys.readouterr().err
+    assert exit_info.value.code == 2 and "is damaged" in said and "copy it again, or delete it" in said
+    assert "Traceback" not in said
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"none_class": "nothing"}, "`none_class` in the model's config.json is 'nothing', which is none of its cl"),
-        ({"familiarity": {"head": "nothing"}}, "copy it again, or delete it"),
         ({"familiarity": None, "unsure_below": "0.6"}, "`unsure_below` .* is '0.6': write a number, without quotes"),
         ({"familiarity": None, "unsure_below": float("nan")}, "`unsure_below` .*: write a number"),
         ({"id2label": {"0": "red", "1": "blue"}}, "or its config.json, which names 2 classes, was changed"),
