@@ -66,6 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments([*option_of_data(argv[0]), *rest, "--eval_strategy", "no"])
 
     from data import load_splits
+    from luthier.images.groups import given_groups
     from luthier.machine import set_up_process
 
     set_up_process(arguments.training_args)
@@ -81,8 +82,9 @@ def main(argv: list[str] | None = None) -> None:
     if unreadable:
         say("left out", f"{plural(len(unreadable), 'image')} that cannot be read, such as {unreadable[0].name}")
     write_shards(splits, folder, options.side, options.images, share)
+    groups = " --group_column group" if given_groups(splits) else ""
     when = ", when all machines have ended" if share.machines > 1 else ""
-    say("next", f"accelerate launch train.py --data_dir {shlex.quote(str(folder))}{when}")
+    say("next", f"accelerate launch train.py --data_dir {shlex.quote(str(folder))}{groups}{when}")
 
 
 def build_parser() -> "Parser":

@@ -238,7 +238,9 @@ def test_plan_changes_with_all_that_is_written():
 
 def test_shards_say_which_images_belong_together(capsys):
     prepare.main([*LINE, "--group_by", r"\d(?=\.png)"])  # the last digit
-    assert "3 images without a group" in capsys.readouterr().out  # a copy, a damaged and a large one
+    printed = capsys.readouterr().out
+    assert "3 images without a group" in printed  # a copy, a damaged and a large one
+    assert "next     accelerate launch train.py --data_dir shards --group_column group\n" in printed
     rows = [row for path in Path("shards").glob("*.parquet") for row in parquet.read_table(path).to_pylist()]
     found = {(row["image"]["path"][-5], row["group"]) for row in rows}
     digits, groups = zip(*found, strict=True)
