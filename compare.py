@@ -196,7 +196,7 @@ def build_runs(experiments: list[Experiment], args: argparse.Namespace, rest: li
     """Return the runs, experiment by experiment within each seed or fold; every line is checked before any runs.
 
     Raises:
-        UserError: train.py does not accept a line, or two experiments have the same settings.
+        UserError: train.py does not accept a line, or two experiments have the same settings, or other data.
     """
     from luthier.arguments import parse_arguments
 
@@ -204,7 +204,8 @@ def build_runs(experiments: list[Experiment], args: argparse.Namespace, rest: li
         parts = [(f"fold {i} of {args.folds}", ["--fold", f"{i}/{args.folds}"]) for i in range(1, args.folds + 1)]
     else:
         parts = [(f"seed {seed}", ["--seed", str(seed)]) for seed in range(1, args.seeds + 1)]
-    runs = []
+    runs: list[Run] = []
+    sources: dict[tuple, str] = {}
     for (part, words), experiment in itertools.product(parts, experiments):
         folder = args.output_dir / f"{experiment.name}-{part.replace(' ', '-')}"
         line = [*experiment.line, "--refit", "none", "--push_to_hub", "false", *rest, *words]  # nothing is shipped
@@ -212,8 +213,16 @@ def build_runs(experiments: list[Experiment], args: argparse.Namespace, rest: li
         line += ["--resume_from_checkpoint", "auto"]  # from the start where there is nothing to resume
         with contextlib.nullcontext() if part == parts[0][0] else contextlib.redirect_stdout(io.StringIO()):
             parsed = parse_arguments(line)  # says once what it leaves out
+        data = parsed.data_args
+        folder_of_data = data.data_dir and Path(data.data_dir).expanduser().resolve()
+        sources.setdefault((folder_of_data, data.dataset_name, data.dataset_config_name), experiment.name)
         settings = with_time_limit(parsed.run_args.settings, parsed.model_args.time_limit)
         runs.append(Run(experiment.name, part, folder, line, settings))
+    if len(sources) > 1:  # `check_same_images` would find that when they are trained
+        one, other, *_ = sources.values()
+        raise UserError(
+            f"{one} and {other} do not have the same data: give --data_dir or --dataset_name once, to compare.py"
+        )
     first: dict[tuple[str, str], str] = {}
     for run in runs:
         if (same := first.setdefault((run.part, run.settings), run.experiment)) != run.experiment:

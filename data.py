@@ -33,7 +33,7 @@ from luthier.options import BUILT_IN_DATASET
 from luthier.processes import available_cores
 from luthier.terminal import plural, say
 
-PREPARATION = 10  # part of the cache's key: raise it when what is stored changes
+PREPARATION = 11  # part of the cache's key: raise it when what is stored changes
 STORED_SIDE = 2  # shorter side of a stored training image, in sides of the view
 SMALL = 4  # a file is stored that has a fourth of its view's bytes, and no more than four times its pixels
 VIEW_THREADS = 4  # that read stored views: each takes a millisecond or so, and more threads were slower
@@ -118,6 +118,8 @@ def list_images(
     columns = Columns(image_column, label_column, split_column, group_column)
     if stream:
         splits, root = stream.splits, None
+    elif dataset_config_name and dataset_name in (None, BUILT_IN_DATASET) and not (root and has_shards(root)):
+        raise UserError("--dataset_config_name is for a dataset on the Hub: give --dataset_name too, or leave it out")
     elif root and (labels or not has_shards(root)):
         splits = load_directory(root, labels, columns, group_by, to_train)
         columns = Columns()

@@ -159,9 +159,9 @@ NOT_SETTINGS = ("output_dir", "disable_tqdm", "resume_from_checkpoint", "export"
 
 # What losses and weights depend on, besides what a checkpoint knows itself: data, batch, learning rate, size.
 OF_TRAINING = (
-    "metric", "balance", "none_class", "keep", "augmentation", "seed", "weight_decay", "optim", "lr_scheduler_type",
-    "lr_scheduler_kwargs", "warmup_steps", "label_smoothing_factor", "max_grad_norm", "adam_beta1", "adam_beta2",
-    "adam_epsilon", "optim_args",
+    "metric", "metric_for_best_model", "greater_is_better", "balance", "none_class", "keep", "augmentation", "seed",
+    "weight_decay", "optim", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "label_smoothing_factor",
+    "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args",
 )  # fmt: skip
 
 

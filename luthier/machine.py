@@ -233,9 +233,10 @@ def explain_exhausted_memory(training_args: TrainingArguments, training: bool = 
                 f"{max(1, batch // 2)}), or fewer pixels (train.py: --image_size)"
             ) from error
         batch = training_args.per_device_train_batch_size
+        parts = next((parts for parts in range(2, batch) if batch % parts == 0), batch)
         smaller = (
-            f"smaller ones, with as many images as before in a step (--per_device_train_batch_size {batch // 2} "
-            f"--gradient_accumulation_steps {2 * training_args.gradient_accumulation_steps}), or "
+            f"smaller ones, with as many images as before in a step (--per_device_train_batch_size {batch // parts} "
+            f"--gradient_accumulation_steps {parts * training_args.gradient_accumulation_steps}), or "
         )
         raise UserError(
             f"not enough memory for batches of {batch}: use {smaller if batch > 1 else ''}fewer pixels (--image_size)"

@@ -276,3 +276,21 @@ def test_fingerprint_tells_splits_apart_and_not_the_order_of_images():
     assert before == fingerprint_of(train=[two, one], test=[three])
     assert before != fingerprint_of(train=[three, two], test=[one])  # compare.py refuses other splits by it
     assert before != fingerprint_of(train=[one, two], validation=[three])
+
+
+def test_what_a_file_says_of_itself_is_not_stored():
+    turned, file = PILImage.Exif(), io.BytesIO()
+    turned[0x0112] = 6
+    profile = np.random.default_rng(0).bytes(1_800_000)  # a JPEG may have so large a one, a PNG may not
+    PILImage.new("RGB", (300, 200)).save(file, "JPEG", icc_profile=profile, exif=turned)
+    stored = store_training_image(file.getvalue(), 512)
+    assert Image().decode_example(stored).size == (200, 300) and len(stored["bytes"]) < 10_000
+    file = io.BytesIO()
+    PILImage.new("P", (900, 900)).save(file, "GIF", comment=b"x" * 70_000)  # a JPEG may not have so long a one
+    assert Image().decode_example(store_training_image(file.getvalue(), 512)).size == (512, 512)
+
+
+def test_configuration_is_for_a_dataset_of_the_hub(tmp_path):
+    for data_dir in (None, str(draw_folder(tmp_path / "images", 4))):
+        with pytest.raises(UserError, match="--dataset_config_name is for a dataset on the Hub"):
+            load(data_dir=data_dir, dataset_config_name="v2")

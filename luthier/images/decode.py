@@ -34,6 +34,7 @@ LEFT_BEHIND = {
     "#recycle",
 }  # fmt: skip
 CONVERT = "convert it to JPEG or PNG"
+HEIF = {b"heic", b"heix", b"hevc", b"hevx", b"mif1", b"msf1"}  # bytes 8 to 11 of such files, whatever their names are
 NOT_OPENED = "cannot be opened: "  # prefix of reasons that may be gone at the next try
 
 
@@ -76,6 +77,12 @@ def decode_rgb(data: bytes, shorter_side: int | None = None, max_pixels: int | N
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         except UnidentifiedImageError:
+            if data[4:8] == b"ftyp" and data[8:12] in HEIF:
+                raise OSError(f"it is HEIC, whatever its name says: {CONVERT}") from None
+            if data[:4] in (b"II*\0", b"MM\0*"):
+                raise OSError(
+                    "a TIFF with bands or bits that are not read, or a damaged one: convert it to RGB"
+                ) from None
             raise OSError(f"not an image in an allowed format ({', '.join(FORMATS)})") from None
         size = image.size
         if max_pixels and size[0] * size[1] > max_pixels:
@@ -94,7 +101,9 @@ def decode_rgb(data: bytes, shorter_side: int | None = None, max_pixels: int | N
         except Exception:  # damaged tags give errors of any kind
             turn, readable = None, False  # and `datasets` would fail at them
         changed = image.mode != "RGB" or image.has_transparency_data or turn is not None or not readable
-        return Decoded(_to_rgb(image if turn is None else image.transpose(turn)), changed, str(image.format), size)
+        rgb = _to_rgb(image if turn is None else image.transpose(turn))
+        rgb.info = {}  # Pillow would write a colour profile or a comment again, and may then refuse to read it
+        return Decoded(rgb, changed, str(image.format), size)
 
 
 def _check_tile(data: bytes, image: Image.Image, most: float) -> None:

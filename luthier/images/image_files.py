@@ -127,15 +127,17 @@ def walk(root: Path, onerror: Callable[[OSError], None] | None = None) -> Iterat
             f"the folder {error.filename} cannot be read: {error.strerror}. Change its permissions or remove it"
         )
 
-    seen = {str(folder) for folder in root.resolve().parents}
-    for directory, subdirectories, names in os.walk(root, onerror=onerror or refuse, followlinks=True):
-        place = os.path.realpath(directory)
-        if place in seen:
-            subdirectories.clear()
-            continue
-        seen.add(place)
-        subdirectories[:] = sorted(name for name in subdirectories if not is_hidden(name))
-        yield Path(directory), sorted(name for name in names if not is_hidden(name))
+    seen, waiting = {str(folder) for folder in root.resolve().parents}, [root]
+    while waiting:  # links come last, so that a folder has its own name where that is below the root too
+        for directory, subdirectories, names in os.walk(waiting.pop(0), onerror=onerror or refuse):
+            place, folder = os.path.realpath(directory), Path(directory)
+            if place in seen:
+                subdirectories.clear()
+                continue
+            seen.add(place)
+            subdirectories[:] = sorted(name for name in subdirectories if not is_hidden(name))
+            waiting += [folder / name for name in subdirectories if (folder / name).is_symlink()]
+            yield folder, sorted(name for name in names if not is_hidden(name))
 
 
 def as_text(path: Path) -> str:

@@ -20,7 +20,7 @@ from luthier.images.decode import NOT_OPENED, decode_rgb, read_bytes, reason
 from luthier.images.duplicates import BITS, BORDERS, SIDE, fingerprint, near_duplicates
 from luthier.images.folders import STAMP
 
-INSPECTION = 9  # part of the cache's key: raise it when what is found changes
+INSPECTION = 10  # part of the cache's key: raise it when what is found changes
 SHORTER_SIDE = 256  # pixels at which large JPEGs are checked for damage and duplicates
 MAX_UNREADABLE = 0.05  # share of images that may be left out because they cannot be read
 MAX_LISTED = 10  # images that an error names

@@ -247,7 +247,8 @@ def _read_images(
         )
     images: dict[str, list[ListedImage]] = defaultdict(list)
     for path, entry in first.items():
-        group = entry.group if columns.group else grouping(PurePosixPath(*path.relative_to(root).parts[begin:]))
+        below = unicodedata.normalize("NFC", "/".join(path.relative_to(root).parts[begin:]))  # as groups of a column
+        group = entry.group if columns.group else grouping(PurePosixPath(below))
         images[entry.split].append(ListedImage(as_text(path), entry.label, group))
     return images
 
@@ -350,9 +351,17 @@ def _find_split_column(table: Table, given: Columns) -> str | None:
     names = [name for name in table.columns if name not in given and name.lower() not in LABEL_COLUMNS]
     found = []
     for name in names:
-        splits = {SPLIT_OF_FOLDER.get(value.lower()) for value in set(table.column(name))}
-        if "train" in splits and None not in splits and len(splits) > 1:
-            found.append(name)
+        values = set(table.column(name))
+        others = sorted(value for value in values if value.lower() not in SPLIT_OF_FOLDER)
+        splits = {SPLIT_OF_FOLDER[value.lower()] for value in values.difference(others)}
+        if "train" in splits and len(splits) > 1:
+            if not others:
+                found.append(name)
+                continue
+            logger.warning(
+                f"Not used: the column {name!r} of {table.path}, which names splits, but also {others[0]!r}. If "
+                "it holds your splits, correct its values"
+            )
     if len(found) > 1:
         logger.warning(f"{table.path} has several columns of splits, {', '.join(found)}: name one with --split_column")
     return found[0] if len(found) == 1 else None

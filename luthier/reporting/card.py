@@ -65,6 +65,8 @@ def write_model_card(folder: Path, metrics: dict, repo_id: str | None = None) ->
         eval_results=results,
         **_added(folder / CARD if (folder / CARD).is_file() else folder / EARLIER_CARD),
     )
+    cross_validated = metrics["validation"] and "train" not in data["splits"]
+    of_fold = "In the fold whose model is kept: " if cross_validated else ""
     templates = FileSystemLoader(Path(__file__).parent / "templates")
     environment = Environment(  # Markdown escapes by a filter of its own
         loader=templates, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, autoescape=False
@@ -82,9 +84,9 @@ def write_model_card(folder: Path, metrics: dict, repo_id: str | None = None) ->
         loaded_from=json.dumps(repo_id or "THIS_FOLDER"),
         trust=trust_remote_code(folder),
         metrics=metrics,
-        learning_curve=metrics["learning_curve"] and learning_curve_in_words(metrics["learning_curve"]),
+        learning_curve=metrics["learning_curve"] and of_fold + learning_curve_in_words(metrics["learning_curve"]),
         class_shares=metrics.get("class_shares"),
-        groups=metrics.get("groups") and inflation_in_words(metrics["groups"]),
+        groups=metrics.get("groups") and of_fold + inflation_in_words(metrics["groups"]),
         leaks=leaks_in_words(metrics),
         not_known="; ".join(none_in_words(test["none"], metrics["unsure"])) if "none" in test else "",
         refit=refit_in_words(metrics["refit"]) if metrics.get("refit") else "",

@@ -134,7 +134,8 @@ def race(
         arm, state.ended = state.choose_next()
         if arm is None:
             break
-        expected = state.expected_seconds(arm, number := state.next_heat(arm))
+        number = state.next_heat(arm)
+        expected = state.expected_seconds(arm, number)
         if (probe or state.heats) and not course.ends_in_time(expected):
             state.ended = NO_TIME
             break
@@ -232,10 +233,12 @@ class _Race:
 
     def expected_seconds(self, arm: Arm, number: int) -> float:
         """Return the seconds that a heat will take: by the arm's last one, another arm's first one, or predictions."""
-        own = self.heats.of(arm.recipe.name)
+        name = arm.recipe.name
+        own = self.heats.of(name)
+        if own and not arm.schedule:  # a time limit has cut it short; it may end after any epoch, see `EndInTime`
+            return self.heats.seconds(name) / self.heats.epochs(name)
         lengths = [end - begin for begin, end in zip((0, *arm.ends), arm.ends, strict=False)]
         if number == 0 or not own:  # a named checkpoint may be past the first heats
-            # Without a schedule of heats training may end after any epoch, see `EndInTime`.
             steps = lengths[number] if arm.schedule else min(lengths[number], arm.steps_per_epoch)
             unmeasured = WORK * self.predicting * arm.batch * steps
             return max((heat.seconds for heat in self.heats), default=unmeasured)
@@ -248,9 +251,8 @@ class _Race:
 
     def leading(self) -> Arm | None:
         """Return the arm with the lowest loss; None where nothing was trained."""
-        last = {arm.recipe.name: self.heats.of(arm.recipe.name)[-1:] for arm in self.arms}
-        trained = [arm for arm in self.arms if last[arm.recipe.name]]
-        return min(trained, key=lambda arm: last[arm.recipe.name][0].loss, default=None)
+        trained = [arm for arm in self.arms if self.heats.of(arm.recipe.name)]
+        return min(trained, key=lambda arm: self.heats.of(arm.recipe.name)[-1].loss, default=None)
 
     def leave(self, arm: Arm, error: NotFinite) -> None:
         """Let an arm leave the race with its heats.

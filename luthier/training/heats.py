@@ -95,6 +95,7 @@ class EndHeat(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step >= self.step:
             control.should_training_stop = True
+            control.should_save = False  # but when it has been evaluated, which a resume from here would not do
 
     def on_epoch_end(self, args, state, control, **kwargs):
         if state.global_step >= self.step:
@@ -111,14 +112,16 @@ class EndInTime(TrainerCallback):
 
     def __init__(self, ends_in_time: Callable[[float], bool]):
         self.ends_in_time, self.begin, self.evaluation = ends_in_time, 0.0, 0.0
+        self.epochs = 0.0  # that were trained when this one began; a resumed run may begin within an epoch
         self.end: float | None = None  # of the epoch, until it has been evaluated
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.begin, self.end = time.perf_counter(), None
+        self.begin, self.end, self.epochs = time.perf_counter(), None, state.epoch or 0.0
 
     def on_epoch_end(self, args, state, control, **kwargs):
         self.end = time.perf_counter()
-        needed = self.end - self.begin + 2 * self.evaluation  # this epoch's, which comes now, and the next one's
+        seconds = (self.end - self.begin) / (state.epoch - self.epochs)
+        needed = seconds + 2 * self.evaluation  # this epoch's, which comes now, and the next one's
         if not self.ends_in_time(needed):
             control.should_training_stop = True
 

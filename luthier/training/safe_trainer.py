@@ -45,8 +45,12 @@ class SafeTrainer(WorkerTrainer):
         if schedule is None:
             return super().create_scheduler(num_training_steps, optimizer)
         if self.lr_scheduler is None:
-            # A function, because the state of any other callable would be saved and loaded.
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, lambda step: schedule(step))  # type: ignore[arg-type]
+            # A function, because the state of any other callable would be saved and loaded. The scheduler is not told
+            # of steps that float16 skips. They count towards the end of a heat, so they count here.
+            def rate(step: int) -> float:
+                return schedule(max(step, self.state.global_step + 1) if step else 0)
+
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, rate)  # type: ignore[arg-type]
             self._created_lr_scheduler = True
         return self.lr_scheduler
 

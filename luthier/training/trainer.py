@@ -114,9 +114,11 @@ def train(trainer: SafeTrainer, end: int | None, checkpoint: Path | None, stop: 
         received = stop.agree()
         if received:
             stop.exit_with(received, output_dir)
-    trainer.accelerator.free_memory()  # its data workers too
     for owner in (trainer, trainer.callback_handler):  # or two moments of all weights would stay
         owner.optimizer = owner.lr_scheduler = None
+    trainer.callback_handler.train_dataloader = trainer.callback_handler.eval_dataloader = None
+    vars(trainer).pop("_eval_dataloaders", None)
+    trainer.accelerator.free_memory()  # and its data workers, with the batches that they have ready
     # The best step was chosen on validation. With other strategies than Luthier's it may have no checkpoint.
     best = output_dir / f"checkpoint-{trainer.state.best_global_step}"
     found = from_main_process(best if best.exists() else None)

@@ -12,6 +12,7 @@ from transformers import Trainer
 
 from luthier.images.shards import StreamedRows
 from luthier.training.block_batches import BlockBatches
+from luthier.training.signals import HANGUP
 
 # What a loader of a stream has in common with the Trainer's own.
 KEPT = (
@@ -77,8 +78,8 @@ class WorkerTrainer(Trainer):
 class StartWorker:
     """Lets a data worker ignore signals: it ends when the main process says so, or is gone.
 
-    `timeout`, systemd, Slurm and Ctrl-C send a signal to all processes of a run. The main process answers with a
-    checkpoint at the end of the step, and for the step it needs its workers.
+    `timeout`, systemd, Slurm, Ctrl-C and a terminal that is closed send a signal to all processes of a run. The main
+    process answers with a checkpoint at the end of the step, and for the step it needs its workers.
 
     Args:
         then: what else is to be done at the start, with the number of the worker.
@@ -88,7 +89,7 @@ class StartWorker:
         self.then = then
 
     def __call__(self, number: int) -> None:
-        for each in (signal.SIGINT, signal.SIGTERM):
+        for each in filter(None, (signal.SIGINT, signal.SIGTERM, HANGUP)):
             signal.signal(each, signal.SIG_IGN)
         if self.then:
             self.then(number)

@@ -145,6 +145,7 @@ def test_data_that_cannot_be_trained_on_is_still_audited(tmp_path, capsys):
             "careful  the images of the class 'violet' are too few" in output and "unreadable, left out: 4" in output
         )
         assert "labels: not checked" in output
+        assert "Labels were not checked" in (tmp_path / "found/audit.html").read_text(encoding="utf-8")
 
 
 def test_audit_without_output_dir_writes_nothing(tmp_path, monkeypatch, timm_checkpoint, capsys):

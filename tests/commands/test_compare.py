@@ -257,6 +257,7 @@ def test_interrupted_run_resumes_from_its_checkpoint(compared, launch):
         (["--set", "augmentation=none,augmix", "--augmentation", "none"], "augmentation is given twice"),
         (["--set", "refit=auto,none"], "compare.py sets refit itself: leave it out"),
         (["--set", "learning_rate=1e-3,0.001"], "have the same settings"),
+        (["--set", "data_dir=a,b"], "do not have the same data: give --data_dir or --dataset_name once"),
         (["--set", "seed=1,2"], "compare.py sets seed itself: use --seeds"),
         (["nowhere.yaml", "else.yaml"], "nowhere.yaml"),
         (["a/x.yaml", "b/x.yaml"], "the same name"),

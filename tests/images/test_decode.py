@@ -196,3 +196,11 @@ def test_12_bits_are_read_alike_whatever_type_holds_them(kind):
     file = io.BytesIO()
     PILImage.fromarray(np.full((8, 8), 4000, kind)).save(file, "TIFF")
     assert np.asarray(decode_rgb(file.getvalue()).image).max() == 249
+
+
+@pytest.mark.parametrize(
+    ("data", "why"), [(b"\0\0\0\x18ftypheic" + bytes(99), "it is HEIC"), (b"II*\0" + bytes(99), "a TIFF with bands")]
+)
+def test_format_that_is_not_read_is_named(data, why):
+    with pytest.raises(OSError, match=why):
+        decode_rgb(data)

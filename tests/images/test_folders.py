@@ -2,6 +2,8 @@
 
 import logging
 import os
+import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -345,3 +347,22 @@ def test_table_beside_the_images_is_pointed_at(tmp_path, folder):
     with pytest.raises(UserError, match=r"If train.csv holds the classes, give --labels .*train.csv"):
         load(data_dir=str(root))
     assert labels_of(load(data_dir=str(root), labels=str(root / "train.csv"))) == sorted(COLOURS)
+
+
+def test_folder_comes_under_its_own_name_before_a_link_to_it(tmp_path):
+    (tmp_path / "v3/parts").mkdir(parents=True)
+    (tmp_path / "v3/x.jpg").touch()
+    (tmp_path / "current").symlink_to("v3")
+    found = [(path.relative_to(tmp_path).as_posix(), names) for path, names in walk(tmp_path)]
+    assert found == [(".", []), ("v3", ["x.jpg"]), ("v3/parts", [])]
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="takes both forms of a name for one")
+def test_group_with_an_accent_in_two_forms_is_one(tmp_path):
+    for number, (label, form) in enumerate((("red", "NFC"), ("blue", "NFD"))):
+        for group in ("José", "Ana"):
+            folder = tmp_path / label / unicodedata.normalize(form, group)
+            folder.mkdir(parents=True)
+            draw(label, number).save(folder / "1.png")
+    splits, _ = data.list_images(data_dir=str(tmp_path), group_by="folder")
+    assert set(splits["train"]["luthier_given_group"][:]) == {"José", "Ana"}

@@ -490,3 +490,10 @@ def test_index_of_pandas_is_no_label(root):
     Dataset.from_dict(rows | {"__index_level_0__": [*range(11, -1, -1)]}).to_parquet(root / "metadata.parquet")
     images, _ = load_images(data_dir=str(root))
     assert images["train"].features["label"].names == list(CLASSES)
+
+
+def test_column_that_names_splits_and_more_is_named(root, caplog):
+    kinds = ("train", "train", "test", "holdout")
+    rows = [(*pair, kinds[number % 4]) for number, pair in enumerate(pairs())]
+    assert load(root, text(rows, "file,label,set")) == EXPECTED
+    assert "Not used: the column 'set'" in caplog.text and "but also 'holdout'" in caplog.text

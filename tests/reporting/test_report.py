@@ -386,3 +386,18 @@ def test_folder_is_not_taken_for_a_dataset_of_the_hub(metrics, tmp_path, name, d
 def test_what_scrolls_is_reached_by_the_keyboard(page, name):
     regions = re.findall(r'<div [^>]*class="wide[^>]*>', page.with_name(name).read_text(encoding="utf-8"))
     assert regions and all('tabindex="0"' in region and "aria-label=" in region for region in regions)
+
+
+def test_card_says_that_the_curve_is_of_one_fold(metrics, tmp_path):
+    write_model_card(tmp_path, metrics)
+    assert "In the fold whose" not in (tmp_path / "README.md").read_text(encoding="utf-8")
+    del metrics["data"]["splits"]["train"]
+    write_model_card(tmp_path, metrics)
+    assert "In the fold whose model is kept: With twice" in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+def test_class_without_test_images_has_no_recall(metrics, tmp_path):
+    empty = {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 0}
+    metrics["test"] = metrics["test"] | {"per_class": metrics["test"]["per_class"] | {HOSTILE[2]: empty}}
+    write_model_card(tmp_path, metrics)
+    assert "| - | - | - | 0 |" in (tmp_path / "README.md").read_text(encoding="utf-8")

@@ -389,3 +389,8 @@ def test_training_in_one_heat_needs_time_for_an_epoch_alone():
     state = begun(Heats(), [arm("head", (500,))])
     state.predicting = 0.01
     assert state.expected_seconds(arm("head", (500,)), 0) == pytest.approx(3 * 0.01 * 10 * 32)
+
+
+def test_training_that_was_cut_short_needs_time_for_one_epoch_more():
+    state = begun(Heats([Heat("head", 200, 20.0, 0.5, 0.9, 540.0)]), [arm("head", (500,))])
+    assert state.expected_seconds(arm("head", (500,)), 0) == 27.0

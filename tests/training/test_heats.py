@@ -69,7 +69,7 @@ def test_learning_rate_rises_and_decays_in_each_heat():
 def test_epoch_that_would_end_too_late_with_its_evaluation_is_not_begun(monkeypatch):
     clock, told, control = [0.0], [], SimpleNamespace(should_training_stop=False)
     monkeypatch.setattr(heats.time, "perf_counter", lambda: clock[0])
-    ends = EndInTime(lambda seconds: bool(told.append(seconds)) or seconds < 10)
+    ends, state = EndInTime(lambda seconds: bool(told.append(seconds)) or seconds < 10), SimpleNamespace(epoch=0.0)
     for event, moment in (
         ("evaluate", 0),
         ("epoch_begin", 0),
@@ -80,7 +80,8 @@ def test_epoch_that_would_end_too_late_with_its_evaluation_is_not_begun(monkeypa
         ("epoch_end", 13),
     ):
         clock[0] = moment
-        getattr(ends, f"on_{event}")(None, None, control)
+        state.epoch += event == "epoch_end"
+        getattr(ends, f"on_{event}")(None, state, control)
         assert control.should_training_stop == (moment == 13)
     assert told == [5, 11]
 
@@ -97,3 +98,23 @@ def test_end_of_a_heat_is_evaluated_and_kept_whatever_the_strategies_are(evaluat
         end.on_epoch_end(None, state, control)
         assert control.should_training_stop == control.should_save == control.should_log == (step == 10)
         assert control.should_evaluate == (evaluate if step == 10 else not evaluate)
+
+
+def test_end_of_a_heat_is_not_kept_before_its_evaluation():
+    """Or a run that goes on from there would take the heat for one without gain."""
+    control = SimpleNamespace(should_training_stop=False, should_save=True, should_log=False, should_evaluate=False)
+    end, state = EndHeat(10, evaluate=True), SimpleNamespace(global_step=10)
+    end.on_step_end(None, state, control)
+    assert not control.should_save
+    end.on_epoch_end(None, state, control)
+    assert control.should_save and control.should_evaluate
+
+
+def test_part_of_an_epoch_is_not_taken_for_a_whole_one(monkeypatch):
+    clock, told, control = [0.0], [], SimpleNamespace(should_training_stop=False)
+    monkeypatch.setattr(heats.time, "perf_counter", lambda: clock[0])
+    ends = EndInTime(lambda seconds: bool(told.append(seconds)) or True)
+    ends.on_epoch_begin(None, SimpleNamespace(epoch=3.5), control)
+    clock[0] = 4.0
+    ends.on_epoch_end(None, SimpleNamespace(epoch=4.0), control)
+    assert told == [8.0]

@@ -389,6 +389,10 @@ def test_exhausted_memory_gives_advice():
         advice = "--per_device_train_batch_size 16 --gradient_accumulation_steps 2"
         with pytest.raises(UserError, match=advice), explain_exhausted_memory(arguments):
             raise error
+    for batch, advice in ((9, "train_batch_size 3 .*_steps 3"), (11, "train_batch_size 1 .*_steps 11")):
+        arguments.per_device_train_batch_size = batch
+        with pytest.raises(UserError, match=advice), explain_exhausted_memory(arguments):
+            raise MemoryError
     arguments.per_device_train_batch_size = 1
     with pytest.raises(UserError, match="batches of 1: use fewer pixels"), explain_exhausted_memory(arguments):
         raise MemoryError

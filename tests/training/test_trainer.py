@@ -23,6 +23,7 @@ from luthier.machine import LONG_RUN, choose_memory_format
 from luthier.training.arms import Workshop, plan_arm
 from luthier.training.callbacks import EpochTable, ProgressBar, StageTimes
 from luthier.training.checkpoints import load_weights
+from luthier.training.heats import Schedule
 from luthier.training.layers import freeze_unused
 from luthier.training.recipe import RECIPES
 from luthier.training.safe_trainer import SafeTrainer
@@ -255,3 +256,16 @@ def test_seconds_of_the_training_loop_go_to_their_stages():
     for event in events:
         getattr(times, f"on_{event}")(None, None, None)
     assert told == ["train", "data", "train", "evaluate", "save"]
+
+
+def test_learning_rate_follows_the_heats_where_float16_skips_steps():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule = Schedule((8, 24))
+    trainer = SimpleNamespace(schedule=schedule, lr_scheduler=None, state=SimpleNamespace(global_step=0))
+    scheduler = SafeTrainer.create_scheduler(trainer, 24, optimizer)
+    for skipped in [True] * 3 + [False] * 5:
+        if not skipped:
+            optimizer.step()
+            scheduler.step()
+        trainer.state.global_step += 1
+    assert scheduler.get_last_lr() == [schedule(8)] == [1.0]  # the next heat begins at the full rate

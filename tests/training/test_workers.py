@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 from luthier.processes import available_cores
 from luthier.training.callbacks import SetEpoch
-from luthier.training.workers import BATCHES, SeededAugmentation, WorkerTrainer
+from luthier.training.workers import BATCHES, SeededAugmentation, StartWorker, WorkerTrainer
 
 WORKERS = 2
 
@@ -112,3 +112,13 @@ def test_workers_are_forked_whatever_the_default_is(tmp_path):
         assert len(processes(build(tmp_path).get_test_dataloader(rows))) == WORKERS
     finally:
         multiprocessing.set_start_method(before, force=True)
+
+
+def test_workers_ignore_a_terminal_that_is_closed():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        StartWorker(None)(0)
+        assert all(signal.getsignal(number) is signal.SIG_IGN for number in before)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
