@@ -140,6 +140,9 @@ def build_model(
     for module in model.modules():
         if hasattr(module, "attention_bias_cache"):  # of LeViT, which would not see weights that are loaded later
             module.register_forward_hook(_forget_biases)
+        if isinstance(module, nn.Dropout) and model.config.model_type in ("mobilenet_v1", "mobilenet_v2"):
+            # Their configs have TensorFlow's share of features that is kept, 0.999 or 0.8; the library drops as many.
+            module.p = min(module.p, 1 - module.p)
     # Convolutions run up to twice as fast in this layout on CPUs and on GPUs with tensor cores.
     model.to(memory_format=torch.channels_last)  # type: ignore[call-arg]  # the library wraps torch's method
     return model, image_processor
@@ -267,10 +270,11 @@ def _load_checkpoint(model_name: str, labels: dict) -> tuple[PreTrainedModel, Ba
             "another model"
         )
     head = set(head_parameters(model))
-    if fresh - head:
+    # BEiT and data2vec are published without the normalisation before their head: like the head it begins anew.
+    if lacking := {name for name in fresh - head if ".pooler.layernorm." not in name}:
         raise ModelError(
-            f"{model_name} lacks {len(fresh - head)} of the weights its architecture needs (such as "
-            f"{min(fresh - head)}): it is not a usable pretrained model. Use one made for image classification"
+            f"{model_name} lacks {len(lacking)} of the weights its architecture needs (such as {min(lacking)}): it is "
+            "not a usable pretrained model. Use one made for image classification"
         )
     for name in ("class_shares", "familiarity", "label_names", "none_class"):  # of what it learned before
         model.config.__dict__.pop(name, None)
@@ -308,6 +312,8 @@ def _from_pretrained(
             config = AutoConfig.from_pretrained(model_name, trust_remote_code=False, **changes)
         # As timm writes it; transformers gives both numbers to timm, which takes one.
         (getattr(config, "model_args", None) or {}).pop("num_classes", None)
+        # Or the outputs of all layers would be kept of all images, or logits would have no name.
+        config.output_hidden_states, config.output_attentions, config.return_dict = False, False, True
         image_processor = AutoImageProcessor.from_pretrained(model_name, trust_remote_code=False)
         model, loading = AutoModelForImageClassification.from_pretrained(
             model_name,
@@ -330,6 +336,11 @@ def _explain(model_name: str, error: Exception) -> ModelError:
     first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
     path = Path(model_name)
     give = "give the output directory of train.py, or a model's name on the Hub, OWNER/NAME"
+    if "Unrecognized configuration class" in first_line:
+        return ModelError(
+            f"transformers has no image classifier of the architecture of {model_name}: use another model. timm has "
+            "many of these backbones, such as timm/vit_small_patch16_dinov3.lvd1689m"
+        )
     if path.is_file():
         return ModelError(f"{model_name} is a file, and no folder with a model: {give}")
     if path.is_dir() and not (path / "config.json").exists():

@@ -18,8 +18,15 @@ from efficientnet_lite_pytorch import EfficientNet
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
+    BeitConfig,
+    BeitForMaskedImageModeling,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
     LevitConfig,
     LevitForImageClassification,
+    MobileNetV1Config,
+    MobileNetV1ForImageClassification,
+    MobileNetV1ImageProcessor,
     PoolFormerConfig,
     PoolFormerForImageClassification,
     PreTrainedModel,
@@ -27,10 +34,12 @@ from transformers import (
     SwinForImageClassification,
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
+    TimmWrapperImageProcessor,
     ViTImageProcessor,
 )
 
 from luthier.errors import UserError
+from luthier.familiarity import Familiarity, describe_in_config, save_bank
 from luthier.images.views import EvaluationView, view_size
 from luthier.scoring.experiment import Experiment
 from luthier.serving.torch_network import TorchNetwork
@@ -490,10 +499,66 @@ def test_code_of_a_repository_is_never_run(tmp_path, monkeypatch):
     assert not (tmp_path / "ran").exists()
 
 
-def test_features_have_one_axis_whatever_enters_the_head():
-    network = SimpleNamespace(_features=[])
-    TorchNetwork._keep_features(network, None, (torch.zeros(2, 1, 5),))  # as of Perceiver
-    assert network._features[0].shape == (2, 5)
+@pytest.mark.slow
+def test_features_are_those_that_are_stored_where_the_head_sees_tokens(tmp_path):
+    names = {0: "a", 1: "b", 2: "c"}
+    cfg = {"input_size": [3, 64, 64], "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 1.0, "interpolation": "bicubic"}
+    config = TimmWrapperConfig(
+        architecture="resnet50_clip", id2label=names, num_labels=3, pretrained_cfg=cfg, model_args={"img_size": 64}
+    )
+    model = TimmWrapperForImageClassification(config).eval()
+    bank = torch.nn.functional.normalize(torch.randn(5, 2048)).half()
+    known = Familiarity(bank, linear_head(model), (0.0, 1.0), (0.0, 1.0), -9.0)
+    describe_in_config(model, known)
+    save_model(model, TimmWrapperImageProcessor(cfg, architecture="resnet50_clip"), tmp_path)
+    save_bank(tmp_path, known)
+    rated = TorchNetwork(str(tmp_path)).rate([*batch(64)])
+    assert rated.sureness.shape == (4,)
+    with torch.no_grad():
+        expected = model(pixel_values=batch(64)).logits.softmax(dim=-1)
+    assert torch.allclose(torch.tensor(rated.probabilities), expected, atol=1e-5)
+
+
+def test_mobilenet_keeps_the_features_that_its_config_says_it_keeps(tmp_path):
+    network = MobileNetV1ForImageClassification(MobileNetV1Config(depth_multiplier=0.25, image_size=64))
+    network.save_pretrained(tmp_path)
+    size = {"height": 64, "width": 64}
+    MobileNetV1ImageProcessor(size={"shortest_edge": 72}, crop_size=size).save_pretrained(tmp_path)
+    for _ in range(2):  # a saved model is trained again
+        model, image_processor = build_model(str(tmp_path), ID2LABEL)
+        assert network.dropout.p == 0.999 and model.dropout.p == pytest.approx(0.001)
+        save_model(model, image_processor, tmp_path)
+
+
+def test_beit_that_was_pretrained_by_masked_images_is_taken(tmp_path):
+    config = BeitConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8,
+        vocab_size=20, use_shared_relative_position_bias=True,
+    )  # fmt: skip
+    BeitForMaskedImageModeling(config).save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    model, _ = build_model(str(tmp_path), ID2LABEL)
+    assert (model.beit.pooler.layernorm.weight == 1).all() and (model.beit.pooler.layernorm.bias == 0).all()
+
+
+@pytest.mark.parametrize("changes", [{"output_hidden_states": True}, {"return_dict": False}])
+def test_outputs_are_the_logits_whatever_the_config_asks_for(vit_checkpoint, tmp_path, changes):
+    shutil.copytree(vit_checkpoint, tmp_path / "model")
+    path = tmp_path / "model/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    model, _ = build_model(str(tmp_path / "model"), ID2LABEL)
+    output = model.eval()(pixel_values=batch(32))
+    assert output.logits.shape == (4, 2) and output.hidden_states is None
+
+
+def test_architecture_without_a_classifier_is_named_as_such(tmp_path):
+    config = DINOv3ViTConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8
+    )
+    DINOv3ViTModel(config).save_pretrained(tmp_path)
+    ViTImageProcessor().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="no image classifier of the architecture"):
+        build_model(str(tmp_path), ID2LABEL)
 
 
 def test_model_without_gradient_checkpointing_is_refused_before_anything_runs():

@@ -53,12 +53,8 @@ class PixelsToAnswer(nn.Module):
         self.model, self.reversed = network.model, view.reversed
         self.register_buffer("scale", (view.contrast / 255)[:, None, None])
         self.register_buffer("black", view.black[:, None, None])
-        self.familiarity, self.head = network.familiarity, None
+        self.familiarity, self.head = network.familiarity, network.head
         if self.familiarity:
-            # Without its head the model returns what enters the head.
-            self.head = self.model.get_submodule(self.familiarity.head)
-            self.head._forward_pre_hooks.clear()
-            self.model.set_submodule(self.familiarity.head, nn.Identity())
             self.register_buffer("bank", self.familiarity.bank.float())
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -66,7 +62,7 @@ class PixelsToAnswer(nn.Module):
         levels = pixel_values.permute(0, 3, 1, 2).float()
         levels = levels.flip(1) if self.reversed else levels
         output = self.model(pixel_values=levels * self.scale + self.black).logits.float()
-        logits = self.head(output) if self.head else output
+        logits = self.head(output)
         probabilities = logits.softmax(dim=-1)
         if not self.familiarity:
             return logits, probabilities, probabilities.amax(dim=-1)

@@ -3,6 +3,7 @@
 import threading
 
 import torch
+from torch import nn
 
 from luthier.familiarity import load_familiarity, none_of, threshold_of
 from luthier.fusion import fuse_batchnorm
@@ -40,10 +41,13 @@ class TorchNetwork:
         self.labels, self.none = labels_of(model), none_of(model)
         self.familiarity = load_familiarity(model, model_name)
         self.unsure_below = self.familiarity.unsure_below if self.familiarity else threshold_of(model)
-        self._features: list[torch.Tensor] = []  # of the batch that the model works on
         self._turn = threading.Lock()  # the app answers several people at once
+        self.head: nn.Module = nn.Identity()  # makes logits of what the model returns
         if self.familiarity:
-            self.model.get_submodule(self.familiarity.head).register_forward_pre_hook(self._keep_features)
+            # Without its head the model returns features of [N, F], as they are stored. What enters the head may have
+            # another axis: the ResNets of CLIP apply it to all tokens, and take the first one's afterwards.
+            self.head = self.model.get_submodule(self.familiarity.head)
+            self.model.set_submodule(self.familiarity.head, nn.Identity())
 
     def start_worker(self) -> None:
         """Give a thread that prepares images one thread of torch: all together keep the cores busy."""
@@ -54,11 +58,7 @@ class TorchNetwork:
         """Return what the model says of N views."""
         pixel_values = torch.stack(views).to(self.device, memory_format=torch.channels_last)
         with self._turn:
-            self._features.clear()
-            probabilities = self.model(pixel_values=pixel_values).logits.float().softmax(dim=-1)
-            features = list(self._features)
-        sureness = self.familiarity.rate(probabilities, *features) if self.familiarity else probabilities.amax(dim=-1)
+            output = self.model(pixel_values=pixel_values).logits
+        probabilities = self.head(output).float().softmax(dim=-1)
+        sureness = self.familiarity.rate(probabilities, output) if self.familiarity else probabilities.amax(dim=-1)
         return Rated(probabilities.cpu().numpy(), sureness.cpu().numpy())
-
-    def _keep_features(self, head: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
-        self._features.append(inputs[0].flatten(1))  # Perceiver has an axis of length 1 more

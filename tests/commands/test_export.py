@@ -480,7 +480,7 @@ def test_channels_that_the_model_wants_reversed_are_reversed_in_the_export():
         def forward(self, pixel_values):
             return SimpleNamespace(logits=pixel_values.mean(dim=(2, 3)))
 
-    network = SimpleNamespace(model=Mean(), familiarity=None)
+    network = SimpleNamespace(model=Mean(), familiarity=None, head=torch.nn.Identity())
     pixels = torch.tensor([255, 0, 0], dtype=torch.uint8).expand(1, 4, 4, 3)  # red
     for is_reversed, answer in ((False, 0), (True, 2)):
         view = SimpleNamespace(reversed=is_reversed, contrast=torch.ones(3), black=torch.zeros(3))
