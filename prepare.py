@@ -169,6 +169,7 @@ def write_shards(splits: "DatasetDict", folder: Path, side: int, images: int, sh
         UserError: the folder has shards of something else, or an image cannot be read any more.
     """
     import numpy as np
+    from datasets import concatenate_datasets
 
     from luthier.files import atomic_write, lock_folder
     from luthier.images.shards import BLOCK
@@ -188,8 +189,10 @@ def write_shards(splits: "DatasetDict", folder: Path, side: int, images: int, sh
                 if path.exists() and is_whole(path):
                     there += 1
                     continue
-                with atomic_write(path) as whole:
-                    resized(dataset, rows, side).to_parquet(str(whole), batch_size=BLOCK)
+                blocks = [rows[begin : begin + BLOCK] for begin in range(0, len(rows), BLOCK)]
+                with atomic_write(path) as whole:  # of blocks: Arrow has at most 2 GB in an array
+                    images_of_file = concatenate_datasets([resized(dataset, block, side) for block in blocks])
+                    images_of_file.to_parquet(str(whole), batch_size=BLOCK)
             found = f", {there} of them from before" if there else ""
             share_of = f", {len(own)} of them on this machine" if share.machines > 1 else ""
             files = f"{plural(len(parts), 'file')}{share_of}{found}"

@@ -5,6 +5,7 @@
 # checkpoint. So this script sends the signal to train.py itself, and waits until the checkpoint is saved. The exit code
 # is 143 after a signal (the run can be resumed), and otherwise that of the launcher (0 or 1).
 set -u
+umask 0002 # another user of group 0 may go on with the run, and use the cache
 
 launcher=
 stopped=

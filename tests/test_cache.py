@@ -225,3 +225,11 @@ def test_one_image_that_cannot_be_opened_does_not_cost_the_inspection_of_the_oth
     assert len([*(tmp_path / "cache").glob("luthier_inspected/*/rows-*.arrow")]) == 1, (
         "what may not be kept is removed"
     )
+
+
+def test_a_file_more_does_not_write_the_inspections_of_others_again(tmp_path):
+    images = draw_folder(tmp_path / "images", 4)
+    for number in range(3):
+        draw("red", 100 + number).save(images / f"blue/{9 - number}.png")  # sorts before the other new ones
+        load(data_dir=str(images))
+    assert not list(Path(datasets.config.HF_DATASETS_CACHE).glob("luthier_inspected/*/cache-*"))

@@ -153,3 +153,12 @@ def test_skypilot_accepts_the_task_and_the_commands(tmp_path):
         assert flags and all(re.search(rf"(^|[ ,]){flag}\b", known) for flag in flags), (command, known)
     for words in (["sky", "down"], ["sky", "jobs", "cancel"]):
         assert "--graceful" in run(*words, "--help").stdout
+
+
+def test_files_of_a_container_may_be_written_by_its_group(tmp_path):
+    stub = tmp_path / "accelerate"
+    stub.write_text(f"#!/bin/sh\nmkdir {tmp_path}/run\n")
+    stub.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run(["sh", "cloud/entrypoint.sh"], cwd=PROJECT, env=environment, check=True)
+    assert (tmp_path / "run").stat().st_mode & 0o070 == 0o070

@@ -1,5 +1,6 @@
 """A dataset's own columns brought to two: `image`, not decoded, and `label`, a ClassLabel with sorted names."""
 
+import copy
 import logging
 import unicodedata
 from collections import Counter
@@ -35,15 +36,31 @@ def fixed_width(dataset: Dataset, column: str) -> np.ndarray:
     Raises:
         ValueError: they are not of one length, or there are none.
     """
-    chunks = dataset.select_columns(column).with_format("arrow")[:].column(column).chunks
+    values = dataset.data.column(column)
+    if dataset._indices is not None:  # `datasets` would make a table of each row
+        values = values.take(dataset._indices.column(0))
     parts = []
-    for chunk in chunks:
+    for chunk in values.chunks:
         ends = np.frombuffer(chunk.buffers()[1], np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
         data = np.frombuffer(chunk.buffers()[2], np.uint8)[ends[0] : ends[-1]]
         parts.append(data.reshape(len(chunk), -1))
         if (np.diff(ends) != parts[-1].shape[1]).any():
             raise ValueError(f"the column {column} has values of several lengths")
     return np.concatenate(parts)
+
+
+def add_numbers(dataset: Dataset, column: str, values: np.ndarray) -> Dataset:
+    """Return a dataset with a column of whole numbers, int64 [N].
+
+    `Dataset.add_column` would write all rows anew, with their images, where some have been left out.
+    """
+    if dataset._indices is None:
+        return dataset.add_column(column, values)
+    rows, whole = dataset._indices.column(0).to_numpy(), copy.copy(dataset)
+    whole._indices = None
+    of_all = np.zeros(len(whole), np.int64)
+    of_all[rows] = values
+    return whole.add_column(column, of_all).select(rows)
 
 
 def label_and_image(

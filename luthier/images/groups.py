@@ -9,6 +9,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict
 
 from luthier.errors import UserError
+from luthier.images.columns import add_numbers
 from luthier.images.duplicates import connected_groups
 from luthier.images.folders import GIVEN_GROUP, Grouping
 from luthier.images.inspection import duplicate_pairs
@@ -130,6 +131,6 @@ def add_groups(splits: DatasetDict) -> DatasetDict:
     for name, values in columns.items():
         parts = np.split(values.astype(np.int64), ends[:-1])
         splits = DatasetDict(
-            {split: rows.add_column(name, part) for (split, rows), part in zip(splits.items(), parts, strict=True)}
+            {split: add_numbers(rows, name, part) for (split, rows), part in zip(splits.items(), parts, strict=True)}
         )
     return splits

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,9 +18,12 @@ from luthier.errors import UserError
 from luthier.escape import escape_terminal
 from luthier.images.columns import fixed_width
 from luthier.images.decode import NOT_OPENED, decode_rgb, read_bytes, reason
-from luthier.images.duplicates import BITS, BORDERS, SIDE, fingerprint, near_duplicates
+from luthier.images.duplicates import BITS, BORDERS, SIDE, connected_groups, fingerprint, near_duplicates
 from luthier.images.folders import STAMP
 
+logger = logging.getLogger(__name__)
+
+MIN_CROWD = 50  # images of a class that look alike, and are most of it
 INSPECTION = 10  # part of the cache's key: raise it when what is found changes
 SHORTER_SIDE = 256  # pixels at which large JPEGs are checked for damage and duplicates
 MAX_UNREADABLE = 0.05  # share of images that may be left out because they cannot be read
@@ -53,8 +57,9 @@ def inspect(dataset: Dataset, split: str, root: Path | None = None) -> Dataset:
     features = dict.fromkeys(text, Value("string")) | {"width": Value("int64"), "height": Value("int64")}
     features |= {"hashes": Value("binary"), "thumbnail": Value("binary")}
     stamped = STAMP in dataset.column_names
+    own = dataset.remove_columns(STAMP) if stamped else dataset
     inspected, _ = make_rows(
-        dataset.select_columns("image"),
+        own if stamped else dataset.select_columns("image"),
         dataset[STAMP][:] if stamped else [f"{dataset._fingerprint} {row}" for row in range(len(dataset))],
         "inspected",
         cache_key(split, root and root.absolute(), INSPECTION, library_versions("pillow")),
@@ -63,8 +68,10 @@ def inspect(dataset: Dataset, split: str, root: Path | None = None) -> Dataset:
         lasts=lambda made: [not (error or "").startswith(NOT_OPENED) for error in made["error"]],
         topic="inspect",
         unit=f"images of {split}",
+        beside=own.column_names if stamped else (),
     )
-    return concatenate_datasets([dataset.remove_columns(STAMP) if stamped else dataset, inspected], axis=1)
+    # Side by side `datasets` would write rows of an index anew, all of them in each run.
+    return inspected if stamped else concatenate_datasets([dataset, inspected], axis=1)
 
 
 def _inspect_batch(batch: dict, indices: list[int], split: str, root: Path | None) -> dict:
@@ -152,8 +159,23 @@ def duplicate_pairs(splits: DatasetDict) -> np.ndarray:
         near = torch.from_numpy(near_duplicates(hashes, _Thumbnails(images.with_format("arrow"), rows)))
         write_cached("near_duplicates", key, near)
     pairs, mirrored = rows[near[:, :2].numpy()], near[:, 2].numpy() == 1
-    labels = np.array(images["label"][:])[pairs]
-    return np.concatenate([exact[exact[:, 0] != exact[:, 1]], pairs[~mirrored | (labels[:, 0] == labels[:, 1])]])
+    labels = np.array(images["label"][:])
+    pairs = pairs[~mirrored | (labels[pairs[:, 0]] == labels[pairs[:, 1]])]
+    crowded = _crowded(connected_groups(len(images), pairs), labels)
+    if crowded.any():
+        logger.warning(
+            f"{crowded.sum():,} images are near-duplicates of most of their class, as from a fixed camera. They count as "
+            "different images. If some belong together, name the groups with --group_by or --group_column"
+        )
+    return np.concatenate([exact[exact[:, 0] != exact[:, 1]], pairs[~crowded[pairs[:, 0]]]])
+
+
+def _crowded(groups: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return which images are in a group that has most of a class, so that it could not be cut: bool [N]."""
+    many = int(labels.max()) + 1
+    cells, counts = np.unique(groups.astype(np.int64) * many + labels, return_counts=True)
+    crowds = cells[(counts >= MIN_CROWD) & (2 * counts > np.bincount(labels)[cells % many])] // many
+    return np.isin(groups, crowds)
 
 
 class _Thumbnails:

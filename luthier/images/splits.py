@@ -90,6 +90,11 @@ def _deal_folds(labels: np.ndarray, groups: np.ndarray, digests: np.ndarray, k: 
     order, folds = draw_order(digests, seed), np.empty(len(labels), dtype=int)
     folds[order] = stratified_folds(labels[order], groups[order], k, seed)
     folds[_holds_class(labels, groups)] = -1
+    for label in np.unique(labels):  # groups of other classes may have brought all of one into one fold
+        rows = np.flatnonzero(labels == label)
+        if folds[rows[0]] >= 0 and (folds[rows] == folds[rows[0]]).all():
+            own, counts = np.unique(groups[rows], return_counts=True)
+            folds[groups == own[counts.argmin()]] = -1
     empty = np.setdiff1d(np.arange(k), folds)
     if len(empty):  # of any fold: the first ones would have been trained in vain
         count = plural(len(np.unique(groups)), "group")
@@ -294,8 +299,9 @@ def stratified_cut(
     order = _draw_groups(ids, numbers, seed)
     needed = numbers[_holds_class(labels, groups)].tolist()
     split_of = dict.fromkeys(needed, "train")  # by group
+    last = _LastGroups(labels, numbers)
     for rows in _rows_of_classes(labels, order, numbers):
-        _deal(_sizes(numbers[rows]), len(rows), fractions, split_of)
+        _deal(_sizes(numbers[rows]), len(rows), fractions, split_of, last)
     split = np.array([split_of[group] for group in range(len(distinct))], dtype=object)[numbers]
     parts = {name: np.flatnonzero(split == name) for name in (*fractions, "train")}
     present = set(labels[parts["train"]])
@@ -308,7 +314,37 @@ def stratified_cut(
     return parts
 
 
-def _deal(size: dict[int, int], images: int, fractions: dict[str, float], split_of: dict[int, str]) -> None:
+class _LastGroups:
+    """Tells which groups are the last of a class that are left for train.
+
+    Args:
+        labels: int [N].
+        numbers: int [N], the group of each row, from 0 on.
+    """
+
+    def __init__(self, labels: np.ndarray, numbers: np.ndarray):
+        many = int(labels.max(initial=0)) + 1
+        pairs = np.unique(numbers * many + labels)  # of groups and their classes
+        self._classes = (pairs % many).tolist()
+        self._begins = np.searchsorted(pairs // many, np.arange(numbers.max(initial=-1) + 2)).tolist()
+        self._left = np.bincount(pairs % many, minlength=many).tolist()  # groups of each class that are not cut
+
+    def has(self, group: int) -> bool:
+        """Tell whether a class would have no group left without this one."""
+        return any(self._left[label] == 1 for label in self._of(group))
+
+    def cut(self, group: int) -> None:
+        """Count a group as one that is not in train."""
+        for label in self._of(group):
+            self._left[label] -= 1
+
+    def _of(self, group: int) -> list[int]:
+        return self._classes[self._begins[group] : self._begins[group + 1]]
+
+
+def _deal(
+    size: dict[int, int], images: int, fractions: dict[str, float], split_of: dict[int, str], last: _LastGroups
+) -> None:
     """Give each group of a class a split: test takes the first ones, validation the last ones.
 
     Args:
@@ -316,6 +352,7 @@ def _deal(size: dict[int, int], images: int, fractions: dict[str, float], split_
         images: of the class.
         fractions: see `stratified_cut`.
         split_of: of every group that has one; the class's other groups are added.
+        last: which groups a class needs in train, because its others have been cut; changed as these are.
     """
     lacking = {split: max(1, round(fraction * images)) for split, fraction in fractions.items()}
     for split in sorted(fractions, reverse=True):  # validation first: test is what the score is of
@@ -331,8 +368,10 @@ def _deal(size: dict[int, int], images: int, fractions: dict[str, float], split_
         for group in size if split == "test" else reversed(size):
             excess = size[group] - lacking[split]
             # A group that does not fit goes there too if its share is closer then: only small ones would be left over.
-            if group not in split_of and (excess <= 0 or excess < min(lacking[split], margin)):
+            fits = group not in split_of and (excess <= 0 or excess < min(lacking[split], margin))
+            if fits and not last.has(group):
                 split_of[group] = split
+                last.cut(group)
                 lacking[split] -= size[group]
                 margin -= max(excess, 0)
     for group in size:
@@ -342,5 +381,7 @@ def _deal(size: dict[int, int], images: int, fractions: dict[str, float], split_
             continue
         # The smallest group in train goes there, except the last one; not those that other classes may need in train.
         spare = sorted((group for group in own if split_of[group] == "train"), key=lambda group: size[group])
+        spare = [group for group in spare if not last.has(group)]
         if spare and [split_of[group] for group in size].count("train") > 1:
             split_of[spare[0]] = split
+            last.cut(spare[0])

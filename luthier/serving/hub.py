@@ -163,7 +163,8 @@ def with_retries(call: Callable[[], Result], repo_id: str) -> Result:
             error = raised.__cause__ if isinstance(raised.__cause__, HfHubHTTPError) else raised
             status = getattr(getattr(error, "response", None), "status_code", None)
             lasting = isinstance(error, (ValueError, LocalTokenNotFoundError, OfflineModeIsEnabled))
-            if wait is None or lasting or (status is not None and status not in (408, 429) and status < 500):
+            # 412: another commit came first, and the next try starts from it.
+            if wait is None or lasting or (status is not None and status not in (408, 412, 429) and status < 500):
                 raise UserError(explain(error, status, repo_id)) from raised
             pause = _retry_after(error) or wait
             print(f"hub      {_first_line(error)}; retrying in {pause:.0f} s", file=sys.stderr, flush=True)

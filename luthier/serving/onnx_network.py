@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -78,6 +79,8 @@ class OnnxNetwork:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # errors are raised too
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the cores decode images meanwhile
+        if count_cores() < (os.cpu_count() or 1):  # or it takes all cores of the machine, and binds threads to them
+            options.intra_op_num_threads = count_cores()
         try:
             session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the library has no error of its own

@@ -55,6 +55,7 @@ def stage_space(model_name: str, repo_id: str, staging: Path) -> None:
 title: {json.dumps(repo_id.split("/")[1])}
 sdk: gradio
 sdk_version: {importlib.metadata.version("gradio")}
+python_version: "{sys.version_info.major}.{sys.version_info.minor}"
 app_file: start.py
 models:
 - {model_name}

@@ -229,3 +229,9 @@ def test_slow_address_does_not_hold_up_the_other_visitors(monkeypatch):
     page = app.build_page("colours", False, [])
     limits = {function.api_name: function.concurrency_limit for function in page.fns.values()}
     assert limits["url"] == app.FETCHES > 1
+
+
+def test_space_runs_the_python_of_its_publisher(tmp_path):
+    stage_space("me/x", "me/demo", tmp_path)
+    head = yaml.safe_load((tmp_path / "README.md").read_text(encoding="utf-8").split("---")[1])
+    assert head["python_version"] == f"{sys.version_info.major}.{sys.version_info.minor}"  # a text: 3.10 is not 3.1

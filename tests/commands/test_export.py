@@ -1,6 +1,7 @@
 """export.py: an ONNX file that answers as the model does, the proof of it, and what is refused."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -527,3 +528,15 @@ def test_image_to_check_on_has_the_class_of_its_outermost_folder(tmp_path):
     assert (len(images.names), len(calibration.names)) == (2, 1)
     assert not {*images.names} & {*calibration.names}
     assert images.read(0) == Path(images.names[0]).read_bytes()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity") or os.cpu_count() < 2, reason="needs Linux and two cores")
+def test_onnx_runtime_stays_on_the_cores_that_it_may_use(run):
+    code = (
+        "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); from pathlib import Path; "
+        "from luthier.serving.onnx_network import OnnxNetwork; "
+        f"network = OnnxNetwork(Path({str(run / 'onnx/model.onnx')!r})); "
+        "print(len({core for task in os.listdir('/proc/self/task') for core in os.sched_getaffinity(int(task))}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "1"

@@ -245,3 +245,12 @@ def test_shards_say_which_images_belong_together(capsys):
     found = {(row["image"]["path"][-5], row["group"]) for row in rows}
     digits, groups = zip(*found, strict=True)
     assert len(rows) == 37 and len(found) == len(set(digits)) == len(set(groups)) == 11
+
+
+def test_images_are_stored_block_by_block(monkeypatch):
+    counts, resized = [], prepare.resized
+    monkeypatch.setattr(shard_files, "BLOCK", 8)
+    monkeypatch.setattr(prepare, "resized", lambda *args: counts.append(len(args[1])) or resized(*args))
+    prepare.main(LINE)
+    rows = sum(parquet.read_metadata(path).num_rows for path in Path("shards").glob("*.parquet"))
+    assert sum(counts) == rows == 37 and max(counts) == 8

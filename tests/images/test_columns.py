@@ -269,3 +269,14 @@ def test_dataset_without_train_can_be_scored(tmp_path):
     assert images["test"]["label"][:] == [0, 1, 1]
     with pytest.raises(UserError, match="none to train on"):
         load(dataset_name=path)
+
+
+def test_a_column_of_numbers_copies_no_rows():
+    rows = Dataset.from_dict({"a": list("abcd")}).select([3, 1])
+    added = add_numbers(rows, "n", np.array([7, 8]))
+    assert added["a"][:] == ["d", "b"] and added["n"][:] == [7, 8] and added._indices is not None
+
+
+def test_values_of_fixed_width_follow_the_order_of_the_rows():
+    rows = Dataset.from_dict({"a": ["aa", None, "bb", "cc"]}).select([3, 0])
+    assert fixed_width(rows, "a").view("S2").ravel().tolist() == [b"cc", b"aa"]

@@ -172,3 +172,23 @@ def test_given_groups_are_joined_by_duplicates_and_are_none_themselves(monkeypat
     copies, together = ([*found["train"][name], *found["test"][name]] for name in ("duplicates", "group"))
     assert copies[0] == copies[3] and len(set(copies)) == 4
     assert together[0] == together[1] == together[3] and len(set(together)) == 3
+
+
+def test_group_that_is_most_of_a_class_is_none():
+    labels = np.repeat([0, 1], 60)
+    assert _crowded(np.zeros(120, int), labels).all()
+    assert not _crowded(np.arange(120) // 2, labels).any()
+    assert not _crowded(np.where(np.arange(120) < 20, 0, np.arange(120)), labels).any()
+
+
+def test_images_of_a_fixed_camera_can_be_cut(tmp_path, caplog):
+    scene = np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8)
+    for label, colour in (("free", 90), ("taken", 200)):
+        (tmp_path / label).mkdir()
+        for seed in range(60):
+            pixels = scene.astype(int) + np.random.default_rng(seed).integers(-9, 9, scene.shape)
+            pixels[20:34, 30:44] = colour + seed % 7
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(tmp_path / label / f"{seed}.png")
+    splits = load(data_dir=str(tmp_path))
+    assert all(set(dataset["label"][:]) == {0, 1} for dataset in splits.values())
+    assert "120 images are near-duplicates of most of their class" in caplog.text

@@ -343,3 +343,11 @@ def test_few_validation_images_of_the_users_own_are_named(capsys, train, validat
     of = {"train": train, "validation": validation, "test": 20}
     cut_splits(DatasetDict({split: labelled([0, 1] * (n // 2), ["a", "b"]) for split, n in of.items()}))
     assert ("10 validation images cannot tell weights apart" in capsys.readouterr().out) == said
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_class_loses_its_last_group_to_the_splits_of_others(seed):
+    labels = np.array([0, 0, 1, 1, 2, 2, 3, 3, 3, 3, 3])
+    groups = np.array([1, 2, 4, 5, 1, 4, 10, 11, 12, 13, 14])  # class 2 shares both of its groups
+    cut = stratified_cut(labels, list("abcd"), FRACTIONS, seed, groups)
+    assert set(labels[cut["train"]]) == {0, 1, 2, 3}

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import luthier.serving.hub as hub
 import prepare
 import score
+import train
 from luthier.errors import UserError
 from luthier.output_dir import mark_unfinished
 from luthier.reporting.card import note_export, write_model_card
@@ -128,13 +129,14 @@ def client(server, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def finished_run(tmp_path_factory, launch):
+def finished_run(tmp_path_factory):
     """The folder of a finished run of simple_cnn, with secrets in some of its files."""
     folder = tmp_path_factory.mktemp("finished")
     draw_folder(folder / "images", per_class=6)
     args = ["--data_dir", "images", "--model_name", "simple_cnn", "--num_train_epochs", "1", "--output_dir", "out"]
-    result = launch("train.py", *args, cwd=folder)
-    assert result.returncode == 0, result.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train.main(args)
     (folder / "out/.env").write_text(f"HF_TOKEN={TOKEN}")
     (folder / "out/training_args.bin").write_bytes(TOKEN.encode())
     (folder / "out/runs").mkdir()
@@ -241,6 +243,7 @@ def test_exports_are_pushed_and_those_of_others_stay(server, push, finished_run,
         ("POST .*/objects/batch", 500, 1, {}),
         ("PUT /lfs/", None, 1, {}),
         ("POST .*/commit/", None, 1, {}),
+        ("POST .*/commit/", 412, 1, {}),
         ("GET /api/whoami-v2", None, 1, {}),
     ],
 )

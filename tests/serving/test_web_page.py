@@ -43,6 +43,11 @@ async ({ pixels, height, width, rule }) => {
   return Array.from(prepare(rgb, height, width, rule));
 }
 """
+NOISE = """
+OffscreenCanvasRenderingContext2D.prototype.getImageData = (x, y, width, height) => new ImageData(
+  Uint8ClampedArray.from({ length: width * height * 4 }, (_, i) => (i % 4 === 3 ? 255 : 256 * Math.random())),
+  width, height);
+"""
 CLASSIFY = """
 async (file) => {
   const blob = new Blob([Uint8Array.from(atob(file), (letter) => letter.charCodeAt(0))]);
@@ -292,3 +297,17 @@ def test_infinite_threshold_is_null_for_browsers(tmp_path, monkeypatch):
     write_page(tmp_path / "model.onnx", tmp_path / "page", "colours", vendor=False)
     config = json.loads((tmp_path / "page/model.json").read_text())
     assert config["unsure_below"] is None and config["none_class"] == 1
+
+
+@pytest.mark.slow
+@needs_chromium
+@needs_npm
+def test_page_does_not_classify_noise_of_a_browser_that_hides_pixels(exported, tmp_path):
+    write_page(exported, tmp_path / "page", "colours", vendor=True)
+    draw("red", 1).save(tmp_path / "a.png")
+    with served(tmp_path / "page") as url, browser_page() as page:
+        page.add_init_script(NOISE)
+        page.goto(url)
+        page.locator("input[type=file]").first.set_input_files(tmp_path / "a.png")
+        page.get_by_text("This browser hides the pixels").wait_for(timeout=30_000)
+        assert page.locator("#classes li").count() == 0

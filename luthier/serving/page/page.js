@@ -126,9 +126,24 @@ async function withBitmap(blob, use) {
   }
 }
 
+/** Check that pixels are read as they were drawn: against fingerprinting, some browsers give noise or white instead. */
+function checkCanvas() {
+  const context = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+  for (const level of [30, 90, 150, 210]) {
+    context.fillStyle = `rgb(${level}, ${level}, ${level})`;
+    context.fillRect(0, 0, 1, 1);
+    const { data } = context.getImageData(0, 0, 1, 1);
+    // Others change a few bits, which does not matter here.
+    if ([0, 1, 2].some((channel) => Math.abs(data[channel] - level) > 8)) {
+      throw new Error("This browser hides the pixels of images from pages: allow this page to read canvas data.");
+    }
+  }
+}
+
 /** Return the RGB pixels of a bitmap on white. */
 function readPixels(bitmap) {
   const { width, height } = bitmap;
+  checkCanvas();
   try {
     const rgb = new Uint8Array(width * height * 3);
     const rows = Math.min(height, STRIP_ROWS);
