@@ -34,7 +34,10 @@ CLEAN = (600, 3600)  # seconds: how often images that were given to the page are
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of this command."""
     parser = argparse.ArgumentParser(
-        prog="app.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="app.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("model", help="a folder with a saved model, a name on the Hub, or a .onnx file")
     parser.add_argument("--examples", type=Path, help="a folder of images to offer")

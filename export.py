@@ -39,7 +39,10 @@ CALIBRATION = 200  # training images that decide the ranges of 8-bit activations
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of this command."""
     parser = argparse.ArgumentParser(
-        prog="export.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="export.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("model", help="a folder with a saved model, or a name on the Hub")
     parser.add_argument("--output_dir", type=Path, help="where to write, if not into the model's folder")

@@ -45,6 +45,8 @@ EFFICIENTNET_CFG = {
     "classifier": "classifier",
 }
 
+OF_RUNS = ("race.json", "race", "fold-1")  # what a run writes before its model
+
 
 class ModelError(Exception):
     """A model that the user can mend: its name, its files or its image size; the message says how."""
@@ -343,6 +345,16 @@ def _explain(model_name: str, error: Exception) -> ModelError:
         )
     if path.is_file():
         return ModelError(f"{model_name} is a file, and no folder with a model: {give}")
+    if path.is_dir() and (path / "trainer_state.json").exists():
+        return ModelError(
+            f"{model_name} is a checkpoint, from which a run goes on, and no finished model: give the output "
+            "directory of its run, once that has ended"
+        )
+    if path.is_dir() and not (path / "config.json").exists() and any((path / name).exists() for name in OF_RUNS):
+        return ModelError(
+            f"the folder {model_name} holds no model yet: its run has not ended. Repeat its command with --output_dir "
+            f"{model_name} --resume_from_checkpoint auto"
+        )
     if path.is_dir() and not (path / "config.json").exists():
         return ModelError(f"the folder {model_name} holds no model, which would have a config.json: {give}")
     if path.is_dir():

@@ -15,7 +15,10 @@ from luthier.errors import UserError, exit_on_user_error
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of this command."""
     parser = argparse.ArgumentParser(
-        prog="push.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="push.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("output_dir", type=Path, help="the output directory of train.py")
     parser.add_argument("repo_id", help="the repository, such as me/instruments; created if it does not exist")

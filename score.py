@@ -38,7 +38,11 @@ def main(argv: list[str] | None = None) -> None:
     if not argv or argv[0].startswith("-"):
         raise UserError("name the model first: accelerate launch score.py MODEL --data_dir FOLDER")
     from luthier.arguments import parse_arguments, refuse_others
-    from luthier.parsing import describe_command
+    from luthier.parsing import describe_command, option_names_in
+
+    config = len(argv) > 1 and argv[1].endswith((".yaml", ".yml"))  # which may name the images
+    if not config and not {"data_dir", "dataset_name"} & option_names_in(argv[1:]):
+        raise UserError("name the images to score on: --data_dir FOLDER, or --dataset_name NAME")
 
     # The model's name comes last, so that it counts. Without "no" the Trainer would ask for a validation split.
     line = [*argv[1:], "--eval_strategy", "no", "--model_name", argv[0]]

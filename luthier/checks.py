@@ -1,9 +1,12 @@
 """What options cannot mean, by themselves or together; each error names the remedy."""
 
+import importlib.util
 import math
 import re
 from dataclasses import fields
 from pathlib import Path
+
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from luthier.errors import UserError, require
 from luthier.options import BUILT_IN_DATASET, EXPORT_PACKAGES, DataArguments, ModelArguments
@@ -57,6 +60,8 @@ RANGES = {
     "eval_accumulation_steps": (1, 1e12),
 }
 
+FRACTIONS = ("validation_fraction", "test_fraction")
+
 
 def check_options(options: dict) -> None:
     """Refuse options that cannot mean what they say, or not together.
@@ -93,13 +98,17 @@ def check_options(options: dict) -> None:
     for key, why in REFUSED.items():
         if options[key]:
             raise UserError(f"--{key} {why}: leave it out")
+    if options["recipe"] == "probe" and resume not in (None, "auto"):
+        raise UserError("--recipe probe trains nothing that could be resumed: leave --resume_from_checkpoint out")
+    if resume not in (None, "auto") and not Path(resume, "trainer_state.json").is_file():
+        raise UserError(
+            f"--resume_from_checkpoint {resume} is not a checkpoint: give auto, or one such as outputs/x/checkpoint-50"
+        )
     if resume not in (None, "auto") and not options["recipe"] and options["model_name"] != "simple_cnn":
         raise UserError(
             "a race of recipes resumes with --resume_from_checkpoint auto, because a checkpoint is of one of them. To "
             "go on with that one alone, name it: --recipe NAME"
         )
-    if options["recipe"] == "probe" and resume not in (None, "auto"):
-        raise UserError("--recipe probe trains nothing that could be resumed: leave --resume_from_checkpoint out")
     if options["lr_scheduler_type"] in NEED_EVALUATION:
         raise UserError(
             f"--lr_scheduler_type {options['lr_scheduler_type']} follows the evaluations, and a refit has none: use "
@@ -108,16 +117,35 @@ def check_options(options: dict) -> None:
     judge = str(options["metric_for_best_model"])
     if judge.removeprefix("eval_") not in JUDGED_BY:
         raise UserError(f"--metric_for_best_model {judge} is not measured: give one of {', '.join(JUDGED_BY)}")
+    check_trackers(options["report_to"])
+    _check_numbers(options)
+
+
+def _check_numbers(options: dict) -> None:
     for key in POSITIVE:
         if options[key] is not None and not 0 < options[key] < math.inf:
             raise UserError(f"--{key} is {options[key]}, but must be a number above 0")
+    for key in FRACTIONS:  # here, because a cut comes after all images have been read
+        share = options[key]
+        if share is not None and not 0 < share < 1:
+            hint = f"; {share:g}% is {share / 100:g}" if 1 < share < 100 else ""
+            raise UserError(f"--{key} is {share}, but must lie between 0 and 1{hint}")
     for key, (least, most) in RANGES.items():
         if options[key] is not None and not least <= options[key] <= most:
             raise UserError(f"--{key} is {options[key]}, but must be a number from {least:,} to {most:,}")
-    if resume not in (None, "auto") and not Path(resume, "trainer_state.json").is_file():
-        raise UserError(
-            f"--resume_from_checkpoint {resume} is not a checkpoint: give auto, or one such as outputs/x/checkpoint-50"
-        )
+
+
+def check_trackers(report_to: str | list[str] | None) -> None:
+    """Check `--report_to` before the images are read: the Trainer, which comes later, looks at it only then.
+
+    Raises:
+        UserError: there is no such tracker, or its package is not installed.
+    """
+    for name in [report_to] if isinstance(report_to, str) else report_to or []:
+        if name not in (*INTEGRATION_TO_CALLBACK, "all", "none"):
+            raise UserError(f"--report_to {name} is not supported: give one such as tensorboard, wandb or mlflow")
+        if name in ("wandb", "mlflow", "trackio") and importlib.util.find_spec(name) is None:
+            raise UserError(f"--report_to {name} needs {name}: pip install {name}, or leave the option out")
 
 
 def check_outside(output_dir: Path, data: str) -> None:

@@ -21,12 +21,44 @@ from luthier.terminal import say
 MAX_CHOICES = 5  # that the help lists
 PATH_OPTIONS = ("data_dir", "labels", "output_dir", "resume_from_checkpoint")
 
+# What other tools call an option, where spelling leads nowhere, or to another one.
+MEANT = {
+    "num_train_epochs": ("epoch", "epochs", "num_epochs", "max_epochs"),
+    "learning_rate": ("lr", "lr0", "base_lr"),
+    "per_device_train_batch_size": ("batch", "batch_size", "bs", "train_batch_size"),
+    "data_dir": ("data", "dataset", "data_path", "dataset_dir", "image_dir", "input", "input_dir", "train_dir"),
+    "model_name": ("arch", "backbone", "model", "model_name_or_path"),
+    "image_size": ("imgsz", "img_size", "input_size", "resolution", "size"),
+    "output_dir": ("name", "out", "out_dir", "output", "save_dir"),
+    "weight_decay": ("wd",),
+    "validation_fraction": ("val_fraction", "val_size", "val_split", "validation_split"),
+    "test_fraction": ("test_size", "test_split"),
+    "folds": ("cv", "k", "k_folds", "kfold"),
+    "augmentation": ("aug", "augment"),
+    "time_limit": ("max_time", "minutes", "time", "timeout"),
+    "use_cpu": ("no_cuda",),
+}
+MEANT_BY = {word: option for option, words in MEANT.items() for word in words}
+NOT_NEEDED = {  # what other tools have an option for, and what Luthier does instead
+    **dict.fromkeys(("cuda", "device", "gpu", "gpus"), "a GPU is used where there is one; --use_cpu leaves it alone"),
+    **dict.fromkeys(("pretrained", "weights"), "the weights are pretrained ones; --model_name chooses which"),
+    **dict.fromkeys(("amp", "half"), "--bf16 is on where the GPU supports it"),
+    **dict.fromkeys(("early_stopping", "patience"), "training ends by itself once more of it no longer pays"),
+    **dict.fromkeys(("freeze", "freeze_backbone"), "--recipe head or --recipe probe trains the head alone"),
+    "overwrite_output_dir": "nothing is overwritten; give another --output_dir, or leave it out for a free name",
+}
+DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"  # that programs of text put in the place of hyphens
+
 
 class Parser(HfArgumentParser):
     """HfArgumentParser that raises UserError for a wrong command line, where argparse would print all of the usage."""
 
     def error(self, message: str) -> Any:
-        """Raise `message`."""
+        """Raise `message`, with each option in one spelling and what a number looks like."""
+        message = re.sub(r"^argument (--\w+)/--[\w-]+:", r"argument \1:", message)
+        if found := re.search(r"invalid (int|float) value", message):
+            number = "a whole number such as 10" if found[1] == "int" else "a number such as 10 or 0.5"
+            message += f"; give {number}, without a unit"
         raise UserError(message)
 
 
@@ -73,7 +105,8 @@ def read_options(
     Raises:
         UserError: an option, a key or a value is wrong.
     """
-    config, line = (argv[0], argv[1:]) if argv and argv[0].endswith((".yaml", ".yml")) else (None, argv)
+    is_config = bool(argv) and argv[0].endswith((".yaml", ".yml")) and not argv[0].startswith("-")
+    config, line = (argv[0], argv[1:]) if is_config else (None, argv)
     settings = read_config(config, parser) if config else {}
     _, unknown = parser.parse_known_args(line)
     if unknown:
@@ -164,14 +197,22 @@ def as_tokens(settings: dict) -> list[str]:
 
 def nearest(word: str, known: Sequence[str]) -> str:
     """Return a question after the known word that is most like `word`, or nothing."""
+    if MEANT_BY.get(word) in known:
+        return f"; did you mean {MEANT_BY[word]!r}?"
     close = difflib.get_close_matches(word, known, n=1) or [name for name in known if f"_{word}_" in f"_{name}_"]
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def explain_unknown(token: str, parser: HfArgumentParser) -> str:
     """Return what is wrong with an argument that no option takes."""
+    if token.lstrip("-")[:1] in (*DASHES, *"\u201c\u201d\u201e") and token.strip(f"-{DASHES}"):
+        return f'{token} has a dash or a quote of a text program in it: type it anew, with plain ones (-- and ")'
     if token.startswith("-"):
-        option = token.lstrip("-").split("=")[0].replace("-", "_")
+        option = token.lstrip("-").split("=")[0].replace("-", "_").lower()
+        if option in ("config", "c"):
+            return f"unknown option {token}: a config is the first argument, without an option before it"
+        if option in NOT_NEEDED:
+            return f"unknown option {token}: {NOT_NEEDED[option]}"
         hint = nearest(option, option_names(parser)) or "."
         return f"unknown option {token}{hint} All options: python train.py --help-all"
     if token.endswith((".yaml", ".yml")):

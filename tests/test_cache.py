@@ -4,6 +4,7 @@ import os
 import shutil
 import time
 from collections import Counter
+from pathlib import Path
 
 import datasets
 import pytest

@@ -578,3 +578,13 @@ def test_model_without_gradient_checkpointing_is_refused_before_anything_runs():
 def test_crops_of_training_are_smaller_where_the_model_takes_them(monkeypatch, size, crop):
     monkeypatch.setattr("luthier.training.layers.takes_size", lambda model, side: side != 160)
     assert training_size(None, size) == crop
+
+
+def test_folders_of_a_run_that_hold_no_finished_model_are_told_apart(tmp_path):
+    (tmp_path / "checkpoint-5").mkdir()
+    (tmp_path / "checkpoint-5/trainer_state.json").write_text("{}")
+    with pytest.raises(ModelError, match="is a checkpoint, from which a run goes on"):
+        load_trained(str(tmp_path / "checkpoint-5"))
+    (tmp_path / "race.json").write_text("{}")
+    with pytest.raises(ModelError, match="its run has not ended"):
+        load_trained(str(tmp_path))

@@ -102,7 +102,9 @@ def label_and_image(
     learned = {name_of[value] for value in values["train"]}
     missing = [name for name in index_of if name not in learned]
     if missing and to_train:
-        raise UserError(f"no training image has the class {', '.join(map(repr, missing))}: add some, or remove it")
+        alike = [name for name in learned if name.casefold() in map(str.casefold, missing)]
+        remedy = f"write it as in train, {alike[0]!r}" if alike else "add some, or remove it"
+        raise UserError(f"no training image has the class {', '.join(map(repr, missing))}: {remedy}")
     label = ClassLabel(names=_rename_labels(list(index_of), label_names))
     groups = _groups_of_splits(splits, group_column, image_column) if group_column else {}
     kept = [image_column, *(column for column in (GIVEN_GROUP, STAMP) if column in features)]

@@ -130,6 +130,13 @@ def check_folder(folder: Path, advice: str) -> None:
         found = "but an archive: unpack it first" if folder.suffix.lower() in ARCHIVES else f"but a file: {advice}"
     else:
         found = "because there is nothing of that name" + ("" if folder.is_absolute() else f" in {Path.cwd()}")
+        bare = str(folder).strip(" '\"\u2018\u2019\u201c\u201d")
+        if bare != str(folder) and Path(bare).is_dir():
+            found += f": leave out the quotes or spaces around {bare}"
+        elif re.match(r"https?:/", str(folder)):
+            found = "but an address: download and unpack it first, or name a dataset of the Hub with --dataset_name"
+        elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
+            found += ". A dataset of the Hub is given as --dataset_name"
     raise UserError(f"--data_dir {folder} is not a folder, {found}")
 
 
@@ -249,11 +256,13 @@ def _check_classes(root: Path, to_train: bool) -> None:
     """
     names: set[str] = set()
     folders = subfolders(root)
-    inner = subfolders(folders[0]) if to_train and len(folders) == 1 and not _holds_images(folders[0]) else []
-    if len(inner) > 1:
+    only, inner = root, folders
+    while to_train and len(inner) == 1 and not _holds_images(inner[0]):  # an archive may have several folders around
+        only, inner = inner[0], subfolders(inner[0])
+    if only != root and len(inner) > 1:
         raise UserError(
-            f"{root} has one folder, {folders[0].name}, and that has {plural(len(inner), 'folder')}, such as "
-            f"{inner[0].name}. If these are the classes, give --data_dir {folders[0]}"
+            f"{root} has one folder, {only.relative_to(root)}, and that has {plural(len(inner), 'folder')}, such as "
+            f"{inner[0].name}. If these are the classes or splits, give --data_dir {only}"
         )
     for folder in folders:
         below = {each.name for each in subfolders(folder)}

@@ -164,8 +164,8 @@ def duplicate_pairs(splits: DatasetDict) -> np.ndarray:
     crowded = _crowded(connected_groups(len(images), pairs), labels)
     if crowded.any():
         logger.warning(
-            f"{crowded.sum():,} images are near-duplicates of most of their class, as from a fixed camera. They count as "
-            "different images. If some belong together, name the groups with --group_by or --group_column"
+            f"{crowded.sum():,} images are near-duplicates of most of their class, as from a fixed camera. They count "
+            "as different images. If some belong together, name the groups with --group_by or --group_column"
         )
     return np.concatenate([exact[exact[:, 0] != exact[:, 1]], pairs[~crowded[pairs[:, 0]]]])
 

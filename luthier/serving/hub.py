@@ -122,6 +122,9 @@ def stage(output_dir: Path, repo_id: str, staging: Path) -> None:
     Raises:
         UserError: the folder holds no finished run.
     """
+    if not (output_dir / METRICS).is_file():
+        found = "holds no finished run" if output_dir.is_dir() else "is no folder"
+        raise UserError(f"{output_dir} {found}: give the output directory of train.py first, then the repository")
     files = [path for pattern in PUBLISHED for path in output_dir.glob(pattern)]
     try:
         metrics = json.loads((output_dir / METRICS).read_text(encoding="utf-8"))

@@ -25,7 +25,7 @@ import app
 import train
 from luthier.errors import UserError
 from luthier.serving.classifier import Prediction
-from luthier.serving.space import find_imports, find_requirements, push_to_space
+from luthier.serving.space import find_imports, find_requirements, push_to_space, stage_space
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from luthier.arguments import ARGUMENTS, COMMON, DataArguments, ModelArguments, build_parser, parse_arguments
 from luthier.errors import UserError
 from luthier.machine import OneGPUTrainingArguments, fill_in_machine_defaults
+from luthier.parsing import MEANT, MEANT_BY, NOT_NEEDED
 
 ALL_NAMES = {option.name for group in ARGUMENTS for option in fields(group) if option.init}
 
@@ -171,12 +172,36 @@ def test_mistake_in_a_config(text, message):
         (["--dataloader_prefetch_factor", "0"], "--dataloader_prefetch_factor is 0"),
         (["--adam_beta2", "1"], "--adam_beta2 is 1"),
         (["--split_seed", "-1"], "--split_seed is -1"),
+        (["--lr", "1"], "did you mean 'learning_rate'"),
+        (["--batch-size", "8"], "did you mean 'per_device_train_batch_size'"),
+        (["--dataset", "x"], "did you mean 'data_dir'"),
+        (["--device", "cuda"], "a GPU is used where there is one"),
+        (["--config", "a.yaml"], "a config is the first argument"),
+        (["--config=a.yaml"], "a config is the first argument"),
+        (["\u2014data_dir", "x"], "a dash or a quote of a text program"),
+        (["--time_limit", "10min"], "argument --time_limit: invalid float value: '10min'; give a number such as 10"),
+        (["--test_fraction", "20"], "--test_fraction is 20.0, but must lie between 0 and 1; 20% is 0.2"),
+        (["--validation_fraction", "0"], "--validation_fraction is 0.0, but must lie between 0 and 1"),
+        (["--report_to", "tensorbord"], "--report_to tensorbord is not supported"),
+        (["--resume_from_checkpoint", "True"], "True is not a checkpoint: give auto"),
     ],
 )
 def test_mistake_on_the_command_line(args, message):
     with pytest.raises(UserError, match=message) as error_info:
         parse_arguments(args)
     assert "hf_secret" not in str(error_info.value)
+
+
+def test_key_of_another_tool_is_explained(tmp_path):
+    (tmp_path / "a.yaml").write_text("lr: 1")
+    with pytest.raises(UserError, match="unknown key 'lr'; did you mean 'learning_rate'"):
+        parse_arguments([str(tmp_path / "a.yaml")])
+
+
+def test_options_that_other_tools_have_are_none_of_these():
+    """A name in these lists that became an option would no longer be taken for it."""
+    options = {action.dest for action in build_parser()._actions}
+    assert set(MEANT) <= options and not options & {*MEANT_BY, *NOT_NEEDED} - {"overwrite_output_dir"}
 
 
 def test_message_about_an_unknown_option_is_two_sentences():

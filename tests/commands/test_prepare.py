@@ -16,6 +16,7 @@ import luthier.images.inspection
 import prepare
 from luthier.errors import UserError
 from luthier.files import lock_folder
+from luthier.images import shards as shard_files
 from luthier.images.streams import open_stream
 
 LINE = ["images", "shards", "--side", "64", "--images", "7"]
@@ -249,8 +250,8 @@ def test_shards_say_which_images_belong_together(capsys):
 
 def test_images_are_stored_block_by_block(monkeypatch):
     counts, resized = [], prepare.resized
-    monkeypatch.setattr(shard_files, "BLOCK", 8)
+    monkeypatch.setattr(shard_files, "BLOCK", 4)
     monkeypatch.setattr(prepare, "resized", lambda *args: counts.append(len(args[1])) or resized(*args))
     prepare.main(LINE)
     rows = sum(parquet.read_metadata(path).num_rows for path in Path("shards").glob("*.parquet"))
-    assert sum(counts) == rows == 37 and max(counts) == 8
+    assert sum(counts) == rows == 37 and max(counts) == 4

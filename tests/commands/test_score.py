@@ -133,6 +133,7 @@ def test_weights_that_are_damaged_are_not_scored(model, new_images, tmp_path, ca
             r"does not know 1 class of the images, such as 'violet'.*blue, green, red",
         ),
         (["--data_dir", "nowhere"], "nowhere is not a folder"),
+        ([], "name the images to score on: --data_dir FOLDER"),
         (
             ["twice", "--data_dir", "good"],
             r"has several classes with the name 'red'.*in `label_names`, or in `id2l",
@@ -161,7 +162,7 @@ def test_bad_input_gives_one_message(model, timm_checkpoint, tmp_path, monkeypat
     shutil.copytree(model, "twice")
     Path("twice/config.json").write_text(json.dumps(config | {"label_names": ["red", "green", "red"]}))
     with pytest.raises(SystemExit) as exit_info:
-        score.main(args if args[0] != "--data_dir" else [str(model), *args])
+        score.main(args if args and args[0] != "--data_dir" else [str(model), *args])
     errors = capsys.readouterr().err
     assert exit_info.value.code == 2 and "Traceback" not in errors
     assert re.search(message, errors), errors

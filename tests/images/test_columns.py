@@ -15,7 +15,7 @@ from huggingface_hub.utils import httpx
 import data
 from data import prepare
 from luthier.errors import UserError
-from luthier.images.columns import _names_of_labels, label_and_image
+from luthier.images.columns import _names_of_labels, add_numbers, fixed_width, label_and_image
 from luthier.images.description import describe
 from luthier.images.folders import GIVEN_GROUP
 from luthier.images.loading import check_holds_images, explain_loading, named_splits

@@ -366,3 +366,32 @@ def test_group_with_an_accent_in_two_forms_is_one(tmp_path):
             draw(label, number).save(folder / "1.png")
     splits, _ = data.list_images(data_dir=str(tmp_path), group_by="folder")
     assert set(splits["train"]["luthier_given_group"][:]) == {"José", "Ana"}
+
+
+def test_folders_around_the_classes_are_named(tmp_path):
+    draw_folder(tmp_path / "dataset/images", 2)
+    with pytest.raises(UserError, match=r"has one folder, dataset/images, .* give --data_dir .*dataset/images"):
+        load(data_dir=str(tmp_path))
+
+
+def test_class_in_other_capitals_than_in_train_is_named(tmp_path):
+    draw_folder(tmp_path / "train", 2)
+    draw_folder(tmp_path / "test", 2, first=50)
+    (tmp_path / "train/red").rename(tmp_path / "train/Red")
+    with pytest.raises(UserError, match="the class 'red': write it as in train, 'Red'"):
+        load(data_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("'images'", "leave out the quotes or spaces around images"),
+        ("https://example.org/b.zip", "but an address: download and unpack it first"),
+        ("someone/their-set", "A dataset of the Hub is given as --dataset_name"),
+    ],
+)
+def test_what_is_no_folder_is_explained(tmp_path, monkeypatch, given, found):
+    monkeypatch.chdir(tmp_path)
+    draw_folder(tmp_path / "images", 2)
+    with pytest.raises(UserError, match=found):
+        load(data_dir=given)

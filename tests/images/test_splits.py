@@ -9,6 +9,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from luthier.errors import UserError
 from luthier.images.splits import (
     _deal,
+    _LastGroups,
     check_same_images,
     cut_splits,
     hash_splits,
@@ -298,7 +299,7 @@ BOTH, SINGLES = {"validation": 0.3, "test": 0.3}, dict.fromkeys(range(1, 8), 1)
 )
 def test_groups_of_a_class_go_where_the_shares_are_nearest(size, fractions, before, expected):
     split_of = dict(before)
-    _deal(size, sum(size.values()), fractions, split_of)
+    _deal(size, sum(size.values()), fractions, split_of, _LastGroups(np.zeros(len(size), int), np.arange(len(size))))
     found = {split: {group for group in size if split_of[group] == split} for split in fractions}
     assert {split: groups for split, groups in found.items() if groups} == expected
 

@@ -507,3 +507,9 @@ def test_full_disk_is_not_taken_for_something_else(finished_run, tmp_path, monke
         hub.stage(finished_run, "me/x", tmp_path)
     failure = hub.publish(finished_run, "me/x", private=False)  # after a training
     assert "No space left on device. Free some" in failure and "python push.py" in failure
+
+
+def test_what_is_pushed_must_be_a_finished_run(tmp_path):
+    for folder, found in ((tmp_path / "nowhere", "is no folder"), (tmp_path, "holds no finished run")):
+        with pytest.raises(UserError, match=f"{found}: give the output directory of train.py first"):
+            hub.stage(folder, "me/x", tmp_path)
