@@ -56,7 +56,7 @@ def add_numbers(dataset: Dataset, column: str, values: np.ndarray) -> Dataset:
     """
     if dataset._indices is None:
         return dataset.add_column(column, values)
-    rows, whole = dataset._indices.column(0).to_numpy(), copy.copy(dataset)
+    rows, whole = dataset._indices.column(0).to_numpy().astype(np.int64), copy.copy(dataset)
     whole._indices = None
     of_all = np.zeros(len(whole), np.int64)
     of_all[rows] = values

@@ -275,6 +275,8 @@ def test_a_column_of_numbers_copies_no_rows():
     rows = Dataset.from_dict({"a": list("abcd")}).select([3, 1])
     added = add_numbers(rows, "n", np.array([7, 8]))
     assert added["a"][:] == ["d", "b"] and added["n"][:] == [7, 8] and added._indices is not None
+    added = add_numbers(Dataset.from_dict({"a": list("abcd")}).select([1, 2]).select([0]), "n", np.array([7]))
+    assert added[:] == {"a": ["b"], "n": [7]} and added[0] == {"a": "b", "n": 7}
 
 
 def test_values_of_fixed_width_follow_the_order_of_the_rows():
