@@ -169,7 +169,7 @@ def fit_path(
 ) -> Iterator[LinearProbe]:
     """Yield the probe of each strength, one after the other; its `loss` is NaN.
 
-    The features are standardised. The penalty is strength / 2 times the squared weights beside the *mean*
+    The features are standardised, see `_measure_scale`. The penalty is strength / 2 times the squared weights beside the *mean*
     cross-entropy, so that a strength means the same for any number of images (scikit-learn's C is 1 / (N strength)).
     The standardisation is then folded into the weights.
 
@@ -318,10 +318,11 @@ def _centre(features: torch.Tensor, rows: torch.Tensor | None) -> tuple[torch.Te
 
 
 def _measure_scale(centred: torch.Tensor, learns: torch.Tensor) -> torch.Tensor:
-    """Return the standard deviation of centred features [n, D] among the rows of each probe [K, D].
+    """Return what centred features [n, D] are divided by for each probe [K, D]: their standard deviation in its rows.
 
-    It is infinite where a feature is constant among these rows and not 0: a probe cannot learn from it, and must not
-    believe it elsewhere.
+    It is at least that of the median feature. Otherwise a feature that hardly ever differs from 0 would be a thousand
+    times as large on the first image where it does, and decide there alone (docs/experiments.md). It is infinite where
+    a feature is constant and not 0: a probe cannot learn from it, and must not believe it elsewhere.
     """
     sums = squares = torch.zeros(learns.shape[1], centred.shape[1], dtype=_exact(centred), device=centred.device)
     at_once = rows_at_once(centred.device)
@@ -331,7 +332,10 @@ def _measure_scale(centred: torch.Tensor, learns: torch.Tensor) -> torch.Tensor:
     numbers = learns.sum(dim=0)[:, None]
     means = sums / numbers.clamp_min(1)
     deviation = ((squares - sums * means) / (numbers - 1).clamp_min(1)).clamp_min(0).sqrt()
-    return torch.where(deviation < 1e-5 * means.abs(), torch.inf, deviation.clamp_min(1e-6)).float()
+    constant = deviation < 1e-5 * means.abs()
+    varying = deviation.where((deviation > 0) & ~constant, torch.nan).cpu()  # the CPU has this median for sure
+    median = varying.nanmedian(dim=1, keepdim=True).values.nan_to_num(1.0).to(deviation.device)
+    return torch.where(constant, torch.inf, deviation.maximum(median)).float()
 
 
 def _exact(features: torch.Tensor) -> torch.dtype:

@@ -39,11 +39,11 @@ NAMES = {0: "blue", 1: "green", 2: "red"}
 
 
 def clusters(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Overlapping clusters of three classes in eight dimensions, of very different scales."""
+    """Overlapping clusters of three classes in eight dimensions, of different scales."""
     generator = np.random.default_rng(seed)
     labels = np.arange(n) % 3
     points = np.eye(3, 8)[labels] * 2 + generator.normal(0, 1, (n, 8))
-    return torch.tensor(points * np.logspace(-2, 2, 8) + 5, dtype=torch.float32), torch.tensor(labels)
+    return torch.tensor(points * np.logspace(-0.5, 0.5, 8) + 5, dtype=torch.float32), torch.tensor(labels)
 
 
 def pool_in(features: torch.Tensor, labels: torch.Tensor, classes: int) -> Pool:
@@ -109,7 +109,8 @@ def test_fit_of_many_images_ends_a_little_before_the_best_one(monkeypatch):
     def objective() -> float:
         (probe,) = fit_path(features, labels, 3, (0.001,))
         loss = torch.nn.functional.cross_entropy(probe.logits(features), labels)
-        return float(loss + 0.001 / 2 * (probe.weight * features.std(dim=0)).square().sum())
+        scale = features.std(dim=0)
+        return float(loss + 0.001 / 2 * (probe.weight * scale.maximum(scale.median())).square().sum())
 
     few = objective()
     monkeypatch.setattr(probe_module, "MANY", 400)
@@ -375,3 +376,13 @@ def test_features_of_another_precision_are_not_reused(timm_checkpoint, monkeypat
         trainer = SimpleNamespace(model=model, accelerator=accelerator, args=args, is_world_process_zero=lambda: True)
         load_features(trainer, head, images)
     assert computed == ["no", "bf16"]
+
+
+def test_feature_that_hardly_ever_responds_does_not_decide():
+    features, labels = clusters(60, 1)
+    validation, validation_labels = clusters(300, 2)
+    rare, seen = torch.zeros(60, 1), torch.zeros(300, 1)
+    rare[0], seen[1] = 1e-4, 1.0
+    without, _ = fit_probes(features, labels, validation, validation_labels)
+    probe, _ = fit_probes(torch.cat([features, rare], 1), labels, torch.cat([validation, seen], 1), validation_labels)
+    assert probe.strength == without.strength and probe.loss == pytest.approx(without.loss, abs=0.01)
