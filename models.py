@@ -45,7 +45,7 @@ EFFICIENTNET_CFG = {
     "classifier": "classifier",
 }
 
-OF_RUNS = ("race.json", "race", "fold-1")  # what a run writes before its model
+BEFORE_MODEL = ("race.json", "checkpoint-*", "fold-*")  # what a run writes before its model
 
 
 class ModelError(Exception):
@@ -314,7 +314,7 @@ def _from_pretrained(
             config = AutoConfig.from_pretrained(model_name, trust_remote_code=False, **changes)
         # As timm writes it; transformers gives both numbers to timm, which takes one.
         (getattr(config, "model_args", None) or {}).pop("num_classes", None)
-        # Or the outputs of all layers would be kept of all images, or logits would have no name.
+        # A config may ask for the outputs of all layers, which would fill the memory, or for a tuple without names.
         config.output_hidden_states, config.output_attentions, config.return_dict = False, False, True
         image_processor = AutoImageProcessor.from_pretrained(model_name, trust_remote_code=False)
         model, loading = AutoModelForImageClassification.from_pretrained(
@@ -345,12 +345,12 @@ def _explain(model_name: str, error: Exception) -> ModelError:
         )
     if path.is_file():
         return ModelError(f"{model_name} is a file, and no folder with a model: {give}")
-    if path.is_dir() and (path / "trainer_state.json").exists():
+    if (path / "trainer_state.json").exists() and not (path / "preprocessor_config.json").exists():
         return ModelError(
             f"{model_name} is a checkpoint, from which a run goes on, and no finished model: give the output "
             "directory of its run, once that has ended"
         )
-    if path.is_dir() and not (path / "config.json").exists() and any((path / name).exists() for name in OF_RUNS):
+    if path.is_dir() and not (path / "config.json").exists() and any(any(path.glob(name)) for name in BEFORE_MODEL):
         return ModelError(
             f"the folder {model_name} holds no model yet: its run has not ended. Repeat its command with --output_dir "
             f"{model_name} --resume_from_checkpoint auto"

@@ -61,6 +61,8 @@ RANGES = {
 }
 
 FRACTIONS = ("validation_fraction", "test_fraction")
+# Of `--report_to`, each with a package of its name.
+TRACKERS = ("clearml", "codecarbon", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio", "wandb")
 
 
 def check_options(options: dict) -> None:
@@ -136,7 +138,7 @@ def _check_numbers(options: dict) -> None:
 
 
 def check_trackers(report_to: str | list[str] | None) -> None:
-    """Check `--report_to` before the images are read: the Trainer, which comes later, looks at it only then.
+    """Check `--report_to` now: the Trainer would find a mistake only after all images have been prepared.
 
     Raises:
         UserError: there is no such tracker, or its package is not installed.
@@ -144,7 +146,7 @@ def check_trackers(report_to: str | list[str] | None) -> None:
     for name in [report_to] if isinstance(report_to, str) else report_to or []:
         if name not in (*INTEGRATION_TO_CALLBACK, "all", "none"):
             raise UserError(f"--report_to {name} is not supported: give one such as tensorboard, wandb or mlflow")
-        if name in ("wandb", "mlflow", "trackio") and importlib.util.find_spec(name) is None:
+        if name in TRACKERS and importlib.util.find_spec(name) is None:
             raise UserError(f"--report_to {name} needs {name}: pip install {name}, or leave the option out")
 
 

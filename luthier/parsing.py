@@ -40,14 +40,17 @@ MEANT = {
 }
 MEANT_BY = {word: option for option, words in MEANT.items() for word in words}
 NOT_NEEDED = {  # what other tools have an option for, and what Luthier does instead
-    **dict.fromkeys(("cuda", "device", "gpu", "gpus"), "a GPU is used where there is one; --use_cpu leaves it alone"),
+    **dict.fromkeys(
+        ("cuda", "device", "gpu", "gpus"), "a GPU is used where there is one; --use_cpu trains without it"
+    ),
     **dict.fromkeys(("pretrained", "weights"), "the weights are pretrained ones; --model_name chooses which"),
     **dict.fromkeys(("amp", "half"), "--bf16 is on where the GPU supports it"),
-    **dict.fromkeys(("early_stopping", "patience"), "training ends by itself once more of it no longer pays"),
+    **dict.fromkeys(("early_stopping", "patience"), "training ends by itself when more of it no longer helps"),
     **dict.fromkeys(("freeze", "freeze_backbone"), "--recipe head or --recipe probe trains the head alone"),
     "overwrite_output_dir": "nothing is overwritten; give another --output_dir, or leave it out for a free name",
 }
-DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"  # that programs of text put in the place of hyphens
+DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"  # that word processors put in the place of hyphens
+QUOTES = "\u201c\u201d\u201e"
 
 
 class Parser(HfArgumentParser):
@@ -154,7 +157,8 @@ def read_config(path: str, parser: HfArgumentParser) -> dict:
         raise UserError(f"{path} gives {twice[0]} twice: leave one out")
     for key, value in settings.items():
         if key not in option_names(parser):
-            raise UserError(f"{path}: unknown key {key!r}{nearest(str(key), option_names(parser))}")
+            hint = f": {NOT_NEEDED[key]}" if key in NOT_NEEDED else nearest(str(key), option_names(parser))
+            raise UserError(f"{path}: unknown key {key!r}{hint}")
         try:
             _, unknown = parser.parse_known_args(as_tokens({key: value}))
         except UserError as error:
@@ -205,8 +209,9 @@ def nearest(word: str, known: Sequence[str]) -> str:
 
 def explain_unknown(token: str, parser: HfArgumentParser) -> str:
     """Return what is wrong with an argument that no option takes."""
-    if token.lstrip("-")[:1] in (*DASHES, *"\u201c\u201d\u201e") and token.strip(f"-{DASHES}"):
-        return f'{token} has a dash or a quote of a text program in it: type it anew, with plain ones (-- and ")'
+    word = token.lstrip("-")  # it ends with such a quote where the shell has cut a path at its space
+    if (word[:1] in (*DASHES, *QUOTES) or word[-1:] in (*QUOTES,)) and token.strip(f"-{DASHES}"):
+        return f'{token} has a dash or a quote of a word processor in it: type it again, with plain ones (-- and ")'
     if token.startswith("-"):
         option = token.lstrip("-").split("=")[0].replace("-", "_").lower()
         if option in ("config", "c"):

@@ -585,6 +585,5 @@ def test_folders_of_a_run_that_hold_no_finished_model_are_told_apart(tmp_path):
     (tmp_path / "checkpoint-5/trainer_state.json").write_text("{}")
     with pytest.raises(ModelError, match="is a checkpoint, from which a run goes on"):
         load_trained(str(tmp_path / "checkpoint-5"))
-    (tmp_path / "race.json").write_text("{}")
     with pytest.raises(ModelError, match="its run has not ended"):
         load_trained(str(tmp_path))

@@ -102,7 +102,7 @@ def decode_rgb(data: bytes, shorter_side: int | None = None, max_pixels: int | N
             turn, readable = None, False  # and `datasets` would fail at them
         changed = image.mode != "RGB" or image.has_transparency_data or turn is not None or not readable
         rgb = _to_rgb(image if turn is None else image.transpose(turn))
-        rgb.info = {}  # Pillow would write a colour profile or a comment again, and may then refuse to read it
+        rgb.info = {}  # Pillow would store its colour profile or comment again, which a new format may not hold
         return Decoded(rgb, changed, str(image.format), size)
 
 

@@ -161,17 +161,19 @@ def duplicate_pairs(splits: DatasetDict) -> np.ndarray:
     pairs, mirrored = rows[near[:, :2].numpy()], near[:, 2].numpy() == 1
     labels = np.array(images["label"][:])
     pairs = pairs[~mirrored | (labels[pairs[:, 0]] == labels[pairs[:, 1]])]
-    crowded = _crowded(connected_groups(len(images), pairs), labels)
+    crowded = np.zeros(len(images), dtype=bool)
+    crowded[rows] = _crowded(connected_groups(len(images), pairs)[rows], labels[rows])  # one of each set of copies
     if crowded.any():
         logger.warning(
-            f"{crowded.sum():,} images are near-duplicates of most of their class, as from a fixed camera. They count "
-            "as different images. If some belong together, name the groups with --group_by or --group_column"
+            f"{crowded.sum():,} images look alike, and are most of a class, as from a fixed camera. They count as "
+            "different images, and may be in train and in test. If they are frames of few videos, or copies, the "
+            "score is too high: name the groups with --group_by or --group_column"
         )
     return np.concatenate([exact[exact[:, 0] != exact[:, 1]], pairs[~crowded[pairs[:, 0]]]])
 
 
 def _crowded(groups: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return which images are in a group that has most of a class, so that it could not be cut: bool [N]."""
+    """Return which images are in a group of near-duplicates that is most of a class, which could not be split: bool [N]."""
     many = int(labels.max()) + 1
     cells, counts = np.unique(groups.astype(np.int64) * many + labels, return_counts=True)
     crowds = cells[(counts >= MIN_CROWD) & (2 * counts > np.bincount(labels)[cells % many])] // many

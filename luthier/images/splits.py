@@ -90,7 +90,9 @@ def _deal_folds(labels: np.ndarray, groups: np.ndarray, digests: np.ndarray, k: 
     order, folds = draw_order(digests, seed), np.empty(len(labels), dtype=int)
     folds[order] = stratified_folds(labels[order], groups[order], k, seed)
     folds[_holds_class(labels, groups)] = -1
-    for label in np.unique(labels):  # groups of other classes may have brought all of one into one fold
+    for label in np.unique(
+        labels
+    ):  # one that shares its groups may have all of them in one fold, and none to learn from
         rows = np.flatnonzero(labels == label)
         if folds[rows[0]] >= 0 and (folds[rows] == folds[rows[0]]).all():
             own, counts = np.unique(groups[rows], return_counts=True)

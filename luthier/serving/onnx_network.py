@@ -79,7 +79,7 @@ class OnnxNetwork:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # errors are raised too
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the cores decode images meanwhile
-        if count_cores() < (os.cpu_count() or 1):  # or it takes all cores of the machine, and binds threads to them
+        if count_cores() < (os.cpu_count() or 1):  # by default it binds a thread to each core of the machine
             options.intra_op_num_threads = count_cores()
         try:
             session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -95,7 +95,7 @@ class EndHeat(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step >= self.step:
             control.should_training_stop = True
-            control.should_save = False  # but when it has been evaluated, which a resume from here would not do
+            control.should_save = False  # it is saved after its evaluation, which a run resumed from here would skip
 
     def on_epoch_end(self, args, state, control, **kwargs):
         if state.global_step >= self.step:
@@ -120,7 +120,7 @@ class EndInTime(TrainerCallback):
 
     def on_epoch_end(self, args, state, control, **kwargs):
         self.end = time.perf_counter()
-        seconds = (self.end - self.begin) / (state.epoch - self.epochs)
+        seconds = (self.end - self.begin) / ((state.epoch - self.epochs) or 1)
         needed = seconds + 2 * self.evaluation  # this epoch's, which comes now, and the next one's
         if not self.ends_in_time(needed):
             control.should_training_stop = True

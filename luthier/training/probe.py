@@ -12,7 +12,7 @@ from luthier.processes import from_main_process
 from luthier.training.balance import Balance
 from luthier.training.features import Pool, empty_rows, rows_at_once
 
-# Penalties tried, from strong to weak; on 100 to 100,000 images the best was never at an end (docs/experiments.md).
+# Penalties tried, from strong to weak; the best is at an end on easy images alone, where all do (docs/experiments.md).
 STRENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
 # The penalty of the probe that fine-tuning of all layers starts from: with a weaker one it fits the training images so
 # well that they teach the layers below nothing (docs/experiments.md).
@@ -169,9 +169,9 @@ def fit_path(
 ) -> Iterator[LinearProbe]:
     """Yield the probe of each strength, one after the other; its `loss` is NaN.
 
-    The features are standardised, see `_measure_scale`. The penalty is strength / 2 times the squared weights beside the *mean*
-    cross-entropy, so that a strength means the same for any number of images (scikit-learn's C is 1 / (N strength)).
-    The standardisation is then folded into the weights.
+    The features are standardised, see `_measure_scale`. The penalty is strength / 2 times the squared weights beside
+    the *mean* cross-entropy, so that a strength means the same for any number of images (scikit-learn's C is
+    1 / (N strength)). The standardisation is then folded into the weights.
 
     Args:
         features: float32 [N, D], on the device of the fit.
@@ -333,7 +333,7 @@ def _measure_scale(centred: torch.Tensor, learns: torch.Tensor) -> torch.Tensor:
     means = sums / numbers.clamp_min(1)
     deviation = ((squares - sums * means) / (numbers - 1).clamp_min(1)).clamp_min(0).sqrt()
     constant = deviation < 1e-5 * means.abs()
-    varying = deviation.where((deviation > 0) & ~constant, torch.nan).cpu()  # the CPU has this median for sure
+    varying = deviation.where((deviation > 0) & ~constant, torch.nan).cpu()  # not every device has nanmedian
     median = varying.nanmedian(dim=1, keepdim=True).values.nan_to_num(1.0).to(deviation.device)
     return torch.where(constant, torch.inf, deviation.maximum(median)).float()
 

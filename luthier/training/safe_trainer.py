@@ -21,7 +21,7 @@ class SafeTrainer(WorkerTrainer):
 
     It overrides private methods, read in transformers 5.23. At an upgrade, check: does `_get_output_dir` still name
     the folder that `_save_checkpoint` writes into; does `_maybe_log_save_evaluate` still evaluate before it saves;
-    does `_clip_grad_norm` still return the norm?
+    does `_clip_grad_norm` still return the norm? Does `_eval_dataloaders` still hold the loaders (`trainer.train`)?
     """
 
     schedule: Schedule | None = None  # of the learning rate, instead of `lr_scheduler_type`

@@ -1,6 +1,7 @@
 """Configs and command lines: which setting wins, and one clear message for every mistake."""
 
 import functools
+import importlib.util
 import multiprocessing
 import shutil
 from dataclasses import fields, replace
@@ -178,7 +179,8 @@ def test_mistake_in_a_config(text, message):
         (["--device", "cuda"], "a GPU is used where there is one"),
         (["--config", "a.yaml"], "a config is the first argument"),
         (["--config=a.yaml"], "a config is the first argument"),
-        (["\u2014data_dir", "x"], "a dash or a quote of a text program"),
+        (["\u2014data_dir", "x"], "a dash or a quote of a word processor"),
+        (["--data_dir", "\u201cmy", "photos\u201d"], "a dash or a quote of a word processor"),
         (["--time_limit", "10min"], "argument --time_limit: invalid float value: '10min'; give a number such as 10"),
         (["--test_fraction", "20"], "--test_fraction is 20.0, but must lie between 0 and 1; 20% is 0.2"),
         (["--validation_fraction", "0"], "--validation_fraction is 0.0, but must lie between 0 and 1"),
@@ -193,15 +195,25 @@ def test_mistake_on_the_command_line(args, message):
 
 
 def test_key_of_another_tool_is_explained(tmp_path):
-    (tmp_path / "a.yaml").write_text("lr: 1")
-    with pytest.raises(UserError, match="unknown key 'lr'; did you mean 'learning_rate'"):
-        parse_arguments([str(tmp_path / "a.yaml")])
+    for line, meant in (
+        ("lr: 1", "'lr'; did you mean 'learning_rate'"),
+        ("device: cuda", "'device': a GPU is used where"),
+    ):
+        (tmp_path / "a.yaml").write_text(line)
+        with pytest.raises(UserError, match=f"unknown key {meant}"):
+            parse_arguments([str(tmp_path / "a.yaml")])
+
+
+def test_package_of_a_tracker_must_be_there(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--report_to wandb needs wandb: pip install wandb"):
+        parse_arguments(["--report_to", "wandb"])
 
 
 def test_options_that_other_tools_have_are_none_of_these():
     """A name in these lists that became an option would no longer be taken for it."""
     options = {action.dest for action in build_parser()._actions}
-    assert set(MEANT) <= options and not options & {*MEANT_BY, *NOT_NEEDED} - {"overwrite_output_dir"}
+    assert set(MEANT) <= options and not options & {*MEANT_BY, *NOT_NEEDED}
 
 
 def test_message_about_an_unknown_option_is_two_sentences():

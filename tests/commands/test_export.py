@@ -207,6 +207,7 @@ def shuffle_weights(path: Path) -> None:
     onnx.save_model(model, path)
 
 
+@pytest.mark.slow
 def test_export_that_answers_otherwise_is_refused(run, capsys, monkeypatch, tmp_path):
     def export_wrongly(network, path, original=exporting.export_model):
         facts = original(network, path)

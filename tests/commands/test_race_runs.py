@@ -162,6 +162,7 @@ def test_time_limit_ends_a_training_without_heats_after_an_epoch(tmp_path):
     assert not (tmp_path / "out/onnx").exists() and not (tmp_path / "out/export.json").exists()
 
 
+@pytest.mark.slow
 def test_folds_score_every_image_once(timm_checkpoint, tmp_path):
     draw_folder(tmp_path / "images", per_class=15)
     metrics = run(tmp_path, timm_checkpoint, "--folds", "3", "--recipe", "probe")
@@ -194,6 +195,7 @@ def test_folds_leave_a_validation_split_of_the_users_own_as_it_is(timm_checkpoin
     assert "Each was scored once, by a model" in page and "fitted on these predictions" in page
 
 
+@pytest.mark.slow
 def test_refit_trains_as_many_epochs_where_the_steps_are_limited(timm_checkpoint, tmp_path):
     draw_folder(tmp_path / "images", per_class=12)
     options = ["--recipe", "full", "--keep", "trained", "--max_steps", "6", "--eval_strategy", "no"]
@@ -216,6 +218,7 @@ def test_checkpoint_is_continued_in_another_directory(timm_checkpoint, tmp_path,
     assert len(again["race"]["heats"]) == 1 and all(again[key] == whole[key] for key in SCORED_KEYS)
 
 
+@pytest.mark.slow
 def test_image_processor_that_can_only_crop_is_left_as_it_is(resnet_checkpoint, tmp_path):
     draw_folder(tmp_path / "images", per_class=12)
     metrics = run(tmp_path, resnet_checkpoint, "--recipe", "full", "--num_train_epochs", "1")

@@ -31,6 +31,7 @@ def flags(model: Path | str, *more: str) -> list[str]:
     return [*fixed, "--per_device_train_batch_size", "4", "--num_train_epochs", "2", *more]
 
 
+@pytest.mark.slow
 def test_run_that_streams_writes_what_others_do(timm_checkpoint, capsys):
     main([*flags(timm_checkpoint), "--recipe", "full_from_probe", "--output_dir", "out", "--learning_curve"])
     told = capsys.readouterr().out

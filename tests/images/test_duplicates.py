@@ -194,4 +194,4 @@ def test_images_of_a_fixed_camera_can_be_cut(tmp_path, caplog, monkeypatch):
             Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(tmp_path / label / f"{seed}.png")
     splits = load(data_dir=str(tmp_path))
     assert all(set(dataset["label"][:]) == {0, 1} for dataset in splits.values())
-    assert "24 images are near-duplicates of most of their class" in caplog.text
+    assert "24 images look alike, and are most of a class" in caplog.text

@@ -23,6 +23,7 @@ def test_images_are_drawn_on_white():
     assert pixels[0, 0].tolist() == [255, 255, 255] and pixels.std() > 10
 
 
+@pytest.mark.slow
 def test_images_are_rendered_once(monkeypatch, view):
     load_openmoji()
     monkeypatch.setattr(resvg_py, "svg_to_bytes", lambda **options: pytest.fail("rendered again"))

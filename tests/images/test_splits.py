@@ -352,3 +352,11 @@ def test_no_class_loses_its_last_group_to_the_splits_of_others(seed):
     groups = np.array([1, 2, 4, 5, 1, 4, 10, 11, 12, 13, 14])  # class 2 shares both of its groups
     cut = stratified_cut(labels, list("abcd"), FRACTIONS, seed, groups)
     assert set(labels[cut["train"]]) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_fold_tests_all_images_of_a_class(seed):
+    labels, groups = [0, 0, 1, 1, 2, 2, 3, 3, 3, 3, 3], [1, 2, 4, 5, 1, 4, 10, 11, 12, 13, 14]
+    for fold in (1, 2):
+        cut = cut_splits(DatasetDict(train=labelled(labels, list("abcd"), groups)), seed, 0.1, fold=(fold, 2))
+        assert set(cut["train"]["label"][:]) == {0, 1, 2, 3}

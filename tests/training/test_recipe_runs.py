@@ -80,6 +80,7 @@ def load_backbone(checkpoint: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in weights.items() if not name.startswith("fc.")}
 
 
+@pytest.mark.slow
 def test_frozen_backbone_is_saved_unchanged(timm_checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     draw_folder(Path("images"), per_class=5)

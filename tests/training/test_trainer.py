@@ -1,6 +1,7 @@
 """The Trainer of a run: what is refused before it trains, and its losses, whatever the architecture."""
 
 import json
+import multiprocessing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from transformers import (
     ViTImageProcessor,
 )
 
+import luthier.scoring.race as race
 import train
 from luthier.errors import UserError
 from luthier.machine import LONG_RUN, choose_memory_format
@@ -269,3 +271,20 @@ def test_learning_rate_follows_the_heats_where_float16_skips_steps():
             scheduler.step()
         trainer.state.global_step += 1
     assert scheduler.get_last_lr() == [schedule(8)] == [1.0]  # the next heat begins at the full rate
+
+
+@pytest.mark.slow
+def test_workers_end_with_the_training(timm_checkpoint, tmp_path, monkeypatch):
+    """Idle ones would hold their batches while candidates, familiarity and test are predicted."""
+    alive, learn = [], race.train
+
+    def watched(*arguments) -> None:
+        learn(*arguments)
+        alive.append(multiprocessing.active_children())
+
+    monkeypatch.setattr(race, "train", watched)
+    draw_folder(tmp_path / "images", per_class=20)
+    args = ["--data_dir", str(tmp_path / "images"), "--model_name", str(timm_checkpoint), "--recipe", "full"]
+    args += ["--num_train_epochs", "1", "--dataloader_num_workers", "1", "--dataloader_persistent_workers", "1"]
+    train.main([*args, "--refit", "none", "--disable_tqdm", "1", "--output_dir", str(tmp_path / "out")])
+    assert alive and not any(alive)
