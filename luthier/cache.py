@@ -149,7 +149,7 @@ def make_rows(
         features: of what it makes.
         lasts: tells of each row that was made whether it may be kept; another one is made again next time.
         topic, unit: of the lines of progress, see `terminal.Tenths`.
-        beside: columns that the answer has too, as they are in the dataset; they are held in memory: paths and numbers.
+        beside: columns that the answer has too, as they are in the dataset. They are held in memory: no images.
     """
     keys, folder = _number(keys), _folder(kind, key)
     parts, place_of = _open_parts(folder, set(keys))

@@ -173,7 +173,7 @@ def duplicate_pairs(splits: DatasetDict) -> np.ndarray:
 
 
 def _crowded(groups: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return which images are in a group of near-duplicates that is most of a class, which could not be split: bool [N]."""
+    """Return which images are in a group of near-duplicates that is most of a class, and bars its cut: bool [N]."""
     many = int(labels.max()) + 1
     cells, counts = np.unique(groups.astype(np.int64) * many + labels, return_counts=True)
     crowds = cells[(counts >= MIN_CROWD) & (2 * counts > np.bincount(labels)[cells % many])] // many
