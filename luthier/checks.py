@@ -6,7 +6,6 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from luthier.errors import UserError, require
 from luthier.options import BUILT_IN_DATASET, EXPORT_PACKAGES, DataArguments, ModelArguments
@@ -144,7 +143,11 @@ def check_trackers(report_to: str | list[str] | None) -> None:
         UserError: there is no such tracker, or its package is not installed.
     """
     for name in [report_to] if isinstance(report_to, str) else report_to or []:
-        if name not in (*INTEGRATION_TO_CALLBACK, "all", "none"):
+        if name in ("all", "none", "tensorboard"):
+            continue
+        from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK  # with large libraries
+
+        if name not in INTEGRATION_TO_CALLBACK:
             raise UserError(f"--report_to {name} is not supported: give one such as tensorboard, wandb or mlflow")
         if name in TRACKERS and importlib.util.find_spec(name) is None:
             raise UserError(f"--report_to {name} needs {name}: pip install {name}, or leave the option out")

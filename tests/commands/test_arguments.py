@@ -194,6 +194,12 @@ def test_mistake_on_the_command_line(args, message):
     assert "hf_secret" not in str(error_info.value)
 
 
+def test_race_does_not_go_on_from_a_single_checkpoint(tmp_path):
+    (tmp_path / "trainer_state.json").write_text("{}")
+    with pytest.raises(UserError, match="a race of recipes resumes with --resume_from_checkpoint auto"):
+        parse_arguments(["--resume_from_checkpoint", str(tmp_path)])
+
+
 def test_key_of_another_tool_is_explained(tmp_path):
     for line, meant in (
         ("lr: 1", "'lr'; did you mean 'learning_rate'"),

@@ -62,7 +62,6 @@ def test_shipped_model_answers_as_the_scored_one(folder, timm_checkpoint, name, 
             assert scored[0] == answer[0] and float(scored[1]) == pytest.approx(float(answer[1]), abs=1e-4)
 
 
-@pytest.mark.slow
 def test_report_and_card_say_how_answers_make_up_for_rare_classes(folder, timm_checkpoint):
     metrics = run(folder, timm_checkpoint, "refit", "--recipe", "probe")
     assert metrics["refit"]["done"] and metrics["recipe"]["metric"].startswith("balanced accuracy; answers as if")
