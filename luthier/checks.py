@@ -6,7 +6,6 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-
 from luthier.errors import UserError, require
 from luthier.options import BUILT_IN_DATASET, EXPORT_PACKAGES, DataArguments, ModelArguments
 
