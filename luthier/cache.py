@@ -123,6 +123,15 @@ def as_bytes(digests: Sequence[str]) -> np.ndarray:
     return np.frombuffer(bytes.fromhex("".join(digests)), dtype=np.dtype(("S", size)))
 
 
+def values_of(dataset: Dataset, column: str) -> pyarrow.ChunkedArray:
+    """Return the values of a column as Arrow has them, in the order of the rows.
+
+    Where rows have been left out or moved, `datasets` would make a table of each row.
+    """
+    values = dataset.data.column(column)
+    return values if dataset._indices is None else values.take(dataset._indices.column(0))
+
+
 def make_rows(
     dataset: Dataset,
     keys: Sequence[str],
@@ -181,7 +190,7 @@ def make_rows(
         parts.append(_keep(part, path, f"{file}-{first:09}.arrow"))
     made, places = concatenate_datasets(parts).remove_columns(KEY), [place_of[name] for name in keys]
     for column in beside:
-        made = made.add_column(column, _put(dataset[column][:], places, len(made)), feature=dataset.features[column])
+        made = _add_values(made, dataset, column, places)
     return (made if places == list(range(len(made))) else made.select(places)), len(keys) - len(new)
 
 
@@ -210,12 +219,12 @@ def _remove_stale_files(kind: str) -> None:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _put(values: list, places: list[int], length: int) -> list:
-    """Return a list that has each value at its place; what it has elsewhere is of no use."""
-    ordered = values[:1] * length
-    for place, value in zip(places, values, strict=True):
-        ordered[place] = value
-    return ordered
+def _add_values(made: Dataset, dataset: Dataset, column: str, places: list[int]) -> Dataset:
+    """Return rows with a column of a dataset, each of its values at its place; the other rows have any value."""
+    row_of = np.zeros(len(made), dtype=np.int64)
+    row_of[places] = np.arange(len(places))
+    values = values_of(dataset, column).take(pyarrow.array(row_of))
+    return made.add_column(column, values, feature=dataset.features[column])
 
 
 def _open_parts(folder: Path, wanted: Collection[str]) -> tuple[list[Dataset], dict[str, int]]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 
+from luthier.cache import values_of
 from luthier.errors import UserError
 from luthier.images.folders import GIVEN_GROUP, STAMP, sort_names
 from luthier.terminal import plural
@@ -36,11 +37,8 @@ def fixed_width(dataset: Dataset, column: str) -> np.ndarray:
     Raises:
         ValueError: they are not of one length, or there are none.
     """
-    values = dataset.data.column(column)
-    if dataset._indices is not None:  # `datasets` would make a table of each row
-        values = values.take(dataset._indices.column(0))
     parts = []
-    for chunk in values.chunks:
+    for chunk in values_of(dataset, column).chunks:
         ends = np.frombuffer(chunk.buffers()[1], np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
         data = np.frombuffer(chunk.buffers()[2], np.uint8)[ends[0] : ends[-1]]
         parts.append(data.reshape(len(chunk), -1))
