@@ -316,7 +316,7 @@ def _list_class_folders(split_root: Path, root: Path, skipped: Counter, grouping
         files, others = [], []
         for path in (directory / name for directory, names in walk(folder) for name in names):
             if is_image(path.name):
-                below = PurePosixPath(unicodedata.normalize("NFC", path.relative_to(folder).as_posix()))
+                below = PurePosixPath(path.relative_to(folder).as_posix())
                 files.append(ListedImage(as_text(path), label, grouping(below)))
             else:
                 others.append(path)

@@ -1,6 +1,8 @@
 """What belongs together: images that are nearly the same, and those of one patient, video or place."""
 
+import functools
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -22,6 +24,10 @@ MIN_NAMED = 0.8  # share of the files that a pattern must match
 MAX_SHARE = 0.2  # of the files that one group may have
 
 
+# An accent may be part of its letter or follow it. Groups that look alike are one, as in columns.
+_composed = functools.partial(unicodedata.normalize, "NFC")
+
+
 def build_grouping(group_by: str | None) -> Grouping:
     """Return the function from an image's path, below its class folder or the folder of a table, to its group.
 
@@ -37,9 +43,9 @@ def build_grouping(group_by: str | None) -> Grouping:
     if group_by is None:
         return lambda path: ""
     if group_by == "folder":
-        return lambda path: path.parts[0] if len(path.parts) > 1 else ""
+        return lambda path: _composed(path.parts[0]) if len(path.parts) > 1 else ""
     try:
-        pattern = re.compile(group_by)
+        pattern = re.compile(_composed(group_by))
     except re.error as error:
         raise UserError(
             f"--group_by {group_by!r} is neither 'folder' nor a regular expression: {error}. One for names such as "
@@ -47,7 +53,7 @@ def build_grouping(group_by: str | None) -> Grouping:
         ) from error
 
     def search(path: PurePosixPath) -> str:
-        found = pattern.search(path.name)
+        found = pattern.search(_composed(path.name))
         return "" if found is None else (found.group(1) if pattern.groups else found.group()) or ""
 
     return search

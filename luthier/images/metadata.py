@@ -247,8 +247,7 @@ def _read_images(
         )
     images: dict[str, list[ListedImage]] = defaultdict(list)
     for path, entry in first.items():
-        below = unicodedata.normalize("NFC", "/".join(path.relative_to(root).parts[begin:]))  # as groups of a column
-        group = entry.group if columns.group else grouping(PurePosixPath(below))
+        group = entry.group if columns.group else grouping(PurePosixPath(*path.relative_to(root).parts[begin:]))
         images[entry.split].append(ListedImage(as_text(path), entry.label, group))
     return images
 
@@ -348,19 +347,17 @@ def _find_columns(table: Table, files: ImageFiles, given: Columns, of_split: str
 
 def _find_split_column(table: Table, given: Columns) -> str | None:
     """Return the column all of whose values are names of splits, if there is one; of several none."""
-    names = [name for name in table.columns if name not in given and name.lower() not in LABEL_COLUMNS]
     found = []
-    for name in names:
-        values = set(table.column(name))
-        others = sorted(value for value in values if value.lower() not in SPLIT_OF_FOLDER)
-        splits = {SPLIT_OF_FOLDER[value.lower()] for value in values.difference(others)}
-        if "train" in splits and len(splits) > 1:
-            if not others:
-                found.append(name)
-                continue
+    for name in [name for name in table.columns if name not in given and name.lower() not in LABEL_COLUMNS]:
+        values = {value.lower(): value for value in table.column(name)}
+        others = sorted(values.keys() - SPLIT_OF_FOLDER.keys())
+        splits = {SPLIT_OF_FOLDER[value] for value in values.keys() & SPLIT_OF_FOLDER.keys()}
+        if "train" in splits and len(splits) > 1 and not others:
+            found.append(name)
+        elif "train" in splits and len(splits) > 1:
             logger.warning(
-                f"Not used: the column {name!r} of {table.path}, which names splits, but also {others[0]!r}. If "
-                "it holds your splits, correct its values"
+                f"Not used: the column {name!r} of {table.path}, which names splits, but also {values[others[0]]!r}. "
+                "If it holds your splits, correct its values"
             )
     if len(found) > 1:
         logger.warning(f"{table.path} has several columns of splits, {', '.join(found)}: name one with --split_column")
