@@ -356,8 +356,7 @@ def _find_split_column(table: Table, given: Columns) -> str | None:
             found.append(name)
         elif "train" in splits and len(splits) > 1:
             logger.warning(
-                f"Not used: the column {name!r} of {table.path}, which names splits, but also {values[others[0]]!r}. "
-                "If it holds your splits, correct its values"
+                f"Not used: the column {name!r} of {table.path}. It names splits, but also {values[others[0]]!r}: correct it"
             )
     if len(found) > 1:
         logger.warning(f"{table.path} has several columns of splits, {', '.join(found)}: name one with --split_column")
