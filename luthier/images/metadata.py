@@ -349,14 +349,14 @@ def _find_split_column(table: Table, given: Columns) -> str | None:
     """Return the column all of whose values are names of splits, if there is one; of several none."""
     found = []
     for name in [name for name in table.columns if name not in given and name.lower() not in LABEL_COLUMNS]:
-        values = {value.lower(): value for value in table.column(name)}
-        others = sorted(values.keys() - SPLIT_OF_FOLDER.keys())
-        splits = {SPLIT_OF_FOLDER[value] for value in values.keys() & SPLIT_OF_FOLDER.keys()}
+        values = {value.lower() for value in table.column(name)}
+        others = sorted(values - SPLIT_OF_FOLDER.keys())
+        splits = {SPLIT_OF_FOLDER[value] for value in values & SPLIT_OF_FOLDER.keys()}
         if "train" in splits and len(splits) > 1 and not others:
             found.append(name)
         elif "train" in splits and len(splits) > 1:
             logger.warning(
-                f"Not used: the column {name!r} of {table.path}. It names splits, but also {values[others[0]]!r}: correct it"
+                f"Not used: the column {name!r} of {table.path}. It names splits, but also {others[0]!r}: correct it"
             )
     if len(found) > 1:
         logger.warning(f"{table.path} has several columns of splits, {', '.join(found)}: name one with --split_column")
