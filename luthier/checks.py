@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from luthier.errors import UserError, require
-from luthier.options import BUILT_IN_DATASET, EXPORT_PACKAGES, DataArguments, ModelArguments
+from luthier.options import BUILT_IN_DATASET, EXPORT_PACKAGES, DataArguments, ModelArguments, check_fraction
 
 # Options of the library that would distort the score, do nothing, or harm a run.
 REFUSED = {
@@ -58,7 +58,6 @@ RANGES = {
     "eval_accumulation_steps": (1, 1e12),
 }
 
-FRACTIONS = ("validation_fraction", "test_fraction")
 # Of `--report_to`, each with a package of its name.
 TRACKERS = ("clearml", "codecarbon", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio", "wandb")
 
@@ -125,11 +124,9 @@ def _check_numbers(options: dict) -> None:
     for key in POSITIVE:
         if options[key] is not None and not 0 < options[key] < math.inf:
             raise UserError(f"--{key} is {options[key]}, but must be a number above 0")
-    for key in FRACTIONS:  # here, because a cut comes after all images have been read
-        share = options[key]
-        if share is not None and not 0 < share < 1:
-            hint = f"; {share:g}% is {share / 100:g}" if 1 < share < 100 else ""
-            raise UserError(f"--{key} is {share}, but must lie between 0 and 1{hint}")
+    for split in ("validation", "test"):  # here too, because a cut comes after all images have been read
+        if (share := options[f"{split}_fraction"]) is not None:
+            check_fraction(split, share)
     for key, (least, most) in RANGES.items():
         if options[key] is not None and not least <= options[key] <= most:
             raise UserError(f"--{key} is {options[key]}, but must be a number from {least:,} to {most:,}")

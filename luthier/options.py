@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from luthier.errors import UserError
+
 Metric = Literal["log_loss", "accuracy", "balanced_accuracy", "macro_f1"]
 BalanceOption = Literal["auto", "none", "logit_adjusted", "weighted"]
 
@@ -231,3 +233,14 @@ class ModelArguments:
         default=False,
         metadata={"help": "Export to ONNX too (docs/export.md)."},
     )
+
+
+def check_fraction(split: str, fraction: float) -> None:
+    """Check the share of the images that is for a split.
+
+    Raises:
+        UserError: it leaves nothing, or takes everything.
+    """
+    if not 0 < fraction < 1:
+        hint = f"; {fraction:g}% is {fraction / 100:g}" if 1 < fraction < 100 else ""
+        raise UserError(f"--{split}_fraction is {fraction}, but must lie between 0 and 1{hint}")

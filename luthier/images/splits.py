@@ -7,6 +7,7 @@ import numpy as np
 from datasets import DatasetDict
 
 from luthier.errors import UserError
+from luthier.options import check_fraction
 from luthier.processes import are_alike, processes_started
 from luthier.terminal import plural, say
 
@@ -14,16 +15,6 @@ MAX_NAMED = 5  # classes that a message names
 MAX_SINGLE = 10  # classes of an image each; more are the names of the images
 FEW_VALIDATION = 50  # images of a split of the user's own
 MIN_VALIDATION, MAX_VALIDATION, MAX_VALIDATION_SHARE = 150, 10_000, 0.25
-
-
-def check_fraction(split: str, fraction: float) -> None:
-    """Check the share of the images that is for a split.
-
-    Raises:
-        UserError: it leaves nothing, or takes everything.
-    """
-    if not 0 < fraction < 1:
-        raise UserError(f"--{split}_fraction is {fraction}, but must lie between 0 and 1")
 
 
 def cut_splits(
@@ -90,9 +81,8 @@ def _deal_folds(labels: np.ndarray, groups: np.ndarray, digests: np.ndarray, k: 
     order, folds = draw_order(digests, seed), np.empty(len(labels), dtype=int)
     folds[order] = stratified_folds(labels[order], groups[order], k, seed)
     folds[_holds_class(labels, groups)] = -1
-    for label in np.unique(
-        labels
-    ):  # one that shares its groups may have all of them in one fold, and none to learn from
+    for label in np.unique(labels):
+        # A class that shares its groups may have all of them in one fold, and none to learn from.
         rows = np.flatnonzero(labels == label)
         if folds[rows[0]] >= 0 and (folds[rows] == folds[rows[0]]).all():
             own, counts = np.unique(groups[rows], return_counts=True)

@@ -14,7 +14,8 @@ from luthier.errors import UserError
 from luthier.images.columns import index_of_labels, labels_of_splits
 from luthier.images.loading import check_holds_images, explain_loading
 from luthier.images.shards import Block, StreamedRows, read_sources, remedy
-from luthier.images.splits import MAX_VALIDATION, check_fraction
+from luthier.images.splits import MAX_VALIDATION
+from luthier.options import check_fraction
 from luthier.terminal import plural, say
 
 VALIDATION = 0.1  # share of training images, where the data has no such split
