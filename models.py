@@ -350,12 +350,12 @@ def _explain(model_name: str, error: Exception) -> ModelError:
             f"{model_name} is a checkpoint, from which a run goes on, and no finished model: give the output "
             "directory of its run, once that has ended"
         )
-    if path.is_dir() and not (path / "config.json").exists() and any(any(path.glob(name)) for name in BEFORE_MODEL):
-        return ModelError(
-            f"the folder {model_name} holds no model yet: its run has not ended. Repeat its command with --output_dir "
-            f"{model_name} --resume_from_checkpoint auto"
-        )
     if path.is_dir() and not (path / "config.json").exists():
+        if any(any(path.glob(name)) for name in BEFORE_MODEL):
+            return ModelError(
+                f"the folder {model_name} holds no model yet: its run has not ended. Repeat its command with "
+                f"--output_dir {model_name} --resume_from_checkpoint auto"
+            )
         return ModelError(f"the folder {model_name} holds no model, which would have a config.json: {give}")
     if path.is_dir():
         return ModelError(

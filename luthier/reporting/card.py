@@ -65,8 +65,7 @@ def write_model_card(folder: Path, metrics: dict, repo_id: str | None = None) ->
         eval_results=results,
         **_added(folder / CARD if (folder / CARD).is_file() else folder / EARLIER_CARD),
     )
-    cross_validated = metrics["validation"] and "train" not in data["splits"]
-    of_fold = "In the fold whose model is kept: " if cross_validated else ""
+    of_fold = "" if "train" in data["splits"] else "In the fold whose model is kept: "
     templates = FileSystemLoader(Path(__file__).parent / "templates")
     environment = Environment(  # Markdown escapes by a filter of its own
         loader=templates, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, autoescape=False
