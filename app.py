@@ -82,7 +82,7 @@ def images_in(folder: Path) -> list[str]:
     """
     paths = sorted(str(path) for path in folder.glob("*") if is_image(path.name))
     if not paths:
-        raise UserError(f"--examples {folder} is not a folder with images")
+        raise UserError(f"--examples {folder} is not a folder with images: give another, or leave the option out")
     return paths
 
 

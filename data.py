@@ -320,7 +320,7 @@ def training_rows(
 
 
 def streaming_transform(
-    view: EvaluationView, augmentation: str, size: tuple[int, int] | None = None
+    view: EvaluationView, augmentation: str, size: tuple[int, int] | None
 ) -> Callable[[bytes], torch.Tensor]:
     """Return the function from an image file to augmented levels or `pixel_values`."""
     transform, shorter_side = training_transform(view, augmentation, size), STORED_SIDE * max(view.size)

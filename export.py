@@ -14,7 +14,6 @@ not written; 2: the command is wrong.
 import argparse
 import json
 import os
-import shlex
 import sys
 import tempfile
 import unicodedata
@@ -28,7 +27,7 @@ from luthier.images.decode import is_image
 from luthier.images.image_files import walk
 from luthier.options import EXPORT_PACKAGES
 from luthier.run_files import DIGEST, IMAGES, ONNX, ONNX_FILES, SCORED
-from luthier.terminal import plural, say
+from luthier.terminal import plural, quote, say
 
 if TYPE_CHECKING:
     from luthier.serving.parity import Images, Parity
@@ -78,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     model = folder / ONNX / ONNX_FILES["fp32"]
     if model.name not in refused:
         publish_page(args, model)
-        say("next", shlex.join(["python", "predict.py", str(model), "image.jpg"]))
+        say("next", quote("python", "predict.py", str(model), "image.jpg"))
     if refused:
         sys.exit("\n".join([*(f"{file} {why}" for file, why in refused.items()), "To write it: --allow_worse"]))
 
@@ -116,7 +115,7 @@ def publish_page(args: argparse.Namespace, model: Path) -> None:
     name = Path(args.model).resolve().name
     if args.web:
         write_page(model, args.web, name, args.vendor)
-        serve = shlex.join(["python", "-m", "http.server", "-d", str(args.web)])
+        serve = quote("python", "-m", "http.server", "-d", str(args.web))
         say("page", f"{args.web}; to look at it: {serve}, and open http://localhost:8000")
     if args.push_to_space:
         say("pushed", push_page(model, args.push_to_space, name, args.vendor, args.private))
@@ -129,7 +128,7 @@ def export_run(output_dir: Path) -> str:
         why = "; ".join(f"{file} {reason}" for file, reason in refused.items())
     except Exception as error:
         why = message_for_user(error) or f"{type(error).__name__}: {error}"
-    command = shlex.join(["python", "export.py", str(output_dir)])
+    command = quote("python", "export.py", str(output_dir))
     return why and f"not exported: {why}\nThe run is complete, in {output_dir}. To export it again:\n  {command}"
 
 
@@ -214,7 +213,7 @@ def find_images(model_name: str, check: Path | None, labels: list[str], calibrat
     used = min(CALIBRATION, len(paths) // 2) if calibrate else 0
     if not paths or (calibrate and not used):
         least = "at least two images, one of them to calibrate --int8 with" if calibrate else "images"
-        raise UserError(f"--check {check} is not a folder with {least}")
+        raise UserError(f"--check {check} is not a folder with {least}: give another")
 
     def class_of(path: Path) -> str | None:
         folders = [*path.relative_to(check).parts[:-1], check.resolve().name]

@@ -29,7 +29,7 @@ from luthier.escape import escape_cell, escape_terminal
 from luthier.images.decode import CONVERT, is_image, is_unread, reason
 from luthier.images.image_files import walk
 from luthier.output_dir import is_of_run
-from luthier.terminal import has_terminal, percent, plural, shorten
+from luthier.terminal import SHORT, has_terminal, percent, plural, shorten
 
 if TYPE_CHECKING:
     from luthier.serving.classifier import Prediction
@@ -170,7 +170,7 @@ def open_output(path: Path | None) -> Iterator[TextIO]:
             try:
                 file = path.open("w", newline="", encoding="utf-8", errors="backslashreplace")
             except OSError as error:
-                raise UserError(f"cannot write --output {path}: {error.strerror}") from error
+                raise UserError(f"cannot write --output {path}: {error.strerror}. Give another file") from error
             with file:
                 yield file
         else:
@@ -192,8 +192,8 @@ def write_table(file: TextIO, top_k: int) -> Callable[["Prediction"], None]:
         refusal = ": none of these" if prediction.none else ": unsure" if prediction.unsure else ""
         print(f"{name}{refusal}", file=file)
         for label, share in prediction.top:
-            short = escape_terminal(shorten(label, 24))
-            print(f"  {short:<24}  {percent(share):>6}  {'█' * round(share * BAR_WIDTH)}".rstrip(), file=file)
+            short = escape_terminal(shorten(label))
+            print(f"  {short:<{SHORT}}  {percent(share):>6}  {'█' * round(share * BAR_WIDTH)}".rstrip(), file=file)
         file.flush()
 
     return write

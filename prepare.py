@@ -17,8 +17,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
-import shlex
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +25,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from luthier.cores import count_cores
 from luthier.errors import UserError, exit_on_user_error
-from luthier.terminal import plural, say
+from luthier.options import parse_part
+from luthier.terminal import plural, quote, say
 
 if TYPE_CHECKING:
     import numpy as np
@@ -78,13 +77,13 @@ def main(argv: list[str] | None = None) -> None:
     check_folder(folder)
     if share.machines > 1:
         inspect_share(arguments.data_args.for_images(), folder, share)
-    splits, unreadable = load_splits(**arguments.data_args.for_splits())
+    splits, unreadable = load_splits(**arguments.data_args.for_images(), **arguments.data_args.for_cut())
     if unreadable:
         say("left out", f"{plural(len(unreadable), 'image')} that cannot be read, such as {unreadable[0].name}")
     write_shards(splits, folder, options.side, options.images, share)
     groups = " --group_column group" if given_groups(splits) else ""
     when = ", when all machines have ended" if share.machines > 1 else ""
-    say("next", f"accelerate launch train.py --data_dir {shlex.quote(str(folder))}{groups}{when}")
+    say("next", f"accelerate launch train.py --data_dir {quote(str(folder))}{groups}{when}")
 
 
 def build_parser() -> "Parser":
@@ -116,12 +115,10 @@ def parse_share(text: str) -> Share:
     Raises:
         UserError: it is no share.
     """
-    if (
-        not re.fullmatch(r"[1-9]\d*/[1-9]\d*", text)
-        or (share := Share(*map(int, text.split("/")))).machine > share.machines
-    ):
+    part = parse_part(text)
+    if part is None or part[0] > part[1]:
         raise UserError(f"--share {text} is not a share: give one such as 2/4, the second of four machines")
-    return share
+    return Share(*part)
 
 
 def inspect_share(source: dict, folder: Path, share: Share) -> None:
@@ -298,10 +295,13 @@ def resized(dataset: "Dataset", rows: "np.ndarray", side: int) -> "Dataset":
         try:
             content = read_bytes(row["image"])
             if hashlib.sha256(content).hexdigest() != row["digest"]:
-                raise ValueError("it has changed; start again, with another folder")
+                raise ValueError("it has changed")
             image = store_training_image(content, side)
         except Exception as error:  # Pillow's plugins raise errors of any kind on damaged data
-            raise UserError(f"{row['name']} is no longer as it was inspected: {reason(error)}") from error
+            raise UserError(
+                f"{row['name']} is no longer as it was inspected: {reason(error)}. Put it back, or start again, with "
+                "another folder"
+            ) from error
         return image | {"path": row["name"].replace(os.sep, "-").replace("/", "-")}
 
     # Threads are enough, because Pillow releases the interpreter while it decodes, resizes and encodes.

@@ -9,7 +9,6 @@ name.
 """
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from luthier.errors import UserError, exit_on_user_error
@@ -55,9 +54,9 @@ def main(argv: list[str] | None = None) -> None:
 
     training_args = arguments.training_args
     set_up_process(training_args)
-    output_dir, is_main_process = Path(str(training_args.output_dir)), training_args.process_index == 0
+    output_dir, is_main_process = arguments.run_dir, training_args.process_index == 0
     with Stop(output_dir), claim_output_dir(output_dir, continues=False, enabled=is_main_process):
-        score_model(arguments, output_dir, stopwatch)
+        score_model(arguments, stopwatch)
 
 
 def build_parser() -> "Parser":
@@ -68,7 +67,7 @@ def build_parser() -> "Parser":
     return build_parser("score.py", usage, str(__doc__), SHOWN)
 
 
-def score_model(arguments: "Arguments", output_dir: Path, stopwatch: Stopwatch) -> None:
+def score_model(arguments: "Arguments", stopwatch: Stopwatch) -> None:
     """Load the images and the model, predict, and write the results."""
     from data import evaluation_rows, load_labelled, prepare
     from luthier.familiarity import class_shares_of, load_familiarity, none_of, threshold_of
@@ -114,8 +113,8 @@ def score_model(arguments: "Arguments", output_dir: Path, stopwatch: Stopwatch) 
         recipe = {**setup, "recipe": "nothing trained"}
         record = {"command": run_args.command, "settings": run_args.settings}
         metrics = collect_metrics(test, score_test(test, threshold), data, recipe, findings, record)
-        write_results(output_dir, metrics, test, findings, stopwatch)
-        console.say_results(output_dir, metrics)
+        write_results(arguments.run_dir, metrics, test, findings, stopwatch)
+        console.say_results(arguments.run_dir, metrics)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,8 @@ def main() -> None:
             start = time.perf_counter()
             weight = torch.zeros(1, classes, 1280, requires_grad=True)
             bias = torch.zeros(1, classes, requires_grad=True)
-            minimise(features, labels, weight, bias, STRENGTH, iterations=iterations)
+            counts, scale = torch.full((images, 1), 1 / images), torch.ones(1, 1280)
+            minimise(features, labels, weight, bias, STRENGTH, counts, scale, iterations)
             ours = time.perf_counter() - start
             start = time.perf_counter()
             theirs = LogisticRegression(C=1 / (images * STRENGTH), tol=1e-5, max_iter=iterations)

@@ -2,12 +2,18 @@
 
 import importlib.util
 import math
-import re
 from dataclasses import fields
 from pathlib import Path
 
 from luthier.errors import UserError, require
-from luthier.options import BUILT_IN_DATASET, EXPORT_PACKAGES, DataArguments, ModelArguments, check_fraction
+from luthier.options import (
+    BUILT_IN_DATASET,
+    EXPORT_PACKAGES,
+    DataArguments,
+    ModelArguments,
+    check_fraction,
+    parse_part,
+)
 
 # Options of the library that would distort the score, do nothing, or harm a run.
 REFUSED = {
@@ -82,11 +88,8 @@ def check_options(options: dict) -> None:
     if options["export"]:
         require("--export", EXPORT_PACKAGES, "requirements-export.txt")
     fold, resume = options["fold"], options["resume_from_checkpoint"]
-    if fold and not re.fullmatch(r"[1-9]\d*/[1-9]\d*", fold):
-        raise UserError(f"--fold {fold} is not a fold: give one such as 2/5, the second of five")
-    if fold and not 2 <= (k := int(fold.split("/")[1])) >= int(fold.split("/")[0]):
-        advice = f"give 1/{k} to {k}/{k}" if k > 1 else "there must be at least two folds"
-        raise UserError(f"--fold {fold} is none of {k}: {advice}")
+    if fold:
+        _check_fold(fold)
     if options["folds"] is not None and (fold or resume not in (None, "auto")):
         raise UserError(
             "--folds runs every fold: leave --fold out (compare.py --folds gives it: leave folds out of its configs), "
@@ -163,6 +166,21 @@ def check_outside(output_dir: Path, data: str) -> None:
         )
 
 
+def _check_fold(fold: str) -> None:
+    """Refuse what is no fold such as `2/5`.
+
+    Raises:
+        UserError: it is none.
+    """
+    part = parse_part(fold)
+    if part is None:
+        raise UserError(f"--fold {fold} is not a fold: give one such as 2/5, the second of five")
+    i, k = part
+    if k == 1 or i > k:
+        advice = f"give 1/{k} to {k}/{k}" if k > 1 else "there must be at least two folds"
+        raise UserError(f"--fold {fold} is none of {k}: {advice}")
+
+
 def _check_streaming(options: dict) -> None:
     """Refuse what needs all training images to be inspected or cut, where they are streamed.
 
@@ -173,7 +191,10 @@ def _check_streaming(options: dict) -> None:
     if options["on_bad_image"] == "error":
         needs.append("on_bad_image error")
     if needs:
-        raise UserError(f"--{needs[0]} needs all images before the training, which --streaming does not read")
+        raise UserError(
+            f"--{needs[0]} needs all images before the training, which --streaming does not read: leave one of the "
+            "two out"
+        )
     if options["data_dir"] is None and options["dataset_name"] in (None, BUILT_IN_DATASET):
         raise UserError(
             "--streaming reads Parquet files and WebDataset archives: name them with --data_dir or --dataset_name"

@@ -35,6 +35,11 @@ class NoSpace(UserError):
     """Checkpoints would not fit on the disk."""
 
 
+def first_line(error: BaseException, text: str | None = None) -> str:
+    """Return the first line of what an error says, or of another text of it; its kind where that is empty."""
+    return next(iter((text or str(error)).strip().splitlines()), type(error).__name__)
+
+
 def require(what: str, packages: Collection[str], requirements: str) -> None:
     """Check that the packages of a part of the project that not everybody needs are installed.
 

@@ -12,16 +12,26 @@ import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed
 import transformers
+from accelerate.utils import parse_flag_from_env
 from torch import nn
 from transformers import TrainingArguments
 
 from luthier.errors import UserError
 from luthier.escape import escape_lines
-from luthier.processes import available_cores, check_processes, die_with_launcher, is_launched, processes_started
+from luthier.processes import (
+    available_cores,
+    check_processes,
+    die_with_launcher,
+    is_launched,
+    processes_here,
+    processes_started,
+)
 from luthier.terminal import has_terminal, is_first_process, plural, say
 
 LONG_RUN = 20_000  # images for which channels_last pays on a GPU
@@ -31,16 +41,20 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", 
 
 
 class OneGPUTrainingArguments(TrainingArguments):
-    """`TrainingArguments` that use one GPU a process.
+    """`TrainingArguments` that use one GPU a process, and wait as long on CPUs as on GPUs.
 
     The Trainer would put `nn.DataParallel` over all GPUs of a lone process. Its replicas ignore which layers are
     frozen and which keep their statistics; `accelerate launch` starts a process for each GPU instead.
     """
 
     # Read in transformers 5.23. At an upgrade, check: does the Trainer still take the number of GPUs from `_n_gpu`,
-    # and is that still set in this property alone?
+    # and is that still set in this property alone? Does it give gloo no timeout?
     @functools.cached_property
     def _setup_devices(self) -> torch.device:
+        started = "RANK" in os.environ and processes_started() > 1
+        if started and self.use_cpu and self.ddp_backend == "gloo" and not torch.distributed.is_initialized():
+            # The library gives `ddp_timeout` to the processes of GPUs alone; on CPUs torch's 30 minutes would count.
+            torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=self.ddp_timeout))
         device = super()._setup_devices
         self._n_gpu = min(1, self._n_gpu)
         return device
@@ -54,6 +68,8 @@ def fill_in_machine_defaults(options: dict) -> None:
             `dataloader_persistent_workers`, `dataloader_pin_memory`, `accelerator_config`,
             `per_device_eval_batch_size`, `bf16`.
     """
+    if parse_flag_from_env("ACCELERATE_USE_CPU"):  # by `accelerate launch --cpu`, or its config
+        options["use_cpu"] = True
     if not options["use_cpu"] and DRIVER.is_file() and torch.version.cuda and not torch.cuda.is_available():
         hint = "is its driver too old, or is it hidden (CUDA_VISIBLE_DEVICES, a container without --gpus)?"
         say("careful", f"torch cannot use the NVIDIA GPU of this machine, and uses the CPU: {hint}")
@@ -109,7 +125,7 @@ def _data_workers() -> int:
     workers, shared = min(available_cores(), 8), Path("/dev/shm")
     if not shared.is_dir():
         return workers
-    room = shutil.disk_usage(shared).free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    room = shutil.disk_usage(shared).free // processes_here()
     fitting = min(workers, room // SHARED)
     if fitting < workers:
         advice = "images load slowly. Start the container with --shm-size 4g"
@@ -228,10 +244,9 @@ def explain_exhausted_memory(training_args: TrainingArguments, training: bool = 
             raise
         if not training:
             batch = training_args.per_device_eval_batch_size
-            raise UserError(
-                f"not enough memory to evaluate batches of {batch}: use smaller ones (--per_device_eval_batch_size "
-                f"{max(1, batch // 2)}), or fewer pixels (train.py: --image_size)"
-            ) from error
+            smaller = f"smaller ones (--per_device_eval_batch_size {batch // 2}), or " if batch > 1 else ""
+            advice = f"use {smaller}fewer pixels (train.py: --image_size)"
+            raise UserError(f"not enough memory to evaluate batches of {batch}: {advice}") from error
         batch = training_args.per_device_train_batch_size
         parts = next((parts for parts in range(2, batch) if batch % parts == 0), batch)
         smaller = (

@@ -1,6 +1,7 @@
 """Luthier's own options, besides those of `TrainingArguments`: the data, and the model."""
 
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -45,7 +46,7 @@ class DataArguments:
     labels: str | None = field(
         default=None,
         metadata={
-            "help": "A table of the images in --data_dir: CSV, TSV, JSON lines or Parquet, with a column of file "
+            "help": "A table of the images in the folder: CSV, TSV, JSON lines or Parquet, with a column of file "
             "names and one of labels."
         },
     )
@@ -64,7 +65,7 @@ class DataArguments:
     group_by: str | None = field(
         default=None,
         metadata={
-            "help": "The same by file names: folder, the folder below the class folder, or a regular expression "
+            "help": "The same by paths: folder (in the class folder), or a regular expression for file names "
             "(docs/usage.md)."
         },
     )
@@ -72,15 +73,17 @@ class DataArguments:
         default=False,
         metadata={"help": "Train from Parquet or WebDataset files as they are (docs/scaling.md)."},
     )
-    none_class: str | None = field(default=None, metadata={"help": "The class of anything else, if not called none."})
+    none_class: str | None = field(
+        default=None, metadata={"help": "The class of all other images, if not called none."}
+    )
     label_names: list[str] | None = field(
         default=None, metadata={"help": "New class names, in the order of the sorted old ones."}
     )
     validation_fraction: float | None = field(
         default=None,
         metadata={
-            "help": "Share of each class for the validation split, where the data has none; of a fold's other images. "
-            "A tenth, and up to a quarter of few images, if not given."
+            "help": "Share of each class for the validation split, where the data has none; with folds, of the rest. "
+            "If not given: a tenth, and up to a quarter of few images."
         },
     )
     test_fraction: float = field(
@@ -128,13 +131,8 @@ class DataArguments:
 
     def for_cut(self) -> dict:
         """Return what `data.cut_splits` takes."""
-        fold = tuple(map(int, self.fold.split("/"))) if self.fold else None
         cut = {key: getattr(self, key) for key in ("split_seed", "validation_fraction", "test_fraction")}
-        return {**cut, "fold": fold}
-
-    def for_splits(self) -> dict:
-        """Return what `data.load_splits` takes."""
-        return self.for_images() | self.for_cut()
+        return {**cut, "fold": parse_part(self.fold) if self.fold else None}
 
     def for_later(self, folder: Path) -> dict:
         """Return what `data.load_images` takes, with paths relative to a folder: those of a machine tell of people.
@@ -200,7 +198,7 @@ class ModelArguments:
     )
     metric: Metric = field(
         default="log_loss",
-        metadata={"help": "What validation chooses by (docs/usage.md)."},
+        metadata={"help": "The figure on validation that chooses the weights (docs/usage.md)."},
     )
     balance: BalanceOption = field(
         default="auto",
@@ -221,7 +219,7 @@ class ModelArguments:
     )
     time_limit: float | None = field(
         default=None,
-        metadata={"help": "Minutes that the run may take; no heat begins that would end later."},
+        metadata={"help": "Minutes that the run may take: no part of the training begins that would end later."},
     )
     refit: Literal["auto", "none"] = field(
         default="auto",
@@ -244,3 +242,9 @@ def check_fraction(split: str, fraction: float) -> None:
     if not 0 < fraction < 1:
         hint = f"; {fraction:g}% is {fraction / 100:g}" if 1 < fraction < 100 else ""
         raise UserError(f"--{split}_fraction is {fraction}, but must lie between 0 and 1{hint}")
+
+
+def parse_part(text: str) -> tuple[int, int] | None:
+    """Return (i, k) of a text such as `2/5`, both from 1 on; None where it is not written so."""
+    found = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", text)
+    return (int(found[1]), int(found[2])) if found else None

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import shlex
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from filelock import FileLock, Timeout
 from luthier.errors import UserError
 from luthier.files import lock_folder
 from luthier.run_files import BACKBONE, CARD, CONFIG, EARLIER_CARD, LEARNED_FROM, METRICS, ONNX, RACE, WRITTEN
+from luthier.terminal import quote
 
 NO_TIME = "the time limit"  # why a race ended, or why there is no refit: in race.json and metrics.json too
 # What a run writes first; another folder that holds folders, such as classes, is none of a run.
@@ -144,7 +144,7 @@ def read_metrics(output_dir: Path) -> dict:
     except (ValueError, TypeError) as error:
         raise UserError(
             f"{path} is damaged ({error}): remove it, and let the run write it again with --output_dir "
-            f"{shlex.quote(str(output_dir))} --resume_from_checkpoint auto"
+            f"{quote(str(output_dir))} --resume_from_checkpoint auto"
         ) from error
 
 

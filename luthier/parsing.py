@@ -5,7 +5,6 @@ import difflib
 import json
 import os
 import re
-import shlex
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path, PureWindowsPath
@@ -16,7 +15,7 @@ from transformers import HfArgumentParser
 
 from luthier.errors import UserError
 from luthier.processes import is_launched
-from luthier.terminal import say
+from luthier.terminal import quote, say
 
 MAX_CHOICES = 5  # that the help lists
 PATH_OPTIONS = ("data_dir", "labels", "output_dir", "resume_from_checkpoint")
@@ -118,7 +117,8 @@ def read_options(
     if {"data_dir", "dataset_name"} & given:
         left = [key for key in settings if key in data_keys and key not in given | {"data_dir", "dataset_name"}]
         if left:
-            say("careful", f"the command line names other data than {config}: its {', '.join(left)} are left out")
+            verb = "is" if len(left) == 1 else "are"
+            say("careful", f"the command line names other data than {config}: its {', '.join(left)} {verb} left out")
         settings = {key: value for key, value in settings.items() if key not in data_keys}
     options = vars(parser.parse_args(as_tokens(settings) + line))
     return config, options, frozenset(given | {key for key, value in settings.items() if value is not None})
@@ -244,4 +244,4 @@ def describe_command(script: str, argv: list[str]) -> str:
         name = (PureWindowsPath if "\\" in value else Path)(value).name if path else value
         shown.append(f"{key}{sign}{'{...}' if value.startswith('{') else name}")
         option = "" if value else option
-    return shlex.join([*launcher, script, *shown])
+    return quote(*launcher, script, *shown)

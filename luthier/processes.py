@@ -27,13 +27,21 @@ def processes_started() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def processes_here() -> int:
+    """Return how many processes were started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def available_cores() -> int:
     """Return how many cores this process may use: its share where several processes run on this machine."""
-    return max(1, count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, count_cores() // processes_here())
 
 
 def check_processes(training_args: TrainingArguments) -> None:
     """Refuse what accelerate does silently: fewer processes than were asked for, or several that train alone.
+
+    All processes wait for each other, so that none writes before all have parsed their options: a late one would find
+    the output directory of the first, and choose another for itself.
 
     Raises:
         UserError: it is so.
@@ -48,6 +56,8 @@ def check_processes(training_args: TrainingArguments) -> None:
             f"{processes_started()} processes were started, and each would train alone, into one directory: give "
             "each process a GPU, or use --use_cpu True"
         )
+    if training_args.world_size > 1:
+        torch.distributed.barrier()
 
 
 def from_main_process(value: T) -> T:

@@ -1,6 +1,8 @@
 """What a command prints: its few lines, numbers in words, progress where there is no terminal, seconds by stage."""
 
 import os
+import re
+import shlex
 import shutil
 import sys
 import textwrap
@@ -9,6 +11,7 @@ import time
 from luthier.escape import escape_lines
 
 INDENT = 9  # columns before the text of a line
+SHORT = 24  # characters of a shortened name, at most
 
 
 def is_first_process() -> bool:
@@ -54,10 +57,17 @@ def points(difference: float) -> str:
     return f"{round(100 * difference, 1) + 0.0:+.1f}"  # the sum makes -0.0 a zero
 
 
-def shorten(name: str, columns: int) -> str:
-    """Return a name with at most so many characters; its end stays, because names often differ there."""
-    end = columns // 3
-    return name if len(name) <= columns else f"{name[: columns - end - 1]}…{name[-end:]}"
+def shorten(name: str) -> str:
+    """Return a name with at most `SHORT` characters; its end stays, because names often differ there."""
+    end = SHORT // 3
+    return name if len(name) <= SHORT else f"{name[: SHORT - end - 1]}…{name[-end:]}"
+
+
+def quote(*words: str) -> str:
+    """Return words as a command line for the shell of this system: Windows' `cmd` knows double quotes alone."""
+    if sys.platform != "win32":
+        return shlex.join(words)
+    return " ".join(word if re.fullmatch(r"[\w@%+=:,./\\-]+", word) else f'"{word}"' for word in words)
 
 
 def has_terminal() -> bool:

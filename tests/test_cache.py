@@ -1,5 +1,6 @@
 """The cache of what was inspected and prepared: what is reused, what is made again, and what does not last."""
 
+import hashlib
 import os
 import shutil
 import time
@@ -15,8 +16,9 @@ from PIL import Image as PILImage
 import data
 import luthier.cache as cache
 import luthier.images.inspection as inspection
-from data import load_splits, prepare, with_transforms
+from data import evaluation_rows, load_splits, prepare, with_transforms
 from luthier.errors import UserError
+from luthier.images.decode import decode_rgb
 from luthier.images.description import describe
 
 
@@ -168,7 +170,15 @@ def test_changed_file_is_prepared_again(images, view):
     before = describe(prepare(load(data_dir=str(images)), view), "drawn")["fingerprint"]
     assert describe(prepare(load(data_dir=str(images)), view), "drawn")["fingerprint"] == before
     draw("red", 999).save(images / "red/000.png")
-    assert describe(prepare(load(data_dir=str(images)), view), "drawn")["fingerprint"] != before
+    content, prepared = (images / "red/000.png").read_bytes(), prepare(load(data_dir=str(images)), view)
+    assert describe(prepared, "drawn")["fingerprint"] != before
+    digest = hashlib.sha256(content).hexdigest()
+    (seen,) = (
+        evaluation_rows(rows, view)[rows["digest"][:].index(digest)]["pixel_values"]
+        for rows in prepared.values()
+        if digest in rows["digest"][:]
+    )
+    assert torch.equal(seen, view(decode_rgb(content).image))
 
 
 def test_second_run_decodes_nothing(images, monkeypatch, view):

@@ -11,13 +11,18 @@ from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 
 import models
-from luthier.errors import UserError, exit_on_user_error, message_for_user
+from luthier.errors import UserError, exit_on_user_error, first_line, message_for_user
 
 
 def caused(cause: Exception) -> Exception:
     error = RuntimeError("while the dataset was written")
     error.__cause__ = cause
     return error
+
+
+def test_first_line_of_an_error_is_its_kind_where_it_says_nothing():
+    assert first_line(ValueError("\none\ntwo")) == "one" and first_line(ValueError()) == "ValueError"
+    assert first_line(ValueError("one"), "another\ntext") == "another"
 
 
 def test_message_has_no_control_characters(capsys):

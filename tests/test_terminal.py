@@ -10,7 +10,7 @@ from conftest import PROJECT, draw_folder
 
 import luthier.terminal as module
 from luthier.escape import escape_terminal
-from luthier.terminal import Stopwatch, Tenths, percent, plural, points, say, shorten
+from luthier.terminal import Stopwatch, Tenths, percent, plural, points, quote, say, shorten
 
 
 class Terminal(io.StringIO):
@@ -144,9 +144,21 @@ def test_only_all_is_100_percent(share, places, expected):
 
 
 def test_names_that_differ_at_their_ends_differ_when_they_are_shortened():
-    assert shorten("a" * 24, 24) == "a" * 24
-    first, second = (shorten(f"A long name of a class, number {number}", 24) for number in (1, 2))
+    assert shorten("a" * 24) == "a" * 24
+    first, second = (shorten(f"A long name of a class, number {number}") for number in (1, 2))
     assert first != second and len(first) == 24 and first == "A long name of …number 1"
+
+
+@pytest.mark.parametrize(
+    ("platform", "expected"),
+    [("linux", "python 'my runs/a b' '^[^_]+' outputs/x"), ("win32", 'python "my runs/a b" "^[^_]+" outputs/x')],
+)
+def test_commands_are_quoted_for_the_shell_of_the_system(monkeypatch, platform, expected):
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "platform", platform)
+        command = quote("python", "my runs/a b", "^[^_]+", "outputs/x")
+        folder = quote(r"outputs\my_run")
+    assert command == expected and folder == {"linux": r"'outputs\my_run'", "win32": r"outputs\my_run"}[platform]
 
 
 def test_difference_is_in_points():

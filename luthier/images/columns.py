@@ -128,7 +128,10 @@ def _groups_of_splits(splits: DatasetDict, group_column: str, image_column: str)
     features = splits["train"].features
     _find_column("group", group_column, features, [])
     if group_column == image_column or not isinstance(features[group_column], (Value, ClassLabel)):
-        raise UserError(f"the column {group_column!r} (--group_column) holds {features[group_column]} and no names")
+        raise UserError(
+            f"the column {group_column!r} (--group_column) holds no names or numbers, but {features[group_column]}: "
+            "name another"
+        )
     missing = (None, -1) if isinstance(features[group_column], ClassLabel) else (None,)
     return {
         split: [
@@ -154,13 +157,16 @@ def find_columns(
         "image", image_column, features, [name for name, feature in features.items() if isinstance(feature, Image)]
     )
     if features[image_column] not in BINARY and not is_image_feature(features[image_column]):
-        raise UserError(f"the column {image_column!r} holds no images but {features[image_column]}")
+        raise UserError(
+            f"the column {image_column!r} holds no images, but {features[image_column]}: name another with "
+            "--image_column"
+        )
     others = {name: feature for name, feature in features.items() if name != group_column}
     typed = [name for name, feature in others.items() if isinstance(feature, ClassLabel)]
     likely = typed or [name for name in LABEL_COLUMNS if name in others]
     label_column = _find_column("label", label_column, features, likely)
     if not isinstance(features[label_column], (ClassLabel, Value)):
-        raise UserError(f"the column {label_column!r} holds {features[label_column]} and no class names or numbers")
+        raise _no_labels(label_column, features[label_column])
     return image_column, label_column
 
 
@@ -180,9 +186,12 @@ def labels_of_splits(splits: Mapping[str, list], label_column: str) -> dict[str,
             logger.warning(f"Not used: the {split} split, which has no labels")
         elif unlabelled:
             have = "has" if unlabelled == 1 else "have"
+            remedy = ": add labels, or remove the rows"
+            if -1 in values:
+                remedy = ", because -1 stands for none: if it is a class, write names for numbers"
             raise UserError(
                 f"{plural(unlabelled, 'row')} of the {split} split {have} no label in the column {label_column!r}"
-                + (", because -1 stands for none: if it is a class, write names for numbers" if -1 in values else "")
+                f"{remedy}"
             )
         else:
             labels[split] = values
@@ -211,7 +220,10 @@ def _names_of_labels(feature: object, values: set, label_column: str) -> dict:
         known = {feature.str2int(name): name for name in sort_names(feature.names)}
         unknown = [value for value in values if value not in known]
         if unknown:
-            raise UserError(f"the column {label_column!r} has the label {unknown[0]!r}, which is none of its classes")
+            raise UserError(
+                f"the column {label_column!r} has the label {unknown[0]!r}, which is none of its classes: correct "
+                "it, or name the class in the dataset's features"
+            )
         return {value: name for value, name in known.items() if value in values}
     kinds = {type(value) for value in values}
     if kinds == {str}:
@@ -223,7 +235,13 @@ def _names_of_labels(feature: object, values: set, label_column: str) -> dict:
         return {value: str(value) for value in sorted(values)}
     if kinds == {float} and all(value.is_integer() for value in values):  # pandas makes whole numbers so
         return {value: str(int(value)) for value in sorted(values)}
-    raise UserError(f"the column {label_column!r} holds {feature} where class names or numbers were expected")
+    raise _no_labels(label_column, feature)
+
+
+def _no_labels(column: str, feature: object) -> UserError:
+    return UserError(
+        f"the column {column!r} holds no class names or numbers, but {feature}: name another with --label_column"
+    )
 
 
 def _rename_labels(names: list[str], label_names: list[str] | None) -> list[str]:

@@ -14,6 +14,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from luthier.cores import count_cores
+from luthier.terminal import plural
 
 logger = logging.getLogger(__name__)
 
@@ -106,8 +107,8 @@ def find_candidates(hashes: np.ndarray) -> np.ndarray:
     crowded = int((np.bincount(copies[:, 0]) == nearest - 1).sum())
     if crowded and nearest < images:
         logger.warning(
-            f"{crowded:,} images look like {nearest - 1} or more others at first sight. Near-duplicates are "
-            "searched among the nearest of these"
+            f"{plural(crowded, 'image looks', 'images look')} like {nearest - 1} or more others at first sight. "
+            "Near-duplicates are searched among the nearest of these"
         )
     edges = [np.insert(np.sort(pairs, axis=1), 2, kind, axis=1) for kind, pairs in enumerate((copies, mirrored))]
     return np.unique(np.concatenate(edges), axis=0)

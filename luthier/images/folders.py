@@ -137,6 +137,8 @@ def check_folder(folder: Path, advice: str) -> None:
             found = "but an address: download and unpack it first, or name a dataset of the Hub with --dataset_name"
         elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
             found += ". A dataset of the Hub is given as --dataset_name"
+        else:
+            found += ". Check the spelling, or give the whole path"
     raise UserError(f"--data_dir {folder} is not a folder, {found}")
 
 

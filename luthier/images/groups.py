@@ -49,7 +49,7 @@ def build_grouping(group_by: str | None) -> Grouping:
     except re.error as error:
         raise UserError(
             f"--group_by {group_by!r} is neither 'folder' nor a regular expression: {error}. One for names such as "
-            "patient12_3.jpg is '^[^_]+'"
+            'patient12_3.jpg is "^[^_]+"'
         ) from error
 
     def search(path: PurePosixPath) -> str:

@@ -154,14 +154,15 @@ def explain_loading(dataset_name: str) -> Iterator[None]:
     except (ConnectionError, httpx.TransportError) as error:
         raise UserError(
             f"there is no folder {dataset_name}, and the Hub cannot be reached for a dataset of this name. Check the "
-            "name, connect this machine, or use images on disk with --data_dir, or --dataset_name openmoji"
+            "name or the path, or connect this machine. train.py and score.py take a folder as --data_dir"
         ) from error
     except (DatasetNotFoundError, FileNotFoundError) as error:
         if Path(dataset_name).exists():
             raise UserError(f"cannot load {dataset_name}: {' '.join(str(error).split())}") from error
         raise UserError(
-            f"there is no dataset {dataset_name!r} on the Hub, or it is private or gated. Check the name, and log in "
-            "with `hf auth login` if it needs rights; for a folder of images use --data_dir"
+            f"there is no folder {dataset_name}, and no dataset {dataset_name!r} on the Hub, or it is private or "
+            "gated. Check the name or the path, and log in with `hf auth login` if it needs rights. train.py and "
+            "score.py take a folder as --data_dir"
         ) from error
     except (DatasetsError, TarError, ValueError, RuntimeError, OSError) as error:  # several configurations, damage
         cause = error.__cause__ or error  # of an error while files are read
@@ -183,7 +184,7 @@ def named_splits(loaded: Mapping[str, T], dataset_name: str, to_train: bool = Tr
     for name, content in loaded.items():
         split = "train" if len(loaded) == 1 else SPLIT_OF_FOLDER.get(name.lower())
         if split in splits:
-            raise UserError(f"{dataset_name} has two {split} splits: {', '.join(loaded)}")
+            raise UserError(f"{dataset_name} has two {split} splits: {', '.join(loaded)}. Rename one")
         if split is None:
             logger.warning(f"Not used: the split {name!r} of {dataset_name}")
         else:
@@ -191,5 +192,5 @@ def named_splits(loaded: Mapping[str, T], dataset_name: str, to_train: bool = Tr
     if splits and "train" not in splits and not to_train:
         return {"train": splits["test" if "test" in splits else "validation"]}
     if "train" not in splits:
-        raise UserError(f"{dataset_name} has the splits {', '.join(loaded)}, but none to train on")
+        raise UserError(f"{dataset_name} has the splits {', '.join(loaded)}, but none to train on: name one train")
     return splits

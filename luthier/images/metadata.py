@@ -180,7 +180,7 @@ def load_tables(
     if "train" not in listed and not to_train:
         listed = {"train": listed.get("test") or listed["validation"]}
     if not listed.get("train"):
-        raise UserError(f"{next(iter(tables.values()))} has no row of the split train: there is nothing to learn from")
+        raise UserError(f"{next(iter(tables.values()))} has no row of the split train: name that of some rows so")
     return load_listed({split: listed[split] for split in ("train", "validation", "test") if split in listed})
 
 
@@ -340,7 +340,8 @@ def _find_columns(table: Table, files: ImageFiles, given: Columns, of_split: str
     columns = Columns(image, given.label or likely[0], split, given.group)
     for name in table.nested.intersection(filter(None, columns)):
         raise UserError(
-            f"the column {name!r} of {table.path} holds lists or objects, but each image has one file and one class"
+            f"the column {name!r} of {table.path} holds lists or objects, but each image has one file and one class: "
+            "name another column, or write one value in each row"
         )
     return columns
 

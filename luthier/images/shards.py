@@ -132,7 +132,10 @@ class StreamedRows:
                     self._unreadable.add(begin + offset)
                     name = Path(self.blocks[number].url).name
                     logger.warning(f"Not used: row {begin + offset} of train, in {name}: {reason(error)}")
-        raise UserError(f"no image of the {plural(size, 'row')} of a block of {self.blocks[number].url} can be read")
+        raise UserError(
+            f"no image of the {plural(size, 'row')} of a block of {self.blocks[number].url} can be read: write the "
+            "file again, or remove it"
+        )
 
     def images_of(self, number: int) -> Any:
         """Return the images of a block, of which the last few stay in memory."""
@@ -181,7 +184,7 @@ def read_sources(
 
 def remedy(name: str) -> str:
     """Return what to do where a dataset cannot be streamed."""
-    return f"Write files that have all: python prepare.py {name} shards, and train from the folder shards"
+    return f"To write such files, run python prepare.py {name} shards. Then train with --data_dir shards --streaming"
 
 
 def _list_files(name: str, config: str | None) -> tuple[dict[str, list[str]], Features]:
@@ -243,7 +246,9 @@ def _index_parquet(url: str, image_column: str, label_column: str, features: Fea
         file = pq.ParquetFile(source)
         missing = {image_column, label_column} - set(file.schema_arrow.names)
         if missing:
-            raise UserError(f"{url} has no column {min(missing)!r}, which other files have")
+            raise UserError(
+                f"{url} has no column {min(missing)!r}, which other files have: write it again with it, or remove it"
+            )
         check_class_names(url, file.schema_arrow, features)
         groups = file.metadata.num_row_groups
         for group in range(groups):
@@ -283,7 +288,7 @@ def _index_archive(url: str, image_column: str, label_column: str) -> Source:
             with _opened(url, in_order=True) as file:
                 index = json.dumps(index_archive(file, label_column, image_column, BLOCK)).encode()
         except (TarError, ValueError) as error:
-            raise UserError(f"{url} cannot be read: {reason(error)}") from error
+            raise UserError(f"{url} cannot be read: {reason(error)}. Write it again, or remove it") from error
         kept = torch.frombuffer(bytearray(index), dtype=torch.uint8)
         write_cached("archives", key, kept)
     parts, values = json.loads(kept.numpy().tobytes())

@@ -161,8 +161,9 @@ def _report_missing(
                 f"{', '.join(sorted(cut))}, or in too few groups, and no other class has more: add images"
             )
         if missing:
+            named = ", ".join(map(repr, missing[:MAX_NAMED]))
             more = f" and {len(missing) - MAX_NAMED} more" if len(missing) > MAX_NAMED else ""
-            say("careful", f"too few images to be in {split} too: {', '.join(map(repr, missing[:MAX_NAMED]))}{more}")
+            say("careful", f"{split} has no image of {named}{more}: too few images, or groups")
 
 
 def validation_share(images: int) -> float:

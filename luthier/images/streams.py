@@ -115,7 +115,7 @@ def _check_splits(blocks: dict[str, list[Block]], name: str, group_column: str |
         UserError: there is neither, or nothing to train on; or images of a group would be torn apart.
     """
     if not blocks["train"]:
-        raise UserError(f"{name} has no training images")
+        raise UserError(f"{name} has no training images: add files of the split train")
     if len(blocks) == 1:
         raise UserError(f"--streaming needs a test split, which {name} lacks. {remedy(name)}")
     if "test" not in blocks:

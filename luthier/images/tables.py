@@ -93,7 +93,8 @@ def _read_text(path: Path) -> str:
     try:
         return data.decode(encoding)
     except UnicodeDecodeError:
-        say("table", f"{path.name} is not in UTF-8: it is read as Latin-1 (Windows-1252)")
+        remedy = "if letters look wrong, save it as UTF-8"
+        say("table", f"{path.name} is not in UTF-8, and is read as Windows-1252: {remedy}")
         return data.decode("cp1252", errors="replace")
 
 
@@ -125,7 +126,9 @@ def _read_delimited(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]
                 )
             rows.append((number, row[: len(columns)]))
     except csv.Error as error:
-        raise UserError(f"{path}, row {last + begin} cannot be read: {error}") from error
+        raise UserError(
+            f"{path}, row {last + begin} cannot be read: {error}. Is there a quotation mark too many, or missing?"
+        ) from error
     return columns or [""], rows
 
 

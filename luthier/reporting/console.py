@@ -1,7 +1,6 @@
 """Everything that is said in words: the lines of a run, findings, verdicts, and the sentences of page and card."""
 
 import json
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from luthier.scoring.race import Outcome
 from luthier.scoring.refit import Plan
 from luthier.scoring.screening import View
 from luthier.scoring.selection import Candidate
-from luthier.terminal import percent, plural, points, say
+from luthier.terminal import percent, plural, points, quote, say
 from luthier.training.recipe import Recipe
 from luthier.training.trainer import model_of
 
@@ -181,7 +180,8 @@ def say_refit(plan: Plan) -> None:
 def refit_in_words(refit: Mapping) -> str:
     """Return what the scored weights and the shipped ones have learned from."""
     if not refit["done"]:
-        return f"The shipped weights are the scored ones; they have learned from {refit['scored_on']:,} images"
+        which = "those of one of the folds that were scored" if refit.get("of_fold") else "the scored ones"
+        return f"The shipped weights are {which}; they have learned from {refit['scored_on']:,} images"
     how = "are the mean of the scored ones and those of a refit" if refit.get("averaged") else "were then refit"
     return f"Scored as trained on {refit['scored_on']:,} images; the shipped weights {how} on all {refit['images']:,}"
 
@@ -218,7 +218,7 @@ def say_results(output_dir: Path, metrics: Mapping) -> None:
     if metrics.get("refit"):
         say("", refit_in_words(metrics["refit"]))
     if has_weights(output_dir):
-        say("next", f"python predict.py {shlex.quote(str(output_dir))} photo.jpg")
+        say("next", f"python predict.py {quote(str(output_dir))} photo.jpg")
         path = json.dumps(str(output_dir), ensure_ascii=False)
         say("", f'pipeline("image-classification", {path}{trust_remote_code(output_dir)})')
 
@@ -272,7 +272,12 @@ def learning_curve_in_words(curve: Mapping | None) -> str:
     """Return what twice the images would bring."""
     if curve is None:
         return "not estimated: this model has no linear probe"
-    now, twice = curve["now"], curve["twice"]
+    now, twice, last = curve["now"], curve["twice"], curve["points"][-1]
+    if last["accuracy"] == 1:
+        return (
+            f"A linear probe that learns from {last['n']:,} images is right about all others, so that these images "
+            "cannot tell what more of them would bring"
+        )
     low, high = map(points, curve["gain_ci95"])
     return (
         f"With twice the training images ({twice['n']:,} instead of {now['n']:,}) a linear probe would score about "
@@ -301,7 +306,7 @@ def grouping_in_words(pattern: str) -> str:
     """Return that file names look like groups, and what to do."""
     return (
         "the names of the files look as if several images belonged together. If those show the same subject, the "
-        f"score is too high: use --group_by {shlex.quote(pattern)}"
+        f"score is too high: use --group_by {quote(pattern)}"
     )
 
 
@@ -384,7 +389,7 @@ def verdict_in_words(verdict: Verdict) -> str:
         f"{verdict.for_a} for {a}, {verdict.for_b} for {b}, of {plural(verdict.n, 'test image')}{groups}; "
         f"p = {verdict.p:.2g}"
     )
-    if not verdict.for_a + verdict.for_b:
+    if verdict.alike:
         return (
             f"- {a} and {b}: right and wrong on the same of {plural(verdict.n, 'test image')}. If that surprises you, "
             "check that what differs between them has an effect: a probe, for one, sees no augmentation."

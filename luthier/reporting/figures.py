@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter, StrMet
 
 from luthier.escape import escape_terminal
 from luthier.reporting.console import percent_with_interval
-from luthier.terminal import percent, shorten
+from luthier.terminal import percent, plural, shorten
 
 DARK = 0.72  # share of a cell from which on white is easier to read on it than black
 MAX_CELLS = 40  # classes whose confusion matrix has a number in each cell
@@ -42,15 +42,15 @@ def plot_confusion_matrix(scored: dict, labels: list[str], path: Path, shares: b
         image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
         figure.colorbar(image, format=PercentFormatter(1), shrink=0.8, label="share of the true class")
         size = float(np.clip(72 * side / len(labels) / 4, 3, 10))
-        short = [escape_terminal(" ".join(name.split())) for name in labels]
-        short = [shorten(name, 24) for name in short]
+        short = [shorten(escape_terminal(" ".join(name.split()))) for name in labels]
         # Names are data: a dollar sign in one must not start a formula.
         text: dict[str, Any] = {"fontsize": min(10.0, 72 * side / len(labels) * 0.6), "parse_math": False}
         axes.set_xticks(range(len(labels)), short, rotation=45, ha="right", rotation_mode="anchor", **text)
         axes.set_yticks(range(len(labels)), short, **text)
         axes.set(xlabel="predicted class", ylabel="true class")
         # Above names and cells, because the title of the axes would be cut off where names are long.
-        figure.suptitle(f"Test accuracy {percent_with_interval(scored)}", fontsize=10, x=0.01, ha="left")
+        more = f"\nand {plural(scored['none']['n'], 'image')} of none of the classes" if "none" in scored else ""
+        figure.suptitle(f"Test accuracy {percent_with_interval(scored)}{more}", fontsize=10, x=0.01, ha="left")
         if len(labels) <= MAX_CELLS:
             for row, column in zip(*matrix.nonzero(), strict=True):
                 colour = "white" if share[row, column] > DARK else "black"

@@ -40,7 +40,7 @@ from luthier.scoring.experiment import Experiment, Result
 from luthier.scoring.metrics import TestPredictions
 from luthier.scoring.refit import Plan, Refitted
 from luthier.scoring.selection import score_run
-from luthier.terminal import Stopwatch, say
+from luthier.terminal import Stopwatch, plural, say
 from models import save_model
 
 # Of a model that was scored alone; see `collect_run`.
@@ -73,7 +73,7 @@ def collect_run(
             "heats": [heat._asdict() for heat in outcome.heats],
             "ended": outcome.ended,
         },
-        "refit": {**plan._asdict(), "done": plan.done},
+        "refit": {**plan._asdict(), "done": plan.done, "of_fold": "train" not in experiment.splits},
         "history": outcome.history,
     }
     return collect_metrics(
@@ -225,7 +225,7 @@ def warn_if_learned(model_name: str, splits: Mapping[str, Dataset]) -> int:
     judges = [digest for split, dataset in splits.items() if split != "train" for digest in dataset["digest"][:]]
     learned = sum(digest[:DIGEST] in known for digest in judges)
     if learned:
-        images = f"{learned:,} of the {len(judges):,} images that judge it"
+        images = f"{learned:,} of the {plural(len(judges), 'test or validation image')}"
         say("careful", f"{model_name} has learned from, or was chosen by, {images}: its score means little")
     return learned
 

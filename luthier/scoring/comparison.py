@@ -39,6 +39,7 @@ class Verdict(NamedTuple):
         n: test images.
         p: of `vote_p_value`, adjusted for all pairs by Holm (1979).
         groups: how many the test images are in; None where each stands alone.
+        alike: whether both are right about the same images in every run.
     """
 
     a: str
@@ -48,6 +49,7 @@ class Verdict(NamedTuple):
     n: int
     p: float
     groups: int | None = None
+    alike: bool = False
 
     @property
     def is_clear(self) -> bool:
@@ -182,7 +184,8 @@ def compare_pairs(results: dict[str, dict[str, RunResult]]) -> list[Verdict]:
         votes = first - second
         for_a, for_b = int((votes > 0).sum()), int((votes < 0).sum())
         together = len(set(groups)) if any(groups) else None
-        verdicts.append(Verdict(a, b, for_a, for_b, len(votes), vote_p_value(votes, groups), together))
+        alike = all(results[a][part].correct == results[b][part].correct for part in results[a])
+        verdicts.append(Verdict(a, b, for_a, for_b, len(votes), vote_p_value(votes, groups), together, alike))
     adjusted, highest = {}, 0.0
     for rank, verdict in enumerate(sorted(verdicts, key=lambda verdict: verdict.p)):
         highest = max(highest, min(1.0, verdict.p * (len(verdicts) - rank)))

@@ -69,7 +69,7 @@ def learn_familiarity(
     images: Mapping[str, ImageRows],
     splits: DatasetDict,
     known: Mapping[str, torch.Tensor] | None,
-    none: int | None = None,
+    none: int | None,
 ) -> Familiarity | None:
     """Return what is familiar to the model that is kept; None where its head is not one linear layer, or it diverged.
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from luthier.images.splits import stratified_folds
-from luthier.scoring.intervals import stretch
+from luthier.scoring.intervals import interval_of_difference, stretch
 from luthier.training.features import Pool
 from luthier.training.probe import cross_fit
 
@@ -15,7 +15,8 @@ def measure_inflation(pool: Pool, duplicates: np.ndarray, strength: float) -> di
     """Return the accuracy of cross-fitted probes with folds that keep groups together, and with folds that do not.
 
     Both keep duplicates together. An image counts if all of its probes have learned its class, which they cannot where
-    the class has one group. The interval of the difference comes from bootstrap samples of the groups.
+    the class has one group. The interval of the difference comes from bootstrap samples of the groups; it is at least
+    that of `interval_of_difference`, because no difference in a few groups is no proof of none.
 
     Args:
         pool: the images.
@@ -48,11 +49,12 @@ def measure_inflation(pool: Pool, duplicates: np.ndarray, strength: float) -> di
         resampled.append(gains[drawn].sum() / sizes[drawn].sum())
     inflation = float(gains.sum() / sizes.sum())
     ends = np.quantile(resampled, (0.025, 0.975)) - inflation
-    ends = np.clip(inflation + ends * stretch(len(sizes)), -1, 1) if len(sizes) > 1 else np.array([-1, 1])
+    low, high = np.clip(inflation + ends * stretch(len(sizes)), -1, 1).tolist()
+    least = interval_of_difference(correct["ignoring"] - correct["accuracy"], groups[counts])
     return {
         "images": int(counts.sum()),
         "groups": len(sizes),
         **{name: float(values.mean()) for name, values in correct.items()},
         "inflation": inflation,
-        "ci95": ends.tolist(),
+        "ci95": [min(low, least[0]), max(high, least[1])],
     }

@@ -10,7 +10,7 @@ RESAMPLES = 1000
 MAX_DRAWS = 20_000_000  # of all resamples together; more cells or groups than that allows get fewer resamples
 MIN_RESAMPLES = 200
 NORMAL_95 = 1.959964  # standard deviations on both sides that hold 95% of a normal distribution
-TINY = 1e-12  # a variance that is nothing but rounding
+TINY = 1e-12  # a variance, or a standard error, that is nothing but rounding
 
 
 def wilson_interval(correct: float, n: float, z: float = NORMAL_95) -> list[float]:

@@ -8,6 +8,7 @@ from scipy.optimize import OptimizeWarning, curve_fit
 
 from luthier.errors import UserError
 from luthier.images.splits import stratified_folds
+from luthier.scoring.intervals import stretch
 from luthier.terminal import plural
 from luthier.training.features import Pool, rows_at_once
 from luthier.training.probe import fit_parts
@@ -125,13 +126,15 @@ def extrapolate(sizes: np.ndarray, correct: np.ndarray, groups: np.ndarray, targ
         times = np.bincount(drawn, minlength=len(distinct))[group]  # that each image is drawn with its group
         samples.append(_power_law(sizes, 1 - correct @ times / times.sum(), asked))
     resampled = np.array(samples)
-    low, high = np.quantile(resampled, (0.025, 0.975), axis=0)
-    gains = resampled[:, 1] - resampled[:, 0]
+    gain, gains = fitted[1] - fitted[0], resampled[:, 1] - resampled[:, 0]
+    wider = stretch(len(distinct))
+    low, high = np.clip(fitted + (np.quantile(resampled, (0.025, 0.975), axis=0) - fitted) * wider, 0, 1)
+    ends = np.maximum(gain + (np.quantile(gains, (0.025, 0.975)) - gain) * wider, 0)
     return {
         "now": {"n": target, "accuracy": fitted[0], "ci95": [low[0], high[0]]},
         "twice": {"n": 2 * target, "accuracy": fitted[1], "ci95": [low[1], high[1]]},
-        "gain": fitted[1] - fitted[0],
-        "gain_ci95": np.quantile(gains, (0.025, 0.975)).tolist(),
+        "gain": gain,
+        "gain_ci95": ends.tolist(),
         "curve": {
             "n": grid.tolist(),
             "accuracy": fitted[2:].tolist(),

@@ -281,11 +281,6 @@ def log_losses(logits: np.ndarray, references: np.ndarray, shift: np.ndarray | f
     return losses
 
 
-def log_loss(logits: np.ndarray, references: np.ndarray) -> float:
-    """Return the mean cross-entropy of logits [N, C], in nats."""
-    return float(log_losses(logits, references).mean())
-
-
 def calibration_scores(logits: np.ndarray, references: np.ndarray) -> dict[str, float]:
     """Return how far the probabilities of logits [N, C] can be believed.
 
@@ -295,9 +290,12 @@ def calibration_scores(logits: np.ndarray, references: np.ndarray) -> dict[str, 
     confidence, correct = confidence_and_correct(logits, references)
     number, n = _bin(confidence), len(references)
     error = np.abs(np.bincount(number, correct - confidence)).sum() / n
-    # The mean size of a normal deviation is sqrt(2 / pi) times its standard deviation.
-    chance = math.sqrt(2 / math.pi) * np.sqrt(np.bincount(number, confidence * (1 - confidence))).sum() / n
-    return {"log_loss": log_loss(logits, references), "ece": float(error), "ece_by_chance": float(chance)}
+    # The mean size of a normal deviation is sqrt(2 / pi) times its standard deviation. Where hardly an error is to be
+    # expected, that is too much: the mean size of a deviation from p is 2 p (1 - p) for one image.
+    variance = np.bincount(number, confidence * (1 - confidence))
+    chance = np.minimum(math.sqrt(2 / math.pi) * np.sqrt(variance), 2 * variance).sum() / n
+    loss = log_losses(logits, references).mean()
+    return {"log_loss": float(loss), "ece": float(error), "ece_by_chance": float(chance)}
 
 
 def reliability(logits: np.ndarray, references: np.ndarray) -> list[dict]:

@@ -167,12 +167,12 @@ def refit(
         except tuple(FAILURES) as error:
             if isinstance(error, ImagesChanged) and workshop.training_args.world_size > 1:
                 raise  # other processes may have read the images, and would wait for this one
-            say("careful", f"the scored weights are shipped, because the refit fails: {error}")
+            say("careful", f"the weights from before the refit are shipped, because it fails: {error}")
             return plan._replace(refusal=FAILURES[type(error)], averaged=False), None
     load_candidate(model, start, kept)
     trainer = build_predictor(model, workshop.training_args)
     if winner is not None and not (plan := _ship(trainer, plan, result, winner.arm.rows["validation"])).done:
-        say("careful", f"the scored weights are shipped, because the refit fails: {plan.refusal}")
+        say("careful", f"the weights from before the refit are shipped, because it fails: {plan.refusal}")
         return plan, None
     known, of_scored = probe.known_of(winner is None), result.answers.familiarity
     familiarity = refit_familiarity(trainer, of_scored, plan.splits, images, splits, known, result.none)

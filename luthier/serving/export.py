@@ -19,7 +19,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from torch import nn
 
-from luthier.errors import UserError
+from luthier.errors import UserError, first_line
 from luthier.escape import escape_terminal
 from luthier.files import atomic_write
 from luthier.images.resizing import find_rule
@@ -131,8 +131,7 @@ def _root_cause(error: BaseException) -> str:
     """Return the first line of the first error of a chain: the exporter wraps it in advice for its developers."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = escape_terminal(str(error)).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:300]
+    return escape_terminal(first_line(error))[:300]
 
 
 def write_model(model: onnx.ModelProto, facts: Facts, path: Path) -> None:

@@ -1,7 +1,6 @@
 """Publishing on the Hub: what goes up, the rights to it, and retries."""
 
 import json
-import shlex
 import shutil
 import sys
 import tempfile
@@ -15,11 +14,11 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import validate_repo_id
 from jinja2 import TemplateError
 
-from luthier.errors import REFUSED_BY_SYSTEM, UserError, message_for_user
+from luthier.errors import REFUSED_BY_SYSTEM, UserError, first_line, message_for_user
 from luthier.output_dir import has_ended, has_weights
 from luthier.reporting.card import FIGURES, write_model_card
 from luthier.run_files import CARD, CODE, CONFIG, EXPORTS, METRICS, ONNX, ONNX_FILES
-from luthier.terminal import say
+from luthier.terminal import quote, say
 
 # Besides the card, which is rewritten with the repository's name. Nothing else leaves the machine: no checkpoints,
 # no logs, and no report, predictions or audit, which show or name the user's images.
@@ -147,7 +146,8 @@ def stage(output_dir: Path, repo_id: str, staging: Path) -> None:
         if getattr(error, "errno", None) in REFUSED_BY_SYSTEM:
             raise
         raise UserError(
-            f"{output_dir} holds no finished run ({error!r}): give the output directory of train.py"
+            f"{output_dir} holds no finished run, or {METRICS} or another of its files is damaged "
+            f"({type(error).__name__}: {' '.join(str(error).split())}): give the output directory of train.py"
         ) from error
 
 
@@ -201,8 +201,7 @@ def explain(error: Exception, status: int | None, repo_id: str) -> str:
 
 def _first_line(error: Exception) -> str:
     server_message = getattr(error, "server_message", None) if isinstance(error, HfHubHTTPError) else None
-    lines = (server_message or str(error)).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return first_line(error, server_message)
 
 
 def _retry_after(error: Exception) -> float | None:
@@ -228,5 +227,5 @@ def publish(output_dir: Path, repo_id: str, private: bool | None) -> str:
         return ""
     except Exception as raised:
         error = message_for_user(raised) or f"{type(raised).__name__}: {raised}"
-        command = shlex.join(["python", "push.py", str(output_dir), repo_id, *(["--private"] if private else [])])
+        command = quote("python", "push.py", str(output_dir), repo_id, *(["--private"] if private else []))
         return f"not pushed: {error}\nThe run is complete, in {output_dir}. To push it again:\n  {command}"

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from luthier.cores import count_cores
-from luthier.errors import UserError, require
+from luthier.errors import UserError, first_line, require
 from luthier.images.resizing import ResizeRule
 from luthier.serving.network import Rated
 
@@ -85,13 +85,13 @@ class OnnxNetwork:
             session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the library has no error of its own
             raise UserError(
-                f"{path} is not a model that ONNX Runtime can load ({_first_line(error)}): export it again"
+                f"{path} is not a model that ONNX Runtime can load ({first_line(error)[:200]}): export it again"
             ) from error
         try:
             self.facts = Facts.read(session.get_modelmeta().custom_metadata_map)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
-                f"{path} does not say how it is used ({error}): it is not a file of this version's export.py"
+                f"{path} does not say how it is used ({error}): it is not of this version's export.py. Export it again"
             ) from error
         self.labels, self.none = self.facts.labels, self.facts.none
         self.unsure_below = self.facts.unsure_below
@@ -124,8 +124,3 @@ def _run_openvino(path: Path) -> Callable[[dict[str, np.ndarray]], list[np.ndarr
             return [outputs[name].copy() for name in OUTPUTS[1:]]
 
     return run
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from luthier.errors import UserError
 from luthier.files import copy_permissions_to_weights, sync
 from luthier.processes import from_main_process
+from luthier.terminal import plural
 
 logger = logging.getLogger(__name__)
 
@@ -170,14 +171,15 @@ def check_origin(checkpoint: Path, origin: Origin) -> None:
         )
     if begun.batch != origin.batch:
         raise UserError(
-            f"{checkpoint} was trained with {begun.batch} images in a step, and now there would be {origin.batch}. "
-            "Give --per_device_train_batch_size and --gradient_accumulation_steps: their product, times the number "
-            f"of processes, must be {begun.batch}"
+            f"{checkpoint} was trained with {plural(begun.batch, 'image')} in a step, and now there would be "
+            f"{origin.batch}. Give --per_device_train_batch_size and --gradient_accumulation_steps: their product, "
+            f"times the number of processes, must be {begun.batch}"
         )
     if begun.processes and begun.processes != origin.processes:
         raise UserError(
-            f"{checkpoint} was trained by {begun.processes} processes, each with a part of the stream, and now there "
-            f"would be {origin.processes}: use as many as before, or begin a new run in another --output_dir"
+            f"{checkpoint} was trained by {plural(begun.processes, 'process', 'processes')}, each with a part of the "
+            f"stream, and now there would be {origin.processes}: use as many as before, or begin a new run in another "
+            "--output_dir"
         )
     for before, now in ((begun.recipe, origin.recipe), (begun.settings, origin.settings)):
         if before != now:

@@ -118,8 +118,8 @@ def fit_probes(
 ) -> tuple[LinearProbe, LinearProbe]:
     """Fit multinomial logistic regressions; return the one with the lowest validation loss, and the soft one.
 
-    With many images a sample finds the penalty, and the soft one is of the sample. More images never ask for a
-    stronger penalty, so the probe of all starts from the sample's and tries weaker ones.
+    With many images a sample finds the penalty, and the soft one is of the sample, which has every class. More images
+    never ask for a stronger penalty, so the probe of all starts from the sample's and tries weaker ones.
 
     Args:
         features, validation: float32 [N, D], on the device of the fit.
@@ -129,7 +129,9 @@ def fit_probes(
     classes, rows = int(labels.max()) + 1, None
     if len(labels) >= MANY:
         order = np.random.default_rng(0).permutation(len(labels))
-        rows = torch.from_numpy(np.sort(order[: len(labels) // SAMPLED])).to(features.device)
+        first_of_class = np.unique(labels.cpu().numpy()[order], return_index=True)[1]
+        sample = np.union1d(np.arange(len(labels) // SAMPLED), first_of_class)
+        rows = torch.from_numpy(np.sort(order[sample])).to(features.device)
     path = fit_path(features, labels, classes, (SOFT, *STRENGTHS), balance, rows)
     soft = next(path)  # and the others start from it
     best = choose_probe(path, validation, validation_labels)
@@ -349,8 +351,8 @@ def minimise(
     weight: torch.Tensor,
     bias: torch.Tensor,
     strength: float,
-    counts: torch.Tensor | None = None,
-    scale: torch.Tensor | None = None,
+    counts: torch.Tensor,
+    scale: torch.Tensor,
     iterations: int = 200,
 ) -> None:
     """Fit logistic regressions of the same features in place, by full-batch L-BFGS on the sum of their objectives.
@@ -360,13 +362,11 @@ def minimise(
         labels: int64 [N].
         weight, bias: where they begin, float32 [K, C, D] and [K, C].
         strength: the penalty.
-        counts: how much an image counts in each, float32 [N, K]; None counts all alike.
+        counts: how much an image counts in each, float32 [N, K].
         scale: what the features are divided by in each [K, D].
         iterations: at most.
     """
     fits, classes, _ = weight.shape
-    scale = torch.ones_like(weight[:, 0]) if scale is None else scale
-    counts = features.new_full((len(labels), fits), 1 / len(labels)) if counts is None else counts
     at_once = max(1, min(rows_at_once(features.device), MAX_CELLS // (fits * classes)))
     optimizer = torch.optim.LBFGS(
         [weight, bias], max_iter=iterations, history_size=10, tolerance_grad=1e-5,

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shlex
 import signal
 import stat
 import sys
@@ -18,7 +17,7 @@ import torch
 import torch.distributed
 from transformers import TrainerCallback
 
-from luthier.terminal import is_first_process, say
+from luthier.terminal import is_first_process, quote, say
 from luthier.training.checkpoints import newest
 
 HANGUP = getattr(signal, "SIGHUP", None)  # the terminal is closed; Windows has no such signal
@@ -126,7 +125,7 @@ class Stop(TrainerCallback):
 
     def how_to_resume(self) -> str:
         """Return the options that go on with the run."""
-        return f"resume with --output_dir {shlex.quote(str(self.run_dir))} --resume_from_checkpoint auto"
+        return f"resume with --output_dir {quote(str(self.run_dir))} --resume_from_checkpoint auto"
 
     def _highest(self, number: int) -> int:
         """Return the highest number of all processes."""

@@ -277,7 +277,7 @@ def test_what_a_config_says_of_other_data_is_left_out_and_named(tmp_path, capsys
     assert parse_arguments([str(config)]).data_args.group_by == "folder" and capsys.readouterr().out == ""
     arguments = parse_arguments([str(config), "--data_dir", "other", "--none_class", "other"])
     assert arguments.data_args.group_by is None and arguments.model_args.recipe == "full"
-    assert capsys.readouterr().out.endswith(f"names other data than {config}: its group_by are left out\n")
+    assert capsys.readouterr().out.endswith(f"names other data than {config}: its group_by is left out\n")
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,8 @@ def test_verdict_is_that_of_the_exact_mcnemar_test():
     assert "too close to call at n = 82" in sentence and "p = 0.5" in sentence
     (sentence,) = verdicts(results(("a", [a]), ("b", [a])))
     assert "right and wrong on the same of 100 test images" in sentence and "has an effect" in sentence
+    (sentence,) = verdicts(results(("a", [[True, False], [False, True]]), ("b", [[False, True], [True, False]])))
+    assert "too close to call" in sentence, "as often right, about different images in each run"
 
 
 def test_groups_change_sides_as_a_whole():
@@ -341,7 +343,7 @@ def test_runs_of_configs_are_not_published_and_say_once_what_they_leave_out(tmp_
     (tmp_path / "b.yaml").write_text("augmentation: none\n")
     args, configs, rest = parse_line(["a.yaml", "b.yaml", "--data_dir", "z"])
     runs = build_runs(build_experiments(configs, args.set), args, rest)
-    assert len(runs) == 6 and capsys.readouterr().out.count("group_by are left out") == 1
+    assert len(runs) == 6 and capsys.readouterr().out.count("group_by is left out") == 1
     assert not any(parse_arguments(run.line).run_args.push_to_hub for run in runs)
 
 

@@ -136,14 +136,17 @@ def test_run_is_exported_and_says_how_it_compares(run, capsys, tmp_path):
 def test_predict_answers_through_onnx_runtime_as_through_torch(run, capsys, tmp_path, form):
     draw_folder(tmp_path / "new", per_class=6, first=100)
     (tmp_path / "new/red/broken.png").write_bytes(b"no image")
-    printed = []
+    printed, scores = [], []
     for model in (run, run / "onnx/model.onnx"):
         with pytest.raises(SystemExit) as exit_code:
             predict.main([str(model), str(tmp_path / "new"), "--format", form, "--top_k", "2"])
         assert exit_code.value.code == 1
-        printed.append(re.split(r"[\s,]+", capsys.readouterr().out))
+        output = capsys.readouterr().out
+        printed.append(re.split(r"[\s,]+", output))
+        scores.append([float(score) for score in re.findall(r"[ ,]([01]\.\d{3,})", output)])
     words = [[word for word in output if not re.match(r"[\d.]|█", word)] for output in printed]
     assert words[0] == words[1] and {"red", "green"} & {word.strip('"') for word in words[0]}
+    assert scores[0] == pytest.approx(scores[1], abs=1e-4) and bool(scores[0]) == (form != "table")
 
 
 def test_predict_with_onnx_imports_neither_torch_nor_transformers(run, tmp_path):

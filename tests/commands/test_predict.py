@@ -43,7 +43,9 @@ def train_model(model_name: str, folder: Path) -> Path:
 @pytest.fixture(scope="module", params=["timm", "vit", "simple_cnn"])
 def run(request, tmp_path_factory, timm_checkpoint, vit_checkpoint):
     """A run of each kind of model."""
-    name = {"timm": str(timm_checkpoint), "vit": str(vit_checkpoint)}.get(request.param, request.param)
+    if request.param == "simple_cnn":
+        return request.getfixturevalue("model")
+    name = {"timm": str(timm_checkpoint), "vit": str(vit_checkpoint)}[request.param]
     return train_model(name, tmp_path_factory.mktemp(request.param))
 
 

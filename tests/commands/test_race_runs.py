@@ -44,9 +44,9 @@ def raced(timm_checkpoint, tmp_path_factory):
     return folder, run(folder, timm_checkpoint, *RACE)
 
 
-@pytest.mark.slow
-def test_test_images_choose_nothing_and_those_of_the_users_own_are_not_learned_from(timm_checkpoint, tmp_path):
-    """With wrong labels on all test images the shipped weights are the same, and the score is another."""
+@pytest.mark.parametrize("recipe", ["probe", pytest.param("full", marks=pytest.mark.slow)])
+def test_test_images_choose_nothing_and_those_of_the_users_own_are_not_learned_from(timm_checkpoint, tmp_path, recipe):
+    """With wrong labels on all test images the weights and thresholds are the same, and the score is another."""
     found = []
     for name in ("right", "wrong"):
         draw_folder(tmp_path / name / "images/train", per_class=12)
@@ -54,9 +54,13 @@ def test_test_images_choose_nothing_and_those_of_the_users_own_are_not_learned_f
         if name == "wrong":
             for old, new in (("blue", "x"), ("green", "blue"), ("red", "green"), ("x", "red")):
                 (test / old).rename(test / new)
-        metrics = run(tmp_path / name, timm_checkpoint, "--recipe", "full", "--num_train_epochs", "2")
-        found.append((metrics, load_file(tmp_path / name / "out/model.safetensors")))
-    (right, weights), (wrong, others) = found
+        metrics = run(tmp_path / name, timm_checkpoint, "--recipe", recipe, "--num_train_epochs", "2")
+        config = json.loads((tmp_path / name / "out/config.json").read_text())
+        chosen = [config["familiarity"], config["unsure_below"], metrics["calibration"]["temperature"]]
+        chosen.append(metrics["baselines"]["linear_probe"]["strength"])
+        found.append((metrics, load_file(tmp_path / name / "out/model.safetensors"), chosen))
+    (right, weights, chosen), (wrong, others, chosen_again) = found
+    assert chosen == chosen_again
     assert right["validation"] == wrong["validation"] and right["recipe"]["kept"] == wrong["recipe"]["kept"]
     assert all(torch.equal(tensor, others[key]) for key, tensor in weights.items())
     assert right["test"]["accuracy"] != wrong["test"]["accuracy"]
@@ -181,6 +185,28 @@ def test_folds_are_trained_each_in_a_directory_of_its_own(timm_checkpoint, tmp_p
     metrics = run(tmp_path, timm_checkpoint, "--folds", "3", "--recipe", "full")
     folders = {path.name for path in (tmp_path / "out").glob("fold-*")}
     assert metrics["test"]["n"] == 45 and folders == {"fold-1", "fold-2", "fold-3"}
+
+
+@pytest.mark.slow
+def test_interrupted_folds_end_like_uninterrupted_ones(timm_checkpoint, tmp_path, monkeypatch):
+    draw_folder(tmp_path / "images", per_class=15)
+    options = ["--folds", "3", "--recipe", "full", "--keep", "trained", "--num_train_epochs", "2"]
+    whole, write_record = run(tmp_path, timm_checkpoint, *options), race.write_record
+
+    def cut(course: race.Course, arms: list, heats: Heats, *rest) -> None:
+        write_record(course, arms, heats, *rest)
+        if course.folder.name == "fold-2" and heats:
+            raise SystemExit
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(race, "write_record", cut)
+        run(tmp_path, timm_checkpoint, *options, out="cut")
+    first = json.loads((tmp_path / "cut/fold-1/race.json").read_text())
+    again = run(tmp_path, timm_checkpoint, *options, "--resume_from_checkpoint", "auto", out="cut")
+    assert json.loads((tmp_path / "cut/fold-1/race.json").read_text())["heats"] == first["heats"], "not trained again"
+    assert again["test"] == whole["test"] and again["unsure"] == whole["unsure"]
+    weights, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("cut", "out"))
+    assert all(torch.equal(weights[key], tensor) for key, tensor in expected.items())
 
 
 @pytest.mark.slow
@@ -324,5 +350,6 @@ def test_weights_that_are_not_refit_have_learned_from_train_alone(timm_checkpoin
     assert not (tmp_path / "out/scored").exists() and metrics["refit"]["done"] is False
     folds = run(tmp_path, timm_checkpoint, "--recipe", "probe", "--refit", "none", "--folds", "3", out="folds")
     assert 0 < len((tmp_path / "folds/learned_from.txt").read_text().split()) < folds["test"]["n"]
+    assert "The shipped weights are those of one of the folds" in (tmp_path / "folds/README.md").read_text()
     config = json.loads((tmp_path / "folds/config.json").read_text())
     assert config["familiarity"]["unsure_below"] == folds["unsure"]["threshold"]

@@ -22,7 +22,7 @@ def test_config_that_changes_during_the_run_does_not_change_its_record(tmp_path,
     draw_folder(Path("images"), per_class=5)
     config = Path("tiny.yaml")
     config.write_text("model_name: simple_cnn\nnum_train_epochs: 1\n")
-    args = ["tiny.yaml", "--data_dir", "images", "--output_dir", "out"]
+    args = ["tiny.yaml", "--data_dir", "images", "--output_dir", "out", "--max_steps", "1", "--refit", "none"]
     settings = parse_arguments(args).run_args.settings
     training_step = SafeTrainer.training_step
 

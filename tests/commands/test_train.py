@@ -283,12 +283,12 @@ def test_arguments_are_checked_before_large_libraries_are_imported(tmp_path, arg
 
 @pytest.fixture(scope="module")
 def vit_run(vit_checkpoint, tmp_path_factory):
-    """A run of four epochs in which the last is not the best, with all checkpoints kept: its folder and arguments."""
+    """A run of four epochs in which the last is not the best; it keeps two checkpoints: its folder and arguments."""
     folder = tmp_path_factory.mktemp("vit")
     draw_folder(folder / "images", per_class=10)
     args = ["--data_dir", "images", "--model_name", str(vit_checkpoint), "--optim", "sgd", "--learning_rate", "3"]
     args += ["--lr_scheduler_type", "constant", "--warmup_steps", "0", "--num_train_epochs", "4"]
-    args += ["--save_total_limit", "9", "--augmentation", "none", "--recipe", "full", "--seed", "1"]
+    args += ["--save_total_limit", "1", "--augmentation", "none", "--recipe", "full", "--seed", "1"]
     args += ["--per_device_train_batch_size", "32", "--keep", "trained", "--refit", "none"]
     args += ["--metric_for_best_model", "loss"]
     with pytest.MonkeyPatch.context() as patch:
@@ -321,9 +321,11 @@ def test_vit_resumed_after_an_epoch_ends_like_an_uninterrupted_run(vit_run, monk
     folder, args = vit_run
     monkeypatch.chdir(folder)
     steps = sorted(int(path.name.split("-")[1]) for path in Path("out").glob("checkpoint-*"))
-    train.main([*args, "--output_dir", "again", "--resume_from_checkpoint", f"out/checkpoint-{steps[1]}"])
-    assert f"resume   from out/checkpoint-{steps[1]}\n" in capsys.readouterr().out
-    assert same(weights(f"again/checkpoint-{steps[-1]}"), weights(f"out/checkpoint-{steps[-1]}"))
+    best, last = steps  # all others are removed
+    train.main([*args, "--output_dir", "again", "--resume_from_checkpoint", f"out/checkpoint-{best}"])
+    assert f"resume   from out/checkpoint-{best}\n" in capsys.readouterr().out
+    assert same(weights(f"again/checkpoint-{last}"), weights(f"out/checkpoint-{last}"))
+    assert same(weights("again"), weights("out")), "the best weights are from before the interruption"
 
 
 def test_progress_bars_can_be_turned_off(tmp_path, monkeypatch, capsys):

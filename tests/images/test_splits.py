@@ -152,16 +152,26 @@ def test_class_of_one_group_is_in_train_in_every_fold():
 
 
 def test_class_without_training_images_is_refused():
+    with pytest.raises(UserError, match=r"the class 'b' are too few, .* none is left to train on"):
+        stratified_cut(np.zeros(6, dtype=int), ["a", "b"], {"test": 0.2}, 1)
+
+
+def test_class_that_shares_its_groups_keeps_images_to_train_on():
     # The first two images of b are copies of images of a, so they are in the same split.
     labels, groups = np.array([0] * 3 + [1] * 3), np.array([0, 1, 2, 0, 1, 3])
-    has_all_classes = []
     for seed in range(20):
-        try:
-            cut = stratified_cut(labels, ["a", "b"], {"validation": 0.3, "test": 0.3}, seed, groups)
-            has_all_classes.append({*labels[cut["train"]]} == {0, 1})
-        except UserError as error:
-            assert "class" in str(error)
-    assert all(has_all_classes)
+        cut = stratified_cut(labels, ["a", "b"], {"validation": 0.3, "test": 0.3}, seed, groups)
+        assert {*labels[cut["train"]]} == {0, 1}
+
+
+@pytest.mark.parametrize("own", [(), ("test",), ("validation",)])
+def test_groups_stay_on_one_side_whichever_splits_are_cut(own):
+    groups = random_groups(300)
+    splits = {split: labelled(np.arange(30) % 3, NAMES, 1000 * n + np.arange(30)) for n, split in enumerate(own, 1)}
+    cut = cut_splits(DatasetDict(train=labelled(np.arange(300) % 3, NAMES, groups), **splits), 1, 0.2, 0.2)
+    sides = [{*part["group"][:]} for part in cut.values()]
+    assert not any(one & other for one, other in itertools.combinations(sides, 2))
+    assert sum(map(len, cut.values())) == 300 + 30 * len(own)
 
 
 def test_small_class_does_not_take_the_last_group_of_another_class_out_of_train():
@@ -267,7 +277,10 @@ def test_validation_is_a_tenth_or_enough_to_choose_by(images, share):
 def test_classes_that_are_too_small_are_named_or_taken_for_names(capsys):
     names = [f"c{number}" for number in range(8)]
     cut_splits(DatasetDict(train=labelled([*range(7), *[7] * 40], names)))
-    assert "too few images to be in test too: 'c0', 'c1', 'c2', 'c3', 'c4' and 2 more" in capsys.readouterr().out
+    assert (
+        "test has no image of 'c0', 'c1', 'c2', 'c3', 'c4' and 2 more: too few images, or groups"
+        in capsys.readouterr().out
+    )
     names = [f"c{number}" for number in range(11)]
     with pytest.raises(UserError, match="is that the class, and not the name of an image"):
         cut_splits(DatasetDict(train=labelled(range(11), names)))

@@ -86,12 +86,15 @@ def test_validation_is_test_where_there_is_none(capsys):
 
 
 def test_groups_are_read_with_the_images():
-    write("train.parquet", mixed(40), patient=[f"p{row // 4}" for row in range(40)])
+    truth = write("train.parquet", mixed(40), patient=[f"p{row // 4}" for row in range(40)])
     write("validation.parquet", mixed(9), 200, patient=["p98"] * 9)
     write("test.parquet", mixed(9), 300, patient=["p99"] * 9)
     stream = open_stream(".", group_column="patient")
     images, _ = load_images(data_dir=".", stream=stream, group_column="patient")
-    assert len(set(images["test"]["group"][:])) == 1 < len(set(images["train"]["group"][:]))
+    assert len(set(images["test"]["group"][:])) == 1
+    patients, train = {digest: row // 4 for row, digest in enumerate(truth)}, images["train"]
+    found = {(patients[digest], group) for digest, group in zip(train["digest"][:], train["group"][:], strict=True)}
+    assert len(found) == len({patient for patient, _ in found}) == len({group for _, group in found}) > 1
 
 
 def test_image_that_cannot_be_read_is_replaced_by_the_next_of_its_block(caplog):
@@ -176,7 +179,9 @@ def test_odd_files_give_one_message():
     write("train-1.parquet", mixed(8), typed=False)
     with pytest.raises(UserError, match=r"has the label '[a-z]+', which is none of its classes"):
         open_stream(".")
-    with pytest.raises(UserError, match=r"the column 'photo' holds Image.* and no class names or numbers"):
+    with pytest.raises(
+        UserError, match=r"the column 'photo' holds no class names or numbers, but Image.*: name another"
+    ):
         open_stream(".", label_column="photo")
     for number in (0, 1):
         write(f"train-{number}.parquet", [])

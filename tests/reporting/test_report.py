@@ -109,6 +109,21 @@ def test_confusion_matrix_of_a_hundred_classes(tmp_path):
     assert 1000 < max(read_pixels(tmp_path / "a.png").shape) < 4000
 
 
+def test_title_of_the_confusion_matrix_counts_images_of_none(tmp_path, monkeypatch):
+    titles, labels = [], ["a", "b", "none"]
+    monkeypatch.setattr(figures.Figure, "savefig", lambda figure, *_, **__: titles.append(figure.get_suptitle()))
+    plot_confusion_matrix(score(np.eye(3), np.arange(3), labels, none=2), labels, tmp_path / "a.png")
+    assert "n = 2)" in titles[0] and titles[0].endswith("and 1 image of none of the classes")
+
+
+def test_card_says_that_folds_fit_the_temperature_on_what_they_score(metrics, tmp_path):
+    for expected in (False, True):
+        write_model_card(tmp_path, metrics)
+        card = (tmp_path / "README.md").read_text(encoding="utf-8")
+        assert ("Temperature and threshold were fitted on these predictions." in card) == expected
+        metrics["data"]["splits"].pop("train", None)
+
+
 def test_names_in_any_script_are_drawn_without_a_warning(metrics, tmp_path, recwarn):
     labels = ["\U0001f3bb violin", "two\nlines", "\x1b[31mred"]
     plot_confusion_matrix(score(np.eye(3)[REFERENCES], REFERENCES, labels), labels, tmp_path / "a.png")
@@ -326,7 +341,8 @@ def test_sentences_have_each_figure_in_its_place():
     assert refit_in_words(refit).endswith("the shipped weights were then refit on all 150")
     averaged = refit_in_words(refit | {"averaged": True})
     assert averaged.endswith("weights are the mean of the scored ones and those of a refit on all 150")
-    assert refit_in_words(refit | {"done": False}).endswith("they have learned from 100 images")
+    assert refit_in_words(refit | {"done": False}).endswith("are the scored ones; they have learned from 100 images")
+    assert "are those of one of the folds" in refit_in_words(refit | {"done": False, "of_fold": True})
     balance = {"balanced_accuracy": 0.7, "balanced_accuracy_ci95": [0.6, 0.8]}
     balance |= {"macro_f1": 0.65, "macro_f1_ci95": [0.55, 0.75]}
     expected = "balanced accuracy 70.0% (60.0% to 80.0%), macro F1 0.650 (0.550 to 0.750)"

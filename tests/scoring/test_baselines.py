@@ -132,20 +132,16 @@ def test_features_in_a_file_and_in_parts_tell_the_same(measure, monkeypatch):
 
 
 def test_labels_are_checked_on_the_device_of_the_run(measure, monkeypatch):
-    devices = []
-    to = torch.Tensor.to
+    devices, state_with_probe = [], module.state_with_probe
 
-    def recorded_to(self, device, *rest, **options):
-        devices.append(device)
-        return to(self, device, *rest, **options)
+    def leave_the_cpu(*arguments):  # the features are there by now
+        monkeypatch.setattr(TrainingArguments, "device", property(lambda self: torch.device("meta")))
+        return state_with_probe(*arguments)
 
-    def check_device(splits, pool, strength):
-        assert torch.device("cpu") in devices[-1:]  # moved just before, to the device of the Trainer
-        return [], None
-
-    monkeypatch.setattr(torch.Tensor, "to", recorded_to)
-    monkeypatch.setattr(module, "suspect_labels", check_device)
-    assert measure().suspect_labels == []
+    monkeypatch.setattr(module, "state_with_probe", leave_the_cpu)
+    monkeypatch.setattr(module, "pool_of", lambda splits, features, device, *rest: devices.append(device))
+    monkeypatch.setattr(module, "suspect_labels", lambda *_: ([], None))
+    assert measure().suspect_labels == [] and devices == [torch.device("meta")]
 
 
 def test_yardstick_does_not_depend_on_how_many_rows_are_at_a_time(monkeypatch):

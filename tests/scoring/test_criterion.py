@@ -12,7 +12,7 @@ from transformers import EvalPrediction
 from luthier.errors import UserError
 from luthier.scoring import criterion as module
 from luthier.scoring.criterion import TIE, Criterion, Judge, build_judge, uncertainty_of
-from luthier.scoring.metrics import Classification, Yardstick, fit_temperature, log_loss, score
+from luthier.scoring.metrics import Classification, Yardstick, fit_temperature, log_losses, score
 from luthier.training.balance import Balance
 from luthier.training.probe import fit_path
 from luthier.training.trainer import concatenate_batches
@@ -33,7 +33,7 @@ def test_losses_have_the_mean_that_is_missing_of_the_metric(metric):
 
 
 def test_losses_are_the_log_loss_by_default():
-    assert Criterion().losses(LOGITS, REFERENCES).mean() == pytest.approx(log_loss(LOGITS, REFERENCES))
+    assert Criterion().losses(LOGITS, REFERENCES).mean() == pytest.approx(log_losses(LOGITS, REFERENCES).mean())
 
 
 def test_equal_counts_of_errors_are_decided_by_the_log_loss():
@@ -74,8 +74,9 @@ def test_model_that_knows_nothing_answers_all_classes_alike_and_tells_how_freque
 def test_compute_metrics_takes_logits_or_a_tuple_of_outputs():
     scored = score(LOGITS, REFERENCES, LABELS)
     expected = {name: pytest.approx(scored[name]) for name in ("accuracy", "balanced_accuracy", "macro_f1")}
-    calibrated = log_loss(LOGITS / fit_temperature(LOGITS, REFERENCES), REFERENCES)
-    expected |= {"loss": pytest.approx(log_loss(LOGITS, REFERENCES)), "calibrated_loss": pytest.approx(calibrated)}
+    calibrated = log_losses(LOGITS / fit_temperature(LOGITS, REFERENCES), REFERENCES).mean()
+    loss = log_losses(LOGITS, REFERENCES).mean()
+    expected |= {"loss": pytest.approx(loss), "calibrated_loss": pytest.approx(calibrated)}
     assert Judge(LABELS).compute_metrics(EvalPrediction(LOGITS, REFERENCES)) == expected
     assert concatenate_batches((LOGITS, np.zeros(1))) is LOGITS
     batches = [(LOGITS[:4], np.zeros(1)), (LOGITS[4:], np.zeros(1))]
@@ -182,7 +183,7 @@ def test_log_of_the_trainer_makes_up_for_rare_classes():
         assert found[name] == pytest.approx(scored[name])
     calibrated = criterion.losses(adjusted / criterion.temperature(LOGITS, REFERENCES), REFERENCES)
     assert found["calibrated_loss"] == pytest.approx(calibrated.mean())
-    assert found["loss"] == pytest.approx(log_loss(LOGITS, REFERENCES)), "of the data's own probabilities"
+    assert found["loss"] == pytest.approx(log_losses(LOGITS, REFERENCES).mean()), "of the data's own probabilities"
 
 
 @pytest.mark.parametrize("rare", [0.5, 0.05, 0.01, 0.005])

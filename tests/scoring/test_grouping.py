@@ -38,6 +38,7 @@ def test_classes_in_one_group_do_not_count():
     found = measure_inflation(Pool(features, labels, groups, [*"abcd"]), np.arange(80), 0.01)
     assert (found["images"], found["groups"]) == (60, 12)
     assert found["accuracy"] == found["ignoring"] == 1 and found["inflation"] == 0
+    assert found["ci95"][0] < -0.01 and found["ci95"][1] > 0.01, "no difference among a few images"
     assert measure_inflation(Pool(features, labels, labels, [*"abcd"]), np.arange(80), 0.01) is None
 
 

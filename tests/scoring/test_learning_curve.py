@@ -103,3 +103,11 @@ def test_features_of_train_and_validation_are_those_of_their_labels(monkeypatch)
         features[split] = 5 * torch.eye(2)[torch.from_numpy(labels)]
     curve = learning_curve(pool_of(splits, features, torch.device("cpu")), 0.1, 40)
     assert curve["points"][-1]["accuracy"] == 1 and curve["now"]["n"] == 40
+    text = learning_curve_in_words(curve)
+    assert "cannot tell" in text and "interval" not in text
+
+
+def test_few_groups_widen_the_interval():
+    correct = np.tile(np.repeat(np.arange(8) % 2, 10), (4, 1)).astype(float)
+    low, high = extrapolate(np.array([10.0, 20, 40, 60]), correct, np.repeat(np.arange(8), 10), 60)["now"]["ci95"]
+    assert high - low > 0.8, "of 8 groups, and 1.2 times as wide as their bootstrap samples say"

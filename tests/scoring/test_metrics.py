@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict
+from scipy.stats import binom
 from torch import nn
 
 from luthier.scoring import metrics, selection
@@ -19,7 +20,7 @@ from luthier.scoring.metrics import (
     choose_threshold,
     confidence_and_correct,
     fit_temperature,
-    log_loss,
+    log_losses,
     reliability,
     score,
     selective,
@@ -75,7 +76,7 @@ def test_scores_in_parts_are_those_of_all_at_once(monkeypatch):
     parts = everything()
     assert parts[0] == whole[0] and parts[1:] == pytest.approx(whole[1:])
     logs = logits / whole[1] - np.log(np.exp(logits / whole[1]).sum(axis=1, keepdims=True))
-    assert log_loss(logits / whole[1], references) == pytest.approx(-logs[np.arange(50), references].mean())
+    assert log_losses(logits / whole[1], references).mean() == pytest.approx(-logs[np.arange(50), references].mean())
 
 
 def test_perfect_and_worst_scores():
@@ -115,7 +116,7 @@ def test_temperature_stays_moderate_if_every_prediction_is_correct():
     logits, references = np.eye(3)[[0, 1, 2] * 10] * 5, np.array([0, 1, 2] * 10)
     temperature = fit_temperature(logits, references)
     assert 0.3 < temperature < 3
-    assert log_loss(logits / temperature, references) < 0.2
+    assert log_losses(logits / temperature, references).mean() < 0.2
     assert fit_temperature(np.full((3, 3), np.nan), np.arange(3)) == 1
 
 
@@ -168,6 +169,9 @@ def test_chance_makes_a_calibration_error_of_its_own():
         found.append(calibration_scores(logits, references))
     assert found[0]["ece_by_chance"] == found[1]["ece_by_chance"] > 0.05, "it depends on the predictions alone"
     assert found[0]["ece_by_chance"] == pytest.approx(np.mean([each["ece"] for each in found]), rel=0.15)
+    sure = np.tile([np.log(0.99), np.log(0.01)], (3, 1))  # all three are right in 97% of cases, and then it is 1%
+    by_hand = sum(chance * abs(right / 3 - 0.99) for right, chance in enumerate(binom(3, 0.99).pmf(range(4))))
+    assert calibration_scores(sure, np.zeros(3, dtype=int))["ece_by_chance"] == pytest.approx(by_hand, rel=0.05)
 
 
 def test_accuracy_of_the_answers_has_an_interval():

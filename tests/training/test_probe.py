@@ -23,6 +23,7 @@ from luthier.training import probe as probe_module
 from luthier.training.balance import Balance
 from luthier.training.features import Pool, _parts_of_key, build_backbone, feature_size, load_features
 from luthier.training.probe import (
+    SAMPLED,
     SOFT,
     STRENGTHS,
     LinearProbe,
@@ -55,7 +56,7 @@ def test_optimum_equals_that_of_scikit_learn():
     features = (features - features.mean(dim=0)) / features.std(dim=0)
     weight, bias = torch.zeros(1, 3, 8, requires_grad=True), torch.zeros(1, 3, requires_grad=True)
     for strength in (1.0, 0.03):  # the second fit starts from the first
-        minimise(features, labels, weight, bias, strength)
+        minimise(features, labels, weight, bias, strength, torch.full((300, 1), 1 / 300), torch.ones(1, 8))
         reference = LogisticRegression(C=1 / (len(labels) * strength), tol=1e-8, max_iter=1000).fit(features, labels)
         probabilities = torch.softmax(features @ weight[0].T + bias[0], dim=1).detach().numpy()
         np.testing.assert_allclose(probabilities, reference.predict_proba(features.numpy()), atol=2e-3)
@@ -101,6 +102,16 @@ def test_probe_of_many_images_begins_with_that_of_a_sample(monkeypatch):
     for one, other, tolerance in ((probe, whole, 0.01), (of_sample, soft, 0.1)):
         chances = (each.logits(validation).softmax(dim=1) for each in (one, other))
         torch.testing.assert_close(*chances, atol=tolerance, rtol=0)
+
+
+def test_sample_of_many_images_has_every_class(monkeypatch):
+    features, labels = clusters(400, 1)
+    labels[np.random.default_rng(0).permutation(400)[-1]] = 3  # the last image that a sample would have
+    seen = []
+    monkeypatch.setattr(probe_module, "MANY", 400)
+    monkeypatch.setattr(probe_module, "minimise", lambda features, labels, *_: seen.append(labels))
+    fit_probes(features, labels, features, labels)
+    assert len(seen[0]) == 400 // SAMPLED + 1 and set(seen[0].tolist()) == {0, 1, 2, 3}
 
 
 def test_fit_of_many_images_ends_a_little_before_the_best_one(monkeypatch):

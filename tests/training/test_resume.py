@@ -158,6 +158,7 @@ def test_named_checkpoint_that_cannot_be_continued_is_refused_and_nothing_is_rem
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=SLOW)])
 def test_signal_saves_at_the_end_of_the_step_and_resumes_exactly(timm_checkpoint, monkeypatch, capsys, number):
     options = flags(str(timm_checkpoint), "--recipe", "full", "--keep", "trained", "--save_strategy", "epoch")
+    options += ["--refit", "none"]
     main([*options, "--output_dir", "whole"])
     training_step = SafeTrainer.training_step
 
@@ -180,6 +181,44 @@ def test_signal_saves_at_the_end_of_the_step_and_resumes_exactly(timm_checkpoint
     assert resumed_scores == scores and all(
         torch.equal(tensor, resumed_weights[name]) for name, tensor in weights.items()
     )
+
+
+@SLOW
+def test_run_that_is_stopped_in_its_refit_ships_the_same_weights(timm_checkpoint, monkeypatch):
+    options = flags(str(timm_checkpoint), "--recipe", "full", "--keep", "trained")
+    main([*options, "--output_dir", "whole"])
+    assert Path("whole/scored").exists(), "it was refit"
+    training_step = SafeTrainer.training_step
+
+    def step_with_signal(self, *arguments, **rest):
+        loss = training_step(self, *arguments, **rest)
+        if "refit" in Path(self.args.output_dir).parts and self.state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(SafeTrainer, "training_step", step_with_signal)
+        main([*options, "--output_dir", "cut"])
+    assert list(Path("cut/refit").glob("*/checkpoint-3")) and not Path("cut/metrics.json").exists()
+    main([*options, "--output_dir", "cut", "--resume_from_checkpoint", "auto"])
+    (weights, scores), (resumed, resumed_scores) = load_result("whole"), load_result("cut")
+    assert resumed_scores == scores and all(torch.equal(tensor, resumed[name]) for name, tensor in weights.items())
+
+
+@SLOW
+def test_processes_on_cpus_wait_as_long_as_is_asked_for(tmp_path):
+    Path("accelerate.yaml").write_text(yaml.safe_dump(TWO_PROCESSES))
+    Path("wait.py").write_text(
+        "import torch\n"
+        "from luthier.arguments import parse_arguments\n"
+        "parse_arguments(['--data_dir', 'images', '--ddp_timeout', '7777'])\n"
+        "group = torch.distributed.distributed_c10d._get_default_group()\n"
+        "assert group._get_backend(torch.device('cpu')).options._timeout.total_seconds() == 7777\n"
+    )
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate.yaml", "wait.py"]
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_second_ctrl_c_ends_at_once(tmp_path, capfd):
@@ -325,7 +364,7 @@ def test_refit_that_diverges_leaves_the_scored_weights(timm_checkpoint, monkeypa
     monkeypatch.setattr(SafeTrainer, "training_step", step_with_nan_weights)
     options = ["--recipe", "full", "--keep", "trained", "--refit", "auto", "--output_dir", "out"]
     main(flags(str(timm_checkpoint), *options))
-    assert "the scored weights are shipped, because the refit fails: the loss" in capsys.readouterr().out
+    assert "the weights from before the refit are shipped, because it fails: the loss" in capsys.readouterr().out
     assert has_ended(Path("out")) and not Path("out/scored").exists()
     assert all(torch.isfinite(tensor).all() for tensor in load_file("out/model.safetensors").values())
     assert json.loads(Path("out/metrics.json").read_text())["refit"]["refusal"] == "its loss is not finite"
@@ -343,7 +382,7 @@ def test_images_that_vanish_before_the_refit_leave_the_scored_weights(timm_check
     options = ["--recipe", "full", "--keep", "trained", "--refit", "auto", "--output_dir", "out"]
     main(flags(str(timm_checkpoint), *options))
     told = capsys.readouterr().out
-    assert "the scored weights are shipped, because the refit fails: images that were read before" in told
+    assert "the weights from before the refit are shipped, because it fails: images that were read before" in told
     assert has_ended(Path("out")) and not Path("out/scored").exists()
     assert "changed during the run" in json.loads(Path("out/metrics.json").read_text())["refit"]["refusal"]
 
@@ -355,7 +394,7 @@ def test_refit_whose_checkpoints_do_not_fit_leaves_the_scored_weights(timm_check
 
     monkeypatch.setattr("luthier.training.arms.lacking_space", lacking)
     main(flags(str(timm_checkpoint), "--recipe", "full", "--keep", "trained", "--output_dir", "out"))
-    assert "the scored weights are shipped, because the refit fails: out/refit/full" in capsys.readouterr().out
+    assert "the weights from before the refit are shipped, because it fails: out/refit/full" in capsys.readouterr().out
     assert has_ended(Path("out")) and not Path("out/scored").exists()
 
 
