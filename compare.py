@@ -23,6 +23,7 @@ from typing import NamedTuple
 import psutil
 
 from luthier.errors import UserError, exit_on_user_error
+from luthier.files import expand_home
 from luthier.output_dir import has_ended, read_metrics, wait_for_lock
 from luthier.run_files import PREDICTIONS
 from luthier.terminal import percent, say
@@ -127,7 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
     several.add_argument("--folds", type=int, help="folds, each image in one test split, instead of seeds")
     parser.add_argument("--set", action="append", default=[], metavar="key=v1,v2", help="an option and its values")
     parser.add_argument(
-        "--output_dir", "--output-dir", type=Path, default=Path("outputs/compare"), help="where the runs go"
+        "--output_dir", "--output-dir", type=expand_home, default=Path("outputs/compare"), help="where the runs go"
     )
     return parser
 
@@ -214,7 +215,7 @@ def build_runs(experiments: list[Experiment], args: argparse.Namespace, rest: li
         with contextlib.nullcontext() if part == parts[0][0] else contextlib.redirect_stdout(io.StringIO()):
             parsed = parse_arguments(line)  # says once what it leaves out
         data = parsed.data_args
-        folder_of_data = data.data_dir and Path(data.data_dir).expanduser().resolve()
+        folder_of_data = data.data_dir and expand_home(data.data_dir).resolve()
         sources.setdefault((folder_of_data, data.dataset_name, data.dataset_config_name), experiment.name)
         settings = with_time_limit(parsed.run_args.settings, parsed.model_args.time_limit)
         runs.append(Run(experiment.name, part, folder, line, settings))

@@ -16,6 +16,7 @@ from transformers import BaseImageProcessor
 from luthier.cache import cache_key, library_versions, make_rows
 from luthier.cores import count_cores
 from luthier.errors import ImagesChanged, UserError
+from luthier.files import expand_home
 from luthier.images.columns import label_and_image
 from luthier.images.decode import decode_rgb, read_bytes, reason
 from luthier.images.folders import hint_at_table
@@ -114,7 +115,7 @@ def list_images(
     Raises:
         UserError: nothing usable is there.
     """
-    root = Path(data_dir).expanduser() if data_dir else None
+    root = expand_home(data_dir) if data_dir else None
     columns = Columns(image_column, label_column, split_column, group_column)
     if stream:
         splits, root = stream.splits, None

@@ -27,7 +27,7 @@ from luthier.images.decode import is_image
 from luthier.images.image_files import walk
 from luthier.options import EXPORT_PACKAGES
 from luthier.run_files import DIGEST, IMAGES, ONNX, ONNX_FILES, SCORED
-from luthier.terminal import plural, quote, say
+from luthier.terminal import of_project, plural, quote, say
 
 if TYPE_CHECKING:
     from luthier.serving.parity import Images, Parity
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     model = folder / ONNX / ONNX_FILES["fp32"]
     if model.name not in refused:
         publish_page(args, model)
-        say("next", quote("python", "predict.py", str(model), "image.jpg"))
+        say("next", quote("python", of_project("predict.py"), str(model), "image.jpg"))
     if refused:
         sys.exit("\n".join([*(f"{file} {why}" for file, why in refused.items()), "To write it: --allow_worse"]))
 
@@ -128,7 +128,7 @@ def export_run(output_dir: Path) -> str:
         why = "; ".join(f"{file} {reason}" for file, reason in refused.items())
     except Exception as error:
         why = message_for_user(error) or f"{type(error).__name__}: {error}"
-    command = quote("python", "export.py", str(output_dir))
+    command = quote("python", of_project("export.py"), str(output_dir))
     return why and f"not exported: {why}\nThe run is complete, in {output_dir}. To export it again:\n  {command}"
 
 

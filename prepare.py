@@ -14,6 +14,7 @@ interruption. Several machines with a common disk take a share each (docs/usage.
 
 import argparse
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from luthier.cores import count_cores
 from luthier.errors import UserError, exit_on_user_error
+from luthier.files import expand_home
 from luthier.options import parse_part
 from luthier.terminal import plural, quote, say
 
@@ -69,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     from luthier.machine import set_up_process
 
     set_up_process(arguments.training_args)
-    folder, source = Path(argv[1]).expanduser(), Path(argv[0]).expanduser()
+    folder, source = expand_home(argv[1]), expand_home(argv[0])
     if source.is_dir() and source.resolve() in (folder.resolve(), *folder.resolve().parents):
         raise UserError(
             f"{folder} is or lies in {source}, whose images its files would be among: give a folder elsewhere"
@@ -234,11 +236,13 @@ def check_folder(folder: Path) -> None:
     """Check that a folder is empty, or one that this command has begun.
 
     Raises:
-        UserError: it has something else.
+        UserError: it has something else, or its name could not be read by train.py.
     """
     from luthier.images.decode import is_hidden
     from luthier.images.loading import PLAN
 
+    if glob.has_magic(str(folder.resolve())):
+        raise UserError(f"{folder.resolve()} has one of * ? [ in it, and train.py could not read it: give another one")
     foreign = folder.exists() and (not folder.is_dir() or any(not is_hidden(path.name) for path in folder.iterdir()))
     if foreign and not (folder / PLAN).is_file():
         raise UserError(f"{folder} is not an empty folder: give another one for the shards")

@@ -155,9 +155,9 @@ def finish(experiment: "Experiment", result: "Result", arguments: "Arguments", s
     plan, refitted = plan_refit(experiment, result, model_args.refit, model_args.time_limit, data_args.folds), None
     console.say_refit(plan)
     if plan.done:
-        options = (experiment.view, result.augmentation, experiment.size)
-        images = feature_rows(experiment.prepared, experiment.view)
-        plan, refitted = refit(plan, result, experiment.splits, images, lambda them: join_for_training(them, *options))
+        view, size = experiment.view, experiment.size
+        rows_of = functools.partial(join_for_training, view=view, augmentation=result.augmentation, size=size)
+        plan, refitted = refit(plan, result, experiment.splits, feature_rows(experiment.prepared, view), rows_of)
         stopwatch.stop("refit")
 
     # Report

@@ -12,11 +12,12 @@ from transformers import TrainingArguments
 
 from luthier.checks import check_options, check_outside
 from luthier.errors import UserError
+from luthier.files import expand_home
 from luthier.machine import OneGPUTrainingArguments, fill_in_machine_defaults
 from luthier.options import BUILT_IN_DATASET, DATA_KEYS, DataArguments, ModelArguments
 from luthier.output_dir import check_folds, describe_if_ended, free_output_dir
 from luthier.parsing import HelpFormatter, Parser, describe_command, read_options
-from luthier.processes import from_main_process
+from luthier.processes import check_environment, from_main_process
 
 
 class RunArguments(NamedTuple):
@@ -215,8 +216,12 @@ def _build_training_args(options: dict, output_dir: Path) -> TrainingArguments:
     Raises:
         UserError: the library does not accept them.
     """
+    check_environment()
     options = {**options, "output_dir": str(output_dir)}
     fill_in_machine_defaults(options)
+    for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
+        if options[name] and not options["dataloader_num_workers"]:
+            raise UserError(f"--{name} needs data workers: give --dataloader_num_workers too, or leave it out")
     options["label_names"] = None  # DataArguments has it; what the Trainer means by this name it finds by itself
     options["push_to_hub"] = False  # the Trainer's own uploads the whole folder while it trains; see RunArguments
     names = [option.name for option in fields(TrainingArguments) if option.init]
@@ -247,7 +252,7 @@ def refuse_others(command: str, given: Collection[str], taken: Collection[str]) 
 
 def option_of_data(name: str) -> list[str]:
     """Return the option that names the data: a folder if there is one of this name, or else a dataset."""
-    return ["--data_dir" if Path(name).expanduser().exists() else "--dataset_name", name]
+    return ["--data_dir" if expand_home(name).exists() else "--dataset_name", name]
 
 
 def digest_settings(options: dict) -> str:

@@ -2,10 +2,12 @@
 
 import importlib.util
 import math
+import os
 from dataclasses import fields
 from pathlib import Path
 
 from luthier.errors import UserError, require
+from luthier.files import expand_home
 from luthier.options import (
     BUILT_IN_DATASET,
     EXPORT_PACKAGES,
@@ -28,6 +30,11 @@ REFUSED = {
     "auto_find_batch_size": "changes the batch that heats and learning rates are planned for, where "
     "--per_device_train_batch_size sets it",
     "hub_revision": "has no effect, because Luthier pushes to the main branch",
+    "enable_jit_checkpoint": "would take SIGTERM from Luthier, which saves a checkpoint and stops by itself",
+    "fsdp": "divides the model among GPUs, where Luthier needs it whole on each",
+    "deepspeed": "divides the model among GPUs, where Luthier needs it whole on each",
+    "neftune_noise_alpha": "is for models of text",
+    "use_liger_kernel": "is for models of text",
 }
 
 JUDGED_BY = ("loss", "calibrated_loss", "accuracy", "balanced_accuracy", "macro_f1")  # the best epoch
@@ -100,6 +107,7 @@ def check_options(options: dict) -> None:
     for key, why in REFUSED.items():
         if options[key]:
             raise UserError(f"--{key} {why}: leave it out")
+    _check_training(options)
     if options["recipe"] == "probe" and resume not in (None, "auto"):
         raise UserError("--recipe probe trains nothing that could be resumed: leave --resume_from_checkpoint out")
     if resume not in (None, "auto") and not Path(resume, "trainer_state.json").is_file():
@@ -111,6 +119,29 @@ def check_options(options: dict) -> None:
             "a race of recipes resumes with --resume_from_checkpoint auto, because a checkpoint is of one of them. To "
             "go on with that one alone, name it: --recipe NAME"
         )
+    check_trackers(options["report_to"])
+    _check_numbers(options)
+
+
+def _check_training(options: dict) -> None:
+    """Refuse values of the library's options that would fail late, or harm a run.
+
+    Raises:
+        UserError: there is one.
+    """
+    for kind in ("FSDP", "DEEPSPEED"):  # by a config of accelerate
+        if os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() in ("1", "true"):
+            raise UserError(f"accelerate is configured for {kind}, which {REFUSED['fsdp']}: use MULTI_GPU")
+    if options["save_strategy"] == "best":
+        raise UserError(
+            "--save_strategy best leaves no checkpoint to go on from where an evaluation is not the best one: leave "
+            "it out, because Luthier keeps the best weights by itself"
+        )
+    if options["train_sampling_strategy"] in ("group_by_length", "batch_rebalance"):
+        raise UserError(
+            f"--train_sampling_strategy {options['train_sampling_strategy']} is for texts, which have a length: leave "
+            "it out"
+        )
     if options["lr_scheduler_type"] in NEED_EVALUATION:
         raise UserError(
             f"--lr_scheduler_type {options['lr_scheduler_type']} follows the evaluations, and a refit has none: use "
@@ -119,8 +150,6 @@ def check_options(options: dict) -> None:
     judge = str(options["metric_for_best_model"])
     if judge.removeprefix("eval_") not in JUDGED_BY:
         raise UserError(f"--metric_for_best_model {judge} is not measured: give one of {', '.join(JUDGED_BY)}")
-    check_trackers(options["report_to"])
-    _check_numbers(options)
 
 
 def _check_numbers(options: dict) -> None:
@@ -158,7 +187,7 @@ def check_outside(output_dir: Path, data: str) -> None:
     Raises:
         UserError: it is.
     """
-    images = Path(data).expanduser()
+    images = expand_home(data)
     if images.is_dir() and images.resolve() in (output_dir.resolve(), *output_dir.resolve().parents):
         raise UserError(
             f"--output_dir {output_dir} is or lies in {data}, where its figures would be taken for images: give a "

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable
 from typing import ParamSpec
 
 from luthier.escape import escape_lines
+from luthier.terminal import of_project, quote
 
 Parameters = ParamSpec("Parameters")
 
@@ -53,19 +54,27 @@ def require(what: str, packages: Collection[str], requirements: str) -> None:
     """
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
-        raise UserError(f"{what} needs {' and '.join(missing)}: pip install -r {requirements}")
+        command = quote("pip", "install", "-r", of_project(requirements))
+        raise UserError(f"{what} needs {' and '.join(missing)}: {command}")
 
 
 def exit_on_user_error(command: Callable[Parameters, None]) -> Callable[Parameters, None]:
-    """Make a command end with one message and exit code 2 where the user can mend it.
+    """Make a command end with one message and exit code 2 where the user can mend it, and with 130 after Ctrl-C.
 
     Everything else is a bug and keeps its traceback. `python -X dev` shows the traceback of user errors too.
     """
 
     @functools.wraps(command)
     def guarded(*args: Parameters.args, **kwargs: Parameters.kwargs) -> None:
+        if hasattr(sys.stdout, "reconfigure"):  # Windows' code page, or an old locale, may lack letters of a name
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             command(*args, **kwargs)
+        except KeyboardInterrupt:
+            if sys.flags.dev_mode:
+                raise
+            print("stopped  by Ctrl-C", file=sys.stderr)
+            sys.exit(130)
         except Exception as error:
             message = message_for_user(error)
             if message is None or sys.flags.dev_mode:

@@ -14,6 +14,11 @@ from luthier.errors import UserError
 logger = logging.getLogger(__name__)
 
 
+def expand_home(path: str | Path) -> Path:
+    """Return a path whose `~` is a home directory; a name that begins so and is no user's stays as it is."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - that of pathlib fails for such names
+
+
 @contextlib.contextmanager
 def lock_folder(folder: Path, name: str, busy: str) -> Iterator[None]:
     """Keep other processes out of a folder; the lock belongs to the system and ends with the process.

@@ -67,6 +67,9 @@ def fill_in_machine_defaults(options: dict) -> None:
         options: `use_cpu`, `ddp_backend`, `fp16`, and those that are filled in: `dataloader_num_workers`,
             `dataloader_persistent_workers`, `dataloader_pin_memory`, `accelerator_config`,
             `per_device_eval_batch_size`, `bf16`.
+
+    Raises:
+        UserError: the machine lacks what is asked for.
     """
     if parse_flag_from_env("ACCELERATE_USE_CPU"):  # by `accelerate launch --cpu`, or its config
         options["use_cpu"] = True
@@ -83,6 +86,8 @@ def fill_in_machine_defaults(options: dict) -> None:
     if processes_started() > 1 and (options["use_cpu"] or not torch.cuda.is_available()):
         # Without these the Trainer ignores the other processes, and each trains alone.
         options["use_cpu"], options["ddp_backend"] = True, options["ddp_backend"] or "gloo"
+    if options["fp16"] and (options["use_cpu"] or not torch.accelerator.is_available()):
+        raise UserError("--fp16 needs a GPU, and the CPU is used: leave it out")
     gpu = torch.cuda.is_available() and not options["use_cpu"]
     pinned = gpu if options["dataloader_pin_memory"] is None else options["dataloader_pin_memory"]
     # A GPU starves where the process that feeds it decodes too; on a CPU the model needs the cores.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from luthier.errors import UserError
+from luthier.files import expand_home
 
 Metric = Literal["log_loss", "accuracy", "balanced_accuracy", "macro_f1"]
 BalanceOption = Literal["auto", "none", "logit_adjusted", "weighted"]
@@ -126,7 +127,7 @@ class DataArguments:
     def for_stream(self) -> dict:
         """Return what `streams.open_stream` takes."""
         columns = ("image_column", "label_column", "group_column", "split_seed", "validation_fraction")
-        name = str(Path(self.data_dir).expanduser()) if self.data_dir else self.dataset_name
+        name = str(expand_home(self.data_dir)) if self.data_dir else self.dataset_name
         return {"name": name, "config": self.dataset_config_name} | {key: getattr(self, key) for key in columns}
 
     def for_cut(self) -> dict:
@@ -148,9 +149,9 @@ class DataArguments:
 
         paths = ["data_dir", "labels", *([] if self.is_built_in else ["dataset_name"])]
         relative = {
-            key: relative_to_folder(Path(value).expanduser().resolve())
+            key: relative_to_folder(expand_home(value).resolve())
             for key in paths
-            if (value := getattr(self, key)) and Path(value).expanduser().exists()
+            if (value := getattr(self, key)) and expand_home(value).exists()
         }
         stream = {key: value for key, value in self.for_stream().items() if key != "name"}
         return self.for_images() | relative | ({"stream": stream} if self.streaming else {})

@@ -8,7 +8,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from luthier.errors import UserError
-from luthier.files import lock_folder
+from luthier.files import expand_home, lock_folder
 from luthier.run_files import BACKBONE, CARD, CONFIG, EARLIER_CARD, LEARNED_FROM, METRICS, ONNX, RACE, WRITTEN
 from luthier.terminal import quote
 
@@ -38,7 +38,7 @@ def free_output_dir(
             return Path("outputs", name)
         candidates = (Path("outputs", name if number == 1 else f"{name}-{number}") for number in range(1, 10_000))
         return next(path for path in candidates if not path.exists())
-    path = Path(given)
+    path = expand_home(given)
     continues = resume_from_checkpoint == "auto" or (
         resume_from_checkpoint is not None and path.resolve() in Path(resume_from_checkpoint).resolve().parents
     )

@@ -16,6 +16,8 @@ from luthier.errors import UserError
 
 T = TypeVar("T")
 
+RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # by which launchers number processes
+
 
 def is_launched() -> bool:
     """Tell whether `accelerate launch` started this process."""
@@ -30,6 +32,20 @@ def processes_started() -> int:
 def processes_here() -> int:
     """Return how many processes were started on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def check_environment() -> None:
+    """Refuse a number of processes that another tool has left behind: the run would wait for the others.
+
+    Raises:
+        UserError: no launcher has numbered this process as one of several.
+    """
+    count = os.environ.get("WORLD_SIZE", "1")
+    if not count.isdecimal() or (int(count) > 1 and not any(name in os.environ for name in RANKS)):
+        raise UserError(
+            f"the environment variable WORLD_SIZE is {count!r}, but no launcher has started this process as one of "
+            "several: unset WORLD_SIZE, or start with accelerate launch --multi_gpu"
+        )
 
 
 def available_cores() -> int:

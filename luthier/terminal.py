@@ -1,5 +1,6 @@
 """What a command prints: its few lines, numbers in words, progress where there is no terminal, seconds by stage."""
 
+import contextlib
 import os
 import re
 import shlex
@@ -7,9 +8,13 @@ import shutil
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
 
 from luthier.escape import escape_lines
 
+PROJECT = Path(__file__).resolve().parents[1]
 INDENT = 9  # columns before the text of a line
 SHORT = 24  # characters of a shortened name, at most
 
@@ -27,11 +32,18 @@ def say(topic: str, text: str) -> None:
         text: the rest.
     """
     if is_first_process():
-        try:
+        with ignore_closed("stdout"):
             for line in f"{topic:<{INDENT}}{escape_lines(text)}".split("\n"):
                 print(_wrap(line), flush=True)
-        except BrokenPipeError:  # whoever read along is gone, as with `| head`; the run goes on
-            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 - until the process ends
+
+
+@contextlib.contextmanager
+def ignore_closed(stream: Literal["stdout", "stderr"]) -> Iterator[None]:
+    """Go on where whoever read along is gone, as with `| head`: nothing more is written to that stream."""
+    try:
+        yield
+    except BrokenPipeError:
+        setattr(sys, stream, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, PTH123 - until the process ends
 
 
 def _wrap(line: str) -> str:
@@ -70,6 +82,11 @@ def quote(*words: str) -> str:
     return " ".join(word if re.fullmatch(r"[\w@%+=:,./\\-]+", word) else f'"{word}"' for word in words)
 
 
+def of_project(name: str) -> str:
+    """Return the path of a file of this project for a command: its name alone where that is enough."""
+    return name if Path(name).is_file() else str(PROJECT / name)
+
+
 def has_terminal() -> bool:
     """Tell whether a person watches the progress: where not, bars would fill a log file."""
     return sys.stderr is not None and sys.stderr.isatty()
@@ -97,7 +114,8 @@ class Tenths:
             seconds = time.monotonic() - self.start
             if seconds >= self.quiet_seconds:
                 line = f"{self.topic:<{INDENT}}{done:,} of {self.total:,} {self.unit}, {seconds:.0f} s"
-                print(line, file=sys.stderr, flush=True)
+                with ignore_closed("stderr"):
+                    print(line, file=sys.stderr, flush=True)
 
 
 class Stopwatch:

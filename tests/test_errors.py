@@ -25,6 +25,16 @@ def test_first_line_of_an_error_is_its_kind_where_it_says_nothing():
     assert first_line(ValueError("one"), "another\ntext") == "another"
 
 
+def test_ctrl_c_gives_one_line(capsys):
+    @exit_on_user_error
+    def command():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stopped:
+        command()
+    assert stopped.value.code == 130 and capsys.readouterr().err == "stopped  by Ctrl-C\n"
+
+
 def test_message_has_no_control_characters(capsys):
     @exit_on_user_error
     def command():

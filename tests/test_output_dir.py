@@ -165,3 +165,11 @@ def test_files_of_a_run_are_known_and_others_are_not(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/report.html").touch()
     assert not is_of_run(tmp_path / "elsewhere/report.html"), "there is no model beside it"
+
+
+def test_output_dir_may_be_in_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used/x.txt").touch()
+    with pytest.raises(UserError, match="already holds something"):
+        free_output_dir("~/used", "x", None)

@@ -4,13 +4,16 @@ import contextlib
 import io
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import PROJECT, draw_folder
 
 import luthier.terminal as module
+from luthier.errors import exit_on_user_error
 from luthier.escape import escape_terminal
-from luthier.terminal import Stopwatch, Tenths, percent, plural, points, quote, say, shorten
+from luthier.terminal import Stopwatch, Tenths, of_project, percent, plural, points, quote, say, shorten
+from luthier.training.callbacks import EpochTable
 
 
 class Terminal(io.StringIO):
@@ -147,6 +150,32 @@ def test_names_that_differ_at_their_ends_differ_when_they_are_shortened():
     assert shorten("a" * 24) == "a" * 24
     first, second = (shorten(f"A long name of a class, number {number}") for number in (1, 2))
     assert first != second and len(first) == 24 and first == "A long name of …number 1"
+
+
+def test_reader_of_the_progress_that_leaves_does_not_end_the_run(monkeypatch):
+    class Left(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    for stream in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, stream, Left())
+    Tenths("train", 10, "steps").reach(5)
+    EpochTable.write_header(SimpleNamespace(process_index=0, eval_strategy="epoch"))
+    assert not isinstance(sys.stderr, Left) and not isinstance(sys.stdout, Left)
+
+
+def test_names_that_the_encoding_of_the_output_lacks_are_written_as_codes(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="cp1252"))
+    exit_on_user_error(lambda: say("careful", "\u732b"))()
+    assert raw.getvalue().split() == [b"careful", b"\\u732b"]
+
+
+def test_files_of_the_project_are_named_so_that_a_command_finds_them(monkeypatch, tmp_path):
+    monkeypatch.chdir(PROJECT)
+    assert of_project("predict.py") == "predict.py"
+    monkeypatch.chdir(tmp_path)
+    assert of_project("predict.py") == str(PROJECT / "predict.py")
 
 
 @pytest.mark.parametrize(

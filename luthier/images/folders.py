@@ -101,15 +101,20 @@ def load_folder(root: Path, grouping: Grouping, to_train: bool) -> DatasetDict:
             raise UserError(
                 f"the split folder {roots[split]} has no images: fill it, or remove it, and a split is cut from train"
             )
-    unread, others = ([name for name in skipped if is_unread(name) == wanted] for wanted in (True, False))
-    for names, why in (
-        (unread, f"in a format that is not read ({CONVERT})"),
-        (others, "not an image in a class folder"),
-    ):
-        if names:
-            few = ", ".join(names[:3])
-            logger.warning(f"Not used, because {why}: {plural(len(names), 'file')}, such as {few}")
+    _warn_of_skipped(skipped)
     return load_listed(files)
+
+
+def _warn_of_skipped(names: Iterable[str]) -> None:
+    """Say which files are not used: images in formats that are not read, and what is no image of a class."""
+    unread, others = list[str](), list[str]()
+    for name in names:
+        (unread if is_unread(name) else others).append(name)
+    reasons = {f"in a format that is not read ({CONVERT})": unread, "not an image in a class folder": others}
+    for reason, files in reasons.items():
+        if files:
+            few = ", ".join(files[:3])
+            logger.warning(f"Not used, because {reason}: {plural(len(files), 'file')}, such as {few}")
 
 
 def hint_at_table(root: Path) -> str:
@@ -125,6 +130,7 @@ def check_folder(folder: Path, advice: str) -> None:
         UserError: it is none, with advice on which to give.
     """
     if folder.is_dir():
+        as_text(folder.resolve())  # or nothing about it could be written down
         return
     if folder.exists():
         found = "but an archive: unpack it first" if folder.suffix.lower() in ARCHIVES else f"but a file: {advice}"
@@ -228,19 +234,16 @@ def _check_names(root: Path, folders: list[Path]) -> None:
         UserError: some are called like splits, and have folders of the same names in them, as class folders are.
     """
     words = {folder: {*re.split(r"[^a-z]+", folder.name.lower())} & SPLIT_OF_FOLDER.keys() for folder in folders}
-    split_of = {folder: SPLIT_OF_FOLDER[each.pop()] for folder, each in words.items() if len(each) == 1}
+    split_of = {folder: SPLIT_OF_FOLDER[min(each)] for folder, each in words.items() if len(each) == 1}
     if not split_of or len(folders) > MOST_SPLITS:
         return
     below = {folder: {each.name for each in subfolders(_unpacked(folder))} for folder in folders}
-    several = list(split_of) if len(set(split_of.values())) == len(split_of) > 1 else []
-    exact = [[folder] for folder in split_of if folder.name.lower() in SPLIT_OF_FOLDER]
-    for like_splits in filter(None, (several, *exact)):
-        shared = set.intersection(*(below[folder] for folder in like_splits))
+    candidates = [[folder] for folder in split_of if folder.name.lower() in SPLIT_OF_FOLDER]
+    if len(split_of) > 1 and len(set(split_of.values())) == len(split_of):  # each is called like another split
+        candidates.insert(0, list(split_of))
+    for like_splits in candidates:
         others = [folder for folder in folders if folder not in like_splits]
-        # One folder without class folders may be of images without labels. Several are classes.
-        alike = all(below[other] & shared for other in others) or (len(others) == 1 and not below[others[0]])
-        alike &= len(others) < 2 or like_splits is not several  # words in a few of the names are chance
-        if alike and len(shared) > (0 if len(like_splits) == len(folders) > 1 else 1):
+        if _hold_same_classes(like_splits, others, below):
             names = ", ".join(folder.name for folder in like_splits)
             look, it = ("look like splits", "them") if len(like_splits) > 1 else ("looks like a split", "it")
             beside = f", and beside {it} {', '.join(folder.name for folder in others)}" if others else ""
@@ -248,6 +251,25 @@ def _check_names(root: Path, folders: list[Path]) -> None:
                 f"{root} holds {names}, which {look}{beside}: call the splits train, validation and test, and move "
                 "what is none elsewhere. If these are classes, give them other names"
             )
+
+
+def _hold_same_classes(like_splits: list[Path], others: list[Path], below: dict[Path, set[str]]) -> bool:
+    """Tell whether the folders in some folders are the classes of a dataset that is divided into splits.
+
+    Args:
+        like_splits: folders that are called like splits.
+        others: the folders beside them.
+        below: the names of the folders in each.
+    """
+    if len(like_splits) > 1 and len(others) > 1:
+        return False  # words in a few of the names are chance
+    shared = set.intersection(*(below[folder] for folder in like_splits))
+    least = 1 if len(like_splits) > 1 and not others else 2  # one name that only some folders share is chance
+    if len(shared) < least:
+        return False
+    # One folder without class folders may be of images without labels. Several are classes.
+    unlabelled = len(others) == 1 and not below[others[0]]
+    return unlabelled or all(below[other] & shared for other in others)
 
 
 def _check_classes(root: Path, to_train: bool) -> None:

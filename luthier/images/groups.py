@@ -129,9 +129,10 @@ def add_groups(splits: DatasetDict) -> DatasetDict:
     pairs, ends = duplicate_pairs(splits), np.cumsum([len(dataset) for dataset in splits.values()])
     columns = {"duplicates": connected_groups(int(ends[-1]), pairs)}
     if told := given_groups(splits):
-        names = np.array(told)
-        given = np.flatnonzero(names != "")
-        _, first, number = np.unique(names[given], return_index=True, return_inverse=True)
+        number_of: dict[str, int] = {"": 0}  # an array of texts would have the size of the longest one for each
+        numbers = np.array([number_of.setdefault(name, len(number_of)) for name in told])
+        given = np.flatnonzero(numbers)
+        _, first, number = np.unique(numbers[given], return_index=True, return_inverse=True)
         pairs = np.concatenate([pairs, np.stack([given[first][number], given], axis=1)])
     columns["group"] = connected_groups(int(ends[-1]), pairs)
     for name, values in columns.items():

@@ -34,13 +34,7 @@ class ImageFiles:
         # A folder that cannot be read may be one of the system, which no row needs.
         found = (folder / name for folder, names in walk(root, lambda _: None) for name in names if is_image(name))
         self.paths = sorted((PurePosixPath(path.relative_to(root).as_posix()) for path in found), key=str)
-        self.by_name: dict[tuple[str, ...], list[PurePosixPath]] = defaultdict(list)
-        for path in self.paths:
-            *folders, file = _compared(path.parts)
-            # By the file alone, and with the folder that it is in: many folders may have files of the same names.
-            for folder in ([], folders[-1:]) if folders else ([],):
-                key = (*folder, _stem(file))
-                self.by_name[key].append(path)
+        self._named: dict[int, dict[tuple[str, ...], list[PurePosixPath]]] = {}
 
     def find_all(self, names: Sequence[str]) -> list[Path | str]:
         """Return the path of each image of a table, or why there is none."""
@@ -78,6 +72,17 @@ class ImageFiles:
             return f"{name!r} could be {found[0]} or {found[1]}: write the folder too"
         return self.root / found[0]
 
+    def _by_name(self, depth: int) -> dict[tuple[str, ...], list[PurePosixPath]]:
+        """Return the files by the last so many folders of each and its stem: all may have folders of one name."""
+        if depth not in self._named:
+            named = self._named[depth] = defaultdict(list)
+            for path in self.paths:
+                if len(path.parts) > depth:
+                    *folders, file = _compared(path.parts[-depth - 1 :])
+                    key = (*folders, _stem(file))
+                    named[key].append(path)
+        return self._named[depth]
+
     def matches(self, name: str, skip: int) -> list[PurePosixPath]:
         """Return the image files that a name could mean."""
         parts = (_parts(name) or [])[skip:]
@@ -86,9 +91,9 @@ class ImageFiles:
             return []
         *folders, file = wanted
         found = []
-        for path in self.by_name.get((*folders[-1:], _stem(file)), []):
-            *above, own = _compared(path.parts)
-            if above[len(above) - len(folders) :] == folders and file in (own, _stem(own)):
+        for path in self._by_name(len(folders)).get((*folders, _stem(file)), []):
+            (own,) = _compared([path.name])
+            if file in (own, _stem(own)):
                 found.append(path)
         exact = [path for path in found if len(path.parts) == len(wanted)]
         if len(exact) > 1 or (not exact and len(found) > 1):  # of `a.png` and `A.png` the one that is written so

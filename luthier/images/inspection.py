@@ -24,6 +24,7 @@ from luthier.images.folders import STAMP
 logger = logging.getLogger(__name__)
 
 MIN_CROWD = 50  # images of a class that look alike, and are most of it
+MIN_SHARED = 10  # the same, where that is so in several classes: these images show one place, and are no copies
 INSPECTION = 10  # part of the cache's key: raise it when what is found changes
 SHORTER_SIDE = 256  # pixels at which large JPEGs are checked for damage and duplicates
 MAX_UNREADABLE = 0.05  # share of images that may be left out because they cannot be read
@@ -176,7 +177,9 @@ def _crowded(groups: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Return which images are in a group of near-duplicates that is most of a class, and bars its cut: bool [N]."""
     many = int(labels.max()) + 1
     cells, counts = np.unique(groups.astype(np.int64) * many + labels, return_counts=True)
-    crowds = cells[(counts >= MIN_CROWD) & (2 * counts > np.bincount(labels)[cells % many])] // many
+    most = 2 * counts > np.bincount(labels)[cells % many]
+    shared, classes = np.unique(cells[most & (counts >= MIN_SHARED)] // many, return_counts=True)
+    crowds = np.union1d(cells[most & (counts >= MIN_CROWD)] // many, shared[classes > 1])
     return np.isin(groups, crowds)
 
 

@@ -1,6 +1,7 @@
 """A dataset by name: loaded with its own columns, and checked for what `datasets` does not check."""
 
 import contextlib
+import glob
 import itertools
 import json
 import logging
@@ -138,8 +139,17 @@ def check_class_names(url: str, schema: pa.Schema, features: Features) -> None:
 
 
 def resolved(dataset_name: str) -> str:
-    """Return the whole path of a folder, because `datasets` cannot load `.`; another name as it is."""
-    return str(Path(dataset_name).resolve()) if Path(dataset_name).is_dir() else dataset_name
+    """Return the whole path of a folder, because `datasets` cannot load `.`; another name as it is.
+
+    Raises:
+        UserError: `datasets` would take the path for a pattern.
+    """
+    if not Path(dataset_name).is_dir():
+        return dataset_name
+    path = str(Path(dataset_name).resolve())
+    if glob.has_magic(path):
+        raise UserError(f"{path} has one of * ? [ in it, which would be taken for a pattern: rename the folder")
+    return path
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from datasets import DatasetDict
 
 from luthier.errors import UserError
+from luthier.files import expand_home
 from luthier.images.columns import LABEL_COLUMNS
 from luthier.images.decode import is_image
 from luthier.images.folders import (
@@ -115,7 +116,7 @@ def find_tables(root: Path, labels: str | None) -> dict[str, Path]:
         UserError: a folder holds two metadata files, or not every split folder has one.
     """
     if labels:
-        named = Path(labels).expanduser()
+        named = expand_home(labels)
         if not named.is_file() and (root / labels).is_file():
             raise UserError(f"--labels {labels} is not a file here: did you mean {root / labels}?")
         return {"all": named}
@@ -339,10 +340,8 @@ def _find_columns(table: Table, files: ImageFiles, given: Columns, of_split: str
         )
     columns = Columns(image, given.label or likely[0], split, given.group)
     for name in table.nested.intersection(filter(None, columns)):
-        raise UserError(
-            f"the column {name!r} of {table.path} holds lists or objects, but each image has one file and one class: "
-            "name another column, or write one value in each row"
-        )
+        remedy = "write one value for each image, or name another column"
+        raise UserError(f"the column {name!r} of {table.path} holds lists or objects: {remedy}")
     return columns
 
 

@@ -26,7 +26,7 @@ from luthier.images.archives import index_archive, read_part
 from luthier.images.columns import find_columns
 from luthier.images.decode import read_bytes, reason
 from luthier.images.loading import check_class_names, check_complete, explain_loading, named_splits, resolved
-from luthier.terminal import plural
+from luthier.terminal import of_project, plural, quote
 
 logger = logging.getLogger(__name__)
 
@@ -184,7 +184,8 @@ def read_sources(
 
 def remedy(name: str) -> str:
     """Return what to do where a dataset cannot be streamed."""
-    return f"To write such files, run python prepare.py {name} shards. Then train with --data_dir shards --streaming"
+    command = quote("python", of_project("prepare.py"), name, "shards")
+    return f"To write such files, run {command}. Then train with --data_dir shards --streaming"
 
 
 def _list_files(name: str, config: str | None) -> tuple[dict[str, list[str]], Features]:

@@ -81,9 +81,8 @@ def _deal_folds(labels: np.ndarray, groups: np.ndarray, digests: np.ndarray, k: 
     order, folds = draw_order(digests, seed), np.empty(len(labels), dtype=int)
     folds[order] = stratified_folds(labels[order], groups[order], k, seed)
     folds[_holds_class(labels, groups)] = -1
-    for label in np.unique(labels):
+    for rows in rows_by_class(labels):
         # A class that shares its groups may have all of them in one fold, and none to learn from.
-        rows = np.flatnonzero(labels == label)
         if folds[rows[0]] >= 0 and (folds[rows] == folds[rows[0]]).all():
             own, counts = np.unique(groups[rows], return_counts=True)
             folds[groups == own[counts.argmin()]] = -1
@@ -95,6 +94,12 @@ def _deal_folds(labels: np.ndarray, groups: np.ndarray, digests: np.ndarray, k: 
             "own. Use fewer folds"
         )
     return folds
+
+
+def rows_by_class(labels: np.ndarray) -> list[np.ndarray]:
+    """Return the rows of each class that occurs, in one pass: there may be thousands of classes."""
+    order = np.argsort(labels, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
 
 
 def hash_splits(splits: DatasetDict) -> str:

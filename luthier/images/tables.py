@@ -1,6 +1,7 @@
 """Tables of image files and labels: CSV, TSV, JSON lines and Parquet as text, row by row."""
 
 import csv
+import glob
 import io
 import json
 import math
@@ -155,7 +156,7 @@ def _read_json_lines(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]
 
 def _read_parquet(path: Path) -> tuple[list[str], list[tuple[int, list[str]]], frozenset[str]]:
     try:
-        table = Dataset.from_parquet(str(path), keep_in_memory=True)
+        table = Dataset.from_parquet(glob.escape(str(path)), keep_in_memory=True)
     except (DatasetGenerationError, OSError, ValueError) as error:
         raise UserError(f"{path} is not a Parquet file that can be read: write it anew, or save it as CSV") from error
     if any(map(is_image_feature, table.features.values())):

@@ -21,7 +21,7 @@ from luthier.scoring.race import Outcome
 from luthier.scoring.refit import Plan
 from luthier.scoring.screening import View
 from luthier.scoring.selection import Candidate
-from luthier.terminal import percent, plural, points, quote, say
+from luthier.terminal import of_project, percent, plural, points, quote, say
 from luthier.training.recipe import Recipe
 from luthier.training.trainer import model_of
 
@@ -154,8 +154,8 @@ def say_recipe(recipes: Sequence[Recipe], asked: str | None) -> None:
 def say_race(outcome: Outcome, kept: Candidate) -> None:
     """Say what was tried, how it did, why the race ended, and what is kept."""
     tried = [f"the probe {outcome.probe.loss:.3f}"] if outcome.probe else []
-    for arm in dict.fromkeys(heat.arm for heat in outcome.heats):
-        last = outcome.heats.of(arm)[-1]
+    last_heats = {heat.arm: heat for heat in outcome.heats}  # in the order of the first ones
+    for arm, last in last_heats.items():
         tried.append(f"{arm} {last.loss:.3f} ({_epochs(last.epochs)}, {outcome.heats.seconds(arm):.0f} s)")
     if len(tried) > 1:
         say("race", f"validation loss, corrected: {', '.join(tried)}")
@@ -164,9 +164,10 @@ def say_race(outcome: Outcome, kept: Candidate) -> None:
     if outcome.ended:
         more = "; with a larger one it goes on (--resume_from_checkpoint auto)" if outcome.ended == NO_TIME else ""
         say("", f"it ended with {outcome.ended}{more}")
-    arms = {heat.arm for heat in outcome.heats}
-    beaten = f", which {'no recipe has' if len(arms) > 1 else f'{min(arms)} has not'} beaten" if arms else ""
-    say("kept", f"{f'the probe{beaten}' if kept.is_probe else f'{kept.arm}, {kept_in_words(kept)}'}: {kept.loss:.3f}")
+    what = "the probe" if kept.is_probe else f"{kept.arm}, {kept_in_words(kept)}"
+    if kept.is_probe and last_heats:
+        what += f", which {'no recipe has' if len(last_heats) > 1 else f'{min(last_heats)} has not'} beaten"
+    say("kept", f"{what}: {kept.loss:.3f}")
 
 
 def say_refit(plan: Plan) -> None:
@@ -218,7 +219,7 @@ def say_results(output_dir: Path, metrics: Mapping) -> None:
     if metrics.get("refit"):
         say("", refit_in_words(metrics["refit"]))
     if has_weights(output_dir):
-        say("next", f"python predict.py {quote(str(output_dir))} photo.jpg")
+        say("next", quote("python", of_project("predict.py"), str(output_dir), "photo.jpg"))
         path = json.dumps(str(output_dir), ensure_ascii=False)
         say("", f'pipeline("image-classification", {path}{trust_remote_code(output_dir)})')
 
@@ -306,7 +307,7 @@ def grouping_in_words(pattern: str) -> str:
     """Return that file names look like groups, and what to do."""
     return (
         "the names of the files look as if several images belonged together. If those show the same subject, the "
-        f"score is too high: use --group_by {quote(pattern)}"
+        f"score is too high: use --group_by {quote(pattern)}, or --group_column for a dataset without image files"
     )
 
 

@@ -71,8 +71,7 @@ def write_report(output_dir: Path, metrics: dict, findings: dict, test: TestPred
 
 def most_telling(test: TestPredictions, labels: list[str]) -> tuple[list[dict], list[dict]]:
     """Return the most confident wrong predictions and the least confident correct ones, as images of a page."""
-    probabilities = test.probabilities
-    predicted, confidence = probabilities.argmax(axis=-1), probabilities.max(axis=-1)
+    predicted, confidence, _ = test.answers()
 
     def entry(row: int) -> dict:
         correct, sure = predicted[row] == test.references[row], f"{percent(confidence[row], 0)} sure"

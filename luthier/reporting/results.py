@@ -225,7 +225,7 @@ def warn_if_learned(model_name: str, splits: Mapping[str, Dataset]) -> int:
     judges = [digest for split, dataset in splits.items() if split != "train" for digest in dataset["digest"][:]]
     learned = sum(digest[:DIGEST] in known for digest in judges)
     if learned:
-        images = f"{learned:,} of the {plural(len(judges), 'test or validation image')}"
+        images = f"{learned:,} of {plural(len(judges), 'test or validation image')}"
         say("careful", f"{model_name} has learned from, or was chosen by, {images}: its score means little")
     return learned
 
@@ -250,19 +250,21 @@ def write_predictions(path: Path, labels: list[str], test: TestPredictions) -> N
     Where there are groups, a column has the number of the image's; where there are images of none of the classes, a
     column has 1 for them, and 0 for the others.
     """
-    images, probabilities = test.splits["test"], test.probabilities
-    more = {} if test.groups is None else {"group": test.groups}
-    more |= {} if test.none is None else {"none": (test.references == test.none).astype(int)}
-    numbers = np.array(list(more.values())).reshape(len(more), len(images)).T.tolist()
+    extra: dict[str, np.ndarray] = {}  # columns
+    if test.groups is not None:
+        extra["group"] = test.groups
+    if test.none is not None:
+        extra["none"] = (test.references == test.none).astype(int)
+    images = test.splits["test"]
+    rows = zip(images["name"][:], images["digest"][:], test.references, *test.answers(), strict=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         header = ["name", "digest", "label", "predicted", "confidence", "probability_of_label"]
-        table.writerow([*header, *more])
-        for name, digest, row, label, rest in zip(
-            images["name"][:], images["digest"][:], probabilities, test.references, numbers, strict=True
-        ):
-            words = [escape_cell(word) for word in (name, digest, labels[label], labels[row.argmax()])]
-            table.writerow([*words, f"{row.max():.6f}", f"{row[label]:.6f}", *rest])
+        table.writerow([*header, *extra])
+        for number, (name, digest, label, predicted, confidence, of_label) in enumerate(rows):
+            words = [escape_cell(word) for word in (name, digest, labels[label], labels[predicted])]
+            rest = [column[number] for column in extra.values()]
+            table.writerow([*words, f"{confidence:.6f}", f"{of_label:.6f}", *rest])
 
 
 def _versions() -> dict[str, str]:

@@ -75,7 +75,8 @@ def audit_images(splits: DatasetDict, unreadable: list[UnreadableImage]) -> dict
     for members in _together(images["duplicates"][:]):
         _add_duplicates(findings, [(pixels[number].tobytes(), image(number)) for number in members])
     given = given_groups(splits)
-    for members in _together(given):
+    rank = {name: number for number, name in enumerate(sorted(set(given)))}
+    for members in _together([rank[name] for name in given]):
         first = {entry["split"]: entry for entry in map(image, members[::-1])}
         if given[members[0]] and len(first) > 1:
             findings["groups_between_splits"].append(list(first.values())[::-1])

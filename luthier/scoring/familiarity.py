@@ -138,7 +138,7 @@ def refit_familiarity(
 
 
 def pool_familiarity(
-    own: Sequence[Answers], leader: Familiarity | None, logits: np.ndarray, correct: np.ndarray
+    own: Sequence[Answers], leader: Familiarity | None, logits: np.ndarray, known: np.ndarray, correct: np.ndarray
 ) -> tuple[np.ndarray | None, Familiarity | None]:
     """Return the sureness of all folds' answers at one temperature, and the leader's familiarity with their scale.
 
@@ -146,6 +146,7 @@ def pool_familiarity(
         own: of each fold, at its own temperature.
         leader: of the fold whose model is shipped.
         logits: of all images [N, C], at the temperature of the shipped model.
+        known: bool [N], whether an image shows one of the classes; the scale is of these.
         correct: bool [N], of images of known classes.
     """
     near = [(each.sureness, each.familiarity) for each in own if each.sureness is not None and each.familiarity]
@@ -157,7 +158,7 @@ def pool_familiarity(
         sureness - (odds_of_fold - familiarity.log_odds[0]) / familiarity.log_odds[1]
         for (sureness, familiarity), odds_of_fold in zip(near, own_odds, strict=True)
     ]
-    scale = _scale(odds)
+    scale = _scale(odds[torch.from_numpy(known)])
     pooled = (odds.numpy() - scale[0]) / scale[1] + np.concatenate(similar)
     return pooled, leader._replace(log_odds=scale, unsure_below=choose_threshold(pooled, correct))
 
@@ -166,8 +167,20 @@ def choose_bank(labels: list[int], digests: list[str], none: int | None = None) 
     """Return the rows [R] of training images that others are compared with: the same number of each class."""
     order, truth = draw_order(digests, seed=1), np.array(labels)
     most = max(PER_CLASS, BANK // (truth.max() + 1))
-    familiar = np.unique(truth[truth != none])
-    return np.sort(np.concatenate([order[truth[order] == label][:most] for label in familiar]))
+    # Class by class, and copies of an image last, or the third nearest of them would be the nearest again.
+    order = order[np.lexsort((_is_copy(truth, digests, order)[order], truth[order]))]
+    place = np.arange(len(order)) - np.searchsorted(truth[order], truth[order])  # of each in its class
+    return np.sort(order[(place < most) & (truth[order] != none)])
+
+
+def _is_copy(truth: np.ndarray, digests: list[str], order: np.ndarray) -> np.ndarray:
+    """Return whether an image of the same digest and class comes before each in an order, bool [N]."""
+    seen, is_copy = set[tuple[int, str]](), np.zeros(len(truth), dtype=bool)
+    for row in order.tolist():
+        key = int(truth[row]), digests[row]
+        is_copy[row] = key in seen
+        seen.add(key)
+    return is_copy
 
 
 def _features(

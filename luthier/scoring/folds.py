@@ -57,7 +57,8 @@ def pool(folds: Iterable[tuple[Experiment, Result]]) -> tuple[Experiment, Result
     correct &= references != leader.none
     threshold = choose_threshold(confidence, correct)
     kept = leader.kept._replace(temperature=temperature, threshold=threshold)
-    sureness, familiarity = pool_familiarity(own, leader.answers.familiarity, calibrated, correct)
+    known = references != leader.none
+    sureness, familiarity = pool_familiarity(own, leader.answers.familiarity, calibrated, known, correct)
 
     splits, prepared, untested = _pool_splits([each for each, _ in parts], experiment)
     outcome = leader.outcome
@@ -87,7 +88,8 @@ def _of_same_images(folds: Iterable[tuple[Experiment, Result]]) -> list[tuple[Ex
                 "once. Put them back and repeat the command with --resume_from_checkpoint auto, or begin again in "
                 "another --output_dir"
             )
-        parts.append((experiment, result))
+        # Without the weights that trainings began from, which fill the memory of the next fold.
+        parts.append((experiment, result._replace(probe=result.probe._replace(starts={}))))
     return parts
 
 

@@ -5,7 +5,7 @@ import numpy as np
 from luthier.images.splits import stratified_folds
 from luthier.scoring.intervals import interval_of_difference, stretch
 from luthier.training.features import Pool
-from luthier.training.probe import cross_fit
+from luthier.training.probe import MAX_CELLS, MAX_LEARNED, cross_fit
 
 FOLDS, REPEATS = 5, 3
 RESAMPLES = 1000
@@ -16,7 +16,8 @@ def measure_inflation(pool: Pool, duplicates: np.ndarray, strength: float) -> di
 
     Both keep duplicates together. An image counts if all of its probes have learned its class, which they cannot where
     the class has one group. The interval of the difference comes from bootstrap samples of the groups; it is at least
-    that of `interval_of_difference`, because no difference in a few groups is no proof of none.
+    that of `interval_of_difference`, because no difference in a few groups is no proof of none. Among many images it
+    is measured on some of the groups.
 
     Args:
         pool: the images.
@@ -26,6 +27,7 @@ def measure_inflation(pool: Pool, duplicates: np.ndarray, strength: float) -> di
     Returns `images` and `groups` that count, `accuracy`, `ignoring` (the accuracy without groups), `inflation` and its
     `ci95`; None where no image counts.
     """
+    pool, duplicates = _some_groups(pool, duplicates)
     _, labels, groups, _ = pool
     correct = {"accuracy": np.zeros(len(labels)), "ignoring": np.zeros(len(labels))}
     counts = np.ones(len(labels), dtype=bool)  # whether an image does
@@ -58,3 +60,16 @@ def measure_inflation(pool: Pool, duplicates: np.ndarray, strength: float) -> di
         "inflation": inflation,
         "ci95": [min(low, least[0]), max(high, least[1])],
     }
+
+
+def _some_groups(pool: Pool, duplicates: np.ndarray) -> tuple[Pool, np.ndarray]:
+    """Return whole groups, of no more images than probes learn from: in a sample of images a group would lack some."""
+    most = max(1, min(MAX_LEARNED, MAX_CELLS // len(pool.names))) * FOLDS // (FOLDS - 1)
+    if len(pool.labels) <= most:
+        return pool, duplicates
+    own, index, sizes = np.unique(pool.groups, return_inverse=True, return_counts=True)
+    order = np.random.default_rng(0).permutation(len(own))
+    rows = np.flatnonzero(np.isin(index, order[np.cumsum(sizes[order]) <= most]))
+    if not len(rows):  # the first group alone has more
+        return pool, duplicates
+    return Pool(pool.features[rows], pool.labels[rows], pool.groups[rows], pool.names), duplicates[rows]

@@ -7,7 +7,7 @@ import torch
 from scipy.optimize import OptimizeWarning, curve_fit
 
 from luthier.errors import UserError
-from luthier.images.splits import stratified_folds
+from luthier.images.splits import rows_by_class, stratified_folds
 from luthier.scoring.intervals import stretch
 from luthier.terminal import plural
 from luthier.training.features import Pool, rows_at_once
@@ -83,7 +83,8 @@ def check_classes(labels: np.ndarray, groups: np.ndarray, names: list[str]) -> N
     Raises:
         UserError: see `learning_curve`.
     """
-    sizes = [len(np.unique(groups[labels == index])) for index in range(len(names))]
+    many = int(groups.max()) + 1
+    sizes = np.bincount(np.unique(labels * many + groups) // many, minlength=len(names)).tolist()
     fewest = int(np.argmin(sizes))
     if sizes[fewest] < FOLDS:
         raise UserError(
@@ -99,8 +100,7 @@ def _ranks_in_class(labels: np.ndarray, groups: np.ndarray, seed: int) -> np.nda
     A part has whole groups: a tenth of the images of every group would show nearly as much as all of them.
     """
     generator, ranks = np.random.default_rng(seed), np.empty(len(labels))
-    for label in np.unique(labels):
-        rows = np.flatnonzero(labels == label)
+    for rows in rows_by_class(labels):
         own, number = np.unique(groups[rows], return_inverse=True)
         ranks[rows] = (generator.permutation(len(own)) / len(own))[number]
     return ranks

@@ -79,10 +79,13 @@ class TestPredictions:
         """Return all scores, see `score`."""
         return score(self.logits, self.references, self.labels, self.groups, self.class_shares, self.none)
 
-    @property
-    def probabilities(self) -> np.ndarray:
-        """The probability of each class, float64 [N, C]."""
-        return np.exp(log_softmax(self.logits.astype(np.float64), axis=-1))
+    def answers(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the likeliest class of each image, its probability, and that of the true class, each [N]."""
+        confidence, of_label = np.empty(len(self.logits)), np.empty(len(self.logits))
+        for rows in _parts(self.logits):
+            part = np.exp(log_softmax(self.logits[rows].astype(np.float64), axis=-1))
+            confidence[rows], of_label[rows] = part.max(axis=-1), part[np.arange(len(part)), self.references[rows]]
+        return self.logits.argmax(axis=-1), confidence, of_label
 
 
 class Classification(evaluate.Metric):

@@ -127,41 +127,21 @@ def race(
     rival = probe if len(arms) > 1 else None  # a single arm is not compared with the probe
     if rival and rival.loss < course.judge.criterion.enough:
         return Outcome(Heats(), "the probe, which leaves little to gain", probe), None
-    state, last = _Race(arms, rival, course, resume, probe.seconds if probe else 0.0), None
-    if state.named:
-        state.return_to(state.named)
-    while state.running and not state.ended:
-        arm, state.ended = state.choose_next()
-        if arm is None:
-            break
-        number = state.next_heat(arm)
-        expected = state.expected_seconds(arm, number)
-        if (probe or state.heats) and not course.ends_in_time(expected):
-            state.ended = NO_TIME
-            break
-        partial = resume and not state.has_begun  # a part of this heat may have been trained before
-        last, begin = None, course.stopwatch.total()
-        try:
-            last = state.advance(arm, arm.ends[number])  # one model at a time in memory
-        except NotFinite as error:
-            state.leave(arm, error)
-            continue
-        seconds = max(course.stopwatch.total() - begin, expected if partial else 0.0)
-        state.heats.append(_describe(last[0], seconds))
-        state.ended = NO_TIME if state.heats[-1].step < arm.ends[number] else ""
-        state.record()
-    state.record()
-    leading = state.leading()
+    progress = _Progress(arms, rival, course, resume, probe.seconds if probe else 0.0)
+    if progress.named:
+        progress.return_to(progress.named)
+    last = progress.run_heats(needs_one=probe is None)
+    leading = progress.leading()
     if leading is None:
-        return Outcome(state.heats, state.ended, probe), None
+        return Outcome(progress.heats, progress.ended, probe), None
     if last is None or last[0].arm is not leading:
         last = None  # one model at a time in memory
-        last = state.advance(leading, state.heats.of(leading.recipe.name)[-1].step)
+        last = progress.advance(leading, progress.heats.of(leading.recipe.name)[-1].step)
     winner, trainer = last
-    return Outcome(state.heats, state.ended, probe, winner), trainer
+    return Outcome(progress.heats, progress.ended, probe, winner), trainer
 
 
-class _Race:
+class _Progress:
     """How far a race is, from where an earlier part of the run has left it.
 
     Attributes:
@@ -195,6 +175,43 @@ class _Race:
         """Write `race.json`."""
         left = [arm.recipe.name for arm in self.arms if arm not in self.running]
         write_record(self.course, self.arms, self.heats, self.ended, left)
+
+    def run_heats(self, needs_one: bool) -> tuple[Trained, SafeTrainer] | None:
+        """Run heats until the race ends; return what the last one has trained, None where that has left the race.
+
+        Args:
+            needs_one: there is no probe, so that the first heat runs whatever the time limit is.
+        """
+        last = None
+        while self.running and not self.ended:
+            arm, self.ended = self.choose_next()
+            if arm is None:
+                break
+            number = self.next_heat(arm)
+            expected = self.expected_seconds(arm, number)
+            if (self.heats or not needs_one) and not self.course.ends_in_time(expected):
+                self.ended = NO_TIME
+                break
+            last = None  # one model at a time in memory
+            last = self._run_heat(arm, number, expected)
+        self.record()
+        return last
+
+    def _run_heat(self, arm: Arm, number: int, expected: float) -> tuple[Trained, SafeTrainer] | None:
+        """Run a heat and record it; None where the arm leaves the race in it."""
+        may_be_partial = self.resume and not self.has_begun  # a part of it may have been trained before
+        begin = self.course.stopwatch.total()
+        try:
+            trained, trainer = self.advance(arm, arm.ends[number])
+        except NotFinite as error:
+            self.leave(arm, error)
+            return None
+        seconds = max(self.course.stopwatch.total() - begin, expected if may_be_partial else 0.0)
+        heat = _describe(trained, seconds)
+        self.heats.append(heat)
+        self.ended = NO_TIME if heat.step < arm.ends[number] else ""
+        self.record()
+        return trained, trainer
 
     def choose_next(self) -> tuple[Arm | None, str]:
         """Return the arm that runs the next heat, or none and why the race ends here."""

@@ -128,13 +128,13 @@ def refit(
     result: Result,
     splits: DatasetDict,
     images: Mapping[str, ImageRows],
-    prepare: Callable[[list[Dataset]], Any],
+    rows_of: Callable[[list[Dataset]], Any],
 ) -> tuple[Plan, Refitted | None]:
     """Return the plan, and the model that is shipped: the probe of all images, or trained weights.
 
     An arm is trained again on all images, for as many epochs as the kept weights, and the mean of both is shipped
-    (Wortsman et al. 2022): see `_ship`. Where that fails, as in `FAILURES`, the plan says why there is none, and the
-    scored weights are shipped.
+    (Wortsman et al. 2022): see `_set_weights`. Where that fails, as in `FAILURES`, the plan says why there is none,
+    and the scored weights are shipped.
 
     The temperature and the thresholds are those of the kept weights. Where answers make up for rare classes, they
     make up for the shares of the classes among these images.
@@ -144,7 +144,7 @@ def refit(
         result: of the run; checkpoints go to `refit` in its directory.
         splits: as loaded.
         images: of each split, as evaluation sees them.
-        prepare: returns the training rows of several splits together; not called where the probe is kept.
+        rows_of: returns the training rows of several splits together; not called where the probe is kept.
 
     Raises:
         UserError: see `trainer.train`.
@@ -161,25 +161,37 @@ def refit(
     else:
         try:
             with workshop.training_args.main_process_first(desc="preparing the images"):
-                rows = prepare([splits[split] for split in plan.splits])
+                rows = rows_of([splits[split] for split in plan.splits])
             arm = winner.arm._replace(workshop=workshop)
             model = _train_again(arm, winner.best_step, rows, start, result.course)
         except tuple(FAILURES) as error:
             if isinstance(error, ImagesChanged) and workshop.training_args.world_size > 1:
                 raise  # other processes may have read the images, and would wait for this one
-            say("careful", f"the weights from before the refit are shipped, because it fails: {error}")
-            return plan._replace(refusal=FAILURES[type(error)], averaged=False), None
+            return _fail(plan, FAILURES[type(error)], str(error))
     load_candidate(model, start, kept)
     trainer = build_predictor(model, workshop.training_args)
-    if winner is not None and not (plan := _ship(trainer, plan, result, winner.arm.rows["validation"])).done:
-        say("careful", f"the weights from before the refit are shipped, because it fails: {plan.refusal}")
-        return plan, None
+    if winner is not None:
+        plan = _set_weights(trainer, plan, result, winner.arm.rows["validation"])
+        if not plan.done:
+            return _fail(plan, plan.refusal, plan.refusal)
     known, of_scored = probe.known_of(winner is None), result.answers.familiarity
     familiarity = refit_familiarity(trainer, of_scored, plan.splits, images, splits, known, result.none)
     return plan, Refitted(model, familiarity, plan.splits)
 
 
-def _ship(trainer: Trainer, plan: Plan, result: Result, validation: Any) -> Plan:
+def _fail(plan: Plan, refusal: str, reason: str) -> tuple[Plan, None]:
+    """Return what `refit` returns where it fails, and say so.
+
+    Args:
+        plan: of the refit.
+        refusal: why there is none, for the plan.
+        reason: the same in detail, for the terminal.
+    """
+    say("careful", f"the weights from before the refit are shipped, because it fails: {reason}")
+    return plan._replace(refusal=refusal, averaged=False), None
+
+
+def _set_weights(trainer: Trainer, plan: Plan, result: Result, validation: Any) -> Plan:
     """Give the model of a refit the weights that are shipped: their mean with the scored ones, if that is planned.
 
     Validation has chosen among the epochs of the scored weights, and nothing among those of a refit, which by
@@ -200,20 +212,27 @@ def _ship(trainer: Trainer, plan: Plan, result: Result, validation: Any) -> Plan
     def losses(of: Trainer) -> np.ndarray:
         return judge.criterion.log_losses(*predict(of, validation))
 
-    scored = losses(build_predictor(result.model, result.workshop.training_args))
-    before, own = result.model.state_dict(), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    scored_losses = losses(build_predictor(result.model, result.workshop.training_args))
+    scored, refitted = result.model.state_dict(), {name: value.clone() for name, value in model.state_dict().items()}
     result.model.cpu()
     for share in (SHARE, 1.0) if plan.averaged else (1.0,):
-        model.load_state_dict(blend(before, own, share))
-        behind = losses(trainer) - scored
+        model.load_state_dict(blend(scored, refitted, share))
+        behind = losses(trainer) - scored_losses
         mean, error = float(behind.mean()), standard_error(behind, judge.groups)
-        if math.isfinite(mean) and (mean <= WORSE * error or error < TINY):  # one image, or group, tells nothing
-            new, old = class_shares_of(model), class_shares_of(result.model)
-            if share < 1 and new and old:  # the mean of the biases makes up for these
-                both = np.sqrt(np.array(new) * np.array(old))
-                model.config.class_shares = (both / both.sum()).tolist()
+        tells_nothing = error < TINY  # of one image, or group
+        if math.isfinite(mean) and (mean <= WORSE * error or tells_nothing):
+            if share < 1:
+                _average_class_shares(model, result.model)
             return plan._replace(averaged=share < 1)
     return plan._replace(refusal="it is clearly worse on validation than the scored weights", averaged=False)
+
+
+def _average_class_shares(model: PreTrainedModel, scored: PreTrainedModel) -> None:
+    """Note which shares of the classes the mean of two heads' biases makes up for: their geometric mean."""
+    new, old = class_shares_of(model), class_shares_of(scored)
+    if new and old:
+        both = np.sqrt(np.array(new) * np.array(old))
+        model.config.class_shares = (both / both.sum()).tolist()
 
 
 def _start(

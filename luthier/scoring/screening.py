@@ -96,36 +96,61 @@ def choose_view(
     check_view(model, (side, wide), advice="Use another model")
     if not enabled or linear_head(model) is None or side != wide:
         return EvaluationView(image_processor), []
-    own, cfg = image_processor, getattr(model.config, "pretrained_cfg", None)
-    tried: dict[tuple[str, int], View] = {}
-
-    def show(fits: Sequence[str], pixels: int) -> list[View]:
-        """Try views of one side; leave out what the image processor cannot do."""
-        processors = {}
-        for fit in fits:
-            with contextlib.suppress(ModelError):
-                processors[fit] = own if (fit, pixels) == ("own", side) else change_view(model, own, pixels, fit)
-        if cfg is not None:
-            model.config.pretrained_cfg = cfg
-        all_losses, _ = sample.losses(model, *processors.values())
-        views = [View(fit, pixels, losses) for fit, losses in zip(processors, all_losses, strict=True)]
-        tried.update({(view.fit, view.side): view for view in views})
-        return views
-
+    trials = _Trials(model, image_processor, side, sample)
     coarse = LEAST_SIDE * round(COARSE * side / LEAST_SIDE)  # enough to compare the fits, in a quarter of the time
     coarse = coarse if takes_size(model, coarse) else side
-    fits = show(("own", "squeeze") if sample.is_square else ("own", "squeeze", "pad"), coarse)
+    fits = trials.try_fits(("own", "squeeze") if sample.is_square else ("own", "squeeze", "pad"), coarse)
     best = min(fits, key=lambda view: view.loss)
     fit = best.fit if best.is_better(fits[0], sample.groups) else "own"
     chosen = View(fit, side, None)
     smaller = [pixels for pixels in _smaller_sides(sample.shorter_side, side) if takes_size(model, pixels)]
     if any_side and smaller:
-        large, *others = (tried.get((fit, pixels)) or show([fit], pixels)[0] for pixels in (side, *smaller))
-        small = min(others, key=lambda view: view.loss)
+        large = trials.view(fit, side)
+        small = min([trials.view(fit, pixels) for pixels in smaller], key=lambda view: view.loss)
         chosen = small if small.is_better(large, sample.groups) else large
-    if (chosen.fit, chosen.side) != ("own", side):
-        image_processor = change_view(model, own, chosen.side, chosen.fit)
-    return EvaluationView(image_processor), [chosen, *tried.values()]
+    return EvaluationView(trials.processor(chosen.fit, chosen.side)), [chosen, *trials.views.values()]
+
+
+class _Trials:
+    """The views of a sample that were tried.
+
+    Args:
+        model: its config is that of its own view while views are tried.
+        own: the image processor of the model's own view.
+        own_side: of that view, in pixels.
+        sample: a few images.
+
+    Attributes:
+        views: by fit and side, in the order in which they were tried.
+    """
+
+    def __init__(self, model: PreTrainedModel, own: BaseImageProcessor, own_side: int, sample: "Sample"):
+        self.model, self.own, self.own_side, self.sample = model, own, own_side, sample
+        self.views: dict[tuple[str, int], View] = {}
+
+    def view(self, fit: str, side: int) -> View:
+        """Return a view with its losses; try it where that was not done before."""
+        if (fit, side) not in self.views:
+            self.try_fits([fit], side)
+        return self.views[fit, side]
+
+    def try_fits(self, fits: Sequence[str], side: int) -> list[View]:
+        """Try views of one side; leave out those that the image processor cannot show."""
+        config = getattr(self.model.config, "pretrained_cfg", None)
+        processors: dict[str, BaseImageProcessor] = {}
+        for fit in fits:
+            with contextlib.suppress(ModelError):
+                processors[fit] = self.processor(fit, side)
+        if config is not None:
+            self.model.config.pretrained_cfg = config  # where `change_view` notes the last view
+        all_losses, _ = self.sample.losses(self.model, *processors.values())
+        views = [View(fit, side, losses) for fit, losses in zip(processors, all_losses, strict=True)]
+        self.views.update({(view.fit, view.side): view for view in views})
+        return views
+
+    def processor(self, fit: str, side: int) -> BaseImageProcessor:
+        """Return the image processor of a view; that of another view than the model's own changes the config."""
+        return self.own if (fit, side) == ("own", self.own_side) else change_view(self.model, self.own, side, fit)
 
 
 def _smaller_sides(shorter_side: int, side: int) -> list[int]:

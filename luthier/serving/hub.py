@@ -18,7 +18,7 @@ from luthier.errors import REFUSED_BY_SYSTEM, UserError, first_line, message_for
 from luthier.output_dir import has_ended, has_weights
 from luthier.reporting.card import FIGURES, write_model_card
 from luthier.run_files import CARD, CODE, CONFIG, EXPORTS, METRICS, ONNX, ONNX_FILES
-from luthier.terminal import quote, say
+from luthier.terminal import of_project, quote, say
 
 # Besides the card, which is rewritten with the repository's name. Nothing else leaves the machine: no checkpoints,
 # no logs, and no report, predictions or audit, which show or name the user's images.
@@ -227,5 +227,5 @@ def publish(output_dir: Path, repo_id: str, private: bool | None) -> str:
         return ""
     except Exception as raised:
         error = message_for_user(raised) or f"{type(raised).__name__}: {raised}"
-        command = quote("python", "push.py", str(output_dir), repo_id, *(["--private"] if private else []))
+        command = quote("python", of_project("push.py"), str(output_dir), repo_id, *(["--private"] if private else []))
         return f"not pushed: {error}\nThe run is complete, in {output_dir}. To push it again:\n  {command}"

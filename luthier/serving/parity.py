@@ -128,14 +128,15 @@ def compare(exported: Network, rated: Rated, images: Images, precision: str) -> 
     sure = [each.sureness >= exported.unsure_below for each in (rated, other)]
     apart = ~(np.abs(rated.sureness - other.sureness) <= ROUNDING)  # so of what is no number, too
     finite = [np.isfinite(each.probabilities).all(axis=1) & ~np.isnan(each.sureness) for each in (rated, other)]
-    differences = np.abs(rated.probabilities - other.probabilities)
+    pairs = zip(rated.probabilities, other.probabilities, strict=True)  # by row: there may be many classes
+    largest = max(float(np.nan_to_num(np.abs(one - two), nan=1.0).max()) for one, two in pairs)
     return Parity(
         precision=precision,
         n=len(truth),
         same=int((before == after).sum()),
         not_finite=int((finite[0] & ~finite[1]).sum()),
         other_answers=int(((sure[0] != sure[1]) & apart).sum()),
-        largest_difference=float(np.nan_to_num(differences, nan=1.0).max()),
+        largest_difference=largest,
         labelled=images.labels is not None,
         accuracy=(float(correct[0].mean()), float(correct[1].mean())),
         difference_ci95=interval_of_difference(correct[1] - correct[0], images.groups),

@@ -48,6 +48,8 @@ class TorchNetwork:
             # another axis: the ResNets of CLIP apply it to all tokens, and take the first one's afterwards.
             self.head = self.model.get_submodule(self.familiarity.head)
             self.model.set_submodule(self.familiarity.head, nn.Identity())
+            # Converted once: with many classes it may have more numbers than the model.
+            self._rate = self.familiarity._replace(bank=self.familiarity.bank.to(self.device, torch.float32)).rate
 
     def start_worker(self) -> None:
         """Give a thread that prepares images one thread of torch: all together keep the cores busy."""
@@ -60,5 +62,5 @@ class TorchNetwork:
         with self._turn:
             output = self.model(pixel_values=pixel_values).logits
         probabilities = self.head(output).float().softmax(dim=-1)
-        sureness = self.familiarity.rate(probabilities, output) if self.familiarity else probabilities.amax(dim=-1)
+        sureness = self._rate(probabilities, output) if self.familiarity else probabilities.amax(dim=-1)
         return Rated(probabilities.cpu().numpy(), sureness.cpu().numpy())

@@ -19,9 +19,9 @@ from luthier.processes import from_main_process
 from luthier.training.balance import Balance
 from luthier.training.callbacks import EpochTable, SetEpoch
 from luthier.training.checkpoints import Origin, lacking_space
-from luthier.training.heats import Schedule, first_heat, heat_ends, longest
+from luthier.training.heats import Schedule, first_heat, heat_ends, most_steps
 from luthier.training.layers import freeze, freeze_unused, parameter_groups
-from luthier.training.recipe import BATCH, Recipe
+from luthier.training.recipe import Recipe
 from luthier.training.safe_trainer import SafeTrainer
 from luthier.training.trainer import build_predictor, check_scheduler, choose_optimizer, replace_progress
 from luthier.training.workers import SeededAugmentation
@@ -148,18 +148,31 @@ def plan_arm(recipe: Recipe, workshop: Workshop, rows: Mapping[str, Any], folder
     args = replace(args, per_device_train_batch_size=recipe.batch_of_device(images, batches))
     batch, per_epoch = args.train_batch_size * batches, count_steps(args, images)
     first = first_heat(per_epoch, batch)
-    if args.max_steps > 0:
-        total = args.max_steps
-    elif recipe.num_train_epochs is not None:
-        total = math.ceil(recipe.num_train_epochs * per_epoch)
-    else:
-        total = longest(recipe.heats, first, per_epoch, batch, args.device.type == "cuda")
+    total = _total_steps(recipe, args, first, per_epoch, batch)
     # Heats have a schedule of their own: another one, or one with settings, trains in one.
     in_heats = recipe.heats > 1 and args.lr_scheduler_type == SchedulerType.COSINE and not args.lr_scheduler_kwargs
     ends = heat_ends(first, total) if in_heats else (total,)
-    rate, epochs = recipe.rate_of_batch(min(batch, max(images, BATCH))), total / per_epoch
-    own = replace(args, learning_rate=rate, num_train_epochs=epochs, output_dir=str(folder))
-    return Arm(recipe, workshop, own, rows, ends, Schedule(ends, args.warmup_steps) if in_heats else None, start)
+    schedule = Schedule(ends, args.warmup_steps) if in_heats else None
+    rate = recipe.rate_of_batch(min(batch, images))  # a step has no more images than there are
+    own = replace(args, learning_rate=rate, num_train_epochs=total / per_epoch, output_dir=str(folder))
+    return Arm(recipe, workshop, own, rows, ends, schedule, start)
+
+
+def _total_steps(recipe: Recipe, args: TrainingArguments, first: int, per_epoch: int, batch: int) -> int:
+    """Return the steps of all heats: the user's, those of the recipe's epochs, or as many as its heats have at most.
+
+    Args:
+        recipe: with the user's epochs.
+        args: of the arm.
+        first: steps of the first heat.
+        per_epoch: optimizer steps of an epoch.
+        batch: images in a step.
+    """
+    if args.max_steps > 0:
+        return args.max_steps
+    if recipe.num_train_epochs is not None:
+        return math.ceil(recipe.num_train_epochs * per_epoch)
+    return most_steps(recipe.heats, first, per_epoch, batch, args.device.type == "cuda")
 
 
 def build_trainer(model: PreTrainedModel, arm: Arm) -> SafeTrainer:

@@ -8,7 +8,7 @@ from accelerate.utils import reduce
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainingArguments
 
-from luthier.terminal import Stopwatch, Tenths, percent
+from luthier.terminal import Stopwatch, Tenths, ignore_closed, percent
 
 QUIET_SECONDS = 10  # of an evaluation before its progress is said line by line
 
@@ -85,7 +85,8 @@ class EpochTable(TrainerCallback):
     def write_header(cls, args: TrainingArguments) -> None:
         """Print the names of the columns, where rows will follow."""
         if args.process_index == 0 and args.eval_strategy != "no":
-            tqdm.write(cls.HEADER)
+            with ignore_closed("stdout"):
+                tqdm.write(cls.HEADER)
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.correct, self.seen, self.train = 0, 0, dict[str, float]()
@@ -101,12 +102,14 @@ class EpochTable(TrainerCallback):
             self.correct, self.seen = 0, 0
         if "eval_loss" in logs and state.is_world_process_zero:
             now = time.perf_counter()
-            tqdm.write(
+            row = (
                 f"{state.epoch:5.4g}  {self.train.get('loss', float('nan')):6.3f}"
                 f"  {percent(self.train.get('accuracy', float('nan'))):>9}  {logs['eval_loss']:7.3f}"
                 f"  {percent(logs['eval_accuracy']):>8}  {logs['eval_macro_f1']:9.3f}  {now - self.epoch_start:7.1f}"
                 f"  {self.recipe}"
             )
+            with ignore_closed("stdout"):
+                tqdm.write(row)
             self.epoch_start = now
 
     def count(self, answers: torch.Tensor, labels: torch.Tensor) -> None:

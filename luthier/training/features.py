@@ -114,7 +114,7 @@ class Pool(NamedTuple):
     """Images of several splits, one after the other, for probes to learn from.
 
     Attributes:
-        features: float32 [N, D], on the device of the fits.
+        features: float32 [N, D], on the device of the fits, see `device_of_fits`.
         labels: int [N].
         groups: int [N], the same for images that belong together.
         names: the classes' names.
@@ -138,8 +138,15 @@ def pool_of(
         used: the splits.
     """
     labels, groups = columns_of(splits, ("label", "group"), used)
-    everything, names = join([features[split] for split in used]).to(device), splits["train"].features["label"].names
-    return Pool(everything, labels, groups, names)
+    everything, names = join([features[split] for split in used]), splits["train"].features["label"].names
+    return Pool(everything.to(device_of_fits(everything, device)), labels, groups, names)
+
+
+def device_of_fits(features: torch.Tensor, device: torch.device) -> torch.device:
+    """Return where probes are fitted: on the CPU if a GPU has no room for the features and a centred copy of them."""
+    if device.type == "cuda" and 2.5 * features.nbytes > torch.cuda.mem_get_info(device)[0]:
+        return torch.device("cpu")
+    return device
 
 
 def columns_of(splits: DatasetDict, columns: Sequence[str], used: Collection[str] = LEARNABLE) -> list[np.ndarray]:

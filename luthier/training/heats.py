@@ -52,7 +52,7 @@ def first_heat(steps_per_epoch: int, batch: int) -> int:
     return min(epochs * steps_per_epoch, max(MAX_IMAGES // batch, MIN_STEPS))
 
 
-def longest(heats: int, first: int, steps_per_epoch: int, batch: int, on_gpu: bool) -> int:
+def most_steps(heats: int, first: int, steps_per_epoch: int, batch: int, on_gpu: bool) -> int:
     """Return the steps of all heats of an arm, at most.
 
     A GPU is 30 times as fast as a few cores of a CPU. So there many images are seen in as many epochs as few images
@@ -65,8 +65,10 @@ def longest(heats: int, first: int, steps_per_epoch: int, batch: int, on_gpu: bo
         batch: images in a step.
         on_gpu: an NVIDIA GPU trains.
     """
-    units = 2**heats - 1
-    return max(units * first, min(units * steps_per_epoch, MAX_ON_GPU // batch)) if on_gpu else units * first
+    units = 2**heats - 1  # of the first heat's length: 1 + 2 + 4 ...
+    if on_gpu:
+        return max(units * first, min(units * steps_per_epoch, MAX_ON_GPU // batch))
+    return units * first
 
 
 def heat_ends(first: int, total: int) -> tuple[int, ...]:

@@ -26,14 +26,16 @@ def layer_numbers(model: PreTrainedModel) -> dict[str, int]:
     head = head_parameters(model)
     names = [name for name, _ in model.named_parameters() if name not in head]
     for pattern in (r"(.*?\.\d+)\.", r"(.*?\d+\w*)\."):
-        layers = [numbered[1] if (numbered := re.match(pattern, name)) else "" for name in names]
+        matches = [re.match(pattern, name) for name in names]
+        layers = [match[1] if match else "" for match in matches]
         if len(set(layers)) > 1:
             break
     numbers: dict[str, int] = {}
     last, number = None, -1
     for name, layer in _merge_lists(model, zip(names, layers, strict=True)):
-        number += layer != last
-        numbers[name], last = number, layer
+        if layer != last:
+            last, number = layer, number + 1
+        numbers[name] = number
     return {name: numbers[name] for name in names} | dict.fromkeys(head, number + 1)
 
 
@@ -68,12 +70,12 @@ def freeze(model: PreTrainedModel, share: float) -> None:
     frozen = {name for name, number in numbers.items() if number < first}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)
-    whole = [
-        module
-        for prefix, module in model.named_modules()
-        if (names := [f"{prefix}.{name}" for name, _ in module.named_parameters()]) and frozen.issuperset(names)
-    ]
-    keep_in_eval_mode({part for module in whole for part in module.modules()})
+    whole = set[nn.Module]()  # modules all of whose parameters are frozen, with their parts
+    for prefix, module in model.named_modules():
+        own = {f"{prefix}.{name}" for name, _ in module.named_parameters()}
+        if own and own <= frozen:
+            whole.update(module.modules())
+    keep_in_eval_mode(whole)
 
 
 def freeze_unused(model: PreTrainedModel, shape: Sequence[int]) -> None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, Trainer
 
 from luthier.processes import from_main_process
 from luthier.training.balance import Balance
-from luthier.training.features import Pool, empty_rows, rows_at_once
+from luthier.training.features import Pool, device_of_fits, empty_rows, rows_at_once
 
 # Penalties tried, from strong to weak; the best is at an end on easy images alone, where all do (docs/experiments.md).
 STRENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
@@ -64,6 +64,7 @@ def fit_shared_probes(
 
     def fit(device: torch.device) -> list[LinearProbe]:
         assert features is not None  # on the main process
+        device = device_of_fits(features["train"], device)
         train, validation = (
             (features[split].to(device), torch.tensor(labels[split]).to(device)) for split in ("train", "validation")
         )
@@ -92,6 +93,7 @@ def fit_shared_probe(
 
     def fit(device: torch.device) -> list[LinearProbe]:
         assert features is not None  # on the main process
+        device = device_of_fits(features, device)
         truth = torch.tensor(labels).to(device)
         return list(fit_path(features.to(device), truth, max(labels) + 1, (strength,), balance))
 

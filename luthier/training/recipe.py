@@ -48,7 +48,10 @@ class Recipe(NamedTuple):
     batch: int | None = None
 
     def batch_of_device(self, images: int, batches: int) -> int:
-        """Return how many images a device takes at a time: `BATCH`, or fewer where an epoch is short.
+        """Return how many images a device takes at a time.
+
+        It is `BATCH` where an epoch has `LEAST_STEPS` steps of so many on each device. Otherwise the devices share
+        `BATCH` images; or `small_batch`, where an epoch is too short for that, too.
 
         Args:
             images: of an epoch.
@@ -58,7 +61,8 @@ class Recipe(NamedTuple):
             return self.batch
         if images >= LEAST_STEPS * BATCH * batches:
             return BATCH
-        return math.ceil((BATCH if images >= LEAST_STEPS * BATCH else self.small_batch) / batches)
+        shared = BATCH if images >= LEAST_STEPS * BATCH else self.small_batch
+        return math.ceil(shared / batches)
 
     def rate_of_batch(self, batch: int) -> float:
         """Return the learning rate of the head for so many images in an optimizer step.

@@ -21,7 +21,8 @@ class SafeTrainer(WorkerTrainer):
 
     It overrides private methods, read in transformers 5.23. At an upgrade, check: does `_get_output_dir` still name
     the folder that `_save_checkpoint` writes into; does `_maybe_log_save_evaluate` still evaluate before it saves;
-    does `_clip_grad_norm` still return the norm? Does `_eval_dataloaders` still hold the loaders (`trainer.train`)?
+    is `_get_grad_norm` still called at every step? Does `_eval_dataloaders` still hold the loaders
+    (`trainer._free_memory`)?
     """
 
     schedule: Schedule | None = None  # of the learning rate, instead of `lr_scheduler_type`
@@ -59,7 +60,8 @@ class SafeTrainer(WorkerTrainer):
 
     def _maybe_log_save_evaluate(self, *arguments, **options) -> None:
         # A checkpoint of an epoch's last step waits for the epoch's evaluation, which a resume from it would not make.
-        last_step = self.args.eval_strategy == "epoch" and float(self.state.epoch or 0).is_integer()
+        epoch = float(self.state.epoch or 0)
+        last_step = self.args.eval_strategy == "epoch" and epoch.is_integer() and self.args.eval_delay <= epoch
         if self.control.should_evaluate:
             self.control.should_save |= self.save_postponed
             self.save_postponed = False
@@ -89,14 +91,7 @@ class SafeTrainer(WorkerTrainer):
             shutil.rmtree(output_dir / PARTIAL, ignore_errors=True)
             if not full:
                 raise
-            last = newest(output_dir)
-            resume = (
-                f"{last} is whole: free some space, and resume with" if last else "free some space, and start with"
-            )
-            raise UserError(
-                f"the disk is full: no checkpoint of step {step} in {output_dir}. {resume} "
-                "--resume_from_checkpoint auto"
-            ) from error
+            raise _explain_full_disk(output_dir, step) from error
         finally:
             self.writing_to = None
         self.accelerator.wait_for_everyone()
@@ -162,8 +157,8 @@ class SafeTrainer(WorkerTrainer):
         self._watch(loss)
         return loss
 
-    def _clip_grad_norm(self, model):
-        norm = super()._clip_grad_norm(model)
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
         if self.accelerator.scaler is None:  # which skips such steps by itself
             self._watch(norm)
         return norm
@@ -198,3 +193,12 @@ class SafeTrainer(WorkerTrainer):
                 f"that is too high (it is {self.args.learning_rate:g}: try a tenth), half precision (--bf16 False, "
                 f"--fp16 False), or damaged weights.{kept}"
             )
+
+
+def _explain_full_disk(output_dir: Path, step: int) -> UserError:
+    """Return the error of a checkpoint that the disk has no space for, with what to do."""
+    last = newest(output_dir)
+    resume = f"{last} is whole: free some space, and resume with" if last else "free some space, and start with"
+    return UserError(
+        f"the disk is full: no checkpoint of step {step} in {output_dir}. {resume} --resume_from_checkpoint auto"
+    )

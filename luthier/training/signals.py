@@ -82,12 +82,14 @@ class Stop(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.agree():
             self.stopping = control.should_training_stop = True
-            # After the last step of an epoch comes its evaluation, and then its checkpoint, as always.
+            # After the last step of an epoch comes its evaluation, and then its checkpoint.
             control.should_save = not float(state.epoch).is_integer()
             control.should_evaluate = control.should_log = False
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        if self.stopping and not float(state.epoch).is_integer():
+        if self.stopping and float(state.epoch).is_integer():
+            control.should_save = True  # whatever the strategy: `on_step_end` has left it to this
+        elif self.stopping:
             control.should_save = control.should_evaluate = control.should_log = False
 
     def on_prediction_step(self, args, state, control, **kwargs):
@@ -98,7 +100,7 @@ class Stop(TrainerCallback):
 
     @contextlib.contextmanager
     def in_training(self) -> Iterator[None]:
-        """Hold for a training, however it ends: a signal within it waits for a checkpoint."""
+        """Count the training as over when the block ends, however it ends; `on_train_begin` counts it as begun."""
         try:
             yield
         finally:

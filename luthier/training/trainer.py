@@ -54,12 +54,17 @@ def choose_optimizer(training_args: TrainingArguments, model: PreTrainedModel) -
     Raises:
         UserError: it is not available, or its settings are wrong.
     """
+    name = OptimizerNames(training_args.optim).value
     try:
-        return Trainer.get_optimizer_cls_and_kwargs(training_args, model)
+        kind, settings = Trainer.get_optimizer_cls_and_kwargs(training_args, model)
+        if {"params", "model", "optimizer_dict"} & settings.keys():
+            raise ValueError("it groups the layers by itself, where recipes give each its learning rate")
+        if 0 < settings.get("warmup_steps", 0) < 1:  # a share, which schedule-free optimizers would take for steps
+            settings["warmup_steps"] = 0  # the schedule of the learning rate has the warmup
+        return kind, settings
     except (ImportError, RuntimeError, ValueError) as error:
-        settings = f" with --optim_args {training_args.optim_args}" if training_args.optim_args else ""
-        name = OptimizerNames(training_args.optim).value
-        raise UserError(f"--optim {name}{settings} cannot be used: {error}") from error
+        given = f" with --optim_args {training_args.optim_args}" if training_args.optim_args else ""
+        raise UserError(f"--optim {name}{given} cannot be used: {error}") from error
 
 
 def check_scheduler(training_args: TrainingArguments) -> None:
@@ -114,13 +119,24 @@ def train(trainer: SafeTrainer, end: int | None, checkpoint: Path | None, stop: 
         received = stop.agree()
         if received:
             stop.exit_with(received, output_dir)
+    _free_memory(trainer)
+    _load_best(trainer)
+
+
+def _free_memory(trainer: SafeTrainer) -> None:
+    """Let go of what only a training needs: the optimizer, the loaders, and their data workers."""
     for owner in (trainer, trainer.callback_handler):  # or two moments of all weights would stay
         owner.optimizer = owner.lr_scheduler = None
     trainer.callback_handler.train_dataloader = trainer.callback_handler.eval_dataloader = None
     vars(trainer).pop("_eval_dataloaders", None)
     trainer.accelerator.free_memory()  # and its data workers, with the batches that they have ready
+
+
+def _load_best(trainer: SafeTrainer) -> None:
+    """Load the weights of the best evaluation on every process; without their checkpoint the last ones stay."""
+    model = model_of(trainer)
     # The best step was chosen on validation. With other strategies than Luthier's it may have no checkpoint.
-    best = output_dir / f"checkpoint-{trainer.state.best_global_step}"
+    best = Path(str(trainer.args.output_dir)) / f"checkpoint-{trainer.state.best_global_step}"
     found = from_main_process(best if best.exists() else None)
     if found is None:
         trainer.state.best_global_step = None

@@ -11,7 +11,16 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from luthier.arguments import ARGUMENTS, COMMON, DataArguments, ModelArguments, build_parser, parse_arguments
+from data import load_images
+from luthier.arguments import (
+    ARGUMENTS,
+    COMMON,
+    DataArguments,
+    ModelArguments,
+    build_parser,
+    option_of_data,
+    parse_arguments,
+)
 from luthier.errors import UserError
 from luthier.machine import OneGPUTrainingArguments, fill_in_machine_defaults
 from luthier.parsing import MEANT, MEANT_BY, NOT_NEEDED
@@ -186,12 +195,45 @@ def test_mistake_in_a_config(text, message):
         (["--validation_fraction", "0"], "--validation_fraction is 0.0, but must lie between 0 and 1"),
         (["--report_to", "tensorbord"], "--report_to tensorbord is not supported"),
         (["--resume_from_checkpoint", "True"], "True is not a checkpoint: give auto"),
+        (["--enable_jit_checkpoint", "1"], "--enable_jit_checkpoint would take SIGTERM"),
+        (["--save_strategy", "best"], "--save_strategy best leaves no checkpoint"),
+        (["--fsdp", "full_shard"], "--fsdp divides the model among GPUs"),
+        (["--train_sampling_strategy", "group_by_length"], "group_by_length is for texts"),
+        (["--neftune_noise_alpha", "5"], "--neftune_noise_alpha is for models of text"),
+        (["--use_liger_kernel", "1"], "--use_liger_kernel is for models of text"),
+        (["--dataloader_persistent_workers", "1", "--dataloader_num_workers", "0"], "needs data workers"),
+        (["--use_cpu", "1", "--fp16", "1"], "--fp16 needs a GPU"),
     ],
 )
 def test_mistake_on_the_command_line(args, message):
     with pytest.raises(UserError, match=message) as error_info:
         parse_arguments(args)
     assert "hf_secret" not in str(error_info.value)
+
+
+def test_config_of_accelerate_that_divides_the_model_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="configured for FSDP, which divides the model among GPUs"):
+        parse_arguments([])
+
+
+def test_launcher_that_asks_for_the_cpu_gets_its_defaults(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    options = dict.fromkeys(("use_cpu", "fp16", "ddp_backend", "dataloader_pin_memory", "dataloader_num_workers"))
+    options |= dict.fromkeys(("dataloader_persistent_workers", "accelerator_config", "bf16"))
+    options |= {"per_device_eval_batch_size": None}
+    fill_in_machine_defaults(options)
+    assert options["use_cpu"] is True and not options["bf16"] and options["dataloader_num_workers"] == 0
+
+
+def test_folder_that_begins_with_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert option_of_data("~nosuch") == ["--dataset_name", "~nosuch"]
+    Path("~nosuch").mkdir()
+    assert option_of_data("~nosuch") == ["--data_dir", "~nosuch"]
+    with pytest.raises(UserError, match="~nosuch2/photos is not a folder"):
+        load_images(data_dir="~nosuch2/photos")
 
 
 def test_race_does_not_go_on_from_a_single_checkpoint(tmp_path):

@@ -49,6 +49,12 @@ def verdicts(results: dict) -> list[str]:
     return [verdict_in_words(verdict) for verdict in compare_pairs(results)]
 
 
+def test_output_dir_may_be_in_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    args, _, _ = parse_line(["--set", "augmentation=none,crop", "--output_dir=~/cmp"])
+    assert args.output_dir == tmp_path / "cmp"
+
+
 def test_verdict_is_that_of_the_exact_mcnemar_test():
     a = [True] * 90 + [False] * 10
     b = [True] * 80 + [False] * 10 + [True] * 2 + [False] * 8

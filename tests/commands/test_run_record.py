@@ -70,4 +70,4 @@ def test_model_that_has_learned_from_the_images_that_judge_it_is_named(tmp_path,
     assert capsys.readouterr().out == ""
     (tmp_path / "learned_from.txt").write_text(f"{'a' * 16}\n{'b' * 16}\n")
     assert warn_if_learned(str(tmp_path), splits) == 1
-    assert "has learned from, or was chosen by, 1 of the 1 images that judge it" in capsys.readouterr().out
+    assert "has learned from, or was chosen by, 1 of 1 test or validation image: its score" in capsys.readouterr().out

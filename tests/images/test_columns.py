@@ -18,7 +18,7 @@ from luthier.errors import UserError
 from luthier.images.columns import _names_of_labels, add_numbers, fixed_width, label_and_image
 from luthier.images.description import describe
 from luthier.images.folders import GIVEN_GROUP
-from luthier.images.loading import check_holds_images, explain_loading, named_splits
+from luthier.images.loading import check_holds_images, explain_loading, named_splits, resolved
 
 
 @pytest.mark.parametrize(
@@ -282,3 +282,10 @@ def test_a_column_of_numbers_copies_no_rows():
 def test_values_of_fixed_width_follow_the_order_of_the_rows():
     rows = Dataset.from_dict({"a": ["aa", None, "bb", "cc"]}).select([3, 0])
     assert fixed_width(rows, "a").view("S2").ravel().tolist() == [b"cc", b"aa"]
+
+
+def test_dataset_folder_that_would_be_a_pattern_is_refused(tmp_path):
+    folder = tmp_path / "shards [2]"
+    folder.mkdir()
+    with pytest.raises(UserError, match="rename the folder"):
+        resolved(str(folder))

@@ -181,6 +181,9 @@ def test_group_that_is_most_of_a_class_is_none():
     assert _crowded(np.zeros(120, int), labels).all()
     assert not _crowded(np.arange(120) // 2, labels).any()
     assert not _crowded(np.where(np.arange(120) < 20, 0, np.arange(120)), labels).any()
+    assert _crowded(np.zeros(80, int), np.repeat([0, 1], 40)).all(), "most of two classes"
+    assert not _crowded(np.zeros(40, int), np.zeros(40, int)).any(), "most of one class: they may be copies"
+    assert not _crowded(np.zeros(8, int), np.repeat([0, 1], 4)).any(), "few images, such as one with two labels"
 
 
 def test_images_of_a_fixed_camera_can_be_cut(tmp_path, caplog, monkeypatch):

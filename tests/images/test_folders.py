@@ -395,3 +395,12 @@ def test_what_is_no_folder_is_explained(tmp_path, monkeypatch, given, found):
     draw_folder(tmp_path / "images", 2)
     with pytest.raises(UserError, match=found):
         load(data_dir=given)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_folder_whose_name_is_no_text_is_refused_at_the_start(tmp_path):
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/fotos\xe9"))
+    draw_folder(odd, 3)
+    (tmp_path / "link").symlink_to(odd)
+    with pytest.raises(UserError, match="not valid UTF-8: rename it or its folder"):
+        load(data_dir=str(tmp_path / "link"))

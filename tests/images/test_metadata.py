@@ -12,6 +12,8 @@ from datasets import ClassLabel, Dataset, Features, Value
 
 from data import load_images
 from luthier.errors import UserError
+from luthier.images import image_files
+from luthier.images.tables import read_table
 
 CLASSES = ("blue", "green", "red")
 
@@ -497,3 +499,21 @@ def test_column_that_names_splits_and_more_is_named(root, caplog):
     rows = [(*pair, kinds[number % 4]) for number, pair in enumerate(pairs())]
     assert load(root, text(rows, "file,label,set")) == EXPECTED
     assert "Not used: the column 'set'" in caplog.text and "but also 'holdout'" in caplog.text
+
+
+def test_folders_of_one_name_cost_no_search_through_all_of_them(tmp_path, monkeypatch):
+    names = [f"p{number}/study/1.png" for number in range(200)]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    compared, calls = image_files._compared, []
+    monkeypatch.setattr(image_files, "_compared", lambda parts: calls.append(1) or compared(parts))
+    assert image_files.ImageFiles(tmp_path).find_all(names) == [tmp_path / name for name in names]
+    assert len(calls) < 20 * len(names)
+
+
+def test_parquet_table_in_a_folder_with_brackets(tmp_path):
+    (tmp_path / "x [1]").mkdir()
+    path = tmp_path / "x [1]/t.parquet"
+    Dataset.from_dict({"file": ["a.png"], "label": ["red"]}).to_parquet(path)
+    assert read_table(path).columns == ["file", "label"]

@@ -62,6 +62,23 @@ def test_references_are_the_same_number_of_each_class_and_change_little(monkeypa
     assert np.bincount(np.arange(900)[many] % 100).tolist() == [5] * 100
 
 
+@pytest.mark.parametrize("none", [None, 0, 3])
+def test_references_are_the_first_of_each_class_in_a_random_order(none, monkeypatch):
+    monkeypatch.setattr(module, "BANK", 18)
+    labels, digests = (np.arange(200) ** 2 % 7).tolist(), [f"{row:064x}" for row in range(200)]
+    order, truth = module.draw_order(digests, seed=1), np.array(labels)
+    each = [order[truth[order] == label][: max(5, 18 // (truth.max() + 1))] for label in set(labels) - {none}]
+    assert choose_bank(labels, digests, none).tolist() == sorted(np.concatenate(each))
+
+
+def test_copies_of_an_image_take_no_place_of_others(monkeypatch):
+    monkeypatch.setattr("luthier.scoring.familiarity.BANK", 5)
+    digests = [f"{row // 5:064x}" for row in range(100)]  # 20 images, five copies of each
+    rows = choose_bank([0] * 100, digests)
+    assert len({digests[row] for row in rows}) == len(rows) == 5
+    assert len(choose_bank([0] * 4, ["a" * 64] * 4)) == 4
+
+
 def test_pooled_sureness_is_that_of_the_model_that_is_shipped():
     """Each fold has its own temperature; the shipped model has another one."""
     weight, own, pooled = torch.eye(D)[:CLASSES], [], []
@@ -75,11 +92,26 @@ def test_pooled_sureness_is_that_of_the_model_that_is_shipped():
         pooled.append((features, features @ weight.T / 2.0))
     logits = torch.cat([logits for _, logits in pooled])
     correct = np.concatenate([answers.logits.argmax(axis=1) == answers.references for answers in own])
-    sureness, shipped = pool_familiarity(own, own[1].familiarity, logits.numpy(), correct)
+    known = np.ones(len(correct), dtype=bool)
+    sureness, shipped = pool_familiarity(own, own[1].familiarity, logits.numpy(), known, correct)
     assert np.allclose(sureness[30:], shipped.rate(pooled[1][1].softmax(dim=1), pooled[1][0]).numpy(), atol=1e-4)
     assert (sureness[correct] >= shipped.unsure_below).mean() == pytest.approx(0.96, abs=0.041)
     one_less = [own[0]._replace(sureness=None, familiarity=None), own[1]]
-    assert pool_familiarity(one_less, own[1].familiarity, logits.numpy(), correct) == (None, None)
+    assert pool_familiarity(one_less, own[1].familiarity, logits.numpy(), known, correct) == (None, None)
+
+
+def test_scale_of_folds_is_that_of_images_of_the_classes():
+    features, labels = draw_features(60, 0, spread=1.0)
+    familiarity = Familiarity(nn.functional.normalize(features).half(), "head", (1.0, 2.0), (0.7, 0.1), 0.0)
+    known, scales = labels.numpy() != 2, []
+    for factor in (1.0, 9.0):  # images of none of the classes may be as certain as they like
+        logits = features @ torch.eye(D)[:CLASSES].T
+        logits[labels == 2] *= factor
+        sureness = familiarity.rate(logits.softmax(dim=1), features).numpy()
+        own = [Answers(logits.numpy(), labels.numpy(), sureness, familiarity)]
+        correct = (logits.numpy().argmax(axis=1) == labels.numpy()) & known
+        scales.append(pool_familiarity(own, familiarity, logits.numpy(), known, correct)[1].log_odds)
+    assert scales[0] == pytest.approx(scales[1])
 
 
 def test_scale_is_that_of_images_of_the_classes(monkeypatch):

@@ -42,6 +42,17 @@ def test_classes_in_one_group_do_not_count():
     assert measure_inflation(Pool(features, labels, labels, [*"abcd"]), np.arange(80), 0.01) is None
 
 
+def test_sample_is_of_whole_groups(monkeypatch):
+    for name in ("luthier.training.probe", "luthier.scoring.grouping"):
+        monkeypatch.setattr(f"{name}.MAX_LEARNED", 160)
+    generator, groups = np.random.default_rng(0), np.repeat(np.arange(400), 5)
+    labels, burst = np.repeat(generator.integers(0, 2, 400), 5), generator.normal(size=(400, 30)).repeat(5, axis=0)
+    features = torch.tensor(generator.normal(size=(2000, 30)) + 5 * burst).float()
+    found = measure_inflation(Pool(features, labels, groups, ["a", "b"]), np.arange(2000), 0.01)
+    assert found["images"] == 200 == 5 * found["groups"]
+    assert found["ignoring"] > 0.9 > found["accuracy"] + 0.1
+
+
 def test_duplicates_are_kept_together_in_both_scores():
     generator = np.random.default_rng(0)
     groups, labels = np.repeat(np.arange(40), 5), np.repeat(generator.integers(0, 2, 40), 5)

@@ -84,6 +84,16 @@ def test_part_of_the_images_is_a_part_of_the_groups():
     assert sorted(set(ranks[labels == 0])) == sorted(set(ranks[labels == 1])) == [0, 0.25, 0.5, 0.75]
 
 
+def test_ranks_are_those_of_each_class_by_itself():
+    generator = np.random.default_rng(0)
+    labels, groups = generator.integers(0, 20, 500), generator.integers(0, 100, 500)
+    expected, drawn = np.empty(500), np.random.default_rng(1)
+    for label in range(20):
+        own, number = np.unique(groups[labels == label], return_inverse=True)
+        expected[labels == label] = (drawn.permutation(len(own)) / len(own))[number]
+    assert (_ranks_in_class(labels, groups, 1) == expected).all()
+
+
 def test_interval_of_groups_is_wider_than_that_of_their_images(monkeypatch):
     monkeypatch.setattr(module, "RESAMPLES", 50)
     sizes, groups = np.array([25.0, 50, 100, 200]), np.repeat(np.arange(40), 10)

@@ -1,6 +1,7 @@
 """The metrics: compared with values worked out by hand, and called as the Trainer calls them."""
 
 import math
+import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
@@ -263,3 +264,17 @@ def test_errors_withheld_and_the_curve_are_worked_out_by_hand():
 def test_yardstick_moves_a_loss_by_no_more_than_its_own():
     corrected = Yardstick(np.array([0.0, 1.0, 2.0]), 3.0).correct(np.array([0.0, 5.0, 10.0]))
     assert corrected.tolist() == [3.0, 7.0, 11.0]
+
+
+def test_answers_of_many_classes_take_little_memory(monkeypatch):
+    monkeypatch.setattr(metrics, "CELLS", 50_000)
+    logits = np.random.default_rng(0).normal(size=(2000, 500)).astype(np.float32)
+    references = np.arange(2000) % 500
+    whole = np.exp(logits.astype(float)) / np.exp(logits.astype(float)).sum(axis=1, keepdims=True)
+    test = metrics.TestPredictions(DatasetDict(), logits, references)
+    tracemalloc.start()
+    predicted, confidence, of_label = test.answers()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < logits.nbytes and (predicted == whole.argmax(axis=1)).all()
+    assert np.allclose(confidence, whole.max(axis=1)) and np.allclose(of_label, whole[np.arange(2000), references])

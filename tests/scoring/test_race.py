@@ -17,7 +17,7 @@ from luthier.output_dir import NO_TIME
 from luthier.reporting import console
 from luthier.run_files import RACE
 from luthier.scoring.criterion import Judge
-from luthier.scoring.race import FAR, Outcome, Trained, _Race, keep_best, predict_loss, race
+from luthier.scoring.race import FAR, Outcome, Trained, _Progress, keep_best, predict_loss, race
 from luthier.scoring.race_record import Course, Heat, Heats, read_record, write_record
 from luthier.scoring.selection import Candidate, choose
 from luthier.terminal import Stopwatch
@@ -45,10 +45,10 @@ def candidate(losses: list[float], name: str = "full") -> Candidate:
 ARMS = [arm("lp_ft"), arm("full"), arm("full_from_probe")]
 
 
-def begun(tried: Heats, arms: list[SimpleNamespace], probe: float | None = None) -> _Race:
+def begun(tried: Heats, arms: list[SimpleNamespace], probe: float | None = None) -> _Progress:
     """Return a race whose arms have run some heats."""
     rival = None if probe is None else candidate([probe] * 4, "probe")
-    begun = _Race(arms, rival, SimpleNamespace())
+    begun = _Progress(arms, rival, SimpleNamespace())
     begun.heats = tried
     return begun
 
@@ -281,7 +281,7 @@ def without_training(monkeypatch, loss: Callable[[str, int], float]) -> None:
         best = candidate([loss(arm.recipe.name, end)] * 4, arm.recipe.name)
         return Trained(arm, [best._replace(validation={"accuracy": 0.9})], state), SimpleNamespace()
 
-    monkeypatch.setattr(_Race, "_train", train)
+    monkeypatch.setattr(_Progress, "_train", train)
     monkeypatch.setattr(module.EpochTable, "write_header", lambda args: None)
     monkeypatch.setattr(module, "newest_shared", lambda *_: None)
 

@@ -79,7 +79,8 @@ def test_mean_of_scored_and_refit_weights_is_shipped_unless_it_is_worse_on_valid
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "build_predictor", lambda model, args: SimpleNamespace(model=model))
         patch.setattr(module, "predict", lambda trainer, rows: (loss_of(trainer.model), None))
-        plan = module._ship(SimpleNamespace(model=trained), Plan(("train",), 2, 1, 1.0, "", averaged), result, None)
+        plan = Plan(("train",), 2, 1, 1.0, "", averaged)
+        plan = module._set_weights(SimpleNamespace(model=trained), plan, result, None)
     assert plan.done == (shipped is not None) and scored.weight.item() == scored.bias.item() == 2
     if shipped:
         assert trained.weight.item() == trained.bias.item() == shipped and plan.averaged == (shipped == 4)

@@ -16,7 +16,7 @@ from luthier.training.heats import (
     Schedule,
     first_heat,
     heat_ends,
-    longest,
+    most_steps,
 )
 
 
@@ -42,7 +42,7 @@ def test_each_heat_is_twice_as_long_as_the_one_before(first, total, expected):
 @pytest.mark.parametrize("steps_per_epoch", [5, 100, 400, 4000, 40_000])
 def test_on_a_gpu_many_images_are_seen_as_often_as_few_within_a_bound(steps_per_epoch):
     first = first_heat(steps_per_epoch, 32)
-    on_cpu, on_gpu = (longest(4, first, steps_per_epoch, 32, on_gpu=each) for each in (False, True))
+    on_cpu, on_gpu = (most_steps(4, first, steps_per_epoch, 32, on_gpu=each) for each in (False, True))
     assert on_cpu == 15 * first
     assert on_gpu == max(on_cpu, min(15 * steps_per_epoch, MAX_ON_GPU // 32))
     ends = heat_ends(first, on_gpu)

@@ -21,7 +21,7 @@ from luthier.fusion import _with_even_padding
 from luthier.images.views import EvaluationView, ImageRows
 from luthier.training import probe as probe_module
 from luthier.training.balance import Balance
-from luthier.training.features import Pool, _parts_of_key, build_backbone, feature_size, load_features
+from luthier.training.features import Pool, _parts_of_key, build_backbone, device_of_fits, feature_size, load_features
 from luthier.training.probe import (
     SAMPLED,
     SOFT,
@@ -102,6 +102,12 @@ def test_probe_of_many_images_begins_with_that_of_a_sample(monkeypatch):
     for one, other, tolerance in ((probe, whole, 0.01), (of_sample, soft, 0.1)):
         chances = (each.logits(validation).softmax(dim=1) for each in (one, other))
         torch.testing.assert_close(*chances, atol=tolerance, rtol=0)
+
+
+def test_features_that_do_not_fit_on_a_gpu_stay_in_main_memory(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 1000))
+    places = [device_of_fits(torch.empty(n, 10), torch.device("cuda")).type for n in (10, 11)]
+    assert places == ["cuda", "cpu"]
 
 
 def test_sample_of_many_images_has_every_class(monkeypatch):

@@ -22,8 +22,9 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import PROJECT, draw_folder
 from safetensors.torch import load_file
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
+from luthier.arguments import parse_arguments
 from luthier.errors import NotFinite, UserError
 from luthier.machine import explain_exhausted_memory
 from luthier.output_dir import has_ended
@@ -147,7 +148,7 @@ def test_named_checkpoint_that_cannot_be_continued_is_refused_and_nothing_is_rem
     assert (
         exit_info.value.code == 2 and "scheduler.pt is missing" in capsys.readouterr().err and has_ended(Path("out"))
     )
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(SafeTrainer, "train", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         main([*options, "--resume_from_checkpoint", "out/checkpoint-2"])
     assert not has_ended(Path("out"))  # the rest is trained again, and a run that stops here can be resumed
@@ -562,6 +563,21 @@ def test_single_process_that_accelerate_starts_silently_is_refused(launch, folde
     assert not Path("outputs").exists()
 
 
+@pytest.mark.parametrize("count", ["4", ""])
+def test_number_of_processes_that_another_tool_has_left_behind_is_refused(monkeypatch, count):
+    monkeypatch.setenv("WORLD_SIZE", count)
+    with pytest.raises(UserError, match="unset WORLD_SIZE"):
+        parse_arguments([])
+
+
+def test_processes_wait_for_each_other_before_one_writes(monkeypatch):
+    waited = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: waited.append(True))
+    check_processes(SimpleNamespace(world_size=2))
+    assert waited == [True]
+
+
 def test_processes_that_would_each_train_alone_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="2 processes were started, and each would train alone"):
@@ -583,3 +599,31 @@ def test_signal_in_the_last_step_of_an_epoch_leaves_its_evaluation_and_its_check
         control.should_save = control.should_evaluate = control.should_log = True  # as the strategies want it
         stop.on_epoch_end(None, SimpleNamespace(epoch=epoch), control)
         assert control.should_save == control.should_evaluate == control.should_log == kept
+
+
+def test_signal_in_the_last_step_of_an_epoch_saves_whatever_the_strategy(tmp_path):
+    stop, control = Stop(tmp_path), SimpleNamespace(should_training_stop=False)
+    stop.received = signal.SIGTERM
+    stop.on_step_end(None, SimpleNamespace(epoch=2.0), control)
+    stop.on_epoch_end(None, SimpleNamespace(epoch=2.0), control)  # as with --save_strategy steps
+    assert control.should_save
+
+
+@pytest.mark.parametrize(("delay", "expected"), [(0, False), (5, True)])
+def test_checkpoint_waits_only_for_an_evaluation_that_comes(monkeypatch, delay, expected):
+    saved, trainer = [], SafeTrainer.__new__(SafeTrainer)
+    monkeypatch.setattr(Trainer, "_maybe_log_save_evaluate", lambda self: saved.append(self.control.should_save))
+    trainer.args = SimpleNamespace(eval_strategy="epoch", eval_delay=delay)
+    trainer.state = SimpleNamespace(epoch=2.0)
+    trainer.control = SimpleNamespace(should_save=True, should_evaluate=False)
+    trainer._maybe_log_save_evaluate()
+    assert saved == [expected]
+
+
+def test_gradient_is_watched_where_it_is_not_clipped():
+    seen, trainer = [], SafeTrainer.__new__(SafeTrainer)
+    nan = torch.tensor(float("nan"))
+    trainer.accelerator = SimpleNamespace(scaler=None, clip_grad_norm_=lambda *_: nan, distributed_type="NO")
+    trainer._has_mixed_mesh_grads, trainer._watch = lambda _: False, seen.append
+    trainer._get_grad_norm(torch.nn.Linear(1, 1))  # as with --max_grad_norm 0
+    assert len(seen) == 1 and seen[0].isnan()

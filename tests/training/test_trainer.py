@@ -14,6 +14,7 @@ from transformers import (
     DeiTForImageClassificationWithTeacher,
     Dinov2Config,
     Dinov2ForImageClassification,
+    Trainer,
     TrainingArguments,
     ViTImageProcessor,
 )
@@ -29,6 +30,7 @@ from luthier.training.heats import Schedule
 from luthier.training.layers import freeze_unused
 from luthier.training.recipe import RECIPES
 from luthier.training.safe_trainer import SafeTrainer
+from luthier.training.trainer import choose_optimizer
 from models import build_model
 
 
@@ -288,3 +290,16 @@ def test_workers_end_with_the_training(timm_checkpoint, tmp_path, monkeypatch):
     args += ["--num_train_epochs", "1", "--dataloader_num_workers", "1", "--dataloader_persistent_workers", "1"]
     train.main([*args, "--refit", "none", "--disable_tqdm", "1", "--output_dir", str(tmp_path / "out")])
     assert alive and not any(alive)
+
+
+@pytest.mark.parametrize("key", ["params", "model", "optimizer_dict"])
+def test_optimizer_with_layers_of_its_own_is_refused(monkeypatch, tmp_path, key):
+    monkeypatch.setattr(Trainer, "get_optimizer_cls_and_kwargs", lambda *_: (torch.optim.AdamW, {"lr": 1.0, key: []}))
+    with pytest.raises(UserError, match="groups the layers by itself"):
+        choose_optimizer(TrainingArguments(str(tmp_path), use_cpu=True), torch.nn.Linear(1, 1))
+
+
+def test_share_of_warmup_is_no_number_of_steps(monkeypatch, tmp_path):
+    monkeypatch.setattr(Trainer, "get_optimizer_cls_and_kwargs", lambda *_: (torch.optim.AdamW, {"warmup_steps": 0.1}))
+    _, settings = choose_optimizer(TrainingArguments(str(tmp_path), use_cpu=True), torch.nn.Linear(1, 1))
+    assert settings["warmup_steps"] == 0
