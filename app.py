@@ -112,11 +112,13 @@ def build_page(model_name: str, always_answer: bool, examples: list[str]) -> "gr
         if examples:
             gradio.Examples(examples, image)
         load = file_loader(classifier, [Path(image.GRADIO_CACHE), *map(Path, examples)])
-        image.change(answerer(classifier, load), image, [answer, classes], api_name="image")
-        gradio.on(
+        asked = gradio.on(
             [ask.click, url.submit], answerer(classifier, classifier.load_url), url, [answer, classes], api_name="url",
             concurrency_limit=FETCHES,
         )  # fmt: skip
+        image.change(  # without a wait for an address, which would replace the answer of a newer image
+            answerer(classifier, load), image, [answer, classes], api_name="image", cancels=[asked]
+        )
     return page.queue(max_size=MAX_WAITING)
 
 

@@ -29,7 +29,7 @@ from luthier.escape import escape_cell, escape_terminal
 from luthier.images.decode import CONVERT, is_image, is_unread, reason
 from luthier.images.image_files import walk
 from luthier.output_dir import is_of_run
-from luthier.terminal import SHORT, has_terminal, percent, plural, shorten
+from luthier.terminal import SHORT, columns_of, has_terminal, percent, plural, shorten
 
 if TYPE_CHECKING:
     from luthier.serving.classifier import Prediction
@@ -183,6 +183,11 @@ def open_output(path: Path | None) -> Iterator[TextIO]:
 
 def write_table(file: TextIO, top_k: int) -> Callable[["Prediction"], None]:
     """Return the function that writes a prediction for people: its classes with bars."""
+    block = "█"
+    try:
+        block.encode(file.encoding or "utf-8")
+    except UnicodeEncodeError:  # Windows' code page lacks it, where the output goes into a file or a pipe
+        block = "#"
 
     def write(prediction: "Prediction") -> None:
         name = escape_terminal(prediction.name)
@@ -193,7 +198,8 @@ def write_table(file: TextIO, top_k: int) -> Callable[["Prediction"], None]:
         print(f"{name}{refusal}", file=file)
         for label, share in prediction.top:
             short = escape_terminal(shorten(label))
-            print(f"  {short:<{SHORT}}  {percent(share):>6}  {'█' * round(share * BAR_WIDTH)}".rstrip(), file=file)
+            name = short + " " * (SHORT - columns_of(short))
+            print(f"  {name}  {percent(share):>6}  {block * round(share * BAR_WIDTH)}".rstrip(), file=file)
         file.flush()
 
     return write

@@ -1,8 +1,14 @@
 """What several commands share: folders that must be there, caches of a run's own, and images for a probe."""
 
 import argparse
+import os
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from luthier.files import expand_home
 
 if TYPE_CHECKING:  # slow imports are inside the function, because some commands change the environment first
     from datasets import DatasetDict
@@ -17,10 +23,24 @@ def directory(text: str) -> Path:
     Raises:
         ArgumentTypeError: there is none.
     """
-    path = Path(text).expanduser()
+    path = expand_home(text)
     if not path.is_dir():
         raise argparse.ArgumentTypeError(f"there is no folder {text}")
     return path
+
+
+def run_command(line: list[str], folder: Path | None = None, environment: dict[str, str] | None = None) -> str:
+    """Run a command and return what it prints; exit with the end of its output where it fails.
+
+    Args:
+        line: the command.
+        folder: where it runs; None is here.
+        environment: what it has besides this process's.
+    """
+    done = subprocess.run(line, cwd=folder, env=os.environ | (environment or {}), capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{shlex.join(line)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return done.stdout
 
 
 def own_caches(folder: Path) -> dict[str, str]:

@@ -66,7 +66,7 @@ def main() -> None:
         print(f"1:{ratio}, logit_adjusted minus none, {len(differences)} data sets: {', '.join(said)}")
 
 
-def load(folder: str) -> tuple[DatasetDict, dict[str, torch.Tensor]]:
+def load(folder: Path) -> tuple[DatasetDict, dict[str, torch.Tensor]]:
     """Return the images to draw from as "train", and "test", with the features of both."""
     with tempfile.TemporaryDirectory() as output_dir:
         training_args = parse_arguments(["--output_dir", output_dir, "--disable_tqdm", "1"]).training_args

@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,7 +29,7 @@ from datasets import Dataset, load_dataset
 from PIL import Image
 from torchvision.transforms import Compose, Normalize, RandomHorizontalFlip, RandomResizedCrop, ToTensor
 
-from benchmarks._common import own_caches
+from benchmarks._common import directory, own_caches, run_command
 from data import load_splits, prepare, with_transforms
 from luthier.images.decode import decode_rgb, read_bytes
 from luthier.images.views import EvaluationView
@@ -48,7 +47,9 @@ def main() -> None:
     parser.add_argument("--image_size", type=int, default=224, help="side of the view in pixels (default: 224)")
     parser.add_argument("--rounds", type=int, default=3, help="repetitions (default: 3)")
     parser.add_argument("--measure", nargs=2, metavar=("WAY", "FOLDER"), help=argparse.SUPPRESS)
-    parser.add_argument("--accuracy", metavar="FOLDER", help="compare stored images with files, by a probe")
+    parser.add_argument(
+        "--accuracy", type=directory, metavar="FOLDER", help="compare stored images with files, by a probe"
+    )
     args = parser.parse_args()
     if args.accuracy:
         compare_probes(args.accuracy, args.image_size)
@@ -99,9 +100,7 @@ def draw(folder: Path, numbers: Iterable[int]) -> None:
 def measure_in_process(way: str, folder: Path, cache: Path, image_size: int) -> dict:
     """Return what `measure` returns, from a process of its own with its own cache."""
     command = [sys.executable, "-m", "benchmarks.data", "--measure", way, str(folder), "--image_size", str(image_size)]
-    environment = os.environ | own_caches(cache)
-    process = subprocess.run(command, cwd=PROJECT, env=environment, check=True, capture_output=True, text=True)
-    return json.loads(process.stdout.splitlines()[-1])
+    return json.loads(run_command(command, PROJECT, own_caches(cache)).splitlines()[-1])
 
 
 def measure(way: str, folder: str, image_size: int) -> dict:

@@ -33,6 +33,7 @@ from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms import v2
 from transformers import PreTrainedModel
 
+from benchmarks._common import directory
 from benchmarks._networks import save_network
 from benchmarks.throughput import LABELS, build, compare
 from benchmarks.training_view import draw
@@ -76,7 +77,7 @@ class Run(NamedTuple):
 def main() -> None:
     """Run all checks, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", type=Path, metavar="FOLDER", help="photographs in class folders")
+    parser.add_argument("--data_dir", type=directory, metavar="FOLDER", help="photographs in class folders")
     parser.add_argument("--cpu", action="store_true", help="try the logic without a GPU, on less")
     args = parser.parse_args()
     if not args.cpu and not torch.cuda.is_available():

@@ -11,7 +11,6 @@ close to undecided on every image, so that their likeliest class changes more ea
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -29,7 +28,7 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from benchmarks._common import directory
+from benchmarks._common import directory, run_command
 from benchmarks._networks import NAMES, save_network
 from luthier.errors import exit_on_user_error
 from models import build_model, save_model
@@ -60,13 +59,13 @@ def main() -> None:
 def run(output_dir: Path, *command: str) -> None:
     """Run a command of the project, whose output directory this is."""
     line = [sys.executable, *command, "--output_dir", str(output_dir)]
-    subprocess.run(line, cwd=PROJECT, check=True, capture_output=True)
+    run_command(line, PROJECT)
 
 
 def compare(name: str, folder: Path, *options: str) -> None:
     """Export a model in all precisions, and print how each compares."""
     command = [sys.executable, "export.py", str(folder), "--int8", "--fp16", "--allow_worse", *options]
-    subprocess.run(command, cwd=PROJECT, check=True, capture_output=True)
+    run_command(command, PROJECT)
     for file, row in json.loads((folder / "export.json").read_text()).items():
         size = (folder / "onnx" / file).stat().st_size / 1e6
         low, high = (100 * end for end in row["difference_ci95"])

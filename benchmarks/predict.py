@@ -19,7 +19,6 @@ import argparse
 import itertools
 import multiprocessing
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,7 +32,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel, pipeline
 
-from benchmarks._common import directory
+from benchmarks._common import directory, run_command
 from benchmarks._networks import save_network
 from luthier.images.decode import decode_rgb, is_image
 from luthier.machine import keep_freed_memory
@@ -110,7 +109,7 @@ def time_cold_start(model: str, exported: Path, file: str, rounds: int) -> None:
 def time_process(command: list[str]) -> float:
     """Return the seconds that a command takes."""
     start = time.perf_counter()
-    subprocess.run(command, check=True, capture_output=True)
+    run_command(command)
     return time.perf_counter() - start
 
 

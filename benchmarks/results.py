@@ -9,13 +9,11 @@ finished run is not run again, and an interrupted one goes on. To repeat it, del
 
 import argparse
 import json
-import os
-import shlex
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks._common import run_command
 from luthier.errors import exit_on_user_error
 from luthier.output_dir import has_ended
 
@@ -51,13 +49,11 @@ def main() -> None:
         for seed in range(1, args.seeds + 1):
             output_dir = (args.out / f"{Path(args.data).name}-{number}-{seed}").resolve()
             if not has_ended(output_dir):
-                command = ["accelerate", "launch", "train.py", *config, *data, "--seed", str(seed)]
+                accelerate = str(Path(sys.executable).parent / "accelerate")
+                command = [accelerate, "launch", "train.py", *config, *data, "--seed", str(seed)]
                 command += ["--output_dir", str(output_dir), "--resume_from_checkpoint", "auto"]
                 cache = (args.out / f"{Path(args.data).name}-{number}-cache").resolve()
-                environment = os.environ | {"HF_DATASETS_CACHE": str(cache)}
-                done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True)
-                if done.returncode:
-                    sys.exit(f"{shlex.join(command)} failed:\n{done.stderr[-2000:]}")
+                run_command(command, PROJECT, {"HF_DATASETS_CACHE": str(cache)})
             runs.append(json.loads((output_dir / "metrics.json").read_text()))
         accuracies = [run["test"]["accuracy"] for run in runs]
         low, high = runs[0]["test"]["accuracy_ci95"]

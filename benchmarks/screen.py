@@ -13,6 +13,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -120,7 +121,7 @@ def main() -> None:
         print(f"| {name} | {' | '.join(cells)} | {seconds:.0f} |", flush=True)
 
 
-def cut(data: str) -> DatasetDict:
+def cut(data: Path) -> DatasetDict:
     """Return the images that are not test, cut 60 to 40 into train and validation."""
     splits, _ = load_splits(data_dir=data)
     pool = concatenate_datasets([splits["train"], splits["validation"]])

@@ -70,14 +70,8 @@ def main() -> None:
             for file in (folder / "shards").glob("*.parquet"):
                 turn_into_archive(file)
         options = ["--data_dir", folder / "shards", "--streaming", "--model_name", "simple_cnn"]
-        options += [
-            "--num_train_epochs",
-            1,
-            "--per_device_train_batch_size",
-            args.batch,
-            "--output_dir",
-            folder / "out",
-        ]
+        options += ["--num_train_epochs", 1, "--per_device_train_batch_size", args.batch]
+        options += ["--output_dir", folder / "out"]
         line = [*map(str, options), "--disable_tqdm", "1", "--resume_from_checkpoint", "auto"]
         run(line, folder, args.hosts, STOP_AT * digests.total())
         stopped = Counter(read_logs(folder))

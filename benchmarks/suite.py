@@ -30,7 +30,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -42,7 +41,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from benchmarks._common import directory, own_caches
+from benchmarks._common import directory, own_caches, run_command
 from luthier.errors import UserError, exit_on_user_error
 from luthier.files import atomic_write
 
@@ -248,10 +247,7 @@ def timed(line: list[str], environment: dict, folder: Path) -> tuple[str, float]
     Exits where the command fails.
     """
     begin = time.perf_counter()
-    done = subprocess.run(line, env=environment, cwd=folder, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(line)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return done.stdout, time.perf_counter() - begin
+    return run_command(line, folder, environment), time.perf_counter() - begin
 
 
 def average(runs: list[Run], data: str, contestant: str, value: Callable[[Run], float]) -> float:

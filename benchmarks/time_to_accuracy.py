@@ -98,12 +98,10 @@ def run_timed(name: str, setting: dict, split: Path, seed: int, out: Path) -> di
         if name == "luthier":
             command = [str(Path(sys.executable).parent / "accelerate"), "launch", str(PROJECT / "train.py")]
             command += ["--data_dir", str(split), "--seed", str(seed), "--output_dir", f"{folder}/out"]
-            command += ["--disable_tqdm", "1"]
+            command += ["--refit", "none", "--disable_tqdm", "1"]  # the scores are of the model before a refit
         environment = os.environ | own_caches(Path(folder, "cache")) | {"PYTHONUNBUFFERED": "1"}
         start = time.perf_counter()
-        process = subprocess.Popen(
-            command, env=environment, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
+        process = subprocess.Popen(command, env=environment, cwd=PROJECT, stdout=subprocess.PIPE, text=True)
         epochs, test = [], None
         for line in process.stdout:
             words = line.split()

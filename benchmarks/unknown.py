@@ -16,7 +16,6 @@ Options after `--train RECIPE` go to `train.py`.
 
 import argparse
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -27,7 +26,7 @@ import torch
 from scipy.stats import rankdata
 from torch.nn import functional
 
-from benchmarks._common import directory
+from benchmarks._common import directory, run_command
 from benchmarks.balance import load
 from luthier.errors import exit_on_user_error
 from luthier.familiarity import threshold_of
@@ -99,7 +98,7 @@ def train_without_each(folder: Path, options: list[str]) -> None:
                 for name in set(names) - {out}:
                     Path(scratch, "data", split, name).symlink_to((folder / split / name).resolve())
             command = ["train.py", "--data_dir", f"{scratch}/data", "--output_dir", f"{scratch}/out", "--recipe"]
-            subprocess.run([sys.executable, *command, *options], cwd=PROJECT, check=True, capture_output=True)
+            run_command([sys.executable, *command, *options], PROJECT)
             for by, rows in found.items():
                 rows.append(ask(f"{scratch}/out", folder / "test", out, by))
                 print_shipped(folder.name, out, by, rows[-1])
@@ -171,7 +170,7 @@ def build_figures(
     figures["relative Mahalanobis"] = lambda rows: from_all(rows) - distance(rows)
 
     def together(one: Familiarity, other: Familiarity) -> Familiarity:
-        """Add the places that two figures would have among those of validation, as normal scores."""
+        """Add two figures as standard scores, by their mean and deviation on validation."""
         return lambda rows: sum(
             (figure(rows) - figure(validation).mean()) / figure(validation).std() for figure in (one, other)
         )

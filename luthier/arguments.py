@@ -220,7 +220,7 @@ def _build_training_args(options: dict, output_dir: Path) -> TrainingArguments:
     options = {**options, "output_dir": str(output_dir)}
     fill_in_machine_defaults(options)
     for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
-        if options[name] and not options["dataloader_num_workers"]:
+        if options.get(name) and not options["dataloader_num_workers"]:  # older versions lack the second
             raise UserError(f"--{name} needs data workers: give --dataloader_num_workers too, or leave it out")
     options["label_names"] = None  # DataArguments has it; what the Trainer means by this name it finds by itself
     options["push_to_hub"] = False  # the Trainer's own uploads the whole folder while it trains; see RunArguments

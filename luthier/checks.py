@@ -131,7 +131,10 @@ def _check_training(options: dict) -> None:
     """
     for kind in ("FSDP", "DEEPSPEED"):  # by a config of accelerate
         if os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() in ("1", "true"):
-            raise UserError(f"accelerate is configured for {kind}, which {REFUSED['fsdp']}: use MULTI_GPU")
+            raise UserError(
+                f"accelerate is configured for {kind}, which {REFUSED['fsdp']}: use accelerate launch --multi_gpu, or "
+                "distributed_type MULTI_GPU in its config"
+            )
     if options["save_strategy"] == "best":
         raise UserError(
             "--save_strategy best leaves no checkpoint to go on from where an evaluation is not the best one: leave "

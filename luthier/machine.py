@@ -53,6 +53,7 @@ class OneGPUTrainingArguments(TrainingArguments):
     def _setup_devices(self) -> torch.device:
         started = "RANK" in os.environ and processes_started() > 1
         if started and self.use_cpu and self.ddp_backend == "gloo" and not torch.distributed.is_initialized():
+            os.environ["MASTER_PORT"] = os.environ.get("MASTER_PORT") or "29500"  # accelerate's default
             # The library gives `ddp_timeout` to the processes of GPUs alone; on CPUs torch's 30 minutes would count.
             torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=self.ddp_timeout))
         device = super()._setup_devices

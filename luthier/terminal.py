@@ -8,6 +8,7 @@ import shutil
 import sys
 import textwrap
 import time
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -75,16 +76,24 @@ def shorten(name: str) -> str:
     return name if len(name) <= SHORT else f"{name[: SHORT - end - 1]}…{name[-end:]}"
 
 
+def columns_of(text: str) -> int:
+    """Return how many columns of a terminal a text takes: East Asian letters two, marks that join a letter none."""
+    joined = sum(unicodedata.category(letter) in ("Mn", "Me", "Cf") for letter in text)
+    wide = sum(unicodedata.east_asian_width(letter) in ("W", "F") for letter in text)
+    return len(text) - joined + wide
+
+
 def quote(*words: str) -> str:
     """Return words as a command line for the shell of this system: Windows' `cmd` knows double quotes alone."""
     if sys.platform != "win32":
         return shlex.join(words)
-    return " ".join(word if re.fullmatch(r"[\w@%+=:,./\\-]+", word) else f'"{word}"' for word in words)
+    escaped = (word.replace('"', '\\"') for word in words)
+    return " ".join(word if re.fullmatch(r"[\w@%+=:,./\\-]+", word) else f'"{word}"' for word in escaped)
 
 
 def of_project(name: str) -> str:
     """Return the path of a file of this project for a command: its name alone where that is enough."""
-    return name if Path(name).is_file() else str(PROJECT / name)
+    return name if Path(name).resolve() == PROJECT / name else str(PROJECT / name)
 
 
 def has_terminal() -> bool:

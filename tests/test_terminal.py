@@ -4,6 +4,7 @@ import contextlib
 import io
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -175,6 +176,7 @@ def test_files_of_the_project_are_named_so_that_a_command_finds_them(monkeypatch
     monkeypatch.chdir(PROJECT)
     assert of_project("predict.py") == "predict.py"
     monkeypatch.chdir(tmp_path)
+    Path("predict.py").touch()  # of somebody else
     assert of_project("predict.py") == str(PROJECT / "predict.py")
 
 

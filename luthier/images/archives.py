@@ -2,11 +2,13 @@
 
 import io
 import itertools
+import json
 import tarfile
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 NUMBERS = ("cls", "cls2", "index", "inx", "id")  # files that hold a whole number, as `datasets` reads them
+JSON = ("json", "jsn")  # files that hold JSON, as `datasets` reads them
 CHUNK = 1 << 20  # bytes that are read at a time where nothing should be
 
 
@@ -122,9 +124,12 @@ def _read_rows(archive: tarfile.TarFile) -> Iterator[_Row]:
     """Yield the rows of an archive: neighbouring files whose names are the same up to the first dot."""
     for name, group in itertools.groupby(_read_headers(archive), key=lambda row: row.name):
         rows = list(group)
-        yield _Row(
-            rows[0].begin, rows[-1].end, name, {column: file for row in rows for column, file in row.files.items()}
-        )
+        files = {column: file for row in rows for column, file in row.files.items()}
+        if len(files) < len(rows):  # one of two images would be lost
+            raise ValueError(
+                f"two files of {name} that follow each other have one ending: give each image a name of its own"
+            )
+        yield _Row(rows[0].begin, rows[-1].end, name, files)
 
 
 def _read_headers(archive: tarfile.TarFile) -> Iterator[_Row]:
@@ -145,10 +150,16 @@ def _read(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     return file.read()
 
 
-def _read_value(archive: tarfile.TarFile, member: tarfile.TarInfo) -> str | int:
-    """Return what a file holds: a whole number if its ending says so, or else text."""
+def _read_value(archive: tarfile.TarFile, member: tarfile.TarInfo) -> str | int | float | None:
+    """Return what a file holds: a whole number or a value of JSON if its ending says so, or else text."""
     text = _read(archive, member).decode("utf-8")
-    if member.name.rpartition(".")[2].lower() not in NUMBERS:
+    ending = member.name.rpartition(".")[2].lower()
+    if ending in JSON:
+        value = json.loads(text)
+        if isinstance(value, (dict, list)):
+            raise ValueError(f"{member.name} holds {text[:40]!r} where one value was expected")
+        return value
+    if ending not in NUMBERS:
         return text
     try:
         return int(text)

@@ -166,7 +166,7 @@ def duplicate_pairs(splits: DatasetDict) -> np.ndarray:
     crowded[rows] = _crowded(connected_groups(len(images), pairs)[rows], labels[rows])  # one of each set of copies
     if crowded.any():
         logger.warning(
-            f"{crowded.sum():,} images look alike, and are most of a class, as from a fixed camera. They count as "
+            f"{crowded.sum():,} images look alike, and are most of their class, as from a fixed camera. They count as "
             "different images, and may be in train and in test. If they are frames of few videos, or copies, the "
             "score is too high: name the groups with --group_by or --group_column"
         )

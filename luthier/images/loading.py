@@ -14,7 +14,7 @@ from typing import TypeVar
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from datasets import ClassLabel, Dataset, DatasetDict, Features, load_dataset, load_dataset_builder
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from huggingface_hub.utils import httpx  # or httpx2, by its version
 
@@ -131,6 +131,11 @@ def check_class_names(url: str, schema: pa.Schema, features: Features) -> None:
     """
     for column, feature in Features.from_arrow_schema(schema).items():
         expected = features.get(column)
+        if isinstance(feature, ClassLabel) and isinstance(expected, Value) and "string" in expected.dtype:
+            raise UserError(
+                f"{url} has numbers in the column {column!r}, and names for them ({', '.join(feature.names)}), where "
+                "other files have texts: its numbers would be classes of their own. Write all files alike"
+            )
         if isinstance(feature, ClassLabel) and isinstance(expected, ClassLabel) and feature.names != expected.names:
             raise UserError(
                 f"{url} numbers the classes of the column {column!r} by the names {', '.join(feature.names)}, and the "
@@ -202,5 +207,5 @@ def named_splits(loaded: Mapping[str, T], dataset_name: str, to_train: bool = Tr
     if splits and "train" not in splits and not to_train:
         return {"train": splits["test" if "test" in splits else "validation"]}
     if "train" not in splits:
-        raise UserError(f"{dataset_name} has the splits {', '.join(loaded)}, but none to train on: name one train")
+        raise UserError(f"{dataset_name} has the splits {', '.join(loaded)}, but none to train on: call one train")
     return splits

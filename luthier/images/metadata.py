@@ -181,7 +181,7 @@ def load_tables(
     if "train" not in listed and not to_train:
         listed = {"train": listed.get("test") or listed["validation"]}
     if not listed.get("train"):
-        raise UserError(f"{next(iter(tables.values()))} has no row of the split train: name that of some rows so")
+        raise UserError(f"{next(iter(tables.values()))} has no row of the split train: name it in some rows")
     return load_listed({split: listed[split] for split in ("train", "validation", "test") if split in listed})
 
 

@@ -34,7 +34,7 @@ BLOCK = 128  # rows that are read together, or more where the row groups of a fi
 # Batches are drawn from so many places in turns, each time from so many rows there: see `block_batches.BlockBatches`.
 LANES, WINDOW = 8, 2 * BLOCK
 MAX_GROUP = 512_000_000  # bytes of the images of a row group
-ARCHIVE, ARCHIVE_VERSION = ".tar", 2  # the version is that of an archive's index
+ARCHIVE, ARCHIVE_VERSION = ".tar", 3  # the version is that of an archive's index
 READERS = 16  # files whose ends are read at the same time: each may be a request to the Hub
 
 
@@ -242,13 +242,14 @@ def _read_labels(urls: list[str], image_column: str, label_column: str, features
 
 def _index_parquet(url: str, image_column: str, label_column: str, features: Features) -> Source:
     """Return the blocks of a Parquet file, and the labels of its rows."""
-    version, blocks, first, rows = _version_of(url), [], 0, 0
+    version, blocks, first, rows, held = _version_of(url), [], 0, 0, 0
     with _opened(url) as source:
         file = pq.ParquetFile(source)
         missing = {image_column, label_column} - set(file.schema_arrow.names)
         if missing:
             raise UserError(
-                f"{url} has no column {min(missing)!r}, which other files have: write it again with it, or remove it"
+                f"{url} has no column {min(missing)!r}, which other files have: write the file again with it, or "
+                "remove the file"
             )
         check_class_names(url, file.schema_arrow, features)
         groups = file.metadata.num_row_groups
@@ -260,10 +261,13 @@ def _index_parquet(url: str, image_column: str, label_column: str, features: Fea
                     f"has several in memory at a time: at most {MAX_GROUP / 1e6:,.0f} MB. Write it in row groups of "
                     "a hundred rows, by python prepare.py or with to_parquet(row_group_size=100)"
                 )
-            rows += file.metadata.row_group(group).num_rows
+            if rows and held + size > MAX_GROUP:  # together they would be too large to be read at once
+                blocks.append(Block(url, version, first, group, rows))
+                first, rows, held = group, 0, 0
+            rows, held = rows + file.metadata.row_group(group).num_rows, held + size
             if rows >= BLOCK or (rows and group == groups - 1):
                 blocks.append(Block(url, version, first, group + 1, rows))
-                first, rows = group + 1, 0
+                first, rows, held = group + 1, 0, 0
         return Source(blocks, file.read(columns=[label_column]).column(0).to_pylist())
 
 

@@ -168,7 +168,7 @@ def _report_missing(
         if missing:
             named = ", ".join(map(repr, missing[:MAX_NAMED]))
             more = f" and {len(missing) - MAX_NAMED} more" if len(missing) > MAX_NAMED else ""
-            say("careful", f"{split} has no image of {named}{more}: too few images, or groups")
+            say("careful", f"{split} has no image of {named}{more}: these have too few images, or groups")
 
 
 def validation_share(images: int) -> float:

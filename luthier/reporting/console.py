@@ -228,7 +228,8 @@ def percent_with_interval(scored: Mapping) -> str:
     """Return an accuracy with its interval and n: `71.8% (95% interval 65.3% to 77.4%, n = 209)`."""
     low, high = scored["accuracy_ci95"]
     groups = f" in {plural(scored['groups'], 'group')}" if "groups" in scored else ""
-    return f"{percent(scored['accuracy'])} (95% interval {percent(low)} to {percent(high)}, n = {scored['n']}{groups})"
+    interval = f"95% interval {percent(low)} to {percent(high)}"
+    return f"{percent(scored['accuracy'])} ({interval}, n = {scored['n']:,}{groups})"
 
 
 def balance_with_intervals(scored: Mapping) -> str:
@@ -275,10 +276,8 @@ def learning_curve_in_words(curve: Mapping | None) -> str:
         return "not estimated: this model has no linear probe"
     now, twice, last = curve["now"], curve["twice"], curve["points"][-1]
     if last["accuracy"] == 1:
-        return (
-            f"A linear probe that learns from {last['n']:,} images is right about all others, so that these images "
-            "cannot tell what more of them would bring"
-        )
+        right = f"A linear probe that learns from {last['n']:,} images is right about all others"
+        return f"{right}: these cannot tell what more of them would bring"
     low, high = map(points, curve["gain_ci95"])
     return (
         f"With twice the training images ({twice['n']:,} instead of {now['n']:,}) a linear probe would score about "
@@ -298,7 +297,7 @@ def say_audit(findings: Mapping) -> None:
         for finding in findings[kind][:MAX_NAMED]:
             say(topic, finding_in_words(finding))
         if len(findings[kind]) > MAX_NAMED:
-            say("", f"and {len(findings[kind]) - MAX_NAMED} more: see report.html")
+            say("", f"and {len(findings[kind]) - MAX_NAMED:,} more: see report.html")
     if findings["grouping"]:
         say("groups?", grouping_in_words(findings["grouping"]))
 
@@ -323,7 +322,7 @@ def count_in_words(findings: Mapping, kind: str) -> str:
     """Return how much was found of a kind, and how it was searched where that was not the usual way."""
     sample = findings.get("checked_by") if kind == "suspect_labels" else None
     by = f" (by probes that have learned from about {plural(sample, 'image')} each)" if sample else ""
-    return f"{KIND_NAMES[kind]}: {len(findings[kind])}{by}"
+    return f"{KIND_NAMES[kind]}: {len(findings[kind]):,}{by}"
 
 
 def list_findings(findings: Mapping) -> str:
@@ -342,7 +341,7 @@ def list_findings(findings: Mapping) -> str:
         lines.append(f"\n{count_in_words(findings, kind)}")
         lines += [f"  {finding_in_words(finding)}" for finding in findings[kind][:MAX_LISTED]]
         if len(findings[kind]) > MAX_LISTED:
-            lines.append(f"  ... and {len(findings[kind]) - MAX_LISTED} more")
+            lines.append(f"  ... and {len(findings[kind]) - MAX_LISTED:,} more")
     if not findings["grouping"] and not any(findings[kind] or findings[kind] is None for kind in KINDS):
         lines.append("\nnothing found")
     return "\n".join(lines)

@@ -88,8 +88,12 @@ def _of_same_images(folds: Iterable[tuple[Experiment, Result]]) -> list[tuple[Ex
                 "once. Put them back and repeat the command with --resume_from_checkpoint auto, or begin again in "
                 "another --output_dir"
             )
-        # Without the weights that trainings began from, which fill the memory of the next fold.
-        parts.append((experiment, result._replace(probe=result.probe._replace(starts={}))))
+        # Without the weights that trainings began from, which would fill the memory of the next fold. By the same
+        # name, or the loop would hold them.
+        winner = result.outcome.winner
+        outcome = result.outcome._replace(winner=winner and winner._replace(arm=winner.arm._replace(start=None)))
+        result = result._replace(probe=result.probe._replace(starts={}), outcome=outcome)
+        parts.append((experiment, result))
     return parts
 
 

@@ -131,7 +131,7 @@ def _describe(model: Path, page: Path, name: str, runtime: str) -> dict[str, Any
         "resize": {**facts.resize._asdict(), "pillow": int(PIL.__version__.partition(".")[0])},
         "unsure_below": facts.unsure_below if sure else None,
         "none_class": facts.none,
-        "model": {"url": MODEL, "bytes": model.stat().st_size},
+        "model": {"url": MODEL, "bytes": model.stat().st_size, "hash": _integrity(model.read_bytes())},
         "runtime": {
             part: {"url": runtime + file, "bytes": size, "integrity": integrity}
             for part, (file, size, integrity) in RUNTIME.items()

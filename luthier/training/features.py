@@ -144,9 +144,11 @@ def pool_of(
 
 def device_of_fits(features: torch.Tensor, device: torch.device) -> torch.device:
     """Return where probes are fitted: on the CPU if a GPU has no room for the features and a centred copy of them."""
-    if device.type == "cuda" and 2.5 * features.nbytes > torch.cuda.mem_get_info(device)[0]:
-        return torch.device("cpu")
-    return device
+    if device.type != "cuda":
+        return device
+    reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # kept by torch, not in use
+    room = torch.cuda.mem_get_info(device)[0] + reusable
+    return torch.device("cpu") if 2.5 * features.nbytes > room else device
 
 
 def columns_of(splits: DatasetDict, columns: Sequence[str], used: Collection[str] = LEARNABLE) -> list[np.ndarray]:

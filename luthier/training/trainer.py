@@ -58,7 +58,7 @@ def choose_optimizer(training_args: TrainingArguments, model: PreTrainedModel) -
     try:
         kind, settings = Trainer.get_optimizer_cls_and_kwargs(training_args, model)
         if {"params", "model", "optimizer_dict"} & settings.keys():
-            raise ValueError("it groups the layers by itself, where recipes give each its learning rate")
+            raise ValueError("it groups the layers by itself, where recipes give each its learning rate. Use another")
         if 0 < settings.get("warmup_steps", 0) < 1:  # a share, which schedule-free optimizers would take for steps
             settings["warmup_steps"] = 0  # the schedule of the learning rate has the warmup
         return kind, settings

@@ -235,3 +235,11 @@ def test_space_runs_the_python_of_its_publisher(tmp_path):
     stage_space("me/x", "me/demo", tmp_path)
     head = yaml.safe_load((tmp_path / "README.md").read_text(encoding="utf-8").split("---")[1])
     assert head["python_version"] == f"{sys.version_info.major}.{sys.version_info.minor}"  # a text: 3.10 is not 3.1
+
+
+def test_newer_image_ends_the_wait_for_an_address(monkeypatch):
+    network = SimpleNamespace(labels=["a"], batch_size=16)
+    monkeypatch.setattr("luthier.serving.classifier.open_network", lambda name: network)
+    page = app.build_page("colours", False, [])
+    (url,) = (number for number, function in page.fns.items() if function.api_name == "url")
+    assert any(url in function.cancels for function in page.fns.values())

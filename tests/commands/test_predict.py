@@ -66,6 +66,21 @@ def run_predict(capsys, *args: str | Path) -> tuple[int, str, str]:
     return code, captured.out, captured.err
 
 
+@pytest.mark.parametrize(("encoding", "block"), [("cp1252", "#"), ("ascii", "#"), ("utf-8", "█")])
+def test_bars_are_readable_in_any_encoding(encoding, block):
+    content = io.BytesIO()
+    file = io.TextIOWrapper(content, encoding, errors="backslashreplace")
+    predict.WRITERS["table"](file, 1)(Prediction("a.png", [("red", 1.0)]))
+    assert content.getvalue().decode(encoding).split()[-1] == block * predict.BAR_WIDTH
+
+
+def test_bars_of_wide_letters_line_up():
+    file = io.StringIO()
+    predict.WRITERS["table"](file, 2)(Prediction("a.png", [("\u732b", 0.6), ("e\u0301", 0.4)]))
+    first, second = file.getvalue().splitlines()[1:]
+    assert first.index("60.0%") + 1 == second.index("40.0%") - 1, "one letter takes two columns, two letters one"
+
+
 def parse_json_lines(output: str) -> list[dict]:
     return [json.loads(line) for line in output.splitlines()]
 

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import io
+import json
 import os
 import tarfile
 from pathlib import Path
@@ -102,6 +103,7 @@ def renamed(data: bytes, old: str, new: str) -> bytes:
         (lambda data: data.replace(b"00014.png", b"00014.pn\xff"), "cannot be read: the header at byte .* is damaged"),
         (lambda data: data + data, "train.tar cannot be read: the header .* is damaged, or another archive follows"),
         (gzip.compress, "train.tar cannot be read: invalid header"),
+        (lambda data: renamed(data, "00014.", "00013."), "cannot be read: two files of 00013 that follow each other"),
     ],
 )  # fmt: skip
 def test_archive_that_is_damaged_gives_one_message(damage, message):
@@ -117,14 +119,14 @@ def test_sparse_file_in_an_archive_is_refused():
     """A few bytes may stand for gigabytes of zeros."""
     pack("train.tar", mixed(30))
     pack("test.tar", mixed(9), 300)
-    header = bytearray(tarfile.TarInfo("00029.cls").tobuf(tarfile.GNU_FORMAT))
+    header = bytearray(tarfile.TarInfo("00030.cls").tobuf(tarfile.GNU_FORMAT))
     header[156:157], header[148:156] = b"S", b" " * 8  # its type
     header[483:495] = b"%011o\0" % 2**33  # its real size
     header[148:156] = b"%06o\0 " % sum(header)
     whole = Path("train.tar").read_bytes().rstrip(b"\0")
     whole += bytes(-len(whole) % 512)
     Path("train.tar").write_bytes(whole + bytes(header) + bytes(1024))
-    with pytest.raises(UserError, match=r"00029.cls is a sparse file"):
+    with pytest.raises(UserError, match=r"00030.cls is a sparse file"):
         open_stream(".")
 
 
@@ -175,3 +177,20 @@ def test_compressed_archives_are_refused():
         Path(f"{split}.tar").unlink()
     with pytest.raises(UserError, match=r"--streaming reads Parquet files and WebDataset archives \(.tar\), and"):
         open_stream(".")
+
+
+def test_texts_in_json_are_the_classes_that_they_are_without_streaming():
+    truth = {}
+    for split, first, count in (("train", 0, 30), ("validation", 100, 9), ("test", 200, 9)):
+        with tarfile.open(f"{split}.tar", "w") as archive:
+            for row, label in enumerate(mixed(count)):
+                image = encode(NAMES[label], first + row)
+                add_file(archive, f"{first + row:05}.png", image)
+                add_file(archive, f"{first + row:05}.json", json.dumps(NAMES[label]).encode())
+                if split == "train":
+                    truth[hashlib.sha256(image).hexdigest()] = label
+    stream = open_stream(".", label_column="json")
+    assert learned(stream) == truth
+    streamed, _ = load_images(data_dir=".", stream=stream, label_column="json")
+    whole, _ = load_images(data_dir=".", label_column="json")
+    assert streamed["train"].features["label"].names == whole["train"].features["label"].names == NAMES

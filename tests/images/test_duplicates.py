@@ -182,6 +182,8 @@ def test_group_that_is_most_of_a_class_is_none():
     assert not _crowded(np.arange(120) // 2, labels).any()
     assert not _crowded(np.where(np.arange(120) < 20, 0, np.arange(120)), labels).any()
     assert _crowded(np.zeros(80, int), np.repeat([0, 1], 40)).all(), "most of two classes"
+    assert _crowded(np.zeros(20, int), np.repeat([0, 1], 10)).all()
+    assert not _crowded(np.zeros(18, int), np.repeat([0, 1], 9)).any(), "ten in each are needed"
     assert not _crowded(np.zeros(40, int), np.zeros(40, int)).any(), "most of one class: they may be copies"
     assert not _crowded(np.zeros(8, int), np.repeat([0, 1], 4)).any(), "few images, such as one with two labels"
 
@@ -197,4 +199,4 @@ def test_images_of_a_fixed_camera_can_be_cut(tmp_path, caplog, monkeypatch):
             Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(tmp_path / label / f"{seed}.png")
     splits = load(data_dir=str(tmp_path))
     assert all(set(dataset["label"][:]) == {0, 1} for dataset in splits.values())
-    assert "24 images look alike, and are most of a class" in caplog.text
+    assert "24 images look alike, and are most of their class" in caplog.text

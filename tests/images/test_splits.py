@@ -278,7 +278,7 @@ def test_classes_that_are_too_small_are_named_or_taken_for_names(capsys):
     names = [f"c{number}" for number in range(8)]
     cut_splits(DatasetDict(train=labelled([*range(7), *[7] * 40], names)))
     assert (
-        "test has no image of 'c0', 'c1', 'c2', 'c3', 'c4' and 2 more: too few images, or groups"
+        "test has no image of 'c0', 'c1', 'c2', 'c3', 'c4' and 2 more: these have too few images, or groups"
         in capsys.readouterr().out
     )
     names = [f"c{number}" for number in range(11)]

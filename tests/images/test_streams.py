@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import COLOURS, digest_of, encode, learned, mixed
 from datasets import ClassLabel, Dataset, Features, Image, Value
+from pyarrow import parquet
 
 from data import load_images
 from luthier.errors import UserError
@@ -272,3 +273,27 @@ def test_sample_has_three_images_of_a_rare_class():
     frequent = [[0, 0, 1, 1]] * 3
     blocks = arrays(*frequent, [0, 1, 0, 2], [0, 0, 1, 1], [2, 0, 1, 1], [1, 0, 2, 1], [2, 0, 0, 1])
     assert _draw_sample(blocks, np.arange(8)) == [0, 1, 2, 3, 5, 6]
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_numbered_classes_beside_texts_are_refused(streamed):
+    """They would be classes called 0, 1 and 2."""
+    write("train-0.parquet", mixed(20), typed=False)
+    write("train-1.parquet", mixed(8), 100)
+    write("validation.parquet", mixed(9), 200, typed=False)
+    write("test.parquet", mixed(9), 300, typed=False)
+    with pytest.raises(UserError, match=r"train-1.parquet has numbers in the column 'label', and names for them"):
+        open_stream(".") if streamed else load_images(data_dir=".")
+
+
+def test_row_groups_that_are_read_together_are_not_too_large(monkeypatch):
+    truth = write("train.parquet", mixed(30))
+    write("validation.parquet", mixed(9), 200)
+    write("test.parquet", mixed(9), 300)
+    metadata = parquet.read_metadata("train.parquet")
+    sizes = [shards._size_of(metadata.row_group(group), "photo") for group in range(metadata.num_row_groups)]
+    monkeypatch.setattr(shards, "BLOCK", 100)
+    monkeypatch.setattr(shards, "MAX_GROUP", 2 * max(sizes))
+    stream = open_stream(".")
+    assert learned(stream) == truth and len(stream.blocks) >= 3
+    assert all(sum(sizes[block.begin : block.end]) <= 2 * max(sizes) for block in stream.blocks)

@@ -89,6 +89,7 @@ def read_pixels(path) -> np.ndarray:
 
 def test_accuracy_in_words(metrics):
     assert percent_with_interval(metrics["test"]) == "83.3% (95% interval 43.6% to 97.0%, n = 6)"
+    assert percent_with_interval(metrics["test"] | {"n": 12345}).endswith("n = 12,345)")
 
 
 def test_confusion_matrix_depends_on_the_numbers(metrics, tmp_path):

@@ -2,6 +2,7 @@
 
 import base64
 import functools
+import hashlib
 import io
 import json
 import os
@@ -107,7 +108,9 @@ def test_files_of_the_page(exported, tmp_path):
     write_page(exported, tmp_path / "page", "My <colours>", vendor=False)
     config = json.loads((tmp_path / "page/model.json").read_text())
     assert config["labels"] == ["blue", "green", "red"] and config["unsure_below"] == 0.6
-    assert config["model"]["bytes"] == (tmp_path / "page/model.onnx").stat().st_size
+    content = (tmp_path / "page/model.onnx").read_bytes()
+    digest = base64.b64encode(hashlib.sha384(content).digest()).decode()
+    assert config["model"] == {"url": "model.onnx", "bytes": len(content), "hash": f"sha384-{digest}"}
     assert config["resize"]["pillow"] == int(PIL.__version__.split(".")[0])
     assert all((tmp_path / "page" / name).is_file() for name in [*config["files"], "sw.js"])
     assert json.loads((tmp_path / "page/manifest.webmanifest").read_text())["name"] == "My <colours>"
@@ -252,6 +255,20 @@ def test_damaged_runtime_is_not_run(exported, tmp_path):
         page.goto(url)
         page.get_by_text("The model cannot be loaded").wait_for(timeout=30_000)
         assert page.title() != "taken over" and page.get_by_role("button", name="Try again").is_visible()
+
+
+@pytest.mark.slow
+@needs_chromium
+@needs_npm
+def test_model_of_another_export_is_not_run(exported, tmp_path):
+    write_page(exported, tmp_path / "page", "colours", vendor=True)
+    model = tmp_path / "page/model.onnx"
+    content = bytearray(model.read_bytes())
+    content[len(content) // 2] ^= 1  # as many bytes
+    model.write_bytes(content)
+    with served(tmp_path / "page") as url, browser_page() as page:
+        page.goto(url)
+        page.get_by_text("model.onnx is not the file that belongs to this page").wait_for(timeout=30_000)
 
 
 @pytest.mark.slow

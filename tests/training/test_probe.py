@@ -105,7 +105,9 @@ def test_probe_of_many_images_begins_with_that_of_a_sample(monkeypatch):
 
 
 def test_features_that_do_not_fit_on_a_gpu_stay_in_main_memory(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 1000))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (700, 9000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 500)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 200)
     places = [device_of_fits(torch.empty(n, 10), torch.device("cuda")).type for n in (10, 11)]
     assert places == ["cuda", "cpu"]
 

@@ -28,7 +28,7 @@ from luthier.arguments import parse_arguments
 from luthier.errors import NotFinite, UserError
 from luthier.machine import explain_exhausted_memory
 from luthier.output_dir import has_ended
-from luthier.processes import check_processes
+from luthier.processes import RANKS, check_processes
 from luthier.scoring.refit import plan_refit
 from luthier.training.checkpoints import find_damage, lacking_space, newest_whole, seal
 from luthier.training.recipe import BATCH, FROM_SCRATCH
@@ -201,13 +201,23 @@ def test_run_that_is_stopped_in_its_refit_ships_the_same_weights(timm_checkpoint
         patch.setattr(SafeTrainer, "training_step", step_with_signal)
         main([*options, "--output_dir", "cut"])
     assert list(Path("cut/refit").glob("*/checkpoint-3")) and not Path("cut/metrics.json").exists()
-    main([*options, "--output_dir", "cut", "--resume_from_checkpoint", "auto"])
+    steps = []
+
+    def recorded_step(self, *arguments, **rest):
+        if "refit" in Path(self.args.output_dir).parts:
+            steps.append(self.state.global_step)
+        return training_step(self, *arguments, **rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SafeTrainer, "training_step", recorded_step)
+        main([*options, "--output_dir", "cut", "--resume_from_checkpoint", "auto"])
+    assert steps[0] == 3, "the refit goes on, and does not begin again"
     (weights, scores), (resumed, resumed_scores) = load_result("whole"), load_result("cut")
     assert resumed_scores == scores and all(torch.equal(tensor, resumed[name]) for name, tensor in weights.items())
 
 
 @SLOW
-def test_processes_on_cpus_wait_as_long_as_is_asked_for(tmp_path):
+def test_processes_on_cpus_wait_as_long_as_is_asked_for():
     Path("accelerate.yaml").write_text(yaml.safe_dump(TWO_PROCESSES))
     Path("wait.py").write_text(
         "import torch\n"
@@ -218,7 +228,7 @@ def test_processes_on_cpus_wait_as_long_as_is_asked_for(tmp_path):
     )
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate.yaml", "wait.py"]
     environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
 
 
@@ -565,6 +575,8 @@ def test_single_process_that_accelerate_starts_silently_is_refused(launch, folde
 
 @pytest.mark.parametrize("count", ["4", ""])
 def test_number_of_processes_that_another_tool_has_left_behind_is_refused(monkeypatch, count):
+    for name in RANKS:
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", count)
     with pytest.raises(UserError, match="unset WORLD_SIZE"):
         parse_arguments([])

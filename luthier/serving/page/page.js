@@ -57,7 +57,7 @@ async function load() {
 }
 
 /** Return the bytes of a part of the model; `count` is told of them as they arrive. */
-async function loadPart({ url, bytes, integrity }, cache, count, signal) {
+async function loadPart({ url, bytes, integrity, hash }, cache, count, signal) {
   const stored = await cache?.match(url);
   if (stored) {
     count(bytes);
@@ -72,6 +72,13 @@ async function loadPart({ url, bytes, integrity }, cache, count, signal) {
     count(chunk.value.length);
   }
   if (length !== bytes) throw new Error(`${url} has ${length} bytes, and not ${bytes}`);
+  // `integrity` would hold back the progress until the end. Where there is no `subtle`, nothing is kept either.
+  if (hash && globalThis.crypto?.subtle) {
+    const digest = new Uint8Array(await crypto.subtle.digest("SHA-384", content));
+    if (`sha384-${btoa(String.fromCharCode(...digest))}` !== hash) {
+      throw new Error(`${url} is not the file that belongs to this page`);
+    }
+  }
   return content;
 }
 
@@ -102,9 +109,11 @@ async function openCache(version) {
 async function keep(cache, config, files) {
   for (const url of [...files.keys(), ...config.files]) {
     if (await cache.match(url)) continue;
+    const answer = files.has(url) ? null : await get(url, { cache: "no-cache" });
+    // From sw.js, which answers without a network, and perhaps with the file of another version.
+    if (answer?.type === "default") throw new Error(`${url} is not from the network`);
     // A copy of the content alone: an answer that was redirected could not be given for a page.
-    const content = files.get(url) ?? (await (await get(url, { cache: "no-cache" })).blob());
-    await cache.put(url, new Response(content));
+    await cache.put(url, new Response(files.get(url) ?? (await answer.blob())));
   }
   for (const name of await caches.keys()) {
     if (name.startsWith(CACHES) && name !== CACHES + config.version) await caches.delete(name);
@@ -173,6 +182,9 @@ async function rate(bitmap) {
   const view = prepare(readPixels(bitmap), bitmap.height, bitmap.width, resize);
   const outputs = await session.run({ pixel_values: new ort.Tensor("uint8", view, [1, ...resize.size, 3]) });
   const probabilities = Array.from(outputs.probabilities.data);
+  if (!probabilities.every(Number.isFinite)) {
+    throw new Error("The model's answer is not a number: its weights or its export are damaged.");
+  }
   const sureness = outputs.sureness.data[0];
   const order = probabilities.map((_, index) => index).sort((a, b) => probabilities[b] - probabilities[a]);
   const none = order[0] === none_class;
