@@ -119,14 +119,14 @@ def test_sparse_file_in_an_archive_is_refused():
     """A few bytes may stand for gigabytes of zeros."""
     pack("train.tar", mixed(30))
     pack("test.tar", mixed(9), 300)
-    header = bytearray(tarfile.TarInfo("00030.cls").tobuf(tarfile.GNU_FORMAT))
+    header = bytearray(tarfile.TarInfo("00029.cls").tobuf(tarfile.GNU_FORMAT))
     header[156:157], header[148:156] = b"S", b" " * 8  # its type
     header[483:495] = b"%011o\0" % 2**33  # its real size
     header[148:156] = b"%06o\0 " % sum(header)
-    whole = Path("train.tar").read_bytes().rstrip(b"\0")
+    whole = renamed(Path("train.tar").read_bytes(), "00029.cls", "00029.txt").rstrip(b"\0")
     whole += bytes(-len(whole) % 512)
     Path("train.tar").write_bytes(whole + bytes(header) + bytes(1024))
-    with pytest.raises(UserError, match=r"00030.cls is a sparse file"):
+    with pytest.raises(UserError, match=r"00029.cls is a sparse file"):
         open_stream(".")
 
 
