@@ -29,7 +29,7 @@ from luthier.escape import escape_cell, escape_terminal
 from luthier.images.decode import CONVERT, is_image, is_unread, reason
 from luthier.images.image_files import walk
 from luthier.output_dir import is_of_run
-from luthier.terminal import SHORT, columns_of, has_terminal, percent, plural, shorten
+from luthier.terminal import SHORT, has_terminal, percent, plural, shorten, width_of
 
 if TYPE_CHECKING:
     from luthier.serving.classifier import Prediction
@@ -196,10 +196,11 @@ def write_table(file: TextIO, top_k: int) -> Callable[["Prediction"], None]:
             return
         refusal = ": none of these" if prediction.none else ": unsure" if prediction.unsure else ""
         print(f"{name}{refusal}", file=file)
-        for label, share in prediction.top:
-            short = escape_terminal(shorten(label))
-            name = short + " " * (SHORT - columns_of(short))
-            print(f"  {name}  {percent(share):>6}  {block * round(share * BAR_WIDTH)}".rstrip(), file=file)
+        labels = [escape_terminal(shorten(label)) for label, _ in prediction.top]
+        width = max([SHORT, *map(width_of, labels)])
+        for label, (_, share) in zip(labels, prediction.top, strict=True):
+            padded = label + " " * (width - width_of(label))
+            print(f"  {padded}  {percent(share):>6}  {block * round(share * BAR_WIDTH)}".rstrip(), file=file)
         file.flush()
 
     return write

@@ -142,7 +142,7 @@ def load_as_example(folder: str, image_size: int) -> Dataset:
     return load_dataset("imagefolder", data_dir=folder, split="train").with_transform(transform_batch)
 
 
-def compare_probes(folder: str, image_size: int) -> None:
+def compare_probes(folder: Path, image_size: int) -> None:
     """Print the validation score of a probe on stored training images and of one on the files."""
     # Here, because what it imports would count in the memory of `measure`.
     from luthier.training.probe import fit_probes

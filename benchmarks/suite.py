@@ -28,7 +28,6 @@ import io
 import itertools
 import json
 import math
-import os
 import shutil
 import sys
 import tempfile
@@ -181,7 +180,7 @@ def run_once(data: str, folder: Path, contestant: str, seed: int, out: Path, che
     if not kept.exists():
         with tempfile.TemporaryDirectory() as folder_of_run:
             temporary = Path(folder_of_run)
-            environment = os.environ | own_caches(temporary / "cache") | {"PYTHONUTF8": "1"}
+            environment = own_caches(temporary / "cache") | {"PYTHONUTF8": "1"}
             if contestant in OTHERS:
                 run = run_other(data, cut(data, folder, seed, out), contestant, seed, environment)
             else:

@@ -76,7 +76,7 @@ def shorten(name: str) -> str:
     return name if len(name) <= SHORT else f"{name[: SHORT - end - 1]}…{name[-end:]}"
 
 
-def columns_of(text: str) -> int:
+def width_of(text: str) -> int:
     """Return how many columns of a terminal a text takes: East Asian letters two, marks that join a letter none."""
     joined = sum(unicodedata.category(letter) in ("Mn", "Me", "Cf") for letter in text)
     wide = sum(unicodedata.east_asian_width(letter) in ("W", "F") for letter in text)
@@ -87,8 +87,13 @@ def quote(*words: str) -> str:
     """Return words as a command line for the shell of this system: Windows' `cmd` knows double quotes alone."""
     if sys.platform != "win32":
         return shlex.join(words)
-    escaped = (word.replace('"', '\\"') for word in words)
-    return " ".join(word if re.fullmatch(r"[\w@%+=:,./\\-]+", word) else f'"{word}"' for word in escaped)
+    return " ".join(word if re.fullmatch(r"[\w@%+=:,./\\-]+", word) else _in_quotes(word) for word in words)
+
+
+def _in_quotes(word: str) -> str:
+    """Return a word in double quotes for Windows, where backslashes before a quote count twice."""
+    at_end = len(word) - len(word.rstrip("\\"))
+    return '"' + re.sub(r'(\\*)"', r'\1\1\\"', word) + at_end * "\\" + '"'
 
 
 def of_project(name: str) -> str:

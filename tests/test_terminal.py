@@ -189,7 +189,9 @@ def test_commands_are_quoted_for_the_shell_of_the_system(monkeypatch, platform, 
         patch.setattr(sys, "platform", platform)
         command = quote("python", "my runs/a b", "^[^_]+", "outputs/x")
         folder = quote(r"outputs\my_run")
+        odd = quote('a "b"', "my photos\\")
     assert command == expected and folder == {"linux": r"'outputs\my_run'", "win32": r"outputs\my_run"}[platform]
+    assert odd == {"linux": "'a \"b\"' 'my photos\\'", "win32": r'"a \"b\"" "my photos\\"'}[platform]
 
 
 def test_difference_is_in_points():

@@ -38,7 +38,7 @@ def index_archive(file: BinaryIO, column: str, image_column: str, rows: int) -> 
 
     Raises:
         tarfile.TarError: it is no archive, or damaged.
-        ValueError: a file holds something else than a number where one is expected, or a row has no image.
+        ValueError: a file does not hold what its ending promises, a row has no image, or two files have one name.
     """
     parts: list[Part] = []
     values = []
@@ -81,7 +81,7 @@ def _check_end(file: BinaryIO, archive: tarfile.TarFile) -> None:
 
 
 def read_part(file: BinaryIO, begin: int, end: int, columns: Sequence[str], image_column: str) -> list[dict[str, Any]]:
-    """Return columns of the rows of a part: images as `datasets.Image` has them, other values as numbers or text.
+    """Return columns of the rows of a part: images as `datasets.Image` has them, other values as their endings promise.
 
     Args:
         file: the archive.
@@ -152,13 +152,16 @@ def _read(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 def _read_value(archive: tarfile.TarFile, member: tarfile.TarInfo) -> str | int | float | None:
     """Return what a file holds: a whole number or a value of JSON if its ending says so, or else text."""
-    text = _read(archive, member).decode("utf-8")
-    ending = member.name.rpartition(".")[2].lower()
+    data, ending = _read(archive, member), member.name.rpartition(".")[2].lower()
     if ending in JSON:
-        value = json.loads(text)
+        try:
+            value = json.loads(data)  # bytes, as `datasets` does: they may begin with a mark of their encoding
+        except ValueError as error:
+            raise ValueError(f"{member.name} is not JSON: {error}") from None
         if isinstance(value, (dict, list)):
-            raise ValueError(f"{member.name} holds {text[:40]!r} where one value was expected")
+            raise ValueError(f"{member.name} holds {data[:40]!r} where one value was expected")
         return value
+    text = data.decode("utf-8")
     if ending not in NUMBERS:
         return text
     try:

@@ -134,7 +134,7 @@ def check_class_names(url: str, schema: pa.Schema, features: Features) -> None:
         if isinstance(feature, ClassLabel) and isinstance(expected, Value) and "string" in expected.dtype:
             raise UserError(
                 f"{url} has numbers in the column {column!r}, and names for them ({', '.join(feature.names)}), where "
-                "other files have texts: its numbers would be classes of their own. Write all files alike"
+                "other files have texts: its numbers would be read as texts. Write all files alike"
             )
         if isinstance(feature, ClassLabel) and isinstance(expected, ClassLabel) and feature.names != expected.names:
             raise UserError(

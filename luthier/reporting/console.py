@@ -277,7 +277,7 @@ def learning_curve_in_words(curve: Mapping | None) -> str:
     now, twice, last = curve["now"], curve["twice"], curve["points"][-1]
     if last["accuracy"] == 1:
         right = f"A linear probe that learns from {last['n']:,} images is right about all others"
-        return f"{right}: these cannot tell what more of them would bring"
+        return f"{right}, so that nobody can tell what more images would bring"
     low, high = map(points, curve["gain_ci95"])
     return (
         f"With twice the training images ({twice['n']:,} instead of {now['n']:,}) a linear probe would score about "

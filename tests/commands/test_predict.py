@@ -28,6 +28,7 @@ from luthier.images.decode import EXTENSIONS
 from luthier.serving.classifier import Classifier, Prediction, open_network
 from luthier.serving.network import Rated
 from luthier.serving.torch_network import TorchNetwork
+from luthier.terminal import width_of
 
 
 def train_model(model_name: str, folder: Path) -> Path:
@@ -76,9 +77,9 @@ def test_bars_are_readable_in_any_encoding(encoding, block):
 
 def test_bars_of_wide_letters_line_up():
     file = io.StringIO()
-    predict.WRITERS["table"](file, 2)(Prediction("a.png", [("\u732b", 0.6), ("e\u0301", 0.4)]))
-    first, second = file.getvalue().splitlines()[1:]
-    assert first.index("60.0%") + 1 == second.index("40.0%") - 1, "one letter takes two columns, two letters one"
+    predict.WRITERS["table"](file, 3)(Prediction("a.png", [("\u732b" * 20, 0.6), ("e\u0301", 0.3), ("dog", 0.1)]))
+    lines = zip(file.getvalue().splitlines()[1:], ("60.0%", "30.0%", "10.0%"), strict=True)
+    assert len({width_of(line[: line.index(share)]) for line, share in lines}) == 1
 
 
 def parse_json_lines(output: str) -> list[dict]:

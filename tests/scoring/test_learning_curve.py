@@ -114,7 +114,7 @@ def test_features_of_train_and_validation_are_those_of_their_labels(monkeypatch)
     curve = learning_curve(pool_of(splits, features, torch.device("cpu")), 0.1, 40)
     assert curve["points"][-1]["accuracy"] == 1 and curve["now"]["n"] == 40
     text = learning_curve_in_words(curve)
-    assert "cannot tell" in text and "interval" not in text
+    assert "nobody can tell" in text and "interval" not in text
 
 
 def test_few_groups_widen_the_interval():
