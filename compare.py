@@ -26,7 +26,7 @@ from luthier.errors import UserError, exit_on_user_error
 from luthier.files import expand_home
 from luthier.output_dir import has_ended, read_metrics, wait_for_lock
 from luthier.run_files import PREDICTIONS
-from luthier.terminal import percent, say
+from luthier.terminal import ignore_closed, percent, say
 
 PROJECT = Path(__file__).parent
 SEEDS = 3  # where neither seeds nor folds are given
@@ -90,28 +90,34 @@ def main(argv: list[str] | None = None) -> None:
     results: dict[str, dict[str, RunResult]] = {}
     for number, run in enumerate(runs, 1):
         if run.folder not in finished:
-            print(f"[{number}/{len(runs)}] {run.experiment}, {run.part}: its output goes to {run.log}", flush=True)
+            tell(f"[{number}/{len(runs)}] {run.experiment}, {run.part}: its output goes to {run.log}")
             execute(run)
+            is_finished(run)  # refuses a run whose config has changed since the beginning
         metrics = read_metrics(run.folder)
         correct = read_correct(run.folder / PREDICTIONS)
         results.setdefault(run.experiment, {})[run.part] = RunResult(metrics, correct)
         scored, seconds = metrics["test"], metrics["seconds"]["total"]
-        print(
+        tell(
             f"[{number}/{len(runs)}] {run.experiment}, {run.part}: test {percent(scored['accuracy'])} "
-            f"(n = {scored['n']}), {seconds:.0f} s{', from before' if run.folder in finished else ''}",
-            flush=True,
+            f"(n = {scored['n']}), {seconds:.0f} s{', from before' if run.folder in finished else ''}"
         )
         check_same_images(results, run.part)
         check_same_data(run.experiment, results[run.experiment], run.part, bool(args.folds))
     rows = [summarise_experiment(name, parts) for name, parts in results.items()]
     report = comparison_in_words(rows, compare_pairs(results)) + "\n"
-    print(f"\n{report}", end="")
+    tell(f"\n{report.rstrip()}")
     (args.output_dir / "compare.md").write_text(report, encoding="utf-8")
     with (args.output_dir / "compare.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, rows[0])
         table.writeheader()
         table.writerows(rows)
     say("saved", f"{args.output_dir / 'compare.md'}, and the same table as compare.csv")
+
+
+def tell(text: str) -> None:
+    """Print a text as it is; whoever read along may be gone."""
+    with ignore_closed("stdout"):
+        print(text, flush=True)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -207,6 +213,7 @@ def build_runs(experiments: list[Experiment], args: argparse.Namespace, rest: li
         parts = [(f"seed {seed}", ["--seed", str(seed)]) for seed in range(1, args.seeds + 1)]
     runs: list[Run] = []
     sources: dict[tuple, str] = {}
+    cuts: dict[tuple, str] = {}
     for (part, words), experiment in itertools.product(parts, experiments):
         folder = args.output_dir / f"{experiment.name}-{part.replace(' ', '-')}"
         line = [*experiment.line, "--refit", "none", "--push_to_hub", "false", *rest, *words]  # nothing is shipped
@@ -217,18 +224,35 @@ def build_runs(experiments: list[Experiment], args: argparse.Namespace, rest: li
         data = parsed.data_args
         folder_of_data = data.data_dir and expand_home(data.data_dir).resolve()
         sources.setdefault((folder_of_data, data.dataset_name, data.dataset_config_name), experiment.name)
+        if part == parts[0][0]:
+            cut = data.for_cut() | ({"test_fraction": None} if args.folds else {})  # which folds do not use
+            cuts.setdefault(tuple(cut.values()), experiment.name)
         settings = with_time_limit(parsed.run_args.settings, parsed.model_args.time_limit)
         runs.append(Run(experiment.name, part, folder, line, settings))
-    if len(sources) > 1:  # `check_same_images` would find that when they are trained
-        one, other, *_ = sources.values()
-        raise UserError(
-            f"{one} and {other} do not have the same data: give --data_dir or --dataset_name once, to compare.py"
-        )
+    # `check_same_images` would find that when they are trained.
+    _check_same("data", "--data_dir or --dataset_name", [*sources.values()])
+    _check_same("splits", "--split_seed, --validation_fraction, --test_fraction and --fold", [*cuts.values()])
     first: dict[tuple[str, str], str] = {}
     for run in runs:
         if (same := first.setdefault((run.part, run.settings), run.experiment)) != run.experiment:
             raise UserError(f"{same} and {run.experiment} have the same settings: leave one of them out")
     return runs
+
+
+def _check_same(what: str, options: str, experiments: list[str]) -> None:
+    """Refuse experiments that differ in what must be the same for all.
+
+    Args:
+        what: the experiments must have in common.
+        options: that say it.
+        experiments: one for each of what there is.
+
+    Raises:
+        UserError: there are several.
+    """
+    if len(experiments) > 1:
+        one, other, *_ = experiments
+        raise UserError(f"{one} and {other} do not have the same {what}: give {options} once, to compare.py")
 
 
 def is_finished(run: Run) -> bool:
@@ -267,7 +291,7 @@ def execute(run: Run) -> None:
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]  # this environment's accelerate
     environment = os.environ | {"PYTHONUTF8": "1"}  # class names may not fit into the code page of Windows
     with (
-        log.open("w", encoding="utf-8") as file,
+        log.open("a", encoding="utf-8") as file,  # after what it printed before it was interrupted
         subprocess.Popen(
             [*launch, str(PROJECT / "train.py"), *run.line], stdout=file, stderr=subprocess.STDOUT, env=environment
         ) as process,

@@ -37,6 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     if not argv or argv[0].startswith("-"):
         raise UserError("name the model first: accelerate launch score.py MODEL --data_dir FOLDER")
     from luthier.arguments import parse_arguments, refuse_others
+    from luthier.checks import check_outside
     from luthier.parsing import describe_command, option_names_in
 
     config = len(argv) > 1 and argv[1].endswith((".yaml", ".yml"))  # which may name the images
@@ -47,6 +48,8 @@ def main(argv: list[str] | None = None) -> None:
     line = [*argv[1:], "--eval_strategy", "no", "--model_name", argv[0]]
     arguments = parse_arguments(line, describe_command("score.py", argv))
     refuse_others("score.py", arguments.run_args.given, (*SHOWN, "model_name"))
+    if not arguments.data_args.labels:  # here too, because `parse_arguments` checks a folder that is given
+        check_outside(arguments.run_dir, arguments.data_args.data_dir or str(arguments.data_args.dataset_name))
 
     from luthier.machine import set_up_process
     from luthier.output_dir import claim_output_dir

@@ -81,7 +81,7 @@ def _check_end(file: BinaryIO, archive: tarfile.TarFile) -> None:
 
 
 def read_part(file: BinaryIO, begin: int, end: int, columns: Sequence[str], image_column: str) -> list[dict[str, Any]]:
-    """Return columns of the rows of a part: images as `datasets.Image` has them, other values as their endings promise.
+    """Return columns of the rows of a part: images as `datasets.Image` has them, others as their endings promise.
 
     Args:
         file: the archive.

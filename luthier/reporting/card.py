@@ -52,8 +52,9 @@ def write_model_card(folder: Path, metrics: dict, repo_id: str | None = None) ->
     name = repo_id.split("/")[-1] if repo_id else folder.resolve().name
     # On the Hub a dataset is named with its owner. A folder may have any name, also that of another dataset.
     dataset = data["name"] if "/" in data["name"] else "imagefolder"
+    own_test = "test" if "test" in data.get("own_splits", ()) else None  # a split of that name is in the data
     results = [
-        EvalResult("image-classification", dataset, data["name"], kind, value, dataset_split="test")
+        EvalResult("image-classification", dataset, data["name"], kind, value, dataset_split=own_test)
         for kind, value in (("accuracy", test["accuracy"]), ("f1", test["macro_f1"]))
     ]
     metadata = ModelCardData(
@@ -103,7 +104,7 @@ def _added(card: Path) -> dict:
     if not card.is_file():
         return {}
     try:
-        found = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
+        found = ModelCard(card.read_text(encoding="utf-8-sig"), ignore_metadata_errors=True).data.to_dict()
     except (OSError, ValueError, TypeError, YAMLError) as error:
         say("careful", f"what you added to the metadata of the model card is lost, because it cannot be read: {error}")
         return {}

@@ -63,6 +63,7 @@ def collect_run(
     """
     outcome, probe = result.outcome, result.outcome.probe
     data = describe(experiment.prepared, data_args.name, data_args.is_built_in, experiment.stream)
+    data["own_splits"] = sorted(experiment.own_splits)  # the others were cut
     test = result.predictions(experiment.splits)
     scores, recipe = score_run(result.kept, test, result.threshold), describe_recipe(result)
     of_training: dict[str, Any] = {

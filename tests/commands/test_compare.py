@@ -10,7 +10,7 @@ import psutil
 import pytest
 from conftest import draw_folder
 
-from compare import Run, build_experiments, build_runs, execute, is_finished, main, parse_line, terminate
+from compare import Run, build_experiments, build_runs, execute, is_finished, main, parse_line, tell, terminate
 from luthier.arguments import parse_arguments
 from luthier.errors import UserError
 from luthier.reporting.console import comparison_in_words, verdict_in_words
@@ -47,6 +47,39 @@ def results(*experiments: tuple[str, list[list[bool]]], folds: bool = False, tog
 
 def verdicts(results: dict) -> list[str]:
     return [verdict_in_words(verdict) for verdict in compare_pairs(results)]
+
+
+def test_config_that_changes_while_the_runs_go_on_is_refused(tmp_path, monkeypatch, capsys):
+    def trained_with_others(run):
+        run.folder.mkdir(parents=True)
+        for name in ("README.md", "model.safetensors"):
+            (run.folder / name).touch()
+        (run.folder / "metrics.json").write_text(json.dumps({"settings": "others", "time_limit": None}))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("compare.execute", trained_with_others)
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--set", "augmentation=none,augmix", "--seeds", "1"])
+    assert exit_info.value.code == 2 and "its config has changed since" in capsys.readouterr().err
+
+
+def test_log_keeps_what_the_run_has_printed_before(tmp_path, monkeypatch):
+    start = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda _, **rest: start([sys.executable, "-c", "print('new')"], **rest))
+    run = Run("a", "seed 1", tmp_path / "a", [], "x")
+    run.log.write_text("before\n")
+    execute(run)
+    assert run.log.read_text().split() == ["before", "new"]
+
+
+def test_reader_that_leaves_does_not_end_the_comparison(monkeypatch):
+    class Closed:
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    tell("one")
+    assert not isinstance(sys.stdout, Closed)
 
 
 def test_output_dir_may_be_in_the_home_directory(tmp_path, monkeypatch):
@@ -266,6 +299,8 @@ def test_interrupted_run_resumes_from_its_checkpoint(compared, launch):
         (["--set", "refit=auto,none"], "compare.py sets refit itself: leave it out"),
         (["--set", "learning_rate=1e-3,0.001"], "have the same settings"),
         (["--set", "data_dir=a,b"], "do not have the same data: give --data_dir or --dataset_name once"),
+        (["--set", "split_seed=1,2"], "do not have the same splits: give --split_seed"),
+        (["--set", "test_fraction=0.1,0.3"], "do not have the same splits"),
         (["--set", "seed=1,2"], "compare.py sets seed itself: use --seeds"),
         (["nowhere.yaml", "else.yaml"], "nowhere.yaml"),
         (["a/x.yaml", "b/x.yaml"], "the same name"),

@@ -167,3 +167,11 @@ def test_bad_input_gives_one_message(model, timm_checkpoint, tmp_path, monkeypat
     assert exit_info.value.code == 2 and "Traceback" not in errors
     assert re.search(message, errors), errors
     assert not Path("outputs").exists()
+
+
+def test_default_folder_is_not_among_the_images(model, new_images, monkeypatch, capsys):
+    monkeypatch.chdir(new_images)
+    with pytest.raises(SystemExit) as exit_info:
+        score.main([str(model), "--data_dir", "."])
+    assert exit_info.value.code == 2 and "would be taken for images" in capsys.readouterr().err
+    assert not Path("outputs").exists()

@@ -391,6 +391,14 @@ def test_card_says_what_loads_the_model(metrics, tmp_path):
     assert f'"transformers{floor}"' in line and " timm" in line and text.index(line) < text.index("from transformers")
 
 
+@pytest.mark.parametrize(("own", "split"), [([], None), (["test", "train"], "test")])
+def test_card_names_a_test_split_only_where_the_data_has_one(metrics, tmp_path, own, split):
+    metrics["data"] |= {"name": "someone/set", "own_splits": own}
+    write_model_card(tmp_path, metrics)
+    results = ModelCard.load(tmp_path / "README.md").data.eval_results
+    assert {row.dataset_split for row in results} == {split}
+
+
 @pytest.mark.parametrize(("name", "dataset"), [("food101", "imagefolder"), ("me/set", "me/set")])
 def test_folder_is_not_taken_for_a_dataset_of_the_hub(metrics, tmp_path, name, dataset):
     metrics["data"]["name"] = name
