@@ -6,6 +6,7 @@ So it imports nothing of the project, and needs torch and transformers only.
 
 import copy
 import difflib
+import functools
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
@@ -142,11 +143,14 @@ def build_model(
     for module in model.modules():
         if hasattr(module, "attention_bias_cache"):  # of LeViT, which would not see weights that are loaded later
             module.register_forward_hook(_forget_biases)
+        if hasattr(module, "set_shift_and_window_size"):  # of Swin, which would keep those of a smaller image
+            own = functools.partial(_reset_windows, window=module.window_size, shift=module.shift_size)
+            module.register_forward_pre_hook(own)
         if isinstance(module, nn.Dropout) and model.config.model_type in ("mobilenet_v1", "mobilenet_v2"):
             # Their configs have TensorFlow's share of features that is kept, 0.999 or 0.8; the library drops as many.
             module.p = min(module.p, 1 - module.p)
     # Convolutions run up to twice as fast in this layout on CPUs and on GPUs with tensor cores.
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-arg]  # the library wraps torch's method
+    _to_channels_last(model)
     return model, image_processor
 
 
@@ -171,13 +175,15 @@ def load_trained(model_name: str) -> tuple[PreTrainedModel, BaseImageProcessor]:
             "of train.py, or a model for image classification"
         )
     floats = {name: tensor for name, tensor in model.state_dict().items() if tensor.dtype.itemsize > 1}  # not float8
-    broken = [name for name, tensor in floats.items() if tensor.isnan().any()]
+    learned = {name for name, _ in model.named_parameters()}  # a buffer may be a mask of -inf
+    broken = [name for name, each in floats.items() if each.isnan().any() or (name in learned and each.isinf().any())]
     if broken:
         raise ModelError(
             f"{model_name} has weights that are no numbers, in {broken[0]}: its file is damaged, or its training "
             "diverged. Copy or train it again"
         )
-    return model.eval().to(memory_format=torch.channels_last), image_processor
+    _to_channels_last(model.eval())
+    return model, image_processor
 
 
 def save_model(model: PreTrainedModel, image_processor: BaseImageProcessor, folder: Path) -> None:
@@ -470,8 +476,19 @@ def keep_in_eval_mode(modules: Iterable[nn.Module]) -> None:
         module.register_forward_pre_hook(_set_eval_mode)
 
 
+def _to_channels_last(model: nn.Module) -> None:
+    """Put the weights of [N, C, H, W] into channels_last; `Module.to` fails at 3D kernels, as of LambdaNet."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.ndim == 4:
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+
+
 def _forget_biases(module: nn.Module, args: tuple, output: object) -> None:
     module.attention_bias_cache = {}  # type: ignore[assignment]
+
+
+def _reset_windows(module: nn.Module, args: tuple, window: object, shift: object) -> None:
+    module.window_size, module.shift_size = window, shift  # type: ignore[assignment]
 
 
 def _set_eval_mode(module: nn.Module, args: tuple) -> None:

@@ -58,7 +58,8 @@ class OneGPUTrainingArguments(TrainingArguments):
             torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=self.ddp_timeout))
         device = super()._setup_devices
         self._n_gpu = min(1, self._n_gpu)
-        return device
+        # accelerate calls it cpu:0 where there are several processes: transformers before 5.18 cannot load to that.
+        return torch.device("cpu") if device.type == "cpu" else device
 
 
 def fill_in_machine_defaults(options: dict) -> None:

@@ -47,6 +47,7 @@ from luthier.training.layers import _merge_lists, freeze, freeze_unused, layer_n
 from models import (
     ModelError,
     SimpleCNNForImageClassification,
+    _to_channels_last,
     build_model,
     explain_refusal,
     head_parameters,
@@ -587,3 +588,23 @@ def test_folders_of_a_run_that_hold_no_finished_model_are_told_apart(tmp_path):
         load_trained(str(tmp_path / "checkpoint-5"))
     with pytest.raises(ModelError, match="its run has not ended"):
         load_trained(str(tmp_path))
+
+
+def test_swin_sees_large_images_as_before_after_smaller_ones(tmp_path):
+    """Its layers would go on without the shift that they left out for training's crops."""
+    config = SwinConfig(image_size=224, embed_dim=8, depths=[1, 1, 1, 2], num_heads=[1, 1, 1, 1], window_size=7)
+    SwinForImageClassification(config).save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 224, "width": 224}).save_pretrained(tmp_path)
+    model, _ = build_model(str(tmp_path), ID2LABEL, image_size=288)
+    assert training_size(model, (288, 288)) == (224, 224)
+    model.eval()
+    with torch.no_grad():
+        before = model(batch(288)).logits
+        model(batch(224))
+        assert torch.equal(model(batch(288)).logits, before)
+
+
+def test_kernels_of_three_dimensions_keep_their_memory_format():
+    layers = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv3d(1, 2, (3, 3, 1)))  # as in timm's lambda_resnet26t
+    _to_channels_last(layers)
+    assert layers[0].weight.is_contiguous(memory_format=torch.channels_last) and layers[1].weight.is_contiguous()

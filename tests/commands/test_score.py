@@ -114,11 +114,12 @@ def test_only_the_test_split_is_scored_if_there_is_one(model, tmp_path, monkeypa
     assert run_score(model, "--data_dir", "split")["test"]["n"] == 9
 
 
-def test_weights_that_are_damaged_are_not_scored(model, new_images, tmp_path, capsys):
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_weights_that_are_damaged_are_not_scored(model, new_images, tmp_path, capsys, value):
     shutil.copytree(model, tmp_path / "damaged")
     weights = load_file(tmp_path / "damaged/model.safetensors")
     head = next(name for name in weights if name.endswith("fc.bias"))
-    weights[head][1] = float("nan")
+    weights[head][1] = float(value)
     save_file(weights, tmp_path / "damaged/model.safetensors", {"format": "pt"})
     with pytest.raises(SystemExit) as exit_info:
         run_score(tmp_path / "damaged", "--data_dir", new_images)

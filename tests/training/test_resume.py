@@ -524,6 +524,21 @@ def test_two_processes_score_every_image_once_and_write_one_set_of_files(timm_ch
 
 
 @pytest.mark.slow
+def test_two_processes_resume_exactly(timm_checkpoint, launch, folder):
+    Path("accelerate.yaml").write_text(yaml.safe_dump(TWO_PROCESSES))
+    options = flags(str(timm_checkpoint), "--recipe", "full", "--keep", "trained", "--refit", "none")
+    launcher = ("accelerate", "launch", "--config_file", "accelerate.yaml")
+    whole = launch("train.py", *options, "--output_dir", "whole", cwd=folder, launcher=launcher)
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    shutil.copytree("whole/checkpoint-2", "cut/checkpoint-2")
+    more = ("--output_dir", "cut", "--resume_from_checkpoint", "auto")
+    cut = launch("train.py", *options, *more, cwd=folder, launcher=launcher)
+    assert cut.returncode == 0 and "resume   from cut/checkpoint-2" in cut.stdout, cut.stdout + cut.stderr
+    (weights, scores), (resumed, resumed_scores) = load_result("whole"), load_result("cut")
+    assert resumed_scores == scores and all(torch.equal(tensor, resumed[name]) for name, tensor in weights.items())
+
+
+@pytest.mark.slow
 def test_two_processes_take_a_larger_batch_and_learn_faster_where_epochs_are_long(launch, folder):
     draw_folder(Path("many"), per_class=3_600)
     Path("accelerate.yaml").write_text(yaml.safe_dump(TWO_PROCESSES))
