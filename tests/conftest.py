@@ -42,6 +42,11 @@ from luthier.images.views import EvaluationView
 from models import build_model
 
 PROJECT = Path(__file__).parent.parent
+TWO_PROCESSES = {
+    "compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_GPU", "use_cpu": True, "num_machines": 1,
+    "num_processes": 2, "mixed_precision": "no",
+}  # fmt: skip
+
 COLOURS = {"blue": (40, 60, 200), "green": (30, 180, 60), "red": (210, 50, 40)}
 
 
@@ -218,6 +223,19 @@ def resnet_checkpoint(tmp_path_factory):
         )
     )
     return folder
+
+
+def flags(model: str, *more: str) -> list[str]:
+    """Return the options of a short training on drawn images, with a checkpoint at each step."""
+    fixed = ["--data_dir", "images", "--model_name", model, "--num_train_epochs", "2", "--disable_tqdm", "1"]
+    steps = ["--per_device_train_batch_size", "4", "--save_strategy", "steps", "--save_steps", "1"]
+    return [*fixed, *steps, "--save_total_limit", "99", *more]
+
+
+def load_result(folder: str) -> tuple[dict, dict]:
+    """Return the weights of a run, and its scores."""
+    metrics = json.loads(Path(folder, "metrics.json").read_text())
+    return load_file(f"{folder}/model.safetensors"), {key: metrics[key] for key in ("validation", "test", "unsure")}
 
 
 @pytest.fixture(scope="session")
