@@ -24,7 +24,7 @@ import torch
 from datasets import Dataset, DatasetDict, Features
 from datasets import Image as ImageFeature
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     ResNetConfig,
     ResNetForImageClassification,
