@@ -330,7 +330,8 @@ def test_failed_push_keeps_the_run_and_can_be_repeated(server, client, push, tmp
     assert fault.count == 1 and result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
     assert "not pushed: this login may not write to me/colours" in result.stderr
     script, arguments = re.findall(r"^  python (\S+) (.*)$", result.stderr, re.M)[0]
-    assert Path(script) == PROJECT / "push.py" and arguments == "out me/colours" and (tmp_path / "out/report.html").exists()
+    assert Path(script) == PROJECT / "push.py" and arguments == "out me/colours"
+    assert (tmp_path / "out/report.html").exists()
     assert not any(TOKEN.encode() in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert not any(TOKEN.encode() in body for body in server.bodies)
     second_push = push(tmp_path / "out", "me/colours")
