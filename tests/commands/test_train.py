@@ -23,6 +23,7 @@ from luthier.images.views import EvaluationView
 from luthier.machine import configure_cpu
 from luthier.parsing import describe_command
 from luthier.processes import available_cores
+from luthier.reporting.console import learning_curve_in_words
 from luthier.training.trainer import concatenate_batches
 from models import build_model
 
@@ -166,8 +167,9 @@ def test_run_with_tensorboard_fold_learning_curve_and_trained_weights(timm_check
     ]
     train.main([*args, "--output_dir", "out"])
     output = capsys.readouterr().out
-    assert "curve    With twice the training images" in output and "kept     full, the trained weights" in output
     metrics = json.loads(Path("out/metrics.json").read_text())
+    assert f"curve    {learning_curve_in_words(metrics['learning_curve'])}\n" in output
+    assert "kept     full, the trained weights" in output
     assert metrics["recipe"]["kept"] == "the trained weights" and metrics["seeds"]["fold"] == "2/5"
     assert (
         metrics["test"]["n"] == 12 and metrics["learning_curve"]["now"]["n"] == metrics["data"]["splits"]["train"]["n"]
