@@ -28,7 +28,7 @@ from luthier.cores import count_cores
 from luthier.errors import UserError, exit_on_user_error
 from luthier.files import expand_home
 from luthier.options import parse_part
-from luthier.terminal import plural, quote, say
+from luthier.terminal import of_project, plural, quote, say
 
 if TYPE_CHECKING:
     import numpy as np
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     write_shards(splits, folder, options.side, options.images, share)
     groups = " --group_column group" if given_groups(splits) else ""
     when = ", when all machines have ended" if share.machines > 1 else ""
-    say("next", f"accelerate launch train.py --data_dir {quote(str(folder))}{groups}{when}")
+    say("next", f"{quote('accelerate', 'launch', of_project('train.py'), '--data_dir', str(folder))}{groups}{when}")
 
 
 def build_parser() -> "Parser":

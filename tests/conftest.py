@@ -225,6 +225,14 @@ def resnet_checkpoint(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """The working directory, with drawn images: 15 training images, which makes 4 steps per epoch of `flags`."""
+    monkeypatch.chdir(tmp_path)
+    draw_folder(Path("images"), per_class=8)
+    return tmp_path
+
+
 def flags(model: str, *more: str) -> list[str]:
     """Return the options of a short training on drawn images, with a checkpoint at each step."""
     fixed = ["--data_dir", "images", "--model_name", model, "--num_train_epochs", "2", "--disable_tqdm", "1"]

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import draw, draw_folder, load
+from conftest import PROJECT, draw, draw_folder, load
 from datasets import ClassLabel, Dataset
 from PIL import Image
 from pyarrow import parquet
@@ -61,7 +61,7 @@ def test_shards_have_the_images_of_the_folder(capsys):
 
 def test_next_command_can_be_pasted(capsys):
     prepare.main(["images", "my shards", *LINE[2:]])
-    assert "next     accelerate launch train.py --data_dir 'my shards'\n" in capsys.readouterr().out
+    assert f"next     accelerate launch {PROJECT}/train.py --data_dir 'my shards'\n" in capsys.readouterr().out
 
 
 def test_damaged_shard_is_written_again(capsys):
@@ -241,7 +241,7 @@ def test_shards_say_which_images_belong_together(capsys):
     prepare.main([*LINE, "--group_by", r"\d(?=\.png)"])  # the last digit
     printed = capsys.readouterr().out
     assert "3 images without a group" in printed  # a copy, a damaged and a large one
-    assert "next     accelerate launch train.py --data_dir shards --group_column group\n" in printed
+    assert f"next     accelerate launch {PROJECT}/train.py --data_dir shards --group_column group\n" in printed
     rows = [row for path in Path("shards").glob("*.parquet") for row in parquet.read_table(path).to_pylist()]
     found = {(row["image"]["path"][-5], row["group"]) for row in rows}
     digits, groups = zip(*found, strict=True)

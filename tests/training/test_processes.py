@@ -26,13 +26,7 @@ from train import main
 
 SLOW = pytest.mark.slow
 
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    """Every test runs in a folder with drawn images: 15 training images, which makes 4 steps per epoch."""
-    monkeypatch.chdir(tmp_path)
-    draw_folder(Path("images"), per_class=8)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 @SLOW

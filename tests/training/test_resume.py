@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from conftest import PROJECT, TWO_PROCESSES, draw_folder, flags, load_result
+from conftest import PROJECT, TWO_PROCESSES, flags, load_result
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
@@ -32,13 +32,7 @@ from train import main
 
 SLOW = pytest.mark.slow
 
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    """Every test runs in a folder with drawn images: 15 training images, which makes 4 steps per epoch."""
-    monkeypatch.chdir(tmp_path)
-    draw_folder(Path("images"), per_class=8)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 def assert_resumes_exactly(options: list[str], interrupted_after: tuple[int, ...]) -> None:
