@@ -1,8 +1,9 @@
 """Which way of fine-tuning suits the images: arms run in heats, and go on as long as it pays.
 
-The probe comes first and is free of noise from training. Then every arm runs two heats. From there on, arms are
-compared by where a power law through their last two heats leads at the end of the longest training, and not by where
-they stand. The arm that promises most runs its next heat; its last one only if it is not behind by then. If it breaks
+The probe comes first and is free of noise from training. Then every arm runs two heats; one that starts from the
+probe itself runs its second one only if it still leads after those of the others. From there on, arms are compared by
+where a power law through their last two heats leads at the end of the longest training, and not by where they stand.
+The arm that promises most runs its next heat; its last one only if it is not behind by then. If it breaks
 its promise, another one may promise more. The race ends when no arm leads beyond the probe and the best weights so
 far, or when one has run its last heat.
 """
@@ -24,7 +25,7 @@ from luthier.training.arms import Arm, State, Workshop, plan_arm
 from luthier.training.callbacks import EpochTable
 from luthier.training.checkpoints import check_named, checkpoints_by_step, load_weights, newest_shared, step_of
 from luthier.training.heats import EndInTime
-from luthier.training.recipe import BATCH, Recipe
+from luthier.training.recipe import BATCH, PROBE, Recipe
 from luthier.training.safe_trainer import SafeTrainer
 from luthier.training.trainer import model_of, train
 
@@ -218,17 +219,21 @@ class _Progress:
         heats, running, rival = self.heats, self.running, self.rival
         following = {arm.recipe.name: self.next_heat(arm) for arm in running}
         unfinished = [arm for arm in running if following[arm.recipe.name] < len(arm.ends)]
-        # Every arm is seen twice: a new head starts far behind. What the time limit has cut short is not seen.
+        # What the time limit has cut short is not seen.
         seen = {arm.recipe.name: sum(heat.step in arm.ends for heat in heats.of(arm.recipe.name)) for arm in running}
-        early = [arm for arm in unfinished if seen[arm.recipe.name] < 2]
         losses = [heat.loss for heat in heats if math.isfinite(heat.loss)]
+        best = min(losses, default=math.inf)
+        # A new head and a soft probe start behind, so that their arms are seen twice. What an arm gains on the probe
+        # that it starts from shows at once: it is seen again after the others, and only if it still leads by then.
+        shown = [arm for arm in unfinished if seen[arm.recipe.name] == 1 and arm.recipe.start == PROBE]
+        behind = [arm for arm in shown if heats.of(arm.recipe.name)[-1].loss > best]
+        early = [arm for arm in unfinished if seen[arm.recipe.name] < 2 and arm not in behind]
         if early:
-            arm = min(early, key=lambda arm: following[arm.recipe.name])
+            arm = min(early, key=lambda arm: (following[arm.recipe.name], arm in shown))
             far = rival and seen[arm.recipe.name] and all(loss >= FAR * rival.loss for loss in losses)
             return (None, "the probe far ahead") if far else (arm, "")
         if len(unfinished) < len(running):
             return None, "its last heat"
-        best = min(losses, default=math.inf)
 
         def pays(arm: Arm) -> bool:
             last = following[arm.recipe.name] + 1 == len(arm.ends)
@@ -237,7 +242,7 @@ class _Progress:
             wanted = best - max((LAST_GAIN if last else MIN_GAIN) * best, LEAST_GAIN)
             return self.promise(arm) < min(wanted, rival.loss if rival else math.inf)
 
-        promising = [arm for arm in running if pays(arm)]
+        promising = [arm for arm in running if arm not in behind and pays(arm)]
         if not promising:
             return None, "no more gain in sight"
         return min(promising, key=self.promise), ""

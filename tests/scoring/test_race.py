@@ -21,12 +21,12 @@ from luthier.scoring.race import FAR, Outcome, Trained, _Progress, keep_best, pr
 from luthier.scoring.race_record import Course, Heat, Heats, read_record, write_record
 from luthier.scoring.selection import Candidate, choose
 from luthier.terminal import Stopwatch
+from luthier.training.recipe import RECIPES
 from luthier.training.signals import Stop
 
 
 def arm(name: str, ends: tuple[int, ...] = (10, 30, 70, 150)) -> SimpleNamespace:
-    recipe = SimpleNamespace(name=name)
-    return SimpleNamespace(recipe=recipe, ends=ends, batch=32, schedule=len(ends) > 1, steps_per_epoch=10)
+    return SimpleNamespace(recipe=RECIPES[name], ends=ends, batch=32, schedule=len(ends) > 1, steps_per_epoch=10)
 
 
 def heats(**losses: list[float]) -> Heats:
@@ -58,13 +58,15 @@ def next_one(tried: Heats, arms: list[SimpleNamespace], probe: float | None) -> 
     return chosen and chosen.recipe.name, reason
 
 
-def test_every_arm_runs_two_heats_in_turns():
+@pytest.mark.parametrize("second", [0.41, 0.39])
+def test_arms_run_two_heats_in_turns_but_the_one_from_the_probe_only_one_if_it_is_behind_by_then(second):
     order, tried = [], Heats()
-    losses = {"lp_ft": [0.4, 0.4], "full": [4.0, 4.0], "full_from_probe": [0.5, 0.5]}
-    while (name := next_one(tried, ARMS, 0.45)[0]) and len(order) < 9:
-        order.append(name)
+    losses = {"lp_ft": [0.4] * 2, "full": [4.0] * 2, "full_from_probe": [0.5, second, 0.2, 0.1]}
+    while (chosen := next_one(tried, ARMS, 0.45))[0] and len(order) < 9:
+        order.append(chosen[0])
         tried = heats(**{arm.recipe.name: losses[arm.recipe.name][: order.count(arm.recipe.name)] for arm in ARMS})
-    assert order == ["lp_ft", "full", "full_from_probe"] * 2
+    seen = ["lp_ft", "full", "full_from_probe", "full", "full_from_probe"] + ["lp_ft"] * (second > 0.4)
+    assert (order, chosen[1]) == (seen + ["full_from_probe"] * 2, "its last heat")
 
 
 def test_arm_that_promises_most_goes_on_and_others_only_where_it_breaks_its_promise():
@@ -89,7 +91,7 @@ def test_last_heat_must_promise_a_tenth():
 def test_probe_that_is_far_ahead_ends_the_race():
     tried = heats(lp_ft=[0.4], full=[1.0])
     assert next_one(tried, ARMS[:2], 0.4 / FAR - 0.01) == (None, "the probe far ahead")
-    assert next_one(tried, ARMS[:2], 0.4 / FAR + 0.01) == ("lp_ft", "")
+    assert next_one(tried, ARMS[:2], 0.4 / FAR + 0.01) == ("full", "")
     assert next_one(heats(lp_ft=[0.4]), ARMS[:2], 0.01) == ("full", ""), "each arm is seen once"
 
 
