@@ -156,6 +156,7 @@ class _Progress:
         named: the checkpoint that the user has named; None once training is past it.
         has_begun: something was trained in this part of the run.
         predicting: seconds of a prediction; 0 where that is not known.
+        begun_at: the step from which the last training of this part of the run went on.
     """
 
     def __init__(
@@ -167,7 +168,7 @@ class _Progress:
         predicting: float = 0.0,
     ):
         self.arms, self.rival, self.course, self.resume, self.has_begun = arms, rival, course, resume, False
-        self.predicting = predicting
+        self.predicting, self.begun_at = predicting, 0
         self.named = Path(resume) if resume and resume != "auto" else None
         self.heats, self.ended, left = read_record(course, arms, self.named) if resume else (Heats(), "", [])
         self.running = [arm for arm in arms if arm.recipe.name not in left]
@@ -201,13 +202,19 @@ class _Progress:
     def _run_heat(self, arm: Arm, number: int, expected: float) -> tuple[Trained, SafeTrainer] | None:
         """Run a heat and record it; None where the arm leaves the race in it."""
         may_be_partial = self.resume and not self.has_begun  # a part of it may have been trained before
+        done = max((heat.step for heat in self.heats.of(arm.recipe.name)), default=0)
         begin = self.course.stopwatch.total()
         try:
             trained, trainer = self.advance(arm, arm.ends[number])
         except NotFinite as error:
             self.leave(arm, error)
             return None
-        seconds = max(self.course.stopwatch.total() - begin, expected if may_be_partial else 0.0)
+        seconds = self.course.stopwatch.total() - begin
+        if may_be_partial:
+            # As long for each of its steps as now. These count as an epoch at least: an evaluation is among them.
+            steps = trained.state.global_step - done
+            here = max(trained.state.global_step - self.begun_at, min(arm.steps_per_epoch, steps), 1)
+            seconds = max(seconds * max(1.0, steps / here), expected)
         heat = _describe(trained, seconds)
         self.heats.append(heat)
         self.ended = NO_TIME if heat.step < arm.ends[number] else ""
@@ -222,17 +229,20 @@ class _Progress:
         # What the time limit has cut short is not seen.
         seen = {arm.recipe.name: sum(heat.step in arm.ends for heat in heats.of(arm.recipe.name)) for arm in running}
         losses = [heat.loss for heat in heats if math.isfinite(heat.loss)]
-        best = min(losses, default=math.inf)
+        best, leader = min(losses, default=math.inf), self.leading()
         # A new head and a soft probe start behind, so that their arms are seen twice. What an arm gains on the probe
         # that it starts from shows at once: it is seen again after the others, and only if it still leads by then.
         shown = [arm for arm in unfinished if seen[arm.recipe.name] == 1 and arm.recipe.start == PROBE]
-        behind = [arm for arm in shown if heats.of(arm.recipe.name)[-1].loss > best]
+        lead = heats.of(leader.recipe.name)[-1].loss if leader else math.inf
+        behind = [arm for arm in shown if heats.of(arm.recipe.name)[-1].loss > lead]
         early = [arm for arm in unfinished if seen[arm.recipe.name] < 2 and arm not in behind]
         if early:
             arm = min(early, key=lambda arm: (following[arm.recipe.name], arm in shown))
             far = rival and seen[arm.recipe.name] and all(loss >= FAR * rival.loss for loss in losses)
             return (None, "the probe far ahead") if far else (arm, "")
-        if len(unfinished) < len(running):
+        going = [arm for arm in unfinished if arm not in behind]
+        # Every arm runs its first two heats, so that one that ends with them does not end the training of others.
+        if not going or any(arm not in unfinished and len(arm.ends) > 2 for arm in running):
             return None, "its last heat"
 
         def pays(arm: Arm) -> bool:
@@ -242,7 +252,7 @@ class _Progress:
             wanted = best - max((LAST_GAIN if last else MIN_GAIN) * best, LEAST_GAIN)
             return self.promise(arm) < min(wanted, rival.loss if rival else math.inf)
 
-        promising = [arm for arm in running if arm not in behind and pays(arm)]
+        promising = [arm for arm in going if pays(arm)]
         if not promising:
             return None, "no more gain in sight"
         return min(promising, key=self.promise), ""
@@ -292,6 +302,7 @@ class _Progress:
     def advance(self, arm: Arm, end: int) -> tuple[Trained, SafeTrainer]:
         """Train an arm up to a step, from its newest checkpoint or the named one; score its best weights so far."""
         checkpoint = self.named or newest_shared(arm.folder, arm.is_main_process)
+        self.begun_at = step_of(checkpoint) if checkpoint else 0
         if not self.has_begun:
             if self.resume:
                 say("resume", _where(checkpoint, self.heats))

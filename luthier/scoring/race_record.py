@@ -31,8 +31,7 @@ class Heat(NamedTuple):
         epochs: that the arm has trained so far.
         loss: of its best weights so far, see `selection.Candidate.loss`.
         accuracy: on validation, of the same weights.
-        seconds: that the heat took, with its evaluation; after an interruption within it at least those that were
-            expected.
+        seconds: that the heat took, with its evaluation; after an interruption within it they are estimated.
     """
 
     arm: str

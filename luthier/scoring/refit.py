@@ -87,7 +87,8 @@ def plan_refit(
         scored_on = scored_on if result.kept.is_probe else len(experiment.stream.labels)
         return Plan(used, scored_on, scored_on, 0.0, "the images are streamed")
     winner = outcome.winner
-    share = winner.best_step / max(1, winner.state.global_step) if winner else 1.0
+    own = outcome.heats.of(result.kept.arm)
+    share = winner.best_step / max(1, own[-1].step) if winner and own else 1.0  # a checkpoint may be past them
     work = WORK * images * outcome.heats.epochs(result.kept.arm) * share
     seconds = outcome.heats.seconds(result.kept.arm) * share * images / scored_on
     refusal = ""

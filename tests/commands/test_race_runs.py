@@ -326,6 +326,13 @@ def test_refit_has_the_time_limit_of_the_whole_run(tmp_path):
     assert plan.done and plan.averaged and plan.seconds == 30.0, "half of the steps on twice the images"
 
 
+def test_refit_of_weights_from_after_the_last_heat_takes_longer_than_the_heats(tmp_path):
+    """A run that was killed within a heat has checkpoints of it."""
+    experiment, result = one_arm(tmp_path, epochs=1.0, best_step=20)
+    result.outcome.winner.state.global_step = 20
+    assert plan_refit(experiment, result, "auto", None).seconds == 120.0
+
+
 def test_refit_is_at_most_as_much_work_as_the_run(tmp_path, monkeypatch):
     """An epoch of ten images is 30 predictions; the run adds 10 of validation an epoch, and 10 of test."""
     assert plan_refit(*one_arm(tmp_path, epochs=1.0, best_step=10), "auto", None).done, "it is over in no time"

@@ -76,6 +76,22 @@ def test_arm_that_promises_most_goes_on_and_others_only_where_it_breaks_its_prom
     assert next_one(heats(**seen_twice | {"full": [1.0, 0.4, 0.4]}), ARMS, 0.45)[0] == "full_from_probe"
 
 
+def test_arm_from_the_probe_that_leads_by_now_is_seen_again_though_another_one_was_better_before():
+    tried = heats(lp_ft=[0.4], full=[4.0, 4.0], full_from_probe=[0.39, 0.41])
+    assert begun(tried, ARMS).leading().recipe.name == "lp_ft"
+    assert next_one(tried, ARMS, 0.45) == ("lp_ft", "")
+
+
+def test_second_heat_that_is_the_last_one_does_not_end_the_training_of_others():
+    """As with `--max_steps 300` and 1,600 images, of which `full` takes 16 in a step and the others 32."""
+    arms = [arm("lp_ft", (50, 150, 300)), arm("full", (100, 300)), arm("full_from_probe", (50, 150, 300))]
+    steps = [("lp_ft", 50, 0.4), ("full", 100, 2.0), ("full_from_probe", 50, 0.5), ("full_from_probe", 150, 0.3)]
+    tried = Heats(Heat(name, step, step / 50, loss, 0.9, 1.0) for name, step, loss in [*steps, ("full", 300, 1.0)])
+    assert next_one(tried, arms, 0.45) == ("full_from_probe", "")
+    tried.append(Heat("full_from_probe", 300, 6.0, 0.2, 0.9, 1.0))
+    assert next_one(tried, arms, 0.45) == (None, "its last heat")
+
+
 def test_last_heat_is_for_an_arm_that_is_not_behind():
     seen = {"lp_ft": [0.30, 0.299], "full": [1.2, 0.6, 0.32]}
     assert next_one(heats(**seen), ARMS[:2], 0.45) == (None, "no more gain in sight")
@@ -306,6 +322,23 @@ def test_heat_that_was_interrupted_counts_the_seconds_that_were_expected(tmp_pat
     write_record(course_in(tmp_path), arms, heats(full=[0.5]), "")
     outcome, _ = run_race(tmp_path, monkeypatch, "auto")
     assert [heat.seconds >= 1 for heat in outcome.heats] == [True, True, False, False], "the first one of this part"
+
+
+def test_heat_that_was_interrupted_counts_the_seconds_of_all_its_steps(tmp_path, monkeypatch):
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 400}')
+    clock = iter(range(0, 1_000, 10))
+    without_training(monkeypatch, lambda name, end: 0.5)
+    monkeypatch.setattr(module, "newest_shared", lambda *_: tmp_path)
+    course = course_in(tmp_path)._replace(stopwatch=SimpleNamespace(total=lambda: next(clock)))
+    outcome, _ = race([in_folder(arm("head", (500,)), tmp_path)], None, course, "auto")
+    assert outcome.heats.seconds("head") == 50, "a fifth of the steps took 10 seconds"
+
+
+def test_first_heat_runs_whatever_the_limit_is_only_where_there_is_no_probe(tmp_path, monkeypatch):
+    without_training(monkeypatch, lambda name, end: 1 / end)
+    arms = [in_folder(one, tmp_path) for one in ARMS]
+    assert len(race(arms, None, course_in(tmp_path / "a", time_limit=0), None)[0].heats) == 1
+    assert not race(arms, candidate([0.5] * 4, "probe"), course_in(tmp_path / "b", time_limit=0), None)[0].heats
 
 
 def test_probe_must_be_ahead_in_more_than_a_few_groups():
