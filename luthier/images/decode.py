@@ -25,6 +25,7 @@ UPRIGHT = {  # what turns an image upright, by its EXIF orientation
     8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
 MAX_BYTES = 2**30  # of a file; the largest images that Pillow opens have half of it, uncompressed
+MAX_SCANNED = 25_000_000_000  # pixels of a foreign image, times the scans of its JPEG, each of which goes through all
 STRIP = 256  # rows of a grey image that are converted at a time: all of them would take eight times their memory
 TILE = (322, 323)  # tags of a TIFF: width and height of a tile
 MAX_RATIO = 500  # of an image's sides: a view enlarges the shorter one, and the longer one with it
@@ -89,6 +90,9 @@ def decode_rgb(data: bytes, shorter_side: int | None = None, max_pixels: int | N
             raise OSError(f"{size[0]} x {size[1]} px are more than the {max_pixels:,} pixels that are allowed")
         if max(size) > MAX_RATIO * min(size):
             raise OSError(f"{size[0]} x {size[1]} px: one side is more than {MAX_RATIO} times the other")
+        scans = data.count(b"\xff\xda") if max_pixels and image.format in ("JPEG", "MPO") else 0
+        if scans * size[0] * size[1] > MAX_SCANNED:
+            raise OSError(f"a JPEG of {scans:,} scans, which would take minutes to decode")
         if image.format == "TIFF":
             _check_tile(data, image, max_pixels or 2 * (Image.MAX_IMAGE_PIXELS or math.inf))
         if shorter_side and min(image.size) > shorter_side and image.format in ("JPEG", "MPO"):

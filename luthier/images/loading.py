@@ -5,8 +5,9 @@ import glob
 import itertools
 import json
 import logging
+import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from tarfile import TarError
 from typing import TypeVar
@@ -45,13 +46,37 @@ def load_named(dataset_name: str, dataset_config_name: str | None, to_train: boo
         raise UserError(f"{dataset_name} is not a folder, and no name of a dataset on the Hub: check the path")
     check_complete(Path(dataset_name))
     with explain_loading(dataset_name):
+        files = load_dataset_builder(resolved(dataset_name), dataset_config_name).config.data_files or {}
+        urls = list(itertools.chain.from_iterable(files.values()))
+        check_own_files(urls, dataset_name)
         loaded = load_dataset(resolved(dataset_name), dataset_config_name)
         if Path(dataset_name).is_dir():
-            files = load_dataset_builder(resolved(dataset_name), dataset_config_name).config.data_files or {}
-            for url in itertools.chain.from_iterable(files.values()):
+            for url in urls:
                 _check_file(url, next(iter(loaded.values())).features)
     check_holds_images(loaded, dataset_name)
     return DatasetDict(named_splits(loaded, dataset_name, to_train))
+
+
+def check_own_files(urls: Iterable[str], dataset_name: str) -> None:
+    """Check that a dataset is made of its own files: its README may name any files, those of this machine too.
+
+    Args:
+        urls: of its files, as `datasets` has found them; `zip://a.png::URL` is a file of an archive.
+        dataset_name: a folder, or a name on the Hub.
+
+    Raises:
+        UserError: a file lies outside the folder; or on this machine, though the dataset is on the Hub.
+    """
+    folder = Path(dataset_name)
+    for url in urls:
+        place = url.rpartition("::")[2]
+        if folder.is_dir() and Path(os.path.normpath(place)).is_relative_to(folder.resolve()):
+            continue
+        if not place.startswith(("hf://", "https://", "http://")):
+            raise UserError(
+                f"the README of {dataset_name} names a file that is not its own ({place}): correct `data_files` "
+                "there, or put the file into the folder"
+            )
 
 
 def check_holds_images(splits: Mapping[str, Dataset], dataset_name: str) -> None:

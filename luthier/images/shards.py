@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import json
 import logging
 import math
@@ -25,7 +26,14 @@ from luthier.errors import UserError
 from luthier.images.archives import index_archive, read_part
 from luthier.images.columns import find_columns
 from luthier.images.decode import read_bytes, reason
-from luthier.images.loading import check_class_names, check_complete, explain_loading, named_splits, resolved
+from luthier.images.loading import (
+    check_class_names,
+    check_complete,
+    check_own_files,
+    explain_loading,
+    named_splits,
+    resolved,
+)
 from luthier.terminal import of_project, plural, quote
 
 logger = logging.getLogger(__name__)
@@ -196,6 +204,7 @@ def _list_files(name: str, config: str | None) -> tuple[dict[str, list[str]], Fe
     """
     builder = load_dataset_builder(resolved(name), config)
     files = {str(split): list(urls) for split, urls in (builder.config.data_files or {}).items()}
+    check_own_files(itertools.chain.from_iterable(files.values()), name)
     in_archives = builder.name == "webdataset" and all(
         url.endswith(ARCHIVE) for urls in files.values() for url in urls
     )

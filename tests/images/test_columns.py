@@ -18,7 +18,7 @@ from luthier.errors import UserError
 from luthier.images.columns import _names_of_labels, add_numbers, fixed_width, label_and_image
 from luthier.images.description import describe
 from luthier.images.folders import GIVEN_GROUP
-from luthier.images.loading import check_holds_images, explain_loading, named_splits, resolved
+from luthier.images.loading import check_holds_images, check_own_files, explain_loading, named_splits, resolved
 
 
 @pytest.mark.parametrize(
@@ -289,3 +289,35 @@ def test_dataset_folder_that_would_be_a_pattern_is_refused(tmp_path):
     folder.mkdir()
     with pytest.raises(UserError, match="rename the folder"):
         resolved(str(folder))
+
+
+@pytest.mark.parametrize("pattern", ["{0}/**", "../{0.name}/**"])
+def test_dataset_whose_readme_names_files_of_others_is_refused(images, pattern):
+    """They might be trained on, and published."""
+    folder = images.parent / "set"
+    folder.mkdir()
+    card = f"configs:\n- config_name: default\n  drop_labels: false\n  data_files: {pattern.format(images)}\n"
+    (folder / "README.md").write_text(f"---\n{card}---\n")
+    with pytest.raises(UserError, match="names a file that is not its own"):
+        load(dataset_name=str(folder))
+
+
+def test_dataset_of_the_hub_has_no_files_of_this_machine():
+    own = "hf://datasets/me/set@1/a.zip"
+    check_own_files([own, f"zip://*.png::{own}", "https://example.org/a.tar"], "me/set")
+    for url in ("/home/me/a.png", "file:///home/me/a.png", "zip://a.png::/home/me/a.zip"):
+        with pytest.raises(UserError, match="names a file that is not its own"):
+            check_own_files([url], "me/set")
+
+
+@pytest.mark.parametrize("absolute", [True, False])
+def test_metadata_that_leads_out_of_a_dataset_is_refused(images, absolute):
+    folder = images.parent / "set"
+    folder.mkdir()
+    paths = sorted(images.rglob("*.png"))
+    names = [str(path) if absolute else f"../{path.relative_to(images.parent)}" for path in paths]
+    rows = "".join(f"{name},{number % 2}\n" for number, name in enumerate(names))
+    (folder / "metadata.csv").write_text(f"file_name,label\n{rows}")
+    (folder / "a.png").write_bytes(paths[0].read_bytes())
+    with pytest.raises(UserError, match="cannot load"):
+        load(dataset_name=str(folder))

@@ -204,3 +204,14 @@ def test_12_bits_are_read_alike_whatever_type_holds_them(kind):
 def test_format_that_is_not_read_is_named(data, why):
     with pytest.raises(OSError, match=why):
         decode_rgb(data)
+
+
+def test_jpeg_of_too_many_scans_is_refused(monkeypatch):
+    file = io.BytesIO()
+    PILImage.new("RGB", (64, 48)).save(file, "JPEG", progressive=True)
+    head, marker, scan = file.getvalue().rpartition(b"\xff\xda")
+    hostile = head + 1_000 * (marker + scan[:-2]) + b"\xff\xd9"
+    monkeypatch.setattr(decode, "MAX_SCANNED", 500 * 64 * 48)
+    assert decode_rgb(file.getvalue(), max_pixels=10_000).image.size == (64, 48)
+    with pytest.raises(OSError, match=r"JPEG of 1,\d+ scans"):
+        decode_rgb(hostile, max_pixels=10_000)
