@@ -106,7 +106,7 @@ def ask_probe(splits: "DatasetDict", arguments: "Arguments") -> dict:
     from luthier.scoring.screening import choose_backbone, draw_sample
     from luthier.training.recipe import choose_recipes
     from luthier.training.trainer import build_predictor
-    from models import build_model, linear_head
+    from models import build_model
 
     _, model_args, training_args, _ = arguments
     labels = dict(enumerate(splits["train"].features["label"].names))
@@ -116,7 +116,7 @@ def ask_probe(splits: "DatasetDict", arguments: "Arguments") -> dict:
         sample = draw_sample(splits["train"], sample_rows, predictor)
         name = choose_backbone(model_args.model_name, build, sample, model_args.milliseconds)
         model, image_processor = build(name)
-        if not choose_recipes(None, name, linear_head(model) is not None)[0].is_pretrained:
+        if not choose_recipes(None, name, model)[0].is_pretrained:
             return {}
         view, trainer = EvaluationView(image_processor), predictor(model)
         rows = feature_rows(prepare(splits, view), view)

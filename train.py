@@ -61,7 +61,7 @@ def set_up(arguments: "Arguments", stopwatch: Stopwatch) -> "Experiment":
     from luthier.scoring.screening import choose_backbone, choose_view, draw_sample
     from luthier.training.recipe import choose_recipes
     from luthier.training.trainer import build_predictor
-    from models import build_model, linear_head
+    from models import build_model
 
     data_args, model_args, training_args, run_args = arguments
     stopwatch.stop("start")
@@ -82,7 +82,7 @@ def set_up(arguments: "Arguments", stopwatch: Stopwatch) -> "Experiment":
     name = choose_backbone(model_args.model_name, build, sample, model_args.milliseconds, arguments.run_dir)
     set_seed(training_args.seed)  # decides the first weights of a new head
     model, processor = build(name)
-    recipes = choose_recipes(model_args.recipe, name, linear_head(model) is not None, *run_args.pace)
+    recipes = choose_recipes(model_args.recipe, name, model, *run_args.pace)
     console.say_recipe(recipes, model_args.recipe)
     judge = build_judge(model_args.metric, model_args.balance, model, splits, data_args.none_class, stream)
     stopwatch.stop("load")

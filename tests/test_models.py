@@ -20,6 +20,8 @@ from torch import nn
 from transformers import (
     BeitConfig,
     BeitForMaskedImageModeling,
+    Dinov2Config,
+    Dinov2ForImageClassification,
     DINOv3ViTConfig,
     DINOv3ViTModel,
     LevitConfig,
@@ -578,7 +580,30 @@ def test_model_without_gradient_checkpointing_is_refused_before_anything_runs():
 )  # fmt: skip
 def test_crops_of_training_are_smaller_where_the_model_takes_them(monkeypatch, size, crop):
     monkeypatch.setattr("luthier.training.layers.takes_size", lambda model, side: side != 160)
-    assert training_size(None, size) == crop
+    assert training_size(SimpleNamespace(config=None), size) == crop
+
+
+def test_crops_of_training_hold_whole_patches():
+    """DINOv2 takes any size, and would leave out the last 6 of 160 pixels."""
+    config = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, mlp_ratio=2, patch_size=14)
+    model = Dinov2ForImageClassification(config)
+    assert takes_size(model, 160) and training_size(model, (224, 224)) == (224, 224)
+
+
+def test_mvit_takes_its_own_size_only():
+    """At another one timm would read relative positions of other distances, without an error."""
+    model = TimmWrapperForImageClassification(TimmWrapperConfig(architecture="mvitv2_tiny", num_labels=2))
+    assert takes_size(model, 224) and not takes_size(model, 160)
+    assert training_size(model, (224, 224)) == (224, 224)
+
+
+@pytest.mark.parametrize(("architecture", "stem", "head"), [("convnext_atto", "stem", 6), ("resnet26d", "conv1", 9)])
+def test_stem_of_several_parts_is_one_layer(architecture, stem, head):
+    with torch.device("meta"):
+        model = TimmWrapperForImageClassification(TimmWrapperConfig(architecture=architecture, num_labels=3))
+    numbers = layer_numbers(model)
+    assert {number for name, number in numbers.items() if f"timm_model.{stem}." in name} == {0}
+    assert max(numbers.values()) == head
 
 
 def test_folders_of_a_run_that_hold_no_finished_model_are_told_apart(tmp_path):

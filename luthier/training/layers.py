@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from models import head_parameters, keep_in_eval_mode, linear_head, takes_size
 
 TRAINING_SHARE = 0.75  # side of a random crop of training, in sides of the evaluation view
+STEM = re.compile(r"[^.]+\.(stem|patch_embed|conv1)\.\d")  # one layer, though its parts have numbers
 
 
 def layer_numbers(model: PreTrainedModel) -> dict[str, int]:
@@ -27,7 +28,7 @@ def layer_numbers(model: PreTrainedModel) -> dict[str, int]:
     names = [name for name, _ in model.named_parameters() if name not in head]
     for pattern in (r"(.*?\.\d+)\.", r"(.*?\d+\w*)\."):
         matches = [re.match(pattern, name) for name in names]
-        layers = [match[1] if match else "" for match in matches]
+        layers = [match[1] if match and not STEM.match(match[0]) else "" for match in matches]
         if len(set(layers)) > 1:
             break
     numbers: dict[str, int] = {}
@@ -122,10 +123,13 @@ def training_size(model: PreTrainedModel, size: tuple[int, int]) -> tuple[int, i
 
     A random crop shows objects larger than the evaluation view does. In smaller crops they have about the size that
     they have in evaluation (Touvron et al. 2019, FixRes), and a step costs half as much. A model that takes one size
-    only, as most vision transformers do, keeps that.
+    only, as most vision transformers do, keeps that; and so does one whose patches would leave out the last pixels.
     """
     side = max(32, round(TRAINING_SHARE * size[0] / 32) * 32)
-    return (side, side) if size[0] == size[1] > side and takes_size(model, side) else size
+    patch = getattr(model.config, "patch_size", None)
+    if size[0] != size[1] or side >= size[0] or (isinstance(patch, int) and side % patch):
+        return size
+    return (side, side) if takes_size(model, side) else size
 
 
 def divide_logits(model: PreTrainedModel, temperature: float) -> None:

@@ -7,8 +7,11 @@ import math
 from typing import Literal, NamedTuple
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import PreTrainedModel
 
 from luthier.errors import UserError
+from models import linear_head
 
 BATCH = 32  # images in an optimizer step that the learning rates below are for
 LEAST_STEPS = 100  # of an epoch: with fewer, a model learns too little in it
@@ -71,6 +74,13 @@ class Recipe(NamedTuple):
         """
         return self.learning_rate if self.rate_is_given else self.learning_rate * math.sqrt(max(1, batch / BATCH))
 
+    def without_batch_norm(self) -> "Recipe":
+        """Return the recipe for a backbone without BatchNorm."""
+        return self._replace(
+            backbone_rate=self.backbone_rate * RATE_WITHOUT_BATCH_NORM,
+            layer_decay=min(self.layer_decay, DECAY_WITHOUT_BATCH_NORM),
+        )
+
     @property
     def is_probe(self) -> bool:
         """Whether nothing is trained: the model is the probe itself."""
@@ -101,6 +111,9 @@ RECIPES = {
     )
 }
 RACED = ("lp_ft", "full_from_probe", "full")
+# Vision transformers and ConvNeXt have no BatchNorm. At rates that suit networks with it they forget what they have
+# learned; published ones are a quarter of these or less, and lower for the first layers.
+RATE_WITHOUT_BATCH_NORM, DECAY_WITHOUT_BATCH_NORM = 0.25, 0.75
 # For simple_cnn, which has no pretrained backbone.
 FROM_SCRATCH = Recipe("from scratch", start="new", learning_rate=2e-3, num_train_epochs=25)
 
@@ -108,7 +121,7 @@ FROM_SCRATCH = Recipe("from scratch", start="new", learning_rate=2e-3, num_train
 def choose_recipes(
     name: str | None,
     model_name: str,
-    has_linear_head: bool,
+    model: PreTrainedModel,
     learning_rate: float | None = None,
     num_train_epochs: float | None = None,
     batch: int | None = None,
@@ -118,13 +131,15 @@ def choose_recipes(
     Args:
         name: what the user asked for; None to have it chosen.
         model_name: `simple_cnn` is the one without a pretrained backbone; others appear in errors only.
-        has_linear_head: the model's head is one linear layer, which a linear probe can replace.
+        model: a linear probe can replace its head if that is one linear layer. Without BatchNorm its backbone learns
+            at lower rates.
         learning_rate, num_train_epochs, batch: the user's; None leaves the recipe's. Epochs are a maximum for recipes
             of several heats. The batch is that of a device.
 
     Raises:
         UserError: the model cannot learn in the way asked for.
     """
+    has_linear_head = linear_head(model) is not None
     if model_name == "simple_cnn":
         if name:
             raise UserError(f"--recipe {name} needs a pretrained backbone, and simple_cnn has none: leave it out")
@@ -137,6 +152,8 @@ def choose_recipes(
     else:
         names = [name] if name else RACED if has_linear_head else ["full"]
         recipes = [RECIPES[each] for each in names]
+        if not any(isinstance(module, _BatchNorm) for module in model.modules()):
+            recipes = [recipe.without_batch_norm() for recipe in recipes]
     return [
         recipe._replace(
             learning_rate=recipe.learning_rate if learning_rate is None else learning_rate,

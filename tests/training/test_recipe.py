@@ -2,29 +2,62 @@
 
 import pytest
 import torch
+from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
 from luthier.errors import UserError
+from luthier.training.layers import parameter_groups
 from luthier.training.recipe import FROM_SCRATCH, RACED, RECIPES, blend, choose_recipes
 
 
-def test_recipes_are_raced_unless_one_is_asked_for():
-    assert [recipe.name for recipe in choose_recipes(None, "some/model", True)] == list(RACED)
+def model_of(architecture: str) -> TimmWrapperForImageClassification:
+    """Return a model without weights."""
+    with torch.device("meta"):
+        return TimmWrapperForImageClassification(TimmWrapperConfig(architecture=architecture, num_labels=3))
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A model whose head is one linear layer."""
+    return model_of("resnet10t")
+
+
+@pytest.fixture(scope="module")
+def odd_model():
+    """A model with two heads."""
+    return model_of("levit_128s")
+
+
+def test_recipes_are_raced_unless_one_is_asked_for(model, odd_model):
+    assert [recipe.name for recipe in choose_recipes(None, "some/model", model)] == list(RACED)
     for name in RECIPES:
-        assert choose_recipes(name, "some/model", True) == [RECIPES[name]]
-    assert choose_recipes(None, "simple_cnn", True) == [FROM_SCRATCH]
-    assert [recipe.name for recipe in choose_recipes(None, "odd/head", False)] == ["full"]
+        assert choose_recipes(name, "some/model", model) == [RECIPES[name]]
+    assert choose_recipes(None, "simple_cnn", model) == [FROM_SCRATCH]
+    assert [recipe.name for recipe in choose_recipes(None, "odd/head", odd_model)] == ["full"]
 
 
-def test_recipe_that_a_model_cannot_learn_by_is_refused():
+def test_recipe_that_a_model_cannot_learn_by_is_refused(model, odd_model):
     with pytest.raises(UserError, match="--recipe head needs a pretrained backbone"):
-        choose_recipes("head", "simple_cnn", True)
+        choose_recipes("head", "simple_cnn", model)
     for name in ("probe", "lp_ft", "full_from_probe"):
         with pytest.raises(UserError, match=r"one linear layer, which is not so in odd/head: use --recipe full"):
-            choose_recipes(name, "odd/head", False)
+            choose_recipes(name, "odd/head", odd_model)
 
 
-def test_learning_rate_and_epochs_of_the_user_replace_those_of_the_recipe():
-    (chosen,) = choose_recipes("full", "some/model", True, learning_rate=0.5, num_train_epochs=7)
+def test_backbone_without_batch_norm_learns_at_lower_rates():
+    """Layer decay 0.75 over the twelve blocks and the stem of a vision transformer; the head's rate is the same."""
+    vit = model_of("vit_tiny_patch16_224")
+    for name, last in (("full", 5e-5), ("lp_ft", 7.5e-5)):
+        (recipe,) = choose_recipes(name, "some/model", vit)
+        assert recipe.learning_rate == RECIPES[name].learning_rate
+        assert recipe.learning_rate * recipe.backbone_rate == pytest.approx(last)
+    (full,) = choose_recipes("full", "some/model", vit)
+    rates = {group["lr"] for group in parameter_groups(vit, 1.0, full.backbone_rate, full.layer_decay, 0.0)}
+    assert max(rates) == 1.0 and min(rates) == pytest.approx(0.025 * 0.75**13)
+    assert choose_recipes(None, "simple_cnn", vit) == [FROM_SCRATCH]
+
+
+def test_learning_rate_and_epochs_of_the_user_replace_those_of_the_recipe(model):
+    (chosen,) = choose_recipes("full", "some/model", model, learning_rate=0.5, num_train_epochs=7)
     assert chosen == RECIPES["full"]._replace(learning_rate=0.5, num_train_epochs=7, rate_is_given=True)
     assert RECIPES["full"].learning_rate != 0.5
 
@@ -52,11 +85,11 @@ def test_step_of_many_devices_has_as_many_images_as_that_of_one_where_an_epoch_i
     assert RECIPES["full"]._replace(batch=5).batch_of_device(images, devices) == 5
 
 
-def test_learning_rate_grows_with_the_square_root_of_the_batch_unless_it_is_given():
+def test_learning_rate_grows_with_the_square_root_of_the_batch_unless_it_is_given(model):
     recipe = RECIPES["full"]
     assert recipe.rate_of_batch(128) == pytest.approx(2 * recipe.learning_rate)
     assert recipe.rate_of_batch(32) == recipe.rate_of_batch(4) == recipe.learning_rate
-    (chosen,) = choose_recipes("full", "some/model", True, learning_rate=0.5, batch=64)
+    (chosen,) = choose_recipes("full", "some/model", model, learning_rate=0.5, batch=64)
     assert chosen.rate_of_batch(128) == 0.5 and chosen.batch == 64
 
 
