@@ -6,7 +6,10 @@ import re
 import sys
 
 from conftest import PROJECT
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
+PYTHON = re.compile(r"Programming Language :: Python :: 3\.(\d+)$").match
 SOURCES = ("*.py", "tests/**/*.py")
 OWN_MODULES = {path.stem for pattern in SOURCES for path in PROJECT.glob(pattern)} | {"luthier", "benchmarks", "docs"}
 
@@ -47,3 +50,35 @@ def test_everything_that_the_product_imports_is_required():
 def test_everything_that_the_tests_import_is_required():
     files = ("requirements.txt", "requirements-app.txt", "requirements-export.txt", "requirements-dev.txt")
     assert missing(imported("tests/**/*.py"), required(*files)) - {"packaging"} == set()
+
+
+def test_lock_has_everything_that_the_requirements_need():
+    """The image and the cloud would otherwise get versions that nobody has tried."""
+    lines = (PROJECT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    todo = [Requirement(text) for line in lines if (text := line.split("#")[0].strip())]
+    found: dict[str, set[str]] = {}  # the extras of each package
+    while todo:
+        requirement = todo.pop()
+        name = canonicalize_name(requirement.name)
+        if name not in found or requirement.extras - found[name]:
+            found[name] = found.get(name, set()) | requirement.extras
+            needed = map(Requirement, importlib.metadata.requires(name) or ())
+            todo += [
+                each
+                for each in needed
+                if each.marker is None or any(each.marker.evaluate({"extra": extra}) for extra in {"", *found[name]})
+            ]
+    assert found.keys() - required("requirements.lock") == set()
+
+
+def test_readme_names_the_versions_of_python_for_which_there_are_builds():
+    newest = min(
+        max(
+            int(found[1])
+            for line in importlib.metadata.metadata(name).get_all("Classifier")
+            if (found := PYTHON(line))
+        )
+        for name in ("numpy", "scipy", "matplotlib", "torch", "faiss-cpu", "pillow")
+    )
+    for page in ("README.md", "CONTRIBUTING.md"):
+        assert f"Python 3.10 to 3.{newest}" in (PROJECT / page).read_text(encoding="utf-8")
