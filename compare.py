@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     runs = build_runs(build_experiments(configs, args.set), args, rest)
     finished = {run.folder for run in runs if is_finished(run)}
     from luthier.output_dir import create_output_dir
-    from luthier.reporting.console import comparison_in_words
+    from luthier.reporting.comparison import comparison_in_words
     from luthier.scoring.comparison import (
         RunResult,
         check_same_data,

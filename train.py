@@ -135,7 +135,7 @@ def fine_tune(arguments: "Arguments", stop: "Stop", stopwatch: Stopwatch) -> tup
 
     # Evaluate
     kept, trainer = keep_best(outcome, trained, workshop, probe.starts)
-    console.say_race(outcome, kept)
+    console.say_race(outcome, kept, judge)
     familiarity = learn_familiarity(trainer, images, splits, probe.known_of(kept.is_probe), judge.criterion.none)
     answers, model = answer(trainer, rows["test"], splits, familiarity), model_of(trainer).cpu()
     stopwatch.stop("evaluate")

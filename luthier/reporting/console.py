@@ -14,8 +14,7 @@ from luthier.output_dir import NO_TIME, has_weights
 from luthier.run_files import CODE
 from luthier.scoring.audit import KINDS, TINY, leaks_in_words
 from luthier.scoring.baselines import ProbeResults
-from luthier.scoring.comparison import Verdict
-from luthier.scoring.criterion import ASKS_FOR_BALANCE, LOG_LOSS, Criterion
+from luthier.scoring.criterion import ASKS_FOR_BALANCE, LOG_LOSS, Criterion, Judge
 from luthier.scoring.experiment import Result
 from luthier.scoring.race import Outcome
 from luthier.scoring.refit import Plan
@@ -37,10 +36,6 @@ KIND_NAMES = {  # of findings
     "tiny": f"smaller than {TINY} px",
 }
 FITS = {"own": "cropped", "squeeze": "squeezed", "pad": "padded"}  # by screening.View.fit
-BEST_OF_MANY = (
-    "- The best of several experiments looks a little better than it is: test has chosen it. Score it on other images "
-    "before you rely on its figure, or cut test anew with --split_seed."
-)
 MAX_NAMED = 3  # images of a kind that a run names
 MAX_LISTED = 20  # findings of a kind that the audit lists
 
@@ -85,12 +80,17 @@ def describe_setup(
 
 def criterion_in_words(criterion: Criterion) -> str:
     """Return what validation chooses by, and how answers make up for rare classes."""
-    metric, balance = criterion.metric.replace("_", " ").replace("f1", "F1"), criterion.balance
+    metric, balance = metric_in_words(criterion.metric), criterion.balance
     if balance is None:
         return f"{metric}; answers do not make up for rare classes" if criterion.metric in ASKS_FOR_BALANCE else metric
     low, high = min(balance.shares), max(balance.shares)
     weights = ", and rare classes count more in training" if balance.weighted else ""
     return f"{metric}; answers as if all classes were equally frequent ({percent(low)} to {percent(high)}){weights}"
+
+
+def metric_in_words(metric: str) -> str:
+    """Return a metric as sentences have it."""
+    return metric.replace("_", " ").replace("f1", "F1")
 
 
 def describe_recipe(result: Result) -> dict[str, str]:
@@ -102,8 +102,16 @@ def describe_recipe(result: Result) -> dict[str, str]:
         steps = f"{_epochs(epochs)}, batch {arm.batch}, {result.augmentation}, {OptimizerNames(args.optim).value}"
         schedule = SchedulerType(args.lr_scheduler_type).value
         parts = f" in {plural(len(heats.of(arm.recipe.name)), 'heat')}" if arm.schedule else ""
-        how = f"{arm.recipe.name}: {steps} {args.learning_rate:g}, {schedule}{parts}"
+        how = f"{arm.recipe.name}: {steps} {rates_in_words(arm.recipe, args.learning_rate)}, {schedule}{parts}"
     return {"recipe": how, "kept": kept_in_words(result.kept)}
+
+
+def rates_in_words(recipe: Recipe, rate: float) -> str:
+    """Return the learning rate of the head, and those of the layers below it where they are others."""
+    if recipe.frozen == 1 or (recipe.backbone_rate, recipe.layer_decay) == (1, 1):
+        return f"{rate:g}"
+    decay = "" if recipe.layer_decay == 1 else f", times {recipe.layer_decay:g} for each layer before it"
+    return f"{rate:g} (last layer of the backbone {rate * recipe.backbone_rate:g}{decay})"
 
 
 def kept_in_words(kept: Candidate) -> str:
@@ -151,23 +159,33 @@ def say_recipe(recipes: Sequence[Recipe], asked: str | None) -> None:
         say("recipe", "full alone: the head of this model is not one linear layer, which a probe could replace")
 
 
-def say_race(outcome: Outcome, kept: Candidate) -> None:
+def say_race(outcome: Outcome, kept: Candidate, judge: Judge) -> None:
     """Say what was tried, how it did, why the race ended, and what is kept."""
+    loss = loss_in_words(judge)
     tried = [f"the probe {outcome.probe.loss:.3f}"] if outcome.probe else []
     last_heats = {heat.arm: heat for heat in outcome.heats}  # in the order of the first ones
     for arm, last in last_heats.items():
         tried.append(f"{arm} {last.loss:.3f} ({_epochs(last.epochs)}, {outcome.heats.seconds(arm):.0f} s)")
     if len(tried) > 1:
-        say("race", f"validation loss, corrected: {', '.join(tried)}")
+        say("race", f"{loss}: {', '.join(tried)}")
     elif tried:
-        say("trained", f"validation loss: {tried[0]}")
+        say("trained", f"{loss}: {tried[0]}")
     if outcome.ended:
         more = "; with a larger one it goes on (--resume_from_checkpoint auto)" if outcome.ended == NO_TIME else ""
         say("", f"it ended with {outcome.ended}{more}")
     what = "the probe" if kept.is_probe else f"{kept.arm}, {kept_in_words(kept)}"
     if kept.is_probe and last_heats:
         what += f", which {'no recipe has' if len(last_heats) > 1 else f'{min(last_heats)} has not'} beaten"
+    elif outcome.probe and outcome.probe.loss < kept.loss:
+        what += ", because the probe is not clearly ahead"
     say("kept", f"{what}: {kept.loss:.3f}")
+
+
+def loss_in_words(judge: Judge) -> str:
+    """Return what the losses are that validation chooses by."""
+    metric = judge.criterion.metric
+    of = "validation loss" if metric == LOG_LOSS.metric else f"1 - {metric_in_words(metric)} on validation"
+    return of if judge.yardstick is None else f"{of}, corrected"
 
 
 def say_refit(plan: Plan) -> None:
@@ -184,7 +202,8 @@ def refit_in_words(refit: Mapping) -> str:
         which = "those of one of the folds that were scored" if refit.get("of_fold") else "the scored ones"
         return f"The shipped weights are {which}; they have learned from {refit['scored_on']:,} images"
     how = "are the mean of the scored ones and those of a refit" if refit.get("averaged") else "were then refit"
-    return f"Scored as trained on {refit['scored_on']:,} images; the shipped weights {how} on all {refit['images']:,}"
+    on = f"all {refit['images']:,}{', those of test too' if 'test' in refit.get('splits', ()) else ''}"
+    return f"Scored as trained on {refit['scored_on']:,} images; the shipped weights {how} on {on}"
 
 
 def _epochs(epochs: float) -> str:
@@ -210,7 +229,8 @@ def say_results(output_dir: Path, metrics: Mapping) -> None:
     if "none" in test:
         for sentence in none_in_words(test["none"], metrics["unsure"]):
             say("", sentence)
-    uncalibrated = f", before calibration {percent(before['test']['ece'])}" if before else ""
+    is_calibrated = before and metrics["calibration"]["temperature"] != 1
+    uncalibrated = f", before calibration {percent(before['test']['ece'])}" if is_calibrated else ""
     chance = percent(test["ece_by_chance"])
     say("", f"calibration error {percent(test['ece'])}{uncalibrated}; by chance alone about {chance}")
     stages = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in metrics["seconds"].items() if stage != "total")
@@ -250,7 +270,7 @@ def none_in_words(none: Mapping, unsure: Mapping) -> tuple[str, str]:
     return (
         f"{plural(none['n'], 'image')} of none of the classes: {percent(none['refused'])} refused (95% interval "
         f"{percent(low)} to {percent(high)}), {percent(refused)} refused or unsure",
-        f"of the others, wrongly: {percent(none['known_refused'])} refused, {percent(known)} refused or unsure",
+        f"of the others: {percent(none['known_refused'])} refused, which is wrong, {percent(known)} refused or unsure",
     )
 
 
@@ -354,46 +374,3 @@ def finding_in_words(finding: dict | list[dict]) -> str:
     more = f" and {len(finding) - 4} more" if len(finding) > 4 else ""
     images = " = ".join(f"{image['name']} ({image['label']}, {image['split']})" for image in finding[:4])
     return escape_terminal(images + more)
-
-
-# --- comparisons
-
-
-def comparison_in_words(rows: list[dict], verdicts: Sequence[Verdict]) -> str:
-    """Return the table and the verdicts of a comparison in Markdown."""
-    caution = [BEST_OF_MANY] if len(rows) > 2 else []
-    return "\n".join([comparison_table(rows), "", *map(verdict_in_words, verdicts), *caution])
-
-
-def comparison_table(rows: list[dict]) -> str:
-    """Return the rows of `comparison.summarise_experiment` as a Markdown table."""
-    lines = [
-        "| experiment | runs | test accuracy, mean (lowest to highest) | 95% interval | n | validation | seconds |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        lines.append(
-            f"| {row['experiment']} | {row['runs']} "
-            f"| {percent(row['test accuracy'])} ({percent(row['lowest'])} to {percent(row['highest'])}) "
-            f"| {percent(row['interval low'])} to {percent(row['interval high'])} | {row['n']} "
-            f"| {percent(row['validation accuracy'])} | {row['seconds']:.0f} |"
-        )
-    return "\n".join(lines)
-
-
-def verdict_in_words(verdict: Verdict) -> str:
-    """Return which of two experiments is better, or that the difference is too small to tell."""
-    a, b = verdict.a, verdict.b
-    groups = f" in {plural(verdict.groups, 'group')}" if verdict.groups else ""
-    votes = (
-        f"{verdict.for_a} for {a}, {verdict.for_b} for {b}, of {plural(verdict.n, 'test image')}{groups}; "
-        f"p = {verdict.p:.2g}"
-    )
-    if verdict.alike:
-        return (
-            f"- {a} and {b}: right and wrong on the same of {plural(verdict.n, 'test image')}. If that surprises you, "
-            "check that what differs between them has an effect: a probe, for one, sees no augmentation."
-        )
-    if not verdict.is_clear:
-        return f"- {a} and {b}: too close to call at n = {verdict.n} ({votes})."
-    return f"- {a} is {'better' if verdict.for_a > verdict.for_b else 'worse'} than {b} ({votes})."

@@ -21,7 +21,7 @@ from luthier.images.description import describe
 from luthier.options import DataArguments
 from luthier.output_dir import mark_unfinished
 from luthier.reporting.card import FIGURES, ROWS, write_model_card
-from luthier.reporting.console import describe_recipe, say_results
+from luthier.reporting.console import describe_recipe, loss_in_words, say_results
 from luthier.run_files import (
     AUDIT,
     CONFIG,
@@ -72,6 +72,7 @@ def collect_run(
         "race": {
             "probe": probe and {"loss": probe.loss, "accuracy": probe.validation["accuracy"]},
             "heats": [heat._asdict() for heat in outcome.heats],
+            "loss": loss_in_words(result.course.judge),
             "ended": outcome.ended,
         },
         "refit": {**plan._asdict(), "done": plan.done, "of_fold": "train" not in experiment.splits},

@@ -13,9 +13,10 @@ from conftest import draw_folder
 from compare import Run, build_experiments, build_runs, execute, is_finished, main, parse_line, tell, terminate
 from luthier.arguments import parse_arguments
 from luthier.errors import UserError
-from luthier.reporting.console import comparison_in_words, verdict_in_words
+from luthier.reporting.comparison import comparison_in_words, verdict_in_words
 from luthier.scoring.comparison import (
     RunResult,
+    Verdict,
     check_same_data,
     check_same_images,
     compare_pairs,
@@ -144,6 +145,16 @@ def test_best_of_several_experiments_is_said_to_look_better_than_it_is():
     rows = [{"experiment": name, "runs": 1, "n": 9, "seconds": 1.0} | dict.fromkeys(figures, 0.9) for name in "abc"]
     assert "the best of several experiments looks a little better" in comparison_in_words(rows, []).lower()
     assert "the best of several" not in comparison_in_words(rows[:2], []).lower()
+
+
+def test_adjusted_p_values_and_what_an_interval_is_of_are_said():
+    verdict = Verdict("a", "b", 10, 2, 100, 0.12)
+    row = dict.fromkeys(["test accuracy", "lowest", "highest", "interval low", "interval high"], 0.5)
+    row |= {"experiment": "a", "runs": 3, "n": 9, "validation accuracy": 0.5, "seconds": 1.0}
+    said = comparison_in_words([row], [verdict] * 3)
+    assert "Each p is adjusted for 3 comparisons (Holm)." in said and "interval is by the test images" in said
+    said = comparison_in_words([row | {"runs": 1}], [verdict])
+    assert "Holm" not in said and "interval is by" not in said
 
 
 def test_experiments_are_all_combinations():

@@ -221,7 +221,8 @@ def test_folds_leave_a_validation_split_of_the_users_own_as_it_is(timm_checkpoin
     assert {split: count["n"] for split, count in metrics["data"]["splits"].items()} == {"test": 36, "validation": 13}
     assert metrics["refit"]["images"] == 49
     page = (tmp_path / "out/report.html").read_text()
-    assert "Each was scored once, by a model" in page and "fitted on these predictions" in page
+    assert "Each test image was scored once, by a model" in page and "Validation chose" in page
+    assert "fitted on these predictions" in page
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from luthier.reporting.console import (
     none_in_words,
     percent_with_interval,
     refit_in_words,
+    say_results,
 )
 from luthier.reporting.figures import (
     plot_confusion_matrix,
@@ -329,7 +330,7 @@ def test_sentences_have_each_figure_in_its_place():
     none = {"n": 20, "refused": 0.6, "refused_ci95": [0.4, 0.8], "known_refused": 0.05}
     assert none_in_words(none, {"none_answered": 0.3, "answered": 0.9}) == (
         "20 images of none of the classes: 60.0% refused (95% interval 40.0% to 80.0%), 70.0% refused or unsure",
-        "of the others, wrongly: 5.0% refused, 10.0% refused or unsure",
+        "of the others: 5.0% refused, which is wrong, 10.0% refused or unsure",
     )
     inflation = {"images": 1200, "groups": 40, "accuracy": 0.7, "ignoring": 0.85, "inflation": 0.15}
     text = inflation_in_words(inflation | {"ci95": [0.1, 0.2]})
@@ -426,3 +427,75 @@ def test_class_without_test_images_has_no_recall(metrics, tmp_path):
     metrics["test"] = metrics["test"] | {"per_class": metrics["test"]["per_class"] | {HOSTILE[2]: empty}}
     write_model_card(tmp_path, metrics)
     assert "| - | - | - | 0 |" in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+def page_of(metrics: dict, images: Path, folder: Path) -> str:
+    splits, unreadable = load_splits(data_dir=str(images))
+    test = TestPredictions(splits | {"test": splits["test"].select(range(6))}, LOGITS, REFERENCES)
+    write_report(folder, metrics, audit_images(splits, unreadable) | {"learned_from": 0}, test)
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+def card_of(metrics: dict, folder: Path) -> str:
+    write_model_card(folder, metrics)
+    return (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_folds_are_said_to_be_of_several_models(metrics, images, tmp_path):
+    """Validation is the user's own, and the time limit has ended the race of any fold."""
+    page = page_of(metrics, images, tmp_path)
+    assert "6 images it was not trained on" in page and "Nothing was chosen by test." in page
+    assert "Nothing was chosen by test." in card_of(metrics, tmp_path)
+    del metrics["data"]["splits"]["train"]
+    heat = {"arm": "full", "epochs": 1.0, "loss": 0.5, "accuracy": 0.9, "seconds": 3.0}
+    metrics["race"] = {"probe": None, "heats": [heat], "ended": "the time limit", "loss": "validation loss"}
+    page = page_of(metrics, images, tmp_path)
+    assert "on 6 images, each scored by a model that was not trained on it" in page
+    assert "Validation chose in every fold, and was not scored." in page
+    assert "ended with the time limit in at least one fold." in page
+    card = card_of(metrics, tmp_path)
+    assert re.search(r"\(but the \d+ of validation, which chose in every fold\) was scored once", card)
+
+
+@pytest.mark.parametrize("kept", ["the probe", "the trained weights"])
+def test_kept_probe_is_not_called_fine_tuned(metrics, images, tmp_path, kept):
+    metrics["recipe"] = metrics["recipe"] | {"kept": kept}
+    metrics["baselines"] = metrics["baselines"] | {"linear_probe": {"test": metrics["test"]}}
+    card = card_of(metrics, tmp_path)
+    assert ("; the shipped model is one, on a backbone" in card) == (kept == "the probe") != ("fine-tuned on" in card)
+    assert (", which this model is" in page_of(metrics, images, tmp_path)) == (kept == "the probe")
+
+
+@pytest.mark.parametrize(
+    ("splits", "says"), [(["train", "validation", "test"], True), (["train", "validation"], False)]
+)
+def test_refit_on_the_test_images_is_said(metrics, images, tmp_path, splits, says):
+    metrics["refit"] = {"done": True, "scored_on": 100, "images": 150, "splits": splits}
+    assert refit_in_words(metrics["refit"]).endswith("on all 150, those of test too") == says
+    assert refit_in_words(metrics["refit"]) in page_of(metrics, images, tmp_path)
+
+
+def test_table_that_counts_images_of_none_says_so(metrics, images, tmp_path):
+    none = {"n": 2, "refused": 0.5, "refused_ci95": [0.1, 0.9], "known_refused": 0.0, "known_refused_ci95": [0, 0.4]}
+    sentences = [("page", "the table count the images of none"), ("card", "The table counts the images of none")]
+    texts = {"page": page_of(metrics, images, tmp_path), "card": card_of(metrics, tmp_path)}
+    assert not any(sentence in texts[where] for where, sentence in sentences)
+    metrics["test"] = metrics["test"] | {"none": none}
+    metrics["unsure"]["none_answered"] = 0.5
+    texts = {"page": page_of(metrics, images, tmp_path), "card": card_of(metrics, tmp_path)}
+    assert all(sentence in texts[where] for where, sentence in sentences)
+
+
+def test_doubted_labels_are_not_said_to_be_wrong(images, tmp_path):
+    splits, _ = load_splits(data_dir=str(images))
+    doubted = [{"split": "test", "row": 0, "name": "a.png", "label": "a", "why": "looks like b"}]
+    write_audit_page(tmp_path / "audit.html", "a", audit_images(splits, []) | {"suspect_labels": doubted}, splits)
+    page = (tmp_path / "audit.html").read_text(encoding="utf-8")
+    assert re.search(r"\d\.\d% of all images\. .*look at an image before you change its label", page)
+
+
+@pytest.mark.parametrize(("temperature", "says"), [(1.5, True), (1.0, False)])
+def test_model_that_is_not_calibrated_is_not_said_to_be(metrics, tmp_path, capsys, temperature, says):
+    metrics["calibration"]["temperature"] = temperature
+    say_results(tmp_path, metrics)
+    assert ("before calibration" in capsys.readouterr().out) == says

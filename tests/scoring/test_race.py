@@ -16,7 +16,7 @@ from luthier.errors import NotFinite, UserError
 from luthier.output_dir import NO_TIME
 from luthier.reporting import console
 from luthier.run_files import RACE
-from luthier.scoring.criterion import Judge
+from luthier.scoring.criterion import LOG_LOSS, Judge
 from luthier.scoring.race import FAR, Outcome, Trained, _Progress, keep_best, predict_loss, race
 from luthier.scoring.race_record import Course, Heat, Heats, read_record, write_record
 from luthier.scoring.selection import Candidate, choose
@@ -358,13 +358,21 @@ def test_probe_must_be_ahead_in_more_than_a_few_groups():
 )
 def test_what_is_kept_is_said_with_what_it_was_compared_with(capsys, tried, kept, expected):
     probe = candidate([0.3] * 4, "probe")
-    console.say_race(Outcome(heats(**tried), "its last heat", probe), candidate([0.3] * 4, kept))
+    console.say_race(Outcome(heats(**tried), "its last heat", probe), candidate([0.3] * 4, kept), Judge([]))
     assert f"kept     {expected}\n" in capsys.readouterr().out
 
 
 def test_single_recipe_without_a_probe_is_no_race(capsys):
-    console.say_race(Outcome(heats(full=[0.5]), "its last heat"), candidate([0.5] * 4))
+    console.say_race(Outcome(heats(full=[0.5]), "its last heat"), candidate([0.5] * 4), Judge([]))
     assert capsys.readouterr().out.startswith("trained  validation loss: full 0.500 (1 epoch, 1 s)\n")
+
+
+def test_probe_that_is_ahead_by_chance_alone_is_said_to_be(capsys):
+    outcome = Outcome(heats(full=[0.31]), "its last heat", candidate([0.3] * 4, "probe"))
+    console.say_race(outcome, candidate([0.31] * 4), Judge([], LOG_LOSS._replace(metric="macro_f1")))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "race 1 - macro F1 on validation: the probe 0.300, full 0.310" in said
+    assert "kept full, the trained weights, because the probe is not clearly ahead: 0.310" in said
 
 
 def test_weights_between_start_and_end_are_kept_as_they_were_scored(monkeypatch):

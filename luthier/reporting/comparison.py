@@ -1,0 +1,57 @@
+"""A comparison of experiments in words: its table, and a verdict for each pair."""
+
+from collections.abc import Sequence
+
+from luthier.scoring.comparison import Verdict
+from luthier.terminal import percent, plural
+
+BEST_OF_MANY = (
+    "- The best of several experiments looks a little better than it is: test has chosen it. Score it on other images "
+    "before you rely on its figure, or cut test anew with --split_seed."
+)
+OF_RUNS = (
+    "- The 95% interval is by the test images. How much runs of several seeds differ is shown by their lowest and "
+    "highest accuracy."
+)
+
+
+def comparison_in_words(rows: list[dict], verdicts: Sequence[Verdict]) -> str:
+    """Return the table and the verdicts of a comparison in Markdown."""
+    caution = [f"- Each p is adjusted for {len(verdicts)} comparisons (Holm)."] if len(verdicts) > 1 else []
+    caution += [OF_RUNS] if any(row["runs"] > 1 for row in rows) else []
+    caution += [BEST_OF_MANY] if len(rows) > 2 else []
+    return "\n".join([comparison_table(rows), "", *map(verdict_in_words, verdicts), *caution])
+
+
+def comparison_table(rows: list[dict]) -> str:
+    """Return the rows of `comparison.summarise_experiment` as a Markdown table."""
+    lines = [
+        "| experiment | runs | test accuracy, mean (lowest to highest) | 95% interval | n | validation | seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['experiment']} | {row['runs']} "
+            f"| {percent(row['test accuracy'])} ({percent(row['lowest'])} to {percent(row['highest'])}) "
+            f"| {percent(row['interval low'])} to {percent(row['interval high'])} | {row['n']} "
+            f"| {percent(row['validation accuracy'])} | {row['seconds']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def verdict_in_words(verdict: Verdict) -> str:
+    """Return which of two experiments is better, or that the difference is too small to tell."""
+    a, b = verdict.a, verdict.b
+    groups = f" in {plural(verdict.groups, 'group')}" if verdict.groups else ""
+    votes = (
+        f"{verdict.for_a} for {a}, {verdict.for_b} for {b}, of {plural(verdict.n, 'test image')}{groups}; "
+        f"p = {verdict.p:.2g}"
+    )
+    if verdict.alike:
+        return (
+            f"- {a} and {b}: right and wrong on the same of {plural(verdict.n, 'test image')}. If that surprises you, "
+            "check that what differs between them has an effect: a probe, for one, sees no augmentation."
+        )
+    if not verdict.is_clear:
+        return f"- {a} and {b}: too close to call at n = {verdict.n} ({votes})."
+    return f"- {a} is {'better' if verdict.for_a > verdict.for_b else 'worse'} than {b} ({votes})."
