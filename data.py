@@ -36,6 +36,7 @@ from luthier.terminal import plural, say
 
 PREPARATION = 11  # part of the cache's key: raise it when what is stored changes
 STORED_SIDE = 2  # shorter side of a stored training image, in sides of the view
+MAX_JPEG = 65_500  # pixels of a side
 SMALL = 4  # a file is stored that has a fourth of its view's bytes, and no more than four times its pixels
 VIEW_THREADS = 4  # that read stored views: each takes a millisecond or so, and more threads were slower
 
@@ -260,7 +261,7 @@ def store_training_image(data: bytes, shorter_side: int) -> dict:
     image, changed, _, size_in_file = decode_rgb(data, shorter_side)
     stored = io.BytesIO()
     if min(size_in_file) > shorter_side:  # even if it was decoded at a reduced scale, at just this size
-        scale = shorter_side / min(image.size)
+        scale = min(shorter_side / min(image.size), MAX_JPEG / max(image.size))
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
         image.resize(size, PILImage.Resampling.BICUBIC, reducing_gap=3).save(stored, "JPEG", quality=90, subsampling=0)
     elif changed:
@@ -384,5 +385,5 @@ def batch_transform(column: str, transform: Callable[..., torch.Tensor], threads
 
 def _view_key(view: EvaluationView) -> str:
     """Return what stored images depend on besides the images themselves."""
-    libraries = library_versions("pillow", "torchvision", "transformers")
+    libraries = library_versions("pillow", "timm", "torchvision", "transformers")
     return cache_key(PREPARATION, view.image_processor.to_json_string(), libraries)

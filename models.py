@@ -7,6 +7,7 @@ So it imports nothing of the project, and needs torch and transformers only.
 import copy
 import difflib
 import functools
+import math
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
@@ -20,12 +21,14 @@ from transformers import (
     AutoModelForImageClassification,
     BaseImageProcessor,
     BitImageProcessor,
+    ConvNextImageProcessor,
     PreTrainedConfig,
     PreTrainedModel,
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
     TimmWrapperImageProcessor,
 )
+from transformers.image_utils import PILImageResampling
 from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 from transformers.utils import logging
 
@@ -130,6 +133,10 @@ def build_model(
         # Copies this file into every directory that the model is saved to; see the module's docstring.
         SimpleCNNConfig.register_for_auto_class()
         SimpleCNNForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+    if getattr(image_processor, "resample", None) == PILImageResampling.NEAREST:
+        # It takes single pixels of a large image. Training images, which are stored smaller, would look otherwise.
+        smooth = {"resample": int(PILImageResampling.BICUBIC)}
+        image_processor = type(image_processor).from_dict(image_processor.to_dict() | smooth)
     if image_size is not None:
         if image_size < 1:
             raise ModelError(f"--image_size {image_size} is not a size: give the side of a square in pixels")
@@ -404,18 +411,35 @@ def change_view(
         return TimmWrapperImageProcessor(cfg, architecture=model.config.architecture)
     settings = image_processor.to_dict()
     square = {"height": image_size, "width": image_size}
-    edge, crop = (settings.get("size") or {}).get("shortest_edge"), settings.get("crop_size")
     if fit == "squeeze":
         squeezed = type(image_processor).from_dict(settings | {"size": square, "do_center_crop": False})
         if _shows_square(squeezed, image_size):
             return squeezed
     if fit != "own":
         raise ModelError(f"the image processor of {type(model).__name__} cannot {fit} images to a square")
-    resized = image_size * edge / crop["height"] if edge and crop else image_size  # the crop keeps its share
-    settings["size"] = {"shortest_edge": round(resized)} if edge else square
-    if crop:
-        settings["crop_size"] = square
-    return type(image_processor).from_dict(settings)
+    return _resized(image_processor, settings, square)
+
+
+def _resized(image_processor: BaseImageProcessor, settings: dict, square: dict[str, int]) -> BaseImageProcessor:
+    """Return the image processor for another square, which shows the same share of an image as before."""
+    image_size, size, crop = square["height"], settings.get("size") or {}, settings.get("crop_size")
+    edge = size.get("shortest_edge")
+    if isinstance(image_processor, ConvNextImageProcessor) and edge and edge < 384 <= image_size:
+        # It would squeeze images from 384 px on. This one crops as it does below.
+        same = ("resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+        resized = {"shortest_edge": int(image_size / settings["crop_pct"])}
+        return BitImageProcessor(size=resized, crop_size=square, **{name: settings[name] for name in same})
+    changed = settings | {"size": square} | ({"crop_size": square} if crop else {})
+    if edge:
+        changed["size"] = {"shortest_edge": round(image_size * edge / crop["height"]) if crop else image_size}
+    elif crop and settings.get("do_center_crop"):  # EfficientNet has a crop that it does not use
+        changed["size"] = {name: round(image_size * size[name] / crop[name]) for name in square}
+        if settings.get("resize_short"):  # of PP-LCNet, which does not look at its size
+            changed["resize_short"] = round(image_size * settings["resize_short"] / crop["height"])
+        if not _shows_square(type(image_processor).from_dict(changed), image_size):  # Perceiver crops first
+            shares = {name: round(image_size * crop[name] / size[name]) for name in square}
+            changed = settings | {"size": square, "crop_size": shares}
+    return type(image_processor).from_dict(changed)
 
 
 def _shows_square(image_processor: BaseImageProcessor, side: int) -> bool:
@@ -428,8 +452,13 @@ def _shows_square(image_processor: BaseImageProcessor, side: int) -> bool:
 
 
 def takes_size(model: PreTrainedModel, image_size: int) -> bool:
-    """Tell whether a model takes square images of this side in pixels."""
-    return explain_refusal(model, image_size, image_size) is None
+    """Tell whether a model takes square images of this side in pixels, and sees all of these.
+
+    DINOv2 of transformers takes any size, and leaves out the last pixels where its patches do not cover them.
+    """
+    patch = getattr(model.config, "patch_size", None)
+    is_covered = not isinstance(patch, int) or image_size % patch == 0
+    return is_covered and explain_refusal(model, image_size, image_size) is None
 
 
 def check_view(
@@ -458,7 +487,7 @@ def explain_refusal(model: PreTrainedModel, height: int, width: int) -> str | No
     """Return why a model does not classify RGB images of this size in pixels; None if it does."""
     for module in model.modules():
         if getattr(module, "rel_pos_type", None) == "spatial":  # timm's MViTv2 would read other rows of its tables
-            if any(len(module.rel_pos_h) != 2 * (side // 4) - 1 for side in (height, width)):
+            if any(len(module.rel_pos_h) != 2 * math.ceil(side / 4) - 1 for side in (height, width)):
                 return "its relative positions are those of another size"
             break  # the first block has a position for each patch of 4 px
     probed = copy.deepcopy(model).eval()  # because Swin keeps the smaller windows of a small image

@@ -294,3 +294,18 @@ def test_configuration_is_for_a_dataset_of_the_hub(tmp_path):
     for data_dir in (None, str(draw_folder(tmp_path / "images", 4))):
         with pytest.raises(UserError, match="--dataset_config_name is for a dataset on the Hub"):
             load(data_dir=data_dir, dataset_config_name="v2")
+
+
+def test_image_that_is_longer_than_a_jpeg_can_be_is_stored(tmp_path):
+    """Otherwise one such image would end the run, whatever --on_bad_image says."""
+    data = encoded(PILImage.new("RGB", (70_000, 141), "red"), tmp_path, "png")
+    assert PILImage.open(io.BytesIO(store_training_image(data, 140)["bytes"])).size == (65_500, 132)
+
+
+def test_stored_views_depend_on_the_version_of_timm(monkeypatch, timm_checkpoint):
+    """Its code resizes and crops for the models of timm."""
+    view = EvaluationView(build_model(str(timm_checkpoint), {0: "blue", 1: "red"})[1])
+    found = []
+    monkeypatch.setattr(data, "library_versions", lambda *names: found.extend(names) or [])
+    data._view_key(view)
+    assert "timm" in found

@@ -580,21 +580,30 @@ def test_model_without_gradient_checkpointing_is_refused_before_anything_runs():
 )  # fmt: skip
 def test_crops_of_training_are_smaller_where_the_model_takes_them(monkeypatch, size, crop):
     monkeypatch.setattr("luthier.training.layers.takes_size", lambda model, side: side != 160)
-    assert training_size(SimpleNamespace(config=None), size) == crop
+    assert training_size(None, size) == crop
+
+
+def test_view_of_single_pixels_becomes_a_smooth_one(vit_checkpoint, tmp_path):
+    shutil.copytree(vit_checkpoint, tmp_path / "model")
+    path = tmp_path / "model/preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"resample": 0}))
+    assert build_model(str(tmp_path / "model"), ID2LABEL)[1].resample == 3
+    assert load_trained(str(tmp_path / "model"))[1].resample == 0, "a finished model stays as it is"
 
 
 def test_crops_of_training_hold_whole_patches():
     """DINOv2 takes any size, and would leave out the last 6 of 160 pixels."""
     config = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, mlp_ratio=2, patch_size=14)
     model = Dinov2ForImageClassification(config)
-    assert takes_size(model, 160) and training_size(model, (224, 224)) == (224, 224)
+    assert not takes_size(model, 160) and takes_size(model, 112)
+    assert training_size(model, (224, 224)) == (224, 224)
 
 
 def test_mvit_takes_its_own_size_only():
     """At another one timm would read relative positions of other distances, without an error."""
     model = TimmWrapperForImageClassification(TimmWrapperConfig(architecture="mvitv2_tiny", num_labels=2))
     assert takes_size(model, 224) and not takes_size(model, 160)
-    assert training_size(model, (224, 224)) == (224, 224)
+    assert not takes_size(model, 225), "it would have 57 patches in a row"
 
 
 @pytest.mark.parametrize(("architecture", "stem", "head"), [("convnext_atto", "stem", 6), ("resnet26d", "conv1", 9)])

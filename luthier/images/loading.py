@@ -15,7 +15,7 @@ from typing import TypeVar
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset, load_dataset_builder
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset_builder
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from huggingface_hub.utils import httpx  # or httpx2, by its version
 
@@ -46,10 +46,13 @@ def load_named(dataset_name: str, dataset_config_name: str | None, to_train: boo
         raise UserError(f"{dataset_name} is not a folder, and no name of a dataset on the Hub: check the path")
     check_complete(Path(dataset_name))
     with explain_loading(dataset_name):
-        files = load_dataset_builder(resolved(dataset_name), dataset_config_name).config.data_files or {}
-        urls = list(itertools.chain.from_iterable(files.values()))
+        if (Path(dataset_name) / "state.json").exists():
+            raise UserError(f"{dataset_name} was written by save_to_disk: write Parquet files, with to_parquet")
+        builder = load_dataset_builder(resolved(dataset_name), dataset_config_name)
+        urls = list(itertools.chain.from_iterable((builder.config.data_files or {}).values()))
         check_own_files(urls, dataset_name)
-        loaded = load_dataset(resolved(dataset_name), dataset_config_name)
+        builder.download_and_prepare()  # not `load_dataset`, which would look again which files there are
+        loaded = builder.as_dataset()
         if Path(dataset_name).is_dir():
             for url in urls:
                 _check_file(url, next(iter(loaded.values())).features)
@@ -65,14 +68,18 @@ def check_own_files(urls: Iterable[str], dataset_name: str) -> None:
         dataset_name: a folder, or a name on the Hub.
 
     Raises:
-        UserError: a file lies outside the folder; or on this machine, though the dataset is on the Hub.
+        UserError: a file is elsewhere on this machine, on its network, or in another repository, which may be one of
+            the user's private ones.
     """
     folder = Path(dataset_name)
+    folders = (folder.resolve(), Path(os.path.normpath(folder.absolute())))  # a link has two names
+    name = dataset_name.removeprefix("hf://").removeprefix("datasets/")
+    repository = f"hf://{name}/" if name.startswith("buckets/") else f"hf://datasets/{name}@"
     for url in urls:
         place = url.rpartition("::")[2]
-        if folder.is_dir() and Path(os.path.normpath(place)).is_relative_to(folder.resolve()):
+        if folder.is_dir() and any(Path(os.path.normpath(place)).is_relative_to(own) for own in folders):
             continue
-        if not place.startswith(("hf://", "https://", "http://")):
+        if not place.startswith((repository, "https://")):
             raise UserError(
                 f"the README of {dataset_name} names a file that is not its own ({place}): correct `data_files` "
                 "there, or put the file into the folder"

@@ -94,10 +94,11 @@ class EvaluationView:
         return "squeezed" if shown[height // 16, width // 2] > 250 else "padded"
 
     @functools.cached_property
-    def padding(self) -> int:
-        """The 8-bit level of the border where images are padded."""
+    def padding(self) -> list[int]:
+        """The 8-bit RGB levels of the border where images are padded."""
         with one_thread():
-            return int(self.levels(self(Image.new("RGB", (256, 64), "white")))[1, 0, self.size[1] // 2])
+            border = self.levels(self(Image.new("RGB", (256, 64), "white")))[:, 0, self.size[1] // 2].tolist()
+        return border[::-1] if self.reversed else border
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """Return the pixel values [3, H, W] of an RGB image."""
@@ -211,7 +212,7 @@ class Whole:
 
     def __init__(self, view: EvaluationView):
         self.ends, self.side = view.ends, max(view.size)
-        self.padding = view.padding if self.ends == "padded" else 0
+        self.padding = view.padding if self.ends == "padded" else [0, 0, 0]
 
     def __call__(self, levels: torch.Tensor) -> torch.Tensor:
         """Return 8-bit levels [3, H, W] as they are, or as a square."""

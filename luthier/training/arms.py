@@ -119,6 +119,8 @@ class Arm(NamedTuple):
         order = getattr(self.rows["train"], "order", "")
         processes = self.training_args.world_size if order else 0  # each takes a part of a stream's epoch
         recipe = f"--recipe {self.recipe.name} from the model {self.workshop.model_name}"
+        if self.recipe.is_lowered:
+            recipe += ", at the rates of a backbone without BatchNorm"
         return Origin(self.workshop.data, self.batch, order, settings, recipe, processes)
 
     def trainer(self) -> SafeTrainer:

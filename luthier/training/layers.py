@@ -123,13 +123,10 @@ def training_size(model: PreTrainedModel, size: tuple[int, int]) -> tuple[int, i
 
     A random crop shows objects larger than the evaluation view does. In smaller crops they have about the size that
     they have in evaluation (Touvron et al. 2019, FixRes), and a step costs half as much. A model that takes one size
-    only, as most vision transformers do, keeps that; and so does one whose patches would leave out the last pixels.
+    only, as most vision transformers do, keeps that.
     """
     side = max(32, round(TRAINING_SHARE * size[0] / 32) * 32)
-    patch = getattr(model.config, "patch_size", None)
-    if size[0] != size[1] or side >= size[0] or (isinstance(patch, int) and side % patch):
-        return size
-    return (side, side) if takes_size(model, side) else size
+    return (side, side) if size[0] == size[1] > side and takes_size(model, side) else size
 
 
 def divide_logits(model: PreTrainedModel, temperature: float) -> None:

@@ -7,6 +7,7 @@ import math
 from typing import Literal, NamedTuple
 
 import torch
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 
@@ -35,6 +36,7 @@ class Recipe(NamedTuple):
         small_batch: images in a step where an epoch has fewer than `LEAST_STEPS` of `BATCH`; at the same rates.
         rate_is_given: the learning rate is the user's, and for the batch as it is.
         batch: the user's, of a device; None leaves it to `batch_of_device`.
+        is_lowered: the rates are those of a backbone without BatchNorm.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Recipe(NamedTuple):
     small_batch: int = BATCH
     rate_is_given: bool = False
     batch: int | None = None
+    is_lowered: bool = False
 
     def batch_of_device(self, images: int, batches: int) -> int:
         """Return how many images a device takes at a time.
@@ -79,6 +82,7 @@ class Recipe(NamedTuple):
         return self._replace(
             backbone_rate=self.backbone_rate * RATE_WITHOUT_BATCH_NORM,
             layer_decay=min(self.layer_decay, DECAY_WITHOUT_BATCH_NORM),
+            is_lowered=True,
         )
 
     @property
@@ -131,8 +135,8 @@ def choose_recipes(
     Args:
         name: what the user asked for; None to have it chosen.
         model_name: `simple_cnn` is the one without a pretrained backbone; others appear in errors only.
-        model: a linear probe can replace its head if that is one linear layer. Without BatchNorm its backbone learns
-            at lower rates.
+        model: a linear probe can replace its head if that is one linear layer. Its backbone learns at lower rates if
+            most of its normalisation layers are not BatchNorm.
         learning_rate, num_train_epochs, batch: the user's; None leaves the recipe's. Epochs are a maximum for recipes
             of several heats. The batch is that of a device.
 
@@ -152,7 +156,8 @@ def choose_recipes(
     else:
         names = [name] if name else RACED if has_linear_head else ["full"]
         recipes = [RECIPES[each] for each in names]
-        if not any(isinstance(module, _BatchNorm) for module in model.modules()):
+        norms = [module for module in model.modules() if isinstance(module, (_BatchNorm, nn.LayerNorm, nn.GroupNorm))]
+        if sum(isinstance(norm, _BatchNorm) for norm in norms) < len(norms) / 2:  # VOLO has a few in its stem
             recipes = [recipe.without_batch_norm() for recipe in recipes]
     return [
         recipe._replace(

@@ -288,7 +288,7 @@ def vit_run(vit_checkpoint, tmp_path_factory):
     """A run of four epochs in which the last is not the best; it keeps two checkpoints: its folder and arguments."""
     folder = tmp_path_factory.mktemp("vit")
     draw_folder(folder / "images", per_class=10)
-    args = ["--data_dir", "images", "--model_name", str(vit_checkpoint), "--optim", "sgd", "--learning_rate", "3"]
+    args = ["--data_dir", "images", "--model_name", str(vit_checkpoint), "--optim", "sgd", "--learning_rate", "12"]
     args += ["--lr_scheduler_type", "constant", "--warmup_steps", "0", "--num_train_epochs", "4"]
     args += ["--save_total_limit", "1", "--augmentation", "none", "--recipe", "full", "--seed", "1"]
     args += ["--per_device_train_batch_size", "32", "--keep", "trained", "--refit", "none"]

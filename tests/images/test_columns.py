@@ -302,10 +302,12 @@ def test_dataset_whose_readme_names_files_of_others_is_refused(images, pattern):
         load(dataset_name=str(folder))
 
 
-def test_dataset_of_the_hub_has_no_files_of_this_machine():
+def test_dataset_of_the_hub_has_no_files_of_this_machine_or_of_other_repositories():
     own = "hf://datasets/me/set@1/a.zip"
     check_own_files([own, f"zip://*.png::{own}", "https://example.org/a.tar"], "me/set")
-    for url in ("/home/me/a.png", "file:///home/me/a.png", "zip://a.png::/home/me/a.zip"):
+    check_own_files(["hf://buckets/me/photos/a.png"], "hf://buckets/me/photos")
+    here = ["/home/me/a.png", "file:///home/me/a.png", "zip://a.png::/home/me/a.zip", "http://127.0.0.1/a.png"]
+    for url in (*here, "hf://datasets/me/private@1/a.png", "hf://buckets/me/photos/a.png"):
         with pytest.raises(UserError, match="names a file that is not its own"):
             check_own_files([url], "me/set")
 
@@ -321,3 +323,18 @@ def test_metadata_that_leads_out_of_a_dataset_is_refused(images, absolute):
     (folder / "a.png").write_bytes(paths[0].read_bytes())
     with pytest.raises(UserError, match="cannot load"):
         load(dataset_name=str(folder))
+
+
+def test_files_of_a_folder_may_be_named_by_a_link_to_it(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for name in ("real", "link"):
+        check_own_files([str(tmp_path / name / "a.png")], str(tmp_path / "link"))
+    with pytest.raises(UserError, match="not its own"):
+        check_own_files([str(tmp_path / "link/../a.png")], str(tmp_path / "link"))
+
+
+def test_dataset_of_save_to_disk_is_refused_with_advice(tmp_path):
+    Dataset.from_dict({"image": [b"a"], "label": ["a"]}).save_to_disk(str(tmp_path / "set"))
+    with pytest.raises(UserError, match="written by save_to_disk: write Parquet files"):
+        load(dataset_name=str(tmp_path / "set"))

@@ -6,8 +6,20 @@ import pytest
 import torch
 from conftest import draw, draw_folder, load
 from PIL import Image as PILImage
+from torch import nn
 from torchvision.transforms import v2
-from transformers import AutoImageProcessor, BitImageProcessor, MobileViTImageProcessor, ViTImageProcessor, pipeline
+from transformers import (
+    AutoImageProcessor,
+    BitImageProcessor,
+    ConvNextImageProcessor,
+    DeiTImageProcessor,
+    EfficientNetImageProcessor,
+    MobileViTImageProcessor,
+    PerceiverImageProcessor,
+    PPLCNetImageProcessor,
+    ViTImageProcessor,
+    pipeline,
+)
 
 from data import evaluation_rows, prepare
 from luthier.images.decode import decode_rgb
@@ -145,7 +157,7 @@ def test_crops_of_elongated_images_reach_their_ends_where_the_view_shows_them(ti
     assert {crop.shape for crop in crops} == {(3, *view.size)}
     if ends == "padded":
         bright = max(int(crop.max()) for crop in crops)
-        assert bright == max(int(view.levels(view(image)).max()), view.padding), "the border is that of the view"
+        assert bright == max(int(view.levels(view(image)).max()), *view.padding), "the border is that of the view"
         assert Whole(view)(torch.zeros(3, 10, 2000, dtype=torch.uint8)).shape == (3, 128, 128)
 
 
@@ -158,3 +170,30 @@ def test_images_that_are_not_elongated_are_cropped_as_they_are(timm_view):
         expected = plain(image)
         torch.manual_seed(seed)
         assert torch.equal(training_transform(squeezed, "crop")(image), expected)
+
+
+def test_border_of_training_has_the_colour_of_the_view(timm_checkpoint):
+    model, processor = build_model(str(timm_checkpoint), {0: "blue", 1: "red"})
+    view = EvaluationView(change_view(model, processor, 64, "pad"))
+    padded = Whole(view)(torch.full((3, 10, 100), 255, dtype=torch.uint8))
+    assert padded[:, 0, 0].tolist() == view.padding and len(set(view.padding)) == 3, "the mean of ImageNet"
+
+
+@pytest.mark.parametrize("family", [DeiTImageProcessor, PerceiverImageProcessor, PPLCNetImageProcessor])
+@pytest.mark.parametrize("side", [112, 448])
+def test_crop_keeps_its_share_at_another_size(family, side):
+    image = PILImage.new("RGB", (512, 512), "black")
+    image.paste("white", (36, 36, 476, 476))  # the middle 448 px, which the processor shows, have a border of 6 px
+    view = EvaluationView(change_view(nn.Identity(), family(), side))
+    assert view.size == (side, side)
+    share = (view.levels(view(image))[1] > 127).float().mean().sqrt().item()
+    assert share == pytest.approx(440 / 448, abs=0.012)
+
+
+def test_crop_that_is_not_used_stays_unused():
+    assert EvaluationView(change_view(nn.Identity(), EfficientNetImageProcessor(), 128)).size == (128, 128)
+
+
+def test_convnext_crops_large_views_too():
+    view = EvaluationView(change_view(nn.Identity(), ConvNextImageProcessor(size={"shortest_edge": 224}), 384))
+    assert view.size == (384, 384) and view.ends == "cropped"

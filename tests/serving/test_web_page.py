@@ -328,3 +328,17 @@ def test_page_does_not_classify_noise_of_a_browser_that_hides_pixels(exported, t
         page.locator("input[type=file]").first.set_input_files(tmp_path / "a.png")
         page.get_by_text("This browser hides the pixels").wait_for(timeout=30_000)
         assert page.locator("#classes li").count() == 0
+
+
+@pytest.mark.slow
+@needs_chromium
+@needs_npm
+def test_grey_of_16_bits_is_refused_by_the_page(exported, tmp_path):
+    """A browser shows 12 of these bits as black."""
+    write_page(exported, tmp_path / "page", "colours", vendor=True)
+    Image.fromarray(np.full((40, 40), 4_000, np.uint16)).save(tmp_path / "grey.png")
+    with served(tmp_path / "page") as url, browser_page() as page:
+        page.goto(url)
+        page.locator("input[type=file]").first.set_input_files(tmp_path / "grey.png")
+        page.get_by_text("grey PNG of 16 bits").wait_for(timeout=30_000)
+        assert page.locator("#classes li").count() == 0

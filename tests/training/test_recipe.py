@@ -1,10 +1,14 @@
 """The choice of the recipe, and the blend of two states of a model."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
 from luthier.errors import UserError
+from luthier.reporting.console import rates_in_words
+from luthier.training.arms import Arm
 from luthier.training.layers import parameter_groups
 from luthier.training.recipe import FROM_SCRATCH, RACED, RECIPES, blend, choose_recipes
 
@@ -54,6 +58,31 @@ def test_backbone_without_batch_norm_learns_at_lower_rates():
     rates = {group["lr"] for group in parameter_groups(vit, 1.0, full.backbone_rate, full.layer_decay, 0.0)}
     assert max(rates) == 1.0 and min(rates) == pytest.approx(0.025 * 0.75**13)
     assert choose_recipes(None, "simple_cnn", vit) == [FROM_SCRATCH]
+
+
+@pytest.mark.parametrize(("architecture", "lower"), [("volo_d1_224", True), ("resnet10t", False), ("vgg11", False)])
+def test_what_most_normalisation_layers_are_decides_the_rates(architecture, lower):
+    """VOLO has three BatchNorm layers in its stem; VGG has no normalisation."""
+    (full,) = choose_recipes("full", "some/model", model_of(architecture))
+    assert full.is_lowered == (full.backbone_rate < RECIPES["full"].backbone_rate) == lower
+
+
+def test_checkpoint_of_other_rates_is_of_another_recipe():
+    args = SimpleNamespace(learning_rate=2e-3, world_size=1, train_batch_size=16, gradient_accumulation_steps=1)
+    shop, full = SimpleNamespace(images="224 px", data="d", model_name="m"), RECIPES["full"]
+    usual, lower = (
+        Arm(recipe, shop, args, {"train": []}, (1,), None, None).origin.recipe
+        for recipe in (full, full.without_batch_norm())
+    )
+    assert usual == "--recipe full from the model m" != lower
+
+
+def test_rates_of_the_backbone_are_named():
+    full = RECIPES["full"]
+    assert rates_in_words(full, 2e-3) == "0.002 (last layer of the backbone 0.0002)"
+    lower = rates_in_words(full.without_batch_norm(), 2e-3)
+    assert lower == "0.002 (last layer of the backbone 5e-05, times 0.75 for each layer before it)"
+    assert rates_in_words(RECIPES["head"].without_batch_norm(), 1e-2) == "0.01"
 
 
 def test_learning_rate_and_epochs_of_the_user_replace_those_of_the_recipe(model):

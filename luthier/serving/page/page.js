@@ -124,6 +124,11 @@ async function keep(cache, config, files) {
 
 /** Decode an image file, upright, and return what `use` makes of the bitmap. */
 async function withBitmap(blob, use) {
+  const head = new Uint8Array(await blob.slice(0, 26).arrayBuffer());
+  if (head[0] === 0x89 && head[1] === 0x50 && head[24] === 16 && head[25] === 0) {
+    // A browser shows 12 of them as black, where predict.py makes them visible.
+    throw new Error("This is a grey PNG of 16 bits, which is not classified here: save it with 8 bits.");
+  }
   // As in training, colour profiles are not applied.
   const bitmap = await createImageBitmap(blob, { colorSpaceConversion: "none" }).catch(() => {
     throw new Error("This file is no image that this browser can read, or too large a one.");
