@@ -487,7 +487,8 @@ def explain_refusal(model: PreTrainedModel, height: int, width: int) -> str | No
     """Return why a model does not classify RGB images of this size in pixels; None if it does."""
     for module in model.modules():
         if getattr(module, "rel_pos_type", None) == "spatial":  # timm's MViTv2 would read other rows of its tables
-            if any(len(module.rel_pos_h) != 2 * math.ceil(side / 4) - 1 for side in (height, width)):
+            distances = len(cast(torch.Tensor, module.rel_pos_h))
+            if any(distances != 2 * math.ceil(side / 4) - 1 for side in (height, width)):
                 return "its relative positions are those of another size"
             break  # the first block has a position for each patch of 4 px
     probed = copy.deepcopy(model).eval()  # because Swin keeps the smaller windows of a small image
