@@ -26,9 +26,8 @@ from luthier.errors import UserError, exit_on_user_error
 from luthier.files import expand_home
 from luthier.output_dir import has_ended, read_metrics, wait_for_lock
 from luthier.run_files import PREDICTIONS
-from luthier.terminal import ignore_closed, percent, say
+from luthier.terminal import PROJECT, ignore_closed, percent, say
 
-PROJECT = Path(__file__).parent
 SEEDS = 3  # where neither seeds nor folds are given
 PATIENCE = 60  # seconds in which a run that is stopped may write its checkpoint
 FIXED = {  # what compare.py gives to every run, and the option to use instead, if there is one

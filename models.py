@@ -138,8 +138,6 @@ def build_model(
         smooth = {"resample": int(PILImageResampling.BICUBIC)}
         image_processor = type(image_processor).from_dict(image_processor.to_dict() | smooth)
     if image_size is not None:
-        if image_size < 1:
-            raise ModelError(f"--image_size {image_size} is not a size: give the side of a square in pixels")
         image_processor = change_view(model, image_processor, image_size)
         if refusal := explain_refusal(model, image_size, image_size):
             raise ModelError(

@@ -16,6 +16,7 @@ import glob
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from luthier.serving.classifier import Prediction
 
 BAR_WIDTH = 32  # columns
+MANY, NAMED = 20, 20  # inputs whose answers are counted at the end, and answers that are named there
 
 
 @exit_on_user_error
@@ -56,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     classifier = Classifier(open_network(args.model, args.backend), args.always_answer, args.allow_private_urls)
     gc.freeze()
     gc.enable()
-    failed = 0
+    failed, answers = 0, Counter[str]()
     with open_output(args.output) as file:
         write = WRITERS[args.format](file, min(args.top_k, len(classifier.labels)))
         # A bar would be in the way of predictions on the same terminal.
@@ -66,11 +68,28 @@ def main(argv: list[str] | None = None) -> None:
             for prediction in tqdm(predictions, unit=" images", delay=1, disable=silent):
                 write(prediction)
                 failed += prediction.error is not None
+                answers[answer_of(prediction) or "no prediction"] += 1
         except KeyboardInterrupt:
             os._exit(130)  # at once: a normal exit waits for what is being fetched
+    if answers.total() >= MANY:
+        print(f"answers: {count_in_words(answers)}", file=sys.stderr)
     if failed:
         print(f"no prediction for {plural(failed, 'input')}", file=sys.stderr)
         sys.exit(1)
+
+
+def answer_of(prediction: "Prediction") -> str | None:
+    """Return the answer to one input, also where it is none of the classes; None where there is no prediction."""
+    if prediction.error:
+        return None
+    return "none of these" if prediction.none else "unsure" if prediction.unsure else prediction.top[0][0]
+
+
+def count_in_words(answers: Counter[str]) -> str:
+    """Return how often each answer was given, the most frequent first."""
+    counts = [f"{escape_terminal(shorten(answer))} {count:,}" for answer, count in answers.most_common(NAMED)]
+    others = answers.total() - sum(count for _, count in answers.most_common(NAMED))
+    return ", ".join([*counts, f"others {others:,}"] if others else counts)
 
 
 def accept_undecodable_names() -> None:

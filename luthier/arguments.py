@@ -14,7 +14,7 @@ from luthier.checks import check_options, check_outside
 from luthier.errors import UserError
 from luthier.files import expand_home
 from luthier.machine import OneGPUTrainingArguments, fill_in_machine_defaults
-from luthier.options import BUILT_IN_DATASET, DATA_KEYS, DataArguments, ModelArguments
+from luthier.options import BUILT_IN_DATASET, OWN, DataArguments, ModelArguments
 from luthier.output_dir import check_folds, describe_if_ended, free_output_dir
 from luthier.parsing import HelpFormatter, Parser, describe_command, read_options
 from luthier.processes import check_environment, from_main_process
@@ -181,7 +181,7 @@ def parse_arguments(argv: list[str], command: str | None = None, replaced: Colle
     Raises:
         UserError: an option, a key or a value is wrong, or the output directory is not free.
     """
-    config, options, given = read_options(build_parser(), argv, DATA_KEYS)
+    config, options, given = read_options(build_parser(), argv)
     settings = digest_settings(options)
     data_args = DataArguments(**{option.name: options[option.name] for option in fields(DataArguments)})
     model_args = ModelArguments(**{option.name: options[option.name] for option in fields(ModelArguments)})
@@ -244,8 +244,7 @@ def refuse_others(command: str, given: Collection[str], taken: Collection[str]) 
     Raises:
         UserError: there is such an option.
     """
-    of_training = {option.name for kind in (DataArguments, ModelArguments) for option in fields(kind)} | {*COMMON}
-    wrong = sorted(of_training.intersection(given) - {*taken, *TECHNICAL})
+    wrong = sorted({*OWN, *COMMON}.intersection(given) - {*taken, *TECHNICAL})
     if wrong:
         raise UserError(f"{command} does not take --{wrong[0]}, which is for train.py: leave it out")
 
@@ -286,8 +285,7 @@ def build_parser(
     )
     parser.add_argument("--help-all", nargs=0, action=ShowAllHelp, help="show every option of TrainingArguments too")
     parser.set_defaults(**TRAINING_DEFAULTS)
-    own = [option.name for group in (DataArguments, ModelArguments) for option in fields(group)]
-    shown = (*own, *COMMON, "help_all") if shown is None else shown
+    shown = (*OWN, *COMMON, "help_all") if shown is None else shown
     for action in parser._actions:
         action.help = COMMON.get(action.dest, action.help)
         if action.dest not in shown and action.dest != "help":

@@ -142,7 +142,7 @@ def make_rows(
     lasts: Callable[[dict], list[bool]],
     topic: str,
     unit: str,
-    beside: Sequence[str] = (),
+    beside: Sequence[str],
 ) -> tuple[Dataset, int]:
     """Return what a function makes of each row of a dataset, and how many rows were made by an earlier run.
 

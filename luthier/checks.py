@@ -3,19 +3,11 @@
 import importlib.util
 import math
 import os
-from dataclasses import fields
 from pathlib import Path
 
 from luthier.errors import UserError, require
 from luthier.files import expand_home
-from luthier.options import (
-    BUILT_IN_DATASET,
-    EXPORT_PACKAGES,
-    DataArguments,
-    ModelArguments,
-    check_fraction,
-    parse_part,
-)
+from luthier.options import BUILT_IN_DATASET, EXPORT_PACKAGES, OWN, check_fraction, parse_part
 
 # Options of the library that would distort the score, do nothing, or harm a run.
 REFUSED = {
@@ -81,8 +73,7 @@ def check_options(options: dict) -> None:
     Raises:
         UserError: there is such an option.
     """
-    own = {option.name for kind in (DataArguments, ModelArguments) for option in fields(kind)}
-    for key in sorted({*own, *NAMES} - {"none_class"}):  # whose empty value means that there is no such class
+    for key in sorted({*OWN, *NAMES} - {"none_class"}):  # whose empty value means that there is no such class
         if options[key] == "":  # as of a shell's variable that is not set
             raise UserError(f"--{key} is empty: give a value, or leave the option out")
     if options["data_dir"] and options["dataset_name"]:

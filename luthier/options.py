@@ -2,7 +2,7 @@
 
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -232,6 +232,9 @@ class ModelArguments:
         default=False,
         metadata={"help": "Export to ONNX too (docs/export.md)."},
     )
+
+
+OWN = tuple(option.name for kind in (DataArguments, ModelArguments) for option in fields(kind))
 
 
 def check_fraction(split: str, fraction: float) -> None:

@@ -14,6 +14,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from luthier.errors import UserError
+from luthier.options import DATA_KEYS
 from luthier.processes import is_launched
 from luthier.terminal import quote, say
 
@@ -92,15 +93,14 @@ def value_of(action: argparse.Action) -> str:
     return "[BOOL]" if action.nargs == "?" else "VALUE ..." if action.nargs in ("+", "*") else "VALUE"
 
 
-def read_options(
-    parser: HfArgumentParser, argv: list[str], data_keys: Sequence[str]
-) -> tuple[str | None, dict, frozenset[str]]:
+def read_options(parser: HfArgumentParser, argv: list[str]) -> tuple[str | None, dict, frozenset[str]]:
     """Read `[CONFIG.yaml] [--key value ...]`; the command line overrides the file.
+
+    Where the line sets `data_dir` or `dataset_name`, the file's `DATA_KEYS` are ignored.
 
     Args:
         parser: of all options.
         argv: the command line.
-        data_keys: options of the data. Where the line sets `data_dir` or `dataset_name`, the file's are ignored.
 
     Returns the config's path, every option's value, and the names of those that config or command line set.
 
@@ -115,11 +115,11 @@ def read_options(
         raise UserError(explain_unknown(unknown[0], parser))
     given = option_names_in(line)
     if {"data_dir", "dataset_name"} & given:
-        left = [key for key in settings if key in data_keys and key not in given | {"data_dir", "dataset_name"}]
+        left = [key for key in settings if key in DATA_KEYS and key not in given | {"data_dir", "dataset_name"}]
         if left:
             verb = "is" if len(left) == 1 else "are"
             say("careful", f"the command line names other data than {config}: its {', '.join(left)} {verb} left out")
-        settings = {key: value for key, value in settings.items() if key not in data_keys}
+        settings = {key: value for key, value in settings.items() if key not in DATA_KEYS}
     options = vars(parser.parse_args(as_tokens(settings) + line))
     return config, options, frozenset(given | {key for key, value in settings.items() if value is not None})
 

@@ -238,11 +238,6 @@ def test_image_size_that_the_model_cannot_take_is_refused(name, request):
         build_model(name, ID2LABEL, image_size=64)
 
 
-def test_image_size_must_be_positive():
-    with pytest.raises(ModelError, match="--image_size 0 is not a size"):
-        build_model("efficientnet_lite0", ID2LABEL, image_size=0)
-
-
 # --- freezing
 
 

@@ -18,7 +18,7 @@ from datasets import ClassLabel, DatasetDict, Features, Image, NamedSplit, Value
 from luthier.cache import dataset_of
 from luthier.errors import UserError
 from luthier.images.decode import CONVERT, EXTENSIONS, is_hidden, is_image, is_unread
-from luthier.images.image_files import as_text, walk
+from luthier.images.image_files import as_text, refuse_folder, walk
 from luthier.terminal import plural
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ def load_folder(root: Path, grouping: Grouping, to_train: bool) -> DatasetDict:
         )
     for split, listed in files.items():
         if not listed:
-            if _holds_images(roots[split]):
+            if holds_images(roots[split]):
                 raise UserError(
                     f"the images of the split folder {roots[split]} have no labels, because they are in no class "
                     "folders: sort them, or move the folder elsewhere"
@@ -206,11 +206,12 @@ def _split_folders(root: Path, to_train: bool) -> dict[str, Path]:
 def _unpacked(folder: Path) -> Path:
     """Return a folder, or the one of the same name in it where there is nothing else: archives make `train/train`."""
     below = subfolders(folder)
-    doubled = len(below) == 1 and below[0].name == folder.name and not _holds_images(folder)
+    doubled = len(below) == 1 and below[0].name == folder.name and not holds_images(folder)
     return _unpacked(below[0]) if doubled else folder
 
 
-def _holds_images(folder: Path) -> bool:
+def holds_images(folder: Path) -> bool:
+    """Tell whether images lie in a folder itself, and not in a folder below it."""
     return any(is_image(path.name) for path in folder.iterdir())
 
 
@@ -281,7 +282,7 @@ def _check_classes(root: Path, to_train: bool) -> None:
     names: set[str] = set()
     folders = subfolders(root)
     only, inner = root, folders
-    while to_train and len(inner) == 1 and not _holds_images(inner[0]):  # an archive may have several folders around
+    while to_train and len(inner) == 1 and not holds_images(inner[0]):  # an archive may have several folders around
         only, inner = inner[0], subfolders(inner[0])
     if only != root and len(inner) > 1:
         raise UserError(
@@ -320,9 +321,7 @@ def subfolders(folder: Path) -> list[Path]:
         with os.scandir(folder) as entries:
             names = [entry.name for entry in entries if entry.is_dir() and not is_hidden(entry.name)]
     except OSError as error:
-        raise UserError(
-            f"the folder {folder} cannot be read: {error.strerror}. Change its permissions or remove it"
-        ) from error
+        refuse_folder(error)
     return sorted(folder / name for name in names)
 
 

@@ -7,6 +7,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
+from typing import NoReturn
 
 from luthier.errors import UserError
 from luthier.images.decode import CONVERT, EXTENSIONS, is_hidden, is_image, is_unread
@@ -126,15 +127,9 @@ def walk(root: Path, onerror: Callable[[OSError], None] | None = None) -> Iterat
     Raises:
         UserError: a folder cannot be read, and `onerror` is not given.
     """
-
-    def refuse(error: OSError) -> None:
-        raise UserError(
-            f"the folder {error.filename} cannot be read: {error.strerror}. Change its permissions or remove it"
-        )
-
     seen, waiting = {str(folder) for folder in root.resolve().parents}, [root]
     while waiting:  # links come last, so that a folder has its own name where that is below the root too
-        for directory, subdirectories, names in os.walk(waiting.pop(0), onerror=onerror or refuse):
+        for directory, subdirectories, names in os.walk(waiting.pop(0), onerror=onerror or refuse_folder):
             place, folder = os.path.realpath(directory), Path(directory)
             if place in seen:
                 subdirectories.clear()
@@ -143,6 +138,13 @@ def walk(root: Path, onerror: Callable[[OSError], None] | None = None) -> Iterat
             subdirectories[:] = sorted(name for name in subdirectories if not is_hidden(name))
             waiting += [folder / name for name in subdirectories if (folder / name).is_symlink()]
             yield folder, sorted(name for name in names if not is_hidden(name))
+
+
+def refuse_folder(error: OSError) -> NoReturn:
+    """Raise UserError for a folder that cannot be read."""
+    raise UserError(
+        f"the folder {error.filename} cannot be read: {error.strerror}. Change its permissions or remove it"
+    ) from error
 
 
 def as_text(path: Path) -> str:

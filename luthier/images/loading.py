@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset_builder
-from datasets.exceptions import DatasetNotFoundError, DatasetsError
+from datasets.exceptions import DatasetsError
 from huggingface_hub.utils import httpx  # or httpx2, by its version
 
 from luthier.errors import UserError
@@ -203,7 +203,7 @@ def explain_loading(dataset_name: str) -> Iterator[None]:
             f"there is no folder {dataset_name}, and the Hub cannot be reached for a dataset of this name. Check the "
             "name or the path, or connect this machine. train.py and score.py take a folder as --data_dir"
         ) from error
-    except (DatasetNotFoundError, FileNotFoundError) as error:
+    except FileNotFoundError as error:  # as the library's DatasetNotFoundError is
         if Path(dataset_name).exists():
             raise UserError(f"cannot load {dataset_name}: {' '.join(str(error).split())}") from error
         raise UserError(

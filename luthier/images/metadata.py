@@ -19,6 +19,7 @@ from luthier.images.folders import (
     Grouping,
     ListedImage,
     check_folder,
+    holds_images,
     load_folder,
     load_listed,
     subfolders,
@@ -99,10 +100,9 @@ def has_shards(root: Path) -> bool:
     """Tell whether a folder holds a dataset as Parquet files or WebDataset archives, and no class folders or table."""
     if not root.is_dir() or _metadata_of(root) or any(folder.name != "data" for folder in subfolders(root)):
         return False
-    if any(is_image(path.name) for path in root.iterdir()):
-        return False
     files = [path for folder in (root, root / "data") for suffix in SHARDS for path in folder.glob(f"*{suffix}")]
-    return bool(files) or (root / PLAN).is_file()  # of prepare.py, interrupted before its first file
+    begun = (root / PLAN).is_file()  # by prepare.py, which may have been interrupted before its first file
+    return not holds_images(root) and (bool(files) or begun)
 
 
 def find_tables(root: Path, labels: str | None) -> dict[str, Path]:

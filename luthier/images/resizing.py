@@ -15,14 +15,7 @@ from luthier.errors import UserError
 if TYPE_CHECKING:  # a model that runs without torch needs neither
     from luthier.images.views import EvaluationView
 
-FILTERS = {
-    "nearest": Image.Resampling.NEAREST,
-    "lanczos": Image.Resampling.LANCZOS,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "box": Image.Resampling.BOX,
-    "hamming": Image.Resampling.HAMMING,
-}
+FILTERS = {resampling.name.lower(): resampling for resampling in Image.Resampling}
 # Of 256. transformers resizes with torchvision, which rounds more coarsely than Pillow; the mean is over an image.
 MAX_LEVELS, MAX_MEAN_LEVELS = 4, 0.3
 SHAPES = ((64, 96), (97, 64), (301, 200), (333, 777), (500, 500), (40, 41))  # (height, width) of test images

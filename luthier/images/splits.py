@@ -215,8 +215,7 @@ def _rows_of_classes(labels: np.ndarray, order: np.ndarray, groups: np.ndarray) 
     """
     if not len(order):
         return []
-    order = order[np.argsort(labels[order], kind="stable")]
-    classes = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
+    classes = [order[rows] for rows in rows_by_class(labels[order])]
     many = int(labels.max()) + 1
     owners = np.bincount(np.unique(groups * many + labels) // many)  # classes of each group
 

@@ -50,7 +50,7 @@ def describe_setup(
     views: Sequence[View] = (),
     criterion: Criterion = LOG_LOSS,
 ) -> dict[str, str]:
-    """Return what is used, and where, each in a line: `model` and `device`.
+    """Return what is used, and where, each in a line: `model` and `device`, and if any `view`, `metric`, `none`.
 
     Args:
         trainer: has the model and the device.

@@ -30,6 +30,7 @@ from luthier.terminal import percent
 
 THUMBNAIL = 160  # pixels: longer side of the images in a page
 MAX_SHOWN = 12  # wrong predictions, and correct ones
+MAX_PAIRS, MAX_OF_PAIR = 10, 6  # classes that are confused, and images of each
 
 
 def write_report(output_dir: Path, metrics: dict, findings: dict, test: TestPredictions) -> None:
@@ -53,7 +54,7 @@ def write_report(output_dir: Path, metrics: dict, findings: dict, test: TestPred
         figures.plot_curves(metrics["history"], output_dir / "curves.png")
     if metrics["learning_curve"]:
         figures.plot_learning_curve(metrics["learning_curve"], output_dir / "learning_curve.png")
-    wrong, correct = most_telling(test, labels)
+    wrong, correct, confusions = most_telling(test, labels)
     _render(
         "report.html",
         output_dir / REPORT,
@@ -65,12 +66,17 @@ def write_report(output_dir: Path, metrics: dict, findings: dict, test: TestPred
         figures={path.name: _data_uri(path.read_bytes(), "png") for path in output_dir.glob("*.png")},
         wrong=wrong,
         correct=correct,
+        confusions=confusions,
         attribution=re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", metrics["data"]["attribution"]),
     )
 
 
-def most_telling(test: TestPredictions, labels: list[str]) -> tuple[list[dict], list[dict]]:
-    """Return the most confident wrong predictions and the least confident correct ones, as images of a page."""
+def most_telling(test: TestPredictions, labels: list[str]) -> tuple[list[dict], list[dict], list[dict]]:
+    """Return the most confident wrong predictions, the least confident correct ones, and what is confused most often.
+
+    The first two are images of a page. The third are pairs of a class and what it is taken for, at least twice: how
+    often, of how many, and the most confident of these images.
+    """
     predicted, confidence, _ = test.answers()
 
     def entry(row: int) -> dict:
@@ -86,7 +92,18 @@ def most_telling(test: TestPredictions, labels: list[str]) -> tuple[list[dict], 
     rows = np.argsort(confidence, kind="stable")
     wrong = predicted[rows] != test.references[rows]
     most_confident_wrong, least_confident_correct = rows[wrong][::-1][:MAX_SHOWN], rows[~wrong][:MAX_SHOWN]
-    return [entry(int(row)) for row in most_confident_wrong], [entry(int(row)) for row in least_confident_correct]
+    pairs, counts = np.unique(test.references[rows[wrong]] * len(labels) + predicted[rows[wrong]], return_counts=True)
+    confusions = []
+    for number in np.argsort(-counts, kind="stable")[:MAX_PAIRS]:
+        label, taken_for = divmod(int(pairs[number]), len(labels))
+        own = rows[wrong][::-1]  # the most confident first
+        own = own[(test.references[own] == label) & (predicted[own] == taken_for)]
+        if len(own) > 1:
+            of = int((test.references == label).sum())
+            pair = {"label": labels[label], "predicted": labels[taken_for], "count": len(own), "of": of}
+            confusions.append(pair | {"images": [entry(int(row)) for row in own[:MAX_OF_PAIR]]})
+    shown = [[entry(int(row)) for row in part] for part in (most_confident_wrong, least_confident_correct)]
+    return shown[0], shown[1], confusions
 
 
 def write_audit_page(path: Path, name: str, findings: dict, splits: DatasetDict) -> None:

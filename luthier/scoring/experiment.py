@@ -60,7 +60,7 @@ class Experiment(NamedTuple):
         """(height, width) of the random crops of training, in pixels."""
         return training_size(self.model, self.view.size)
 
-    def workshop(self, training_args: TrainingArguments, callbacks: Sequence[TrainerCallback] = ()) -> Workshop:
+    def workshop(self, training_args: TrainingArguments, callbacks: Sequence[TrainerCallback]) -> Workshop:
         """Return what builds the Trainers of this run, see `Workshop`; the model gets its memory format.
 
         Raises:

@@ -157,7 +157,7 @@ def interval_of_macro_f1(
     references: np.ndarray,
     predictions: np.ndarray,
     classes: int,
-    groups: np.ndarray | None = None,
+    groups: np.ndarray | None,
     none: int | None = None,
 ) -> list[float]:
     """Return the interval of macro F1, by the bootstrap (Efron and Tibshirani 1993).

@@ -12,6 +12,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
 from luthier.images.groups import groups_of
+from luthier.images.splits import rows_by_class
 from luthier.scoring.intervals import (
     balanced_accuracy,
     interval_of_balanced_accuracy,
@@ -156,9 +157,9 @@ def score(
     Returns `accuracy`, and `top_5_accuracy` where there are more than 5 classes; `balanced_accuracy` (the mean recall
     of the classes that occur) and `macro_f1` (over the classes that occur or are predicted); the 95% interval of each
     as `..._ci95`; `log_loss` (mean cross-entropy in nats), `ece` (expected calibration error, see `reliability`), `n`,
-    `groups` (how many, where there are any), `per_class` by class name, `confusion_matrix` (by true class; None above
-    `MAX_CONFUSED` classes), and `none` where there are images of that class: how many, which share of them is taken
-    for it, and of the others.
+    `groups` (how many, where there are any), `per_class` by class name (with `recall_ci95` where there are images),
+    `confusion_matrix` (by true class; None above `MAX_CONFUSED` classes), and `none` where there are images of that
+    class: how many, which share of them is taken for it, and of the others.
     """
     known, predictions = references != none, logits.argmax(axis=-1)
     if known.all():
@@ -166,7 +167,7 @@ def score(
     own = None if groups is None else groups[known]
     return {
         **_score_known(logits[known], references[known], labels, own, class_shares, none),
-        **_tables(classify(predictions, references, len(labels)), labels),
+        **_tables(classify(predictions, references, len(labels)), labels, references, predictions, groups),
         "none": _score_refusals(predictions == none, known, groups),
     }
 
@@ -206,14 +207,19 @@ def _score_known(
         **calibration_scores(logits if class_shares is None else logits + np.log(class_shares), references),
         "n": len(references),
         **({} if groups is None else {"groups": len(np.unique(groups))}),
-        **_tables(result, labels),
+        **_tables(result, labels, references, predictions, groups),
     }
 
 
-def _tables(result: dict, labels: list[str]) -> dict:
-    """Return what a `Classification` tells of each class, by name."""
+def _tables(
+    result: dict, labels: list[str], references: np.ndarray, predictions: np.ndarray, groups: np.ndarray | None
+) -> dict:
+    """Return what a `Classification` tells of each class, by name, with the interval of its recall."""
     keys = ("precision", "recall", "f1", "support")
     per_class = {name: {key: result[key][index] for key in keys} for index, name in enumerate(labels)}
+    for rows in rows_by_class(references):
+        correct, own = predictions[rows] == references[rows], None if groups is None else groups[rows]
+        per_class[labels[references[rows[0]]]]["recall_ci95"] = interval_of_share(correct, own)
     return {"per_class": per_class, "confusion_matrix": result["confusion_matrix"]}
 
 

@@ -33,6 +33,7 @@ FAR = 3.0  # times the probe's loss that the arms may have after the first heat,
 MIN_GAIN, LEAST_GAIN = 0.05, 0.005  # that the rest of an arm must promise: a share of the best loss, and in nats
 LAST_GAIN = 0.1  # that its last heat must promise, which is half of all training; a share of the best loss
 
+LONG = 90  # seconds of a race of which it is said how long it may take
 WORK = 3  # of training on an image, in predictions of one: forward, and backward to activations and weights
 TINY = 1e-9  # a loss that is as good as none
 
@@ -196,13 +197,15 @@ class _Progress:
                 break
             last = None  # one model at a time in memory
             last = self._run_heat(arm, number, expected)
+            if len(self.heats) == len(self.running) and not self.resume:
+                self.say_most()
         self.record()
         return last
 
     def _run_heat(self, arm: Arm, number: int, expected: float) -> tuple[Trained, SafeTrainer] | None:
         """Run a heat and record it; None where the arm leaves the race in it."""
         may_be_partial = self.resume and not self.has_begun  # a part of it may have been trained before
-        done = max((heat.step for heat in self.heats.of(arm.recipe.name)), default=0)
+        done = self.heats.steps(arm.recipe.name)
         begin = self.course.stopwatch.total()
         try:
             trained, trainer = self.advance(arm, arm.ends[number])
@@ -260,7 +263,7 @@ class _Progress:
     def next_heat(self, arm: Arm) -> int:
         """Return the number of the heat that an arm runs next, from 0 on; a checkpoint may be past the first ones."""
         begun = step_of(self.named) if self.named else 0
-        done = max((heat.step for heat in self.heats.of(arm.recipe.name)), default=0)
+        done = self.heats.steps(arm.recipe.name)
         return sum(end <= done or (end < begun and end < arm.ends[-1]) for end in arm.ends)
 
     def expected_seconds(self, arm: Arm, number: int) -> float:
@@ -275,6 +278,15 @@ class _Progress:
             unmeasured = WORK * self.predicting * arm.batch * steps
             return max((heat.seconds for heat in self.heats), default=unmeasured)
         return own[-1].seconds * lengths[number] / lengths[number - 1]
+
+    def say_most(self) -> None:
+        """Say how long the race may go on when every arm has run a heat: all to their last one, and one through it."""
+        rates = [(arm, self.heats.seconds(arm.recipe.name) / arm.ends[0]) for arm in self.running]
+        if rates and self.course.time_limit is None and all(len(arm.ends) > 1 for arm, _ in rates):
+            before = sum(rate * (arm.ends[-2] - arm.ends[0]) for arm, rate in rates)
+            seconds = before + max(rate * (arm.ends[-1] - arm.ends[-2]) for arm, rate in rates)
+            if seconds > LONG:
+                say("race", f"up to {plural(round(seconds / 60), 'minute')} more, and a refit (see --time_limit)")
 
     def promise(self, arm: Arm) -> float:
         """Return the loss where an arm's last two heats lead at the end of its training."""

@@ -53,6 +53,10 @@ class Heats(list[Heat]):
         """Return the seconds that an arm has trained."""
         return sum(heat.seconds for heat in self.of(arm))
 
+    def steps(self, arm: str) -> int:
+        """Return the optimizer steps that an arm has trained."""
+        return max((heat.step for heat in self.of(arm)), default=0)
+
     def epochs(self, arm: str) -> float:
         """Return the epochs that an arm has trained."""
         return max((heat.epochs for heat in self.of(arm)), default=0.0)

@@ -41,20 +41,19 @@ MAX_WAIT = 300
 Result = TypeVar("Result")
 
 
-def check_access(repo_id: str, private: bool | None, repo_type: str = "model", sdk: str | None = None) -> str:
+def check_access(repo_id: str, private: bool | None, sdk: str | None = None) -> str:
     """Create a repository, or check that it can be written to; return its full name.
 
     Args:
         repo_id: `owner/name`; a bare name belongs to the user who is logged in.
         private: whether a new repository is hidden from others; None is the owner's default.
-        repo_type: model or space.
-        sdk: of a new Space.
+        sdk: of a Space; None is a model.
 
     Raises:
         UserError: there is no login, no network or no right to write, the name is not allowed, the repository should
             be hidden and is public, or it is a Space of another SDK.
     """
-    api = HfApi()
+    api, repo_type = HfApi(), "space" if sdk else "model"
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:

@@ -13,8 +13,8 @@ from huggingface_hub import HfApi
 
 from luthier.errors import UserError
 from luthier.serving import hub
+from luthier.terminal import PROJECT
 
-PROJECT = Path(__file__).parent.parent.parent
 APP = "app.py"
 
 
@@ -35,7 +35,7 @@ def push_to_space(model_name: str, repo_id: str, private: bool | None = None) ->
             f"me/instruments, instead of {model_name}"
         )
     hub.with_retries(lambda: HfApi().repo_info(model_name), model_name)
-    repo_id = hub.check_access(repo_id, private, repo_type="space", sdk="gradio")
+    repo_id = hub.check_access(repo_id, private, sdk="gradio")
     with tempfile.TemporaryDirectory() as staging:
         stage_space(model_name, repo_id, Path(staging))
         return hub.upload(Path(staging), repo_id, "space", "App by Luthier")
@@ -43,7 +43,7 @@ def push_to_space(model_name: str, repo_id: str, private: bool | None = None) ->
 
 def stage_space(model_name: str, repo_id: str, staging: Path) -> None:
     """Write the files of a Space into an empty folder."""
-    modules, packages = find_imports(APP)
+    modules, packages = find_imports()
     for module in modules:
         (staging / module).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(PROJECT / module, staging / module)
@@ -69,15 +69,15 @@ Space can then use the model.
     )
 
 
-def find_imports(script: str) -> tuple[list[str], set[str]]:
-    """Return the files of the project that a script needs, by their imports, and the packages that these import.
+def find_imports() -> tuple[list[str], set[str]]:
+    """Return the files of the project that the app needs, by their imports, and the packages that these import.
 
     Imports for type checkers are left out, and so is this module: a Space does not publish Spaces.
     """
-    files, packages, waiting = [], set(), [script]
+    files, packages, waiting = [], set(), [APP]
     while waiting:
         file = waiting.pop()
-        if file in files or PROJECT / file == Path(__file__):
+        if file in files or PROJECT / file == Path(__file__).resolve():
             continue
         files.append(file)
         for name in _imported_names((PROJECT / file).read_text(encoding="utf-8")):

@@ -92,7 +92,7 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
-def push_page(model: Path, repo_id: str, name: str, vendor: bool, private: bool | None = None) -> str:
+def push_page(model: Path, repo_id: str, name: str, vendor: bool, private: bool | None) -> str:
     """Publish the page of a model on the Hub as a static Space; return its address.
 
     Args:
@@ -106,7 +106,7 @@ def push_page(model: Path, repo_id: str, name: str, vendor: bool, private: bool 
     with tempfile.TemporaryDirectory() as scratch:
         page = Path(scratch, "page")
         write_page(model, page, name, vendor)
-        repo_id = hub.check_access(repo_id, private, repo_type="space", sdk="static")
+        repo_id = hub.check_access(repo_id, private, sdk="static")
         index = (page / "index.html").read_text(encoding="utf-8")
         (page / "index.html").write_text(
             index.replace("connect-src 'self'", f"connect-src 'self' {HUB}"), encoding="utf-8"

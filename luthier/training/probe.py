@@ -79,7 +79,7 @@ def fit_shared_probe(
     features: torch.Tensor | None,
     labels: Sequence[int],
     strength: float,
-    balance: Balance | None = None,
+    balance: Balance | None,
 ) -> LinearProbe:
     """Fit the probe of one penalty, and return it to all processes.
 

@@ -146,7 +146,7 @@ def test_unsure_prediction_is_shown_as_unsure():
 
 
 def test_files_of_a_space_follow_from_the_imports():
-    files, packages = find_imports("app.py")
+    files, packages = find_imports()
     assert {"app.py", "models.py", "luthier/serving/classifier.py", "luthier/images/views.py"} <= set(files)
     assert not {"train.py", "data.py", "luthier/serving/space.py", "luthier/serving/hub.py"} & set(files)
     assert {"torch", "PIL", "gradio"} <= packages and not {"luthier", "models", "sys", "pathlib"} & packages

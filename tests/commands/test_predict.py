@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -532,3 +533,26 @@ def test_gpu_that_is_too_old_for_torch_does_not_predict(run, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     monkeypatch.setattr("luthier.serving.torch_network.lacking_capability", lambda: "compute capability 7.5 or higher")
     assert TorchNetwork(str(run)).device.type == "cpu"
+
+
+def test_answers_to_many_inputs_are_counted(model, capsys):
+    photos = [draw(("red", "blue")[number % 2], number) for number in range(24)]
+    folder = model.parent / "many"
+    folder.mkdir()
+    for number, photo in enumerate(photos):
+        photo.save(folder / f"{number}.png")
+    code, output, errors = run_predict(capsys, model, folder, folder / "missing.png", "--format", "jsonl")
+    found = [json.loads(line) for line in output.splitlines()]
+    answers = [line.get("answer") or ("no prediction" if "error" in line else "unsure") for line in found]
+    last = [line for line in errors.splitlines() if line.startswith("answers: ")]
+    assert code == 1 and len(found) == 25 and len(last) == 1
+    counts = [part.rpartition(" ") for part in last[0].removeprefix("answers: ").split(", ")]
+    assert {name: int(count) for name, _, count in counts} == dict(Counter(answers))
+    assert [int(count) for *_, count in counts] == sorted((int(count) for *_, count in counts), reverse=True)
+    _, _, errors = run_predict(capsys, model, folder / "0.png")
+    assert "answers:" not in errors, "a few are read one by one"
+
+
+def test_answers_of_many_classes_are_summed_up():
+    counted = predict.count_in_words(Counter({f"class {number}": 100 - number for number in range(30)}))
+    assert counted.startswith("class 0 100, class 1 99, ") and counted.endswith(f"others {sum(range(71, 81))}")

@@ -14,12 +14,13 @@ from transformers import pipeline
 
 import luthier.scoring.race as race
 import train
+from data import load_splits
 from luthier.output_dir import has_ended
 from luthier.scoring.criterion import Judge
 from luthier.scoring.race_record import Heat, Heats
 from luthier.scoring.refit import Plan, plan_refit
 from luthier.scoring.screening import cross_fitted_losses
-from luthier.training.recipe import RECIPES
+from luthier.training.recipe import FROM_SCRATCH, RECIPES
 
 # The probe is out of the race: random features of a tiny model suit colours better than any training.
 RACE = ["--per_device_train_batch_size", "16", "--num_train_epochs", "14"]
@@ -364,3 +365,46 @@ def test_weights_that_are_not_refit_have_learned_from_train_alone(timm_checkpoin
     assert "The shipped weights are those of one of the folds" in (tmp_path / "folds/README.md").read_text()
     config = json.loads((tmp_path / "folds/config.json").read_text())
     assert config["familiarity"]["unsure_below"] == folds["unsure"]["threshold"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "is_probe", "averaged"),
+    [(RECIPES["full"], False, True), (FROM_SCRATCH, False, False), (RECIPES["full"], True, False)],
+)
+def test_mean_is_planned_of_fine_tuned_weights_alone(tmp_path, recipe, is_probe, averaged):
+    experiment, result = one_arm(tmp_path, epochs=1.0, best_step=5)
+    result.outcome.winner.arm.recipe, result.kept.is_probe = recipe, is_probe
+    plan = plan_refit(experiment, result, "auto", None)
+    assert plan.done and plan.averaged == averaged
+
+
+def test_work_of_a_run_is_that_of_all_its_arms_and_of_its_features(tmp_path, monkeypatch):
+    """The refit is 60 predictions; training one arm and the score are 50."""
+    monkeypatch.setattr("luthier.scoring.refit.AROUND", 0)
+    experiment, result = one_arm(tmp_path, epochs=1.0, best_step=10)
+    assert not plan_refit(experiment, result, "auto", None).done
+    result.probe.strength = 0.1
+    assert plan_refit(experiment, result, "auto", None).done, "80 with the features of 30 images"
+    result.probe.strength = None
+    result.outcome.heats.append(Heat("lp_ft", 10, 1.0, 0.6, 0.9, 30.0))
+    assert plan_refit(experiment, result, "auto", None).done, "90 with the other arm"
+
+
+class Drawn(Exception):
+    """Ends a run where its sample is drawn."""
+
+
+def test_view_and_backbone_are_chosen_by_training_images_alone(timm_checkpoint, tmp_path, monkeypatch):
+    """Where Luthier cuts the splits itself."""
+    seen = []
+
+    def draw_sample(train_images, *_):
+        seen.extend(train_images["digest"][:])
+        raise Drawn
+
+    monkeypatch.setattr("luthier.scoring.screening.draw_sample", draw_sample)
+    draw_folder(tmp_path / "images", per_class=8)
+    with pytest.raises(Drawn):
+        run(tmp_path, timm_checkpoint)
+    splits, _ = load_splits(data_dir=str(tmp_path / "images"))
+    assert sorted(seen) == sorted(splits["train"]["digest"][:])

@@ -62,8 +62,27 @@ def test_shipped_model_answers_as_the_scored_one(folder, timm_checkpoint, name, 
             assert scored[0] == answer[0] and float(scored[1]) == pytest.approx(float(answer[1]), abs=1e-4)
 
 
-def test_report_and_card_say_how_answers_make_up_for_rare_classes(folder, timm_checkpoint):
-    metrics = run(folder, timm_checkpoint, "refit", "--recipe", "probe")
+@pytest.fixture(scope="module")
+def scored(folder, timm_checkpoint):
+    """The metrics of a run without a refit."""
+    return run(folder, timm_checkpoint, "scored", "--recipe", "probe", "--refit", "none")
+
+
+@pytest.fixture(scope="module")
+def refitted(folder, timm_checkpoint):
+    """The metrics of a run with a refit."""
+    return run(folder, timm_checkpoint, "refit", "--recipe", "probe")
+
+
+def test_score_of_a_model_knows_its_shares(folder, scored):
+    out = folder / "scored-again"
+    data = ["--data_dir", str(folder / "images"), "--output_dir", str(out), "--disable_tqdm", "1"]
+    score.main([str(folder / "scored"), *data])
+    assert json.loads((out / "metrics.json").read_text())["class_shares"] == scored["class_shares"]
+
+
+def test_report_and_card_say_how_answers_make_up_for_rare_classes(folder, refitted):
+    metrics = refitted
     assert metrics["refit"]["done"] and metrics["recipe"]["metric"].startswith("balanced accuracy; answers as if")
     for name in ("report.html", "README.md"):
         assert "answers make up for rare classes" in (folder / "refit" / name).read_text()
@@ -76,24 +95,25 @@ def test_refit_after_folds_learns_from_a_class_that_no_fold_tests(folder, timm_c
     assert metrics["test"]["n"] == sum(COUNTS.values()) - 1 and metrics["refit"]["images"] == sum(COUNTS.values())
 
 
-def test_balance_changes_the_answers_by_the_shares_alone(folder, timm_checkpoint):
+def test_balance_changes_the_answers_by_the_shares_alone(folder, timm_checkpoint, scored):
     plain = run(folder, timm_checkpoint, "plain", "--recipe", "probe", "--balance", "none", "--refit", "none")
-    balanced = json.loads((folder / "probe/metrics.json").read_text())
-    heads, temperatures = [], [metrics["calibration"]["temperature"] for metrics in (plain, balanced)]
-    for name, temperature in zip(("plain", "probe"), temperatures, strict=True):  # as before calibration
+    heads, temperatures = [], [metrics["calibration"]["temperature"] for metrics in (plain, scored)]
+    for name, temperature in zip(("plain", "scored"), temperatures, strict=True):  # as before calibration
         head = AutoModelForImageClassification.from_pretrained(folder / name).timm_model.get_classifier()
         heads.append([tensor.detach().numpy() * temperature for tensor in (head.weight, head.bias)])
     (weight, bias), (same, lower) = heads
     assert np.allclose(weight, same, atol=1e-4)
-    assert np.allclose(bias - lower, np.log(balanced["class_shares"]), atol=1e-3)
+    assert np.allclose(bias - lower, np.log(scored["class_shares"]), atol=1e-3)
 
 
+@pytest.mark.usefixtures("scored")
 def test_model_that_learns_anew_forgets_the_shares_of_before(folder):
     labels = dict(enumerate(sorted(COUNTS)))
-    assert build_model(str(folder / "probe"), labels)[0].config.to_dict().get("class_shares") is None
-    assert class_shares_of(load_trained(str(folder / "probe"))[0]) is not None
+    assert build_model(str(folder / "scored"), labels)[0].config.to_dict().get("class_shares") is None
+    assert class_shares_of(load_trained(str(folder / "scored"))[0]) is not None
 
 
+@pytest.mark.usefixtures("refitted")
 def test_refit_makes_up_for_the_shares_of_what_it_learns_from(folder):
     scored, shipped = (
         json.loads((folder / name / "config.json").read_text())["class_shares"] for name in ("refit/scored", "refit")

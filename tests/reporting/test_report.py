@@ -295,11 +295,31 @@ def test_report_shows_the_most_confident_errors_and_the_least_confident_correct_
     rows = Dataset.from_dict({"name": [f"{number}.png" for number in range(6)]})
     logits = np.array([[1.0, 0], [3, 0], [2, 0], [1, 0], [3, 0], [2, 0]])
     test = TestPredictions(DatasetDict(test=rows), logits, np.array([1, 1, 1, 0, 0, 0]))
-    wrong, correct = most_telling(test, ["a", "b"])
+    wrong, correct, confusions = most_telling(test, ["a", "b"])
     assert [image["name"] for image in wrong] == ["1.png", "2.png", "0.png"]
     assert [image["name"] for image in correct] == ["3.png", "5.png", "4.png"]
     assert wrong[0] == {"split": "test", "row": 1, "name": "1.png", "label": "b", "why": "predicted a, 95% sure"}
     assert (correct[-1]["label"], correct[-1]["why"]) == ("a", "95% sure")
+    assert confusions == [{"label": "b", "predicted": "a", "count": 3, "of": 3, "images": wrong}]
+
+
+def test_report_shows_what_is_confused_most_often(metrics, images, tmp_path):
+    """Of three classes: c twice taken for a, and twice for b; a once for c, which may be chance."""
+    rows = Dataset.from_dict({"name": [f"{number}.png" for number in range(6)]})
+    logits = np.eye(3)[[0, 0, 1, 1, 2, 1]] * np.linspace(1, 4, 6)[:, None]
+    test = TestPredictions(DatasetDict(test=rows), logits, np.array([2, 2, 2, 2, 0, 1]))
+    found = [
+        (pair["label"], pair["predicted"], pair["count"], pair["of"], [image["name"] for image in pair["images"]])
+        for pair in most_telling(test, ["a", "b", "c"])[2]
+    ]
+    assert found == [("c", "a", 2, 4, ["1.png", "0.png"]), ("c", "b", 2, 4, ["3.png", "2.png"])]
+    assert "Most frequent confusions" not in page_of(metrics, images, tmp_path), "one image is no pattern"
+    splits, unreadable = load_splits(data_dir=str(images))
+    wrong = np.roll(LOGITS, 2, axis=0)  # both images of each class are taken for the one before
+    test = TestPredictions(splits | {"test": splits["test"].select(range(6))}, wrong, REFERENCES)
+    write_report(tmp_path, metrics, audit_images(splits, unreadable) | {"learned_from": 0}, test)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Most frequent confusions" in page and ": 2 of 2 test images" in page
 
 
 def test_figures_have_their_values_on_the_right_axes(monkeypatch):
@@ -499,3 +519,11 @@ def test_model_that_is_not_calibrated_is_not_said_to_be(metrics, tmp_path, capsy
     metrics["calibration"]["temperature"] = temperature
     say_results(tmp_path, metrics)
     assert ("before calibration" in capsys.readouterr().out) == says
+
+
+def test_card_has_each_figure_in_its_place(metrics, tmp_path):
+    card = ModelCard(card_of(metrics, tmp_path))
+    scores = {entry.metric_type: entry.metric_value for entry in card.data.eval_results}
+    assert scores["f1"] == pytest.approx((0.8 + 2 / 3 + 1) / 3)
+    assert "| 66.7% | 100.0% (34.2% to 100.0%) | 0.800 | 2 |" in card.text, "precision, recall, F1, images"
+    assert "| 100.0% | 50.0% (9.5% to 90.5%) | 0.667 | 2 |" in card.text

@@ -45,8 +45,11 @@ def test_score_equals_values_worked_out_by_hand():
     metrics = score(LOGITS, REFERENCES, LABELS)
     assert metrics["accuracy"] == pytest.approx(4 / 6) and metrics["n"] == 6
     assert metrics["confusion_matrix"] == [[3, 1, 0], [1, 1, 0], [0, 0, 0]]
-    assert metrics["per_class"]["a"] == {"precision": 0.75, "recall": 0.75, "f1": 0.75, "support": 4}
-    assert metrics["per_class"]["b"] == {"precision": 0.5, "recall": 0.5, "f1": 0.5, "support": 2}
+    of_a, of_b = wilson_interval(3, 4), wilson_interval(1, 2)
+    assert metrics["per_class"]["a"] == {
+        "precision": 0.75, "recall": 0.75, "f1": 0.75, "support": 4, "recall_ci95": of_a,
+    }  # fmt: skip
+    assert metrics["per_class"]["b"] == {"precision": 0.5, "recall": 0.5, "f1": 0.5, "support": 2, "recall_ci95": of_b}
     assert metrics["per_class"]["c"] == {"precision": 0, "recall": 0, "f1": 0, "support": 0}
     assert metrics["balanced_accuracy"] == pytest.approx((0.75 + 0.5) / 2)  # the same by chance
     assert metrics["macro_f1"] == pytest.approx((0.75 + 0.5) / 2)  # c does not occur and does not count
@@ -278,3 +281,27 @@ def test_answers_of_many_classes_take_little_memory(monkeypatch):
     tracemalloc.stop()
     assert peak < logits.nbytes and (predicted == whole.argmax(axis=1)).all()
     assert np.allclose(confidence, whole.max(axis=1)) and np.allclose(of_label, whole[np.arange(2000), references])
+
+
+def test_rows_of_the_confusion_matrix_are_true_classes_and_recall_is_not_precision():
+    scored = score(np.eye(3)[[0, 1, 1, 1]], np.array([0, 0, 0, 1]), LABELS)
+    assert scored["confusion_matrix"] == [[1, 2, 0], [0, 1, 0], [0, 0, 0]]
+    a, b = scored["per_class"]["a"], scored["per_class"]["b"]
+    assert (a["precision"], a["recall"]) == pytest.approx((1, 1 / 3))
+    assert (b["precision"], b["recall"]) == pytest.approx((1 / 3, 1))
+    assert a["recall_ci95"] == wilson_interval(1, 3)
+    together = score(np.eye(3)[[0, 1, 1, 1]], np.array([0, 0, 0, 1]), LABELS, np.array([0, 1, 1, 2]))
+    assert together["per_class"]["a"]["recall_ci95"] != a["recall_ci95"], "two images of one group"
+
+
+def test_calibration_of_balanced_answers_is_that_of_the_datas_own_probabilities():
+    shares, references = np.array([0.9, 0.1]), np.array([1, 0])
+    likely = np.log([[0.8, 0.2], [0.95, 0.05]])
+    splits = split_of([1, 0], ["a", "b"], range(2))
+    test = TestPredictions(splits, likely - np.log(shares), references, shares)
+    bins = score_test(test, 0.0)["calibration"]["reliability"]
+    assert sum(b["confidence"] * b["n"] for b in bins) / 2 == pytest.approx((0.8 + 0.95) / 2)
+    kept = Candidate(1.0, 2.0, 0.5, {}, {}, np.zeros(1), "full", shares)
+    halved = TestPredictions(splits, (likely - np.log(shares)) / 2, references, shares)
+    before = score_run(kept, halved, 0.5)["calibration"]["before"]["test"]
+    assert before == pytest.approx(calibration_scores(likely, references))

@@ -341,6 +341,19 @@ def test_first_heat_runs_whatever_the_limit_is_only_where_there_is_no_probe(tmp_
     assert not race(arms, candidate([0.5] * 4, "probe"), course_in(tmp_path / "b", time_limit=0), None)[0].heats
 
 
+@pytest.mark.parametrize(("seconds", "limit", "says"), [(60, None, True), (1, None, False), (60, 90, False)])
+def test_race_says_how_long_it_may_go_on(tmp_path, monkeypatch, capsys, seconds, limit, says):
+    """After 10 of 150 steps each: 60 more of all, and 80 more of one, at 6 seconds a step."""
+    clock = iter(range(0, 100_000, seconds))
+    without_training(monkeypatch, lambda name, end: 1 / end)
+    course = course_in(tmp_path, time_limit=limit)._replace(
+        stopwatch=SimpleNamespace(total=lambda: next(clock)), stop=Stop(tmp_path)
+    )
+    race([in_folder(one, tmp_path) for one in ARMS], candidate([0.5] * 4, "probe"), course, None)
+    printed = capsys.readouterr().out
+    assert ("up to 26 minutes more, and a refit" in printed) == says and printed.count("minutes more") == says
+
+
 def test_probe_must_be_ahead_in_more_than_a_few_groups():
     probe, best = candidate([0.0] * 4, "probe"), candidate([1.0, 1.0, -0.5, -0.5])
     together = probe._replace(groups=np.array([0, 0, 1, 1]))
@@ -437,3 +450,26 @@ def test_training_in_one_heat_needs_time_for_an_epoch_alone():
 def test_training_that_was_cut_short_needs_time_for_one_epoch_more():
     state = begun(Heats([Heat("head", 200, 20.0, 0.5, 0.9, 540.0)]), [arm("head", (500,))])
     assert state.expected_seconds(arm("head", (500,)), 0) == 27.0
+
+
+def test_leader_wins_though_another_arm_has_run_the_last_heat(tmp_path, monkeypatch):
+    losses = {("lp_ft", 10): 0.385, ("lp_ft", 30): 0.38}
+    losses |= {("full", 10): 1.0, ("full", 30): 0.4, ("full", 70): 0.39}  # it breaks its promise
+    without_training(monkeypatch, lambda name, end: losses[name, end])
+    arms = [in_folder(one, tmp_path) for one in ARMS[:2]]
+    outcome, trainer = race(arms, candidate([0.5] * 4, "probe"), course_in(tmp_path), None)
+    assert outcome.heats[-1].arm == "full" and outcome.ended == "no more gain in sight"
+    assert outcome.winner.arm.recipe.name == outcome.winner.candidates[0].arm == "lp_ft" and trainer is not None
+
+
+@pytest.mark.parametrize(("only_trained", "expected"), [(True, (1.0,)), (False, (0.5, 1.0))])
+def test_mean_with_the_start_is_a_candidate_unless_only_trained_weights_are(
+    tmp_path, monkeypatch, only_trained, expected
+):
+    seen = []
+    monkeypatch.setattr(module, "train", lambda *_: None)
+    monkeypatch.setattr(module, "score_candidates", lambda trainer, rows, *rest: seen.append(rest[:2]) or [])
+    one = in_folder(arm("lp_ft"), tmp_path)
+    one.trainer, one.rows, one.start = lambda: SimpleNamespace(state=None), {"validation": None}, {"weight": 0}
+    _Progress([one], None, course_in(tmp_path, only_trained=only_trained))._train(one, 10, None)
+    assert seen == [({"weight": 0}, expected)]

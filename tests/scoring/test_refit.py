@@ -1,5 +1,6 @@
 """The refit: what it learns from, for how long, and where it goes on."""
 
+import contextlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +11,7 @@ from transformers import TrainingArguments
 
 import luthier.scoring.refit as module
 from luthier.scoring.refit import Plan
+from luthier.scoring.selection import Candidate
 from luthier.training.arms import Arm, Workshop
 from luthier.training.heats import Schedule
 from luthier.training.probe import SOFT
@@ -100,3 +102,68 @@ def test_refit_follows_the_schedule_of_the_scored_weights_and_goes_on_in_a_folde
     again = module._train_again(arm, 30, range(150), None, SimpleNamespace(folder=tmp_path, stop=None))
     assert again.ends == again.schedule.ends == (15, 45, 105) and again.schedule.warmup == 0.1
     assert trained == [(45, tmp_path / "refit/full-30/checkpoint-7", None)]
+
+
+def test_refit_weights_are_blended_and_calibrated_as_the_scored_ones(monkeypatch):
+    model = torch.nn.ModuleDict({"head": torch.nn.Linear(1, 1)})
+    model.config = SimpleNamespace()
+    start, end = (
+        {"head.weight": torch.full((1, 1), value), "head.bias": torch.full((1,), value)} for value in (2.0, 6.0)
+    )
+    model.load_state_dict(end)
+    replaced = {
+        "_start": lambda *_: start,
+        "_train_again": lambda *_: model,
+        "build_predictor": lambda model, args: SimpleNamespace(model=model),
+        "_set_weights": lambda trainer, plan, *_: plan,
+        "refit_familiarity": lambda *_: None,
+    }
+    for name, value in replaced.items():
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr("luthier.training.layers.linear_head", lambda model: "head")
+    args = SimpleNamespace(main_process_first=lambda desc: contextlib.nullcontext(), world_size=1)
+    arm = SimpleNamespace(recipe=RECIPES["lp_ft"], rows={"validation": None}, _replace=lambda **_: None)
+    result = SimpleNamespace(
+        kept=Candidate(0.25, 2.0, 0.3, {}, {}, np.zeros(1), "lp_ft"),
+        probe=SimpleNamespace(known_of=lambda is_probe: None),
+        workshop=SimpleNamespace(balance=None, training_args=args),
+        outcome=SimpleNamespace(winner=SimpleNamespace(arm=arm, best_step=3)),
+        answers=SimpleNamespace(familiarity=None), course=None, none=None,
+    )  # fmt: skip
+    splits = DatasetDict(train=Dataset.from_dict({"label": [0]}))
+    _, refitted = module.refit(Plan(("train",), 1, 1, 1.0, ""), result, splits, {}, lambda parts: None)
+    head = refitted.model["head"]
+    assert head.weight.item() == head.bias.item() == 1.5  # a fourth of the way is 3, at temperature 2
+    assert model.config.unsure_below == 0.3
+
+
+@pytest.mark.parametrize(
+    ("behind", "groups", "done"),
+    [
+        ([1.0, -0.8] * 4, None, True),  # 0.1 worse, with an error of 0.32
+        ([0.3] * 4 + [-0.05] * 4, None, False),  # 0.125, with an error of 0.062
+        ([0.3] * 4 + [-0.05] * 4, [0] * 4 + [1] * 4, True),  # of two groups it is 0.124
+    ],
+)
+def test_refit_fails_only_where_it_is_worse_by_more_than_chance_explains(monkeypatch, behind, groups, done):
+    class Model(torch.nn.Linear):
+        config = SimpleNamespace()
+
+    scored, trained = Model(1, 1), Model(1, 1)
+    monkeypatch.setattr(module, "build_predictor", lambda model, args: SimpleNamespace(model=model))
+    monkeypatch.setattr(
+        module, "predict", lambda trainer, _: (np.zeros(8) if trainer.model is scored else np.array(behind), None)
+    )
+    criterion = SimpleNamespace(log_losses=lambda losses, _: losses)
+    judge = SimpleNamespace(criterion=criterion, groups=None if groups is None else np.array(groups))
+    workshop, course = SimpleNamespace(training_args=None), SimpleNamespace(judge=judge)
+    result = SimpleNamespace(workshop=workshop, course=course, model=scored)
+    plan = Plan(("train",), 2, 1, 1.0, "", True)
+    assert module._set_weights(SimpleNamespace(model=trained), plan, result, None).done == done
+
+
+def test_mean_of_two_heads_makes_up_for_the_geometric_mean_of_their_shares(monkeypatch):
+    new, old = (SimpleNamespace(config=SimpleNamespace(class_shares=each)) for each in ([0.8, 0.2], [0.5, 0.5]))
+    monkeypatch.setattr(module, "class_shares_of", lambda model: model.config.class_shares)
+    module._average_class_shares(new, old)
+    assert new.config.class_shares == pytest.approx([2 / 3, 1 / 3]) and old.config.class_shares == [0.5, 0.5]

@@ -516,3 +516,20 @@ def test_what_is_pushed_must_be_a_finished_run(tmp_path):
     for folder, found in ((tmp_path / "nowhere", "is no folder"), (tmp_path, "holds no finished run")):
         with pytest.raises(UserError, match=f"{found}: give the output directory of train.py first"):
             hub.stage(folder, "me/x", tmp_path)
+
+
+@pytest.mark.parametrize(("options", "private"), [(["--hub_private_repo", "true"], True), ([], None)])
+def test_run_asks_for_a_private_repository_where_the_user_does(tmp_path, monkeypatch, options, private):
+    asked = []
+
+    def check_access(repo_id, hidden):
+        asked.append((repo_id, hidden))
+        raise UserError("enough")
+
+    monkeypatch.chdir(tmp_path)
+    draw_folder(Path("images"), per_class=1)
+    monkeypatch.setattr(hub, "check_access", check_access)
+    args = ["--data_dir", "images", "--model_name", "simple_cnn", "--push_to_hub", "--hub_model_id", "me/x"]
+    with pytest.raises(SystemExit):
+        train.main([*args, *options])
+    assert asked == [("me/x", private)]
