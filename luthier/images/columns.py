@@ -254,7 +254,10 @@ def _rename_labels(names: list[str], label_names: list[str] | None) -> list[str]
         )
     twice = [name for name, count in Counter(label_names).items() if count > 1]
     if twice:
-        raise UserError(f"label_names has {twice[0]!r} twice: every class needs a name of its own")
+        raise UserError(
+            f"label_names has {twice[0]!r} twice: every class needs a name of its own. To make several classes one, "
+            "put their folders into one, or give them one label in the table"
+        )
     if set(label_names) == set(names) and label_names != names:
         raise UserError(
             f"label_names has the names that the classes have already, which would swap them: {', '.join(names)}. "
