@@ -422,11 +422,14 @@ def _resized(image_processor: BaseImageProcessor, settings: dict, square: dict[s
     """Return the image processor for another square, which shows the same share of an image as before."""
     image_size, size, crop = square["height"], settings.get("size") or {}, settings.get("crop_size")
     edge = size.get("shortest_edge")
-    if isinstance(image_processor, ConvNextImageProcessor) and edge and edge < 384 <= image_size:
-        # It would squeeze images from 384 px on. This one crops as it does below.
-        same = ("resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+    if isinstance(image_processor, ConvNextImageProcessor) and edge and (edge < 384) != (image_size < 384):
+        # It squeezes images from 384 px on, and crops them below. This one does what that did at the size before.
+        names = ("resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+        same = {name: settings[name] for name in names}
+        if edge >= 384:
+            return BitImageProcessor(size=square, do_center_crop=False, **same)
         resized = {"shortest_edge": int(image_size / settings["crop_pct"])}
-        return BitImageProcessor(size=resized, crop_size=square, **{name: settings[name] for name in same})
+        return BitImageProcessor(size=resized, crop_size=square, **same)
     changed = settings | {"size": square} | ({"crop_size": square} if crop else {})
     if edge:
         changed["size"] = {"shortest_edge": round(image_size * edge / crop["height"]) if crop else image_size}

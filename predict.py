@@ -30,7 +30,7 @@ from luthier.escape import escape_cell, escape_terminal
 from luthier.images.decode import CONVERT, is_image, is_unread, reason
 from luthier.images.image_files import walk
 from luthier.output_dir import is_of_run
-from luthier.terminal import SHORT, has_terminal, percent, plural, shorten, width_of
+from luthier.terminal import SHORT, has_terminal, ignore_closed, percent, plural, shorten, width_of
 
 if TYPE_CHECKING:
     from luthier.serving.classifier import Prediction
@@ -71,10 +71,13 @@ def main(argv: list[str] | None = None) -> None:
                 answers[answer_of(prediction) or "no prediction"] += 1
         except KeyboardInterrupt:
             os._exit(130)  # at once: a normal exit waits for what is being fetched
-    if answers.total() >= MANY:
-        print(f"answers: {count_in_words(answers)}", file=sys.stderr)
+    lines = [f"no prediction for {plural(failed, 'input')}"] if failed else []
+    lines += [f"answers: {count_in_words(answers)}"] if answers.total() >= MANY else []
+    if sys.stderr is not None:  # `print` would take the standard output, among the predictions
+        with ignore_closed("stderr"):
+            for line in lines:
+                print(line, file=sys.stderr, flush=True)
     if failed:
-        print(f"no prediction for {plural(failed, 'input')}", file=sys.stderr)
         sys.exit(1)
 
 
@@ -82,7 +85,10 @@ def answer_of(prediction: "Prediction") -> str | None:
     """Return the answer to one input, also where it is none of the classes; None where there is no prediction."""
     if prediction.error:
         return None
-    return "none of these" if prediction.none else "unsure" if prediction.unsure else prediction.top[0][0]
+    if prediction.none or prediction.unsure:
+        return "none of these" if prediction.none else "unsure"
+    label = prediction.top[0][0]
+    return f"{label} (the class)" if label in ("none of these", "unsure", "no prediction") else label
 
 
 def count_in_words(answers: Counter[str]) -> str:

@@ -10,8 +10,8 @@ BEST_OF_MANY = (
     "before you rely on its figure, or cut test anew with --split_seed."
 )
 OF_RUNS = (
-    "- The 95% interval is by the test images. How much runs of several seeds differ is shown by their lowest and "
-    "highest accuracy."
+    "- The 95% interval is by the test images. The lowest and the highest accuracy are of single runs: runs of "
+    "several seeds differ by chance, and those of several folds have other test images too."
 )
 
 

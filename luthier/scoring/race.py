@@ -283,10 +283,11 @@ class _Progress:
         """Say how long the race may go on when every arm has run a heat: all to their last one, and one through it."""
         rates = [(arm, self.heats.seconds(arm.recipe.name) / arm.ends[0]) for arm in self.running]
         if rates and self.course.time_limit is None and all(len(arm.ends) > 1 for arm, _ in rates):
-            before = sum(rate * (arm.ends[-2] - arm.ends[0]) for arm, rate in rates)
-            seconds = before + max(rate * (arm.ends[-1] - arm.ends[-2]) for arm, rate in rates)
+            before = [(arm, rate, arm.ends[max(1, len(arm.ends) - 2)]) for arm, rate in rates]  # all run a second one
+            seconds = sum(rate * (end - arm.ends[0]) for arm, rate, end in before)
+            seconds += max(rate * (arm.ends[-1] - end) for arm, rate, end in before)
             if seconds > LONG:
-                say("race", f"up to {plural(round(seconds / 60), 'minute')} more, and a refit (see --time_limit)")
+                say("race", f"it may take {plural(round(seconds / 60), 'minute')} more (see --time_limit)")
 
     def promise(self, arm: Arm) -> float:
         """Return the loss where an arm's last two heats lead at the end of its training."""

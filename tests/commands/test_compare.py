@@ -153,6 +153,7 @@ def test_adjusted_p_values_and_what_an_interval_is_of_are_said():
     row |= {"experiment": "a", "runs": 3, "n": 9, "validation accuracy": 0.5, "seconds": 1.0}
     said = comparison_in_words([row], [verdict] * 3)
     assert "Each p is adjusted for 3 comparisons (Holm)." in said and "interval is by the test images" in said
+    assert "are of single runs" in said and "those of several folds have other test images too" in said
     said = comparison_in_words([row | {"runs": 1}], [verdict])
     assert "Holm" not in said and "interval is by" not in said
 

@@ -556,3 +556,16 @@ def test_answers_to_many_inputs_are_counted(model, capsys):
 def test_answers_of_many_classes_are_summed_up():
     counted = predict.count_in_words(Counter({f"class {number}": 100 - number for number in range(30)}))
     assert counted.startswith("class 0 100, class 1 99, ") and counted.endswith(f"others {sum(range(71, 81))}")
+
+
+def test_count_of_the_answers_is_never_among_the_predictions(model, monkeypatch, capsys, tmp_path):
+    for number in range(20):
+        draw("red", number).save(tmp_path / f"{number}.png")
+    monkeypatch.setattr("sys.stderr", None)
+    predict.main([str(model), str(tmp_path), "--format", "jsonl"])
+    assert len([json.loads(line) for line in capsys.readouterr().out.splitlines()]) == 20
+
+
+def test_class_of_the_name_of_a_refusal_is_counted_by_itself():
+    assert predict.answer_of(Prediction("a.png", [("unsure", 0.9)])) == "unsure (the class)"
+    assert predict.answer_of(Prediction("a.png", [("heron", 0.4)], True)) == "unsure"

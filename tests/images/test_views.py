@@ -194,6 +194,11 @@ def test_crop_that_is_not_used_stays_unused():
     assert EvaluationView(change_view(nn.Identity(), EfficientNetImageProcessor(), 128)).size == (128, 128)
 
 
+def test_convnext_that_squeezes_does_so_at_smaller_sizes_too():
+    view = EvaluationView(change_view(nn.Identity(), ConvNextImageProcessor(size={"shortest_edge": 384}), 224))
+    assert view.size == (224, 224) and view.ends == "squeezed"
+
+
 def test_convnext_crops_large_views_too():
     view = EvaluationView(change_view(nn.Identity(), ConvNextImageProcessor(size={"shortest_edge": 224}), 384))
     assert view.size == (384, 384) and view.ends == "cropped"

@@ -351,7 +351,17 @@ def test_race_says_how_long_it_may_go_on(tmp_path, monkeypatch, capsys, seconds,
     )
     race([in_folder(one, tmp_path) for one in ARMS], candidate([0.5] * 4, "probe"), course, None)
     printed = capsys.readouterr().out
-    assert ("up to 26 minutes more, and a refit" in printed) == says and printed.count("minutes more") == says
+    assert ("it may take 26 minutes more" in printed) == says and printed.count("minutes more") == says
+
+
+def test_longest_race_of_two_heats_has_the_second_one_of_every_arm(tmp_path, monkeypatch, capsys):
+    """40 more steps for each of three arms, at 6 seconds a step."""
+    clock = iter(range(0, 100_000, 60))
+    without_training(monkeypatch, lambda name, end: 1 / end)
+    course = course_in(tmp_path)._replace(stopwatch=SimpleNamespace(total=lambda: next(clock)), stop=Stop(tmp_path))
+    arms = [in_folder(arm(name, (10, 50)), tmp_path) for name in ("lp_ft", "full", "full_from_probe")]
+    race(arms, candidate([0.5] * 4, "probe"), course, None)
+    assert "it may take 12 minutes more" in capsys.readouterr().out
 
 
 def test_probe_must_be_ahead_in_more_than_a_few_groups():
