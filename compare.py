@@ -1,7 +1,7 @@
 """Compare experiments on identical splits: which is better, or too close to call.
 
     python compare.py configs/a.yaml configs/b.yaml --seeds 3
-    python compare.py configs/a.yaml --set augmentation=none,augmix --folds 5 --data_dir my_photos
+    python compare.py configs/a.yaml --set "augmentation=none,augmix" --folds 5 --data_dir my_photos
 
 Every combination of a config and the values of each --set is an experiment.
 All other options go to train.py. Each run is an ordinary `accelerate launch

@@ -30,7 +30,7 @@ from luthier.escape import escape_cell, escape_terminal
 from luthier.images.decode import CONVERT, is_image, is_unread, reason
 from luthier.images.image_files import walk
 from luthier.output_dir import is_of_run
-from luthier.terminal import SHORT, has_terminal, ignore_closed, percent, plural, shorten, width_of
+from luthier.terminal import SHORT, has_terminal, ignore_closed, is_closed, percent, plural, shorten, width_of
 
 if TYPE_CHECKING:
     from luthier.serving.classifier import Prediction
@@ -201,7 +201,9 @@ def open_output(path: Path | None) -> Iterator[TextIO]:
         else:
             yield sys.stdout
             sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError as error:
+        if path or not is_closed(error):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at exit
         sys.exit(1)
 

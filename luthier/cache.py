@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from luthier.errors import UserError, message_for_user
+from luthier.files import atomic_copy
 from luthier.terminal import Tenths
 
 logger = logging.getLogger(__name__)
@@ -203,11 +204,15 @@ def _keep(part: Dataset, path: Path, name: str) -> Dataset:
         with contextlib.suppress(OSError):  # Windows removes no open file
             path.unlink()
         return part
+    target = path.with_name(name)
     try:
-        path.replace(path.with_name(name))
-    except OSError:  # Windows renames no open file: it is made again next time
-        return part
-    return Dataset.from_file(str(path.with_name(name)))
+        path.replace(target)
+    except OSError:  # Windows renames no open file: a copy gets the name, and this one is removed as a stale one
+        try:
+            atomic_copy(path, target)
+        except OSError:  # it is made again next time
+            return part
+    return Dataset.from_file(str(target))
 
 
 @functools.cache

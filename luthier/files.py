@@ -4,6 +4,8 @@ import contextlib
 import logging
 import os
 import shutil
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +14,8 @@ from filelock import FileLock, Timeout
 from luthier.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+WAITS = (0.1, 0.5, 2, 5)  # seconds before each new attempt to rename, on Windows
 
 
 def expand_home(path: str | Path) -> Path:
@@ -55,9 +59,21 @@ def atomic_write(target: Path) -> Iterator[Path]:
     try:
         yield whole
         sync(whole)
-        whole.replace(target)
+        rename(whole, target)
     finally:
         whole.unlink(missing_ok=True)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Rename a file or a folder. Windows refuses that while a virus scanner reads it, as it does with new files."""
+    for wait in (*WAITS, None):
+        try:
+            source.replace(target)
+            return
+        except PermissionError:
+            if wait is None or sys.platform != "win32":
+                raise
+            time.sleep(wait)
 
 
 def sync(path: Path) -> None:

@@ -90,6 +90,8 @@ def fill_in_machine_defaults(options: dict) -> None:
         options["use_cpu"], options["ddp_backend"] = True, options["ddp_backend"] or "gloo"
     if options["fp16"] and (options["use_cpu"] or not torch.accelerator.is_available()):
         raise UserError("--fp16 needs a GPU, and the CPU is used: leave it out")
+    if options["dataloader_num_workers"] and "fork" not in multiprocessing.get_all_start_methods():
+        raise UserError("--dataloader_num_workers needs a system that can fork, which Windows cannot: leave it out")
     gpu = torch.cuda.is_available() and not options["use_cpu"]
     pinned = gpu if options["dataloader_pin_memory"] is None else options["dataloader_pin_memory"]
     # A GPU starves where the process that feeds it decodes too; on a CPU the model needs the cores.
@@ -144,14 +146,15 @@ def choose_memory_format(model: nn.Module, device: torch.device, images: int) ->
     """Put the weights of a model into the memory format in which a run is over sooner.
 
     A convolution in channels_last is faster, but on a GPU its first batch of each shape is slower: cuDNN makes a plan
-    for it, which takes seconds (docs/benchmarks.md, "On a GPU"). A short run does not get them back.
+    for it, which takes seconds (docs/benchmarks.md, "On a GPU"). A short run does not get them back. On a Mac's GPU
+    the gradients of BatchNorm are wrong in channels_last, or cannot be computed (pytorch issue 175189).
 
     Args:
         model: its weights are in channels_last.
         device: that it runs on.
         images: that it trains on.
     """
-    if device.type == "cuda" and images < LONG_RUN:
+    if device.type == "mps" or (device.type == "cuda" and images < LONG_RUN):
         model.to(memory_format=torch.contiguous_format)
 
 

@@ -1,6 +1,7 @@
 """What a command prints: its few lines, numbers in words, progress where there is no terminal, seconds by stage."""
 
 import contextlib
+import errno
 import os
 import re
 import shlex
@@ -43,8 +44,15 @@ def ignore_closed(stream: Literal["stdout", "stderr"]) -> Iterator[None]:
     """Go on where whoever read along is gone, as with `| head`: nothing more is written to that stream."""
     try:
         yield
-    except BrokenPipeError:
+    except OSError as error:
+        if not is_closed(error):
+            raise
         setattr(sys, stream, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, PTH123 - until the process ends
+
+
+def is_closed(error: OSError) -> bool:
+    """Tell whether an error of writing says that nobody reads any more; Windows has another number for it."""
+    return isinstance(error, BrokenPipeError) or (sys.platform == "win32" and error.errno == errno.EINVAL)
 
 
 def _wrap(line: str) -> str:
@@ -84,10 +92,13 @@ def width_of(text: str) -> int:
 
 
 def quote(*words: str) -> str:
-    """Return words as a command line for the shell of this system: Windows' `cmd` knows double quotes alone."""
+    """Return words as a command line for the shell of this system.
+
+    Windows' `cmd` knows double quotes alone. PowerShell divides words at commas, and has a meaning of its own for @.
+    """
     if sys.platform != "win32":
         return shlex.join(words)
-    return " ".join(word if re.fullmatch(r"[\w@%+=:,./\\-]+", word) else _in_quotes(word) for word in words)
+    return " ".join(word if re.fullmatch(r"[\w%+=:./\\-]+", word) else _in_quotes(word) for word in words)
 
 
 def _in_quotes(word: str) -> str:

@@ -5,6 +5,7 @@ import os
 import shutil
 import time
 from collections import Counter
+from pathlib import Path
 
 import datasets
 import pytest
@@ -243,3 +244,22 @@ def test_a_file_more_does_not_write_the_inspections_of_others_again(images, empt
         load(data_dir=str(images))
     found = {path.name.split("-")[0] for path in (tmp_path / "cache").glob("luthier_inspected/*/*.arrow")}
     assert found == {"rows"}
+
+
+def test_rows_are_kept_where_no_open_file_can_be_renamed(images, monkeypatch, view, empty_cache):
+    """As on Windows, where a copy gets the name."""
+    replace = Path.replace
+
+    def refuse(self, target):
+        if self.name.startswith("tmp"):
+            raise PermissionError(13, "open in this process")
+        return replace(self, target)
+
+    def fail(*args, **options):
+        pytest.fail("made again")
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    first = prepare(load_splits(data_dir=str(images))[0], view)
+    monkeypatch.setattr(data, "prepare_batch", fail)
+    second = prepare(load_splits(data_dir=str(images))[0], view)
+    assert first["test"]["view"][:] == second["test"]["view"][:]

@@ -1,12 +1,22 @@
 """Windows and macOS: every module of the project can be imported without modules that only POSIX has."""
 
+import errno
+import io
 import re
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import PROJECT
+
+from luthier import files, terminal
+from luthier.arguments import parse_arguments
+from luthier.errors import UserError
+from luthier.images import duplicates
 
 MODULES = sorted(
     ".".join(path.relative_to(PROJECT).with_suffix("").parts).removesuffix(".__init__")
@@ -46,3 +56,68 @@ def test_posix_only_modules_are_imported_nowhere():
     for path in (*PROJECT.glob("*.py"), *PROJECT.glob("luthier/**/*.py")):
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"^\s*(import|from) (fcntl|resource|pwd|grp|termios)\b", text, re.M), path
+
+
+def test_new_files_are_renamed_on_windows_once_a_scanner_has_read_them(tmp_path, monkeypatch):
+    refusals, replace = [PermissionError(13, "Access is denied")] * 2, Path.replace
+
+    def refuse(self, target):
+        if refusals:
+            raise refusals.pop()
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/x").touch()
+    with pytest.raises(PermissionError):
+        files.rename(tmp_path / "a", tmp_path / "b")
+    monkeypatch.setattr(files.sys, "platform", "win32")
+    monkeypatch.setattr(files.time, "sleep", lambda _: None)
+    files.rename(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b/x").exists() and not refusals
+
+
+@pytest.mark.parametrize(("platform", "started"), [("darwin", ["spawn"]), ("win32", ["spawn"]), ("linux", [])])
+def test_faiss_has_a_process_of_its_own_where_it_crashes_beside_torch(monkeypatch, platform, started):
+    found = []
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, workers, mp_context):
+            found.append(mp_context.get_start_method())
+            super().__init__(workers)
+
+    monkeypatch.setattr(duplicates.sys, "platform", platform)
+    monkeypatch.setattr(duplicates, "ProcessPoolExecutor", Pool)
+    duplicates.near_duplicates(np.zeros((1, 3, 32), np.uint8), np.zeros((1, 64, 64), np.uint8))
+    assert found == started
+
+
+def test_reader_that_leaves_does_not_end_the_run_on_windows(monkeypatch):
+    class Left(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr("sys.stdout", Left())
+    with pytest.raises(OSError, match="Invalid argument"), terminal.ignore_closed("stdout"):
+        print("an error of another kind, elsewhere")
+    monkeypatch.setattr(terminal.sys, "platform", "win32")
+    with terminal.ignore_closed("stdout"):
+        print("a")
+    assert not isinstance(sys.stdout, Left)
+
+
+def test_data_workers_are_refused_where_processes_cannot_fork(monkeypatch):
+    monkeypatch.setattr("multiprocessing.get_all_start_methods", lambda: ["spawn"])
+    with pytest.raises(UserError, match="--dataloader_num_workers needs a system that can fork"):
+        parse_arguments(["--dataloader_num_workers", "2", "--use_cpu", "True"])
+
+
+def test_shell_scripts_keep_their_line_ends_in_a_checkout_on_windows():
+    assert "*.sh text eol=lf" in (PROJECT / ".gitattributes").read_text(encoding="utf-8").splitlines()
+    for path in PROJECT.glob("cloud/*.sh"):
+        assert b"\r" not in path.read_bytes(), path
+
+
+def test_commas_are_quoted_for_powershell(monkeypatch):
+    monkeypatch.setattr(terminal.sys, "platform", "win32")
+    assert terminal.quote("--set", "a=none,augmix", "b") == '--set "a=none,augmix" b'

@@ -69,7 +69,7 @@ def near_duplicates(hashes: np.ndarray, thumbnails: Any) -> np.ndarray:
     Returns int64 [P, 3]: i, j, and 1 for a copy in the mirror (of left and right), or else 0. A pair of symmetric
     images is there twice.
     """
-    if sys.platform == "darwin":  # faiss and torch bring an OpenMP each there, and crash in one process
+    if sys.platform in ("darwin", "win32"):  # faiss and torch bring an OpenMP each there, and crash in one process
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             pairs = pool.submit(find_candidates, hashes).result()
     else:

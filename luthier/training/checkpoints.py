@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from luthier.errors import UserError
-from luthier.files import copy_permissions_to_weights, sync
+from luthier.files import copy_permissions_to_weights, rename, sync
 from luthier.processes import from_main_process
 from luthier.terminal import plural
 
@@ -59,7 +60,7 @@ def seal(folder: Path, checkpoint: Path) -> None:
     _sync_folder(folder)
     if checkpoint.exists():
         shutil.rmtree(checkpoint)
-    folder.rename(checkpoint)
+    rename(folder, checkpoint)
     _sync_folder(checkpoint.parent)
 
 
@@ -113,7 +114,7 @@ def newest_whole(output_dir: Path) -> Path | None:
             return checkpoint
         renamed = checkpoint.with_name(f"damaged-{checkpoint.name}")
         shutil.rmtree(renamed, ignore_errors=True)
-        checkpoint.rename(renamed)
+        rename(checkpoint, renamed)
         logger.warning(f"Not used: {checkpoint}, because {damage}. It is now called {renamed.name}")
     return None
 
@@ -196,7 +197,7 @@ def bring_best(checkpoint: Path, output_dir: Path) -> None:
     if source.exists() and not target.exists():
         partial = output_dir / PARTIAL / target.name
         shutil.copytree(source, partial, dirs_exist_ok=True)
-        partial.rename(target)
+        rename(partial, target)
 
 
 def load_weights(model: PreTrainedModel, checkpoint: Path) -> None:
@@ -230,7 +231,7 @@ def prune_checkpoints(output_dir: Path, limit: int | None, best: int | None) -> 
     older = list(checkpoints_by_step(output_dir).items())[limit:] if limit else []
     for step, checkpoint in older:
         if step != best:
-            shutil.rmtree(checkpoint)
+            shutil.rmtree(checkpoint, ignore_errors=sys.platform == "win32")  # the next save tries again
 
 
 def lacking_space(output_dir: Path, size: int, limit: int) -> str:

@@ -85,7 +85,8 @@ def test_checkpoint_that_is_not_whole_is_refused(timm_checkpoint, tmp_path, name
 
 
 @pytest.mark.parametrize(
-    ("device", "images", "last"), [("cuda", 100, False), ("cuda", LONG_RUN, True), ("cpu", 100, True)]
+    ("device", "images", "last"),
+    [("cuda", 100, False), ("cuda", LONG_RUN, True), ("cpu", 100, True), ("mps", LONG_RUN, False)],
 )
 def test_weights_of_a_short_run_on_a_gpu_are_in_the_default_memory_format(timm_checkpoint, device, images, last):
     model, _ = build_model(str(timm_checkpoint), {0: "a", 1: "b"})
