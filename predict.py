@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from luthier.serving.classifier import Prediction
 
 BAR_WIDTH = 32  # columns
+NONE, UNSURE, NO_PREDICTION = "none of these", "unsure", "no prediction"  # in place of a class
 MANY, NAMED = 20, 20  # inputs whose answers are counted at the end, and answers that are named there
 
 
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     classifier = Classifier(open_network(args.model, args.backend), args.always_answer, args.allow_private_urls)
     gc.freeze()
     gc.enable()
-    failed, answers = 0, Counter[str]()
+    answers = Counter[str]()
     with open_output(args.output) as file:
         write = WRITERS[args.format](file, min(args.top_k, len(classifier.labels)))
         # A bar would be in the way of predictions on the same terminal.
@@ -67,10 +68,10 @@ def main(argv: list[str] | None = None) -> None:
         try:
             for prediction in tqdm(predictions, unit=" images", delay=1, disable=silent):
                 write(prediction)
-                failed += prediction.error is not None
-                answers[answer_of(prediction) or "no prediction"] += 1
+                answers[answer_of(prediction)] += 1
         except KeyboardInterrupt:
             os._exit(130)  # at once: a normal exit waits for what is being fetched
+    failed = answers[NO_PREDICTION]
     lines = [f"no prediction for {plural(failed, 'input')}"] if failed else []
     lines += [f"answers: {count_in_words(answers)}"] if answers.total() >= MANY else []
     if sys.stderr is not None:  # `print` would take the standard output, among the predictions
@@ -81,14 +82,14 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(1)
 
 
-def answer_of(prediction: "Prediction") -> str | None:
-    """Return the answer to one input, also where it is none of the classes; None where there is no prediction."""
+def answer_of(prediction: "Prediction") -> str:
+    """Return the answer to one input as it is counted: a class, or that there is none."""
     if prediction.error:
-        return None
+        return NO_PREDICTION
     if prediction.none or prediction.unsure:
-        return "none of these" if prediction.none else "unsure"
+        return NONE if prediction.none else UNSURE
     label = prediction.top[0][0]
-    return f"{label} (the class)" if label in ("none of these", "unsure", "no prediction") else label
+    return f"{label} (the class)" if label in (NONE, UNSURE, NO_PREDICTION) else label
 
 
 def count_in_words(answers: Counter[str]) -> str:
@@ -221,7 +222,7 @@ def write_table(file: TextIO, top_k: int) -> Callable[["Prediction"], None]:
         if prediction.error:
             print(f"{name}\n  no prediction: {escape_terminal(prediction.error)}", file=file, flush=True)
             return
-        refusal = ": none of these" if prediction.none else ": unsure" if prediction.unsure else ""
+        refusal = f": {NONE}" if prediction.none else f": {UNSURE}" if prediction.unsure else ""
         print(f"{name}{refusal}", file=file)
         labels = [escape_terminal(shorten(label)) for label, _ in prediction.top]
         width = max([SHORT, *map(width_of, labels)])

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from datasets import Features, Value, load_dataset, load_dataset_builder
+from datasets import Features, Value, load_dataset_builder
 from huggingface_hub import HfFileSystem
 from torch.utils.data import get_worker_info
 
@@ -216,7 +216,7 @@ def _list_files(name: str, config: str | None) -> tuple[dict[str, list[str]], Fe
     if builder.info.features:
         return files, builder.info.features
     if in_archives:
-        return files, next(iter(load_dataset(resolved(name), config, streaming=True).values())).features
+        return files, next(iter(builder.as_streaming_dataset().values())).features
     with _opened(files["train"][0]) as file:
         return files, Features.from_arrow_schema(pq.ParquetFile(file).schema_arrow)
 

@@ -90,20 +90,22 @@ def most_telling(test: TestPredictions, labels: list[str]) -> tuple[list[dict], 
         }
 
     rows = np.argsort(confidence, kind="stable")
-    wrong = predicted[rows] != test.references[rows]
-    most_confident_wrong, least_confident_correct = rows[wrong][::-1][:MAX_SHOWN], rows[~wrong][:MAX_SHOWN]
-    pairs, counts = np.unique(test.references[rows[wrong]] * len(labels) + predicted[rows[wrong]], return_counts=True)
+    right = predicted[rows] == test.references[rows]
+    wrong, correct = rows[~right][::-1], rows[right]  # the most confident, and the least confident, first
+    pairs, pair_of, counts = np.unique(
+        test.references[wrong] * len(labels) + predicted[wrong], return_inverse=True, return_counts=True
+    )
     confusions = []
     for number in np.argsort(-counts, kind="stable")[:MAX_PAIRS]:
         label, taken_for = divmod(int(pairs[number]), len(labels))
-        own = rows[wrong][::-1]  # the most confident first
-        own = own[(test.references[own] == label) & (predicted[own] == taken_for)]
-        if len(own) > 1:
+        if (count := int(counts[number])) > 1:
             of = int((test.references == label).sum())
-            pair = {"label": labels[label], "predicted": labels[taken_for], "count": len(own), "of": of}
-            confusions.append(pair | {"images": [entry(int(row)) for row in own[:MAX_OF_PAIR]]})
-    shown = [[entry(int(row)) for row in part] for part in (most_confident_wrong, least_confident_correct)]
-    return shown[0], shown[1], confusions
+            images = [entry(int(row)) for row in wrong[pair_of == number][:MAX_OF_PAIR]]
+            confusions.append(
+                {"label": labels[label], "predicted": labels[taken_for], "count": count, "of": of, "images": images}
+            )
+    shown_wrong, shown_correct = ([entry(int(row)) for row in part[:MAX_SHOWN]] for part in (wrong, correct))
+    return shown_wrong, shown_correct, confusions
 
 
 def write_audit_page(path: Path, name: str, findings: dict, splits: DatasetDict) -> None:

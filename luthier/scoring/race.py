@@ -205,7 +205,6 @@ class _Progress:
     def _run_heat(self, arm: Arm, number: int, expected: float) -> tuple[Trained, SafeTrainer] | None:
         """Run a heat and record it; None where the arm leaves the race in it."""
         may_be_partial = self.resume and not self.has_begun  # a part of it may have been trained before
-        done = self.heats.steps(arm.recipe.name)
         begin = self.course.stopwatch.total()
         try:
             trained, trainer = self.advance(arm, arm.ends[number])
@@ -215,7 +214,7 @@ class _Progress:
         seconds = self.course.stopwatch.total() - begin
         if may_be_partial:
             # As long for each of its steps as now. These count as an epoch at least: an evaluation is among them.
-            steps = trained.state.global_step - done
+            steps = trained.state.global_step - self.heats.steps(arm.recipe.name)
             here = max(trained.state.global_step - self.begun_at, min(arm.steps_per_epoch, steps), 1)
             seconds = max(seconds * max(1.0, steps / here), expected)
         heat = _describe(trained, seconds)

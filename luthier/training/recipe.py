@@ -36,7 +36,6 @@ class Recipe(NamedTuple):
         small_batch: images in a step where an epoch has fewer than `LEAST_STEPS` of `BATCH`; at the same rates.
         rate_is_given: the learning rate is the user's, and for the batch as it is.
         batch: the user's, of a device; None leaves it to `batch_of_device`.
-        is_lowered: the rates are those of a backbone without BatchNorm.
     """
 
     name: str
@@ -51,7 +50,6 @@ class Recipe(NamedTuple):
     small_batch: int = BATCH
     rate_is_given: bool = False
     batch: int | None = None
-    is_lowered: bool = False
 
     def batch_of_device(self, images: int, batches: int) -> int:
         """Return how many images a device takes at a time.
@@ -82,8 +80,12 @@ class Recipe(NamedTuple):
         return self._replace(
             backbone_rate=self.backbone_rate * RATE_WITHOUT_BATCH_NORM,
             layer_decay=min(self.layer_decay, DECAY_WITHOUT_BATCH_NORM),
-            is_lowered=True,
         )
+
+    @property
+    def is_lowered(self) -> bool:
+        """Whether the rates are those of a backbone without BatchNorm."""
+        return self.backbone_rate != RECIPES.get(self.name, self).backbone_rate
 
     @property
     def is_probe(self) -> bool:
