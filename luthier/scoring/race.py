@@ -158,6 +158,7 @@ class _Progress:
         has_begun: something was trained in this part of the run.
         predicting: seconds of a prediction; 0 where that is not known.
         begun_at: the step from which the last training of this part of the run went on.
+        scored: the candidates of an arm, by its name and the step of its best weights.
     """
 
     def __init__(
@@ -170,6 +171,7 @@ class _Progress:
     ):
         self.arms, self.rival, self.course, self.resume, self.has_begun = arms, rival, course, resume, False
         self.predicting, self.begun_at = predicting, 0
+        self.scored: dict[tuple[str, int], list[Candidate]] = {}
         self.named = Path(resume) if resume and resume != "auto" else None
         self.heats, self.ended, left = read_record(course, arms, self.named) if resume else (Heats(), "", [])
         self.running = [arm for arm in arms if arm.recipe.name not in left]
@@ -325,17 +327,18 @@ class _Progress:
         return self._train(arm, end, checkpoint)
 
     def _train(self, arm: Arm, end: int, checkpoint: Path | None) -> tuple[Trained, SafeTrainer]:
-        trainer, course = arm.trainer(), self.course
+        trainer, course, name = arm.trainer(), self.course, arm.recipe.name
         self.record()  # nothing is written before the settings are known to work
         if arm.schedule is None:
             trainer.add_callback(EndInTime(course.ends_in_time))
         there = checkpoint is not None and step_of(checkpoint) >= end
         train(trainer, end if arm.schedule or there else None, checkpoint, course.stop)
         shares = (1.0,) if course.only_trained else arm.recipe.shares
-        validation, name = arm.rows["validation"], arm.recipe.name
-        candidates = score_candidates(trainer, validation, arm.start, shares, course.judge, name)
+        key = name, trainer.state.best_global_step or trainer.state.global_step
+        if key not in self.scored:
+            self.scored[key] = score_candidates(trainer, arm.rows["validation"], arm.start, shares, course.judge, name)
         course.stopwatch.stop("evaluate")
-        return Trained(arm, candidates, trainer.state), trainer
+        return Trained(arm, self.scored[key], trainer.state), trainer
 
     def return_to(self, named: Path) -> None:
         """Go back to the named checkpoint: later ones are removed, and the run no longer counts as finished.

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 
 from luthier.scoring.baselines import ProbeResults
 from luthier.scoring.criterion import Judge
@@ -24,7 +24,8 @@ from luthier.scoring.metrics import (
 from luthier.training.arms import State, Workshop
 from luthier.training.layers import divide_logits, shift_logits
 from luthier.training.recipe import PROBE, blend
-from luthier.training.trainer import model_of, predict
+from luthier.training.safe_trainer import SafeTrainer
+from luthier.training.trainer import model_of, predict, predict_best
 
 # How many standard errors of the paired difference the probe must be ahead of fine-tuned weights on validation. The
 # best of 90 validation images is off by a quarter of the loss, and on most kinds of images fine-tuning ends ahead: so
@@ -72,7 +73,7 @@ class Candidate(NamedTuple):
 
 
 def score_candidates(
-    trainer: Trainer,
+    trainer: SafeTrainer,
     rows: Any,
     start: State | None,
     shares: tuple[float, ...],
@@ -96,7 +97,7 @@ def score_candidates(
     candidates = []
     for share in shares if start else (1.0,):
         model.load_state_dict(blend(start or end, end, share))
-        logits, references = predict(trainer, rows)
+        logits, references = predict_best(trainer, rows) if share == 1 else predict(trainer, rows)
         known = references != criterion.none
         temperature = judge.temperature(logits, references)
         adjusted = criterion.adjust(logits) / temperature

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import default_collate
-from transformers import EvalPrediction, PreTrainedModel, SchedulerType, Trainer, TrainerCallback, TrainingArguments
+from transformers import EvalPrediction, PreTrainedModel, SchedulerType, TrainerCallback, TrainingArguments
 
 from luthier.errors import NoSpace, UserError
 from luthier.fusion import fuse_for_training
@@ -58,7 +58,7 @@ class Workshop:
         """Where the model was loaded from, without the folders above, which tell of a machine; or its kind."""
         return Path(self.model.config.name_or_path or self.model.config.model_type).name
 
-    def predictor(self, state: State | None = None) -> Trainer:
+    def predictor(self, state: State | None = None) -> SafeTrainer:
         """Return a Trainer that only predicts, with the model in a state, or as it was built."""
         return build_predictor(self.copy(state), self.training_args)
 

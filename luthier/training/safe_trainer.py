@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
+from transformers.trainer_utils import EvalLoopOutput
 
 from luthier.errors import NotFinite, UserError
 from luthier.machine import explain_exhausted_memory
@@ -39,6 +40,7 @@ class SafeTrainer(WorkerTrainer):
         super().__init__(*arguments, **options)
         # The library derives both from what the model's `forward` takes. Here each loss is the mean of a batch.
         self.label_names, self.model_accepts_loss_kwargs = ["labels"], False
+        self.evaluations: dict[int, EvalLoopOutput] = {}  # of this training, by step: the best and the last
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         """Create the scheduler of the heats, or the one that the training arguments name."""
@@ -148,8 +150,13 @@ class SafeTrainer(WorkerTrainer):
         if self.is_in_train and self.args.world_size > 1:
             # In a step each process counts BatchNorm's statistics of its own images; those of the main one are saved.
             share_tensors(self.model_wrapped.buffers())
+        best = self.state.best_global_step
+        self.evaluations = {step: kept for step, kept in self.evaluations.items() if step == best}
         with explain_exhausted_memory(self.args, training=False):
-            return super().evaluation_loop(*arguments, **options)
+            output = super().evaluation_loop(*arguments, **options)
+        if self.is_in_train:
+            self.evaluations[self.state.global_step] = output
+        return output
 
     def training_step(self, *arguments, **options) -> torch.Tensor:
         """Do a step, and check that its loss is finite."""

@@ -32,7 +32,7 @@ from luthier.training.safe_trainer import SafeTrainer
 from luthier.training.signals import Stop, StoppedInEvaluation
 
 
-def build_predictor(model: PreTrainedModel, training_args: TrainingArguments) -> Trainer:
+def build_predictor(model: PreTrainedModel, training_args: TrainingArguments) -> SafeTrainer:
     """Return a Trainer that only predicts, on rows as transforms make them."""
     # With evaluations the Trainer would ask for their rows. Trackers follow the training alone.
     trainer = SafeTrainer(model, replace(training_args, eval_strategy="no", report_to="none"), default_collate)
@@ -155,6 +155,17 @@ def predict(trainer: Trainer, rows: Any) -> tuple[np.ndarray, np.ndarray]:
     """Return the model's logits [N, C] on transformed rows, and their true classes [N]."""
     prediction = trainer.predict(rows)
     return concatenate_batches(prediction.predictions), concatenate_batches(prediction.label_ids)
+
+
+def predict_best(trainer: SafeTrainer, rows: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return what `predict` does, once `train` has loaded the best weights.
+
+    Where this training has evaluated them on these rows, its answers are returned, and nothing is predicted again.
+    """
+    kept = trainer.evaluations.get(trainer.state.best_global_step or 0) if rows is trainer.eval_dataset else None
+    if kept is None:
+        return predict(trainer, rows)
+    return concatenate_batches(kept.predictions), concatenate_batches(kept.label_ids)
 
 
 def concatenate_batches(outputs: Any) -> np.ndarray:

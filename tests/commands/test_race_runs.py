@@ -16,11 +16,13 @@ import luthier.scoring.race as race
 import train
 from data import load_splits
 from luthier.output_dir import has_ended
+from luthier.scoring import selection
 from luthier.scoring.criterion import Judge
 from luthier.scoring.race_record import Heat, Heats
 from luthier.scoring.refit import Plan, plan_refit
 from luthier.scoring.screening import cross_fitted_losses
 from luthier.training.recipe import FROM_SCRATCH, RECIPES
+from luthier.training.trainer import predict, predict_best
 
 # The probe is out of the race: random features of a tiny model suit colours better than any training.
 RACE = ["--per_device_train_batch_size", "16", "--num_train_epochs", "14"]
@@ -43,6 +45,23 @@ def raced(timm_checkpoint, tmp_path_factory):
     for seed in range(8):  # or the probe would leave nothing to learn
         draw("red", 5000 + seed).save(folder / f"images/blue/{seed}-red.png")
     return folder, run(folder, timm_checkpoint, *RACE)
+
+
+def test_best_weights_are_scored_by_the_answers_of_their_evaluation(timm_checkpoint, tmp_path, monkeypatch):
+    draw_folder(tmp_path / "images", per_class=12)
+    seen = []
+
+    def compare(trainer, rows):
+        best, last, known = trainer.state.best_global_step, trainer.state.global_step, trainer.evaluations
+        (kept, labels), (again, same) = predict_best(trainer, rows), predict(trainer, rows)
+        if best:  # the probe is not trained
+            seen.append((best in known, best < last, np.array_equal(kept, again) and np.array_equal(labels, same)))
+        return kept, labels
+
+    monkeypatch.setattr(selection, "predict_best", compare)
+    run(tmp_path, timm_checkpoint, "--recipe", "full", "--learning_rate", "3e-2", "--refit", "none")
+    known, earlier, alike = zip(*seen, strict=True)
+    assert any(known) and any(earlier) and all(alike)
 
 
 @pytest.mark.parametrize("recipe", ["probe", pytest.param("full", marks=pytest.mark.slow)])

@@ -221,7 +221,7 @@ def test_threshold_is_one_of_calibrated_confidence(monkeypatch):
     generator = np.random.default_rng(0)
     references = generator.integers(0, 3, 200)
     logits = 9 * (generator.normal(size=(200, 3)) + np.eye(3)[references])  # far too sure
-    monkeypatch.setattr(selection, "predict", lambda trainer, rows: (logits, references))
+    monkeypatch.setattr(selection, "predict_best", lambda trainer, rows: (logits, references))
     trainer = SimpleNamespace(model=nn.Linear(2, 3))
     (found,) = selection.score_candidates(trainer, None, None, (1.0,), Judge(["a", "b", "c"]), "full")
     calibrated = confidence_and_correct(logits / found.temperature, references)
@@ -246,7 +246,8 @@ def test_each_share_is_scored_with_its_own_weights_and_the_model_is_left_as_it_w
         seen.append(trainer.model.weight[0, 0].item())
         return LOGITS, REFERENCES
 
-    monkeypatch.setattr(selection, "predict", predict)
+    for name in ("predict", "predict_best"):
+        monkeypatch.setattr(selection, name, predict)
     start, shares = {"weight": torch.zeros(3, 2)}, (0.5, 1.0, 0.0)
     trainer = SimpleNamespace(model=model)
     found = selection.score_candidates(trainer, None, start, shares, Judge(LABELS), "lp_ft")

@@ -480,6 +480,9 @@ def test_mean_with_the_start_is_a_candidate_unless_only_trained_weights_are(
     monkeypatch.setattr(module, "train", lambda *_: None)
     monkeypatch.setattr(module, "score_candidates", lambda trainer, rows, *rest: seen.append(rest[:2]) or [])
     one = in_folder(arm("lp_ft"), tmp_path)
-    one.trainer, one.rows, one.start = lambda: SimpleNamespace(state=None), {"validation": None}, {"weight": 0}
-    _Progress([one], None, course_in(tmp_path, only_trained=only_trained))._train(one, 10, None)
-    assert seen == [({"weight": 0}, expected)]
+    best = SimpleNamespace(best_global_step=10, global_step=20)
+    one.trainer, one.rows, one.start = lambda: SimpleNamespace(state=best), {"validation": None}, {"weight": 0}
+    state = _Progress([one], None, course_in(tmp_path, only_trained=only_trained))
+    state._train(one, 10, None)
+    state._train(one, 20, None)
+    assert seen == [({"weight": 0}, expected)], "weights that are still the best are scored once"
