@@ -1,5 +1,6 @@
 """One image file to upright RGB pixels, the same way for training and for predictions."""
 
+import contextlib
 import io
 import math
 import re
@@ -14,10 +15,13 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 
 # Raster formats that Pillow decodes itself; EPS, for one, would be handed to Ghostscript.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")
-EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif"}
+EXTENSIONS = {
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic",
+    ".heif", ".hif",
+}  # fmt: skip
 UNREAD = {
-    ".heic", ".heif", ".jp2", ".jxl", ".svg", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2",
-    ".pbm", ".pgm", ".pnm", ".ppm", ".tga", ".dcm",
+    ".jp2", ".jxl", ".svg", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2", ".pbm", ".pgm",
+    ".pnm", ".ppm", ".tga", ".dcm",
 }  # fmt: skip
 UPRIGHT = {  # what turns an image upright, by its EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -35,7 +39,7 @@ LEFT_BEHIND = {
     "#recycle",
 }  # fmt: skip
 CONVERT = "convert it to JPEG or PNG"
-HEIF = {b"heic", b"heix", b"hevc", b"hevx", b"mif1", b"msf1"}  # bytes 8 to 11 of such files, whatever their names are
+HEIF = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}  # bytes 8 to 11 of HEIC files
 NOT_OPENED = "cannot be opened: "  # prefix of reasons that may be gone at the next try
 
 
@@ -74,17 +78,7 @@ def decode_rgb(data: bytes, shorter_side: int | None = None, max_pixels: int | N
         raise OSError("the file is empty")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about odd metadata, and above 89 megapixels; above 179 Pillow raises
-        Image.init()  # without it Pillow knows half of the formats
-        try:
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-        except UnidentifiedImageError:
-            if data[4:8] == b"ftyp" and data[8:12] in HEIF:
-                raise OSError(f"it is HEIC, whatever its name says: {CONVERT}") from None
-            if data[:4] in (b"II*\0", b"MM\0*"):
-                raise OSError(
-                    "a TIFF with bands or bits that are not read, or a damaged one: convert it to RGB"
-                ) from None
-            raise OSError(f"not an image in an allowed format ({', '.join(FORMATS)})") from None
+        image = _open(data)
         size = image.size
         if max_pixels and size[0] * size[1] > max_pixels:
             raise OSError(f"{size[0]} x {size[1]} px are more than the {max_pixels:,} pixels that are allowed")
@@ -105,9 +99,34 @@ def decode_rgb(data: bytes, shorter_side: int | None = None, max_pixels: int | N
         except Exception:  # damaged tags give errors of any kind
             turn, readable = None, False  # and `datasets` would fail at them
         changed = image.mode != "RGB" or image.has_transparency_data or turn is not None or not readable
+        changed |= image.format == "HEIF"
         rgb = _to_rgb(image if turn is None else image.transpose(turn))
         rgb.info = {}  # Pillow would store its colour profile or comment again, which a new format may not hold
         return Decoded(rgb, changed, str(image.format), size)
+
+
+def _open(data: bytes) -> Image.Image:
+    """Open an image file without decoding its pixels.
+
+    Raises:
+        OSError: its format is not allowed, or the beginning is damaged.
+    """
+    Image.init()  # without it Pillow knows half of the formats
+    with contextlib.suppress(UnidentifiedImageError):
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    if data[4:8] == b"ftyp" and data[8:12] in HEIF:  # a plain AVIF may begin so too
+        try:
+            import pi_heif
+        except ImportError:
+            raise OSError(f"{NOT_OPENED}it is HEIC: pip install pi-heif, or {CONVERT}") from None
+        # One thread: all cores decode an image each.
+        pi_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
+        with contextlib.suppress(UnidentifiedImageError):
+            return Image.open(io.BytesIO(data), formats=["HEIF"])
+        raise OSError(f"a damaged HEIC, or one of a kind that is not read: {CONVERT}")
+    if data[:4] in (b"II*\0", b"MM\0*"):
+        raise OSError("a TIFF with bands or bits that are not read, or a damaged one: convert it to RGB")
+    raise OSError(f"not an image in an allowed format ({', '.join(FORMATS)}, HEIC)")
 
 
 def _check_tile(data: bytes, image: Image.Image, most: float) -> None:
@@ -182,8 +201,9 @@ def reason(error: BaseException) -> str:
         return f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6} megapixels: make it smaller"
     if isinstance(error, OSError) and error.errno:
         return f"{NOT_OPENED}{error.strerror}"
-    text = "; ".join(str(error).splitlines()) or type(error).__name__
-    return f"the file is damaged or not complete ({text})" if re.search("truncated|broken", text, re.I) else text
+    text = "; ".join(filter(None, str(error).splitlines())) or type(error).__name__
+    is_damaged = re.search("truncated|broken|end of file", text, re.I)
+    return f"the file is damaged or not complete ({text})" if is_damaged else text
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -20,6 +20,7 @@ EXTENSIONS_OF = {
     "JPEG": {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"},
     "MPO": {".jpg", ".jpeg", ".mpo"},
     "TIFF": {".tif", ".tiff"},
+    "HEIF": {".heic", ".heif", ".hif"},
 }
 TINY = 32  # pixels: a shorter side below this shows little
 FOLDS = 5

@@ -1,11 +1,12 @@
 """The audit: planted faults are found, leaks between splits are reported, and the command works."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import draw, draw_folder
+from conftest import PROJECT, draw, draw_folder
 from datasets import Dataset, DatasetDict
 from PIL import Image
 
@@ -68,11 +69,14 @@ def test_wrong_extensions_and_tiny_images_are_reported(tmp_path):
     images = draw_folder(tmp_path / "p", 20)
     draw("red", 777).save(images / "red/photo.jpg", "PNG")
     draw("red", 778, width=40, height=20).save(images / "red/small.png")
+    for name in ("IMG_1.HEIC", "other.jpeg"):
+        shutil.copy(PROJECT / "tests/images/phone.heic", images / "red" / name)
     findings = audit_images(*load_splits(data_dir=str(images)))
-    assert [(entry["name"], entry["why"]) for entry in findings["wrong_extension"]] == [("red/photo.jpg", "it is PNG")]
+    found = {entry["name"]: entry["why"] for entry in findings["wrong_extension"]}
+    assert found == {"red/photo.jpg": "it is PNG", "red/other.jpeg": "it is HEIF"}
     assert [(entry["name"], entry["why"]) for entry in findings["tiny"]] == [("red/small.png", "40 x 20 px")]
-    assert findings["classes"] == {"blue": 20, "green": 20, "red": 22} and findings["images"] == 62
-    assert "from 20 (green) to 22 (red)" in list_findings(findings)
+    assert findings["classes"] == {"blue": 20, "green": 20, "red": 24} and findings["images"] == 64
+    assert "from 20 (green) to 24 (red)" in list_findings(findings)
 
 
 @pytest.mark.parametrize(

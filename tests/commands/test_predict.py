@@ -203,7 +203,7 @@ def test_each_bad_input_gets_its_own_message(model, capsys, tmp_path):
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
     (tmp_path / "locked.eps").write_text("%!PS-Adobe")
     (tmp_path / "phone").mkdir()
-    (tmp_path / "phone/IMG_1.HEIC").write_bytes(b"heic")
+    (tmp_path / "phone/IMG_1.DNG").write_bytes(b"raw")
     (tmp_path / "camera").mkdir()
     (tmp_path / "camera/1.NEF").write_bytes(b"raw")
     draw("red", 2).save(tmp_path / "camera/1.jpg")

@@ -3,7 +3,9 @@
 import io
 import os
 import struct
+import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,8 @@ from PIL import ImageCms, ImageOps
 
 from luthier.images import decode
 from luthier.images.decode import decode_rgb, reason
+
+HEIC = Path(__file__).with_name("phone.heic").read_bytes()  # 48 x 64 px when upright: red, and blue at the upper right
 
 
 def lab_red() -> PILImage.Image:
@@ -199,11 +203,30 @@ def test_12_bits_are_read_alike_whatever_type_holds_them(kind):
 
 
 @pytest.mark.parametrize(
-    ("data", "why"), [(b"\0\0\0\x18ftypheic" + bytes(99), "it is HEIC"), (b"II*\0" + bytes(99), "a TIFF with bands")]
+    ("data", "why"),
+    [(b"\0\0\0\x18ftypheic" + bytes(99), "a damaged HEIC"), (b"II*\0" + bytes(99), "a TIFF with bands")],
 )
 def test_format_that_is_not_read_is_named(data, why):
     with pytest.raises(OSError, match=why):
         decode_rgb(data)
+
+
+def test_heic_of_a_phone_is_read_upright():
+    decoded = decode_rgb(HEIC)
+    assert (decoded.image.size, decoded.format, decoded.changed) == ((48, 64), "HEIF", True)
+    for place, colour in [((40, 10), (20, 40, 220)), ((10, 10), (200, 30, 40)), ((40, 50), (200, 30, 40))]:
+        assert np.abs(np.array(decoded.image.getpixel(place)) - colour).max() <= 4
+
+
+def test_heic_that_cannot_be_read_says_why(monkeypatch):
+    with pytest.raises(OSError, match="48 x 64 px are more than the 3,000 pixels"):
+        decode_rgb(HEIC, max_pixels=3_000)
+    with pytest.raises((OSError, ValueError)) as found:
+        decode_rgb(HEIC[:-20])
+    assert "damaged" in reason(found.value)
+    monkeypatch.setitem(sys.modules, "pi_heif", None)
+    with pytest.raises(OSError, match="cannot be opened: it is HEIC: pip install pi-heif, or convert it to JPEG"):
+        decode_rgb(HEIC)
 
 
 def test_jpeg_of_too_many_scans_is_refused(monkeypatch):

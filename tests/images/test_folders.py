@@ -280,9 +280,9 @@ def test_folder_that_cannot_be_read_is_named(tmp_path):
 
 
 def test_image_in_a_format_that_is_not_read_says_so(images, caplog):
-    (images / "red/photo.HEIC").write_bytes(b"heic")
+    (images / "red/photo.NEF").write_bytes(b"raw")
     load(data_dir=str(images))
-    assert "a format that is not read (convert it to JPEG or PNG): 1 file, such as red/photo.HEIC" in caplog.text
+    assert "a format that is not read (convert it to JPEG or PNG): 1 file, such as red/photo.NEF" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -304,9 +304,9 @@ def test_what_is_no_folder_says_what_it_is(tmp_path, monkeypatch, name, message)
 def test_class_folder_of_images_in_a_format_that_is_not_read_says_so(images):
     (images / "violet").mkdir()
     for number in range(2):
-        (images / f"violet/IMG_{number}.HEIC").write_bytes(b"heic")
+        (images / f"violet/IMG_{number}.DNG").write_bytes(b"raw")
     with pytest.raises(
-        UserError, match=r"violet has 2 images in a format that is not read, such as IMG_0\.HEIC: convert"
+        UserError, match=r"violet has 2 images in a format that is not read, such as IMG_0\.DNG: convert"
     ):
         load(data_dir=str(images))
 
