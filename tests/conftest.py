@@ -6,6 +6,10 @@ import shutil
 import tempfile
 
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="luthier-tests-")  # before the libraries read it
+os.environ.pop("HF_DATASETS_CACHE", None)  # these would lead out of it again
+os.environ.pop("HF_MODULES_CACHE", None)
+os.environ.pop("HF_HUB_CACHE", None)
+os.environ.pop("HUGGINGFACE_HUB_CACHE", None)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["OMP_NUM_THREADS"] = "1"  # one process of the tests runs on each core

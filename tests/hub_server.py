@@ -84,6 +84,8 @@ class Hub:
             "HF_HOME": str(home),
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_OFFLINE": "0",
+            "NO_PROXY": "127.0.0.1",  # where the machine has a proxy
+            "no_proxy": "127.0.0.1",
         } | login
 
     def fail(self, pattern: str, status: int | None, times: int = 1, **headers: str) -> Fault:

@@ -17,6 +17,7 @@ from luthier import files, terminal
 from luthier.arguments import parse_arguments
 from luthier.errors import UserError
 from luthier.images import duplicates
+from luthier.images.folders import subfolders
 
 MODULES = sorted(
     ".".join(path.relative_to(PROJECT).with_suffix("").parts).removesuffix(".__init__")
@@ -116,6 +117,16 @@ def test_shell_scripts_keep_their_line_ends_in_a_checkout_on_windows():
     assert "*.sh text eol=lf" in (PROJECT / ".gitattributes").read_text(encoding="utf-8").splitlines()
     for path in PROJECT.glob("cloud/*.sh"):
         assert b"\r" not in path.read_bytes(), path
+
+
+def test_class_folders_come_in_the_same_order_on_every_system(tmp_path):
+    class LikeWindows(type(tmp_path)):
+        def __lt__(self, other):
+            return str(self).lower() < str(other).lower()
+
+    for name in ("Zebra", "lion"):
+        (tmp_path / name).mkdir()
+    assert [folder.name for folder in subfolders(LikeWindows(tmp_path))] == ["Zebra", "lion"]
 
 
 def test_commas_are_quoted_for_powershell(monkeypatch):

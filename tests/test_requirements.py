@@ -5,9 +5,11 @@ import importlib.metadata
 import re
 import sys
 
+import pytest
 from conftest import PROJECT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 PYTHON = re.compile(r"Programming Language :: Python :: 3\.(\d+)$").match
 SOURCES = ("*.py", "tests/**/*.py")
@@ -72,13 +74,18 @@ def test_lock_has_everything_that_the_requirements_need():
 
 
 def test_readme_names_the_versions_of_python_for_which_there_are_builds():
+    names = ("numpy", "scipy", "matplotlib", "torch", "faiss-cpu", "pillow")
+    lock = (PROJECT / "requirements.lock").read_text(encoding="utf-8")
+    pins = dict(line.split("==") for line in lock.splitlines() if "==" in line)
+    if any(Version(importlib.metadata.version(name)) < Version(pins[name]) for name in names):
+        pytest.skip("older versions, as for Python 3.10, know no newer Python")
     newest = min(
         max(
             int(found[1])
             for line in importlib.metadata.metadata(name).get_all("Classifier")
             if (found := PYTHON(line))
         )
-        for name in ("numpy", "scipy", "matplotlib", "torch", "faiss-cpu", "pillow")
+        for name in names
     )
     for page in ("README.md", "CONTRIBUTING.md"):
         assert f"Python 3.10 to 3.{newest}" in (PROJECT / page).read_text(encoding="utf-8")

@@ -87,9 +87,11 @@ def load_folder(root: Path, grouping: Grouping, to_train: bool) -> DatasetDict:
     skipped: Counter[str] = Counter()
     files = {split: _list_class_folders(folder, root, skipped, grouping) for split, folder in roots.items()}
     if not any(files.values()):
+        loose = ". If the labels are elsewhere, as in the file names, give a table (docs/usage.md)"
+        hint = hint_at_table(root) or (loose if holds_images(root) else "")
         raise UserError(
             f"{root} has no images in class folders. Expected {root}/CLASS/image.jpg, in the formats "
-            f"{', '.join(sorted(EXTENSIONS))}{hint_at_table(root)}"
+            f"{', '.join(sorted(EXTENSIONS))}{hint}"
         )
     for split, listed in files.items():
         if not listed:
@@ -234,6 +236,16 @@ def _check_names(root: Path, folders: list[Path]) -> None:
     Raises:
         UserError: some are called like splits, and have folders of the same names in them, as class folders are.
     """
+    classes = {folder.name for folder in folders}
+    for folder in folders:
+        if folder.name.lower() in SPLIT_OF_FOLDER:
+            shared = sorted(classes & {each.name for each in subfolders(_unpacked(folder))})
+            if len(shared) > 1:  # one name is chance
+                raise UserError(
+                    f"{root} holds {folder.name}, which looks like a split: it has folders of the same names as those "
+                    f"beside it, such as {shared[0]}. Put the other class folders into {root / 'train'}. If "
+                    f"{folder.name} is a class, give it another name"
+                )
     words = {folder: {*re.split(r"[^a-z]+", folder.name.lower())} & SPLIT_OF_FOLDER.keys() for folder in folders}
     split_of = {folder: SPLIT_OF_FOLDER[min(each)] for folder, each in words.items() if len(each) == 1}
     if not split_of or len(folders) > MOST_SPLITS:
@@ -322,7 +334,8 @@ def subfolders(folder: Path) -> list[Path]:
             names = [entry.name for entry in entries if entry.is_dir() and not is_hidden(entry.name)]
     except OSError as error:
         refuse_folder(error)
-    return sorted(folder / name for name in names)
+    # Not the paths: those of Windows are sorted without regard to capitals, and a run begun elsewhere would not go on.
+    return [folder / name for name in sorted(names)]
 
 
 def _list_class_folders(split_root: Path, root: Path, skipped: Counter, grouping: Grouping) -> list[ListedImage]:

@@ -65,12 +65,16 @@ class ImageFiles:
         if _parts(name) is None:
             return f"{name!r} leads out of the folder"
         found = self.matches(name, skip)
-        if not found and is_unread(name):
-            return f"{name!r} is in a format that is not read: {CONVERT}"
         if not found:
+            stem, point, _ = name.rpartition(".")
+            if point and (others := self.matches(stem, skip)):  # as after all were converted
+                return f"there is no image {name!r}, but {others[0]}: write that name"
+            if is_unread(name):
+                return f"{name!r} is in a format that is not read: {CONVERT}"
             return f"there is no image {name!r} below {self.root}"
         if len(found) > 1:
-            return f"{name!r} could be {found[0]} or {found[1]}: write the folder too"
+            missing = "the whole name, as the file has it" if found[0].parent == found[1].parent else "the folder too"
+            return f"{name!r} could be {found[0]} or {found[1]}: write {missing}"
         return self.root / found[0]
 
     def _by_name(self, depth: int) -> dict[tuple[str, ...], list[PurePosixPath]]:

@@ -28,7 +28,7 @@ from luthier.images.groups import build_grouping, check_groups
 from luthier.images.image_files import SAMPLE, ImageFiles, as_text
 from luthier.images.inspection import listing
 from luthier.images.loading import PLAN
-from luthier.images.tables import METADATA, Table, read_table
+from luthier.images.tables import METADATA, Table, read_table, say_odd_values
 from luthier.terminal import plural, say
 
 logger = logging.getLogger(__name__)
@@ -86,9 +86,7 @@ def load_directory(
                 raise error from None
             logger.warning(f"Not used: {next(iter(tables.values()))}. The labels are those of class folders; {error}")
     elif named:
-        raise UserError(
-            f"{named[0]} names a column of a table, but {root} has no metadata.csv: give one with --labels"
-        )
+        raise UserError(f"{named[0]} names a column of a table, but {root} has no metadata.csv: give --labels")
     else:
         splits = load_folder(root, grouping, to_train)
     if group_by:
@@ -269,6 +267,7 @@ def _split_by_folders(entries: list[Entry], found: list[Path | str], root: Path)
 
 def _read_entries(table: Table, columns: Columns, split: str | None) -> list[Entry]:
     assert columns.image and columns.label  # they have been found
+    say_odd_values(table, columns.label, columns.group)
     names, labels = (_without_points(table.column(name)) for name in (columns.image, columns.label))
     labels = [unicodedata.normalize("NFC", label) for label in labels]  # as of class folders
     splits = table.column(columns.split) if columns.split else [split or "train"] * len(names)

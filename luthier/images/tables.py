@@ -5,6 +5,7 @@ import glob
 import io
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,10 +16,11 @@ from datasets.exceptions import DatasetGenerationError
 from luthier.errors import UserError
 from luthier.images.columns import is_image_feature
 from luthier.images.folders import TABLES
-from luthier.terminal import say
+from luthier.terminal import plural, say
 
 DELIMITERS = ",;\t|"
 METADATA = ("metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.parquet")  # as `datasets` names them, and TSV
+NO_VALUE = ("NA", "N/A", "NaN", "nan", "NULL", "#N/A", "#NV")  # as R, Python, databases and Excel write it
 
 
 class Table(NamedTuple):
@@ -73,6 +75,30 @@ def read_table(path: Path, least: int = 2) -> Table:
     if not filled:
         raise UserError(f"{path} has no rows: give a table with a row for each image")
     return Table(path, columns, [row for _, row in filled], [number for number, _ in filled], nested)
+
+
+def say_odd_values(table: Table, label: str, group: str | None) -> None:
+    """Say which labels and groups may be none, and which labels are several classes in one cell."""
+    labels = table.column(label)
+    for column, values, meaning in (
+        (label, labels, "a class. If it means that there is no label, remove these rows"),
+        (group, table.column(group) if group else [], "one group. If it means that there is none, empty these cells"),
+    ):
+        if found := [value for value in values if value in NO_VALUE]:
+            rows = plural(len(found), "row")
+            where = f"{rows} of the column {column!r} of {table.path.name}"
+            say("careful", f"{found[0]!r} in {where} is taken for {meaning}")
+    known = {*labels} - {""}
+    joined = {
+        value for value in known if len(parts := re.split(r"\s*[,;|+&/]\s*", value)) > 1 and known.issuperset(parts)
+    }
+    if joined:
+        rows = plural(sum(value in joined for value in labels), "row")
+        say(
+            "careful",
+            f"{rows} of {table.path.name} with several classes in one label, such as {min(joined)!r}, which is taken "
+            "for one more class. Each image has one: give these rows one label, or remove them",
+        )
 
 
 def _check_columns(path: Path, columns: list[str], least: int) -> None:

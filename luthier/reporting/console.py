@@ -20,7 +20,7 @@ from luthier.scoring.race import Outcome
 from luthier.scoring.refit import Plan
 from luthier.scoring.screening import View
 from luthier.scoring.selection import Candidate
-from luthier.terminal import of_project, percent, plural, points, quote, say
+from luthier.terminal import of_project, percent, plural, points, quote, say, shorten
 from luthier.training.recipe import Recipe
 from luthier.training.trainer import model_of
 
@@ -38,6 +38,7 @@ KIND_NAMES = {  # of findings
 FITS = {"own": "cropped", "squeeze": "squeezed", "pad": "padded"}  # by screening.View.fit
 MAX_NAMED = 3  # images of a kind that a run names
 MAX_LISTED = 20  # findings of a kind that the audit lists
+MAX_CLASSES = 10  # that a run names at its beginning
 
 
 # --- a run
@@ -132,9 +133,12 @@ def say_setup(splits: Mapping[str, Dataset], name: str, setup: Mapping[str, str]
     """
     if fold:
         say("fold", fold.replace("/", " of "))
-    classes = next(iter(splits.values())).features["label"].num_classes
+    names = next(iter(splits.values())).features["label"].names
+    classes = plural(len(names), "class", "classes")
+    if len(names) <= MAX_CLASSES:
+        classes += f" ({', '.join(map(shorten, names))})"
     counts = ", ".join(f"{split} {len(dataset):,}" for split, dataset in splits.items())
-    say("data", f"{name}: {plural(classes, 'class', 'classes')}; images: {counts}")
+    say("data", f"{name}: {classes}; images: {counts}")
     for topic, text in setup.items():
         say(topic, text)
 

@@ -19,7 +19,9 @@ from luthier.serving.network import Network
 
 FETCHES = 8  # addresses at a time: they wait for servers, and not for cores
 PAUSE = 0.2  # seconds without another input after which those that are there are answered
-MAX_FOREIGN_PIXELS = 50_000_000  # of an image from a server or a visitor; of files Pillow opens up to 179 million
+# Of an image from a server or a visitor; of files Pillow opens up to 179 million. Cameras of 50 megapixels have a few
+# more: 8,688 x 5,792.
+MAX_FOREIGN_PIXELS = 51_000_000
 
 
 class Prediction(NamedTuple):

@@ -24,7 +24,7 @@ from huggingface_hub.errors import HfHubHTTPError
 import app
 import train
 from luthier.errors import UserError
-from luthier.serving.classifier import Prediction
+from luthier.serving.classifier import MAX_FOREIGN_PIXELS, Prediction
 from luthier.serving.space import find_imports, find_requirements, push_to_space, stage_space
 
 
@@ -103,20 +103,24 @@ def test_app_in_a_browser(model, tmp_path):
 def test_app_reads_only_the_images_that_it_was_given(tmp_path):
     class FakeClassifier:
         def load_file(self, name, max_pixels):
-            return name
+            return max_pixels
 
     (tmp_path / "cache").mkdir()
     for name in ("cache/a.png", "b.png"):
         (tmp_path / name).touch()
     (tmp_path / "cache/link.png").symlink_to(tmp_path / "b.png")
     read = app.file_loader(FakeClassifier(), [tmp_path / "cache"])
-    assert read(str(tmp_path / "cache/a.png"))
+    assert read(str(tmp_path / "cache/a.png")) == MAX_FOREIGN_PIXELS, "as of an address"
     for name in ("b.png", "cache/../b.png", "cache/link.png", "cache/none.png", "cache"):
         with pytest.raises(OSError, match="only images that were given to this page"):
             read(str(tmp_path / name))
     for name in ("/dev/zero", "http://example.org/a.png"):
         with pytest.raises(OSError, match="only images that were given to this page"):
             read(name)
+
+
+def test_photographs_of_cameras_of_50_megapixels_are_taken():
+    assert max(8688 * 5792, 8192 * 6144) < MAX_FOREIGN_PIXELS < 60_000_000
 
 
 def test_app_does_not_fetch_an_address_in_the_place_of_an_image():
@@ -184,6 +188,8 @@ def test_space_serves_the_pushed_model(model, tmp_path):
         (["nowhere", "--examples", "none"], "--examples none is not a folder with images"),
         ([".", "--push_to_space", "me/x"], "a Space loads its model from the Hub"),
         (["colours", "--push_to_space", "me/x"], "such as me/instruments, instead of colours"),
+        (["me/x", "--push_to_space", "me/y", "--always_answer"], "--always_answer are for the app on this machine"),
+        (["me/x", "--push_to_space", "me/y", "--examples", "x"], "--always_answer are for the app on this machine"),
     ],
 )
 def test_mistake_on_the_command_line_gives_one_message(capsys, args, message):
@@ -243,3 +249,12 @@ def test_newer_image_ends_the_wait_for_an_address(monkeypatch):
     page = app.build_page("colours", False, [])
     (url,) = (number for number, function in page.fns.items() if function.api_name == "url")
     assert any(url in function.cancels for function in page.fns.values())
+
+
+def test_app_asks_no_private_address_keeps_images_for_an_hour_and_reports_nothing(monkeypatch):
+    network = SimpleNamespace(labels=["a"], batch_size=16)
+    monkeypatch.setattr("luthier.serving.classifier.open_network", lambda name: network)
+    page = app.build_page("colours", False, [])
+    (url,) = (function for function in page.fns.values() if function.api_name == "url")
+    assert "is not public" in url.fn("http://127.0.0.1:9/a.png")[0]
+    assert page.delete_cache == (600, 3600) and page.analytics_enabled is False

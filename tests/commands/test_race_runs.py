@@ -201,18 +201,12 @@ def test_folds_score_every_image_once(timm_checkpoint, tmp_path):
 
 
 @pytest.mark.slow
-def test_folds_are_trained_each_in_a_directory_of_its_own(timm_checkpoint, tmp_path):
-    draw_folder(tmp_path / "images", per_class=15)
-    metrics = run(tmp_path, timm_checkpoint, "--folds", "3", "--recipe", "full")
-    folders = {path.name for path in (tmp_path / "out").glob("fold-*")}
-    assert metrics["test"]["n"] == 45 and folders == {"fold-1", "fold-2", "fold-3"}
-
-
-@pytest.mark.slow
 def test_interrupted_folds_end_like_uninterrupted_ones(timm_checkpoint, tmp_path, monkeypatch):
     draw_folder(tmp_path / "images", per_class=15)
     options = ["--folds", "3", "--recipe", "full", "--keep", "trained", "--num_train_epochs", "2"]
     whole, write_record = run(tmp_path, timm_checkpoint, *options), race.write_record
+    folders = {path.name for path in (tmp_path / "out").glob("fold-*")}
+    assert whole["test"]["n"] == 45 and folders == {"fold-1", "fold-2", "fold-3"}
 
     def cut(course: race.Course, arms: list, heats: Heats, *rest) -> None:
         write_record(course, arms, heats, *rest)

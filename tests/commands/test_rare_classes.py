@@ -78,7 +78,17 @@ def test_score_of_a_model_knows_its_shares(folder, scored):
     out = folder / "scored-again"
     data = ["--data_dir", str(folder / "images"), "--output_dir", str(out), "--disable_tqdm", "1"]
     score.main([str(folder / "scored"), *data])
-    assert json.loads((out / "metrics.json").read_text())["class_shares"] == scored["class_shares"]
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["class_shares"] == scored["class_shares"]
+    learned = (folder / "scored/learned_from.txt").read_text().split()
+    assert 0 < metrics["leaks"]["learned_from"] == len(learned) < metrics["test"]["n"]
+
+
+@pytest.mark.usefixtures("scored")
+def test_run_from_the_model_of_another_names_the_images_that_have_chosen_it(folder, capsys):
+    metrics = run(folder, folder / "scored", "anew", "--recipe", "probe", "--refit", "none")
+    assert metrics["leaks"]["learned_from"] == metrics["validation"]["n"] > 0, "the splits are the same"
+    assert "has learned from, or was chosen by" in capsys.readouterr().out
 
 
 def test_report_and_card_say_how_answers_make_up_for_rare_classes(folder, refitted):

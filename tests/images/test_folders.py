@@ -201,6 +201,12 @@ def test_folder_of_parquet_files_is_no_class(tmp_path, names):
         load(data_dir=str(tmp_path))
 
 
+def test_message_of_images_outside_of_folders_names_the_table(tmp_path):
+    put(tmp_path / "photos", 0)
+    with pytest.raises(UserError, match=r"no images in class folders.* as in the file names, give a table"):
+        load(data_dir=str(tmp_path / "photos"))
+
+
 def test_message_of_a_folder_without_images_says_what_is_there(images, tmp_path_factory):
     folder = tmp_path_factory.mktemp("splits")
     draw_folder(folder / "train")
@@ -242,6 +248,17 @@ def test_train_is_a_class_beside_classes_without_folders(tmp_path):
     for number, name in enumerate(("bus", "car", "train/freight", "train/passenger")):
         put(tmp_path / name, 10 * number)
     assert labels_of(load(data_dir=str(tmp_path))) == ["bus", "car", "train"]
+
+
+@pytest.mark.parametrize(("names", "more"), [(("test",), 0), (("Val", "test"), 0), (("test",), 6)])
+def test_split_beside_the_class_folders_is_not_taken_for_a_class(tmp_path, names, more):
+    draw_folder(tmp_path, 3)
+    for number in range(more):
+        put(tmp_path / f"class{number}", 100 * number)
+    for number, name in enumerate(names):
+        draw_folder(tmp_path / name, 3, first=20 + 20 * number)
+    with pytest.raises(UserError, match=f"holds {names[0]}, which looks like a split: .* such as blue. Put the other"):
+        load(data_dir=str(tmp_path))
 
 
 def test_classes_with_names_of_splits_can_be_scored(tmp_path):

@@ -229,8 +229,28 @@ def test_names_that_differ_in_capitals_alone_are_two_images(root):
         pytest.skip("the file system does not tell them apart")
     assert load(root, text([*pairs(), ("b.png", "red"), ("B.png", "blue")]))["train"]["B.png"] == "blue"
     draw("red", 95).save(root / "b.PNG")
-    with pytest.raises(UserError, match=r"'b' could be .*: write the folder too"):
+    with pytest.raises(UserError, match=r"'b' could be .*: write the whole name, as the file has it"):
         load(root, text([*pairs(), ("b", "red")]))
+
+
+def test_name_of_a_converted_image_is_told(root):
+    with pytest.raises(UserError, match=r"there is no image 'a0\.HEIC', but a0\.png: write that name"):
+        load(root, text([("a0.HEIC", "blue"), *pairs()[1:]]))
+    with pytest.raises(UserError, match=r"'c\.DNG' is in a format that is not read: convert it"):
+        load(root, text([("c.DNG", "blue"), *pairs()[1:]]))
+
+
+def test_values_that_may_mean_none_and_labels_of_several_classes_are_named(root, capsys):
+    labels = {0: "NA", 1: "NA", 2: "red; blue"}
+    rows = [(file, labels.get(number, label), "NA" if number < 4 else f"p{number}") for number, (file, label) in
+            enumerate(pairs())]  # fmt: skip
+    load(root, text(rows, "file,label,animal"), group_column="animal")
+    said = capsys.readouterr().out
+    assert "'NA' in 2 rows of the column 'label' of labels.csv is taken for a class. If it means" in said
+    assert "'NA' in 4 rows of the column 'animal' of labels.csv is taken for one group. If it means" in said
+    assert "1 row of labels.csv with several classes in one label, such as 'red; blue', which is taken" in said
+    load(root, text(pairs()))
+    assert "careful" not in capsys.readouterr().out
 
 
 def test_folder_that_is_not_utf8_is_named(root):

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import yaml
 from conftest import PROJECT, draw_folder
-from datasets import Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict, Features
 from huggingface_hub import ModelCard
 from PIL import Image
 
 from data import load_splits
-from luthier.reporting import figures
+from luthier.reporting import console, figures
 from luthier.reporting.card import write_model_card
 from luthier.reporting.console import (
     balance_with_intervals,
@@ -86,6 +86,13 @@ def read_pixels(path) -> np.ndarray:
     with Image.open(path) as image:
         assert image.format == "PNG"
         return np.asarray(image.convert("RGB"))
+
+
+def test_run_names_its_classes_if_they_are_few(capsys):
+    for names, said in ((["fox", "test"], "2 classes (fox, test); images"), ([*"abcdefghijk"], "11 classes; images")):
+        rows = Dataset.from_dict({"label": [0, 1]}, features=Features({"label": ClassLabel(names=names)}))
+        console.say_setup({"train": rows}, "photos", {})
+        assert f"photos: {said}: train 2" in capsys.readouterr().out
 
 
 def test_accuracy_in_words(metrics):

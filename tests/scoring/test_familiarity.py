@@ -153,6 +153,15 @@ def test_bank_scale_and_threshold_are_worked_out_from_the_features(monkeypatch):
     assert found.unsure_below == pytest.approx(threshold, abs=1e-4)
 
 
+def test_validation_images_that_are_alike_still_give_a_scale(monkeypatch):
+    monkeypatch.setattr(module, "linear_head", lambda model: "head")
+    trainer = SimpleNamespace(model=nn.ModuleDict({"head": nn.Linear(4, 3)}), is_world_process_zero=lambda: True)
+    rows = Dataset.from_dict({"label": [0, 1, 2] * 3, "digest": [f"{row:064x}" for row in range(9)]})
+    known = {"train": torch.randn(9, 4), "validation": torch.ones(9, 4)}
+    found = module.learn_familiarity(trainer, {}, DatasetDict(train=rows, validation=rows), known, none=None)
+    assert found.log_odds[1] == found.similarity[1] == 1e-3 and np.isfinite(found.unsure_below)
+
+
 def test_refit_model_has_a_bank_of_its_own_and_the_scale_of_the_scored_one(monkeypatch):
     monkeypatch.setattr(module, "linear_head", lambda model: "head")
     trainer = SimpleNamespace(model=nn.ModuleDict({"head": nn.Linear(4, 3)}), is_world_process_zero=lambda: True)

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 from data import feature_rows, prepare
 from luthier.images.views import EvaluationView
 from luthier.scoring.baselines import ProbeResults, measure_probe
-from luthier.scoring.mirror import Half, choose_augmentation, compare_with_mirror, draw_images
+from luthier.scoring.mirror import Half, Mirror, choose_augmentation, compare_with_mirror, draw_images
 from luthier.training.recipe import RECIPES
 from models import build_model
 
@@ -31,6 +31,14 @@ def test_mirror_must_be_clearly_worse():
     assert mirror.is_worse and mirror.loss < 0.6 and mirror.mirrored > 1 and 0 < mirror.error < 0.3
     together = compare_with_mirror(features, b_and_d, labels, labels + 3 * (np.arange(120) // 30))
     assert together.error > 1.5 * mirror.error, "images of one group are no independent evidence"
+
+
+@pytest.mark.parametrize(
+    ("mirrored", "error", "worse"),
+    [(1.0, 0.19, True), (0.99, 0.01, False), (1.0, 0.2, False)],  # twice 0.5, and 2.5 standard errors
+)
+def test_mirror_images_are_worse_at_twice_the_loss_and_not_by_chance(mirrored, error, worse):
+    assert Mirror(0.5, mirrored, error).is_worse == worse
 
 
 def draw_arrows(folder: Path, turned: bool) -> Path:

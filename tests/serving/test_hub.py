@@ -8,11 +8,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 from conftest import PROJECT, draw, draw_folder, write_archive
 from hub_server import TOKEN, Hub
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
 
 import luthier.serving.hub as hub
@@ -444,7 +446,13 @@ def test_damaged_note_of_exports_is_left_out(finished_run, tmp_path):
         assert "## Exports" not in (tmp_path / "README.md").read_text()
 
 
-@pytest.mark.parametrize(("head", "kept"), [("license: mit\nlanguage: en\n", True), (": [\n", False)])
+@pytest.mark.parametrize(
+    ("head", "kept"),
+    [
+        ("license: mit\nlicense_name: mine\nlicense_link: https://example.org/mine\nlanguage: en\n", True),
+        (": [\n", False),
+    ],
+)
 def test_licence_that_a_person_has_added_to_the_card_stays(finished_run, tmp_path, capsys, head, kept):
     run, staging = tmp_path / "run", tmp_path / "staging"
     shutil.copytree(finished_run, run)
@@ -456,7 +464,8 @@ def test_licence_that_a_person_has_added_to_the_card_stays(finished_run, tmp_pat
     write_model_card(run, json.loads((run / "metrics.json").read_text()))
     for folder in (staging, run):
         card = (folder / "README.md").read_text()
-        assert ("license: mit" in card) == ("language: en" in card) == kept and "library_name" in card
+        added = ("license: mit", "license_name: mine", "license_link: https://example.org/mine", "language: en")
+        assert [line in card for line in added] == [kept] * 4 and "library_name" in card
     assert ("metadata of the model card is lost" in capsys.readouterr().out) != kept
     assert {path.name for path in run.iterdir()} == {path.name for path in finished_run.iterdir()}
 
@@ -533,3 +542,19 @@ def test_run_asks_for_a_private_repository_where_the_user_does(tmp_path, monkeyp
     with pytest.raises(SystemExit):
         train.main([*args, *options])
     assert asked == [("me/x", private)]
+
+
+@pytest.mark.parametrize(
+    ("status", "passes"),
+    [(408, True), (412, True), (429, True), (500, True), (503, True), (400, False), (403, False), (404, False)],
+)
+def test_faults_that_may_pass_are_retried_five_times(monkeypatch, status, passes):
+    waited = []
+
+    def call():
+        raise HfHubHTTPError("fault", response=SimpleNamespace(status_code=status, headers={}, request=None))
+
+    monkeypatch.setattr(hub.time, "sleep", waited.append)
+    with pytest.raises(UserError):
+        hub.with_retries(call, "me/x")
+    assert waited == ([1, 2, 4, 8, 16] if passes else [])
