@@ -179,6 +179,12 @@ def load_trained(model_name: str) -> tuple[PreTrainedModel, BaseImageProcessor]:
             f"or its config.json, which names {len(labels_of(model))} classes, was changed. Give the output directory "
             "of train.py, or a model for image classification"
         )
+    kind = getattr(model.config, "problem_type", None)
+    if _number_of_labels(model.config) < 2 or kind in ("multi_label_classification", "regression"):
+        raise ModelError(  # the softmax of a single output is 100%, whatever the image
+            f"{model_name} does not choose one of several classes ({kind or 'it has one output'}), and only such "
+            "models are used here: use another, or the library's pipeline"
+        )
     floats = {name: tensor for name, tensor in model.state_dict().items() if tensor.dtype.itemsize > 1}  # not float8
     learned = {name for name, _ in model.named_parameters()}  # a buffer may be a mask of -inf
     broken = [name for name, each in floats.items() if each.isnan().any() or (name in learned and each.isinf().any())]
@@ -375,7 +381,18 @@ def _explain(model_name: str, error: Exception) -> ModelError:
         )
     if path.is_absolute() or model_name.startswith(".") or model_name.count("/") > 1:
         return ModelError(f"there is no folder {model_name}: {give}")
-    if "connect" in str(error):
+    lost = "connect" in str(error).replace(model_name, "")  # said of an error that the Hub answers with, too
+    status, words = _answer_of_hub(error)
+    if lost and status in (401, 403):
+        return ModelError(
+            f"the Hub does not give {model_name} to this login ({status}: {words}). With a token that is not valid "
+            "any more it refuses public models too: log in again with `hf auth login`, or unset HF_TOKEN"
+        )
+    if lost and status is not None:
+        return HubUnreachable(
+            f"the Hub answers with an error instead of {model_name} ({status}: {words}): try again later"
+        )
+    if lost:
         return HubUnreachable(
             f"there is no folder {model_name}, and the Hub cannot be reached for a model of this name. Connect this "
             "machine, or give a folder with a saved model; to train, efficientnet_lite0 needs no network"
@@ -384,6 +401,17 @@ def _explain(model_name: str, error: Exception) -> ModelError:
         f"cannot load {model_name} from the Hub as an image classifier: {first_line} "
         "Check the name on the Hub; a private or gated model needs `hf auth login`"
     )
+
+
+def _answer_of_hub(error: BaseException | None) -> tuple[int | None, str]:
+    """Return the HTTP status of the answer that an error comes from, and what it says; None where there was none."""
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status is not None:
+            text = getattr(error, "server_message", None) or str(error)
+            return status, next(iter(text.strip().splitlines()), type(error).__name__)
+        error = error.__cause__ or error.__context__
+    return None, ""
 
 
 def change_view(

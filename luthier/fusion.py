@@ -1,8 +1,9 @@
 """A model made faster, by fusing BatchNorm and padding into its convolutions: for inference, or while it trains."""
 
+import contextlib
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from timm.layers import BatchNormAct2d, Conv2dSame, get_same_padding
@@ -74,11 +75,22 @@ def _if_equal(
         2, 3, *size, device=model.device, generator=torch.Generator(model.device).manual_seed(0)
     )
     # cuDNN would plan each convolution for batches of this size, for seconds (2 to 3 on an H100, torch 2.11).
-    with torch.no_grad(), torch.backends.cudnn.flags(enabled=False):
+    with torch.no_grad(), _without_cudnn():
         expected = model(pixel_values).logits
         fuse(fused, pixel_values)
         difference = (fused(pixel_values).logits - expected).abs().max()
     return fused if difference <= 1e-3 * expected.abs().mean() else model
+
+
+@contextlib.contextmanager
+def _without_cudnn() -> Iterator[None]:
+    """Switch cuDNN off alone: `cudnn.flags` reads `allow_tf32` too, which fails after `--tf32 False`."""
+    before = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before
 
 
 def _find_pairs(

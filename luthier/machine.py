@@ -90,6 +90,9 @@ def fill_in_machine_defaults(options: dict) -> None:
         options["use_cpu"], options["ddp_backend"] = True, options["ddp_backend"] or "gloo"
     if options["fp16"] and (options["use_cpu"] or not torch.accelerator.is_available()):
         raise UserError("--fp16 needs a GPU, and the CPU is used: leave it out")
+    if options["bf16"] is False and not options["fp16"] and is_launched():
+        # The library would take the precision of accelerate's config, whatever the options say.
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
     if options["dataloader_num_workers"] and "fork" not in multiprocessing.get_all_start_methods():
         raise UserError("--dataloader_num_workers needs a system that can fork, which Windows cannot: leave it out")
     gpu = torch.cuda.is_available() and not options["use_cpu"]

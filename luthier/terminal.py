@@ -73,6 +73,11 @@ def percent(share: float, places: int = 1) -> str:
     return f"{min(share, 1 - 10.0 ** -(places + 2)) if share < 1 else share:.{places}%}"
 
 
+def fraction(share: float) -> str:
+    """Return a share as a number, `0.718`, in which only all are 1.000."""
+    return f"{min(share, 0.999) if share < 1 else share:.3f}"
+
+
 def points(difference: float) -> str:
     """Return a difference of shares in points: `+1.2`."""
     return f"{round(100 * difference, 1) + 0.0:+.1f}"  # the sum makes -0.0 a zero

@@ -59,6 +59,15 @@ def test_narrow_convolutions_that_skip_pixels_are_given_the_others_alone():
         torch.testing.assert_close(layer(features), output)
 
 
+def test_model_is_fused_where_tf32_is_switched_off(model, monkeypatch):
+    """`--tf32 False` sets this; torch then refuses to tell the old `cudnn.allow_tf32`."""
+    monkeypatch.setattr(torch.backends, "fp32_precision", "ieee")
+    before = torch.backends.cudnn.enabled
+    fused = fuse_for_training(model, (64, 64))
+    assert "forward" in vars(fused.timm_model.conv_stem), "it is not fused"
+    assert torch.backends.cudnn.enabled == before
+
+
 def test_model_without_batchnorm_is_left_alone():
     cnn, _ = build_model("simple_cnn", NAMES)
     assert fuse_for_training(cnn, (32, 32)) is cnn

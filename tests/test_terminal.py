@@ -13,7 +13,7 @@ from conftest import PROJECT, draw_folder
 import luthier.terminal as module
 from luthier.errors import exit_on_user_error
 from luthier.escape import escape_terminal
-from luthier.terminal import Stopwatch, Tenths, of_project, percent, plural, points, quote, say, shorten
+from luthier.terminal import Stopwatch, Tenths, fraction, of_project, percent, plural, points, quote, say, shorten
 from luthier.training.callbacks import EpochTable
 
 
@@ -196,3 +196,10 @@ def test_commands_are_quoted_for_the_shell_of_the_system(monkeypatch, platform, 
 
 def test_difference_is_in_points():
     assert [points(share) for share in (0.0123, -0.0004, -0.25)] == ["+1.2", "+0.0", "-25.0"]
+
+
+@pytest.mark.parametrize(
+    ("share", "expected"), [(0.7184, "0.718"), (1.0, "1.000"), (0.99975, "0.999"), (0.0, "0.000")]
+)
+def test_only_a_perfect_f1_is_1(share, expected):
+    assert fraction(share) == expected

@@ -23,7 +23,7 @@ from luthier.reporting.console import (
 )
 from luthier.run_files import CARD, EARLIER_CARD, EXPORTS, METRICS, ONNX
 from luthier.scoring.audit import leaks_in_words
-from luthier.terminal import percent, points, say
+from luthier.terminal import fraction, percent, points, say
 
 FIGURES = {  # that a model card shows
     "confusion_matrix.png": "Confusion matrix",
@@ -33,7 +33,8 @@ FIGURES = {  # that a model card shows
     "curves.png": "Loss and accuracy by epoch",
 }
 
-ADDED = ("license", "license_name", "license_link", "language")  # metadata that only a person knows
+# Metadata that only a person knows, or knows better.
+ADDED = ("license", "license_name", "license_link", "language", "base_model", "datasets")
 ROWS = "confusion_matrix_rows.png"  # one more, for the report alone
 SHOWN_OF_EXPORT = {  # by a model card; the rest of `parity.Parity` is for programs
     "images", "weights", "precision", "n", "same", "largest_difference", "labelled", "accuracy", "difference_ci95",
@@ -53,9 +54,15 @@ def write_model_card(folder: Path, metrics: dict, repo_id: str | None = None) ->
     # On the Hub a dataset is named with its owner. A folder may have any name, also that of another dataset.
     dataset = data["name"] if "/" in data["name"] else "imagefolder"
     own_test = "test" if "test" in data.get("own_splits", ()) else None  # a split of that name is in the data
+    origin = {"base_model": metrics.get("base_model"), "datasets": [data["name"]] if "/" in data["name"] else None}
     results = [
-        EvalResult("image-classification", dataset, data["name"], kind, value, dataset_split=own_test)
-        for kind, value in (("accuracy", test["accuracy"]), ("f1", test["macro_f1"]))
+        EvalResult(
+            "image-classification", dataset, data["name"], kind, value, dataset_split=own_test, metric_name=title
+        )
+        for kind, title, value in (
+            ("accuracy", "Accuracy", test["accuracy"]),
+            ("f1", "Macro F1", test["macro_f1"]),
+        )
     ]
     metadata = ModelCardData(
         library_name="transformers",
@@ -64,7 +71,7 @@ def write_model_card(folder: Path, metrics: dict, repo_id: str | None = None) ->
         metrics=["accuracy", "f1"],
         model_name=name,
         eval_results=results,
-        **_added(folder / CARD if (folder / CARD).is_file() else folder / EARLIER_CARD),
+        **(origin | _added(folder / CARD if (folder / CARD).is_file() else folder / EARLIER_CARD)),
     )
     of_fold = "" if "train" in data["splits"] else "In the fold whose model is kept: "
     templates = FileSystemLoader(Path(__file__).parent / "templates")
@@ -73,6 +80,7 @@ def write_model_card(folder: Path, metrics: dict, repo_id: str | None = None) ->
     )
     environment.filters |= {
         "text": escape_markdown,
+        "fraction": fraction,
         "percent": percent,
         "interval": percent_with_interval,
         "points": points,

@@ -20,7 +20,7 @@ from luthier.scoring.race import Outcome
 from luthier.scoring.refit import Plan
 from luthier.scoring.screening import View
 from luthier.scoring.selection import Candidate
-from luthier.terminal import of_project, percent, plural, points, quote, say, shorten
+from luthier.terminal import fraction, of_project, percent, plural, points, quote, say, shorten
 from luthier.training.recipe import Recipe
 from luthier.training.trainer import model_of
 
@@ -259,11 +259,11 @@ def percent_with_interval(scored: Mapping) -> str:
 def balance_with_intervals(scored: Mapping) -> str:
     """Return balanced accuracy and macro F1: `balanced accuracy 70.9% (64.2% to 76.8%), macro F1 0.702 (...)`."""
     if "balanced_accuracy" not in scored:  # in metrics.json of an earlier version
-        return f"macro F1 {scored['macro_f1']:.3f}"
+        return f"macro F1 {fraction(scored['macro_f1'])}"
     (low, high), (lowest, highest) = scored["balanced_accuracy_ci95"], scored["macro_f1_ci95"]
     return (
         f"balanced accuracy {percent(scored['balanced_accuracy'])} ({percent(low)} to {percent(high)}), "
-        f"macro F1 {scored['macro_f1']:.3f} ({lowest:.3f} to {highest:.3f})"
+        f"macro F1 {fraction(scored['macro_f1'])} ({fraction(lowest)} to {fraction(highest)})"
     )
 
 

@@ -26,7 +26,7 @@ from luthier.reporting.console import (
 from luthier.run_files import REPORT
 from luthier.scoring.audit import leaks_in_words
 from luthier.scoring.metrics import TestPredictions
-from luthier.terminal import percent
+from luthier.terminal import fraction, percent
 
 THUMBNAIL = 160  # pixels: longer side of the images in a page
 MAX_SHOWN = 12  # wrong predictions, and correct ones
@@ -122,6 +122,7 @@ def _render(template: str, path: Path, splits: DatasetDict, **values) -> None:
     )
     words = (
         count_in_words,
+        fraction,
         grouping_in_words,
         inflation_in_words,
         learning_curve_in_words,

@@ -46,6 +46,7 @@ from models import save_model
 # Of a model that was scored alone; see `collect_run`.
 NOT_TRAINED: Mapping[str, Any] = {
     "learning_curve": None, "groups": None, "race": None, "refit": None, "history": [], "time_limit": None,
+    "base_model": None,
 }  # fmt: skip
 PACKAGES = ("torch", "torchvision", "transformers", "timm", "datasets", "evaluate", "accelerate")
 
@@ -77,6 +78,7 @@ def collect_run(
         },
         "refit": {**plan._asdict(), "done": plan.done, "of_fold": "train" not in experiment.splits},
         "history": outcome.history,
+        "base_model": _name_on_hub(experiment.model),
     }
     return collect_metrics(
         test, scores, data, experiment.setup | recipe, experiment.findings, {**of_training, **record},
@@ -267,6 +269,12 @@ def write_predictions(path: Path, labels: list[str], test: TestPredictions) -> N
             words = [escape_cell(word) for word in (name, digest, labels[label], labels[predicted])]
             rest = [column[number] for column in extra.values()]
             table.writerow([*words, f"{confidence:.6f}", f"{of_label:.6f}", *rest])
+
+
+def _name_on_hub(model: PreTrainedModel) -> str | None:
+    """Return the name on the Hub of the model that training began with; None of a built-in one or of a folder."""
+    name = str(model.config.name_or_path or "")
+    return name if name.count("/") == 1 and not Path(name).exists() else None
 
 
 def _versions() -> dict[str, str]:

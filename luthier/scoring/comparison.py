@@ -185,7 +185,10 @@ def compare_pairs(results: dict[str, dict[str, RunResult]]) -> list[Verdict]:
         for_a, for_b = int((votes > 0).sum()), int((votes < 0).sum())
         together = len(set(groups)) if any(groups) else None
         alike = all(results[a][part].correct == results[b][part].correct for part in results[a])
-        verdicts.append(Verdict(a, b, for_a, for_b, len(votes), vote_p_value(votes, groups), together, alike))
+        # With several seeds one may be right about more images, and the other more often: neither is better.
+        agrees = int(votes.sum()) * (for_a - for_b) > 0
+        p = vote_p_value(votes, groups) if agrees else 1.0
+        verdicts.append(Verdict(a, b, for_a, for_b, len(votes), p, together, alike))
     adjusted, highest = {}, 0.0
     for rank, verdict in enumerate(sorted(verdicts, key=lambda verdict: verdict.p)):
         highest = max(highest, min(1.0, verdict.p * (len(verdicts) - rank)))

@@ -97,7 +97,8 @@ def check_classes(labels: np.ndarray, groups: np.ndarray, names: list[str]) -> N
 def _ranks_in_class(labels: np.ndarray, groups: np.ndarray, seed: int) -> np.ndarray:
     """Return a random rank of each image's group in its class, from 0 up to 1: the first is in every part.
 
-    A part has whole groups: a tenth of the images of every group would show nearly as much as all of them.
+    A part has whole groups: a tenth of the images of every group would show nearly as much as all of them. Only a
+    group of several classes has a rank in each of them, or a part could lack a class.
     """
     generator, ranks = np.random.default_rng(seed), np.empty(len(labels))
     for rows in rows_by_class(labels):

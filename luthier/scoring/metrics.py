@@ -349,6 +349,8 @@ def selective(sureness: np.ndarray, correct: np.ndarray, threshold: float, group
     order = np.argsort(-sureness, kind="stable")
     accuracy = correct[order].cumsum() / np.arange(1, len(correct) + 1)
     points = np.unique(np.linspace(1, len(correct), 100).round().astype(int)) - 1
+    ordered = -sureness[order]
+    points = np.unique(np.searchsorted(ordered, ordered[points], side="right")) - 1  # equals are on one side
     return {
         "threshold": threshold,
         "answered": float(answered.mean()),

@@ -185,6 +185,11 @@ def explain(error: Exception, status: int | None, repo_id: str) -> str:
         return f"the Hub does not know this token (401): {login}"
     if status == 403:
         return f"this login may not write to {repo_id} (403, {_first_line(error)}): {login}, or give another name"
+    if status == 402:
+        return (
+            f"the Hub wants a paid plan for {repo_id} (402: {_first_line(error)}). A static Space is free: "
+            "`export.py MODEL --push_to_space OWNER/NAME`"
+        )
     if status == 404:
         return f"the Hub has no {repo_id}, or its owner does not exist (404): check the name"
     if status == 409:

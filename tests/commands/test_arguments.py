@@ -217,6 +217,11 @@ def test_config_of_accelerate_that_divides_the_model_is_refused(monkeypatch):
         parse_arguments([])
 
 
+def test_precision_that_is_switched_off_is_not_taken_from_the_launcher(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as of a saved config of accelerate
+    assert parse_arguments(["--bf16", "False"]).training_args.mixed_precision == "no"
+
+
 def test_launcher_that_asks_for_the_cpu_gets_its_defaults(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -534,3 +534,9 @@ def test_card_has_each_figure_in_its_place(metrics, tmp_path):
     assert scores["f1"] == pytest.approx((0.8 + 2 / 3 + 1) / 3)
     assert "| 66.7% | 100.0% (34.2% to 100.0%) | 0.800 | 2 |" in card.text, "precision, recall, F1, images"
     assert "| 100.0% | 50.0% (9.5% to 90.5%) | 0.667 | 2 |" in card.text
+
+
+def test_card_says_that_f1_is_the_macro_average(metrics, tmp_path):
+    write_model_card(tmp_path, metrics)
+    results = ModelCard.load(tmp_path / "README.md").data.eval_results
+    assert {row.metric_type: row.metric_name for row in results} == {"accuracy": "Accuracy", "f1": "Macro F1"}

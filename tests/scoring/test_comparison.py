@@ -15,3 +15,17 @@ def test_image_in_two_classes_is_compared_with_itself_in_each(tmp_path):
         results[name] = {"seed 1": RunResult({"data": {"fingerprint": ""}}, read_correct(path))}
     (verdict,) = compare_pairs(results)
     assert (verdict.for_a, verdict.for_b, verdict.n, verdict.p) == (1, 1, 2, 1.0)
+
+
+def test_experiment_that_is_right_about_more_images_but_less_often_is_not_better():
+    seeds = {  # 30 images: a is right twice, b once; 11 images: b three times, a never
+        "a": [[True] * 30 + [False] * 11] * 2 + [[False] * 41],
+        "b": [[False] * 30 + [True] * 11] * 2 + [[True] * 41],
+    }
+
+    def result(run: list[bool]) -> RunResult:
+        return RunResult({"data": {"fingerprint": ""}}, [(str(row), right, "") for row, right in enumerate(run)])
+
+    results = {name: {str(seed): result(run) for seed, run in enumerate(runs)} for name, runs in seeds.items()}
+    (verdict,) = compare_pairs(results)
+    assert (verdict.for_a, verdict.for_b, verdict.p) == (30, 11, 1.0) and not verdict.is_clear

@@ -121,3 +121,9 @@ def test_few_groups_widen_the_interval():
     correct = np.tile(np.repeat(np.arange(8) % 2, 10), (4, 1)).astype(float)
     low, high = extrapolate(np.array([10.0, 20, 40, 60]), correct, np.repeat(np.arange(8), 10), 60)["now"]["ci95"]
     assert high - low > 0.8, "of 8 groups, and 1.2 times as wide as their bootstrap samples say"
+
+
+def test_every_part_has_every_class_where_groups_have_several():
+    labels, groups = np.repeat([0, 1], 10), np.tile(np.arange(10), 2)
+    ranks = _ranks_in_class(labels, groups, seed=0)
+    assert all((ranks[labels == label] < 0.1).sum() == 1 for label in (0, 1))

@@ -306,3 +306,10 @@ def test_calibration_of_balanced_answers_is_that_of_the_datas_own_probabilities(
     halved = TestPredictions(splits, (likely - np.log(shares)) / 2, references, shares)
     before = score_run(kept, halved, 0.5)["calibration"]["before"]["test"]
     assert before == pytest.approx(calibration_scores(likely, references))
+
+
+def test_curve_has_no_threshold_between_images_of_equal_sureness():
+    right = np.array([True, True, False, False])
+    assert selective(np.full(4, 0.5), right, 0.5)["curve"] == [{"coverage": 1.0, "accuracy": 0.5}]
+    refused = selective(np.array([0.9, 0.9, -np.inf, -np.inf]), np.array([True, False, False, False]), 0.5)["curve"]
+    assert [(each["coverage"], each["accuracy"]) for each in refused] == [(0.5, 0.5), (1.0, 0.25)]

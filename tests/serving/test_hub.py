@@ -14,6 +14,7 @@ from typing import NamedTuple
 import pytest
 from conftest import PROJECT, draw, draw_folder, write_archive
 from hub_server import TOKEN, Hub
+from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
 
@@ -558,3 +559,24 @@ def test_faults_that_may_pass_are_retried_five_times(monkeypatch, status, passes
     with pytest.raises(UserError):
         hub.with_retries(call, "me/x")
     assert waited == ([1, 2, 4, 8, 16] if passes else [])
+
+
+def test_space_that_costs_names_the_one_that_is_free():
+    def refuse():
+        response = SimpleNamespace(status_code=402, headers={}, request=None)
+        raise HfHubHTTPError("402 Payment Required", response=response, server_message="it requires PRO")
+
+    with pytest.raises(UserError, match=r"plan for me/demo \(402: it requires PRO\). A static Space is free: `export"):
+        hub.with_retries(refuse, "me/demo")
+
+
+def test_card_names_the_model_and_the_dataset_of_the_hub(finished_run, tmp_path):
+    metrics = json.loads((finished_run / "metrics.json").read_text())
+    assert metrics["base_model"] is None  # of simple_cnn
+    write_model_card(tmp_path, metrics)
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert data.base_model is None and data.datasets is None  # of a folder
+    metrics["base_model"], metrics["data"]["name"] = "timm/resnet18.tv_in1k", "someone/their-set"
+    write_model_card(tmp_path, metrics, "me/x")
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert data.base_model == "timm/resnet18.tv_in1k" and data.datasets == ["someone/their-set"]
