@@ -49,6 +49,8 @@ EFFICIENTNET_CFG = {
     "classifier": "classifier",
 }
 
+# What the config of a trained model says of its classes. Another model with its weights says it of its own.
+OF_CLASSES = ("class_shares", "familiarity", "label_names", "none_class", "unsure_below")
 BEFORE_MODEL = ("race.json", "checkpoint-*", "fold-*")  # what a run writes before its model
 
 
@@ -295,7 +297,7 @@ def _load_checkpoint(model_name: str, labels: dict) -> tuple[PreTrainedModel, Ba
             f"{model_name} lacks {len(lacking)} of the weights its architecture needs (such as {min(lacking)}): it is "
             "not a usable pretrained model. Use one made for image classification"
         )
-    for name in ("class_shares", "familiarity", "label_names", "none_class"):  # of what it learned before
+    for name in OF_CLASSES:
         model.config.__dict__.pop(name, None)
     if not fresh and own != labels["id2label"]:
         # As many classes as before, but others: the old head would be a wrong start.

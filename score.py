@@ -88,19 +88,19 @@ def score_model(arguments: "Arguments", stopwatch: Stopwatch) -> None:
     from models import check_view, labels_of, load_trained
 
     data_args, model_args, training_args, run_args = arguments
-    stopwatch.stop("start")
+    stopwatch.end("start")
     model, image_processor = load_trained(model_args.model_name)
     labels, view = labels_of(model), EvaluationView(image_processor)
     check_view(model, view.size)
     none, shares, familiarity = none_of(model), class_shares_of(model), load_familiarity(model, model_args.model_name)
-    threshold = familiarity.unsure_below if familiarity else threshold_of(model)
+    threshold = threshold_of(model, familiarity)
     with training_args.main_process_first(desc="loading the images"):
         splits, unreadable = load_labelled(labels, **data_args.for_images())
     check_same_images(splits)
-    stopwatch.stop("load")
+    stopwatch.end("load")
     with training_args.main_process_first(desc="preparing the images"):
         prepared = prepare(splits, view)
-    stopwatch.stop("prepare")
+    stopwatch.end("prepare")
     check_known(splits, none)
     trainer = build_predictor(model, training_args)
     data = describe(prepared, data_args.name, data_args.is_built_in)
@@ -110,7 +110,7 @@ def score_model(arguments: "Arguments", stopwatch: Stopwatch) -> None:
     console.say_audit(findings)
     findings["learned_from"] = warn_if_learned(model_args.model_name, splits)
     answers = answer(trainer, evaluation_rows(prepared["test"], view, ["label"]), splits, familiarity)
-    stopwatch.stop("evaluate")
+    stopwatch.end("evaluate")
     if trainer.is_world_process_zero():
         test = TestPredictions(splits, *answers[:2], shares, answers.sureness, none)
         recipe = {**setup, "recipe": "nothing trained"}

@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     from export import export_run
     from luthier.machine import set_up_process
     from luthier.output_dir import claim_output_dir
-    from luthier.scoring.folds import pool
+    from luthier.scoring.folds import pool_folds
     from luthier.serving import hub
     from luthier.training.signals import Stop
 
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
         if ended := arguments.describe_if_ended():
             say("done", ended)
         else:
-            finish(*pool(fine_tune(part, stop, stopwatch) for part in arguments.folds()), arguments, stopwatch)
+            finish(*pool_folds(fine_tune(part, stop, stopwatch) for part in arguments.folds()), arguments, stopwatch)
         failures = [export_run(output_dir)] if model_args.export and is_main_process else []
         failures += [hub.publish(output_dir, repo_id, private)] if repo_id else []  # of a finished run too
         exit_with(failures)
@@ -64,7 +64,7 @@ def set_up(arguments: "Arguments", stopwatch: Stopwatch) -> "Experiment":
     from models import build_model
 
     data_args, model_args, training_args, run_args = arguments
-    stopwatch.stop("start")
+    stopwatch.end("start")
 
     # Data
     with training_args.main_process_first(desc="loading the images"):
@@ -82,17 +82,17 @@ def set_up(arguments: "Arguments", stopwatch: Stopwatch) -> "Experiment":
     name = choose_backbone(model_args.model_name, build, sample, model_args.milliseconds, arguments.run_dir)
     set_seed(training_args.seed)  # decides the first weights of a new head
     model, processor = build(name)
-    recipes = choose_recipes(model_args.recipe, name, model, *run_args.pace)
+    recipes = choose_recipes(model_args.recipe, name, model, **run_args.pace)
     console.say_recipe(recipes, model_args.recipe)
     judge = build_judge(model_args.metric, model_args.balance, model, splits, data_args.none_class, stream)
-    stopwatch.stop("load")
+    stopwatch.end("load")
     view, views = choose_view(model, processor, sample, recipes[0].is_pretrained, not model_args.image_size)
     setup = console.describe_setup(sample.predictor(model), name, view.size, views, judge.criterion)
     console.say_setup(splits, data_args.name, setup, data_args.fold)
     findings["learned_from"] = results.warn_if_learned(name, splits)
     with training_args.main_process_first(desc="preparing the images"):
         prepared = prepare(splits, view)
-    stopwatch.stop("prepare")
+    stopwatch.end("prepare")
     return Experiment(splits, frozenset(images), prepared, findings, model, view, recipes, judge, setup, stream)
 
 
@@ -104,7 +104,7 @@ def fine_tune(arguments: "Arguments", stop: "Stop", stopwatch: Stopwatch) -> tup
     from luthier.scoring.experiment import Result
     from luthier.scoring.familiarity import answer, learn_familiarity
     from luthier.scoring.mirror import choose_augmentation
-    from luthier.scoring.race import Course, enter, keep_best, race
+    from luthier.scoring.race import Course, keep_best, plan_arms, race
     from luthier.scoring.selection import score_probe
     from luthier.training.callbacks import StageTimes
     from luthier.training.trainer import model_of
@@ -121,7 +121,7 @@ def fine_tune(arguments: "Arguments", stop: "Stop", stopwatch: Stopwatch) -> tup
         judge = with_yardstick(judge, probe, splits, recipes, training_args.device, experiment.own_splits)
     augmentation = choose_augmentation(data_args.augmentation, workshop.predictor, splits, images, probe, recipes)
     rows = with_transforms(prepared, view, augmentation, data_args.test_view, experiment.size, experiment.stream)
-    stopwatch.stop("features")
+    stopwatch.end("features")
     console.say_estimates(probe, curve)
     experiment.findings.update(probe.findings)
     console.say_audit(experiment.findings)
@@ -131,14 +131,14 @@ def fine_tune(arguments: "Arguments", stop: "Stop", stopwatch: Stopwatch) -> tup
     only_trained = model_args.keep == "trained" and not recipes[0].is_probe
     course = Course(judge, stop, folder, stopwatch, model_args.time_limit, only_trained, run_args.of_training)
     candidate = None if only_trained else score_probe(workshop, probe, rows["validation"], judge)
-    outcome, trained = race(enter(recipes, workshop, rows, probe.starts, folder), candidate, course, resume)
+    outcome, trained = race(plan_arms(recipes, workshop, rows, probe.starts, folder), candidate, course, resume)
 
     # Evaluate
     kept, trainer = keep_best(outcome, trained, workshop, probe.starts)
     console.say_race(outcome, kept, judge)
     familiarity = learn_familiarity(trainer, images, splits, probe.known_of(kept.is_probe), judge.criterion.none)
     answers, model = answer(trainer, rows["test"], splits, familiarity), model_of(trainer).cpu()
-    stopwatch.stop("evaluate")
+    stopwatch.end("evaluate")
     learned_from = splits["train"]["digest"][:]
     return experiment, Result(workshop, course, learned_from, probe, outcome, kept, model, answers, augmentation)
 
@@ -158,7 +158,7 @@ def finish(experiment: "Experiment", result: "Result", arguments: "Arguments", s
         view, size = experiment.view, experiment.size
         rows_of = functools.partial(join_for_training, view=view, augmentation=result.augmentation, size=size)
         plan, refitted = refit(plan, result, experiment.splits, feature_rows(experiment.prepared, view), rows_of)
-        stopwatch.stop("refit")
+        stopwatch.end("refit")
 
     # Report
     if training_args.process_index == 0:

@@ -39,7 +39,7 @@ class RunArguments(NamedTuple):
     of_training: dict
     given: frozenset[str]
     seeds: dict
-    pace: tuple[float | None, float | None, int | None]
+    pace: dict[str, Any]
     push_to_hub: bool
 
 
@@ -194,11 +194,11 @@ def parse_arguments(argv: list[str], command: str | None = None, replaced: Colle
         of_training=json.loads(json.dumps({key: options[key] for key in OF_TRAINING})),
         given=given,
         seeds={key: options[key] for key in ("seed", "split_seed", "fold")},
-        pace=(
-            options["learning_rate"],
-            options["num_train_epochs"],
-            options[BATCH_OPTION] if BATCH_OPTION in given else None,
-        ),
+        pace={
+            "learning_rate": options["learning_rate"],
+            "num_train_epochs": options["num_train_epochs"],
+            "batch": options[BATCH_OPTION] if BATCH_OPTION in given else None,
+        },
         push_to_hub=bool(options["push_to_hub"]),
     )
     name = Path(config).stem if config else f"{Path(model_args.model_name).name}_{Path(data_args.name).name}"

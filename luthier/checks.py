@@ -29,7 +29,8 @@ REFUSED = {
     "use_liger_kernel": "is for models of text",
 }
 
-JUDGED_BY = ("loss", "calibrated_loss", "accuracy", "balanced_accuracy", "macro_f1")  # the best epoch
+# The best epoch; all that `criterion.Judge.compute_metrics` returns.
+JUDGED_BY = ("loss", "calibrated_loss", "accuracy", "balanced_accuracy", "macro_f1")
 NEED_EVALUATION = ("reduce_lr_on_plateau", "greedy")  # learning rate schedulers
 
 # Must be above 0, or a run would fail or train nothing after the data has been prepared.

@@ -89,12 +89,14 @@ def none_of(model: PreTrainedModel) -> int | None:
     return labels.index(name) if name else None
 
 
-def threshold_of(model: PreTrainedModel) -> float:
-    """Return the confidence below which a model is unsure; 0 where its config has none.
+def threshold_of(model: PreTrainedModel, familiarity: Familiarity | None = None) -> float:
+    """Return the familiarity below which a model is unsure; without one the confidence, 0 where its config has none.
 
     Raises:
         ModelError: it is not a number.
     """
+    if familiarity is not None:
+        return familiarity.unsure_below
     value = getattr(model.config, "unsure_below", None)
     if value is not None and (not isinstance(value, (int, float)) or math.isnan(value)):
         raise ModelError(f"`unsure_below` in the model's config.json is {value!r}: write a number, without quotes")

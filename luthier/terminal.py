@@ -163,7 +163,7 @@ class Stopwatch:
         """Return the seconds since the start."""
         return time.perf_counter() - self._begin
 
-    def stop(self, stage: str) -> None:
+    def end(self, stage: str) -> None:
         """End a stage, or one more part of it."""
         now = time.perf_counter()
         self.seconds[stage] = round(self.seconds.get(stage, 0) + now - self._last, 3)

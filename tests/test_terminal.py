@@ -121,7 +121,7 @@ def test_stopwatch_adds_up_the_parts_of_a_stage(monkeypatch):
     monkeypatch.setattr(module.time, "perf_counter", lambda: next(ticks))
     stopwatch = Stopwatch()
     for stage in ("train", "evaluate", "train"):
-        stopwatch.stop(stage)
+        stopwatch.end(stage)
     assert stopwatch.seconds == {"train": 5.0, "evaluate": 2.0}
 
 

@@ -37,7 +37,7 @@ SPLIT_OF_FOLDER = {
 
 ARCHIVES = {".zip", ".7z", ".rar", ".tar", ".tgz", ".gz", ".xz", ".bz2"}
 FILE_SUFFIX = re.compile(r"\.[A-Za-z][A-Za-z0-9]{0,4}")  # of a file, and not of a class such as `v1.0` or `St.Bernard`
-TABLES: dict[str, str | None] = {".csv": ",", ".tsv": "\t", ".jsonl": None, ".ndjson": None, ".parquet": None}
+TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")  # which `tables.read_table` reads
 MOST_SPLITS = 5  # folders that splits may be; more are classes
 SHARDS = (".parquet", ".tar")  # of files that hold many images
 # Columns that no dataset of a user has: one called "stamp" would be taken for the state of files.

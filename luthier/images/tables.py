@@ -19,6 +19,7 @@ from luthier.images.folders import TABLES
 from luthier.terminal import plural, say
 
 DELIMITERS = ",;\t|"
+DELIMITER_OF = {".csv": ",", ".tsv": "\t"}  # the one that counts where several are as frequent
 METADATA = ("metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.parquet")  # as `datasets` names them, and TSV
 NO_VALUE = ("NA", "N/A", "NaN", "nan", "NULL", "#N/A", "#NV")  # as R, Python, databases and Excel write it
 
@@ -64,12 +65,12 @@ def read_table(path: Path, least: int = 2) -> Table:
     if suffix not in TABLES:
         raise UserError(f"{path} is not a table that can be read: give one of {', '.join(TABLES)}")
     nested = frozenset[str]()
-    if suffix == ".parquet":
-        columns, rows, nested = _read_parquet(path)
-    elif TABLES[suffix] is None:
-        columns, rows, nested = _read_json_lines(path)
-    else:
+    if suffix in DELIMITER_OF:
         columns, rows = _read_delimited(path)
+    elif suffix == ".parquet":
+        columns, rows, nested = _read_parquet(path)
+    else:
+        columns, rows, nested = _read_json_lines(path)
     _check_columns(path, columns, least)
     filled = [(number, row) for number, row in rows if any(row)]
     if not filled:
@@ -133,8 +134,7 @@ def _read_delimited(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]
     if first.startswith("sep="):  # Excel's own line
         text, begin = text.partition("\n")[2], 2
         first = text.partition("\n")[0]
-    own = TABLES[path.suffix.lower()] or ","
-    delimiter = max(own + DELIMITERS, key=first.count)
+    delimiter = max(DELIMITER_OF[path.suffix.lower()] + DELIMITERS, key=first.count)
     # Strict, or one quote too many would take the rest of the file for a value.
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
     rows, last = [], 0

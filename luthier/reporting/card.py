@@ -51,28 +51,6 @@ def write_model_card(folder: Path, metrics: dict, repo_id: str | None = None) ->
     """
     test, data = metrics["test"], metrics["data"]
     name = repo_id.split("/")[-1] if repo_id else folder.resolve().name
-    # On the Hub a dataset is named with its owner. A folder may have any name, also that of another dataset.
-    dataset = data["name"] if "/" in data["name"] else "imagefolder"
-    own_test = "test" if "test" in data.get("own_splits", ()) else None  # a split of that name is in the data
-    origin = {"base_model": metrics.get("base_model"), "datasets": [data["name"]] if "/" in data["name"] else None}
-    results = [
-        EvalResult(
-            "image-classification", dataset, data["name"], kind, value, dataset_split=own_test, metric_name=title
-        )
-        for kind, title, value in (
-            ("accuracy", "Accuracy", test["accuracy"]),
-            ("f1", "Macro F1", test["macro_f1"]),
-        )
-    ]
-    metadata = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="image-classification",
-        tags=["image-classification", "luthier"],
-        metrics=["accuracy", "f1"],
-        model_name=name,
-        eval_results=results,
-        **(origin | _added(folder / CARD if (folder / CARD).is_file() else folder / EARLIER_CARD)),
-    )
     of_fold = "" if "train" in data["splits"] else "In the fold whose model is kept: "
     templates = FileSystemLoader(Path(__file__).parent / "templates")
     environment = Environment(  # Markdown escapes by a filter of its own
@@ -87,7 +65,7 @@ def write_model_card(folder: Path, metrics: dict, repo_id: str | None = None) ->
         "balance": balance_with_intervals,
     }
     card = environment.get_template("card.md").render(
-        metadata=metadata.to_yaml(),
+        metadata=_describe(folder, metrics, name).to_yaml(),
         name=name,
         loaded_from=json.dumps(repo_id or "THIS_FOLDER"),
         trust=trust_remote_code(folder),
@@ -105,6 +83,36 @@ def write_model_card(folder: Path, metrics: dict, repo_id: str | None = None) ->
     with atomic_write(folder / CARD) as whole:  # its presence says that the run has ended
         whole.write_text(card + "\n", encoding="utf-8")
     (folder / EARLIER_CARD).unlink(missing_ok=True)
+
+
+def _describe(folder: Path, metrics: dict, name: str) -> ModelCardData:
+    """Return what the Hub reads of a card: the scores, what was fine-tuned on what, and what a person has added."""
+    test, data = metrics["test"], metrics["data"]
+    # On the Hub a dataset is named with its owner. A folder may have any name, also that of another dataset.
+    dataset = data["name"] if "/" in data["name"] else None
+    own_test = "test" if "test" in data.get("own_splits", ()) else None  # a split of that name is in the data
+    scores = (("accuracy", "Accuracy", test["accuracy"]), ("f1", "Macro F1", test["macro_f1"]))
+    origin = {"base_model": metrics.get("base_model"), "datasets": [dataset] if dataset else None}
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "luthier"],
+        metrics=["accuracy", "f1"],
+        model_name=name,
+        eval_results=[
+            EvalResult(
+                task_type="image-classification",
+                dataset_type=dataset or "imagefolder",
+                dataset_name=data["name"],
+                dataset_split=own_test,
+                metric_type=kind,
+                metric_name=title,
+                metric_value=value,
+            )
+            for kind, title, value in scores
+        ],
+        **(origin | _added(folder / CARD if (folder / CARD).is_file() else folder / EARLIER_CARD)),
+    )
 
 
 def _added(card: Path) -> dict:

@@ -77,7 +77,7 @@ def most_telling(test: TestPredictions, labels: list[str]) -> tuple[list[dict], 
     The first two are images of a page. The third are pairs of a class and what it is taken for, at least twice: how
     often, of how many, and the most confident of these images.
     """
-    predicted, confidence, _ = test.answers()
+    predicted, confidence, _ = test.likeliest()
 
     def entry(row: int) -> dict:
         correct, sure = predicted[row] == test.references[row], f"{percent(confidence[row], 0)} sure"

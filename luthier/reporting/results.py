@@ -1,4 +1,4 @@
-"""The files of a run that programs read: `metrics.json`, `predictions.csv`, `audit.json`."""
+"""What a run writes: its models, and the files that programs read (`metrics.json`, `predictions.csv`, ...)."""
 
 import csv
 import importlib.metadata
@@ -128,7 +128,7 @@ def write_run(
     result: Result,
     refitted: Refitted | None,
     metrics: dict,
-    images: Mapping,
+    options: Mapping,
     stopwatch: Stopwatch,
 ) -> None:
     """Save the model of a run, write its files, and say its score.
@@ -138,14 +138,14 @@ def write_run(
         experiment, result: of the run.
         refitted: what is shipped; None where that is the scored model.
         metrics: of `collect_run`.
-        images: the options that load the images again.
+        options: that load the images again.
         stopwatch: of the run.
     """
     splits = experiment.splits
     save_models(output_dir, experiment, result, refitted)
     learned = set(result.learned_from)  # in cross-validation, by the weights of one fold
     unseen = [digest[:DIGEST] for digest in splits["test"]["digest"][:] if digest not in learned]
-    text = json.dumps({"options": images, "test": unseen}, indent=1)
+    text = json.dumps({"options": options, "test": unseen}, indent=1)
     (output_dir / IMAGES).write_text(f"{text}\n", encoding="utf-8")
     write_results(output_dir, metrics, result.predictions(splits), experiment.findings, stopwatch)
     write_model_card(output_dir, metrics)
@@ -171,7 +171,7 @@ def write_results(
     write_predictions(output_dir / PREDICTIONS, metrics["data"]["labels"], test)
     write_audit(output_dir / AUDIT, findings)
     write_report(output_dir, metrics, findings, test)
-    stopwatch.stop("save")
+    stopwatch.end("save")
     metrics["seconds"] = {**stopwatch.seconds, "total": round(sum(stopwatch.seconds.values()), 3)}
     write_metrics(output_dir / METRICS, metrics)
 
@@ -260,7 +260,7 @@ def write_predictions(path: Path, labels: list[str], test: TestPredictions) -> N
     if test.none is not None:
         extra["none"] = (test.references == test.none).astype(int)
     images = test.splits["test"]
-    rows = zip(images["name"][:], images["digest"][:], test.references, *test.answers(), strict=True)
+    rows = zip(images["name"][:], images["digest"][:], test.references, *test.likeliest(), strict=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         header = ["name", "digest", "label", "predicted", "confidence", "probability_of_label"]

@@ -39,7 +39,7 @@ KINDS = (
 
 
 def audit_images(splits: DatasetDict, unreadable: list[UnreadableImage]) -> dict:
-    """Return what is wrong with the images of a dataset, as `data.load_splits` returns it.
+    """Return what is wrong with the images of a dataset, as `data.load_images` returns it, or cut into splits.
 
     Each kind of `KINDS` is a list of findings; of duplicates a list of lists of images that belong together. An image
     is a dict of `split`, `row` (None if it was left out), `name`, `label`, and `why`. `between_splits` and
@@ -130,16 +130,16 @@ def _add_duplicates(findings: dict, members: list[tuple[bytes, dict]]) -> None:
 
 
 def suspect_labels(splits: DatasetDict, pool: Pool, strength: float) -> tuple[list[dict], int | None]:
-    """Return the images whose label is likely wrong, the likeliest first.
+    """Return the images whose label is likely wrong, the likeliest first, and the size of the probes' sample.
 
-    Besides, about how many images each probe learned from, if that was a sample.
+    That is about how many images each probe has learned from; None where it is all that it may learn from.
 
     Linear probes that have not learned from an image, nor from its duplicates, give its probabilities. A label is
     suspect where another class is likelier, and at least as likely as it is on average for that class's own images
     (confident learning, Northcutt et al. 2021).
 
     Args:
-        splits: as `data.load_splits` returns them.
+        splits: as loaded.
         pool: of all splits.
         strength: of the probe.
     """

@@ -16,11 +16,11 @@ from luthier.images.splits import stratified_folds
 from luthier.images.views import ImageRows
 from luthier.processes import from_main_process
 from luthier.scoring.audit import suspect_labels
-from luthier.scoring.criterion import LOG_LOSS, Criterion, Judge
+from luthier.scoring.criterion import LOG_LOSS, Criterion, Judge, Yardstick
 from luthier.scoring.grouping import measure_inflation
-from luthier.scoring.intervals import interval_of_share
+from luthier.scoring.intervals import interval_of_share, standard_error
 from luthier.scoring.learning_curve import check_classes, learning_curve
-from luthier.scoring.metrics import TestPredictions, Yardstick, score, standard_error
+from luthier.scoring.metrics import TestPredictions, score
 from luthier.training.features import Pool, columns_of, empty_rows, feature_size, load_features, pool_of
 from luthier.training.probe import LinearProbe, cross_fit, fit_shared_probes, state_with_probe
 from luthier.training.recipe import Recipe
@@ -80,7 +80,7 @@ def measure_probe(
 
     Args:
         trainer: runs the model, on its device and in its precision, over all of its processes.
-        splits: as `data.load_splits` returns them.
+        splits: as loaded, at least train and validation.
         images: of each split, see `data.feature_rows`.
         criterion: of the scores; the probe's strength is always chosen by the log loss.
         with_learning_curve: estimate the accuracy with more images.

@@ -1,4 +1,4 @@
-"""What validation chooses by, and how answers make up for rare classes."""
+"""What validation chooses by, what corrects its losses, and how answers make up for rare classes."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from luthier.errors import UserError
 from luthier.images.groups import groups_of
 from luthier.images.streams import Stream
 from luthier.options import BalanceOption, Metric
-from luthier.scoring.metrics import Yardstick, classify, fit_temperature, log_losses, score
+from luthier.scoring.metrics import classify, fit_temperature, log_losses, score
 from luthier.training.balance import Balance
 from luthier.training.layers import shift_logits
 from luthier.training.trainer import concatenate_batches
@@ -56,7 +56,7 @@ class Criterion(NamedTuple):
         return logits - self.balance.log_shares if self.balance else logits
 
     def temperature(self, logits: np.ndarray, references: np.ndarray) -> float:
-        """Return what the adjusted logits [N, C] must be divided by to be calibrated."""
+        """Return what logits [N, C] must be divided by to be calibrated, once adjusted; see `adjust`."""
         return fit_temperature(self.adjust(logits), references, self.class_shares)
 
     def losses(self, adjusted: np.ndarray, references: np.ndarray) -> np.ndarray:
@@ -101,6 +101,28 @@ class Criterion(NamedTuple):
 LOG_LOSS = Criterion()
 
 
+class Yardstick(NamedTuple):
+    """What corrects the losses of validation images that happen to be easier or harder than others.
+
+    It is a control variate: the losses of linear probes that have learned neither from an image nor from its
+    duplicates, which are known for the images of train too.
+
+    Attributes:
+        losses: float64 [N], of the validation images.
+        mean: over the images of train and validation.
+    """
+
+    losses: np.ndarray
+    mean: float
+
+    def correct(self, losses: np.ndarray) -> np.ndarray:
+        """Return losses [N] with the mean to expect of images as hard as those of train and validation together."""
+        deviations = self.losses - self.losses.mean()
+        spread = (deviations**2).mean()
+        slope = ((losses - losses.mean()) * deviations).mean() / spread if spread > 0 else 0.0
+        return losses + np.clip(slope, 0, 1) * (self.mean - self.losses)
+
+
 class Judge(NamedTuple):
     """Scores weights on validation.
 
@@ -125,7 +147,7 @@ class Judge(NamedTuple):
         return self.yardstick.correct(losses) if self.yardstick else losses
 
     def temperature(self, logits: np.ndarray, references: np.ndarray) -> float:
-        """Return what the adjusted logits [N, C] are divided by; see `calibrates`."""
+        """Return what logits [N, C] are divided by, once they have been adjusted; see `calibrates`."""
         return self.criterion.temperature(logits, references) if self.calibrates else 1.0
 
     def score(self, adjusted: np.ndarray, references: np.ndarray) -> dict:
@@ -174,7 +196,8 @@ def build_judge(
         stream: what train is a sample of; None where it is all of train.
 
     Raises:
-        UserError: there is no such class; or the head is not one linear layer, whose bias could be changed.
+        UserError: there is no such class, or all images of a split are of it; or the head is not one linear layer,
+            whose bias could be changed.
     """
     train, balance = splits["train"], None
     linear = linear_head(model) is not None

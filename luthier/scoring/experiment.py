@@ -72,8 +72,8 @@ class Experiment(NamedTuple):
         count = len(self.stream.labels if self.stream else self.splits["train"])
         choose_memory_format(self.model, training_args.device, count)
         data, (height, width) = hash_splits(self.splits), self.view.size
-        images = f"images of {height} x {width} px"
-        return Workshop(self.model, training_args, measure, callbacks, balance, self.view.scale, data, images)
+        seen = f"images of {height} x {width} px"
+        return Workshop(self.model, training_args, measure, callbacks, balance, self.view.scale, data, seen)
 
 
 class Result(NamedTuple):

@@ -21,7 +21,7 @@ from luthier.training.layers import divide_logits
 UNTESTED = {"validation": "validation", "train": "untested"}
 
 
-def pool(folds: Iterable[tuple[Experiment, Result]]) -> tuple[Experiment, Result]:
+def pool_folds(folds: Iterable[tuple[Experiment, Result]]) -> tuple[Experiment, Result]:
     """Return the folds of a run as one experiment whose test split is all images, and its result.
 
     What has no folds, but one part, is returned as it is. Images that are in no fold's test split stay splits of
@@ -54,10 +54,10 @@ def pool(folds: Iterable[tuple[Experiment, Result]]) -> tuple[Experiment, Result
     temperature = fit_temperature(logits, references, shares) if calibrates else 1.0
     calibrated = logits / temperature
     confidence, correct = confidence_and_correct(calibrated, references)
-    correct &= references != leader.none
+    known = references != leader.none
+    correct &= known
     threshold = choose_threshold(confidence, correct)
     kept = leader.kept._replace(temperature=temperature, threshold=threshold)
-    known = references != leader.none
     sureness, familiarity = pool_familiarity(own, leader.answers.familiarity, calibrated, known, correct)
 
     splits, prepared, untested = _pool_splits([each for each, _ in parts], experiment)
@@ -79,7 +79,7 @@ def pool(folds: Iterable[tuple[Experiment, Result]]) -> tuple[Experiment, Result
 
 
 def _of_same_images(folds: Iterable[tuple[Experiment, Result]]) -> list[tuple[Experiment, Result]]:
-    """Return the parts of `pool`, one after the other, while they are all of the same images."""
+    """Return the parts of `pool_folds`, one after the other, while they are all of the same images."""
     parts: list[tuple[Experiment, Result]] = []
     for experiment, result in folds:
         if parts and _images_of(experiment) != _images_of(parts[0][0]):

@@ -1,4 +1,4 @@
-"""How far a score can be trusted: 95% intervals, which know what images belong together."""
+"""How far a score can be trusted: standard errors and 95% intervals, which know what images belong together."""
 
 import math
 
@@ -11,6 +11,14 @@ MAX_DRAWS = 20_000_000  # of all resamples together; more cells or groups than t
 MIN_RESAMPLES = 200
 NORMAL_95 = 1.959964  # standard deviations on both sides that hold 95% of a normal distribution
 TINY = 1e-12  # a variance, or a standard error, that is nothing but rounding
+
+
+def standard_error(values: np.ndarray, groups: np.ndarray | None = None) -> float:
+    """Return the standard error of the mean of values [N]; those of a group, int [N], vary together."""
+    if groups is None:
+        return float(values.std() / math.sqrt(len(values)))
+    _, index = np.unique(groups, return_inverse=True)
+    return float(np.linalg.norm(np.bincount(index, weights=values - values.mean())) / len(values))
 
 
 def wilson_interval(correct: float, n: float, z: float = NORMAL_95) -> list[float]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import evaluate
 import numpy as np
@@ -34,7 +34,7 @@ class TestPredictions:
     """What a model predicts on test.
 
     Attributes:
-        splits: as `data.load_splits` returns them.
+        splits: as loaded; one of them is "test".
         logits: float [N, C] for the split "test", calibrated.
         references: int [N], the true classes.
         class_shares: see `score`.
@@ -80,7 +80,7 @@ class TestPredictions:
         """Return all scores, see `score`."""
         return score(self.logits, self.references, self.labels, self.groups, self.class_shares, self.none)
 
-    def answers(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def likeliest(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the likeliest class of each image, its probability, and that of the true class, each [N]."""
         confidence, of_label = np.empty(len(self.logits)), np.empty(len(self.logits))
         for rows in _parts(self.logits):
@@ -156,7 +156,7 @@ def score(
 
     Returns `accuracy`, and `top_5_accuracy` where there are more than 5 classes; `balanced_accuracy` (the mean recall
     of the classes that occur) and `macro_f1` (over the classes that occur or are predicted); the 95% interval of each
-    as `..._ci95`; `log_loss` (mean cross-entropy in nats), `ece` (expected calibration error, see `reliability`), `n`,
+    as `..._ci95`; `log_loss` (mean cross-entropy in nats), `ece` and `ece_by_chance` (see `calibration_scores`), `n`,
     `groups` (how many, where there are any), `per_class` by class name (with `recall_ci95` where there are images),
     `confusion_matrix` (by true class; None above `MAX_CONFUSED` classes), and `none` where there are images of that
     class: how many, which share of them is taken for it, and of the others.
@@ -235,36 +235,6 @@ def _score_refusals(refused: np.ndarray, known: np.ndarray, groups: np.ndarray |
         interval = interval_of_share(refused[rows], None if groups is None else groups[rows])
         scored |= {name: float(refused[rows].mean()), f"{name}_ci95": interval}
     return scored
-
-
-def standard_error(values: np.ndarray, groups: np.ndarray | None = None) -> float:
-    """Return the standard error of the mean of values [N]; those of a group, int [N], vary together."""
-    if groups is None:
-        return float(values.std() / math.sqrt(len(values)))
-    _, index = np.unique(groups, return_inverse=True)
-    return float(np.linalg.norm(np.bincount(index, weights=values - values.mean())) / len(values))
-
-
-class Yardstick(NamedTuple):
-    """What corrects the losses of validation images that happen to be easier or harder than others.
-
-    It is a control variate: the losses of linear probes that have learned neither from an image nor from its
-    duplicates, which are known for the images of train too.
-
-    Attributes:
-        losses: float64 [N], of the validation images.
-        mean: over the images of train and validation.
-    """
-
-    losses: np.ndarray
-    mean: float
-
-    def correct(self, losses: np.ndarray) -> np.ndarray:
-        """Return losses [N] with the mean to expect of images as hard as those of train and validation together."""
-        deviations = self.losses - self.losses.mean()
-        spread = (deviations**2).mean()
-        slope = ((losses - losses.mean()) * deviations).mean() / spread if spread > 0 else 0.0
-        return losses + np.clip(slope, 0, 1) * (self.mean - self.losses)
 
 
 def _parts(logits: np.ndarray) -> Iterator[slice]:

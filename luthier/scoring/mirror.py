@@ -14,7 +14,7 @@ from luthier.images.splits import draw_order, stratified_folds
 from luthier.images.views import ImageRows
 from luthier.processes import from_main_process
 from luthier.scoring.baselines import ProbeResults
-from luthier.scoring.metrics import standard_error
+from luthier.scoring.intervals import standard_error
 from luthier.scoring.screening import FOLDS, losses_of_views, of_some_classes
 from luthier.terminal import say
 from luthier.training.features import build_backbone, compute_features, size_of

@@ -78,7 +78,7 @@ class Outcome(NamedTuple):
         return self.winner.state.log_history if self.winner else []
 
 
-def enter(
+def plan_arms(
     recipes: Sequence[Recipe],
     workshop: Workshop,
     rows: Mapping[str, Any],
@@ -337,7 +337,7 @@ class _Progress:
         key = name, trainer.state.best_global_step or trainer.state.global_step
         if key not in self.scored:
             self.scored[key] = score_candidates(trainer, arm.rows["validation"], arm.start, shares, course.judge, name)
-        course.stopwatch.stop("evaluate")
+        course.stopwatch.end("evaluate")
         return Trained(arm, self.scored[key], trainer.state), trainer
 
     def return_to(self, named: Path) -> None:

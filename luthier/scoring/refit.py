@@ -17,8 +17,7 @@ from luthier.run_files import REFIT
 from luthier.scoring.baselines import ProbeResults
 from luthier.scoring.experiment import Experiment, Result
 from luthier.scoring.familiarity import refit_familiarity
-from luthier.scoring.intervals import TINY
-from luthier.scoring.metrics import standard_error
+from luthier.scoring.intervals import TINY, standard_error
 from luthier.scoring.race import WORK
 from luthier.scoring.race_record import Course
 from luthier.scoring.selection import load_candidate
@@ -32,7 +31,7 @@ from luthier.training.trainer import build_predictor, model_of, predict, train
 from models import linear_head
 
 SHARE = 0.5  # of the weights that have learned from all images, in those that are shipped
-WORSE = 2  # standard errors by which the loss on validation must be higher than that of the scored weights
+WORSE = 2  # standard errors by which its loss on validation may be higher than that of the scored weights
 AROUND = 2000  # predictions on a CPU that take about as long as a run's imports and its report, some 20 seconds
 
 FAILURES: dict[type[UserError], str] = {  # of a refit, after which the scored weights are shipped

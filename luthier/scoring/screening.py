@@ -19,7 +19,7 @@ from luthier.images.views import EvaluationView, view_size
 from luthier.machine import choose_memory_format
 from luthier.processes import from_main_process
 from luthier.run_files import BACKBONE
-from luthier.scoring.metrics import standard_error
+from luthier.scoring.intervals import standard_error
 from luthier.terminal import say
 from luthier.training.features import build_backbone, compute_features, size_of
 from luthier.training.probe import fit_parts
@@ -75,7 +75,7 @@ class View(NamedTuple):
 def choose_view(
     model: PreTrainedModel, image_processor: BaseImageProcessor, sample: "Sample", enabled: bool, any_side: bool
 ) -> tuple[EvaluationView, list[View]]:
-    """Choose how a model sees the images; return that, the choice, and after it all that was tried.
+    """Return how a model is to see the images, and a list of views: the chosen one, and then all that were tried.
 
     The model's own crop gives way to the whole image, and its own side to a smaller one, only where the loss is then
     lower by more than a standard error. Smaller sides are tried for tiny images: their own size, twice that, and

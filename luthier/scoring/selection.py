@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from luthier.scoring.baselines import ProbeResults
 from luthier.scoring.criterion import Judge
-from luthier.scoring.intervals import TINY
+from luthier.scoring.intervals import TINY, standard_error
 from luthier.scoring.metrics import (
     TestPredictions,
     calibration_scores,
@@ -19,7 +19,6 @@ from luthier.scoring.metrics import (
     confidence_and_correct,
     reliability,
     selective,
-    standard_error,
 )
 from luthier.training.arms import State, Workshop
 from luthier.training.layers import divide_logits, shift_logits
@@ -62,7 +61,7 @@ class Candidate(NamedTuple):
 
     @property
     def loss(self) -> float:
-        """What is compared: the mean of the corrected losses; infinite where that is no number."""
+        """What is compared: the mean of the corrected losses, 0 at least; infinite where that is no number."""
         mean = float(self.losses.mean())
         return max(mean, 0.0) if math.isfinite(mean) else math.inf
 

@@ -38,7 +38,7 @@ BUGS = (TypeError, AttributeError, LookupError, AssertionError)  # another try w
 WAITS = (1, 2, 4, 8, 16)  # seconds before each retry, where the Hub does not say how long
 MAX_WAIT = 300
 
-Result = TypeVar("Result")
+T = TypeVar("T")
 
 
 def check_access(repo_id: str, private: bool | None, sdk: str | None = None) -> str:
@@ -150,7 +150,7 @@ def stage(output_dir: Path, repo_id: str, staging: Path) -> None:
         ) from error
 
 
-def with_retries(call: Callable[[], Result], repo_id: str) -> Result:
+def with_retries(call: Callable[[], T], repo_id: str) -> T:
     """Return what a call of the Hub returns; retry while the cause may pass.
 
     Raises:

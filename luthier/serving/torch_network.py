@@ -40,7 +40,7 @@ class TorchNetwork:
         self.model = fuse_batchnorm(model, self.view.size)
         self.labels, self.none = labels_of(model), none_of(model)
         self.familiarity = load_familiarity(model, model_name)
-        self.unsure_below = self.familiarity.unsure_below if self.familiarity else threshold_of(model)
+        self.unsure_below = threshold_of(model, self.familiarity)
         self._turn = threading.Lock()  # the app answers several people at once
         self.head: nn.Module = nn.Identity()  # makes logits of what the model returns
         if self.familiarity:

@@ -41,7 +41,7 @@ class Workshop:
         balance: how rare classes count as much as frequent ones; None counts all images alike.
         scale: from 8-bit levels to pixel values, see `EvaluationView.scale`.
         data: hash of the splits, see `splits.hash_splits`.
-        images: in words, how large the model sees them.
+        seen: in words, how large the model sees images.
     """
 
     model: PreTrainedModel
@@ -51,7 +51,7 @@ class Workshop:
     balance: Balance | None = None
     scale: Callable[[torch.Tensor], torch.Tensor] | None = None
     data: str = ""
-    images: str = ""
+    seen: str = ""
 
     @property
     def model_name(self) -> str:
@@ -115,7 +115,7 @@ class Arm(NamedTuple):
     @property
     def origin(self) -> Origin:
         """What its checkpoints keep of the data; see `Origin`."""
-        settings = f"{self.workshop.images} and a learning rate of {self.training_args.learning_rate:.3g}"
+        settings = f"{self.workshop.seen} and a learning rate of {self.training_args.learning_rate:.3g}"
         order = getattr(self.rows["train"], "order", "")
         processes = self.training_args.world_size if order else 0  # each takes a part of a stream's epoch
         recipe = f"--recipe {self.recipe.name} from the model {self.workshop.model_name}"
@@ -219,7 +219,7 @@ def build_trainer(model: PreTrainedModel, arm: Arm) -> SafeTrainer:
             raise NoSpace(lacking)
     replace_progress(trainer)
     table = EpochTable(recipe.name)
-    trainer.watch_answers = table.count
+    trainer.watch_adjusted = table.count
     for callback in (SetEpoch(train_dataset.set_epoch), table, *shop.callbacks):
         trainer.add_callback(callback)
     return trainer

@@ -112,10 +112,10 @@ class EpochTable(TrainerCallback):
                 tqdm.write(row)
             self.epoch_start = now
 
-    def count(self, answers: torch.Tensor, labels: torch.Tensor) -> None:
-        """Count the correct answers of a training step, from the answers [N, C] and labels [N]."""
+    def count(self, adjusted: torch.Tensor, labels: torch.Tensor) -> None:
+        """Count the correct answers of a training step, from adjusted logits [N, C] and labels [N]."""
         # Summed on the device and read once an epoch: reading it here would make a GPU wait at every step.
-        self.correct = self.correct + (answers.argmax(dim=-1) == labels).sum()
+        self.correct = self.correct + (adjusted.argmax(dim=-1) == labels).sum()
         self.seen += labels.numel()
 
 
@@ -130,19 +130,19 @@ class StageTimes(TrainerCallback):
         self.stopwatch = stopwatch
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.stopwatch.stop("train")
+        self.stopwatch.end("train")
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.stopwatch.stop("data")
+        self.stopwatch.end("data")
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.stopwatch.stop("train")
+        self.stopwatch.end("train")
 
     def on_evaluate(self, args, state, control, **kwargs):
-        self.stopwatch.stop("evaluate")
+        self.stopwatch.end("evaluate")
 
     def on_save(self, args, state, control, **kwargs):
-        self.stopwatch.stop("save")
+        self.stopwatch.end("save")
 
 
 class SetEpoch(TrainerCallback):

@@ -23,13 +23,14 @@ from luthier.images.views import ImageRows
 from luthier.processes import from_main_process
 from luthier.terminal import say
 from luthier.training.trainer import concatenate_batches, model_of
+from models import OF_CLASSES
 
 LEARNABLE = ("train", "validation")  # what a probe may learn from: all but test
 MAX_IN_MEMORY = 64_000_000  # bytes of features; more are in a temporary file
 # What a model's config says of a run, and not of its backbone.
 OF_RUN = {
-    "_name_or_path", "architectures", "class_shares", "dtype", "familiarity", "id2label", "label2id", "label_names",
-    "none_class", "num_classes", "num_labels", "problem_type", "transformers_version", "unsure_below",
+    *OF_CLASSES, "_name_or_path", "architectures", "dtype", "id2label", "label2id", "num_classes", "num_labels",
+    "problem_type", "transformers_version",
 }  # fmt: skip
 
 

@@ -29,7 +29,7 @@ class SafeTrainer(WorkerTrainer):
     schedule: Schedule | None = None  # of the learning rate, instead of `lr_scheduler_type`
     log_shares: torch.Tensor | None = None  # [C], where there is a `Balance`
     class_weights: torch.Tensor | None = None  # [C], likewise, where it is weighted
-    watch_answers: Callable[[torch.Tensor, torch.Tensor], None] | None = None  # gets answers and labels of training
+    watch_adjusted: Callable[[torch.Tensor, torch.Tensor], None] | None = None  # of training, with the labels
     scale: Callable[[torch.Tensor], torch.Tensor] | None = None  # 8-bit levels to pixel values
     origin: Origin | None = None  # which checkpoints keep
     writing_to: str | None = None
@@ -126,19 +126,19 @@ class SafeTrainer(WorkerTrainer):
         """Return the mean cross-entropy of a batch, and with `return_outputs` the logits by name.
 
         Some architectures have no loss of their own, and that of others is multiplied by the number of processes and
-        of accumulated batches. With class weights training has the weighted losses of the answers, which lack the
-        shares of the classes; see `Balance`.
+        of accumulated batches. With class weights training has the weighted losses of the adjusted logits, which
+        lack the shares of the classes; see `Balance`.
         """
         labels = inputs["labels"]
         logits = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits
         if not model.training:
             loss = cross_entropy(logits, labels)
         else:
-            answers = logits if self.log_shares is None else logits - self.log_shares
-            if self.watch_answers:
-                self.watch_answers(answers.detach(), labels)
+            adjusted = logits if self.log_shares is None else logits - self.log_shares
+            if self.watch_adjusted:
+                self.watch_adjusted(adjusted.detach(), labels)
             weights, smoothing = self.class_weights, self.args.label_smoothing_factor
-            learned = logits if weights is None else answers
+            learned = logits if weights is None else adjusted
             losses = cross_entropy(learned, labels, reduction="none", label_smoothing=smoothing)
             # Not with the weights of `cross_entropy`: its mean divides by them, and they weigh the smoothed part of
             # all other classes too, so that a rare class would attract all images.

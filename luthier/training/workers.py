@@ -52,7 +52,7 @@ class SeededAugmentation(Dataset):
 
 
 class WorkerTrainer(Trainer):
-    """The Trainer with these data workers.
+    """The Trainer whose data workers ignore signals; a short evaluation has none, and a stream has `BlockBatches`.
 
     It overrides a private method, read in transformers 5.23. At an upgrade, check: do all loaders come from
     `_get_dataloader`, and does accelerate's wrapper still keep the loader as `base_dataloader`?

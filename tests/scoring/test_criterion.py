@@ -11,8 +11,8 @@ from transformers import EvalPrediction
 
 from luthier.errors import UserError
 from luthier.scoring import criterion as module
-from luthier.scoring.criterion import TIE, Criterion, Judge, build_judge, uncertainty_of
-from luthier.scoring.metrics import Classification, Yardstick, fit_temperature, log_losses, score
+from luthier.scoring.criterion import TIE, Criterion, Judge, Yardstick, build_judge, uncertainty_of
+from luthier.scoring.metrics import Classification, fit_temperature, log_losses, score
 from luthier.training.balance import Balance
 from luthier.training.probe import fit_path
 from luthier.training.trainer import concatenate_batches

@@ -44,14 +44,14 @@ def fold(
 
 
 def pool(monkeypatch, *folds: tuple) -> tuple[Experiment, Result, list]:
-    """Return what `pool` returns, and which models' logits it divides, and by what."""
+    """Return what `pool_folds` returns, and which models' logits it divides, and by what."""
     divided: list = []
     tests = [experiment.splits["test"] for _, (experiment, _) in folds]
     for own, (_, (experiment, _)) in enumerate(folds):  # a fold learns from what the others test
         experiment.splits["train"] = concatenate_datasets([each for fold, each in enumerate(tests) if fold != own])
     monkeypatch.setattr(module, "audit_images", lambda *_: {})
     monkeypatch.setattr(module, "divide_logits", lambda model, by: divided.append((model, by)))
-    return *module.pool([part for _, part in folds]), divided
+    return *module.pool_folds([part for _, part in folds]), divided
 
 
 def test_shipped_model_has_the_temperature_and_the_threshold_of_all_folds(monkeypatch):
@@ -80,7 +80,7 @@ def test_images_that_change_between_folds_are_refused(monkeypatch):
     relabelled = [1, *again[1][0].splits["test"]["label"][1:]]
     again[1][0].splits["test"] = again[1][0].splits["test"].remove_columns("label").add_column("label", relabelled)
     with pytest.raises(UserError, match="have changed since the first fold was trained"):
-        module.pool(iter(again))
+        module.pool_folds(iter(again))
 
 
 def test_shipped_model_is_the_best_of_the_kind_that_most_folds_kept(monkeypatch):

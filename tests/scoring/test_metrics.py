@@ -12,11 +12,10 @@ from scipy.stats import binom
 from torch import nn
 
 from luthier.scoring import metrics, selection
-from luthier.scoring.criterion import Judge
-from luthier.scoring.intervals import wilson_interval
+from luthier.scoring.criterion import Judge, Yardstick
+from luthier.scoring.intervals import standard_error, wilson_interval
 from luthier.scoring.metrics import (
     TestPredictions,
-    Yardstick,
     calibration_scores,
     choose_threshold,
     confidence_and_correct,
@@ -25,7 +24,6 @@ from luthier.scoring.metrics import (
     reliability,
     score,
     selective,
-    standard_error,
 )
 from luthier.scoring.selection import Candidate, score_run, score_test
 
@@ -277,7 +275,7 @@ def test_answers_of_many_classes_take_little_memory(monkeypatch):
     whole = np.exp(logits.astype(float)) / np.exp(logits.astype(float)).sum(axis=1, keepdims=True)
     test = metrics.TestPredictions(DatasetDict(), logits, references)
     tracemalloc.start()
-    predicted, confidence, of_label = test.answers()
+    predicted, confidence, of_label = test.likeliest()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < logits.nbytes and (predicted == whole.argmax(axis=1)).all()

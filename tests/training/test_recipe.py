@@ -69,7 +69,7 @@ def test_what_most_normalisation_layers_are_decides_the_rates(architecture, lowe
 
 def test_checkpoint_of_other_rates_is_of_another_recipe():
     args = SimpleNamespace(learning_rate=2e-3, world_size=1, train_batch_size=16, gradient_accumulation_steps=1)
-    shop, full = SimpleNamespace(images="224 px", data="d", model_name="m"), RECIPES["full"]
+    shop, full = SimpleNamespace(seen="224 px", data="d", model_name="m"), RECIPES["full"]
     usual, lower = (
         Arm(recipe, shop, args, {"train": []}, (1,), None, None).origin.recipe
         for recipe in (full, full.without_batch_norm())

@@ -131,7 +131,7 @@ def test_smoothed_loss_of_an_image_has_the_weight_of_its_class_alone():
     def loss_with(weights: list[float]) -> torch.Tensor:
         logits = answers - (3 * torch.tensor(weights)).log()  # so that the answers stay
         trainer = SimpleNamespace(
-            watch_answers=lambda answers, _: counted.append(answers),
+            watch_adjusted=lambda answers, _: counted.append(answers),
             log_shares=-(3 * torch.tensor(weights)).log(),
             class_weights=torch.tensor(weights),
             args=SimpleNamespace(label_smoothing_factor=0.1),
@@ -205,7 +205,7 @@ def test_loss_is_of_the_logits_and_only_that_of_weighted_training_of_the_answers
     logits, labels = torch.tensor([[2.0, 0.5, -1.0], [0.0, 1.0, 3.0]]), torch.tensor([0, 1])
     log_shares, seen = torch.tensor([0.7, 0.2, 0.1]).log(), []
     trainer = SimpleNamespace(
-        watch_answers=lambda answers, _: seen.append(answers),
+        watch_adjusted=lambda answers, _: seen.append(answers),
         log_shares=log_shares,
         class_weights=None if weights is None else torch.tensor(weights),
         args=SimpleNamespace(label_smoothing_factor=0.0),
@@ -257,7 +257,7 @@ def test_first_step_that_is_not_finite_is_remembered_until_it_is_read():
 
 def test_seconds_of_the_training_loop_go_to_their_stages():
     told, events = [], ("train_begin", "step_begin", "step_end", "evaluate", "save")
-    times = StageTimes(SimpleNamespace(stop=told.append))
+    times = StageTimes(SimpleNamespace(end=told.append))
     for event in events:
         getattr(times, f"on_{event}")(None, None, None)
     assert told == ["train", "data", "train", "evaluate", "save"]
