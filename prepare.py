@@ -289,7 +289,7 @@ def resized(dataset: "Dataset", rows: "np.ndarray", side: int) -> "Dataset":
     from datasets import Dataset, Features, Image, Value
 
     from data import store_training_image
-    from luthier.images.decode import read_bytes, reason
+    from luthier.images.decode import extensions_of, read_bytes, reason
 
     chosen = dataset.select(rows)
     sources = chosen.select_columns(["image", "name", "digest"])
@@ -306,7 +306,11 @@ def resized(dataset: "Dataset", rows: "np.ndarray", side: int) -> "Dataset":
                 f"{row['name']} is no longer as it was inspected: {reason(error)}. Put it back, or start again, with "
                 "another folder"
             ) from error
-        return image | {"path": row["name"].replace(os.sep, "-").replace("/", "-")}
+        name = row["name"].replace(os.sep, "-").replace("/", "-")
+        stored_as = "PNG" if image["bytes"].startswith(b"\x89PNG") else "JPEG"
+        if image["bytes"] != content and Path(name).suffix.lower() not in extensions_of(stored_as):
+            name += {"PNG": ".png", "JPEG": ".jpg"}[stored_as]
+        return image | {"path": name}
 
     # Threads are enough, because Pillow releases the interpreter while it decodes, resizes and encodes.
     with ThreadPoolExecutor(count_cores()) as pool:

@@ -19,6 +19,10 @@ EXTENSIONS = {
     ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic",
     ".heif", ".hif",
 }  # fmt: skip
+EXTENSIONS_OF = {  # by what Pillow calls a format; others have their name
+    "JPEG": {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"}, "MPO": {".jpg", ".jpeg", ".mpo"}, "TIFF": {".tif", ".tiff"},
+    "HEIF": {".heic", ".heif", ".hif"},
+}  # fmt: skip
 UNREAD = {
     ".jp2", ".jxl", ".svg", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2", ".pbm", ".pgm",
     ".pnm", ".ppm", ".tga", ".dcm",
@@ -191,6 +195,11 @@ def is_image(name: str) -> bool:
 def is_unread(name: str) -> bool:
     """Tell whether a file's name is that of an image in a format that is not read."""
     return Path(name).suffix.lower() in UNREAD and not is_hidden(name)
+
+
+def extensions_of(file_format: str) -> set[str]:
+    """Return the extensions, in small letters, that files of a format may have."""
+    return EXTENSIONS_OF.get(file_format, {f".{file_format.lower()}"})
 
 
 def reason(error: BaseException) -> str:

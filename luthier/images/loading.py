@@ -212,8 +212,12 @@ def explain_loading(dataset_name: str) -> Iterator[None]:
             "score.py take a folder as --data_dir"
         ) from error
     except (DatasetsError, TarError, ValueError, RuntimeError, OSError) as error:  # several configurations, damage
-        cause = error.__cause__ or error  # of an error while files are read
-        raise UserError(f"cannot load {dataset_name}: {' '.join(str(cause).split())}") from error
+        cause = " ".join(str(error.__cause__ or error).split())  # of an error while files are read
+        if cause.startswith("invalid literal for int"):
+            cause += (
+                ". In a WebDataset archive .cls files hold numbers: write names into .txt files (--label_column txt)"
+            )
+        raise UserError(f"cannot load {dataset_name}: {cause}") from error
 
 
 def named_splits(loaded: Mapping[str, T], dataset_name: str, to_train: bool = True) -> dict[str, T]:

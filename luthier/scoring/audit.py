@@ -8,6 +8,7 @@ import numpy as np
 from datasets import DatasetDict, concatenate_datasets
 
 from luthier.images.columns import fixed_width
+from luthier.images.decode import extensions_of
 from luthier.images.groups import given_groups, propose_grouping
 from luthier.images.inspection import UnreadableImage
 from luthier.images.splits import stratified_folds
@@ -15,13 +16,6 @@ from luthier.terminal import percent, plural
 from luthier.training.features import Pool
 from luthier.training.probe import cross_fit
 
-# What Pillow calls a format, and the extensions that files of it may have.
-EXTENSIONS_OF = {
-    "JPEG": {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"},
-    "MPO": {".jpg", ".jpeg", ".mpo"},
-    "TIFF": {".tif", ".tiff"},
-    "HEIF": {".heic", ".heif", ".hif"},
-}
 TINY = 32  # pixels: a shorter side below this shows little
 FOLDS = 5
 COLUMNS = ["name", "label", "duplicates", "pixels", "format", "width", "height"]
@@ -65,7 +59,7 @@ def audit_images(splits: DatasetDict, unreadable: list[UnreadableImage]) -> dict
 
     for number, (name, file_format) in enumerate(zip(files, images["format"][:], strict=True)):
         suffix = Path(name).suffix.lower()
-        if suffix and suffix not in EXTENSIONS_OF.get(file_format, {f".{file_format.lower()}"}):
+        if suffix and suffix not in extensions_of(file_format):
             findings["wrong_extension"].append(image(number) | {"why": f"it is {file_format}"})
     width, height = (np.array(images[side][:]) for side in ("width", "height"))
     findings["tiny"] = [

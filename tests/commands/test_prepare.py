@@ -14,10 +14,12 @@ from pyarrow import parquet
 
 import luthier.images.inspection
 import prepare
+from data import load_splits
 from luthier.errors import UserError
 from luthier.files import lock_folder
 from luthier.images import shards as shard_files
 from luthier.images.streams import open_stream
+from luthier.scoring.audit import audit_images
 
 LINE = ["images", "shards", "--side", "64", "--images", "7"]
 
@@ -235,6 +237,16 @@ def test_plan_changes_with_all_that_is_written():
         plan(digest=["x", "x", "x", "z"]),
     ]  # fmt: skip
     assert len({plan(), *others}) == 7 and plan() == plan()
+
+
+def test_images_that_are_stored_otherwise_have_the_extension_of_their_format():
+    shutil.copy(PROJECT / "tests/images/phone.heic", "images/red/phone.heic")
+    draw("red", 78, width=300, height=200).save("images/red/photo.png")
+    prepare.main(LINE)
+    splits, unreadable = load_splits(data_dir="shards")
+    names = {name for dataset in splits.values() for name in dataset["name"]}
+    assert {"red-phone.heic.png", "red-photo.png.jpg", "red-large.jpg"} <= names
+    assert audit_images(splits, unreadable)["wrong_extension"] == []
 
 
 def test_shards_say_which_images_belong_together(capsys):

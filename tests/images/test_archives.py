@@ -50,6 +50,15 @@ def test_archives_give_every_image_its_label(folder, label):
     assert images["train"].features["label"] == whole["train"].features["label"]
 
 
+def test_archive_with_names_of_classes_where_numbers_belong_says_where_names_go():
+    pack("train-0.tar", mixed(9), 0, "txt")
+    Path("train-0.tar").write_bytes(renamed(Path("train-0.tar").read_bytes(), ".txt", ".cls"))
+    with pytest.raises(
+        UserError, match=r"\.cls files hold numbers: write names into \.txt files \(--label_column txt\)"
+    ):
+        load_images(data_dir=".")
+
+
 def test_archive_is_indexed_once(monkeypatch):
     truth = pack("train.tar", mixed(30)) | pack("validation.tar", mixed(9), 200) | pack("test.tar", mixed(9), 300)
     first = open_stream(".")
