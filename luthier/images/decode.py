@@ -91,8 +91,11 @@ def decode_rgb(data: bytes, shorter_side: int | None = None, max_pixels: int | N
         scans = data.count(b"\xff\xda") if max_pixels and image.format in ("JPEG", "MPO") else 0
         if scans * size[0] * size[1] > MAX_SCANNED:
             raise OSError(f"a JPEG of {scans:,} scans, which would take minutes to decode")
+        most = max_pixels or 2 * (Image.MAX_IMAGE_PIXELS or math.inf)
         if image.format == "TIFF":
-            _check_tile(data, image, max_pixels or 2 * (Image.MAX_IMAGE_PIXELS or math.inf))
+            _check_tile(data, image, most)
+        if image.format == "HEIF":
+            _check_coded_sizes(data, most)
         if shorter_side and min(image.size) > shorter_side and image.format in ("JPEG", "MPO"):
             scale = shorter_side / min(image.size)
             image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
@@ -121,10 +124,11 @@ def _open(data: bytes) -> Image.Image:
     if data[4:8] == b"ftyp" and data[8:12] in HEIF:  # a plain AVIF may begin so too
         try:
             import pi_heif
+
+            # One thread: all cores decode an image each. Only this fails where its library cannot be loaded.
+            pi_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
         except ImportError:
             raise OSError(f"{NOT_OPENED}it is HEIC: pip install pi-heif, or {CONVERT}") from None
-        # One thread: all cores decode an image each.
-        pi_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
         with contextlib.suppress(UnidentifiedImageError):
             return Image.open(io.BytesIO(data), formats=["HEIF"])
         raise OSError(f"a damaged HEIC, or one of a kind that is not read: {CONVERT}")
@@ -155,6 +159,25 @@ def _check_tile(data: bytes, image: Image.Image, most: float) -> None:
         width, height = (dict(getattr(image, "tag_v2", {})).get(tag, 0) for tag in TILE)
         if any(tags.count(tag) != 1 for tag in TILE) or not 0 < width * height <= most:
             raise OSError(f"a TIFF with tiles of more than {most:,.0f} pixels, or of no clear size: {CONVERT}")
+
+
+def _check_coded_sizes(data: bytes, most: float) -> None:
+    """Refuse a HEIC of which only a part is shown (`clap`), where the whole is too large: that is decoded first.
+
+    Raises:
+        OSError: an image in it has more than `most` pixels.
+    """
+    begin = 0
+    while begin + 8 <= len(data):  # through the boxes; pixels may hold any bytes
+        size, kind = struct.unpack_from(">L4s", data, begin)
+        size = size or len(data) - begin
+        if size == 1 and begin + 16 <= len(data):
+            (size,) = struct.unpack_from(">Q", data, begin + 8)
+        meta = data[begin : begin + size] if kind == b"meta" else b""
+        for found in meta.split(b"ispe")[1:]:
+            if len(found) >= 12 and math.prod(struct.unpack_from(">LL", found, 4)) > most:
+                raise OSError(f"a HEIC with an image of more than {most:,.0f} pixels: {CONVERT}")
+        begin += max(size, 8)
 
 
 def read_bytes(source: dict | None) -> bytes:

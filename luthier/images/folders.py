@@ -241,10 +241,11 @@ def _check_names(root: Path, folders: list[Path]) -> None:
         if folder.name.lower() in SPLIT_OF_FOLDER:
             shared = sorted(classes & {each.name for each in subfolders(_unpacked(folder))})
             if len(shared) > 1:  # one name is chance
+                is_train = SPLIT_OF_FOLDER[folder.name.lower()] == "train"  # which may hold the same images
+                remedy = f"Give --data_dir {folder}" if is_train else f"Put the other classes into {root / 'train'}"
                 raise UserError(
                     f"{root} holds {folder.name}, which looks like a split: it has folders of the same names as those "
-                    f"beside it, such as {shared[0]}. Put the other class folders into {root / 'train'}. If "
-                    f"{folder.name} is a class, give it another name"
+                    f"beside it, such as {shared[0]}. {remedy}. If {folder.name} is a class, give it another name"
                 )
     words = {folder: {*re.split(r"[^a-z]+", folder.name.lower())} & SPLIT_OF_FOLDER.keys() for folder in folders}
     split_of = {folder: SPLIT_OF_FOLDER[min(each)] for folder, each in words.items() if len(each) == 1}

@@ -66,8 +66,9 @@ class ImageFiles:
             return f"{name!r} leads out of the folder"
         found = self.matches(name, skip)
         if not found:
-            stem, point, _ = name.rpartition(".")
-            if point and (others := self.matches(stem, skip)):  # as after all were converted
+            stem, point, ending = name.rpartition(".")
+            is_ending = point and not {"/", "\\"} & {*ending}
+            if is_ending and (others := self.matches(stem, skip)):  # as after all were converted
                 return f"there is no image {name!r}, but {others[0]}: write that name"
             if is_unread(name):
                 return f"{name!r} is in a format that is not read: {CONVERT}"

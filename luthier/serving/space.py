@@ -94,10 +94,12 @@ def find_imports() -> tuple[list[str], set[str]]:
 def find_requirements(packages: set[str]) -> list[str]:
     """Return the lines of requirements.txt for packages, given by the names that they are imported by."""
     distributions = importlib.metadata.packages_distributions()
-    needed = {name.lower() for package in packages for name in distributions.get(package, [package])}
+    needed = {
+        name.lower().replace("_", "-") for package in packages for name in distributions.get(package, [package])
+    }  # pi-heif calls itself pi_heif
     lines = (PROJECT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     requirements = [line.split("#")[0].strip() for line in lines]
-    return [line for line in requirements if line.split(">=")[0].split("==")[0].lower() in needed]
+    return [line for line in requirements if line.split(">=")[0].split("==")[0].lower().replace("_", "-") in needed]
 
 
 def _imported_names(source: str) -> set[str]:

@@ -162,7 +162,8 @@ def predict_best(trainer: SafeTrainer, rows: Any) -> tuple[np.ndarray, np.ndarra
 
     Where this training has evaluated them on these rows, its answers are returned, and nothing is predicted again.
     """
-    kept = trainer.evaluations.get(trainer.state.best_global_step or 0) if rows is trainer.eval_dataset else None
+    best = trainer.state.best_global_step  # None where the last weights stay, which step 0 (`eval_on_start`) is not
+    kept = trainer.evaluations.get(best) if best is not None and rows is trainer.eval_dataset else None
     if kept is None:
         return predict(trainer, rows)
     return concatenate_batches(kept.predictions), concatenate_batches(kept.label_ids)

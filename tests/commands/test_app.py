@@ -155,7 +155,7 @@ def test_files_of_a_space_follow_from_the_imports():
     assert not {"train.py", "data.py", "luthier/serving/space.py", "luthier/serving/hub.py"} & set(files)
     assert {"torch", "PIL", "gradio"} <= packages and not {"luthier", "models", "sys", "pathlib"} & packages
     names = {line.split(">=")[0] for line in find_requirements(packages)}
-    assert {"torch", "pillow", "transformers"} <= names and not {"matplotlib", "tensorboard"} & names
+    assert {"torch", "pillow", "pi-heif", "transformers"} <= names and not {"matplotlib", "tensorboard"} & names
 
 
 @pytest.mark.slow

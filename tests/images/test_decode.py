@@ -229,6 +229,24 @@ def test_heic_that_cannot_be_read_says_why(monkeypatch):
         decode_rgb(HEIC)
 
 
+def test_heic_that_shows_a_small_part_of_a_huge_image_is_refused():
+    sides = b"ispe" + bytes(4) + struct.pack(">LL", 64, 64)
+    assert HEIC.count(sides) == 1
+    for side, most in ((8_000, 51_000_000), (20_000, None)):
+        huge = HEIC.replace(sides, b"ispe" + bytes(4) + struct.pack(">LL", side, side))
+        with pytest.raises(OSError, match="a HEIC with an image of more than"):  # it says that it is 48 x 64
+            decode_rgb(huge, max_pixels=most)
+
+
+def test_pi_heif_without_its_library_is_named(monkeypatch):
+    def fail(**_):
+        raise ImportError("libheif.so: cannot open shared object file")
+
+    monkeypatch.setattr("pi_heif.register_heif_opener", fail)
+    with pytest.raises(OSError, match="cannot be opened: it is HEIC: pip install pi-heif"):
+        decode_rgb(HEIC)
+
+
 def test_jpeg_of_too_many_scans_is_refused(monkeypatch):
     file = io.BytesIO()
     PILImage.new("RGB", (64, 48)).save(file, "JPEG", progressive=True)

@@ -236,6 +236,8 @@ def test_names_that_differ_in_capitals_alone_are_two_images(root):
 def test_name_of_a_converted_image_is_told(root):
     with pytest.raises(UserError, match=r"there is no image 'a0\.HEIC', but a0\.png: write that name"):
         load(root, text([("a0.HEIC", "blue"), *pairs()[1:]]))
+    with pytest.raises(UserError, match=r"there is no image 'a0\.5/b' below"):
+        load(root, text([("a0.5/b", "blue"), *pairs()[1:]]))
     with pytest.raises(UserError, match=r"'c\.DNG' is in a format that is not read: convert it"):
         load(root, text([("c.DNG", "blue"), *pairs()[1:]]))
 

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 import luthier.scoring.race as race
+import luthier.training.trainer as module
 import train
 from luthier.errors import UserError
 from luthier.machine import LONG_RUN, choose_memory_format
@@ -253,6 +254,14 @@ def test_first_step_that_is_not_finite_is_remembered_until_it_is_read():
         SafeTrainer._watch(trainer, loss)
         found.append(int(trainer.not_finite_at))
     assert found == [-1, 2, 2, 2]
+
+
+def test_answers_of_an_evaluation_before_training_are_not_those_of_the_trained_weights(monkeypatch):
+    monkeypatch.setattr(module, "predict", lambda trainer, rows: "anew")
+    rows, first = [], SimpleNamespace(predictions=torch.zeros(2, 3).numpy(), label_ids=torch.zeros(2).numpy())
+    state = SimpleNamespace(best_global_step=None)  # of `--eval_strategy no --eval_on_start`
+    trainer = SimpleNamespace(evaluations={0: first}, state=state, eval_dataset=rows)
+    assert module.predict_best(trainer, rows) == "anew"
 
 
 def test_seconds_of_the_training_loop_go_to_their_stages():
