@@ -23,7 +23,7 @@ from typing import NamedTuple
 import psutil
 
 from luthier.errors import UserError, exit_on_user_error
-from luthier.files import expand_home
+from luthier.files import atomic_write, expand_home
 from luthier.output_dir import has_ended, read_metrics, wait_for_lock
 from luthier.run_files import PREDICTIONS
 from luthier.terminal import PROJECT, ignore_closed, percent, say
@@ -286,7 +286,8 @@ def execute(run: Run) -> None:
     Exits with 1 where the run fails, with 130 after Ctrl-C, which the run has received too, with 143 after SIGTERM.
     """
     log = run.log
-    run.note.write_text(f"{run.settings}\n", encoding="utf-8")
+    with atomic_write(run.note) as whole:  # on a full disk that of an interrupted run stays as it was
+        whole.write_text(f"{run.settings}\n", encoding="utf-8")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]  # this environment's accelerate
     environment = os.environ | {"PYTHONUTF8": "1"}  # class names may not fit into the code page of Windows
     with (

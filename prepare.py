@@ -13,13 +13,13 @@ interruption. Several machines with a common disk take a share each (docs/usage.
 """
 
 import argparse
-import contextlib
 import glob
 import hashlib
 import json
 import os
 import sys
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -266,17 +266,18 @@ def claim_folder(folder: Path, plan: dict) -> None:
     Raises:
         UserError: it has something else.
     """
-    from luthier.files import atomic_write
+    from luthier.files import atomic_write, rename
     from luthier.images.loading import PLAN
 
     text = json.dumps(plan, indent=1)
     check_folder(folder)
     create_folder(folder)
-    # Of several machines one may rename what another is writing. Their plans must be the same, whichever is left.
-    with contextlib.suppress(FileNotFoundError):
-        if not (folder / PLAN).is_file():
-            with atomic_write(folder / PLAN) as whole:
-                whole.write_text(text, encoding="utf-8")
+    if not (folder / PLAN).is_file():
+        # Of several machines none may empty what another one renames. Whichever plan is left, all must have it.
+        own = folder / f".{PLAN}-{uuid.uuid4().hex}"
+        with atomic_write(own) as whole:
+            whole.write_text(text, encoding="utf-8")
+        rename(own, folder / PLAN)
     if (folder / PLAN).read_text(encoding="utf-8") != text:
         raise UserError(
             f"{folder} has shards of other images, splits or sizes, or of another version of Luthier: give another "

@@ -9,12 +9,27 @@ from filelock import FileLock, Timeout
 
 from luthier.errors import UserError
 from luthier.files import expand_home, lock_folder
-from luthier.run_files import BACKBONE, CARD, CONFIG, EARLIER_CARD, LEARNED_FROM, METRICS, ONNX, RACE, WRITTEN
+from luthier.run_files import (
+    BACKBONE,
+    CARD,
+    CONFIG,
+    EARLIER_CARD,
+    LEARNED_FROM,
+    METRICS,
+    ONNX,
+    RACE,
+    SCORED,
+    WRITTEN,
+)
 from luthier.terminal import quote
 
 NO_TIME = "the time limit"  # why a race ended, or why there is no refit: in race.json and metrics.json too
 # What a run writes first; another folder that holds folders, such as classes, is none of a run.
-OF_RUNS = (RACE, "checkpoint-*", "damaged-checkpoint-*", "fold-*", BACKBONE, LEARNED_FROM, METRICS)
+# The Trainer makes the folder of an arm before there is a record, and a kept probe has none.
+OF_RUNS = (
+    RACE, "race/*/", "checkpoint-*", "damaged-checkpoint-*", "fold-*", BACKBONE, LEARNED_FROM,
+    f"{SCORED}/{LEARNED_FROM}", METRICS,
+)  # fmt: skip
 ENDINGS = (".safetensors", ".safetensors.index.json", ".bin", ".onnx", ".png")  # of its weights and figures
 LOCK = ".lock"  # in the directory while a run writes there
 

@@ -154,6 +154,9 @@ def test_files_of_a_run_are_known_and_others_are_not(tmp_path):
     (tmp_path / "onnx").mkdir()
     (tmp_path / "config.json").touch()
     own = ["metrics.json", "model.safetensors", "model.safetensors.index.json", "onnx/model.onnx", "curves.png"]
+    own += ["README.md", "audit.html", "audit.json", "backbone.txt", "export.json", "images.json", "learned_from.txt"]
+    own += ["models.py", "predictions.csv", "preprocessor_config.json", "race.json", "report.html"]
+    own += ["training_args.bin"]
     for name in (*own, "answers.csv", "onnx/notes.txt"):
         assert not is_of_run(tmp_path / name), "it is not there"
         (tmp_path / name).touch()
@@ -173,3 +176,11 @@ def test_output_dir_may_be_in_the_home_directory(tmp_path, monkeypatch):
     (tmp_path / "used/x.txt").touch()
     with pytest.raises(UserError, match="already holds something"):
         free_output_dir("~/used", "x", None)
+
+
+@pytest.mark.parametrize("left", ["race/lp_ft/", "scored/learned_from.txt"])
+def test_run_that_ended_before_its_first_record_goes_on(tmp_path, left):
+    path = tmp_path / "run" / left
+    path.parent.mkdir(parents=True)
+    path.mkdir() if left.endswith("/") else path.touch()
+    assert free_output_dir(str(tmp_path / "run"), "run", "auto") == tmp_path / "run"

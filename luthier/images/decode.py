@@ -1,11 +1,13 @@
 """One image file to upright RGB pixels, the same way for training and for predictions."""
 
 import contextlib
+import errno
 import io
 import math
 import re
 import stat
 import struct
+import time
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -45,6 +47,9 @@ LEFT_BEHIND = {
 CONVERT = "convert it to JPEG or PNG"
 HEIF = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}  # bytes 8 to 11 of HEIC files
 NOT_OPENED = "cannot be opened: "  # prefix of reasons that may be gone at the next try
+# Errors of network disks that pass, and the seconds before each new attempt. An image that is left out of a run
+# and can be read when it is resumed makes other splits of its images, and the run does not go on.
+PASSING, WAITS = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN}, (0.2, 1.0)
 
 
 class Decoded(NamedTuple):
@@ -202,6 +207,13 @@ def read_file(path: str | Path) -> bytes:
         raise OSError("it is no regular file")
     if facts.st_size > MAX_BYTES:
         raise OSError(f"it has {facts.st_size / 2**20:,.0f} MB, and more than {MAX_BYTES / 2**20:,.0f} are not read")
+    for wait in WAITS:
+        try:
+            return Path(path).read_bytes()
+        except OSError as error:
+            if error.errno not in PASSING:
+                raise
+        time.sleep(wait)
     return Path(path).read_bytes()
 
 

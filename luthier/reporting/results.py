@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 
 from luthier.escape import escape_cell
 from luthier.familiarity import Familiarity, describe_in_config, save_bank
-from luthier.files import copy_permissions_to_weights
+from luthier.files import copy_permissions_to_weights, sync
 from luthier.images.description import describe
 from luthier.options import DataArguments
-from luthier.output_dir import mark_unfinished
+from luthier.output_dir import is_of_run, mark_unfinished
 from luthier.reporting.card import FIGURES, ROWS, write_model_card
 from luthier.reporting.console import describe_recipe, loss_in_words, say_results
 from luthier.run_files import (
@@ -148,6 +148,10 @@ def write_run(
     text = json.dumps({"options": options, "test": unseen}, indent=1)
     (output_dir / IMAGES).write_text(f"{text}\n", encoding="utf-8")
     write_results(output_dir, metrics, result.predictions(splits), experiment.findings, stopwatch)
+    # The card says that the run has ended: after a power cut it must not be there without the rest.
+    for path in (*output_dir.iterdir(), *output_dir.glob(f"{SCORED}/*")):
+        if path.is_file() and is_of_run(path):
+            sync(path)
     write_model_card(output_dir, metrics)
     say_results(output_dir, metrics)
 

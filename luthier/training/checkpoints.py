@@ -6,7 +6,6 @@ import logging
 import os
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,10 +57,12 @@ def seal(folder: Path, checkpoint: Path) -> None:
     (folder / HASHES).write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
     sync(folder / HASHES)
     _sync_folder(folder)
-    if checkpoint.exists():
-        shutil.rmtree(checkpoint)
+    earlier = folder.with_name(f"earlier-{checkpoint.name}")
+    if checkpoint.exists():  # of the same step; to remove it takes longer than to rename it
+        rename(checkpoint, earlier)
     rename(folder, checkpoint)
     _sync_folder(checkpoint.parent)
+    shutil.rmtree(earlier, ignore_errors=True)
 
 
 def find_damage(checkpoint: Path) -> str | None:
@@ -231,7 +232,8 @@ def prune_checkpoints(output_dir: Path, limit: int | None, best: int | None) -> 
     older = list(checkpoints_by_step(output_dir).items())[limit:] if limit else []
     for step, checkpoint in older:
         if step != best:
-            shutil.rmtree(checkpoint, ignore_errors=sys.platform == "win32")  # the next save tries again
+            # Windows removes no open file, and NFS leaves one of another name. The next save tries again.
+            shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def lacking_space(output_dir: Path, size: int, limit: int) -> str:

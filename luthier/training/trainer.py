@@ -24,9 +24,9 @@ from transformers.training_args import OptimizerNames
 from luthier.errors import UserError
 from luthier.machine import explain_exhausted_memory
 from luthier.processes import from_main_process, share_tensors
-from luthier.terminal import has_terminal
+from luthier.terminal import has_terminal, say
 from luthier.training.callbacks import ProgressBar, ProgressLines
-from luthier.training.checkpoints import bring_best, check_origin, load_weights, step_of
+from luthier.training.checkpoints import HASHES, bring_best, check_origin, find_damage, load_weights, step_of
 from luthier.training.heats import EndHeat
 from luthier.training.safe_trainer import SafeTrainer
 from luthier.training.signals import Stop, StoppedInEvaluation
@@ -137,7 +137,11 @@ def _load_best(trainer: SafeTrainer) -> None:
     model = model_of(trainer)
     # The best step was chosen on validation. With other strategies than Luthier's it may have no checkpoint.
     best = Path(str(trainer.args.output_dir)) / f"checkpoint-{trainer.state.best_global_step}"
-    found = from_main_process(best if best.exists() else None)
+    # `newest_whole` has looked at the newest one, and at older ones only where that is damaged.
+    looks = trainer.args.process_index == 0 and (best / HASHES).exists()
+    if damage := find_damage(best) if looks else None:
+        say("careful", f"{best} is not used, because {damage}: the last weights take its place")
+    found = from_main_process(best if best.exists() and not damage else None)
     if found is None:
         trainer.state.best_global_step = None
     elif trainer.args.process_index == 0:

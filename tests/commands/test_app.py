@@ -237,6 +237,21 @@ def test_slow_address_does_not_hold_up_the_other_visitors(monkeypatch):
     assert limits["url"] == app.FETCHES > 1
 
 
+@pytest.mark.parametrize(("options", "private"), [(["--private"], True), ([], None)])
+def test_space_is_hidden_where_the_user_asks_for_it(monkeypatch, options, private):
+    asked = []
+
+    def check_access(repo_id, hidden, sdk):
+        asked.append((repo_id, hidden, sdk))
+        raise UserError("enough")
+
+    monkeypatch.setattr(HfApi, "repo_info", lambda *_, **__: None)  # the Hub has the model
+    monkeypatch.setattr("luthier.serving.hub.check_access", check_access)
+    with pytest.raises(SystemExit):
+        app.main(["me/colours", "--push_to_space", "me/demo", *options])
+    assert asked == [("me/demo", private, "gradio")]
+
+
 def test_space_runs_the_python_of_its_publisher(tmp_path):
     stage_space("me/x", "me/demo", tmp_path)
     head = yaml.safe_load((tmp_path / "README.md").read_text(encoding="utf-8").split("---")[1])

@@ -1,9 +1,11 @@
 """compare.py: experiments on the same images, the table, the verdicts, and runs that are reused or resumed."""
 
+import errno
 import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -62,6 +64,31 @@ def test_config_that_changes_while_the_runs_go_on_is_refused(tmp_path, monkeypat
     with pytest.raises(SystemExit) as exit_info:
         main(["--set", "augmentation=none,augmix", "--seeds", "1"])
     assert exit_info.value.code == 2 and "its config has changed since" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("of", "message"),
+    [
+        ("experiment", "do not have the same splits in seed 1"),
+        ("part", "have changed between seed 1 and seed 2 of augmentation-none"),
+    ],
+)
+def test_runs_of_other_images_are_not_compared(tmp_path, monkeypatch, capsys, of, message):
+    def trained(run):
+        run.folder.mkdir(parents=True)
+        for name in ("README.md", "model.safetensors"):
+            (run.folder / name).touch()
+        metrics = {"settings": run.settings, "time_limit": None, "data": {"fingerprint": getattr(run, of)}}
+        metrics |= {"test": {"accuracy": 1.0, "n": 1}, "validation": {"accuracy": 1.0}, "seconds": {"total": 1.0}}
+        (run.folder / "metrics.json").write_text(json.dumps(metrics))
+        (run.folder / "predictions.csv").write_text("name,digest,label,predicted\na.png,x,a,a\n")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("compare.execute", trained)
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--set", "augmentation=none,augmix", "--seeds", "2"])
+    assert exit_info.value.code == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "outputs/compare/compare.md").exists()
 
 
 def test_log_keeps_what_the_run_has_printed_before(tmp_path, monkeypatch):
@@ -472,3 +499,18 @@ def test_table_has_each_figure_in_its_column():
     head, _, line = comparison_in_words([row], []).splitlines()[:3]
     assert line == "| a | 3 | 80.0% (70.0% to 90.0%) | 75.0% to 85.0% | 90 | 60.0% | 12 |"
     assert head.count("|") == line.count("|")
+
+
+def test_full_disk_leaves_the_note_of_an_interrupted_run(tmp_path, monkeypatch):
+    run = Run("a", "seed 1", tmp_path / "a", [], "x")
+    run.folder.mkdir()
+    run.note.write_text("x\n")
+
+    def full(path, *_, **__):
+        path.open("w").close()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(Path, "write_text", full)
+        execute(run)
+    assert not is_finished(run)

@@ -30,6 +30,7 @@ import export
 import predict
 import train
 from luthier.errors import UserError, exit_with
+from luthier.files import lock_folder
 from luthier.scoring.intervals import interval_of_difference
 from luthier.serving import export as exporting
 from luthier.serving.classifier import open_network
@@ -452,6 +453,12 @@ def test_images_to_check_on_may_be_in_linked_folders(tmp_path):
         (tmp_path / "check" / name).symlink_to(tmp_path / "photos" / name)
     images, _ = export.find_images("", tmp_path / "check", ["blue", "red"], calibrate=False)
     assert sorted(images.labels) == [0, 0, 1, 1]
+
+
+def test_two_cannot_export_into_one_folder(tmp_path, capsys):
+    with lock_folder(tmp_path, ".export.lock", ""):
+        code, printed = run_export(capsys, tmp_path)
+    assert code == 2 and f"another export is writing into {tmp_path}: wait for it" in printed
 
 
 class Always:

@@ -267,3 +267,9 @@ def test_images_are_stored_block_by_block(monkeypatch):
     prepare.main(LINE)
     rows = sum(parquet.read_metadata(path).num_rows for path in Path("shards").glob("*.parquet"))
     assert sum(counts) == rows == 37 and max(counts) == 4
+
+
+def test_machine_that_begins_at_the_same_time_does_not_empty_the_plan(monkeypatch):
+    monkeypatch.setattr("luthier.files.sync", lambda path: Path("shards/.shards.json").write_text(""))
+    prepare.claim_folder(Path("shards"), {"version": 1})
+    assert json.loads(Path("shards/shards.json").read_text()) == {"version": 1}

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import PROJECT, draw_folder
@@ -12,7 +13,7 @@ from datasets import Dataset
 
 import train
 from luthier.arguments import parse_arguments
-from luthier.reporting.results import warn_if_learned
+from luthier.reporting.results import _name_on_hub, warn_if_learned
 from luthier.training.safe_trainer import SafeTrainer
 
 
@@ -61,6 +62,22 @@ def test_seconds_cover_the_imports_before_the_arguments_are_parsed(tmp_path):
     seconds = json.loads((tmp_path / "out/metrics.json").read_text())["seconds"]
     assert seconds["start"] >= 3
     assert seconds["total"] == pytest.approx(sum(seconds.values()) - seconds["total"], abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("timm/resnet18.tv_in1k", "timm/resnet18.tv_in1k"),
+        ("clients/alice", None),  # a folder, whose name would be published
+        ("/srv/clients/alice", None),
+        ("efficientnet_lite0", None),
+        ("", None),
+    ],
+)
+def test_base_model_of_a_card_is_never_a_folder_of_this_machine(tmp_path, monkeypatch, name, expected):
+    monkeypatch.chdir(tmp_path)
+    Path("clients/alice").mkdir(parents=True)
+    assert _name_on_hub(SimpleNamespace(config=SimpleNamespace(name_or_path=name))) == expected
 
 
 def test_model_that_has_learned_from_the_images_that_judge_it_is_named(tmp_path, capsys):

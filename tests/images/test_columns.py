@@ -282,6 +282,8 @@ def test_a_column_of_numbers_copies_no_rows():
 def test_values_of_fixed_width_follow_the_order_of_the_rows():
     rows = Dataset.from_dict({"a": ["aa", None, "bb", "cc"]}).select([3, 0])
     assert fixed_width(rows, "a").view("S2").ravel().tolist() == [b"cc", b"aa"]
+    rows = Dataset.from_dict({"a": ["aa", "bb", "cc", "dd"]}).select(range(1, 3))  # as where the first is left out
+    assert rows._indices is None and fixed_width(rows, "a").view("S2").ravel().tolist() == [b"bb", b"cc"]
 
 
 def test_dataset_folder_that_would_be_a_pattern_is_refused(tmp_path):

@@ -1,5 +1,6 @@
 """Decoding an image file to upright RGB: Pillow modes, transparency, EXIF, animations, decompression bombs."""
 
+import errno
 import io
 import os
 import struct
@@ -256,3 +257,17 @@ def test_jpeg_of_too_many_scans_is_refused(monkeypatch):
     assert decode_rgb(file.getvalue(), max_pixels=10_000).image.size == (64, 48)
     with pytest.raises(OSError, match=r"JPEG of 1,\d+ scans"):
         decode_rgb(hostile, max_pixels=10_000)
+
+
+def test_error_of_a_network_disk_that_passes_is_none(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(b"image")
+    failures, read = [errno.EIO, errno.ESTALE], Path.read_bytes
+
+    def read_at_last(path):
+        if failures:
+            raise OSError(failures.pop(), "away")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_at_last)
+    monkeypatch.setattr(decode.time, "sleep", lambda _: None)
+    assert decode.read_file(tmp_path / "a.png") == b"image"

@@ -257,18 +257,14 @@ def test_split_beside_the_class_folders_is_not_taken_for_a_class(tmp_path, names
         put(tmp_path / f"class{number}", 100 * number)
     for number, name in enumerate(names):
         draw_folder(tmp_path / name, 3, first=20 + 20 * number)
-    with pytest.raises(
-        UserError, match=f"holds {names[0]}, which looks like a split: .* such as blue. Put the other classes"
-    ):
+    with pytest.raises(UserError, match=f"holds {names[0]}, which looks like a split: .* such as blue. Put the other"):
         load(data_dir=str(tmp_path))
 
 
 def test_class_folders_beside_those_in_train_are_not_to_be_put_there(tmp_path):
     draw_folder(tmp_path, 3)
     draw_folder(tmp_path / "train", 3)
-    with pytest.raises(
-        UserError, match=r"holds train, .* such as blue\. Give --data_dir .*train\. If train is a class"
-    ):
+    with pytest.raises(UserError, match=r"holds train, .* such as blue\. Give --data_dir .*train\. If train is a"):
         load(data_dir=str(tmp_path))
 
 

@@ -67,6 +67,14 @@ def test_images_that_are_added_change_the_split_of_few_others():
     assert len(np.intersect1d(after["test"], other["test"])) < 60, "of 132; another seed is another cut"
 
 
+def test_order_of_the_files_tells_nothing_of_groups_either():
+    digests = np.array([f"{row:064x}" for row in np.random.default_rng(0).permutation(600)])
+    labels, groups, mixed = np.arange(600) % 3, random_groups(600), np.random.default_rng(1).permutation(600)
+    cut = stratified_cut(labels, NAMES, FRACTIONS, 1, groups, digests)
+    again = stratified_cut(labels[mixed], NAMES, FRACTIONS, 1, groups[mixed], digests[mixed])
+    assert all({*mixed[again[split]].tolist()} == {*cut[split].tolist()} for split in cut)
+
+
 @pytest.mark.parametrize("size", [2, 5, 10])
 def test_images_of_groups_have_the_same_share_in_every_split(size):
     """Half of 800 images are in groups. If a group came as early as its first image, test would have most of them."""

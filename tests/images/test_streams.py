@@ -240,6 +240,28 @@ def test_files_that_number_the_classes_in_other_ways_are_refused(streamed):
         open_stream(".") if streamed else load_images(data_dir=".")
 
 
+def test_stream_whose_rows_name_files_is_refused():
+    """They could be any of this machine, and end in a report or in a published model."""
+    write("train.parquet", mixed(40))
+    write("validation.parquet", mixed(9), 200)
+    features = Features({"photo": Image(), "label": ClassLabel(names=NAMES)})
+    rows = {"photo": [{"bytes": None, "path": "/etc/hosts"}] * 9, "label": mixed(9)}
+    parquet.write_table(Dataset.from_dict(rows, features=features).data.table, "test.parquet")
+    with pytest.raises(UserError, match=r"the split test of \. names a file instead of an image \(/etc/hosts\)"):
+        open_stream(".")
+
+
+def test_stream_whose_readme_names_files_of_others_is_refused(tmp_path):
+    for folder in ("others", "set"):
+        Path(folder).mkdir()
+    for split, n in (("train", 40), ("validation", 9), ("test", 9)):
+        write(f"others/{split}.parquet", mixed(n))
+    card = f"configs:\n- config_name: default\n  data_files: {tmp_path}/others/*.parquet\n"
+    Path("set/README.md").write_text(f"---\n{card}---\n")
+    with pytest.raises(UserError, match="names a file that is not its own"):
+        open_stream("set")
+
+
 def test_large_row_groups_are_refused(monkeypatch):
     monkeypatch.setattr(shards, "MAX_GROUP", 20_000)
     write("train.parquet", mixed(30))

@@ -1,5 +1,7 @@
 """Figures, model card and pages: they show the score, escape names and need no network."""
 
+import base64
+import io
 import json
 import re
 import shutil
@@ -8,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import PROJECT, draw_folder
+from conftest import COLOURS, PROJECT, draw_folder, encode
 from datasets import ClassLabel, Dataset, DatasetDict, Features
+from datasets import Image as ImageFeature
 from huggingface_hub import ModelCard
 from PIL import Image
 
@@ -32,7 +35,7 @@ from luthier.reporting.figures import (
     plot_learning_curve,
     plot_reliability,
 )
-from luthier.reporting.page import most_telling, write_audit_page, write_report
+from luthier.reporting.page import _thumbnails, most_telling, write_audit_page, write_report
 from luthier.reporting.results import TestPredictions, write_metrics, write_predictions
 from luthier.scoring.audit import audit_images, leaks_in_words
 from luthier.scoring.metrics import confidence_and_correct, reliability, score, selective
@@ -327,6 +330,20 @@ def test_report_shows_what_is_confused_most_often(metrics, images, tmp_path):
     write_report(tmp_path, metrics, audit_images(splits, unreadable) | {"learned_from": 0}, test)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "Most frequent confusions" in page and ": 2 of 2 test images" in page
+
+
+def test_thumbnail_is_that_of_its_image():
+    colours = {"train": ("red", "blue"), "test": ("green", "red")}
+    features = Features({"image": ImageFeature(decode=False)})
+    files = {split: [{"bytes": encode(name, 1), "path": None} for name in names] for split, names in colours.items()}
+    splits = DatasetDict({split: Dataset.from_dict({"image": rows}, features) for split, rows in files.items()})
+    thumbnail = _thumbnails(splits)
+    for split, names in colours.items():
+        for row, name in enumerate(names):
+            data = thumbnail({"split": split, "row": row}).removeprefix("data:image/jpeg;base64,")
+            mean = np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))).mean(axis=(0, 1))
+            assert np.abs(mean - COLOURS[name]).max() < 30, (split, row)
+    assert thumbnail({"split": "train", "row": None}) is None, "it was left out"
 
 
 def test_figures_have_their_values_on_the_right_axes(monkeypatch):

@@ -190,7 +190,7 @@ def test_addresses_other_than_http_are_refused(url):
         "127.0.0.1", "localhost", "10.0.0.1", "192.168.1.1", "169.254.169.254", "0.0.0.0", "[::1]", "[fe80::1]",
         "2130706433", "[fc00::1]", "[::ffff:127.0.0.1]", "[64:ff9b::a9fe:a9fe]", "[2002:7f00:1::]", "100.64.0.1",
         "224.0.0.1", "[64:ff9b:1::7f00:1]", "[fec0::1]", "[::127.0.0.1]", "168.63.129.16",
-        "192.0.0.192", "[5f00::1]", "[2001:0:5db8:d822:0:0:80ff:fffe]",
+        "192.0.0.192", "[5f00::1]", "[2001:0:5db8:d822:0:0:80ff:fffe]", "[::ffff:0:7f00:1]",
     ],
 )  # fmt: skip
 def test_private_addresses_are_refused(host):
@@ -210,6 +210,20 @@ def test_redirect_to_a_private_address_is_refused(server, monkeypatch):
     monkeypatch.setattr(fetch, "_is_public", lambda address: address == "127.0.0.1")
     with pytest.raises(OSError, match=r"169.254.169.254 is not public"):
         fetch.fetch(f"http://image.example:{port}/inside")
+
+
+def test_address_that_was_checked_is_the_one_that_is_fetched_from(server, monkeypatch):
+    """A name may resolve to an address of this machine's network the second time."""
+    names, resolve = [], socket.getaddrinfo
+
+    def record(host, *rest, **options):
+        names.append(host)
+        return resolve("127.0.0.1", *rest, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", record)
+    monkeypatch.setattr(fetch, "_is_public", lambda address: address == "127.0.0.1")
+    assert fetch.fetch(f"http://image.example:{server.rsplit(':', 1)[1]}/good.png")
+    assert names.count("image.example") == 1
 
 
 def test_host_with_one_private_address_is_refused(monkeypatch):

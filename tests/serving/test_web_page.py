@@ -25,6 +25,7 @@ from conftest import PROJECT, draw
 from hub_server import Hub
 from PIL import Image
 
+import export
 from luthier.errors import UserError
 from luthier.images.resizing import FILTERS, ResizeRule
 from luthier.serving import web_page
@@ -305,6 +306,24 @@ def test_version_of_a_page_changes_with_the_weights_alone(tmp_path, monkeypatch)
         write_page(tmp_path / "model.onnx", tmp_path / "page", "colours", vendor=False)
         versions.add(json.loads((tmp_path / "page/model.json").read_text())["version"])
     assert len(versions) == 2
+
+
+@pytest.mark.parametrize(("options", "private"), [(["--private"], True), ([], None)])
+def test_page_on_the_hub_is_hidden_where_the_user_asks_for_it(tmp_path, monkeypatch, options, private):
+    asked = []
+
+    def check_access(repo_id, hidden, sdk):
+        asked.append((repo_id, hidden, sdk))
+        raise UserError("enough")
+
+    facts = SimpleNamespace(labels=["a", "b"], resize=SimpleNamespace(_asdict=dict), unsure_below=0.5, none=None)
+    monkeypatch.setattr(web_page, "OnnxNetwork", lambda model: SimpleNamespace(facts=facts))
+    monkeypatch.setattr(web_page.hub, "check_access", check_access)
+    (tmp_path / "model.onnx").touch()
+    args = export.build_parser().parse_args(["colours", "--push_to_space", "me/page", *options])
+    with pytest.raises(UserError, match="enough"):
+        export.publish_page(args, tmp_path / "model.onnx")
+    assert asked == [("me/page", private, "static")]
 
 
 def test_infinite_threshold_is_null_for_browsers(tmp_path, monkeypatch):

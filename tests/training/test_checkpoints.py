@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import stat
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 
 import luthier.training.checkpoints as checkpoints
 from luthier.errors import UserError
+from luthier.files import atomic_write
 from luthier.training.checkpoints import (
     HASHES,
     Origin,
@@ -23,11 +25,13 @@ from luthier.training.checkpoints import (
     checkpoints_by_step,
     find_damage,
     lacking_space,
+    newest_shared,
     newest_whole,
     prune_checkpoints,
     seal,
     write_origin,
 )
+from luthier.training.trainer import _load_best
 
 
 def write_checkpoint(output_dir, step):
@@ -167,6 +171,41 @@ def test_checkpoint_of_the_same_step_is_replaced(tmp_path):
     assert find_damage(tmp_path / "checkpoint-4") is None and not partial.exists()
 
 
+@pytest.fixture
+def events(monkeypatch) -> list:
+    """What is synced to the disk, each by its inode, and in between what gets its name."""
+    happened, replace = [], Path.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: happened.append(os.fstat(handle).st_ino))
+    monkeypatch.setattr(Path, "replace", lambda self, target: happened.append("renamed") or replace(self, target))
+    return happened
+
+
+@pytest.mark.skipif(os.name != "posix", reason="other systems open no folders")
+def test_checkpoint_is_on_the_disk_before_it_gets_its_name(tmp_path, events):
+    """After a power failure the name must not stand for empty files."""
+    folder = write_checkpoint(tmp_path, 4)
+    named = events.index("renamed")
+    assert {*events[:named]} == {path.stat().st_ino for path in (folder, *folder.iterdir())}
+    assert events[named + 1 :] == [tmp_path.stat().st_ino], "and so is the name, before older ones are removed"
+
+
+def test_file_is_on_the_disk_before_it_gets_its_name(tmp_path, events):
+    with atomic_write(tmp_path / "a.txt") as whole:
+        whole.write_text("a")
+    assert events == [(tmp_path / "a.txt").stat().st_ino, "renamed"]
+
+
+@pytest.mark.parametrize("missing", ["trainer_state.json", HASHES])
+def test_checkpoint_that_is_not_whole_on_another_machine_is_refused(tmp_path, monkeypatch, missing):
+    """The library would go on without the files of the optimizer, and end with other weights."""
+    folder = write_checkpoint(tmp_path, 4)
+    monkeypatch.setattr(checkpoints, "from_main_process", lambda _: folder)
+    assert newest_shared(tmp_path, is_main_process=False) == folder
+    (folder / missing).unlink()
+    with pytest.raises(UserError, match="checkpoint-4 is not on this machine"):
+        newest_shared(tmp_path, is_main_process=False)
+
+
 def test_checkpoints_that_are_there_make_room(tmp_path, monkeypatch):
     size = sum(file.stat().st_size for file in write_checkpoint(tmp_path, 2).iterdir())
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2 * size))
@@ -196,3 +235,37 @@ def test_named_checkpoint_that_is_damaged_is_refused(tmp_path):
     check_named(folder, origin)
     with pytest.raises(UserError, match="of other images or files"):
         check_named(folder, origin._replace(data="b"))
+
+
+def test_best_checkpoint_that_is_damaged_leaves_the_last_weights(tmp_path, capsys):
+    (write_checkpoint(tmp_path, 4) / "model.safetensors").write_bytes(b"")
+    args = SimpleNamespace(output_dir=tmp_path, process_index=0, world_size=1)
+    trainer = SimpleNamespace(model=None, args=args, state=SimpleNamespace(best_global_step=4))
+    _load_best(trainer)
+    assert trainer.state.best_global_step is None
+    assert "is not as it was written" in " ".join(capsys.readouterr().out.split())
+
+
+def test_old_checkpoint_that_cannot_be_removed_does_not_end_the_training(tmp_path, monkeypatch):
+    for step in (2, 4):
+        write_checkpoint(tmp_path, step)
+
+    def busy(*_, **__):
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    monkeypatch.setattr(os, "rmdir", busy)
+    prune_checkpoints(tmp_path, 1, best=None)
+    assert newest_whole(tmp_path) == tmp_path / "checkpoint-4"
+
+
+def test_checkpoint_of_the_same_step_stays_until_the_new_one_has_its_name(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path, 4)
+    seen, rmtree = [], shutil.rmtree
+
+    def watched(path, *rest, **options):
+        seen.append(find_damage(tmp_path / "checkpoint-4") is None and path != tmp_path / "checkpoint-4")
+        rmtree(path, *rest, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    write_checkpoint(tmp_path, 4)
+    assert seen and all(seen)

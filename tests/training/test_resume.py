@@ -21,6 +21,7 @@ from conftest import PROJECT, TWO_PROCESSES, flags, load_result
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
+import luthier.reporting.results as results
 from luthier.errors import NotFinite, UserError
 from luthier.machine import explain_exhausted_memory
 from luthier.output_dir import has_ended
@@ -459,3 +460,12 @@ def test_gradient_is_watched_where_it_is_not_clipped():
     trainer._has_mixed_mesh_grads, trainer._watch = lambda _: False, seen.append
     trainer._get_grad_norm(torch.nn.Linear(1, 1))  # as with --max_grad_norm 0
     assert len(seen) == 1 and seen[0].isnan()
+
+
+def test_all_files_are_on_the_disk_before_the_card(timm_checkpoint, monkeypatch):
+    done, write_card = [], results.write_model_card
+    monkeypatch.setattr(results, "sync", lambda path: done.append(path.as_posix()))
+    monkeypatch.setattr(results, "write_model_card", lambda *given: (done.append("card"), write_card(*given)))
+    main([*flags(str(timm_checkpoint), "--recipe", "probe"), "--output_dir", "out"])
+    before = done[: done.index("card")]
+    assert {"out/model.safetensors", "out/scored/model.safetensors", "out/metrics.json"} <= set(before)
