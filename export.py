@@ -153,7 +153,7 @@ def export(
     Raises:
         ModelError, UserError: the model cannot be loaded or exported, or there are no images to compare on.
     """
-    from luthier.serving.export import export_precisions
+    from luthier.serving.export import count_overflows, export_precisions
     from luthier.serving.onnx_network import OnnxNetwork
     from luthier.serving.parity import compare
     from luthier.serving.torch_network import TorchNetwork
@@ -165,7 +165,12 @@ def export(
     def build(network: TorchNetwork, scratch: str, compared: list[str]) -> dict[str, tuple[Path, "Parity"]]:
         rated = images.rate(network, "model")
         files = export_precisions(network, Path(scratch), precisions, calibration)
-        return {name: (files[name], compare(OnnxNetwork(files[name]), rated, images, name)) for name in compared}
+        found = {name: (files[name], compare(OnnxNetwork(files[name]), rated, images, name)) for name in compared}
+        if "fp16" in found:
+            path, parity = found["fp16"]
+            overflows = count_overflows(files["fp32"], images.views(OnnxNetwork(files["fp32"]), "range"))
+            found["fp16"] = path, parity._replace(overflows=overflows)
+        return found
 
     with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryDirectory() as other:
         built, measured = build(network, scratch, ["fp32", *precisions]), dict[str, tuple[Path, "Parity"]]()

@@ -8,11 +8,13 @@ and `probabilities`, float32 [N, C], and `sureness`, float32 [N], to compare wit
 import json
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -34,6 +36,8 @@ WEIGHTED = ("Conv", "MatMul", "Gemm")
 BETWEEN = ("Add", "Clip", "Relu", "MaxPool", "AveragePool", "GlobalAveragePool")
 MAX_BYTES = 2e9  # of an ONNX file, which is one protobuf message
 MAX_BATCH = 4096  # images; more at a time are no batch
+MAX_HALF, MASKED = 65504, 1e30  # the largest float16; numbers that only stand for infinity, as in masks
+RANGED = 100  # images whose values are compared with the largest float16
 
 
 class PixelsToAnswer(nn.Module):
@@ -190,7 +194,60 @@ def halve(source: Path, path: Path, facts: Facts) -> None:
     """Write a model with weights in float16, for GPUs; what follows the logits stays in float32."""
     model = onnx.load(source)
     converted = convert_float_to_float16(model, keep_io_types=True, node_block_list=_after_logits(model))
+    _skip_rounding(converted.graph)
     write_model(converted, facts._replace(precision="fp16"), path)
+
+
+def _skip_rounding(graph: onnx.GraphProto) -> None:
+    """Let nodes in float32 hand float32 to each other: the converter puts a float16 between any two of them.
+
+    A probability of 0.9998 would be 1 there, and the logarithm of its odds infinite.
+    """
+    rounded = {node.output[0]: node for node in graph.node if _cast_to(node) == onnx.TensorProto.FLOAT16}
+    for node in graph.node:
+        if _cast_to(node) == onnx.TensorProto.FLOAT and node.input[0] in rounded:
+            node.input[0] = rounded[node.input[0]].input[0]
+    used = {name for node in graph.node for name in node.input}
+    for name, node in rounded.items():
+        if name not in used:
+            graph.node.remove(node)
+
+
+def _cast_to(node: onnx.NodeProto) -> int | None:
+    """Return the type that a node casts to; None where it is no cast."""
+    return next((entry.i for entry in node.attribute if node.op_type == "Cast" and entry.name == "to"), None)
+
+
+def count_overflows(source: Path, views: Iterable[np.ndarray]) -> int:
+    """Return for how many of the first `RANGED` views a value inside a model is too large for float16.
+
+    On a CPU, ONNX Runtime computes a float16 model in float32, and the answers do not show it.
+
+    Args:
+        source: the exported model in float32.
+        views: what it sees of images, uint8 [H, W, 3].
+    """
+    model = onnx.shape_inference.infer_shapes(onnx.load(source))
+    later = set(_after_logits(model))
+    made = {name for node in model.graph.node if node.name not in later for name in node.output}
+    inner = [
+        value
+        for value in model.graph.value_info
+        if value.name in made and value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+    ]
+    if not inner:
+        return 0
+    model.graph.output.extend(inner)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    names = [value.name for value in inner]
+
+    def overflows(values: np.ndarray) -> bool:
+        sizes = np.abs(values)
+        return bool(((sizes > MAX_HALF) & (sizes < MASKED)).any())
+
+    return sum(any(map(overflows, session.run(names, {INPUT: view[None]}))) for view in islice(views, RANGED))
 
 
 def _after_logits(model: onnx.ModelProto) -> list[str]:

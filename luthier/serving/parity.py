@@ -65,6 +65,7 @@ class Parity(NamedTuple):
         labelled: their classes are known; otherwise the trained model's answers count as correct.
         accuracy: of the trained and of the exported model.
         difference_ci95: 95% interval of the exported model's accuracy less the trained one's, paired.
+        overflows: for how many a value inside the model is too large for float16, see `export.count_overflows`.
     """
 
     precision: str
@@ -76,12 +77,15 @@ class Parity(NamedTuple):
     labelled: bool
     accuracy: tuple[float, float]
     difference_ci95: tuple[float, float]
+    overflows: int = 0
 
     @property
     def refusal(self) -> str | None:
         """Why nobody should use the exported model; None where there is no reason."""
         if self.not_finite:
             return f"the answers to {plural(self.not_finite, 'image')} are no finite numbers"
+        if self.overflows:
+            return f"values inside it are too large for float16, for {plural(self.overflows, 'image')}"
         if self.precision == "fp32" and self.same < self.n:
             return f"{plural(self.n - self.same, 'image gets', 'images get')} another class than by the trained model"
         if self.precision == "fp32" and self.other_answers:

@@ -31,12 +31,13 @@ import predict
 import train
 from luthier.errors import UserError, exit_with
 from luthier.files import lock_folder
+from luthier.images.resizing import ResizeRule
 from luthier.scoring.intervals import interval_of_difference
 from luthier.serving import export as exporting
 from luthier.serving.classifier import open_network
 from luthier.serving.export import PixelsToAnswer, export_model
 from luthier.serving.network import Rated
-from luthier.serving.onnx_network import OnnxNetwork
+from luthier.serving.onnx_network import Facts, OnnxNetwork
 from luthier.serving.parity import Images, Parity, compare
 from luthier.serving.torch_network import TorchNetwork
 from models import build_model, save_model
@@ -459,6 +460,51 @@ def test_two_cannot_export_into_one_folder(tmp_path, capsys):
     with lock_folder(tmp_path, ".export.lock", ""):
         code, printed = run_export(capsys, tmp_path)
     assert code == 2 and f"another export is writing into {tmp_path}: wait for it" in printed
+
+
+def pixels_to_odds(path: Path, factor: float = 1.0) -> None:
+    """Write a model whose logits are the three channels of one pixel, by way of `factor` times them."""
+    make, kind = onnx.helper.make_node, onnx.TensorProto
+    nodes = [
+        make("Cast", ["pixel_values"], ["levels"], "cast", to=kind.FLOAT),
+        make("Reshape", ["levels", "shape"], ["flat"], "reshape"),
+        make("Mul", ["flat", "factor"], ["large"], "mul"),
+        make("Div", ["large", "factor"], ["features"], "small"),
+        make("MatMul", ["features", "eye"], ["logits"], "head"),
+        make("Softmax", ["logits"], ["probabilities"], "softmax", axis=-1),
+        make("ReduceMax", ["probabilities", "axes"], ["top"], "top", keepdims=0),
+        make("Sub", ["one", "top"], ["rest"], "rest"),
+        make("Div", ["top", "rest"], ["odds"], "odds"),
+        make("Log", ["odds"], ["sureness"], "log"),
+    ]
+    constants = {"shape": np.array([-1, 3]), "factor": np.float32(factor), "eye": np.eye(3, dtype=np.float32),
+                 "axes": np.array([1]), "one": np.float32(1)}  # fmt: skip
+    value, stored = onnx.helper.make_tensor_value_info, onnx.numpy_helper.from_array
+    graph = onnx.helper.make_graph(
+        nodes, "odds", [value("pixel_values", kind.UINT8, ["n", 1, 1, 3])],
+        [value("logits", kind.FLOAT, ["n", 3]), value("probabilities", kind.FLOAT, ["n", 3]),
+         value("sureness", kind.FLOAT, ["n"])],
+        [stored(np.asarray(each), name) for name, each in constants.items()],
+    )  # fmt: skip
+    opsets = [onnx.helper.make_opsetid("", exporting.OPSET)]
+    onnx.save_model(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
+
+
+def test_what_follows_the_logits_stays_in_float32_in_fp16(tmp_path):
+    pixels_to_odds(tmp_path / "whole.onnx")
+    facts = Facts(["a", "b", "c"], ResizeRule("stretch", (1, 1), (1, 1), "bilinear"), 0.0, None)
+    exporting.halve(tmp_path / "whole.onnx", tmp_path / "half.onnx", facts)
+    rated = OnnxNetwork(tmp_path / "half.onnx").rate([np.array([[[12, 0, 0]]], np.uint8)])
+    assert rated.sureness == pytest.approx(12 - np.log(2), abs=0.05)  # infinite, where 0.99999 is rounded to 1
+    assert rated.probabilities.max() < 1
+
+
+def test_values_beyond_float16_are_counted(tmp_path):
+    """A CPU computes float16 in float32, and does not show them."""
+    views = [np.array([[[level, 0, 0]]], np.uint8) for level in (1, 5, 12)]
+    for factor, images in ((1.0, 0), (10_000.0, 1)):  # 12 becomes 120,000
+        pixels_to_odds(tmp_path / "m.onnx", factor)
+        assert exporting.count_overflows(tmp_path / "m.onnx", views) == images
 
 
 class Always:

@@ -26,6 +26,7 @@ def test_loss_of_an_export_is_said_in_its_direction():
         (SAME._replace(same=8), "1 image gets another class"),
         (SAME._replace(other_answers=1), "1 image is unsure by one of the two alone"),
         (SAME._replace(not_finite=2), "the answers to 2 images are no finite numbers"),
+        (SAME._replace(precision="fp16", overflows=2), "values inside it are too large for float16, for 2 images"),
         (INT8, "it loses more than 1 point"),
         (INT8._replace(difference_ci95=(-0.02, -0.009)), None),
         (INT8._replace(difference_ci95=(-0.02, -0.011)), "it loses more than 1 point"),

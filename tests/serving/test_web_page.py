@@ -361,3 +361,29 @@ def test_grey_of_16_bits_is_refused_by_the_page(exported, tmp_path):
         page.locator("input[type=file]").first.set_input_files(tmp_path / "grey.png")
         page.get_by_text("grey PNG of 16 bits").wait_for(timeout=30_000)
         assert page.locator("#classes li").count() == 0
+
+
+@pytest.mark.slow
+@needs_chromium
+@needs_npm
+def test_page_says_so_where_a_bare_number_is_thrown(exported, tmp_path):
+    """As ONNX Runtime does where its memory is exhausted."""
+    write_page(exported, tmp_path / "page", "colours", vendor=True)
+    with served(tmp_path / "page") as url, browser_page() as page:
+        page.add_init_script("SubtleCrypto.prototype.digest = () => Promise.reject(6620456);")
+        page.goto(url)
+        page.get_by_text("ONNX Runtime stopped (6620456)").wait_for(timeout=30_000)
+        assert page.get_by_role("button", name="Try again").is_visible()
+
+
+@pytest.mark.slow
+@needs_chromium
+@needs_npm
+def test_elongated_image_is_refused_by_the_page_too(exported, tmp_path):
+    write_page(exported, tmp_path / "page", "colours", vendor=True)
+    Image.new("RGB", (3000, 2), "red").save(tmp_path / "line.png")
+    with served(tmp_path / "page") as url, browser_page() as page:
+        page.goto(url)
+        page.locator("input[type=file]").first.set_input_files(tmp_path / "line.png")
+        page.get_by_text("more than 500 times the other").wait_for(timeout=30_000)
+        assert page.locator("#classes li").count() == 0

@@ -4,10 +4,14 @@ import { prepare } from "./resize.js";
 
 const TOP = 5; // classes
 const PREVIEW_SIDE = 1000; // pixels
+const MAX_RATIO = 500; // of the sides of an image, as in luthier/images/decode.py
 const STRIP_ROWS = 256; // are read at a time: no browser has a canvas of any size
 const CACHES = `luthier ${new URL(".", location.href).pathname} `; // other pages of the host may have their own
 
 const find = (id) => document.getElementById(id);
+
+/** Return what went wrong in words: where its memory is exhausted, ONNX Runtime throws a bare number. */
+const explain = (error) => error?.message ?? `ONNX Runtime stopped (${error}), perhaps for lack of memory`;
 
 let ready; // the model, as a promise
 
@@ -18,7 +22,7 @@ function start() {
   ready = load();
   ready.catch((error) => {
     showStatus("");
-    find("failure").textContent = `The model cannot be loaded: ${error.message.replace(/\.+$/, "")}.`;
+    find("failure").textContent = `The model cannot be loaded: ${explain(error).replace(/\.+$/, "")}.`;
     find("again").hidden = false;
   });
 }
@@ -134,6 +138,10 @@ async function withBitmap(blob, use) {
     throw new Error("This file is no image that this browser can read, or too large a one.");
   });
   try {
+    const sides = [bitmap.width, bitmap.height];
+    if (Math.max(...sides) > MAX_RATIO * Math.min(...sides)) {
+      throw new Error(`One side of this image is more than ${MAX_RATIO} times the other: ${sides.join(" x ")} pixels.`);
+    }
     return await use(bitmap);
   } finally {
     bitmap.close();
@@ -234,7 +242,7 @@ async function show(file) {
     if (old()) return;
     find("answer").textContent = "";
     find("preview").hidden = true;
-    find("trouble").textContent = error.message;
+    find("trouble").textContent = explain(error);
   }
 }
 
