@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow
 import torch
 from datasets import Dataset, Features, Value, concatenate_datasets
+from datasets.fingerprint import Hasher
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -131,6 +132,11 @@ def values_of(dataset: Dataset, column: str) -> pyarrow.ChunkedArray:
     """
     values = dataset.data.column(column)
     return values if dataset._indices is None else values.take(dataset._indices.column(0))
+
+
+def list_of(dataset: Dataset, column: str) -> list:
+    """Return the values of a column of texts or numbers as a list; see `values_of`."""
+    return values_of(dataset, column).to_pylist()
 
 
 def make_rows(
@@ -300,14 +306,21 @@ def dataset_of(
     Args:
         rows: the generator.
         features: of the rows.
-        arguments: of the generator; they are its key in the cache.
+        arguments: of the generator: texts, numbers, and tuples of them. They are its key in the cache.
         split: its name.
 
     Raises:
         UserError: what the cache has of an earlier run is damaged.
     """
+    # The key of `datasets` would be a pickle of all arguments, made in memory, object by object.
+    key = hashlib.sha256(f"{Hasher.hash(rows)} {features} {split}".encode())
+    for name, value in sorted(arguments.items()):
+        for part in value if isinstance(value, tuple) else (value,):
+            key.update(f"{name} {part!r}\n".encode())
     try:
-        return Dataset.from_generator(rows, features=features, gen_kwargs=arguments, split=split)
+        return Dataset.from_generator(
+            rows, features=features, gen_kwargs=arguments, split=split, fingerprint=key.hexdigest()[:40]
+        )
     except (json.JSONDecodeError, pyarrow.ArrowException, OSError) as error:
         if isinstance(error, TimeoutError) or message_for_user(error) is not None:
             raise

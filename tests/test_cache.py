@@ -11,7 +11,7 @@ import datasets
 import pytest
 import torch
 from conftest import draw, draw_folder, load, save_dataset
-from datasets import Value
+from datasets import Features, Value
 from PIL import Image as PILImage
 
 import data
@@ -263,3 +263,16 @@ def test_rows_are_kept_where_no_open_file_can_be_renamed(images, monkeypatch, vi
     monkeypatch.setattr(data, "prepare_batch", fail)
     second = prepare(load_splits(data_dir=str(images))[0], view)
     assert first["test"]["view"][:] == second["test"]["view"][:]
+
+
+def test_arguments_of_a_generator_are_not_pickled(empty_cache, monkeypatch):
+    hashed, own = [], cache.Hasher.hash
+    monkeypatch.setattr(cache.Hasher, "hash", classmethod(lambda cls, value: hashed.append(value) or own(value)))
+    features = Features({"a": Value("string")})
+    for names in (("x",), ("x", "y"), ("x",)):
+        assert cache.dataset_of(_rows, features, {"names": names})["a"][:] == list(names)
+    assert not any(isinstance(value, dict) and "gen_kwargs" in value for value in hashed)
+
+
+def _rows(names):
+    yield from ({"a": name} for name in names)

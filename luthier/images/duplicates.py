@@ -14,7 +14,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from luthier.cores import count_cores
-from luthier.terminal import plural
+from luthier.terminal import Tenths, plural
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +30,7 @@ CANDIDATES, MIN_NEAREST = 200_000, 8  # pairs that are compared in detail, but a
 CELL, CELLS = 100, 256  # images in a cell of the index, and cells that are searched: all of them below 25,600 images
 ALIGNING_STEPS = 8
 QUERIES, PAIRS = 16_384, 64  # images that are searched for, and pairs that are compared, at a time
+WAITING = 1000 * PAIRS  # pairs that wait for a thread: those of millions of images would fill the memory
 
 
 class Fingerprint(NamedTuple):
@@ -74,15 +75,20 @@ def near_duplicates(hashes: np.ndarray, thumbnails: Any) -> np.ndarray:
             pairs = pool.submit(find_candidates, hashes).result()
     else:
         pairs = find_candidates(hashes)
-    blocks = [pairs[begin : begin + PAIRS] for begin in range(0, len(pairs), PAIRS)]
+    found, progress = [np.empty((0, 3), np.int64)], Tenths("compare", len(pairs), "pairs", quiet_seconds=10)
 
-    def compare(block: np.ndarray) -> np.ndarray:
+    def compare(begin: int) -> np.ndarray:
+        block = pairs[begin : begin + PAIRS]
         first, second = (thumbnails[block[:, column]] for column in (0, 1))
         mirrored = block[:, 2, None, None] == 1
         return block[similarity(first, np.where(mirrored, second[:, :, ::-1], second)) >= MIN_SIMILARITY]
 
     with ThreadPoolExecutor(count_cores()) as pool:  # numpy and scipy release the interpreter
-        return np.concatenate([np.empty((0, 3), np.int64), *pool.map(compare, blocks)])
+        for begin in range(0, len(pairs), WAITING):
+            end = min(begin + WAITING, len(pairs))
+            found.append(np.concatenate([*pool.map(compare, range(begin, end, PAIRS))]))
+            progress.reach(end)
+    return np.concatenate(found)
 
 
 def find_candidates(hashes: np.ndarray) -> np.ndarray:
@@ -110,8 +116,11 @@ def find_candidates(hashes: np.ndarray) -> np.ndarray:
             f"{plural(crowded, 'image looks', 'images look')} like {nearest - 1} or more others at first sight. "
             "Near-duplicates are searched among the nearest of these"
         )
-    edges = [np.insert(np.sort(pairs, axis=1), 2, kind, axis=1) for kind, pairs in enumerate((copies, mirrored))]
-    return np.unique(np.concatenate(edges), axis=0)
+    # A pair as one number: numpy sorts rows much more slowly, and in copies.
+    both = [np.sort(pairs, axis=1) for pairs in (copies, mirrored)]
+    numbers = [2 * (images * pairs[:, 0] + pairs[:, 1]) + kind for kind, pairs in enumerate(both)]
+    pairs, kinds = np.divmod(np.unique(np.concatenate(numbers)), 2)
+    return np.stack([pairs // images, pairs % images, kinds], axis=1)
 
 
 def _search(index: Any, queries: np.ndarray, nearest: int) -> np.ndarray:

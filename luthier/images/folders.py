@@ -19,7 +19,7 @@ from luthier.cache import dataset_of
 from luthier.errors import UserError
 from luthier.images.decode import CONVERT, EXTENSIONS, is_hidden, is_image, is_unread
 from luthier.images.image_files import as_text, refuse_folder, walk
-from luthier.terminal import plural
+from luthier.terminal import Tenths, plural
 
 logger = logging.getLogger(__name__)
 
@@ -236,10 +236,9 @@ def _check_names(root: Path, folders: list[Path]) -> None:
     Raises:
         UserError: some are called like splits, and have folders of the same names in them, as class folders are.
     """
-    classes = {folder.name for folder in folders}
     for folder in folders:
         if folder.name.lower() in SPLIT_OF_FOLDER:
-            shared = sorted(classes & {each.name for each in subfolders(_unpacked(folder))})
+            shared = sorted({each.name for each in subfolders(_unpacked(folder))} & {each.name for each in folders})
             if len(shared) > 1:  # one name is chance
                 is_train = SPLIT_OF_FOLDER[folder.name.lower()] == "train"  # which may hold the same images
                 remedy = f"Give --data_dir {folder}" if is_train else f"Put the other classes into {root / 'train'}"
@@ -373,8 +372,9 @@ def _list_class_folders(split_root: Path, root: Path, skipped: Counter, grouping
 
 
 def _with_stamps(files: list[ListedImage]) -> tuple[tuple, ...]:
-    rows = []
+    rows, progress = list[tuple](), Tenths("list", len(files), "files", quiet_seconds=10)
     for image in files:
+        progress.reach(len(rows))
         try:
             rows.append((*image, stamp_of(image.path)))
         except OSError:  # a link to nowhere, which the inspection names among the images that cannot be read

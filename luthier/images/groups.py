@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from datasets import Dataset, DatasetDict
 
+from luthier.cache import list_of
 from luthier.errors import UserError
 from luthier.images.columns import add_numbers
 from luthier.images.duplicates import connected_groups
@@ -84,7 +85,7 @@ def given_groups(splits: DatasetDict) -> list[str]:
     """Return the group that the user has told of each image of all splits, "" for none; nothing where none is told."""
     if any(GIVEN_GROUP not in dataset.column_names for dataset in splits.values()):
         return []
-    return [group or "" for dataset in splits.values() for group in dataset[GIVEN_GROUP][:]]
+    return [group or "" for dataset in splits.values() for group in list_of(dataset, GIVEN_GROUP)]
 
 
 def groups_of(dataset: Dataset) -> np.ndarray | None:

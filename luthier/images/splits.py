@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import numpy as np
 from datasets import DatasetDict
 
+from luthier.cache import list_of
 from luthier.errors import UserError
 from luthier.options import check_fraction
 from luthier.processes import are_alike, processes_started
@@ -106,8 +107,8 @@ def hash_splits(splits: DatasetDict) -> str:
     """Return a hash of the images of each split, by content, with their order and classes."""
     total = hashlib.sha256()
     for split, dataset in splits.items():
-        total.update(f"{split} {dataset.features['label'].names} {dataset['label'][:]}".encode())
-        total.update("".join(dataset["digest"][:]).encode())
+        total.update(f"{split} {dataset.features['label'].names} {list_of(dataset, 'label')}".encode())
+        total.update("".join(list_of(dataset, "digest")).encode())
     return total.hexdigest()
 
 

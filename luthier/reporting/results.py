@@ -249,7 +249,9 @@ def write_metrics(path: Path, metrics: Mapping) -> None:
 
 def write_audit(path: Path, findings: Mapping) -> None:
     """Write `audit.json`."""
-    path.write_text(json.dumps(findings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with path.open("w", encoding="utf-8") as file:  # in pieces: there may be a finding for each of many images
+        json.dump(findings, file, indent=2, ensure_ascii=False)
+        file.write("\n")
 
 
 def write_predictions(path: Path, labels: list[str], test: TestPredictions) -> None:

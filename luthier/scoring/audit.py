@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from datasets import DatasetDict, concatenate_datasets
 
+from luthier.cache import list_of
 from luthier.images.columns import fixed_width
 from luthier.images.decode import extensions_of
 from luthier.images.groups import given_groups, propose_grouping
@@ -45,7 +46,7 @@ def audit_images(splits: DatasetDict, unreadable: list[UnreadableImage]) -> dict
     """
     names = next(iter(splits.values())).features["label"].names
     images = concatenate_datasets([dataset.select_columns(COLUMNS) for dataset in splits.values()])
-    files, labels = images["name"][:], np.array(images["label"][:])
+    files, labels = list_of(images, "name"), np.array(list_of(images, "label"))
     place_of = _places(splits)
     findings: dict = {kind: [] for kind in KINDS} | {"suspect_labels": None, "checked_by": None}
     findings["unreadable"] = [
@@ -57,17 +58,17 @@ def audit_images(splits: DatasetDict, unreadable: list[UnreadableImage]) -> dict
         split, row = place_of(number)
         return {"split": split, "row": row, "name": files[number], "label": names[labels[number]]}
 
-    for number, (name, file_format) in enumerate(zip(files, images["format"][:], strict=True)):
+    for number, (name, file_format) in enumerate(zip(files, list_of(images, "format"), strict=True)):
         suffix = Path(name).suffix.lower()
         if suffix and suffix not in extensions_of(file_format):
             findings["wrong_extension"].append(image(number) | {"why": f"it is {file_format}"})
-    width, height = (np.array(images[side][:]) for side in ("width", "height"))
+    width, height = (np.array(list_of(images, side)) for side in ("width", "height"))
     findings["tiny"] = [
         image(number) | {"why": f"{width[number]} x {height[number]} px"}
         for number in np.flatnonzero(np.minimum(width, height) < TINY)
     ]
     pixels = fixed_width(images, "pixels")
-    for members in _together(images["duplicates"][:]):
+    for members in _together(list_of(images, "duplicates")):
         _add_duplicates(findings, [(pixels[number].tobytes(), image(number)) for number in members])
     given = given_groups(splits)
     rank = {name: number for number, name in enumerate(sorted(set(given)))}
@@ -152,7 +153,7 @@ def suspect_labels(splits: DatasetDict, pool: Pool, strength: float) -> tuple[li
     usual = np.where(counts > 0, sums / np.maximum(counts, 1), 1)
     suspect = np.flatnonzero(known & (likelier != labels) & (highest >= usual[likelier]))
     place_of = _places(splits)
-    files = [name for dataset in splits.values() for name in dataset["name"][:]]
+    files = [name for dataset in splits.values() for name in list_of(dataset, "name")]
     found = []
     for number in suspect[np.argsort(given[suspect], kind="stable")]:
         (split, row), likely = place_of(number), names[likelier[number]]

@@ -10,6 +10,7 @@ import torch
 from datasets import DatasetDict
 from transformers import Trainer
 
+from luthier.cache import list_of
 from luthier.images.folders import GIVEN_GROUP
 from luthier.images.groups import groups_of
 from luthier.images.splits import stratified_folds
@@ -96,7 +97,7 @@ def measure_probe(
     if with_learning_curve:
         labels, groups = columns_of(splits, ("label", "group"))
         check_classes(labels, groups, splits["train"].features["label"].names)  # features take longer
-    references = {split: dataset["label"][:] for split, dataset in splits.items()}
+    references = {split: list_of(dataset, "label") for split, dataset in splits.items()}
     space, features = None, {}
     if trainer.is_world_process_zero():
         sizes = [len(dataset) for dataset in splits.values()]

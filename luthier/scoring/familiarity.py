@@ -14,7 +14,8 @@ from luthier.familiarity import Familiarity, log_odds, similarity
 from luthier.images.splits import draw_order
 from luthier.images.views import ImageRows
 from luthier.scoring.metrics import choose_threshold
-from luthier.training.features import build_backbone, rows_at_once, run_backbone, size_of
+from luthier.terminal import Tenths
+from luthier.training.features import build_backbone, empty_rows, rows_at_once, run_backbone, size_of
 from luthier.training.trainer import model_of, predict
 from models import linear_head
 
@@ -52,16 +53,19 @@ def answer(trainer: Trainer, rows: Any, splits: DatasetDict, familiarity: Famili
     if head is None:
         return Answers(*predict(trainer, rows))
     backbone = build_backbone(model_of(trainer), head, size_of(rows))
-    rows, logits, sureness = rows.remove_columns("label"), [], []
-    at_once = rows_at_once(trainer.args.device)
+    rows, sureness, at_once = rows.remove_columns("label"), [], rows_at_once(trainer.args.device)
+    logits, progress = torch.empty(0, 0), Tenths("test", len(rows), "images", quiet_seconds=10)
     for begin in range(0, len(rows), at_once):
+        progress.reach(begin)
         part = rows.select(range(begin, min(len(rows), begin + at_once)))
         features = run_backbone(trainer, backbone, part)
-        logits.append(_apply_head(trainer, head, features))
+        found = _apply_head(trainer, head, features)
+        logits = logits if begin else empty_rows(len(rows), found.shape[1])  # of many classes they fill the memory
+        logits[begin : begin + len(part)] = found
         if familiarity is not None:
-            sureness.append(familiarity.rate(logits[-1].softmax(dim=-1), features).numpy())
+            sureness.append(familiarity.rate(found.softmax(dim=-1), features).numpy())
     references = np.array(splits["test"]["label"][:])
-    return Answers(torch.cat(logits).numpy(), references, np.concatenate(sureness) if sureness else None, familiarity)
+    return Answers(logits.numpy(), references, np.concatenate(sureness) if sureness else None, familiarity)
 
 
 def learn_familiarity(

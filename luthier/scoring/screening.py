@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import BaseImageProcessor, PreTrainedModel, Trainer
 
+from luthier.cache import list_of
 from luthier.images.splits import draw_order, stratified_folds
 from luthier.images.views import EvaluationView, view_size
 from luthier.machine import choose_memory_format
@@ -230,8 +231,8 @@ def draw_sample(
         rows: see `data.sample_rows`.
         predictor: returns a Trainer that only predicts with a model.
     """
-    labels = np.array(train["label"][:])
-    order = of_some_classes(draw_order(train["digest"][:], seed=1), labels, CLASSES)
+    labels = np.array(list_of(train, "label"))
+    order = of_some_classes(draw_order(list_of(train, "digest"), seed=1), labels, CLASSES)
     # Without two of a class, nothing learned from the sample could be wrong about it.
     firsts = np.concatenate([np.flatnonzero(labels[order] == label)[:2] for label in np.unique(labels[order])])
     order = np.concatenate([order[firsts], np.delete(order, firsts)])

@@ -16,12 +16,21 @@ from datasets import DatasetDict
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
-from luthier.cache import AT_ONCE, as_bytes, cache_key, fill_rows, library_versions, warn_once, write_rows
+from luthier.cache import (
+    AT_ONCE,
+    as_bytes,
+    cache_key,
+    fill_rows,
+    library_versions,
+    list_of,
+    warn_once,
+    write_rows,
+)
 from luthier.errors import UserError
 from luthier.fusion import fuse_batchnorm
 from luthier.images.views import ImageRows
 from luthier.processes import from_main_process
-from luthier.terminal import say
+from luthier.terminal import Tenths, say
 from luthier.training.trainer import concatenate_batches, model_of
 from models import OF_CLASSES
 
@@ -67,7 +76,9 @@ def load_features(
     if new:
         backbone = build_backbone(model, head, size_of(rows))
         at_once = rows_at_once(trainer.args.device)
+        progress = Tenths("features", len(new), "images", quiet_seconds=10)
         for begin in range(0, len(new), at_once):
+            progress.reach(begin)
             part = new[begin : begin + at_once]
             computed = compute_features(trainer, backbone, rows.select(part))
             if computed is not None and space is not None:
@@ -154,7 +165,7 @@ def device_of_fits(features: torch.Tensor, device: torch.device) -> torch.device
 
 def columns_of(splits: DatasetDict, columns: Sequence[str], used: Collection[str] = LEARNABLE) -> list[np.ndarray]:
     """Return columns of several splits together, [N] each."""
-    return [np.concatenate([splits[split][column][:] for split in used]) for column in columns]
+    return [np.concatenate([list_of(splits[split], column) for split in used]) for column in columns]
 
 
 def join(parts: Sequence[torch.Tensor]) -> torch.Tensor:

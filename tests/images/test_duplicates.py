@@ -200,3 +200,12 @@ def test_images_of_a_fixed_camera_can_be_cut(tmp_path, caplog, monkeypatch):
     splits = load(data_dir=str(tmp_path))
     assert all(set(dataset["label"][:]) == {0, 1} for dataset in splits.values())
     assert "24 images look alike, and are most of their class" in caplog.text
+
+
+def test_pairs_do_not_depend_on_how_many_wait(monkeypatch):
+    images = [draw_scene("disc", seed) for seed in range(6)]
+    images += [compressed(image, 60) for image in images]
+    expected = pairs_among(images)
+    monkeypatch.setattr(duplicates, "PAIRS", 1)
+    monkeypatch.setattr(duplicates, "WAITING", 2)
+    assert expected and pairs_among(images) == expected

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+from conftest import draw_folder, load
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from luthier.errors import UserError
@@ -17,6 +18,7 @@ from luthier.images.splits import (
     stratified_folds,
     validation_share,
 )
+from luthier.scoring.audit import audit_images
 
 NAMES = ["a", "b", "c"]
 FRACTIONS = {"validation": 0.1, "test": 0.2}
@@ -381,3 +383,10 @@ def test_no_fold_tests_all_images_of_a_class(seed):
     for fold in (1, 2):
         cut = cut_splits(DatasetDict(train=labelled(labels, list("abcd"), groups)), seed, 0.1, fold=(fold, 2))
         assert set(cut["train"]["label"][:]) == {0, 1, 2, 3}
+
+
+def test_splits_that_were_cut_are_read_without_a_table_of_each_row(tmp_path, monkeypatch):
+    splits = load(data_dir=str(draw_folder(tmp_path, 10)))
+    expected = hash_splits(splits)
+    monkeypatch.setattr("datasets.table.IndexedTableMixin.fast_gather", lambda *_: pytest.fail("row by row"))
+    assert hash_splits(splits) == expected and audit_images(splits, [])["images"] == sum(map(len, splits.values()))

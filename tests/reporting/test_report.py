@@ -36,7 +36,7 @@ from luthier.reporting.figures import (
     plot_reliability,
 )
 from luthier.reporting.page import _thumbnails, most_telling, write_audit_page, write_report
-from luthier.reporting.results import TestPredictions, write_metrics, write_predictions
+from luthier.reporting.results import TestPredictions, write_audit, write_metrics, write_predictions
 from luthier.scoring.audit import audit_images, leaks_in_words
 from luthier.scoring.metrics import confidence_and_correct, reliability, score, selective
 
@@ -557,3 +557,11 @@ def test_card_says_that_f1_is_the_macro_average(metrics, tmp_path):
     write_model_card(tmp_path, metrics)
     results = ModelCard.load(tmp_path / "README.md").data.eval_results
     assert {row.metric_type: row.metric_name for row in results} == {"accuracy": "Accuracy", "f1": "Macro F1"}
+
+
+def test_audit_is_written_in_pieces(tmp_path, monkeypatch):
+    findings = {"tiny": [{"name": "\u00e4.png", "row": 0}], "suspect_labels": None}
+    expected = json.dumps(findings, indent=2, ensure_ascii=False) + "\n"
+    monkeypatch.setattr("luthier.reporting.results.json.dumps", lambda *_, **__: pytest.fail("all at once"))
+    write_audit(tmp_path / "audit.json", findings)
+    assert (tmp_path / "audit.json").read_text(encoding="utf-8") == expected
