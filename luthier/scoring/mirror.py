@@ -23,7 +23,9 @@ from luthier.training.trainer import model_of
 from models import linear_head
 
 IMAGES, PER_CLASS = 200, 8  # of train that are looked at, at most; and of a class, where there are many classes
-TIMES, WORSE = 2.0, 2.5  # how many times the loss mirror images must have, and standard errors of the difference
+# How many times the loss mirror images must have, or what share of what the probes know they must lose, which few
+# images of many classes reach earlier; and standard errors of the difference.
+TIMES, LOST, WORSE = 2.0, 0.6, 2.5
 
 
 class Mirror(NamedTuple):
@@ -32,11 +34,13 @@ class Mirror(NamedTuple):
     Attributes:
         loss, mirrored: mean cross-entropy of images and of their mirror images.
         error: standard error of the difference, image by image; wider where there are few groups.
+        chance: the loss of knowing how frequent the classes are, and nothing else.
     """
 
     loss: float
     mirrored: float
     error: float
+    chance: float = math.inf
 
     @property
     def is_worse(self) -> bool:
@@ -44,7 +48,10 @@ class Mirror(NamedTuple):
 
         It is not enough that they are a little worse, as where most things on photographs face one way.
         """
-        return self.mirrored >= TIMES * self.loss and self.mirrored - self.loss > WORSE * self.error
+        least = TIMES * self.loss
+        if self.chance > self.loss:  # twice a loss that is near it would be worse than knowing nothing
+            least = min(least, self.loss + LOST * (self.chance - self.loss))
+        return self.mirrored >= least and self.mirrored - self.loss > WORSE * self.error
 
 
 def choose_augmentation(
@@ -125,7 +132,8 @@ def compare_with_mirror(
     folds = stratified_folds(labels, groups, FOLDS, seed=1)
     losses, others = losses_of_views((features, mirrored), torch.from_numpy(labels), folds)
     error = standard_error(others - losses, groups) * _widen(len(np.unique(groups)))
-    return Mirror(float(losses.mean()), float(others.mean()), error)
+    shares = np.bincount(labels) / len(labels)
+    return Mirror(float(losses.mean()), float(others.mean()), error, float(-(shares * np.log(shares)).sum()))
 
 
 def _widen(groups: int) -> float:

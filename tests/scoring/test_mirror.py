@@ -1,5 +1,6 @@
 """Whether training mirrors images: not where the mirror shows something else."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,15 @@ def test_mirror_must_be_clearly_worse():
 )
 def test_mirror_images_are_worse_at_twice_the_loss_and_not_by_chance(mirrored, error, worse):
     assert Mirror(0.5, mirrored, error).is_worse == worse
+
+
+@pytest.mark.parametrize(
+    ("loss", "mirrored", "worse"),
+    [(2.0, 2.65, True), (2.0, 2.55, False), (0.1, 0.3, True), (3.5, 3.9, False)],
+)
+def test_mirror_images_are_worse_where_most_of_what_the_probes_know_is_lost(loss, mirrored, worse):
+    """Of 20 classes, where knowing nothing has a loss of 3.0: twice 2.0 would be more than that."""
+    assert Mirror(loss, mirrored, 0.01, math.log(20)).is_worse == worse
 
 
 def draw_arrows(folder: Path, turned: bool) -> Path:
