@@ -41,8 +41,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("model", help="a folder with a saved model, a name on the Hub, or a .onnx file")
     parser.add_argument("--examples", type=Path, help="a folder of images to offer")
-    parser.add_argument("--always_answer", action="store_true", help='never say "unsure" or "none of these"')
-    parser.add_argument("--push_to_space", metavar="OWNER/NAME", help="publish the app as a Space instead")
+    parser.add_argument(
+        "--always_answer", "--always-answer", action="store_true", help='never say "unsure" or "none of these"'
+    )
+    parser.add_argument(
+        "--push_to_space", "--push-to-space", metavar="OWNER/NAME", help="publish the app as a Space instead"
+    )
     parser.add_argument("--private", action="store_true", default=None, help="hide a new Space from others")
     return parser
 
@@ -52,6 +56,8 @@ def main(argv: list[str] | None = None) -> None:
     """Serve the app, or publish it; see `python app.py --help`."""
     args = build_parser().parse_args(argv)
     require("the app", ["gradio"], "requirements-app.txt")
+    if args.private and not args.push_to_space:
+        raise UserError("--private hides a Space: give --push_to_space OWNER/NAME too, or leave it out")
     if args.push_to_space:
         if args.examples or args.always_answer:
             raise UserError("--examples and --always_answer are for the app on this machine: leave them out")

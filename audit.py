@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from luthier.errors import UserError, exit_on_user_error
 from luthier.output_dir import create_output_dir
 from luthier.run_files import AUDIT
-from luthier.terminal import say
+from luthier.terminal import ignore_closed, say
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -68,16 +68,19 @@ def main(argv: list[str] | None = None) -> None:
     findings = audit_images(splits, unreadable)
     if "validation" in splits:
         findings |= ask_probe(splits, arguments)
-    print(console.list_findings(findings))
+    with ignore_closed("stdout"):  # as with `| head`: the files are written all the same
+        print(console.list_findings(findings), flush=True)
     if "output_dir" in run_args.given:
         folder = Path(str(training_args.output_dir))
         create_output_dir(folder)
         record, page = (folder / name for name in FILES)
         write_audit(record, findings)
         write_audit_page(page, data_args.name, findings, splits)
-        print(f"\nwritten: {page}")
+        last = f"written: {page}"
     else:
-        print("\nA page with these images, and a record: --output_dir FOLDER")
+        last = "A page with these images, and a record: --output_dir FOLDER"
+    with ignore_closed("stdout"):
+        print(f"\n{last}", flush=True)
 
 
 def build_parser() -> "Parser":

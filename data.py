@@ -170,14 +170,22 @@ def load_labelled(names: list[str], **options) -> tuple[DatasetDict, list[Unread
     labels = [own[label] for label in dataset["label"][:]]
     unknown = sorted(set(labels) - set(names))
     if unknown:
+        known, remedy = {name.casefold(): name for name in names}, "Score images of the model's classes only"
+        alike = next((name for name in unknown if name.casefold() in known), None)
+        if alike:
+            remedy = f"The model writes {alike!r} as {known[alike.casefold()]!r}: rename it, or give --label_names"
         raise UserError(
             f"the model does not know {plural(len(unknown), 'class', 'classes')} of the images, such as "
-            f"{unknown[0]!r}. The model's: {', '.join(names)}. The images': {', '.join(own)}. Score images of the "
-            "model's classes only"
+            f"{alike or unknown[0]!r}. The model's: {_some(names)}. The images': {_some(own)}. {remedy}"
         )
     label = ClassLabel(names=names)
     dataset = dataset.remove_columns("label").add_column("label", label.str2int(labels), feature=label)
     return DatasetDict(test=dataset), [image._replace(split="test") for image in unreadable if image.split in used]
+
+
+def _some(names: Sequence[str], most: int = 20) -> str:
+    """Return names in a list, the first ones of many."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 # --- prepare
@@ -385,5 +393,5 @@ def batch_transform(column: str, transform: Callable[..., torch.Tensor], threads
 
 def _view_key(view: EvaluationView) -> str:
     """Return what stored images depend on besides the images themselves."""
-    libraries = library_versions("pillow", "timm", "torchvision", "transformers")
+    libraries = library_versions("pillow", "pi-heif", "timm", "torchvision", "transformers")
     return cache_key(PREPARATION, view.image_processor.to_json_string(), libraries)

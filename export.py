@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from luthier.errors import UserError, exit_on_user_error, message_for_user, require
-from luthier.files import atomic_copy, lock_folder
+from luthier.files import atomic_copy, expand_home, lock_folder
 from luthier.images.decode import is_image
 from luthier.images.image_files import walk
 from luthier.options import EXPORT_PACKAGES
@@ -44,18 +44,29 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("model", help="a folder with a saved model, or a name on the Hub")
-    parser.add_argument("--output_dir", type=Path, help="where to write, if not into the model's folder")
+    parser.add_argument(
+        "--output_dir", "--output-dir", type=expand_home, help="where to write, if not into the model's folder"
+    )
     parser.add_argument("--int8", action="store_true", help="write a quantised model too, for CPUs")
     parser.add_argument("--fp16", action="store_true", help="write a model of half the size too, for GPUs")
     parser.add_argument(
-        "--check", type=Path, metavar="FOLDER",
+        "--check", type=expand_home, metavar="FOLDER",
         help="compare on these images, in class folders or not, instead of the run's test images",
     )  # fmt: skip
-    parser.add_argument("--web", type=Path, metavar="FOLDER", help="write a page that runs the model in the browser")
-    parser.add_argument("--push_to_space", metavar="OWNER/NAME", help="publish this page on the Hub")
+    parser.add_argument(
+        "--web", type=expand_home, metavar="FOLDER", help="write a page that runs the model in the browser"
+    )
+    parser.add_argument(
+        "--push_to_space", "--push-to-space", metavar="OWNER/NAME", help="publish this page on the Hub"
+    )
     parser.add_argument("--private", action="store_true", default=None, help="hide a new page on the Hub from others")
     parser.add_argument("--vendor", action="store_true", help="copy what the page needs of ONNX Runtime into it")
-    parser.add_argument("--allow_worse", action="store_true", help="write an export that is worse than the model, too")
+    parser.add_argument(
+        "--allow_worse",
+        "--allow-worse",
+        action="store_true",
+        help="write an export that is worse than the model, too",
+    )
     return parser
 
 
@@ -64,6 +75,8 @@ def main(argv: list[str] | None = None) -> None:
     """Export a model; see `python export.py --help`."""
     args = build_parser().parse_args(argv)
     require("an export", EXPORT_PACKAGES, "requirements-export.txt")
+    if args.private and not args.push_to_space:
+        raise UserError("--private hides a page on the Hub: give --push_to_space OWNER/NAME too, or leave it out")
     if args.vendor and not (args.web or args.push_to_space):
         raise UserError("--vendor is for the page: give --web FOLDER or --push_to_space OWNER/NAME too")
     folder = args.output_dir or Path(args.model)
@@ -153,7 +166,7 @@ def export(
     Raises:
         ModelError, UserError: the model cannot be loaded or exported, or there are no images to compare on.
     """
-    from luthier.serving.export import count_overflows, export_precisions
+    from luthier.serving.export import RANGED, count_overflows, export_precisions
     from luthier.serving.onnx_network import OnnxNetwork
     from luthier.serving.parity import compare
     from luthier.serving.torch_network import TorchNetwork
@@ -168,7 +181,9 @@ def export(
         found = {name: (files[name], compare(OnnxNetwork(files[name]), rated, images, name)) for name in compared}
         if "fp16" in found:
             path, parity = found["fp16"]
-            overflows = count_overflows(files["fp32"], images.views(OnnxNetwork(files["fp32"]), "range"))
+            # From all over: the images of a run are in the order of their classes.
+            views = images.views(OnnxNetwork(files["fp32"]), "range", RANGED)
+            overflows = count_overflows(files["fp32"], views)
             found["fp16"] = path, parity._replace(overflows=overflows)
         return found
 

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from luthier.errors import UserError, exit_on_user_error
 from luthier.escape import escape_cell, escape_terminal
+from luthier.files import expand_home
 from luthier.images.decode import CONVERT, is_image, is_unread, reason
 from luthier.images.image_files import walk
 from luthier.output_dir import is_of_run
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 BAR_WIDTH = 32  # columns
 NONE, UNSURE, NO_PREDICTION = "none of these", "unsure", "no prediction"  # in place of a class
 MANY, NAMED = 20, 20  # inputs whose answers are counted at the end, and answers that are named there
+FORMATS = {".csv": "csv", ".jsonl": "jsonl"}  # by the ending of --output, where no format is given
 
 
 @exit_on_user_error
@@ -46,6 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     if args.output is None and sys.stdout is None:
         raise UserError("the standard output is closed: give --output FILE")
+    args.format = args.format or FORMATS.get(args.output.suffix.lower() if args.output else "", "table")
     accept_undecodable_names()
     if args.output and is_image(args.output.name):
         raise UserError(f"--output {args.output} would replace an image: give the name of a file for the predictions")
@@ -121,14 +124,21 @@ def build_parser() -> argparse.ArgumentParser:
         help="files, folders, globs, http(s) addresses; - reads one per line from the standard input",
     )
     parser.add_argument(
-        "--format", choices=list(WRITERS), default="table", help="table for people, jsonl and csv for programs"
+        "--format",
+        choices=list(WRITERS),
+        help="table for people, jsonl and csv for programs; if not given, by the ending of --output, or else table",
     )
-    parser.add_argument("--top_k", type=_positive, default=5, help="how many classes to show")
-    parser.add_argument("--output", type=Path, help="a file to write to, instead of the terminal")
+    parser.add_argument("--top_k", "--top-k", type=_positive, default=5, help="how many classes to show")
+    parser.add_argument("--output", type=expand_home, help="a file to write to, instead of the terminal")
     parser.add_argument("--backend", choices=["onnxruntime", "openvino"], help="what runs a .onnx file")
-    parser.add_argument("--always_answer", action="store_true", help='never say "unsure" or "none of these"')
     parser.add_argument(
-        "--allow_private_urls", action="store_true", help="fetch from this machine and its network too"
+        "--always_answer", "--always-answer", action="store_true", help='never say "unsure" or "none of these"'
+    )
+    parser.add_argument(
+        "--allow_private_urls",
+        "--allow-private-urls",
+        action="store_true",
+        help="fetch from this machine and its network too",
     )
     return parser
 

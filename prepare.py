@@ -273,11 +273,17 @@ def claim_folder(folder: Path, plan: dict) -> None:
     check_folder(folder)
     create_folder(folder)
     if not (folder / PLAN).is_file():
-        # Of several machines none may empty what another one renames. Whichever plan is left, all must have it.
+        # Of several machines none may empty what another one renames, and the plan of the first one stays.
         own = folder / f".{PLAN}-{uuid.uuid4().hex}"
         with atomic_write(own) as whole:
             whole.write_text(text, encoding="utf-8")
-        rename(own, folder / PLAN)
+        try:
+            (folder / PLAN).hardlink_to(own)
+        except FileExistsError:  # another one was first
+            pass
+        except (OSError, NotImplementedError):  # some disks have no hard links
+            rename(own, folder / PLAN)
+        own.unlink(missing_ok=True)
     if (folder / PLAN).read_text(encoding="utf-8") != text:
         raise UserError(
             f"{folder} has shards of other images, splits or sizes, or of another version of Luthier: give another "

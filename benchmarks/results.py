@@ -24,6 +24,7 @@ EXPERIMENTS = {
     "`efficientnet_lite0`, the default": [],
     "`efficientnet_lite0`, lp_ft": ["--recipe", "lp_ft"],
     "`efficientnet_lite0`, full": ["--recipe", "full"],
+    "`efficientnet_lite0`, head": ["configs/efficientnet_lite0_openmoji_head.yaml"],
 }
 
 

@@ -51,8 +51,15 @@ def cache_key(*parts: object) -> str:
 
 
 def library_versions(*packages: str) -> str:
-    """Return the installed versions of packages, as a part of a key."""
-    return " ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    """Return the installed versions of packages, as a part of a key; None of one that is not installed."""
+
+    def version_of(name: str) -> str | None:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # as of pi-heif: only HEIC needs it
+            return None
+
+    return " ".join(f"{name} {version_of(name)}" for name in packages)
 
 
 # --- all together

@@ -120,4 +120,5 @@ def _remedy(number: int | None) -> str:
         remedy = "Check the permissions"
     elif number == errno.ENAMETOOLONG:
         remedy = "Give a shorter name"
-    return f"{remedy}, and start again; an interrupted run goes on with --output_dir and --resume_from_checkpoint auto"
+    goes_on = "an interrupted run of train.py goes on with --output_dir and --resume_from_checkpoint auto"
+    return f"{remedy}, and start again; {goes_on}"

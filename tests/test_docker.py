@@ -6,6 +6,7 @@ import subprocess
 import pytest
 from conftest import PROJECT
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 DOCKERFILE = (PROJECT / "Dockerfile").read_text()
 
@@ -28,11 +29,12 @@ def test_dockerignore_allows_exactly_the_copied_files():
 
 
 def test_pinned_versions_satisfy_the_requirements():
-    pins = dict(line.split("==") for line in (PROJECT / "requirements.lock").read_text().splitlines() if "==" in line)
+    lock = (line.partition("==") for line in (PROJECT / "requirements.lock").read_text().splitlines())
+    pins = {canonicalize_name(name): version for name, _, version in lock if version}
     for line in (PROJECT / "requirements.txt").read_text().splitlines():
         if text := line.split("#")[0].strip():
             requirement = Requirement(text)
-            assert requirement.specifier.contains(pins[requirement.name.lower().replace("_", "-")]), text
+            assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), text
 
 
 def test_hadolint():

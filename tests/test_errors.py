@@ -140,3 +140,8 @@ def test_development_mode_shows_the_traceback_of_a_users_mistake():
     command = [sys.executable, "-X", "dev", "-W", "ignore", str(PROJECT / "train.py"), "--learning_rat", "1"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1 and "Traceback" in result.stderr and "did you mean 'learning_rate'" in result.stderr
+
+
+def test_remedy_says_which_command_goes_on():
+    said = str(message_for_user(PermissionError(errno.EACCES, "x", "/y")))
+    assert "an interrupted run of train.py goes on with" in said

@@ -109,3 +109,10 @@ def test_usage_lists_every_recipe_augmentation_and_extension():
     assert all(f"| `{name}` |" in text for name in (*AUGMENTATIONS, *RECIPES))
     assert all(f"| `{name}` | Apache-2.0 |" in text for name in (*EFFICIENTNETS, *HUB_BACKBONES))
     assert all(f"{extension}" in text for extension in EXTENSIONS)
+
+
+def test_example_of_the_audit_opens_what_the_text_writes():
+    _, _, section = (PROJECT / "docs/usage.md").read_text().partition("\n## The audit")
+    text = section.partition("\n## ")[0]
+    assert text.index("--output_dir audits/my_photos") < text.index('open("audits/my_photos/audit.json"')
+    assert '["suspect_labels"] or []' in text

@@ -50,6 +50,7 @@ NOT_OPENED = "cannot be opened: "  # prefix of reasons that may be gone at the n
 # Errors of network disks that pass, and the seconds before each new attempt. An image that is left out of a run
 # and can be read when it is resumed makes other splits of its images, and the run does not go on.
 PASSING, WAITS = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN}, (0.2, 1.0)
+PATIENCE, _lost = 100, list[str | Path]()  # files that no attempt could read: after so many, none is waited for
 
 
 class Decoded(NamedTuple):
@@ -202,18 +203,27 @@ def read_file(path: str | Path) -> bytes:
     Raises:
         OSError: it is not there, or larger than `MAX_BYTES`, or a device or a pipe, which may never end.
     """
+    for wait in WAITS if len(_lost) < PATIENCE else ():
+        try:
+            return _read_file(path)
+        except OSError as error:
+            if error.errno not in PASSING:
+                raise
+        time.sleep(wait)
+    try:
+        return _read_file(path)
+    except OSError as error:
+        if error.errno in PASSING:
+            _lost.append(path)
+        raise
+
+
+def _read_file(path: str | Path) -> bytes:
     facts = Path(path).stat()
     if not stat.S_ISREG(facts.st_mode):
         raise OSError("it is no regular file")
     if facts.st_size > MAX_BYTES:
         raise OSError(f"it has {facts.st_size / 2**20:,.0f} MB, and more than {MAX_BYTES / 2**20:,.0f} are not read")
-    for wait in WAITS:
-        try:
-            return Path(path).read_bytes()
-        except OSError as error:
-            if error.errno not in PASSING:
-                raise
-        time.sleep(wait)
     return Path(path).read_bytes()
 
 

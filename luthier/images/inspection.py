@@ -63,7 +63,7 @@ def inspect(dataset: Dataset, split: str, root: Path | None = None) -> Dataset:
         own if stamped else dataset.select_columns("image"),
         dataset[STAMP][:] if stamped else [f"{dataset._fingerprint} {row}" for row in range(len(dataset))],
         "inspected",
-        cache_key(split, root and root.absolute(), INSPECTION, library_versions("pillow")),
+        cache_key(split, root and root.absolute(), INSPECTION, library_versions("pillow", "pi-heif")),
         functools.partial(_inspect_batch, split=split, root=root),
         Features(features),
         lasts=lambda made: [not (error or "").startswith(NOT_OPENED) for error in made["error"]],

@@ -200,11 +200,20 @@ def read_correct(path: Path) -> list[tuple[str, bool, str]]:
     """Return of each image of a `predictions.csv` its digest, whether it is correct, and its group, if any; sorted.
 
     Images of none of the classes are left out.
+
+    Raises:
+        UserError: it is not there, or damaged.
     """
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = sorted(csv.DictReader(file), key=lambda row: (row["digest"], row["label"]))  # one image, two classes
-    return [
-        (row["digest"], row["label"] == row["predicted"], row.get("group", ""))
-        for row in rows
-        if row.get("none") != "1"
-    ]
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = sorted(csv.DictReader(file), key=lambda row: (row["digest"], row["label"]))  # one image, two labels
+        return [
+            (row["digest"], row["label"] == row["predicted"], row.get("group", ""))
+            for row in rows
+            if row.get("none") != "1"
+        ]
+    except (OSError, ValueError, LookupError, TypeError, csv.Error) as error:
+        raise UserError(
+            f"{path} is damaged, or another program has changed it ({type(error).__name__}: {error}): put it back, or "
+            "remove its folder, and the same command makes this run again"
+        ) from error

@@ -32,16 +32,17 @@ class Images(NamedTuple):
     labels: np.ndarray | None = None
     groups: np.ndarray | None = None
 
-    def views(self, network: Network, topic: str) -> Iterator:
-        """Yield what a network sees of each image, and say how far this is."""
-        progress = Tenths(topic, len(self.names), "images", quiet_seconds=10)
-        for number in range(len(self.names)):
+    def views(self, network: Network, topic: str, most: int | None = None) -> Iterator:
+        """Yield what a network sees of each image, or of at most so many from all over, and say how far this is."""
+        numbers = range(0, len(self.names), max(1, -(-len(self.names) // most)) if most else 1)
+        progress = Tenths(topic, len(numbers), "images", quiet_seconds=10)
+        for done, number in enumerate(numbers, 1):
             try:
                 image = decode_rgb(self.read(number)).image
             except Exception as error:  # Pillow raises errors of any kind on damaged data
                 raise UserError(f"{self.names[number]} cannot be read ({reason(error)}): mend or remove it") from error
             yield network.view(image)
-            progress.reach(number + 1)
+            progress.reach(done)
 
     def rate(self, network: Network, topic: str) -> Rated:
         """Return what a network says of all images."""

@@ -65,8 +65,8 @@ def seal(folder: Path, checkpoint: Path) -> None:
     shutil.rmtree(earlier, ignore_errors=True)
 
 
-def find_damage(checkpoint: Path) -> str | None:
-    """Return why a checkpoint is not as it was written; None if it is.
+def find_damage(checkpoint: Path, of_model: bool = False) -> str | None:
+    """Return why a checkpoint, or its model alone (`load_weights`), is not as it was written; None if it is.
 
     Raises:
         UserError: it cannot be read, which says nothing about its content.
@@ -74,6 +74,8 @@ def find_damage(checkpoint: Path) -> str | None:
     try:
         hashes = json.loads((checkpoint / HASHES).read_text(encoding="utf-8"))
         for name, digest in hashes.items():
+            if of_model and not name.startswith(("model", "config.json")):
+                continue
             if _hash(checkpoint / name) != digest:
                 return f"{name} is not as it was written"
     except FileNotFoundError as error:

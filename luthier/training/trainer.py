@@ -139,7 +139,7 @@ def _load_best(trainer: SafeTrainer) -> None:
     best = Path(str(trainer.args.output_dir)) / f"checkpoint-{trainer.state.best_global_step}"
     # `newest_whole` has looked at the newest one, and at older ones only where that is damaged.
     looks = trainer.args.process_index == 0 and (best / HASHES).exists()
-    if damage := find_damage(best) if looks else None:
+    if damage := find_damage(best, of_model=True) if looks else None:
         say("careful", f"{best} is not used, because {damage}: the last weights take its place")
     found = from_main_process(best if best.exists() and not damage else None)
     if found is None:

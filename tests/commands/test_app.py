@@ -190,6 +190,7 @@ def test_space_serves_the_pushed_model(model, tmp_path):
         (["colours", "--push_to_space", "me/x"], "such as me/instruments, instead of colours"),
         (["me/x", "--push_to_space", "me/y", "--always_answer"], "--always_answer are for the app on this machine"),
         (["me/x", "--push_to_space", "me/y", "--examples", "x"], "--always_answer are for the app on this machine"),
+        (["me/x", "--private"], "--private hides a Space: give --push_to_space"),
     ],
 )
 def test_mistake_on_the_command_line_gives_one_message(capsys, args, message):

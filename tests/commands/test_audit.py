@@ -1,7 +1,9 @@
 """The audit: planted faults are found, leaks between splits are reported, and the command works."""
 
+import io
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -211,3 +213,16 @@ def test_label_is_suspect_where_another_is_as_likely_as_for_that_ones_own_images
         ("train", 1, "1.png", "b"),
     ]
     assert [each["probability"] for each in found] == pytest.approx([0.05, 0.2], abs=1e-6)
+
+
+def test_reader_that_leaves_does_not_cost_the_files(tmp_path, monkeypatch, timm_checkpoint):
+    class Left(io.StringIO):
+        def write(self, text):
+            if " images of " in text:
+                raise BrokenPipeError
+            return super().write(text)
+
+    draw_folder(tmp_path / "p", 12)
+    monkeypatch.setattr(sys, "stdout", Left())
+    audit.main([str(tmp_path / "p"), "--model_name", str(timm_checkpoint), "--output_dir", str(tmp_path / "found")])
+    assert (tmp_path / "found/audit.json").exists() and (tmp_path / "found/audit.html").exists()

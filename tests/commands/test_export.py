@@ -347,6 +347,7 @@ def test_comparison_counts_what_differs(tmp_path):
         (["{run}", "--web", "{run}"], "already holds something else"),
         (["{run}", "--push_to_space", "page"], "is not a name for a Space"),
         (["{run}", "--vendor"], "--vendor is for the page"),
+        (["{run}", "--private"], "--private hides a page on the Hub: give --push_to_space"),
         (["{run}/scored"], "does not say which images its model was scored on: give images to compare"),
     ],
 )
@@ -507,6 +508,15 @@ def test_values_beyond_float16_are_counted(tmp_path):
         assert exporting.count_overflows(tmp_path / "m.onnx", views) == images
 
 
+def test_overflows_are_looked_for_in_a_part_of_memory(tmp_path, monkeypatch):
+    pixels_to_odds(tmp_path / "m.onnx")
+    outputs, session = [], exporting.onnxruntime.InferenceSession
+    run = session.run
+    monkeypatch.setattr(session, "run", lambda *given: outputs.append(run(*given)) or outputs[-1])
+    exporting.count_overflows(tmp_path / "m.onnx", [np.zeros((1, 1, 3), np.uint8)])
+    assert outputs[0] and all(np.size(value) == 1 for value in outputs[0]), "numbers, not the values"
+
+
 class Always:
     """A network that takes the first images for another class than theirs."""
 
@@ -597,3 +607,9 @@ def test_onnx_runtime_stays_on_the_cores_that_it_may_use(run):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "1"
+
+
+def test_paths_may_be_in_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    args = export.build_parser().parse_args(["x", "--output_dir=~/a", "--web=~/b", "--check=~/c"])
+    assert [args.output_dir, args.web, args.check] == [tmp_path / name for name in "abc"]

@@ -569,3 +569,17 @@ def test_count_of_the_answers_is_never_among_the_predictions(model, monkeypatch,
 def test_class_of_the_name_of_a_refusal_is_counted_by_itself():
     assert predict.answer_of(Prediction("a.png", [("unsure", 0.9)])) == "unsure (the class)"
     assert predict.answer_of(Prediction("a.png", [("heron", 0.4)], True)) == "unsure"
+
+
+@pytest.mark.parametrize(
+    ("name", "start"), [("a.csv", "input,answer,label_1"), ("a.jsonl", '{"input": '), ("a.txt", "/")]
+)
+def test_ending_of_the_output_decides_the_format(model, capsys, tmp_path, name, start):
+    draw("red", 1).save(tmp_path / "a.png")
+    assert run_predict(capsys, model, tmp_path / "a.png", "--output", tmp_path / name)[0] == 0
+    assert (tmp_path / name).read_text(encoding="utf-8").startswith(start)
+
+
+def test_options_may_be_written_with_hyphens():
+    args = predict.build_parser().parse_args(["m", "a", "--top-k", "3", "--always-answer", "--allow-private-urls"])
+    assert (args.top_k, args.always_answer, args.allow_private_urls) == (3, True, True)

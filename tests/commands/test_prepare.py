@@ -269,6 +269,14 @@ def test_images_are_stored_block_by_block(monkeypatch):
     assert sum(counts) == rows == 37 and max(counts) == 4
 
 
+def test_machine_with_another_plan_that_begins_at_the_same_time_is_refused(monkeypatch):
+    first = Path("shards/shards.json")
+    monkeypatch.setattr("luthier.files.sync", lambda path: first.write_text('{"version": 2}'))  # by the other one
+    with pytest.raises(UserError, match="has shards of other images"):
+        prepare.claim_folder(Path("shards"), {"version": 1})
+    assert first.read_text() == '{"version": 2}' and [*Path("shards").iterdir()] == [first]
+
+
 def test_machine_that_begins_at_the_same_time_does_not_empty_the_plan(monkeypatch):
     monkeypatch.setattr("luthier.files.sync", lambda path: Path("shards/.shards.json").write_text(""))
     prepare.claim_folder(Path("shards"), {"version": 1})

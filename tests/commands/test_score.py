@@ -16,6 +16,8 @@ from transformers import pipeline
 
 import score
 import train
+from data import load_labelled
+from luthier.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -176,3 +178,11 @@ def test_default_folder_is_not_among_the_images(model, new_images, monkeypatch, 
         score.main([str(model), "--data_dir", "."])
     assert exit_info.value.code == 2 and "would be taken for images" in capsys.readouterr().err
     assert not Path("outputs").exists()
+
+
+def test_class_in_other_letters_and_many_classes_are_named_briefly(tmp_path):
+    images = draw_folder(tmp_path / "p", 2, classes=("red", "blue"))
+    (images / "red").rename(images / "Red")
+    with pytest.raises(UserError, match="writes 'Red' as 'red': rename it") as raised:
+        load_labelled(["red", "blue", *(f"class{n}" for n in range(998))], data_dir=str(images))
+    assert "and 980 more" in str(raised.value) and len(str(raised.value)) < 600

@@ -259,6 +259,34 @@ def test_jpeg_of_too_many_scans_is_refused(monkeypatch):
         decode_rgb(hostile, max_pixels=10_000)
 
 
+def test_network_disk_may_also_refuse_to_describe_a_file_for_a_moment(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(b"image")
+    failures, look = [errno.ETIMEDOUT, errno.ESTALE], Path.stat
+
+    def look_at_last(path, **options):
+        if failures and path.name == "a.png":
+            raise OSError(failures.pop(), "away")
+        return look(path, **options)
+
+    monkeypatch.setattr(Path, "stat", look_at_last)
+    monkeypatch.setattr(decode.time, "sleep", lambda _: None)
+    assert decode.read_file(tmp_path / "a.png") == b"image"
+
+
+def test_disk_that_is_gone_is_not_waited_for_at_every_file(monkeypatch):
+    def fail(_):
+        raise OSError(errno.EIO, "away")
+
+    waited, lost = [], []
+    monkeypatch.setattr(decode, "_read_file", fail)
+    monkeypatch.setattr(decode, "_lost", lost)
+    monkeypatch.setattr(decode.time, "sleep", waited.append)
+    for number in range(decode.PATIENCE + 5):
+        with pytest.raises(OSError, match="away"):
+            decode.read_file(f"{number}.png")
+    assert len(waited) == decode.PATIENCE * len(decode.WAITS)
+
+
 def test_error_of_a_network_disk_that_passes_is_none(tmp_path, monkeypatch):
     (tmp_path / "a.png").write_bytes(b"image")
     failures, read = [errno.EIO, errno.ESTALE], Path.read_bytes

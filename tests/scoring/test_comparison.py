@@ -2,6 +2,9 @@
 
 import csv
 
+import pytest
+
+from luthier.errors import UserError
 from luthier.scoring.comparison import RunResult, compare_pairs, read_correct
 
 
@@ -29,3 +32,11 @@ def test_experiment_that_is_right_about_more_images_but_less_often_is_not_better
     results = {name: {str(seed): result(run) for seed, run in enumerate(runs)} for name, runs in seeds.items()}
     (verdict,) = compare_pairs(results)
     assert (verdict.for_a, verdict.for_b, verdict.p) == (30, 11, 1.0) and not verdict.is_clear
+
+
+@pytest.mark.parametrize("text", [None, "name;digest;label;predicted\na.png;x;a;a\n"])
+def test_predictions_that_another_program_has_changed_give_one_message(tmp_path, text):
+    if text:
+        (tmp_path / "predictions.csv").write_text(text)
+    with pytest.raises(UserError, match="is damaged, or another program has changed it"):
+        read_correct(tmp_path / "predictions.csv")

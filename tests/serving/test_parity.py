@@ -36,6 +36,17 @@ def test_export_that_is_worse_is_refused(parity, refusal):
     assert parity.refusal == refusal or (refusal and parity.refusal.startswith(refusal))
 
 
+@pytest.mark.parametrize(
+    ("n", "most", "expected"), [(9, 3, [0, 3, 6]), (7, 3, [0, 3, 6]), (2, 5, [0, 1]), (3, None, [0, 1, 2])]
+)
+def test_some_views_are_of_images_from_all_over(monkeypatch, n, most, expected):
+    """Those of a run are in the order of their classes."""
+    monkeypatch.setattr("luthier.serving.parity.decode_rgb", lambda number: SimpleNamespace(image=number))
+    network = SimpleNamespace(view=lambda image: image)
+    images = Images([str(number) for number in range(n)], lambda number: number)
+    assert [*images.views(network, "range", most)] == expected
+
+
 @pytest.mark.parametrize(("low", "doubtful"), [(-0.04, False), (-0.06, True)])
 def test_few_images_leave_a_doubt(low, doubtful):
     assert bool(INT8._replace(difference_ci95=(low, 0.02)).doubt) == doubtful

@@ -246,6 +246,17 @@ def test_best_checkpoint_that_is_damaged_leaves_the_last_weights(tmp_path, capsy
     assert "is not as it was written" in " ".join(capsys.readouterr().out.split())
 
 
+def test_best_weights_are_used_without_the_files_that_only_a_resume_needs(tmp_path, monkeypatch):
+    """Somebody may have removed the state of the optimizer, because the disk was full."""
+    folder, loaded = write_checkpoint(tmp_path, 4), []
+    (folder / "trainer_state.json").unlink()
+    monkeypatch.setattr("luthier.training.trainer.load_weights", lambda _, checkpoint: loaded.append(checkpoint))
+    args = SimpleNamespace(output_dir=tmp_path, process_index=0, world_size=1)
+    trainer = SimpleNamespace(model=None, args=args, state=SimpleNamespace(best_global_step=4))
+    _load_best(trainer)
+    assert loaded == [folder] and trainer.state.best_global_step == 4
+
+
 def test_old_checkpoint_that_cannot_be_removed_does_not_end_the_training(tmp_path, monkeypatch):
     for step in (2, 4):
         write_checkpoint(tmp_path, step)
