@@ -66,7 +66,9 @@ def main(argv: list[str] | None = None) -> None:
     except UserError as error:  # it cannot be trained on as it is, but what is wrong with it can still be found
         say("careful", f"{error}\n")
     findings = audit_images(splits, unreadable)
-    if "validation" in splits:
+    train = splits["train"]
+    # A probe knows the classes of train alone, of which all images of one may be unreadable.
+    if "validation" in splits and len(set(train["label"][:])) == len(train.features["label"].names):
         findings |= ask_probe(splits, arguments)
     with ignore_closed("stdout"):  # as with `| head`: the files are written all the same
         print(console.list_findings(findings), flush=True)

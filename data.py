@@ -34,7 +34,7 @@ from luthier.options import BUILT_IN_DATASET
 from luthier.processes import available_cores
 from luthier.terminal import plural, say
 
-PREPARATION = 11  # part of the cache's key: raise it when what is stored changes
+PREPARATION = 12  # part of the cache's key: raise it when what is stored changes
 STORED_SIDE = 2  # shorter side of a stored training image, in sides of the view
 MAX_JPEG = 65_500  # pixels of a side
 SMALL = 4  # a file is stored that has a fourth of its view's bytes, and no more than four times its pixels

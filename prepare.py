@@ -13,6 +13,7 @@ interruption. Several machines with a common disk take a share each (docs/usage.
 """
 
 import argparse
+import contextlib
 import glob
 import hashlib
 import json
@@ -283,7 +284,8 @@ def claim_folder(folder: Path, plan: dict) -> None:
             pass
         except (OSError, NotImplementedError):  # some disks have no hard links
             rename(own, folder / PLAN)
-        own.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # Windows removes no file that a virus scanner reads; it is hidden
+            own.unlink(missing_ok=True)
     if (folder / PLAN).read_text(encoding="utf-8") != text:
         raise UserError(
             f"{folder} has shards of other images, splits or sizes, or of another version of Luthier: give another "

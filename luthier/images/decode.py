@@ -38,6 +38,7 @@ MAX_BYTES = 2**30  # of a file; the largest images that Pillow opens have half o
 MAX_SCANNED = 25_000_000_000  # pixels of a foreign image, times the scans of its JPEG, each of which goes through all
 STRIP = 256  # rows of a grey image that are converted at a time: all of them would take eight times their memory
 TILE = (322, 323)  # tags of a TIFF: width and height of a tile
+PHOTOMETRIC, SAMPLE_FORMAT = 262, 339  # tags of a TIFF: what 0 is; whether numbers have a sign
 MAX_RATIO = 500  # of an image's sides: a view enlarges the shorter one, and the longer one with it
 # By macOS, Windows, Linux, and network disks of Synology, whose @eaDir has thumbnails of all images beside it.
 LEFT_BEHIND = {
@@ -50,7 +51,8 @@ NOT_OPENED = "cannot be opened: "  # prefix of reasons that may be gone at the n
 # Errors of network disks that pass, and the seconds before each new attempt. An image that is left out of a run
 # and can be read when it is resumed makes other splits of its images, and the run does not go on.
 PASSING, WAITS = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN}, (0.2, 1.0)
-PATIENCE, _lost = 100, list[str | Path]()  # files that no attempt could read: after so many, none is waited for
+# Files that no attempt could read, since one could be read: after so many, none is waited for.
+PATIENCE, _lost = 100, list[str | Path]()
 
 
 class Decoded(NamedTuple):
@@ -105,14 +107,18 @@ def decode_rgb(data: bytes, shorter_side: int | None = None, max_pixels: int | N
         if shorter_side and min(image.size) > shorter_side and image.format in ("JPEG", "MPO"):
             scale = shorter_side / min(image.size)
             image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
+        if image.format == "PNG" and "transparency" in image.info:
+            _scale_transparent_level(image, data[24])
         image.load()
+        # An AVIF says itself how it is turned. Pillow lets that override EXIF, and not XMP.
+        stray = image.format == "AVIF" and image.info.pop("xmp", None) is not None
         # Not `ImageOps.exif_transpose`, which writes the tags anew, and fails at odd ones that do not matter here.
         try:
             turn, readable = UPRIGHT.get(image.getexif().get(0x0112, 1)), True
         except Exception:  # damaged tags give errors of any kind
             turn, readable = None, False  # and `datasets` would fail at them
         changed = image.mode != "RGB" or image.has_transparency_data or turn is not None or not readable
-        changed |= image.format == "HEIF"
+        changed |= image.format == "HEIF" or stray  # `datasets` would turn it
         rgb = _to_rgb(image if turn is None else image.transpose(turn))
         rgb.info = {}  # Pillow would store its colour profile or comment again, which a new format may not hold
         return Decoded(rgb, changed, str(image.format), size)
@@ -141,6 +147,20 @@ def _open(data: bytes) -> Image.Image:
     if data[:4] in (b"II*\0", b"MM\0*"):
         raise OSError("a TIFF with bands or bits that are not read, or a damaged one: convert it to RGB")
     raise OSError(f"not an image in an allowed format ({', '.join(FORMATS)}, HEIC)")
+
+
+def _scale_transparent_level(image: Image.Image, bits: int) -> None:
+    """Bring the transparent level of a PNG to 8 bits, as Pillow does with the pixels that it compares to it.
+
+    Args:
+        image: opened, and not loaded.
+        bits: of a level in the file.
+    """
+    level = image.info["transparency"]
+    if image.mode == "L":
+        image.info["transparency"] = level % 2**bits * 255 // (2**bits - 1)
+    elif image.mode == "RGB":
+        image.info["transparency"] = tuple(each >> (bits - 8) for each in level)
 
 
 def _check_tile(data: bytes, image: Image.Image, most: float) -> None:
@@ -224,7 +244,9 @@ def _read_file(path: str | Path) -> bytes:
         raise OSError("it is no regular file")
     if facts.st_size > MAX_BYTES:
         raise OSError(f"it has {facts.st_size / 2**20:,.0f} MB, and more than {MAX_BYTES / 2**20:,.0f} are not read")
-    return Path(path).read_bytes()
+    content = Path(path).read_bytes()
+    _lost.clear()  # the disk is there
+    return content
 
 
 def is_hidden(name: str) -> bool:
@@ -279,7 +301,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _grey_to_rgb(image: Image.Image) -> Image.Image:
     """Return an image of 16 or 32 bits a pixel in 8 bits."""
-    levels = np.asarray(image)
+    levels, tags = np.asarray(image), getattr(image, "tag_v2", {})  # a TIFF was turned by Pillow, and is itself here
+    if image.mode == "I" and tags.get(SAMPLE_FORMAT, (1,)) == (1,):
+        levels = levels.view(np.uint32)  # Pillow has no such mode
     transparent = None if image.mode in ("I", "F") else image.info.get("transparency")
     highest = float(levels.max(where=np.isfinite(levels) & (levels != transparent), initial=0))
     scale = 255 / _white_level(image.mode, highest)
@@ -289,6 +313,8 @@ def _grey_to_rgb(image: Image.Image) -> Image.Image:
         scaled = np.nan_to_num(part, posinf=highest, neginf=0) * scale
         scaled[part == transparent] = 255
         grey[begin : begin + STRIP] = scaled.round().clip(0, 255)
+    if image.mode == "I;16" and tags.get(PHOTOMETRIC) == 0:  # 0 is white, which Pillow heeds up to 8 bits
+        grey = 255 - grey
     return Image.fromarray(grey).convert("RGB")
 
 
@@ -297,6 +323,8 @@ def _white_level(mode: str, highest: float) -> int:
 
     Most medical devices and cameras give 12 bits, which are nearly black on the scale of 16.
     """
+    if highest > 65535:
+        return 2 ** int(highest).bit_length() - 1
     if mode == "F":
         return 1 if highest <= 1 else 255 if highest <= 255 else 65535
     return 255 if highest <= 255 else 4095 if highest <= 4095 else 65535

@@ -203,16 +203,19 @@ def read_correct(path: Path) -> list[tuple[str, bool, str]]:
 
     Raises:
         UserError: it is not there, or damaged.
+        OSError: it cannot be read, which says nothing about its content.
     """
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = sorted(csv.DictReader(file), key=lambda row: (row["digest"], row["label"]))  # one image, two labels
+        if not rows or any(row["predicted"] is None for row in rows):
+            raise ValueError("it has been cut off")
         return [
             (row["digest"], row["label"] == row["predicted"], row.get("group", ""))
             for row in rows
             if row.get("none") != "1"
         ]
-    except (OSError, ValueError, LookupError, TypeError, csv.Error) as error:
+    except (FileNotFoundError, ValueError, LookupError, TypeError, csv.Error) as error:
         raise UserError(
             f"{path} is damaged, or another program has changed it ({type(error).__name__}: {error}): put it back, or "
             "remove its folder, and the same command makes this run again"

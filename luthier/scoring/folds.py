@@ -1,4 +1,4 @@
-"""Cross-validation: every image is scored once, by a model that has seen neither it nor its duplicates."""
+"""Cross-validation: images are scored once, each by a model that has seen neither it nor its duplicates."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence

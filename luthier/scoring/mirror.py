@@ -34,7 +34,8 @@ class Mirror(NamedTuple):
     Attributes:
         loss, mirrored: mean cross-entropy of images and of their mirror images.
         error: standard error of the difference, image by image; wider where there are few groups.
-        chance: the loss of knowing how frequent the classes are, and nothing else.
+        chance: the loss of knowing how frequent the classes are, and nothing else; infinite where the probes do not
+            clearly know more.
     """
 
     loss: float
@@ -131,9 +132,13 @@ def compare_with_mirror(
     _, labels = np.unique(labels, return_inverse=True)  # without gaps
     folds = stratified_folds(labels, groups, FOLDS, seed=1)
     losses, others = losses_of_views((features, mirrored), torch.from_numpy(labels), folds)
-    error = standard_error(others - losses, groups) * _widen(len(np.unique(groups)))
-    shares = np.bincount(labels) / len(labels)
-    return Mirror(float(losses.mean()), float(others.mean()), error, float(-(shares * np.log(shares)).sum()))
+    widened = _widen(len(np.unique(groups)))
+    error = standard_error(others - losses, groups) * widened
+    guessed = -np.log(np.bincount(labels) / len(labels))[labels]
+    # Where the probes may know nothing, any small difference would be most of it.
+    knows = (guessed - losses).mean() > WORSE * standard_error(guessed - losses, groups) * widened
+    chance = float(guessed.mean()) if knows else math.inf
+    return Mirror(float(losses.mean()), float(others.mean()), error, chance)
 
 
 def _widen(groups: int) -> float:

@@ -1,1 +1,1 @@
-"""A trained model in use: predictions, the Hub, a Space."""
+"""A trained model in use: predictions, exports, a page for the browser, the Hub, a Space."""

@@ -231,14 +231,22 @@ def count_overflows(source: Path, views: Iterable[np.ndarray]) -> int:
     kind, make = onnx.TensorProto.FLOAT, onnx.helper.make_node
     inner = {value.name for value in model.graph.value_info if value.type.tensor_type.elem_type == kind}
     nodes, names = list[onnx.NodeProto](), list[str]()
+    end, zero = "where infinity begins", "nothing"
     for node in model.graph.node:
         nodes.append(node)
         for name in () if node.name in later else sorted(inner & {*node.output}):
-            size = f"size of {name}"
+            size, counts, counted = f"size of {name}", f"finite {name}", f"finite size of {name}"
             names.append(f"largest {size}")
-            nodes += [make("Abs", [name], [size]), make("ReduceMax", [size], [names[-1]], keepdims=0)]
+            nodes += [
+                make("Abs", [name], [size]),
+                make("Less", [size, end], [counts]),  # before the largest is taken: a mask would hide all others
+                make("Where", [counts, size, zero], [counted]),
+                make("ReduceMax", [counted], [names[-1]], keepdims=0),
+            ]
     if not names:
         return 0
+    for name, number in ((end, MASKED), (zero, 0)):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(number, np.float32), name))
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     model.graph.output.extend(onnx.helper.make_tensor_value_info(name, kind, []) for name in names)
@@ -249,7 +257,7 @@ def count_overflows(source: Path, views: Iterable[np.ndarray]) -> int:
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
     def overflows(view: np.ndarray) -> bool:
-        return any(MAX_HALF < largest < MASKED for largest in session.run(names, {INPUT: view[None]}))
+        return any(largest > MAX_HALF for largest in session.run(names, {INPUT: view[None]}))
 
     return sum(map(overflows, views))
 

@@ -1,6 +1,7 @@
 """Fetch an image from an address that anybody may have given.
 
-Only http and https are allowed. No address may lead inside this machine or its network, at any step of a redirect.
+Only http and https are allowed. Unless the caller allows it, no address may lead inside this machine or its network,
+at any step of a redirect.
 Time, bytes and steps are limited. Proxies are not used, because what they connect to cannot be checked.
 """
 

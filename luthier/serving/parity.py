@@ -34,9 +34,10 @@ class Images(NamedTuple):
 
     def views(self, network: Network, topic: str, most: int | None = None) -> Iterator:
         """Yield what a network sees of each image, or of at most so many from all over, and say how far this is."""
-        numbers = range(0, len(self.names), max(1, -(-len(self.names) // most)) if most else 1)
-        progress = Tenths(topic, len(numbers), "images", quiet_seconds=10)
-        for done, number in enumerate(numbers, 1):
+        n = len(self.names)
+        count = min(n, most or n)
+        progress = Tenths(topic, count, "images", quiet_seconds=10)
+        for done, number in enumerate((part * n // count for part in range(count)), 1):
             try:
                 image = decode_rgb(self.read(number)).image
             except Exception as error:  # Pillow raises errors of any kind on damaged data

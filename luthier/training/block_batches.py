@@ -17,7 +17,7 @@ class BlockBatches(Sampler[list[int]]):
     it, which it divides into `LANES` lanes. In a lane rows are in random order within each `WINDOW` of them. Batches
     come from the lanes in turns: data workers take batches in turns too, so that up to `LANES` of them read different
     blocks. All processes have equally many batches, whose sizes differ by one at most; a process that has fewer rows
-    than batches takes another one twice.
+    than batches also takes the first row of the line, which another process has too.
 
     So all follows from seed and epoch: a run that is resumed skips the batches that it has had.
 

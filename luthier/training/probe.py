@@ -1,4 +1,4 @@
-"""The linear probe: a logistic regression on frozen features, the baseline of every fine-tune and where it starts."""
+"""The linear probe: a logistic regression on frozen features, a baseline and the start of some recipes."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple

@@ -508,6 +508,12 @@ def test_values_beyond_float16_are_counted(tmp_path):
         assert exporting.count_overflows(tmp_path / "m.onnx", views) == images
 
 
+def test_numbers_that_stand_for_infinity_hide_no_values_beyond_float16(tmp_path):
+    pixels_to_odds(tmp_path / "m.onnx", [10_000.0, 1.0, 1e38])  # the third as in a mask
+    views = [np.array([[[level, 0, 1]]], np.uint8) for level in (1, 12)]  # 12 becomes 120,000, beside it
+    assert exporting.count_overflows(tmp_path / "m.onnx", views) == 1
+
+
 def test_overflows_are_looked_for_in_a_part_of_memory(tmp_path, monkeypatch):
     pixels_to_odds(tmp_path / "m.onnx")
     outputs, session = [], exporting.onnxruntime.InferenceSession

@@ -277,6 +277,20 @@ def test_machine_with_another_plan_that_begins_at_the_same_time_is_refused(monke
     assert first.read_text() == '{"version": 2}' and [*Path("shards").iterdir()] == [first]
 
 
+def test_plan_that_a_virus_scanner_reads_does_not_end_the_command(monkeypatch):
+    unlink = Path.unlink
+
+    def refuse(path, **options):
+        if path.name.startswith(".shards.json-"):
+            raise PermissionError(13, "it is being read")
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    for _ in range(2):
+        prepare.claim_folder(Path("shards"), {"version": 1})
+    assert json.loads(Path("shards/shards.json").read_text()) == {"version": 1}
+
+
 def test_machine_that_begins_at_the_same_time_does_not_empty_the_plan(monkeypatch):
     monkeypatch.setattr("luthier.files.sync", lambda path: Path("shards/.shards.json").write_text(""))
     prepare.claim_folder(Path("shards"), {"version": 1})

@@ -287,6 +287,12 @@ def test_disk_that_is_gone_is_not_waited_for_at_every_file(monkeypatch):
     assert len(waited) == decode.PATIENCE * len(decode.WAITS)
 
 
+def test_disk_that_has_come_back_is_waited_for_again(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(b"image")
+    monkeypatch.setattr(decode, "_lost", decode.PATIENCE * ["lost.png"])
+    assert decode.read_file(tmp_path / "a.png") == b"image" and decode._lost == []
+
+
 def test_error_of_a_network_disk_that_passes_is_none(tmp_path, monkeypatch):
     (tmp_path / "a.png").write_bytes(b"image")
     failures, read = [errno.EIO, errno.ESTALE], Path.read_bytes
@@ -299,3 +305,51 @@ def test_error_of_a_network_disk_that_passes_is_none(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "read_bytes", read_at_last)
     monkeypatch.setattr(decode.time, "sleep", lambda _: None)
     assert decode.read_file(tmp_path / "a.png") == b"image"
+
+
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
+def test_grey_of_16_bits_whose_zero_is_white_is_not_inverted(compression):
+    file = io.BytesIO()
+    levels = np.linspace(0, 65535, 64).round().astype(np.uint16).reshape(8, 8)
+    PILImage.fromarray(levels).save(file, "TIFF", tiffinfo={262: 0}, compression=compression)
+    shown = np.asarray(decode_rgb(file.getvalue()).image)[..., 0]
+    assert np.abs(shown - (255 - levels / 257)).max() <= 1 and (shown[0, 0], shown[7, 7]) == (255, 0)
+
+
+def test_grey_of_32_bits_is_not_white():
+    file = io.BytesIO()
+    PILImage.fromarray(np.array([[0, 2**19], [2**18, 2**20 - 1]], np.int32)).save(file, "TIFF")
+    assert np.asarray(decode_rgb(file.getvalue()).image)[..., 0].tolist() == [[0, 128], [64, 255]]
+    sign = struct.pack("<HHLH", 339, 3, 1, 2)  # the tag that says so
+    file = io.BytesIO()
+    PILImage.fromarray(np.array([[0, 2**31], [2**30, 2**32 - 1]], np.uint32).view(np.int32)).save(file, "TIFF")
+    assert file.getvalue().count(sign) == 1
+    unsigned = file.getvalue().replace(sign, struct.pack("<HHLH", 339, 3, 1, 1))
+    assert np.asarray(decode_rgb(unsigned).image)[..., 0].tolist() == [[0, 128], [64, 255]]
+
+
+@pytest.mark.parametrize(
+    ("bits", "colours", "row", "transparent"),
+    [
+        (2, 0, b"\x6f", b"\0\1"),  # levels 1, 2, 3, 3
+        (4, 0, b"\x5a\xff", b"\0\5"),
+        (8, 0, b"\x55\xaa\xff\xff", b"\0\x55"),
+        (16, 2, b"\x12\x34" * 3 + b"\xaa\xaa" * 3 + b"\xff\xff" * 6, b"\x12\x34" * 3),
+    ],
+)
+def test_transparent_level_of_any_bits_gets_a_white_background(bits, colours, row, transparent):
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">L", len(content)) + kind + content + struct.pack(">L", zlib.crc32(kind + content))
+
+    head = chunk(b"IHDR", struct.pack(">LLBBBBB", 4, 1, bits, colours, 0, 0, 0))
+    parts = head, chunk(b"tRNS", transparent), chunk(b"IDAT", zlib.compress(b"\0" + row)), chunk(b"IEND", b"")
+    decoded = decode_rgb(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    assert [decoded.image.getpixel((x, 0))[0] for x in range(4)] == [255, 170, 255, 255] and decoded.changed
+
+
+def test_avif_is_not_turned_by_its_xmp():
+    file = io.BytesIO()
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    PILImage.new("RGB", (20, 10), "white").save(file, "AVIF", xmp=xmp)
+    decoded = decode_rgb(file.getvalue())
+    assert decoded.image.size == (20, 10) and decoded.changed

@@ -1,6 +1,8 @@
 """Experiments are compared image by image."""
 
 import csv
+import errno
+from pathlib import Path
 
 import pytest
 
@@ -34,7 +36,21 @@ def test_experiment_that_is_right_about_more_images_but_less_often_is_not_better
     assert (verdict.for_a, verdict.for_b, verdict.p) == (30, 11, 1.0) and not verdict.is_clear
 
 
-@pytest.mark.parametrize("text", [None, "name;digest;label;predicted\na.png;x;a;a\n"])
+def test_predictions_that_may_not_be_read_are_not_called_damaged(tmp_path, monkeypatch):
+    """Whoever removed the folder, as the advice is, would lose a run."""
+
+    def refuse(*_, **options):
+        raise PermissionError(errno.EACCES, "Permission denied", "predictions.csv")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(PermissionError):
+        read_correct(tmp_path / "predictions.csv")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [None, "name;digest;label;predicted\na.png;x;a;a\n", "digest,label,predicted\n", "digest,label,predicted\nx,a\n"],
+)
 def test_predictions_that_another_program_has_changed_give_one_message(tmp_path, text):
     if text:
         (tmp_path / "predictions.csv").write_text(text)

@@ -51,6 +51,15 @@ def test_mirror_images_are_worse_where_most_of_what_the_probes_know_is_lost(loss
     assert Mirror(loss, mirrored, 0.01, math.log(20)).is_worse == worse
 
 
+@pytest.mark.parametrize(("known", "lost", "worse"), [(0.006, 0.02, False), (0.5, 0.35, True)])
+def test_probes_that_may_know_nothing_lose_nothing(monkeypatch, known, lost, worse):
+    rows = np.arange(100)
+    losses = math.log(20) - known + 0.3 * (-1.0) ** rows
+    monkeypatch.setattr("luthier.scoring.mirror.losses_of_views", lambda *_: (losses, losses + lost))
+    features = torch.zeros(100, 1)
+    assert compare_with_mirror(features, features, rows % 20, rows).is_worse == worse
+
+
 def draw_arrows(folder: Path, turned: bool) -> Path:
     """Draw arrows of two classes, to the left and to the right; or all of them either way, thin and thick."""
     generator = np.random.default_rng(1)

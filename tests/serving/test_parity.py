@@ -37,7 +37,8 @@ def test_export_that_is_worse_is_refused(parity, refusal):
 
 
 @pytest.mark.parametrize(
-    ("n", "most", "expected"), [(9, 3, [0, 3, 6]), (7, 3, [0, 3, 6]), (2, 5, [0, 1]), (3, None, [0, 1, 2])]
+    ("n", "most", "expected"),
+    [(9, 3, [0, 3, 6]), (7, 3, [0, 2, 4]), (4, 3, [0, 1, 2]), (2, 5, [0, 1]), (3, None, [0, 1, 2])],
 )
 def test_some_views_are_of_images_from_all_over(monkeypatch, n, most, expected):
     """Those of a run are in the order of their classes."""
