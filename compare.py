@@ -286,7 +286,7 @@ def execute(run: Run) -> None:
     Exits with 1 where the run fails, with 130 after Ctrl-C, which the run has received too, with 143 after SIGTERM.
     """
     log = run.log
-    with atomic_write(run.note) as whole:  # on a full disk that of an interrupted run stays as it was
+    with atomic_write(run.note) as whole:  # a full disk leaves the note of an interrupted run as it was
         whole.write_text(f"{run.settings}\n", encoding="utf-8")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]  # this environment's accelerate
     environment = os.environ | {"PYTHONUTF8": "1"}  # class names may not fit into the code page of Windows

@@ -32,7 +32,7 @@ from luthier.images.views import EvaluationView, ImageRows, random_crop_transfor
 from luthier.machine import pool_of_single_threads
 from luthier.options import BUILT_IN_DATASET
 from luthier.processes import available_cores
-from luthier.terminal import plural, say
+from luthier.terminal import plural, say, some_of
 
 PREPARATION = 12  # part of the cache's key: raise it when what is stored changes
 STORED_SIDE = 2  # shorter side of a stored training image, in sides of the view
@@ -176,16 +176,12 @@ def load_labelled(names: list[str], **options) -> tuple[DatasetDict, list[Unread
             remedy = f"The model writes {alike!r} as {known[alike.casefold()]!r}: rename it, or give --label_names"
         raise UserError(
             f"the model does not know {plural(len(unknown), 'class', 'classes')} of the images, such as "
-            f"{alike or unknown[0]!r}. The model's: {_some(names)}. The images': {_some(own)}. {remedy}"
+            f"{alike or unknown[0]!r}. The model's: {some_of(names, 20)}. The images': "
+            f"{some_of(own, 20)}. {remedy}"
         )
     label = ClassLabel(names=names)
     dataset = dataset.remove_columns("label").add_column("label", label.str2int(labels), feature=label)
     return DatasetDict(test=dataset), [image._replace(split="test") for image in unreadable if image.split in used]
-
-
-def _some(names: Sequence[str], most: int = 20) -> str:
-    """Return names in a list, the first ones of many."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 # --- prepare

@@ -183,8 +183,7 @@ def export(
             path, parity = found["fp16"]
             # From all over: the images of a run are in the order of their classes.
             views = images.views(OnnxNetwork(files["fp32"]), "range", RANGED)
-            overflows = count_overflows(files["fp32"], views)
-            found["fp16"] = path, parity._replace(overflows=overflows)
+            found["fp16"] = path, parity._replace(overflows=count_overflows(files["fp32"], views))
         return found
 
     with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryDirectory() as other:

@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 BAR_WIDTH = 32  # columns
 NONE, UNSURE, NO_PREDICTION = "none of these", "unsure", "no prediction"  # in place of a class
 MANY, NAMED = 20, 20  # inputs whose answers are counted at the end, and answers that are named there
-FORMATS = {".csv": "csv", ".jsonl": "jsonl"}  # by the ending of --output, where no format is given
 
 
 @exit_on_user_error
@@ -48,7 +47,8 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     if args.output is None and sys.stdout is None:
         raise UserError("the standard output is closed: give --output FILE")
-    args.format = args.format or FORMATS.get(args.output.suffix.lower() if args.output else "", "table")
+    ending = args.output.suffix[1:].lower() if args.output else ""
+    args.format = args.format or (ending if ending in WRITERS else "table")
     accept_undecodable_names()
     if args.output and is_image(args.output.name):
         raise UserError(f"--output {args.output} would replace an image: give the name of a file for the predictions")

@@ -285,7 +285,7 @@ def claim_folder(folder: Path, plan: dict) -> None:
         except (OSError, NotImplementedError):  # some disks have no hard links
             rename(own, folder / PLAN)
         with contextlib.suppress(OSError):  # Windows removes no file that a virus scanner reads; it is hidden
-            own.unlink(missing_ok=True)
+            own.unlink()
     if (folder / PLAN).read_text(encoding="utf-8") != text:
         raise UserError(
             f"{folder} has shards of other images, splits or sizes, or of another version of Luthier: give another "
@@ -316,9 +316,9 @@ def resized(dataset: "Dataset", rows: "np.ndarray", side: int) -> "Dataset":
                 "another folder"
             ) from error
         name = row["name"].replace(os.sep, "-").replace("/", "-")
-        stored_as = "PNG" if image["bytes"].startswith(b"\x89PNG") else "JPEG"
+        stored_as, ending = ("PNG", ".png") if image["bytes"].startswith(b"\x89PNG") else ("JPEG", ".jpg")
         if image["bytes"] != content and Path(name).suffix.lower() not in extensions_of(stored_as):
-            name += {"PNG": ".png", "JPEG": ".jpg"}[stored_as]
+            name += ending
         return image | {"path": name}
 
     # Threads are enough, because Pillow releases the interpreter while it decodes, resizes and encodes.

@@ -10,7 +10,7 @@ import sys
 import textwrap
 import time
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -66,6 +66,11 @@ def _wrap(line: str) -> str:
 def plural(n: int, noun: str, nouns: str | None = None) -> str:
     """Return a number with its noun: `1 image`, `1,200 images`, `2 classes`."""
     return f"{n:,} {noun if n == 1 else nouns or f'{noun}s'}"
+
+
+def some_of(names: Sequence[str], most: int) -> str:
+    """Return names in a list, the first ones of many: `a, b and 1,200 more`."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def percent(share: float, places: int = 1) -> str:

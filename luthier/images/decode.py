@@ -17,14 +17,11 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 
 # Raster formats that Pillow decodes itself; EPS, for one, would be handed to Ghostscript.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")
-EXTENSIONS = {
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic",
-    ".heif", ".hif",
-}  # fmt: skip
 EXTENSIONS_OF = {  # by what Pillow calls a format; others have their name
     "JPEG": {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"}, "MPO": {".jpg", ".jpeg", ".mpo"}, "TIFF": {".tif", ".tiff"},
     "HEIF": {".heic", ".heif", ".hif"},
 }  # fmt: skip
+EXTENSIONS = {f".{name.lower()}" for name in FORMATS}.union(*EXTENSIONS_OF.values())
 UNREAD = {
     ".jp2", ".jxl", ".svg", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2", ".pbm", ".pgm",
     ".pnm", ".ppm", ".tga", ".dcm",
@@ -51,7 +48,7 @@ NOT_OPENED = "cannot be opened: "  # prefix of reasons that may be gone at the n
 # Errors of network disks that pass, and the seconds before each new attempt. An image that is left out of a run
 # and can be read when it is resumed makes other splits of its images, and the run does not go on.
 PASSING, WAITS = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN}, (0.2, 1.0)
-# Files that no attempt could read, since one could be read: after so many, none is waited for.
+# Files in a row that no attempt could read: after so many, there is no waiting until one can be read.
 PATIENCE, _lost = 100, list[str | Path]()
 
 
@@ -108,7 +105,7 @@ def decode_rgb(data: bytes, shorter_side: int | None = None, max_pixels: int | N
             scale = shorter_side / min(image.size)
             image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
         if image.format == "PNG" and "transparency" in image.info:
-            _scale_transparent_level(image, data[24])
+            _scale_transparent_level(image, data[data.index(b"IHDR") + 12])
         image.load()
         # An AVIF says itself how it is turned. Pillow lets that override EXIF, and not XMP.
         stray = image.format == "AVIF" and image.info.pop("xmp", None) is not None
@@ -223,19 +220,18 @@ def read_file(path: str | Path) -> bytes:
     Raises:
         OSError: it is not there, or larger than `MAX_BYTES`, or a device or a pipe, which may never end.
     """
-    for wait in WAITS if len(_lost) < PATIENCE else ():
+    waits = iter(WAITS if len(_lost) < PATIENCE else ())
+    while True:
         try:
             return _read_file(path)
         except OSError as error:
             if error.errno not in PASSING:
                 raise
+            wait = next(waits, None)
+            if wait is None:
+                _lost.append(path)
+                raise
         time.sleep(wait)
-    try:
-        return _read_file(path)
-    except OSError as error:
-        if error.errno in PASSING:
-            _lost.append(path)
-        raise
 
 
 def _read_file(path: str | Path) -> bytes:
@@ -305,7 +301,10 @@ def _grey_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "I" and tags.get(SAMPLE_FORMAT, (1,)) == (1,):
         levels = levels.view(np.uint32)  # Pillow has no such mode
     transparent = None if image.mode in ("I", "F") else image.info.get("transparency")
-    highest = float(levels.max(where=np.isfinite(levels) & (levels != transparent), initial=0))
+    counts = np.isfinite(levels) & (levels != transparent)
+    if image.mode in ("I", "F"):  # the largest numbers stand for "no data", and all others would be black
+        counts &= levels < (1e30 if image.mode == "F" else np.iinfo(levels.dtype).max)
+    highest = float(levels.max(where=counts, initial=0))
     scale = 255 / _white_level(image.mode, highest)
     grey = np.empty(levels.shape, dtype=np.uint8)
     for begin in range(0, len(levels), STRIP):
@@ -313,7 +312,7 @@ def _grey_to_rgb(image: Image.Image) -> Image.Image:
         scaled = np.nan_to_num(part, posinf=highest, neginf=0) * scale
         scaled[part == transparent] = 255
         grey[begin : begin + STRIP] = scaled.round().clip(0, 255)
-    if image.mode == "I;16" and tags.get(PHOTOMETRIC) == 0:  # 0 is white, which Pillow heeds up to 8 bits
+    if tags.get(PHOTOMETRIC) == 0:  # 0 is white, which Pillow heeds up to 8 bits
         grey = 255 - grey
     return Image.fromarray(grey).convert("RGB")
 

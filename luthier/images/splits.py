@@ -10,7 +10,7 @@ from luthier.cache import list_of
 from luthier.errors import UserError
 from luthier.options import check_fraction
 from luthier.processes import are_alike, processes_started
-from luthier.terminal import plural, say
+from luthier.terminal import plural, say, some_of
 
 MAX_NAMED = 5  # classes that a message names
 MAX_SINGLE = 10  # classes of an image each; more are the names of the images
@@ -167,9 +167,8 @@ def _report_missing(
                 f"{', '.join(sorted(cut))}, or in too few groups, and no other class has more: add images"
             )
         if missing:
-            named = ", ".join(map(repr, missing[:MAX_NAMED]))
-            more = f" and {len(missing) - MAX_NAMED} more" if len(missing) > MAX_NAMED else ""
-            say("careful", f"{split} has no image of {named}{more}: these have too few images, or groups")
+            named = some_of([*map(repr, missing)], MAX_NAMED)
+            say("careful", f"{split} has no image of {named}: these have too few images, or groups")
 
 
 def validation_share(images: int) -> float:

@@ -81,13 +81,13 @@ def read_table(path: Path, least: int = 2) -> Table:
 def say_odd_values(table: Table, label: str, group: str | None) -> None:
     """Say which labels and groups may be none, and which labels are several classes in one cell."""
     labels = table.column(label)
-    for column, values, meaning in (
-        (label, labels, "a class. If it means that there is no label, remove these rows"),
-        (group, table.column(group) if group else [], "one group. If it means that there is none, empty these cells"),
+    for column, meaning in (
+        (label, "a class. If it means that there is no label, remove these rows"),
+        (group, "one group. If it means that there is none, empty these cells"),
     ):
+        values = table.column(column) if column else []
         if found := [value for value in values if value in NO_VALUE]:
-            rows = plural(len(found), "row")
-            where = f"{rows} of the column {column!r} of {table.path.name}"
+            where = f"{plural(len(found), 'row')} of the column {column!r} of {table.path.name}"
             say("careful", f"{found[0]!r} in {where} is taken for {meaning}")
     known = {*labels} - {""}
     joined = {

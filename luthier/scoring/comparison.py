@@ -208,7 +208,7 @@ def read_correct(path: Path) -> list[tuple[str, bool, str]]:
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = sorted(csv.DictReader(file), key=lambda row: (row["digest"], row["label"]))  # one image, two labels
-        if not rows or any(row["predicted"] is None for row in rows):
+        if not rows or any(None in row.values() for row in rows):
             raise ValueError("it has been cut off")
         return [
             (row["digest"], row["label"] == row["predicted"], row.get("group", ""))

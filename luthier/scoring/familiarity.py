@@ -49,18 +49,19 @@ def answer(trainer: Trainer, rows: Any, splits: DatasetDict, familiarity: Famili
         splits: as loaded.
         familiarity: None, as on all processes but the main one, leaves the decision to the confidence.
     """
-    head = linear_head(model_of(trainer))
+    model = model_of(trainer)
+    head = linear_head(model)
     if head is None:
         return Answers(*predict(trainer, rows))
-    backbone = build_backbone(model_of(trainer), head, size_of(rows))
+    backbone = build_backbone(model, head, size_of(rows))
     rows, sureness, at_once = rows.remove_columns("label"), [], rows_at_once(trainer.args.device)
-    logits, progress = torch.empty(0, 0), Tenths("test", len(rows), "images", quiet_seconds=10)
+    logits = empty_rows(len(rows), model.config.num_labels)  # of many classes they fill the memory
+    progress = Tenths("test", len(rows), "images", quiet_seconds=10)
     for begin in range(0, len(rows), at_once):
         progress.reach(begin)
         part = rows.select(range(begin, min(len(rows), begin + at_once)))
         features = run_backbone(trainer, backbone, part)
         found = _apply_head(trainer, head, features)
-        logits = logits if begin else empty_rows(len(rows), found.shape[1])  # of many classes they fill the memory
         logits[begin : begin + len(part)] = found
         if familiarity is not None:
             sureness.append(familiarity.rate(found.softmax(dim=-1), features).numpy())

@@ -166,7 +166,7 @@ def predict_best(trainer: SafeTrainer, rows: Any) -> tuple[np.ndarray, np.ndarra
 
     Where this training has evaluated them on these rows, its answers are returned, and nothing is predicted again.
     """
-    best = trainer.state.best_global_step  # None where the last weights stay, which step 0 (`eval_on_start`) is not
+    best = trainer.state.best_global_step  # None: the last weights stay. 0: the first ones, by `eval_on_start`
     kept = trainer.evaluations.get(best) if best is not None and rows is trainer.eval_dataset else None
     if kept is None:
         return predict(trainer, rows)

@@ -209,6 +209,18 @@ def test_labels_are_not_checked_if_no_training_image_of_a_class_can_be_read(tmp_
     assert "unreadable, left out: 6" in output and "labels: not checked" in output
 
 
+def test_labels_are_checked_if_no_training_image_of_another_class_than_the_last_can_be_read(
+    tmp_path, timm_checkpoint, capsys
+):
+    draw_folder(tmp_path / "p/train", 6)
+    draw_folder(tmp_path / "p/val", 3, first=50)
+    for path in (tmp_path / "p/train/blue").iterdir():  # the first class
+        path.write_bytes(b"no image")
+    audit.main([str(tmp_path / "p"), "--model_name", str(timm_checkpoint), "--disable_tqdm", "True"])
+    output = capsys.readouterr().out
+    assert "unreadable, left out: 6" in output and "labels: not checked" not in output
+
+
 def test_label_is_suspect_where_another_is_as_likely_as_for_that_ones_own_images(monkeypatch):
     likely_b = [0.1, 0.8, 0.6, 0.7, 0.75, 0.95]  # on average 0.725 for the two images of b
     logits = torch.tensor([[1 - b, b] for b in likely_b]).log()

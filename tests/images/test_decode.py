@@ -347,6 +347,35 @@ def test_transparent_level_of_any_bits_gets_a_white_background(bits, colours, ro
     assert [decoded.image.getpixel((x, 0))[0] for x in range(4)] == [255, 170, 255, 255] and decoded.changed
 
 
+@pytest.mark.parametrize(
+    "levels",
+    [np.array([[0, 32768], [65535, 2**31 - 1]], np.int32), np.array([[0, 0.5], [1, 3.4e38]], np.float32)],
+)
+def test_number_that_stands_for_no_data_does_not_make_an_image_black(levels):
+    file = io.BytesIO()
+    PILImage.fromarray(levels).save(file, "TIFF")
+    assert np.asarray(decode_rgb(file.getvalue()).image)[..., 0].tolist() == [[0, 128], [255, 255]]
+
+
+def test_grey_of_floating_point_numbers_whose_zero_is_white_is_not_inverted():
+    file = io.BytesIO()
+    PILImage.fromarray(np.array([[0, 1]], np.float32)).save(file, "TIFF", tiffinfo={262: 0})
+    assert np.asarray(decode_rgb(file.getvalue()).image)[..., 0].tolist() == [[255, 0]]
+
+
+@pytest.mark.parametrize(
+    ("bits", "colours", "row", "transparent"), [(2, 0, b"\x6f", b"\0\1"), (8, 2, bytes(range(12)), b"\0\1\0\2\0\3")]
+)
+def test_transparent_png_may_begin_with_a_chunk_of_its_program(bits, colours, row, transparent):
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">L", len(content)) + kind + content + struct.pack(">L", zlib.crc32(kind + content))
+
+    head = chunk(b"IHDR", struct.pack(">LLBBBBB", 4, 1, bits, colours, 0, 0, 0))
+    image = chunk(b"tRNS", transparent), chunk(b"IDAT", zlib.compress(b"\0" + row)), chunk(b"IEND", b"")
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"prIv", b"abcd") + head + b"".join(image)
+    assert decode_rgb(data).image.size == (4, 1)
+
+
 def test_avif_is_not_turned_by_its_xmp():
     file = io.BytesIO()
     xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'

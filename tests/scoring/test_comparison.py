@@ -49,7 +49,13 @@ def test_predictions_that_may_not_be_read_are_not_called_damaged(tmp_path, monke
 
 @pytest.mark.parametrize(
     "text",
-    [None, "name;digest;label;predicted\na.png;x;a;a\n", "digest,label,predicted\n", "digest,label,predicted\nx,a\n"],
+    [
+        None,
+        "name;digest;label;predicted\na.png;x;a;a\n",
+        "digest,label,predicted\n",
+        "digest,label,predicted\nx,a\n",
+        "digest,label,predicted,group,none\nx,a,a,1,0\ny,a,a\n",
+    ],
 )
 def test_predictions_that_another_program_has_changed_give_one_message(tmp_path, text):
     if text:
