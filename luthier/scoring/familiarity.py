@@ -55,7 +55,7 @@ def answer(trainer: Trainer, rows: Any, splits: DatasetDict, familiarity: Famili
         return Answers(*predict(trainer, rows))
     backbone = build_backbone(model, head, size_of(rows))
     rows, sureness, at_once = rows.remove_columns("label"), [], rows_at_once(trainer.args.device)
-    logits = empty_rows(len(rows), model.config.num_labels)  # of many classes they fill the memory
+    logits = empty_rows(len(rows), len(head.weight))  # of many classes they fill the memory
     progress = Tenths("test", len(rows), "images", quiet_seconds=10)
     for begin in range(0, len(rows), at_once):
         progress.reach(begin)

@@ -182,9 +182,7 @@ def test_answers_in_parts_are_those_to_all_images_at_once(monkeypatch):
     features, labels = draw_features(10, 0)
     head = nn.Linear(D, CLASSES)
     rows = Dataset.from_dict({"row": list(range(10)), "label": labels.tolist()})
-    model = nn.ModuleDict({"head": head})
-    model.config = SimpleNamespace(num_labels=CLASSES)
-    trainer = SimpleNamespace(model=model, args=SimpleNamespace(device=torch.device("cpu")))
+    trainer = SimpleNamespace(model=nn.ModuleDict({"head": head}), args=SimpleNamespace(device=torch.device("cpu")))
     replaced = {
         "linear_head": lambda model: "head",
         "build_backbone": lambda *_: None,
