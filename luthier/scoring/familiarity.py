@@ -55,13 +55,13 @@ def answer(trainer: Trainer, rows: Any, splits: DatasetDict, familiarity: Famili
         return Answers(*predict(trainer, rows))
     backbone = build_backbone(model, head, size_of(rows))
     rows, sureness, at_once = rows.remove_columns("label"), [], rows_at_once(trainer.args.device)
-    logits = empty_rows(len(rows), len(head.weight))  # of many classes they fill the memory
-    progress = Tenths("test", len(rows), "images", quiet_seconds=10)
+    logits, progress = torch.empty(0, 0), Tenths("test", len(rows), "images", quiet_seconds=10)
     for begin in range(0, len(rows), at_once):
         progress.reach(begin)
         part = rows.select(range(begin, min(len(rows), begin + at_once)))
         features = run_backbone(trainer, backbone, part)
         found = _apply_head(trainer, head, features)
+        logits = logits if begin else empty_rows(len(rows), found.shape[1])  # of many classes they fill the memory
         logits[begin : begin + len(part)] = found
         if familiarity is not None:
             sureness.append(familiarity.rate(found.softmax(dim=-1), features).numpy())
