@@ -23,7 +23,7 @@ from luthier.images.folders import STAMP
 
 logger = logging.getLogger(__name__)
 
-MIN_CROWD = 50  # images of a class that look alike, and are most of it
+MIN_CROWD = 50  # images of a class that look alike, and are at least half of it
 MIN_SHARED = 10  # the same, where that is so in several classes: these images show one place, and are no copies
 INSPECTION = 12  # part of the cache's key: raise it when what is found changes
 SHORTER_SIDE = 256  # pixels at which large JPEGs are checked for damage and duplicates
@@ -166,18 +166,18 @@ def duplicate_pairs(splits: DatasetDict) -> np.ndarray:
     crowded[rows] = _crowded(connected_groups(len(images), pairs)[rows], labels[rows])  # one of each set of copies
     if crowded.any():
         logger.warning(
-            f"{crowded.sum():,} images look alike, and are most of their class, as from a fixed camera. They count as "
-            "different images, and may be in train and in test. If they are frames of few videos, or copies, the "
+            f"{crowded.sum():,} images look alike, and are half of their class or more, as from a fixed camera. They "
+            "count as different images, and may be in train and in test. If they are frames of few videos, or copies, the "
             "score is too high: name the groups with --group_by or --group_column"
         )
     return np.concatenate([exact[exact[:, 0] != exact[:, 1]], pairs[~crowded[pairs[:, 0]]]])
 
 
 def _crowded(groups: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return which images are in a group of near-duplicates that is most of a class, and bars its cut: bool [N]."""
+    """Return which images are in near-duplicates that are half of a class or more, and bar its cut: bool [N]."""
     many = int(labels.max()) + 1
     cells, counts = np.unique(groups.astype(np.int64) * many + labels, return_counts=True)
-    most = 2 * counts > np.bincount(labels)[cells % many]
+    most = 2 * counts >= np.bincount(labels)[cells % many]  # two halves could not be in three splits
     shared, classes = np.unique(cells[most & (counts >= MIN_SHARED)] // many, return_counts=True)
     crowds = np.union1d(cells[most & (counts >= MIN_CROWD)] // many, shared[classes > 1])
     return np.isin(groups, crowds)

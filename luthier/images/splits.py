@@ -57,7 +57,8 @@ def cut_splits(
         check_fraction(split, fraction)
     if sum(fractions.values()) >= 1:
         raise UserError(f"--validation_fraction and --test_fraction leave nothing to train on: {fractions}")
-    rest = stratified_cut(labels[rows], names, fractions, split_seed, groups[rows], digests[rows])
+    kept = _shared_with_own(splits, labels, groups)[rows]
+    rest = stratified_cut(labels[rows], names, fractions, split_seed, groups[rows], digests[rows], kept)
     cut |= {split: rows[part] for split, part in rest.items()}
     _report_missing(labels, groups, names, cut, fold)
     complete = {**splits, **{split: splits["train"].select(part) for split, part in cut.items()}}
@@ -71,6 +72,15 @@ def cut_splits(
     return DatasetDict({split: complete[split] for split in ("train", "validation", "test")})
 
 
+def _shared_with_own(splits: DatasetDict, labels: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Return which images of train are in a group with images of the data's own validation split, bool [N].
+
+    Cut for test, they would not be independent of what is chosen by. None are, if they are most of a class.
+    """
+    shared = np.isin(groups, splits["validation"]["group"][:] if "validation" in splits else [])
+    return shared & (2 * np.bincount(labels, shared) <= np.bincount(labels)).all()
+
+
 def _deal_folds(labels: np.ndarray, groups: np.ndarray, digests: np.ndarray, k: int, seed: int) -> np.ndarray:
     """Return the fold, from 0 to k - 1, that tests each row; -1 for rows that stay in train.
 
@@ -82,11 +92,11 @@ def _deal_folds(labels: np.ndarray, groups: np.ndarray, digests: np.ndarray, k: 
     order, folds = draw_order(digests, seed), np.empty(len(labels), dtype=int)
     folds[order] = stratified_folds(labels[order], groups[order], k, seed)
     folds[_holds_class(labels, groups)] = -1
-    for rows in rows_by_class(labels):
+    for rows in (order[places] for places in rows_by_class(labels[order])):
         # A class that shares its groups may have all of them in one fold, and none to learn from.
         if folds[rows[0]] >= 0 and (folds[rows] == folds[rows[0]]).all():
-            own, counts = np.unique(groups[rows], return_counts=True)
-            folds[groups == own[counts.argmin()]] = -1
+            own, first, counts = np.unique(groups[rows], return_index=True, return_counts=True)
+            folds[groups == own[np.lexsort((first, counts))[0]]] = -1  # of equal ones, not the first by file name
     empty = np.setdiff1d(np.arange(k), folds)
     if len(empty):  # of any fold: the first ones would have been trained in vain
         count = plural(len(np.unique(groups)), "group")
@@ -137,11 +147,7 @@ def _holds_class(labels: np.ndarray, groups: np.ndarray) -> np.ndarray:
 
 
 def _report_missing(
-    labels: np.ndarray,
-    groups: np.ndarray,
-    names: list[str],
-    cut: dict[str, np.ndarray],
-    fold: tuple[int, int] | None,
+    labels: np.ndarray, groups: np.ndarray, names: list[str], cut: dict[str, np.ndarray], fold: tuple[int, int] | None
 ) -> None:
     """Say which classes are too small to be in every split; with folds, once, which ones no fold tests.
 
@@ -268,6 +274,7 @@ def stratified_cut(
     seed: int,
     groups: np.ndarray | None = None,
     digests: np.ndarray | None = None,
+    kept: np.ndarray | bool = False,
 ) -> dict[str, np.ndarray]:
     """Divide row numbers into "train" and the splits of `fractions`, each class by itself, each group as a whole.
 
@@ -284,6 +291,7 @@ def stratified_cut(
         groups: int [N]; rows of the same number go to the same split. A group that is larger than what test still
             lacks may go to validation, and at last to train. Without it every row is a group of its own.
         digests: str [N], what the order depends on; without it the row numbers.
+        kept: bool [N], rows whose groups stay in train.
 
     Returns the sorted row numbers of each split.
 
@@ -294,7 +302,7 @@ def stratified_cut(
     groups = np.arange(len(labels)) if groups is None else groups
     distinct, numbers = np.unique(groups, return_inverse=True)
     order = _draw_groups(ids, numbers, seed)
-    needed = numbers[_holds_class(labels, groups)].tolist()
+    needed = numbers[_holds_class(labels, groups) | kept].tolist()
     split_of = dict.fromkeys(needed, "train")  # by group
     last = _LastGroups(labels, numbers)
     for rows in _rows_of_classes(labels, order, numbers):
@@ -352,10 +360,12 @@ def _deal(
         last: which groups a class needs in train, because its others have been cut; changed as these are.
     """
     lacking = {split: max(1, round(fraction * images)) for split, fraction in fractions.items()}
+    while sum(lacking.values()) >= images and max(lacking.values()) > 1:  # rounded up, or one at least
+        lacking[max(lacking, key=lambda split: lacking[split])] -= 1
     for split in sorted(fractions, reverse=True):  # validation first: test is what the score is of
         if sum(lacking.values()) >= images:
             del lacking[split]
-    wanted, own = sorted(lacking), [group for group in size if group not in split_of]
+    wanted, own = sorted(lacking), size.keys() - split_of.keys()
     for group in size:  # one that has images of an earlier class too
         if split_of.get(group) in lacking:
             lacking[split_of[group]] -= size[group]
@@ -376,9 +386,15 @@ def _deal(
     for split in wanted:
         if any(split_of[group] == split for group in size):
             continue
-        # The smallest group in train goes there, except the last one; not those that other classes may need in train.
-        spare = sorted((group for group in own if split_of[group] == "train"), key=lambda group: size[group])
-        spare = [group for group in spare if not last.has(group)]
-        if spare and [split_of[group] for group in size].count("train") > 1:
-            split_of[spare[0]] = split
-            last.cut(spare[0])
+        # The smallest group in train goes there, and at last one of an earlier class; never the last one of a class.
+        in_train = [group for group in size if split_of[group] == "train"]
+        spare = [group for group in in_train if not last.has(group)]
+        if spare and len(in_train) > 1:
+            chosen = min(spare, key=lambda group: (group not in own, size[group]))
+            split_of[chosen] = split
+            last.cut(chosen)
+            continue
+        # Train has no other: every second group of the other split goes there, and its only one to test.
+        others = [group for group in size if group in own and split_of[group] in wanted]
+        for group in others[1::2] or (others if split == "test" else []):
+            split_of[group] = split

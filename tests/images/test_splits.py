@@ -10,6 +10,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from luthier.errors import UserError
 from luthier.images.splits import (
     _deal,
+    _deal_folds,
     _LastGroups,
     check_same_images,
     cut_splits,
@@ -390,3 +391,48 @@ def test_splits_that_were_cut_are_read_without_a_table_of_each_row(tmp_path, mon
     expected = hash_splits(splits)
     monkeypatch.setattr("datasets.table.IndexedTableMixin.fast_gather", lambda *_: pytest.fail("row by row"))
     assert hash_splits(splits) == expected and audit_images(splits, [])["images"] == sum(map(len, splits.values()))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [([40] + [1] * 10, (5, 5, 40)), ([10, 1, 1], (1, 1, 10)), ([55, 45], (0, 45, 55))],
+)
+def test_class_with_a_large_group_is_in_every_split_or_in_test_first(sizes, expected):
+    groups = np.concatenate([np.repeat(np.arange(len(sizes)), sizes), 1000 + np.arange(200)])
+    labels = np.repeat([1, 0], (sum(sizes), 200))
+    for seed in range(5):
+        cut = stratified_cut(labels, ["a", "b"], {"validation": 0.25, "test": 0.2}, seed, groups)
+        assert tuple((labels[cut[split]] == 1).sum() for split in ("validation", "test", "train")) == expected
+
+
+def test_class_whose_groups_others_have_dealt_is_in_every_split():
+    for seed in range(50):  # patients with images of several classes
+        generator = np.random.default_rng(seed)
+        drawn = [generator.choice(40, generator.integers(5, 9), replace=False) for _ in range(10)]
+        labels = np.repeat(np.arange(10), [3 * len(own) for own in drawn])
+        cut = stratified_cut(
+            labels, list("abcdefghij"), {"validation": 0.15, "test": 0.2}, seed, np.repeat(np.concatenate(drawn), 3)
+        )
+        assert all(len(set(labels[rows])) == 10 for rows in cut.values())
+
+
+def test_groups_of_the_users_own_validation_are_not_cut_for_test():
+    train, own = labelled([0, 1] * 100, ["a", "b"]), labelled([0, 1] * 20, ["a", "b"], range(40))
+    cut = cut_splits(DatasetDict(train=train, validation=own), 1)
+    assert len(cut["test"]) == 40 and not {*cut["test"]["group"]} & {*own["group"]}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_group_that_a_class_keeps_in_train_does_not_depend_on_order(seed):
+    labels, groups = np.array([0, 0, 1, 1, 2, 2, 3, 3, 3, 3, 3]), np.array([1, 2, 4, 5, 1, 4, 10, 11, 12, 13, 14])
+    digests = np.array([f"{row:064x}" for row in range(11)])
+    folds = _deal_folds(labels, groups, digests, 2, seed)
+    again = _deal_folds(labels[::-1], 20 - groups[::-1], digests[::-1], 2, seed)
+    assert np.array_equal(folds, again[::-1])
+
+
+@pytest.mark.parametrize(("images", "test"), [(3, 0.5), (5, 0.7)])
+def test_class_of_three_is_in_every_split_whatever_the_fractions(images, test):
+    labels = np.repeat([0, 1], (40, images))
+    cut = stratified_cut(labels, ["a", "b"], {"validation": 0.25, "test": test}, 1)
+    assert all((labels[rows] == 1).any() for rows in cut.values())
