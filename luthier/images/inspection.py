@@ -167,8 +167,8 @@ def duplicate_pairs(splits: DatasetDict) -> np.ndarray:
     if crowded.any():
         logger.warning(
             f"{crowded.sum():,} images look alike, and are half of their class or more, as from a fixed camera. They "
-            "count as different images, and may be in train and in test. If they are frames of few videos, or copies, the "
-            "score is too high: name the groups with --group_by or --group_column"
+            "count as different images, and may be in train and in test. If they are frames of few videos, or copies, "
+            "the score is too high: name the groups with --group_by or --group_column"
         )
     return np.concatenate([exact[exact[:, 0] != exact[:, 1]], pairs[~crowded[pairs[:, 0]]]])
 

@@ -77,6 +77,15 @@ def test_power_law_is_recovered():
     assert estimate["twice"]["ci95"][0] < expected < estimate["twice"]["ci95"][1]
 
 
+def test_accuracy_of_fewer_images_than_were_measured_is_not_below_zero(monkeypatch):
+    """As where a validation split of the data's own has many times the images of train."""
+    monkeypatch.setattr(module, "RESAMPLES", 20)
+    sizes, errors = np.array([232.0, 420, 744, 1302, 2325]), (302, 127, 75, 58, 53)
+    correct = np.array([np.arange(1000) >= error for error in errors], dtype=float)
+    estimate = extrapolate(sizes, correct, np.arange(1000), 100)
+    assert estimate["now"]["accuracy"] == estimate["now"]["ci95"][0] == 0 < estimate["twice"]["accuracy"]
+
+
 def test_part_of_the_images_is_a_part_of_the_groups():
     labels, groups = np.repeat([0, 1], 40), np.repeat(np.arange(8), 10)
     ranks = _ranks_in_class(labels, groups, seed=0)
