@@ -23,7 +23,7 @@ from luthier.images.folders import STAMP
 
 logger = logging.getLogger(__name__)
 
-MIN_CROWD = 50  # images of a class that look alike, and are at least half of it
+MIN_CROWD = 50  # images of a class that look alike, and are most of it, or half where the others look alike too
 MIN_SHARED = 10  # the same, where that is so in several classes: these images show one place, and are no copies
 INSPECTION = 12  # part of the cache's key: raise it when what is found changes
 SHORTER_SIDE = 256  # pixels at which large JPEGs are checked for damage and duplicates
@@ -174,10 +174,12 @@ def duplicate_pairs(splits: DatasetDict) -> np.ndarray:
 
 
 def _crowded(groups: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return which images are in near-duplicates that are half of a class or more, and bar its cut: bool [N]."""
+    """Return which images are in near-duplicates that are most of a class, or one of its halves: bool [N]."""
     many = int(labels.max()) + 1
     cells, counts = np.unique(groups.astype(np.int64) * many + labels, return_counts=True)
-    most = 2 * counts >= np.bincount(labels)[cells % many]  # two halves could not be in three splits
+    of = cells % many
+    halves = np.bincount(of)[of] == 2  # the only groups of the class: they could not be in three splits
+    most = 2 * counts + halves > np.bincount(labels)[of]
     shared, classes = np.unique(cells[most & (counts >= MIN_SHARED)] // many, return_counts=True)
     crowds = np.union1d(cells[most & (counts >= MIN_CROWD)] // many, shared[classes > 1])
     return np.isin(groups, crowds)

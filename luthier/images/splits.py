@@ -1,7 +1,7 @@
 """How a dataset is divided into train, validation and test."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import numpy as np
 from datasets import DatasetDict
@@ -75,10 +75,11 @@ def cut_splits(
 def _shared_with_own(splits: DatasetDict, labels: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """Return which images of train are in a group with images of the data's own validation split, bool [N].
 
-    Cut for test, they would not be independent of what is chosen by. None are, if they are most of a class.
+    Cut for test, they would not be independent of what is chosen by. Not those of a class that are most of it.
     """
     shared = np.isin(groups, splits["validation"]["group"][:] if "validation" in splits else [])
-    return shared & (2 * np.bincount(labels, shared) <= np.bincount(labels)).all()
+    most = 2 * np.bincount(labels, shared) > np.bincount(labels)
+    return shared & ~np.isin(groups, groups[shared & most[labels]])
 
 
 def _deal_folds(labels: np.ndarray, groups: np.ndarray, digests: np.ndarray, k: int, seed: int) -> np.ndarray:
@@ -302,9 +303,8 @@ def stratified_cut(
     groups = np.arange(len(labels)) if groups is None else groups
     distinct, numbers = np.unique(groups, return_inverse=True)
     order = _draw_groups(ids, numbers, seed)
-    needed = numbers[_holds_class(labels, groups) | kept].tolist()
-    split_of = dict.fromkeys(needed, "train")  # by group
-    last = _LastGroups(labels, numbers)
+    split_of = dict.fromkeys(numbers[_holds_class(labels, groups) | kept].tolist(), "train")  # by group
+    last = _LastGroups(labels, numbers, set(split_of))
     for rows in _rows_of_classes(labels, order, numbers):
         _deal(_sizes(numbers[rows]), len(rows), fractions, split_of, last)
     split = np.array([split_of[group] for group in range(len(distinct))], dtype=object)[numbers]
@@ -320,23 +320,23 @@ def stratified_cut(
 
 
 class _LastGroups:
-    """Tells which groups are the last of a class that are left for train.
+    """Tells which groups must stay in train: the last of a class that are left for it, and those that are given.
 
     Args:
         labels: int [N].
         numbers: int [N], the group of each row, from 0 on.
     """
 
-    def __init__(self, labels: np.ndarray, numbers: np.ndarray):
-        many = int(labels.max(initial=0)) + 1
+    def __init__(self, labels: np.ndarray, numbers: np.ndarray, needed: Collection[int] = ()):
+        self._needed, many = needed, int(labels.max(initial=0)) + 1
         pairs = np.unique(numbers * many + labels)  # of groups and their classes
         self._classes = (pairs % many).tolist()
         self._begins = np.searchsorted(pairs // many, np.arange(numbers.max(initial=-1) + 2)).tolist()
         self._left = np.bincount(pairs % many, minlength=many).tolist()  # groups of each class that are not cut
 
     def has(self, group: int) -> bool:
-        """Tell whether a class would have no group left without this one."""
-        return any(self._left[label] == 1 for label in self._of(group))
+        """Tell whether a class would have no group left without this one, or it must stay."""
+        return group in self._needed or any(self._left[label] == 1 for label in self._of(group))
 
     def cut(self, group: int) -> None:
         """Count a group as one that is not in train."""
@@ -365,7 +365,7 @@ def _deal(
     for split in sorted(fractions, reverse=True):  # validation first: test is what the score is of
         if sum(lacking.values()) >= images:
             del lacking[split]
-    wanted, own = sorted(lacking), size.keys() - split_of.keys()
+    wanted, own = sorted(lacking), {group for group in size if group not in split_of}
     for group in size:  # one that has images of an earlier class too
         if split_of.get(group) in lacking:
             lacking[split_of[group]] -= size[group]

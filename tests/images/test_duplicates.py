@@ -181,6 +181,8 @@ def test_group_that_is_most_of_a_class_is_none():
     assert _crowded(np.zeros(120, int), labels).all()
     assert not _crowded(np.arange(120) // 2, labels).any()
     assert _crowded(np.tile([0, 1], 100), np.repeat([0, 1], 100)).all(), "two cameras, half of each class from each"
+    half = np.where(np.arange(200) < 50, 0, np.arange(200))
+    assert not _crowded(half, np.repeat([0, 1], 100)).any(), "the other half of the class can be cut"
     assert not _crowded(np.where(np.arange(120) < 20, 0, np.arange(120)), labels).any()
     assert _crowded(np.zeros(80, int), np.repeat([0, 1], 40)).all(), "most of two classes"
     assert _crowded(np.zeros(20, int), np.repeat([0, 1], 10)).all()

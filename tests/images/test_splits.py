@@ -420,6 +420,26 @@ def test_groups_of_the_users_own_validation_are_not_cut_for_test():
     train, own = labelled([0, 1] * 100, ["a", "b"]), labelled([0, 1] * 20, ["a", "b"], range(40))
     cut = cut_splits(DatasetDict(train=train, validation=own), 1)
     assert len(cut["test"]) == 40 and not {*cut["test"]["group"]} & {*own["group"]}
+    # One class of which most are shared leaves the others as they are.
+    train = labelled([0] * 100 + [1] * 3, ["a", "b"])
+    own = labelled([0] * 30 + [1] * 2, ["a", "b"], [*range(30), 100, 101])
+    cut = cut_splits(DatasetDict(train=train, validation=own), 1)
+    assert set(cut["test"]["label"]) == {0, 1} and not {*cut["test"]["group"]} & {*range(30)}
+
+
+def test_kept_group_is_not_cut_for_a_class_that_has_no_other_to_spare():
+    labels = np.repeat([0, 1, 2], [20, 10, 5])  # group 100 has all of class 2
+    groups = np.concatenate([np.arange(20), np.repeat([100, 101, 100], 5)])
+    cut = stratified_cut(labels, list("abc"), {"test": 0.2}, 1, groups, kept=groups == 101)
+    assert 101 not in groups[cut["test"]] and len(cut["test"])
+
+
+def test_groups_of_all_classes_are_not_gone_through_for_each_class():
+    class Table(dict):
+        def keys(self):
+            pytest.fail("each class goes through the groups of all")
+
+    _deal({0: 1, 1: 1, 2: 1}, 3, {"test": 0.3}, Table(), _LastGroups(np.zeros(3, int), np.arange(3)))
 
 
 @pytest.mark.parametrize("seed", range(8))
