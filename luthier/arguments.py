@@ -228,7 +228,7 @@ def _build_training_args(options: dict, output_dir: Path) -> TrainingArguments:
     left_to_recipe = [name for name in ("learning_rate", "num_train_epochs") if options[name] is None]
     try:
         return OneGPUTrainingArguments(**{name: options[name] for name in names if name not in left_to_recipe})
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, TypeError) as error:  # the last of an unknown key of --accelerator_config
         raise UserError(" ".join(str(error).split())) from error
 
 

@@ -1,6 +1,7 @@
 """What options cannot mean, by themselves or together; each error names the remedy."""
 
 import importlib.util
+import json
 import math
 import os
 from pathlib import Path
@@ -27,11 +28,20 @@ REFUSED = {
     "deepspeed": "divides the model among GPUs, where Luthier needs it whole on each",
     "neftune_noise_alpha": "is for models of text",
     "use_liger_kernel": "is for models of text",
+    "remove_unused_columns": "would remove the images before they are read",
+    "include_for_metrics": "has no effect but to keep all images in memory",
+    "optim_target_modules": "has no effect, because recipes group the layers by themselves",
 }
 
 # The best epoch; all that `criterion.Judge.compute_metrics` returns.
 JUDGED_BY = ("loss", "calibrated_loss", "accuracy", "balanced_accuracy", "macro_f1")
 NEED_EVALUATION = ("reduce_lr_on_plateau", "greedy")  # learning rate schedulers
+
+# Options that take an object of JSON; the first one may be a file too.
+OBJECTS = (
+    "accelerator_config", "lr_scheduler_kwargs", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs",
+)  # fmt: skip
+STEPS = {"logging": 500, "save": 500, "eval": None}  # the library's defaults, which count with a strategy of steps
 
 # Must be above 0, or a run would fail or train nothing after the data has been prepared.
 POSITIVE = (
@@ -127,6 +137,19 @@ def _check_training(options: dict) -> None:
                 f"accelerate is configured for {kind}, which {REFUSED['fsdp']}: use accelerate launch --multi_gpu, or "
                 "distributed_type MULTI_GPU in its config"
             )
+    if not options.get("dataloader_in_order", True):
+        raise UserError(
+            "--dataloader_in_order False would give images the answers of others, because batches of an evaluation "
+            "come in any order: leave it out"
+        )
+    if options["hub_strategy"] != "every_save":
+        raise UserError("--hub_strategy has no effect, because Luthier pushes the finished model: leave it out")
+    _check_objects(options)
+    for kind, default in STEPS.items():
+        if options[f"{kind}_steps"] != default and options[f"{kind}_strategy"] == "epoch":
+            raise UserError(f"--{kind}_steps needs --{kind}_strategy steps: give that too, or leave it out")
+    if options["max_steps"] != -1 and options["max_steps"] < 1:
+        raise UserError(f"--max_steps is {options['max_steps']}, but must be above 0: or leave it out for no maximum")
     if options["save_strategy"] == "best":
         raise UserError(
             "--save_strategy best leaves no checkpoint to go on from where an evaluation is not the best one: leave "
@@ -145,6 +168,31 @@ def _check_training(options: dict) -> None:
     judge = str(options["metric_for_best_model"])
     if judge.removeprefix("eval_") not in JUDGED_BY:
         raise UserError(f"--metric_for_best_model {judge} is not measured: give one of {', '.join(JUDGED_BY)}")
+    if options["greater_is_better"] not in (None, not judge.endswith("loss")):
+        raise UserError(
+            f"--greater_is_better {options['greater_is_better']} would keep the worst weights by {judge}: leave it out"
+        )
+
+
+def _check_objects(options: dict) -> None:
+    """Refuse what is no object of JSON where the library takes one.
+
+    Raises:
+        UserError: it is none.
+    """
+    for key in OBJECTS:
+        text = options.get(key)
+        if text is None or (key == OBJECTS[0] and not text.startswith("{") and Path(text).is_file()):
+            continue
+        try:
+            is_object = isinstance(json.loads(text), dict)
+        except ValueError:
+            is_object = False
+        if not is_object:
+            raise UserError(
+                f'--{key} {text} is not an object of JSON such as {{"num_cycles": 2}}, with double quotes, which a '
+                f"shell may take away: write it into a config, as {key}: {{num_cycles: 2}}"
+            )
 
 
 def _check_numbers(options: dict) -> None:

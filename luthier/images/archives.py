@@ -25,7 +25,7 @@ class Part(NamedTuple):
     rows: int
 
 
-def index_archive(file: BinaryIO, column: str, image_column: str, rows: int) -> tuple[list[Part], list]:
+def index_archive(file: BinaryIO, column: str, image_column: str, rows: int, most: int) -> tuple[list[Part], list]:
     """Return the parts of an archive, with so many rows each, and the label of each row.
 
     It reads the headers and the files of the labels, and skips the others.
@@ -34,7 +34,8 @@ def index_archive(file: BinaryIO, column: str, image_column: str, rows: int) -> 
         file: the archive, which is not compressed.
         column: ending of the labels' names.
         image_column: of the images'.
-        rows: in a part; the last one may have fewer.
+        rows: in a part; the last one may have fewer, and one whose files are large.
+        most: bytes of a part that has several rows: it is read at once.
 
     Raises:
         tarfile.TarError: it is no archive, or damaged.
@@ -49,7 +50,7 @@ def index_archive(file: BinaryIO, column: str, image_column: str, rows: int) -> 
                     f"{row.name} has no image {row.name}.{image_column}, but .{', .'.join(sorted(row.files))}. Give "
                     "all images one ending, in small or capital letters alike"
                 )
-            if not parts or parts[-1].rows == rows:
+            if not parts or parts[-1].rows == rows or row.end - parts[-1].begin > most:
                 parts.append(Part(row.begin, row.end, 0))
             parts[-1] = Part(parts[-1].begin, row.end, parts[-1].rows + 1)
             values.append(_read_value(archive, row.files[column]) if column in row.files else None)

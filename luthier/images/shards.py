@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from datasets import Features, Value, load_dataset_builder
-from huggingface_hub import HfFileSystem
+from huggingface_hub import HfApi, HfFileSystem
 from torch.utils.data import get_worker_info
 
 from luthier.cache import cache_key, read_cached, write_cached
@@ -43,6 +43,7 @@ BLOCK = 128  # rows that are read together, or more where the row groups of a fi
 LANES, WINDOW = 8, 2 * BLOCK
 MAX_GROUP = 512_000_000  # bytes of the images of a row group
 ARCHIVE, ARCHIVE_VERSION = ".tar", 3  # the version is that of an archive's index
+BUCKETS = "hf://buckets/"  # how the addresses of their files begin
 READERS = 16  # files whose ends are read at the same time: each may be a request to the Hub
 
 
@@ -213,6 +214,9 @@ def _list_files(name: str, config: str | None) -> tuple[dict[str, list[str]], Fe
             f"--streaming reads Parquet files and WebDataset archives (.tar), and {name} has others. {remedy(name)}"
         )
     files = named_splits(files, name)
+    elsewhere = [url for url in itertools.chain.from_iterable(files.values()) if url.startswith("https://")]
+    if elsewhere:
+        raise UserError(f"--streaming reads files of this machine and of the Hub, not {elsewhere[0]}. {remedy(name)}")
     if builder.info.features:
         return files, builder.info.features
     if in_archives:
@@ -234,7 +238,13 @@ def _opened(url: str, in_order: bool = False) -> Iterator[Any]:
 
 
 def _version_of(url: str) -> str:
-    """Return what changes with a file; the address of one on the Hub has its revision."""
+    """Return what changes with a file; the address of one on the Hub has its revision, but for one in a bucket."""
+    if url.startswith(BUCKETS):
+        owner, name, path = url.removeprefix(BUCKETS).split("/", 2)
+        facts = next(iter(HfApi().get_bucket_paths_info(f"{owner}/{name}", [path])), None)
+        if facts is None:
+            raise FileNotFoundError(f"there is no file {url}")
+        return f"{facts.size} {facts.xet_hash}"
     return "" if url.startswith("hf://") else "{0.st_size} {0.st_mtime_ns}".format(Path(url).stat())
 
 
@@ -295,12 +305,12 @@ def _index_archive(url: str, image_column: str, label_column: str) -> Source:
         UserError: it is damaged, or a row has no image or not the label that its ending promises.
     """
     version = _version_of(url)
-    key = cache_key(ARCHIVE_VERSION, url, version, label_column, image_column, BLOCK)
+    key = cache_key(ARCHIVE_VERSION, url, version, label_column, image_column, BLOCK, MAX_GROUP)
     kept = read_cached("archives", key)
     if kept is None:
         try:
             with _opened(url, in_order=True) as file:
-                index = json.dumps(index_archive(file, label_column, image_column, BLOCK)).encode()
+                index = json.dumps(index_archive(file, label_column, image_column, BLOCK, MAX_GROUP)).encode()
         except (TarError, ValueError) as error:
             raise UserError(f"{url} cannot be read: {reason(error)}. Write it again, or remove it") from error
         kept = torch.frombuffer(bytearray(index), dtype=torch.uint8)

@@ -118,10 +118,11 @@ class Arm(NamedTuple):
         settings = f"{self.workshop.seen} and a learning rate of {self.training_args.learning_rate:.3g}"
         order = getattr(self.rows["train"], "order", "")
         processes = self.training_args.world_size if order else 0  # each takes a part of a stream's epoch
+        own_batch = self.training_args.train_batch_size if order else 0  # a stream's places take turns by batches
         recipe = f"--recipe {self.recipe.name} from the model {self.workshop.model_name}"
         if self.recipe.is_lowered:
             recipe += ", at the rates of a backbone without BatchNorm"
-        return Origin(self.workshop.data, self.batch, order, settings, recipe, processes)
+        return Origin(self.workshop.data, self.batch, order, settings, recipe, processes, own_batch)
 
     def trainer(self) -> SafeTrainer:
         """Return a Trainer with a copy of the model, at the arm's start."""

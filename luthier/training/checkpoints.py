@@ -34,6 +34,7 @@ class Origin(NamedTuple):
         settings: in words, what else the weights have learned with.
         recipe: in words, how they learn, and from which model.
         processes: of a stream: among how many its images are divided; 0 where it does not matter.
+        own_batch: of a stream: images in a batch of a process, by which its order follows; 0 where it does not matter.
     """
 
     data: str
@@ -42,6 +43,7 @@ class Origin(NamedTuple):
     settings: str = ""
     recipe: str = ""
     processes: int = 0
+    own_batch: int = 0
 
 
 def seal(folder: Path, checkpoint: Path) -> None:
@@ -183,6 +185,13 @@ def check_origin(checkpoint: Path, origin: Origin) -> None:
         raise UserError(
             f"{checkpoint} was trained by {plural(begun.processes, 'process', 'processes')}, each with a part of the "
             f"stream, and now there would be {origin.processes}: use as many as before, or begin a new run in another "
+            "--output_dir"
+        )
+    if begun.own_batch and begun.own_batch != origin.own_batch:
+        raise UserError(
+            f"{checkpoint} was trained with batches of {plural(begun.own_batch, 'image')} in a process, by which the "
+            f"order of a stream follows, and now there would be {origin.own_batch}: give "
+            "--per_device_train_batch_size and --gradient_accumulation_steps as before, or begin a new run in another "
             "--output_dir"
         )
     for before, now in ((begun.recipe, origin.recipe), (begun.settings, origin.settings)):

@@ -120,6 +120,8 @@ def test_outputs_do_not_reveal_the_paths_of_the_machine(run, monkeypatch):
         ["--data_dir", "clients/alice/scans", "--data_dir=./home/bob", "--model_name=simple_cnn", "--seed", "3"],
     )
     assert command == "python train.py --data_dir scans --data_dir=bob --model_name=simple_cnn --seed 3"
+    command = describe_command("train.py", ["--data_dir", ".", "--output_dir", "../x"])
+    assert command == "python train.py --data_dir . --output_dir x"
 
 
 def test_saved_model_is_calibrated(run):

@@ -203,3 +203,12 @@ def test_texts_in_json_are_the_classes_that_they_are_without_streaming():
     streamed, _ = load_images(data_dir=".", stream=stream, label_column="json")
     whole, _ = load_images(data_dir=".", label_column="json")
     assert streamed["train"].features["label"].names == whole["train"].features["label"].names == NAMES
+
+
+def test_blocks_of_large_images_have_fewer_rows(monkeypatch):
+    monkeypatch.setattr(shards, "MAX_GROUP", 3000)
+    truth = pack("train.tar", mixed(30))
+    pack("validation.tar", mixed(9), 200)
+    pack("test.tar", mixed(9), 300)
+    stream = open_stream(".")
+    assert learned(stream) == truth and {block.rows for block in stream.blocks} == {1}

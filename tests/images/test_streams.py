@@ -326,3 +326,27 @@ def test_row_groups_that_are_read_together_are_not_too_large(monkeypatch):
     stream = open_stream(".")
     assert learned(stream) == truth and len(stream.blocks) >= 3
     assert all(sum(sizes[block.begin : block.end]) <= 2 * max(sizes) for block in stream.blocks)
+
+
+def test_file_of_a_bucket_has_a_version(monkeypatch):
+    """Its address has no revision, and what is kept of it would be that of an earlier file."""
+    kept = {"train/0.tar": "a"}
+
+    def look(self, bucket: str, paths: list[str]) -> list:
+        return [SimpleNamespace(size=9, xet_hash=kept[path]) for path in paths if bucket == "me/set" and path in kept]
+
+    monkeypatch.setattr(shards.HfApi, "get_bucket_paths_info", look)
+    before = shards._version_of("hf://buckets/me/set/train/0.tar")
+    kept["train/0.tar"] = "b"
+    assert shards._version_of("hf://buckets/me/set/train/0.tar") != before
+    with pytest.raises(FileNotFoundError, match=r"there is no file hf://buckets/me/set/1\.tar"):
+        shards._version_of("hf://buckets/me/set/1.tar")
+    assert shards._version_of("hf://datasets/me/set@1/0.tar") == ""
+
+
+def test_files_of_another_server_cannot_be_streamed(monkeypatch):
+    files = {"train": ["https://example.org/train.parquet"], "test": ["https://example.org/test.parquet"]}
+    builder = SimpleNamespace(name="parquet", config=SimpleNamespace(data_files=files), info=None)
+    monkeypatch.setattr(shards, "load_dataset_builder", lambda *_: builder)
+    with pytest.raises(UserError, match=r"of this machine and of the Hub, not https://example.org/train.*prepare.py"):
+        open_stream("me/set")

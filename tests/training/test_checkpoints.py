@@ -129,6 +129,7 @@ def test_too_little_disk_space_is_foreseen(tmp_path):
             "was trained with the recipe full, and now there would be the recipe head: give",
         ),
         ({"processes": 2}, "was trained by 4 processes, each with a part of the stream, and now there would be 2"),
+        ({"own_batch": 16}, "was trained with batches of 8 images in a process, by which the order .* would be 16"),
         ({"data": "b"}, "may have learned from images that are tested now"),
         ({"order": "b"}, "is of other images or files"),
         ({"batch": 64}, "was trained with 32 images in a step, and now there would be 64"),
@@ -139,7 +140,7 @@ def test_too_little_disk_space_is_foreseen(tmp_path):
     ],
 )
 def test_checkpoint_of_other_data_is_refused(tmp_path, changed, message):
-    origin = Origin("a", 32, "a", "images of 192 x 192 px and a learning rate of 0.002", "the recipe full", 4)
+    origin = Origin("a", 32, "a", "images of 192 x 192 px and a learning rate of 0.002", "the recipe full", 4, 8)
     with pytest.raises(UserError, match="does not say which images it has learned from"):
         check_origin(tmp_path, origin)  # of another program
     write_origin(tmp_path, origin)
