@@ -37,10 +37,13 @@ REFUSED = {
 JUDGED_BY = ("loss", "calibrated_loss", "accuracy", "balanced_accuracy", "macro_f1")
 NEED_EVALUATION = ("reduce_lr_on_plateau", "greedy")  # learning rate schedulers
 
-# Options that take an object of JSON; the first one may be a file too.
-OBJECTS = (
-    "accelerator_config", "lr_scheduler_kwargs", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs",
-)  # fmt: skip
+# Options that take an object of JSON, and the key and value of an example.
+OBJECTS = {
+    "accelerator_config": ("split_batches", "false"),  # or a file
+    "lr_scheduler_kwargs": ("num_cycles", "2"),
+    "activation_checkpointing_kwargs": ("use_reentrant", "false"),
+    "gradient_checkpointing_kwargs": ("use_reentrant", "false"),
+}
 STEPS = {"logging": 500, "save": 500, "eval": None}  # the library's defaults, which count with a strategy of steps
 
 # Must be above 0, or a run would fail or train nothing after the data has been prepared.
@@ -146,6 +149,8 @@ def _check_training(options: dict) -> None:
         raise UserError("--hub_strategy has no effect, because Luthier pushes the finished model: leave it out")
     _check_objects(options)
     for kind, default in STEPS.items():
+        if kind == "logging" and options["eval_strategy"] != "epoch" and not options["eval_steps"]:
+            continue  # the library evaluates after so many steps
         if options[f"{kind}_steps"] != default and options[f"{kind}_strategy"] == "epoch":
             raise UserError(f"--{kind}_steps needs --{kind}_strategy steps: give that too, or leave it out")
     if options["max_steps"] != -1 and options["max_steps"] < 1:
@@ -180,18 +185,18 @@ def _check_objects(options: dict) -> None:
     Raises:
         UserError: it is none.
     """
-    for key in OBJECTS:
+    for key, (name, value) in OBJECTS.items():
         text = options.get(key)
-        if text is None or (key == OBJECTS[0] and not text.startswith("{") and Path(text).is_file()):
+        if text is None or (key == "accelerator_config" and not text.startswith("{") and Path(text).is_file()):
             continue
         try:
-            is_object = isinstance(json.loads(text), dict)
+            is_object = text.startswith("{") and isinstance(json.loads(text), dict)  # the library parses no others
         except ValueError:
             is_object = False
         if not is_object:
             raise UserError(
-                f'--{key} {text} is not an object of JSON such as {{"num_cycles": 2}}, with double quotes, which a '
-                f"shell may take away: write it into a config, as {key}: {{num_cycles: 2}}"
+                f'--{key} {text} is not an object of JSON such as {{"{name}": {value}}}, with double quotes, which a '
+                f"shell may take away: write it into a config, as {key}: {{{name}: {value}}}"
             )
 
 

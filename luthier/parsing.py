@@ -241,7 +241,7 @@ def describe_command(script: str, argv: list[str]) -> str:
         if not path and (os.sep in value or "/" in value):
             path = Path(value).exists()
         path = path and option not in ("group_by", "label_names")
-        name = ((PureWindowsPath if "\\" in value else Path)(value).name or value) if path else value
+        name = ((PureWindowsPath if "\\" in value else Path)(value).name or value[:1]) if path else value
         shown.append(f"{key}{sign}{'{...}' if value.startswith('{') else name}")
         option = "" if value else option
     return quote(*launcher, script, *shown)

@@ -122,6 +122,7 @@ def test_outputs_do_not_reveal_the_paths_of_the_machine(run, monkeypatch):
     assert command == "python train.py --data_dir scans --data_dir=bob --model_name=simple_cnn --seed 3"
     command = describe_command("train.py", ["--data_dir", ".", "--output_dir", "../x"])
     assert command == "python train.py --data_dir . --output_dir x"
+    assert "alice" not in describe_command("train.py", ["--data_dir", r"\\nas\alice_scans"])
 
 
 def test_saved_model_is_calibrated(run):
