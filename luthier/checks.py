@@ -44,7 +44,6 @@ OBJECTS = {
     "activation_checkpointing_kwargs": ("use_reentrant", "false"),
     "gradient_checkpointing_kwargs": ("use_reentrant", "false"),
 }
-STEPS = {"logging": 500, "save": 500, "eval": None}  # the library's defaults, which count with a strategy of steps
 
 # Must be above 0, or a run would fail or train nothing after the data has been prepared.
 POSITIVE = (
@@ -148,11 +147,6 @@ def _check_training(options: dict) -> None:
     if options["hub_strategy"] != "every_save":
         raise UserError("--hub_strategy has no effect, because Luthier pushes the finished model: leave it out")
     _check_objects(options)
-    for kind, default in STEPS.items():
-        if kind == "logging" and options["eval_strategy"] != "epoch" and not options["eval_steps"]:
-            continue  # the library evaluates after so many steps
-        if options[f"{kind}_steps"] != default and options[f"{kind}_strategy"] == "epoch":
-            raise UserError(f"--{kind}_steps needs --{kind}_strategy steps: give that too, or leave it out")
     if options["max_steps"] != -1 and options["max_steps"] < 1:
         raise UserError(f"--max_steps is {options['max_steps']}, but must be above 0: or leave it out for no maximum")
     if options["save_strategy"] == "best":

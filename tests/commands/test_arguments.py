@@ -215,9 +215,6 @@ def test_mistake_in_a_config(text, message):
         (["--lr_scheduler_kwargs", ' {"num_cycles": 2}'], "is not an object of JSON"),
         (["--accelerator_config", '{"bogus": 1}'], "unexpected keyword argument 'bogus'"),
         (["--remove_unused_columns", "1"], "--remove_unused_columns would remove the images"),
-        (["--logging_steps", "10"], "--logging_steps needs --logging_strategy steps"),
-        (["--save_steps", "10"], "--save_steps needs --save_strategy steps"),
-        (["--eval_steps", "10"], "--eval_steps needs --eval_strategy steps"),
         (["--max_steps", "0"], "--max_steps is 0, but must be above 0"),
         (["--optim_target_modules", "all"], "--optim_target_modules has no effect"),
         (["--hub_strategy", "checkpoint"], "--hub_strategy has no effect"),
@@ -366,14 +363,6 @@ def test_the_recipes_learning_rate_is_all_that_replace_changes(options):
     after = replace(before, learning_rate=0.5)
     changed = {o.name for o in fields(before) if str(getattr(before, o.name)) != str(getattr(after, o.name))}
     assert changed == {"learning_rate"} and type(after) is type(before)
-
-
-def test_steps_of_logging_are_those_of_evaluations_that_have_none():
-    line = ["--eval_strategy", "steps", "--logging_steps", "7"]
-    assert parse_arguments(line).training_args.eval_steps == 7
-    assert parse_arguments([*line, "--eval_strategy", "no"])  # as score.py takes a config with them
-    with pytest.raises(UserError, match="--logging_steps needs --logging_strategy steps"):
-        parse_arguments([*line, "--eval_steps", "5"])
 
 
 @pytest.mark.parametrize("value", ["True", "False"])
