@@ -214,9 +214,7 @@ def explain_loading(dataset_name: str) -> Iterator[None]:
     except (DatasetsError, TarError, ValueError, RuntimeError, OSError) as error:  # several configurations, damage
         cause = " ".join(str(error.__cause__ or error).split())  # of an error while files are read
         if cause.startswith("invalid literal for int"):
-            cause += (
-                ". In a WebDataset archive .cls files hold numbers: write names into .txt files (--label_column txt)"
-            )
+            cause += ". In archives .cls files hold numbers: write names into .txt files (--label_column txt)"
         raise UserError(f"cannot load {dataset_name}: {cause}") from error
 
 

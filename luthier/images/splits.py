@@ -77,7 +77,7 @@ def _shared_with_own(splits: DatasetDict, labels: np.ndarray, groups: np.ndarray
 
     Cut for test, they would not be independent of what is chosen by. Not those of a class that are most of it.
     """
-    shared = np.isin(groups, splits["validation"]["group"][:] if "validation" in splits else [])
+    shared = np.isin(groups, list_of(splits["validation"], "group") if "validation" in splits else [])
     most = 2 * np.bincount(labels, shared) > np.bincount(labels)
     return shared & ~np.isin(groups, groups[shared & most[labels]])
 

@@ -10,6 +10,7 @@ from datasets import DatasetDict, concatenate_datasets
 from torch import nn
 from transformers import Trainer
 
+from luthier.cache import list_of
 from luthier.familiarity import Familiarity, log_odds, similarity
 from luthier.images.splits import draw_order
 from luthier.images.views import ImageRows
@@ -65,7 +66,7 @@ def answer(trainer: Trainer, rows: Any, splits: DatasetDict, familiarity: Famili
         logits[begin : begin + len(part)] = found
         if familiarity is not None:
             sureness.append(familiarity.rate(found.softmax(dim=-1), features).numpy())
-    references = np.array(splits["test"]["label"][:])
+    references = np.array(list_of(splits["test"], "label"))
     return Answers(logits.numpy(), references, np.concatenate(sureness) if sureness else None, familiarity)
 
 

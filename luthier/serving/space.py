@@ -94,12 +94,15 @@ def find_imports() -> tuple[list[str], set[str]]:
 def find_requirements(packages: set[str]) -> list[str]:
     """Return the lines of requirements.txt for packages, given by the names that they are imported by."""
     distributions = importlib.metadata.packages_distributions()
-    needed = {
-        name.lower().replace("_", "-") for package in packages for name in distributions.get(package, [package])
-    }  # pi-heif calls itself pi_heif
+    needed = {_compared(name) for package in packages for name in distributions.get(package, [package])}
     lines = (PROJECT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     requirements = [line.split("#")[0].strip() for line in lines]
-    return [line for line in requirements if line.split(">=")[0].split("==")[0].lower().replace("_", "-") in needed]
+    return [line for line in requirements if _compared(line.split(">=")[0].split("==")[0]) in needed]
+
+
+def _compared(distribution: str) -> str:
+    """Return the name of a distribution as indexes compare it: pi-heif calls itself pi_heif."""
+    return distribution.lower().replace("_", "-")
 
 
 def _imported_names(source: str) -> set[str]:

@@ -19,6 +19,7 @@ from transformers import (
     get_scheduler,
     set_seed,
 )
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 from transformers.training_args import OptimizerNames
 
 from luthier.errors import UserError
@@ -157,8 +158,7 @@ def model_of(trainer: Trainer) -> PreTrainedModel:
 
 def predict(trainer: Trainer, rows: Any) -> tuple[np.ndarray, np.ndarray]:
     """Return the model's logits [N, C] on transformed rows, and their true classes [N]."""
-    prediction = trainer.predict(rows)
-    return concatenate_batches(prediction.predictions), concatenate_batches(prediction.label_ids)
+    return _arrays_of(trainer.predict(rows))
 
 
 def predict_best(trainer: SafeTrainer, rows: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -168,9 +168,11 @@ def predict_best(trainer: SafeTrainer, rows: Any) -> tuple[np.ndarray, np.ndarra
     """
     best = trainer.state.best_global_step  # None: the last weights stay. 0: the first ones, by `eval_on_start`
     kept = trainer.evaluations.get(best) if best is not None and rows is trainer.eval_dataset else None
-    if kept is None:
-        return predict(trainer, rows)
-    return concatenate_batches(kept.predictions), concatenate_batches(kept.label_ids)
+    return predict(trainer, rows) if kept is None else _arrays_of(kept)
+
+
+def _arrays_of(output: EvalLoopOutput | PredictionOutput) -> tuple[np.ndarray, np.ndarray]:
+    return concatenate_batches(output.predictions), concatenate_batches(output.label_ids)
 
 
 def concatenate_batches(outputs: Any) -> np.ndarray:

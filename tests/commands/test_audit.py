@@ -199,26 +199,18 @@ def test_data_with_a_validation_split_that_cannot_be_cut_further(tmp_path, timm_
     assert "careful  the class 'blue' has 1 image, too few" in output and "labels: not checked" not in output
 
 
-def test_labels_are_not_checked_if_no_training_image_of_a_class_can_be_read(tmp_path, timm_checkpoint, capsys):
-    draw_folder(tmp_path / "p/train", 6)
-    draw_folder(tmp_path / "p/val", 3, first=50)
-    for path in (tmp_path / "p/train/red").iterdir():  # the last class
-        path.write_bytes(b"no image")
-    audit.main([str(tmp_path / "p"), "--model_name", str(timm_checkpoint), "--disable_tqdm", "True"])
-    output = capsys.readouterr().out
-    assert "unreadable, left out: 6" in output and "labels: not checked" in output
-
-
-def test_labels_are_checked_if_no_training_image_of_another_class_than_the_last_can_be_read(
-    tmp_path, timm_checkpoint, capsys
+@pytest.mark.parametrize(("unread", "checked"), [("red", False), ("blue", True)])  # the last class, and the first
+def test_labels_are_checked_unless_no_training_image_of_the_last_class_can_be_read(
+    tmp_path, timm_checkpoint, capsys, unread, checked
 ):
+    """A probe has the classes up to the highest label that it learns from."""
     draw_folder(tmp_path / "p/train", 6)
     draw_folder(tmp_path / "p/val", 3, first=50)
-    for path in (tmp_path / "p/train/blue").iterdir():  # the first class
+    for path in (tmp_path / "p/train" / unread).iterdir():
         path.write_bytes(b"no image")
     audit.main([str(tmp_path / "p"), "--model_name", str(timm_checkpoint), "--disable_tqdm", "True"])
     output = capsys.readouterr().out
-    assert "unreadable, left out: 6" in output and "labels: not checked" not in output
+    assert "unreadable, left out: 6" in output and ("labels: not checked" not in output) == checked
 
 
 def test_label_is_suspect_where_another_is_as_likely_as_for_that_ones_own_images(monkeypatch):
