@@ -94,8 +94,8 @@ def fit_shared_probe(
     def fit(device: torch.device) -> list[LinearProbe]:
         assert features is not None  # on the main process
         device = device_of_fits(features, device)
-        truth = torch.tensor(labels).to(device)
-        return list(fit_path(features.to(device), truth, max(labels) + 1, (strength,), balance))
+        images = features.to(device), torch.tensor(labels).to(device)
+        return list(fit_path(*images, max(labels) + 1, (strength,), balance))
 
     (probe,) = _on_main_process(trainer, fit)
     return probe
@@ -103,12 +103,8 @@ def fit_shared_probe(
 
 def _on_main_process(trainer: Trainer, fit: Callable[[torch.device], list[LinearProbe]]) -> list[LinearProbe]:
     """Fit on the main process, on the Trainer's device, and return the probes to all, on the CPU."""
-    probes = list[LinearProbe]()
-    if trainer.is_world_process_zero():
-        probes = [
-            probe._replace(weight=probe.weight.cpu(), bias=probe.bias.cpu()) for probe in fit(trainer.args.device)
-        ]
-    return from_main_process(probes)
+    fitted = fit(trainer.args.device) if trainer.is_world_process_zero() else []
+    return from_main_process([each._replace(weight=each.weight.cpu(), bias=each.bias.cpu()) for each in fitted])
 
 
 def fit_probes(
@@ -212,7 +208,7 @@ def _fit_paths(
             single row learns nothing: all classes stay equally likely.
     """
     labels = labels if rows is None else labels[rows]
-    learns = torch.ones(len(labels), 1, dtype=torch.bool, device=features.device) if learns is None else learns
+    learns = torch.ones_like(labels, dtype=torch.bool)[:, None] if learns is None else learns
     numbers = learns.sum(dim=0)
     centred, mean = _centre(features, rows)
     scale = _measure_scale(centred, learns)
@@ -302,10 +298,7 @@ def fit_parts(
 
 
 def _centre(features: torch.Tensor, rows: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return some rows of features, or all, less their mean, and the mean [D].
-
-    They are a copy, in a file where it is large.
-    """
+    """Return a copy of some rows of features, or all, less their mean; and the mean [D]. A large copy is in a file."""
     at_once = rows_at_once(features.device)
     chosen = list(features.split(at_once)) if rows is None else rows.split(at_once)
     n = len(features) if rows is None else len(rows)
@@ -370,9 +363,12 @@ def minimise(
     """
     fits, classes, _ = weight.shape
     at_once = max(1, min(rows_at_once(features.device), MAX_CELLS // (fits * classes)))
+    tolerance = TOLERANCE if len(labels) < MANY else LOOSE_TOLERANCE
+    # The first step follows the gradient, and is left out where its square is below `tolerance_change`. What is left
+    # to gain is at most this square divided by twice the strength: `tolerance` itself would end fits where they begin.
     optimizer = torch.optim.LBFGS(
-        [weight, bias], max_iter=iterations, history_size=10, tolerance_grad=1e-5,
-        tolerance_change=TOLERANCE if len(labels) < MANY else LOOSE_TOLERANCE, line_search_fn="strong_wolfe",
+        [weight, bias], max_iter=1, max_eval=iterations * 5 // 4, history_size=10, tolerance_grad=1e-5,
+        tolerance_change=2 * strength * tolerance, line_search_fn="strong_wolfe",
     )  # fmt: skip
 
     @torch.no_grad()
@@ -391,6 +387,8 @@ def minimise(
         weight.grad, bias.grad = weight_grad.view_as(weight) / scale[:, None] + strength * weight, bias_grad
         return loss
 
+    optimizer.step(objective)
+    optimizer.param_groups[0].update(max_iter=iterations - 1, tolerance_change=tolerance)
     optimizer.step(objective)
 
 

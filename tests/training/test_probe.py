@@ -136,6 +136,16 @@ def test_fit_of_many_images_ends_a_little_before_the_best_one(monkeypatch):
     assert few < objective() < few + 1e-3
 
 
+def test_fit_of_easy_images_does_not_end_where_that_of_another_penalty_did():
+    generator, labels = np.random.default_rng(0), np.arange(240) % 3
+    points = generator.normal(0, 1, (3, 256))[labels] + generator.normal(0, 1, (240, 256))
+    features, truth = torch.tensor(points, dtype=torch.float32), torch.from_numpy(labels)
+    *_, before, last = fit_path(features, truth, 3, (SOFT, *STRENGTHS))
+    (alone,) = fit_path(features, truth, 3, STRENGTHS[-1:])
+    assert last.weight.norm() > 1.03 * before.weight.norm()
+    assert float(last.weight.norm()) == pytest.approx(float(alone.weight.norm()), rel=0.05)
+
+
 @pytest.mark.parametrize("strength", [0.3, 0.01])
 @pytest.mark.parametrize("at_once", [1, 2, 5])
 def test_probes_of_all_folds_are_those_of_each_fold(monkeypatch, at_once, strength):
