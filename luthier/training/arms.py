@@ -157,7 +157,10 @@ def plan_arm(recipe: Recipe, workshop: Workshop, rows: Mapping[str, Any], folder
     ends = heat_ends(first, total) if in_heats else (total,)
     schedule = Schedule(ends, args.warmup_steps) if in_heats else None
     rate = recipe.rate_of_batch(min(batch, images))  # a step has no more images than there are
-    own = replace(args, learning_rate=rate, num_train_epochs=total / per_epoch, output_dir=str(folder))
+    # The steps too: the library would round 7 times 29 / 7 epochs up to 30 steps.
+    own = replace(
+        args, learning_rate=rate, num_train_epochs=total / per_epoch, max_steps=total, output_dir=str(folder)
+    )
     return Arm(recipe, workshop, own, rows, ends, schedule, start)
 
 

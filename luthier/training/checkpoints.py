@@ -168,7 +168,12 @@ def check_origin(checkpoint: Path, origin: Origin) -> None:
             f"{checkpoint} does not say which images it has learned from, which may be tested now: continue one that "
             "Luthier has written. Its weights alone can be a --model_name, as a folder"
         )
-    begun = Origin(**json.loads(record.read_text(encoding="utf-8")))
+    try:
+        begun = Origin(**json.loads(record.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{record} is of another version of Luthier: begin a new run in another --output_dir"
+        ) from error
     if (begun.data, begun.order) != (origin.data, origin.order):
         raise UserError(
             f"{checkpoint} is of other images or files, or of another cut into train, validation and test: it may "

@@ -18,6 +18,7 @@ from luthier.errors import UserError
 from luthier.files import atomic_write
 from luthier.training.checkpoints import (
     HASHES,
+    ORIGIN,
     Origin,
     bring_best,
     check_named,
@@ -143,6 +144,9 @@ def test_checkpoint_of_other_data_is_refused(tmp_path, changed, message):
     origin = Origin("a", 32, "a", "images of 192 x 192 px and a learning rate of 0.002", "the recipe full", 4, 8)
     with pytest.raises(UserError, match="does not say which images it has learned from"):
         check_origin(tmp_path, origin)  # of another program
+    (tmp_path / ORIGIN).write_text(json.dumps(origin._asdict() | {"colour": "red"}))
+    with pytest.raises(UserError, match="is of another version of Luthier: begin a new run in another --output_dir"):
+        check_origin(tmp_path, origin)
     write_origin(tmp_path, origin)
     check_origin(tmp_path, origin)
     with pytest.raises(UserError, match=message):

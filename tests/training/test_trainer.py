@@ -245,6 +245,15 @@ def test_heats_of_an_arm_follow_from_its_epochs_and_the_users_schedule(tmp_path,
     assert arm.training_args.num_train_epochs == pytest.approx(ends[-1] / 6)
 
 
+def test_training_of_a_part_of_an_epoch_has_no_step_too_many(tmp_path):
+    args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, lr_scheduler_type="linear")
+    recipe, model = RECIPES["full"]._replace(batch=15, num_train_epochs=4.1), torch.nn.Linear(1, 1)
+    arm = plan_arm(recipe, Workshop(model, args, compute_metrics=None), {"train": range(105)}, tmp_path, None)
+    trainer = Trainer(model, arm.training_args, train_dataset=range(105))
+    planned = trainer.set_initial_training_values(arm.training_args, trainer.get_train_dataloader())
+    assert arm.ends == (29,) and 29 in planned and 30 not in planned
+
+
 def test_first_step_that_is_not_finite_is_remembered_until_it_is_read():
     state, args = SimpleNamespace(global_step=0), SimpleNamespace(device=torch.device("cpu"))
     trainer = SimpleNamespace(not_finite_at=None, state=state, args=args, stop_if_not_finite=lambda: None)
