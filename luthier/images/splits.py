@@ -14,7 +14,8 @@ from luthier.terminal import plural, say, some_of
 
 MAX_NAMED = 5  # classes that a message names
 MAX_SINGLE = 10  # classes of an image each; more are the names of the images
-FEW_VALIDATION = 50  # images of a split of the user's own
+FEW_VALIDATION = 50  # images: fewer than these, and than a tenth of train's, choose badly
+REMOVE = "or remove the split to have one cut from train"
 MIN_VALIDATION, MAX_VALIDATION, MAX_VALIDATION_SHARE = 150, 10_000, 0.25
 
 
@@ -62,13 +63,12 @@ def cut_splits(
     cut |= {split: rows[part] for split, part in rest.items()}
     _report_missing(labels, groups, names, cut, fold)
     complete = {**splits, **{split: splits["train"].select(part) for split, part in cut.items()}}
-    for split in ("validation", "test"):
-        if not len(complete[split]):
-            raise UserError(f"the {split} split is empty: fill it, or remove it to have one cut from train")
-    own, train = len(splits.get("validation", ())), len(complete["train"])
-    if 0 < own < min(FEW_VALIDATION, train / 10):
-        few = f"{plural(own, 'validation image')} cannot tell weights apart"
-        say("careful", f"{few}: add some, or remove the split to have one cut from train")
+    if empty := [split for split in ("validation", "test") if not len(complete[split])]:
+        remedy = "too few images, or groups, are left for it: add some" if empty[0] in cut else f"fill it, {REMOVE}"
+        raise UserError(f"the {empty[0]} split is empty: {remedy}")
+    n, other = len(complete["validation"]), "or raise --validation_fraction" if "validation" in cut else REMOVE
+    if n < min(FEW_VALIDATION, len(complete["train"]) / 10):  # of classes of two images none is cut for validation
+        say("careful", f"{plural(n, 'validation image')} cannot tell weights apart: add some, {other}")
     return DatasetDict({split: complete[split] for split in ("train", "validation", "test")})
 
 

@@ -51,6 +51,18 @@ class Criterion(NamedTuple):
         """The loss below which there is little to gain; lower where nearly all images are of one class."""
         return self.uncertainty * (ENOUGH if self.metric == "log_loss" else ENOUGH_ERRORS)
 
+    def leaves_little(self, loss: float, log_loss: float) -> bool:
+        """Tell whether there is little to gain on a probe.
+
+        A count of errors on a few images is often 0 by chance. So the log loss must be low too: calibration adds an
+        imaginary image, and keeps it above `ENOUGH` on fewer than a dozen images, even if all are right.
+
+        Args:
+            loss: of the probe, in the metric.
+            log_loss: its calibrated one.
+        """
+        return loss < self.enough and (self.metric == "log_loss" or log_loss < ENOUGH)
+
     def adjust(self, logits: np.ndarray) -> np.ndarray:
         """Return the logits [N, C] whose highest is the answer (logit adjustment, Menon et al. 2021)."""
         return logits - self.balance.log_shares if self.balance else logits

@@ -127,7 +127,7 @@ def race(
             only of a single arm, or where nothing else is left; otherwise the arm leaves the race.
     """
     rival = probe if len(arms) > 1 else None  # a single arm is not compared with the probe
-    if rival and rival.loss < course.judge.criterion.enough:
+    if rival and course.judge.criterion.leaves_little(rival.loss, rival.validation["log_loss"]):
         return Outcome(Heats(), "the probe, which leaves little to gain", probe), None
     progress = _Progress(arms, rival, course, resume, probe.seconds if probe else 0.0)
     if progress.named:

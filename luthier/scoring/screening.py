@@ -316,7 +316,9 @@ def losses_of_views(views: Sequence[torch.Tensor], labels: torch.Tensor, folds: 
     """Return the cross-entropy of each image in each view, float64 [V, N], by probes that have not seen its fold.
 
     The probes learn from the first view. Of several penalties the one with the lowest mean there counts. A probability
-    is mixed with a guess, or a few images of which a probe is wrongly sure would outweigh all others.
+    is mixed with a guess, or a few images of which a probe is wrongly sure would outweigh all others. An image whose
+    class is not in the other folds counts as a guess in every view: how wrong a probe is that does not know the class
+    tells nothing. Where each class has one image or group in train, all views are then alike.
 
     Args:
         views: features, float32 [N, D] each.
@@ -327,7 +329,8 @@ def losses_of_views(views: Sequence[torch.Tensor], labels: torch.Tensor, folds: 
     true = torch.full((len(STRENGTHS), len(views), len(labels)), 1 / classes, dtype=torch.float64)
     paths = fit_parts(views[0], labels, classes, STRENGTHS, folds[:, None] != names)
     for fold, path in zip(names, paths, strict=True):
-        rows = torch.from_numpy(np.flatnonzero(folds == fold))
+        held_out, truth = folds == fold, labels.numpy()
+        rows = torch.from_numpy(np.flatnonzero(held_out & np.isin(truth, truth[~held_out])))
         for number, probe in enumerate(path):
             for view, features in enumerate(views):
                 probabilities = probe.logits(features[rows]).double().softmax(dim=-1)

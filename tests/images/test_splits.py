@@ -370,6 +370,20 @@ def test_few_validation_images_of_the_users_own_are_named(capsys, train, validat
     assert ("10 validation images cannot tell weights apart" in capsys.readouterr().out) == said
 
 
+def test_few_validation_images_of_a_cut_are_named(capsys):
+    """Classes of two images have one in train and one in test; only the class of three has one to choose by."""
+    names = [f"c{number:02}" for number in range(21)]
+    parts = cut_splits(DatasetDict(train=labelled([*range(20)] * 2 + [20] * 3, names)))
+    assert {split: len(part) for split, part in parts.items()} == {"train": 21, "validation": 1, "test": 21}
+    said = capsys.readouterr().out
+    assert "1 validation image cannot tell weights apart: add some, or raise --validation_fraction" in said
+
+
+def test_fold_that_leaves_nothing_for_validation_is_not_called_a_split_of_the_users_own():
+    with pytest.raises(UserError, match="the validation split is empty: too few images, or groups, are left for it"):
+        cut_splits(DatasetDict(train=labelled([0, 0, 1, 1], ["a", "b"])), fold=(1, 2))
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_no_class_loses_its_last_group_to_the_splits_of_others(seed):
     labels = np.array([0, 0, 1, 1, 2, 2, 3, 3, 3, 3, 3])

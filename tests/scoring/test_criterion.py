@@ -194,6 +194,16 @@ def test_knowing_how_frequent_the_classes_are_is_never_enough(rare):
     assert Criterion("accuracy", uncertainty=uncertainty_of("accuracy", shares)).enough < 0.021 * rare
 
 
+@pytest.mark.parametrize("metric", ["log_loss", "accuracy", "balanced_accuracy", "macro_f1"])
+@pytest.mark.parametrize(("images", "little"), [(4, False), (10, False), (100, True)])
+def test_few_images_that_are_all_right_leave_something_to_gain(metric, images, little):
+    criterion, references = Criterion(metric), np.arange(images) % 2
+    logits = 5.0 * np.eye(2)[references]
+    adjusted = logits / criterion.temperature(logits, references)
+    loss, scored = criterion.losses(adjusted, references).mean(), score(adjusted, references, ["a", "b"])
+    assert criterion.leaves_little(loss, scored["log_loss"]) == little
+
+
 def test_little_to_gain_is_the_same_for_all_numbers_of_even_classes(splits, timm_checkpoint):
     assert uncertainty_of("log_loss", np.full(10, 0.1)) == uncertainty_of("macro_f1", np.array([0.9, 0.1])) == 1
     assert uncertainty_of("log_loss", np.array([0.5, 0.5, 0])) == 1

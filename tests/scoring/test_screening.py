@@ -136,6 +136,20 @@ def test_an_image_of_each_class_tells_nothing():
     assert losses == pytest.approx(np.log(3))
 
 
+def test_images_of_a_class_that_no_probe_has_learned_choose_no_view():
+    generator = torch.Generator().manual_seed(0)
+    labels, folds = torch.tensor([0, 1, 2, 3, 0, 0, 1, 1]), np.array([0, 1, 2, 3, 1, 2, 2, 3])
+    first, other = (cross_fitted_losses(torch.randn(8, 16, generator=generator), labels, folds) for _ in range(2))
+    assert first[2:4] == pytest.approx(np.log(4)) and other[2:4] == pytest.approx(np.log(4))
+    assert (first[[0, 1, 4, 5, 6, 7]] != other[[0, 1, 4, 5, 6, 7]]).all(), "the others tell the views apart"
+    alone = np.arange(20)  # an image of each class in train, as three images of each class leave it
+    own, pad = (
+        View(fit, 64, cross_fitted_losses(torch.randn(20, 16, generator=generator), torch.arange(20), alone % 4))
+        for fit in ("own", "pad")
+    )
+    assert not pad.is_better(own, alone) and not own.is_better(pad, alone)
+
+
 def test_one_surprise_does_not_decide():
     """A feature tells the classes of all images but one, of which the probe is then wrongly sure."""
     labels = torch.arange(60) % 2
