@@ -144,12 +144,12 @@ def inspect_share(source: dict, folder: Path, share: Share) -> None:
     done = [folder / f".inspected-{number}-of-{share.machines}" for number in range(1, share.machines + 1)]
     create_folder(folder)
     done[share.machine - 1].touch()
-    missing: list[Path] = []
-    while not all(path.exists() for path in done):
-        if missing != (missing := [path for path in done if not path.exists()]):
-            say(
-                "wait", f"for {plural(len(missing), 'machine')} to inspect their share, such as {missing[0].name[11:]}"
-            )
+    said: list[Path] = []
+    while missing := [path for path in done if not path.exists()]:
+        if missing != said:
+            example = missing[0].name.removeprefix(".inspected-")
+            say("wait", f"for {plural(len(missing), 'machine')} to inspect their share, such as {example}")
+        said = missing
         time.sleep(POLL)
 
 

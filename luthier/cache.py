@@ -78,6 +78,7 @@ def write_cached(kind: str, key: str, tensor: torch.Tensor) -> None:
         key: of `cache_key`.
         tensor: of any shape; where there is no space or no right to write, it is computed again next time.
     """
+    _remove_stale_files(kind)
     _write_tensors(_folder(kind, f"{key}.safetensors"), {"tensor": tensor})
 
 
@@ -231,7 +232,7 @@ def _keep(part: Dataset, path: Path, name: str) -> Dataset:
 @functools.cache
 def _remove_stale_files(kind: str) -> None:
     """Remove temporary files that nobody has written to lately, as processes leave them that are killed."""
-    for path in _folder(kind).glob("*/tmp*"):
+    for path in (*_folder(kind).glob("tmp*"), *_folder(kind).glob("*/tmp*")):
         with contextlib.suppress(OSError):  # another process may remove it
             if path.stat().st_mtime < time.time() - STALE_SECONDS:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -277,9 +278,8 @@ def _number(keys: Sequence[str]) -> list[str]:
 # --- files
 
 
-def _folder(*parts: str) -> Path:
-    kind, *rest = parts
-    return Path(datasets.config.HF_DATASETS_CACHE, f"luthier_{kind}", *rest)
+def _folder(kind: str, *below: str) -> Path:
+    return Path(datasets.config.HF_DATASETS_CACHE, f"luthier_{kind}", *below)
 
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:

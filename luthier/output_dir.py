@@ -89,7 +89,8 @@ def check_folds(output_dir: Path, folds: int | None) -> None:
     if output_dir.is_dir() and not has_ended(output_dir):
         in_folds = any(output_dir.glob("fold-*/*"))
         alone = (output_dir / RACE).exists() or any(output_dir.glob("checkpoint-*"))
-        if alone if folds else in_folds:
+        begun_otherwise = alone if folds else in_folds
+        if begun_otherwise:
             raise UserError(
                 f"the run in {output_dir} was begun with{'out' if folds else ''} --folds: go on with it as it was "
                 "begun, or give another --output_dir"
@@ -142,9 +143,10 @@ def describe_if_ended(output_dir: Path, settings: str, time_limit: float | None)
 
 def _is_cut_short(output_dir: Path, metrics: dict) -> bool:
     """Tell whether the time limit ended a run's race, or left no time for its refit, so that it could go on."""
-    cut_short = NO_TIME in ((metrics.get("race") or {}).get("ended"), (metrics.get("refit") or {}).get("refusal"))
-    trained = (metrics.get("race") or {}).get("heats")
-    return cut_short and (not trained or any(output_dir.rglob(RACE)))  # which may be deleted once a run has ended
+    race, refit = (metrics.get(part) or {} for part in ("race", "refit"))
+    cut_short = NO_TIME in (race.get("ended"), refit.get("refusal"))
+    # The record of a race may be deleted once a run has ended.
+    return cut_short and (not race.get("heats") or any(output_dir.rglob(RACE)))
 
 
 def read_metrics(output_dir: Path) -> dict:

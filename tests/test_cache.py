@@ -97,9 +97,12 @@ def test_files_of_killed_processes_are_removed(images, view, empty_cache, tmp_pa
     for name, age in (("tmpold", 2 * cache.STALE_SECONDS), ("tmpnew", 60), ("tmpfolder", 2 * cache.STALE_SECONDS)):
         (folder / name).touch() if name != "tmpfolder" else (folder / name).mkdir()
         os.utime(folder / name, (time.time() - age,) * 2)
+    of_all = tmp_path / "cache/luthier_near_duplicates/tmpkilled"
+    of_all.mkdir()
+    os.utime(of_all, (time.time() - 2 * cache.STALE_SECONDS,) * 2)
     draw("red", 7000).save(images / "red/more.png")
     load(data_dir=str(images))
-    assert [path.name for path in folder.glob("tmp*")] == ["tmpnew"]
+    assert [path.name for path in folder.glob("tmp*")] == ["tmpnew"] and not of_all.exists()
 
 
 def test_folder_that_is_read_again_warns_of_nothing(images, view, empty_cache, caplog):

@@ -89,9 +89,9 @@ def label_and_image(
         raise UserError("the train split has no rows: check how its files were written")
     features = splits["train"].features
     image_column, label_column = find_columns(features, image_column, label_column, group_column)
-    values = labels_of_splits({split: dataset[label_column][:] for split, dataset in splits.items()}, label_column)
-    name_of = _names_of_labels(features[label_column], set().union(*values.values()), label_column)
     feature = features[label_column]
+    values = labels_of_splits({split: dataset[label_column][:] for split, dataset in splits.items()}, label_column)
+    name_of = _names_of_labels(feature, set().union(*values.values()), label_column)
     unused = sorted(set(feature.names) - {*name_of.values()}) if isinstance(feature, ClassLabel) else []
     if unused:
         classes = plural(len(unused), "class", "classes")
@@ -106,21 +106,16 @@ def label_and_image(
     label = ClassLabel(names=_rename_labels(list(index_of), label_names))
     groups = _groups_of_splits(splits, group_column, image_column) if group_column else {}
     kept = [image_column, *(column for column in (GIVEN_GROUP, STAMP) if column in features)]
-    labelled = {
-        split: splits[split]
-        .select_columns(kept)
-        .rename_columns({} if image_column == "image" else {image_column: "image"})
-        .cast_column("image", Image(decode=False))
-        .add_column("label", [index_of[name_of[value]] for value in labels], feature=label)
-        for split, labels in values.items()
-    }
-    text = Value("string")
-    return DatasetDict(
-        {
-            split: dataset.add_column(GIVEN_GROUP, groups[split], feature=text) if groups else dataset
-            for split, dataset in labelled.items()
-        }
-    )
+    labelled = DatasetDict()
+    for split, labels in values.items():
+        dataset = splits[split].select_columns(kept)
+        dataset = dataset.rename_columns({} if image_column == "image" else {image_column: "image"})
+        dataset = dataset.cast_column("image", Image(decode=False))
+        dataset = dataset.add_column("label", [index_of[name_of[value]] for value in labels], feature=label)
+        if groups:
+            dataset = dataset.add_column(GIVEN_GROUP, groups[split], feature=Value("string"))
+        labelled[split] = dataset
+    return labelled
 
 
 def _groups_of_splits(splits: DatasetDict, group_column: str, image_column: str) -> dict[str, list[str]]:

@@ -109,13 +109,14 @@ def decode_rgb(data: bytes, shorter_side: int | None = None, max_pixels: int | N
         image.load()
         # An AVIF says itself how it is turned. Pillow lets that override EXIF, and not XMP.
         stray = image.format == "AVIF" and image.info.pop("xmp", None) is not None
+        changed = image.mode != "RGB" or image.has_transparency_data
+        changed |= image.format == "HEIF" or stray  # `datasets` would turn it
         # Not `ImageOps.exif_transpose`, which writes the tags anew, and fails at odd ones that do not matter here.
         try:
-            turn, readable = UPRIGHT.get(image.getexif().get(0x0112, 1)), True
+            turn = UPRIGHT.get(image.getexif().get(0x0112, 1))
+            changed |= turn is not None
         except Exception:  # damaged tags give errors of any kind
-            turn, readable = None, False  # and `datasets` would fail at them
-        changed = image.mode != "RGB" or image.has_transparency_data or turn is not None or not readable
-        changed |= image.format == "HEIF" or stray  # `datasets` would turn it
+            turn, changed = None, True  # and `datasets` would fail at them
         rgb = _to_rgb(image if turn is None else image.transpose(turn))
         rgb.info = {}  # Pillow would store its colour profile or comment again, which a new format may not hold
         return Decoded(rgb, changed, str(image.format), size)

@@ -8,7 +8,6 @@ import logging
 import os
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -24,16 +23,9 @@ from luthier.terminal import Tenths, plural
 logger = logging.getLogger(__name__)
 
 SPLIT_OF_FOLDER = {
-    "train": "train",
-    "training": "train",
-    "validation": "validation",
-    "val": "validation",
-    "valid": "validation",
-    "dev": "validation",
-    "validate": "validation",
-    "test": "test",
-    "testing": "test",
-}
+    "train": "train", "training": "train", "validation": "validation", "val": "validation", "valid": "validation",
+    "dev": "validation", "validate": "validation", "test": "test", "testing": "test",
+}  # fmt: skip
 
 ARCHIVES = {".zip", ".7z", ".rar", ".tar", ".tgz", ".gz", ".xz", ".bz2"}
 FILE_SUFFIX = re.compile(r"\.[A-Za-z][A-Za-z0-9]{0,4}")  # of a file, and not of a class such as `v1.0` or `St.Bernard`
@@ -84,8 +76,11 @@ def load_folder(root: Path, grouping: Grouping, to_train: bool) -> DatasetDict:
         roots = {"train": root}
     if "train" not in roots:
         roots = {"train": roots.get("test") or roots["validation"]}
-    skipped: Counter[str] = Counter()
-    files = {split: _list_class_folders(folder, root, skipped, grouping) for split, folder in roots.items()}
+    skipped: list[str] = []
+    files = {
+        split: _list_class_folders(folder, root, skipped, grouping, to_train and split == "train")
+        for split, folder in roots.items()
+    }
     if not any(files.values()):
         loose = ". If the labels are elsewhere, as in the file names, give a table (docs/usage.md)"
         hint = hint_at_table(root) or (loose if holds_images(root) else "")
@@ -338,10 +333,12 @@ def subfolders(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(names)]
 
 
-def _list_class_folders(split_root: Path, root: Path, skipped: Counter, grouping: Grouping) -> list[ListedImage]:
-    """Return every image, at any depth below a class folder; count other files in `skipped`."""
+def _list_class_folders(
+    split_root: Path, root: Path, skipped: list[str], grouping: Grouping, is_learned: bool
+) -> list[ListedImage]:
+    """Return every image, at any depth below a class folder; add other files to `skipped`."""
     listed = []
-    skipped.update(
+    skipped.extend(
         str(entry.relative_to(root))
         for entry in split_root.iterdir()
         if not is_hidden(entry.name) and (entry.is_file() or not entry.exists())
@@ -356,14 +353,14 @@ def _list_class_folders(split_root: Path, root: Path, skipped: Counter, grouping
                 files.append(ListedImage(as_text(path), label, grouping(below)))
             else:
                 others.append(path)
-        skipped.update(str(path.relative_to(root)) for path in others)
+        skipped.extend(str(path.relative_to(root)) for path in others)
         unread = [path.name for path in others if is_unread(path.name)]
         if not files and unread:
             raise UserError(
                 f"the class folder {folder} has {plural(len(unread), 'image')} in a format that is not read, such as "
                 f"{unread[0]}: {CONVERT}"
             )
-        if not files and SPLIT_OF_FOLDER.get(split_root.name.lower(), "train") == "train":
+        if not files and is_learned:
             _check_shards(folder, folder)
             formats = f" in the formats {', '.join(sorted(EXTENSIONS))}, but {others[0].name}" if others else ""
             raise UserError(f"the class folder {folder} has no images{formats}: fill it or remove it")

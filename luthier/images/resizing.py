@@ -120,17 +120,17 @@ def _read_settings(view: "EvaluationView") -> ResizeRule:
     if "data_config" in settings:
         return _read_timm(settings["data_config"], view.size)
     filter_name = Image.Resampling(settings["resample"]).name.lower()
-    size, crop = settings["size"], settings.get("crop_size")
+    size = settings["size"]
     if "crop_pct" in settings:  # ConvNeXt's own rule
         side = size["shortest_edge"]
         to = int(side / settings["crop_pct"]) if side < 384 else side
         return ResizeRule("crop" if side < 384 else "stretch", (to, to), view.size, filter_name, centre="floor")
-    cropped = bool(settings.get("do_center_crop")) and crop is not None
     if size.get("shortest_edge"):
         to = (size["shortest_edge"], size["shortest_edge"])
         return ResizeRule("crop", to, view.size, filter_name, centre="floor")
     to = (size["height"], size["width"])
-    return ResizeRule("stretch", to, view.size if cropped else to, filter_name, centre="floor")
+    is_cropped = settings.get("do_center_crop") and settings.get("crop_size") is not None
+    return ResizeRule("stretch", to, view.size if is_cropped else to, filter_name, centre="floor")
 
 
 def _read_timm(cfg: Mapping[str, Any], size: tuple[int, int]) -> ResizeRule:

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from datasets import Features, Value, load_dataset_builder
+from datasets import ClassLabel, Features, Value, load_dataset_builder
 from huggingface_hub import HfApi, HfFileSystem
 from torch.utils.data import get_worker_info
 
@@ -320,5 +320,6 @@ def _index_archive(url: str, image_column: str, label_column: str) -> Source:
 
 
 def _as_stored(feature: Any, value: Any) -> Any:
-    """Return a value of a file as `datasets` stores it: text as a number where the column has numbers."""
-    return feature.encode_example(value) if isinstance(feature, Value) and value is not None else value
+    """Return a value of a file as `datasets` stores it: text as a number where the column has numbers or classes."""
+    is_text = value in feature.names if isinstance(feature, ClassLabel) else isinstance(feature, Value)
+    return feature.encode_example(value) if is_text and value is not None else value

@@ -1,7 +1,6 @@
 """A dataset whose training images stay in their files: its sample, its other splits, and its rows."""
 
 import hashlib
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -44,11 +43,8 @@ class Stream(NamedTuple):
     @property
     def fingerprint(self) -> str:
         """A hash of labels and sizes of the blocks, in any order of these; the images themselves are not read."""
-        starts = np.cumsum([0, *(block.rows for block in self.blocks)])
-        parts = [
-            hashlib.sha256(self.labels[begin:end].tobytes()).hexdigest() for begin, end in itertools.pairwise(starts)
-        ]
-        return cache_key(sorted(parts))
+        parts = _divide_by_blocks(self.labels, self.blocks)
+        return cache_key(sorted(hashlib.sha256(part.tobytes()).hexdigest() for part in parts))
 
 
 def open_stream(
@@ -87,7 +83,7 @@ def open_stream(
     index_of = index_of_labels(features[label_column], set().union(*map(set, values.values())), label_column)
     labels, train = np.array([index_of[value] for value in values["train"]]), blocks["train"]
     _check_order(labels, name)
-    per_block = np.split(labels, np.cumsum([block.rows for block in train])[:-1])
+    per_block = _divide_by_blocks(labels, train)
     order = np.random.default_rng(split_seed).permutation(len(train))
     if "validation" not in blocks:
         share = min(VALIDATION, MAX_VALIDATION / len(labels)) if validation_fraction is None else validation_fraction
@@ -106,6 +102,11 @@ def open_stream(
     images = plural(len(labels), "training image")
     say("stream", f"{images}, read in blocks; below, train is a sample of them")
     return Stream([train[number] for number in kept], labels, image_column, splits)
+
+
+def _divide_by_blocks(labels: np.ndarray, blocks: Sequence[Block]) -> list[np.ndarray]:
+    """Return the labels of each block."""
+    return np.split(labels, np.cumsum([block.rows for block in blocks])[:-1])
 
 
 def _check_splits(blocks: dict[str, list[Block]], name: str, group_column: str | None) -> None:

@@ -135,6 +135,18 @@ def test_machines_take_a_share_each_and_write_the_same_files(monkeypatch, capsys
     assert shards() == whole and inspected == [19, 20]
 
 
+def test_machine_that_ends_while_this_one_looks_is_not_waited_for(monkeypatch):
+    looks, exists = iter([False, False, False]), Path.exists
+
+    def exists_at_last(path: Path) -> bool:
+        return next(looks, True) if path.name == ".inspected-1-of-2" else exists(path)
+
+    monkeypatch.setattr(Path, "exists", exists_at_last)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    prepare.inspect_share({"data_dir": "images"}, Path("shards"), prepare.Share(2, 2))
+    assert next(looks, None) is None and Path("shards/.inspected-2-of-2").is_file()
+
+
 def test_machine_may_have_no_image_of_its_own():
     Path("shards").mkdir()
     for number in range(1, 60):

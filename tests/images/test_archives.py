@@ -50,6 +50,17 @@ def test_archives_give_every_image_its_label(folder, label):
     assert images["train"].features["label"] == whole["train"].features["label"]
 
 
+def test_readme_may_say_which_classes_the_texts_name():
+    truth = pack("train.tar", mixed(30), 0, "txt")
+    pack("validation.tar", mixed(9), 200, "txt")
+    pack("test.tar", mixed(9), 300, "txt")
+    features = [{"name": "png", "dtype": "image"}, {"name": "txt", "dtype": {"class_label": {"names": NAMES}}}]
+    Path("README.md").write_text(f"---\ndataset_info: {json.dumps({'features': features})}\n---\n")
+    stream = open_stream(".")
+    assert learned(stream) == truth
+    assert load_images(data_dir=".", stream=stream)[0]["test"]["label"][:] == mixed(9)
+
+
 def test_archive_with_names_of_classes_where_numbers_belong_says_where_names_go():
     pack("train-0.tar", mixed(9), 0, "txt")
     Path("train-0.tar").write_bytes(renamed(Path("train-0.tar").read_bytes(), ".txt", ".cls"))

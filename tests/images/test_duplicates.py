@@ -212,3 +212,10 @@ def test_pairs_do_not_depend_on_how_many_wait(monkeypatch):
     monkeypatch.setattr(duplicates, "PAIRS", 1)
     monkeypatch.setattr(duplicates, "WAITING", 2)
     assert expected and pairs_among(images) == expected
+
+
+def test_pairs_do_not_depend_on_whether_the_crop_or_the_whole_comes_first():
+    images = [draw_scene("disc", seed) for seed in range(8)]
+    copies = [cropped(image, 0.05, 0.03, 0.0, 0.03) for image in images]
+    pairs = pairs_among(images + copies)
+    assert len(pairs) >= 4 and pairs_among(copies + images) == pairs

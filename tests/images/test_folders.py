@@ -285,6 +285,16 @@ def test_folder_with_test_images_alone_can_be_scored(tmp_path):
     assert labels_of(splits) == ["blue", "green", "red"] and len(splits["train"]) == 9
 
 
+@pytest.mark.parametrize("name", ["photos", "dev"])
+def test_every_class_to_learn_has_an_image_whatever_the_folder_is_called(tmp_path, name):
+    draw_folder(tmp_path / name, 2)
+    (tmp_path / name / "violet").mkdir()
+    with pytest.raises(UserError, match="violet has no images: fill it or remove it"):
+        data.list_images(data_dir=str(tmp_path / name))
+    splits, _ = data.list_images(data_dir=str(tmp_path / name), to_train=False)
+    assert labels_of(splits) == ["blue", "green", "red"] and len(splits["train"]) == 6
+
+
 def test_linked_folders_are_read_and_rings_end(images, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("disk")
     draw_folder(elsewhere, 2, classes=("red",), first=70)
