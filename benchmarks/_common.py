@@ -1,4 +1,4 @@
-"""What several commands share: folders that must be there, caches of a run's own, and images for a probe."""
+"""What several commands share: the checkout, commands and their caches, and images for a probe."""
 
 import argparse
 import os
@@ -15,6 +15,10 @@ if TYPE_CHECKING:  # slow imports are inside the function, because some commands
     from transformers import Trainer
 
     from luthier.images.views import ImageRows
+
+
+PROJECT = Path(__file__).parent.parent
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]  # `accelerate launch` of this environment
 
 
 def directory(text: str) -> Path:

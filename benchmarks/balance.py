@@ -55,7 +55,7 @@ def main() -> None:
             draws = [measure(splits, features, ratio, seed) for seed in range(args.draws)]
             for option in OPTIONS:
                 cells = [spread([draw[option][number] for draw in draws]) for number in range(len(SCORES))]
-                print(f"| {Path(folder).name} | 1:{ratio} | {option} | {' | '.join(cells)} |", flush=True)
+                print(f"| {folder.name} | 1:{ratio} | {option} | {' | '.join(cells)} |", flush=True)
             gains[ratio].append(np.mean([draw["logit_adjusted"] - draw["none"] for draw in draws], axis=0))
     for ratio, differences in gains.items():
         said = []

@@ -29,13 +29,12 @@ from datasets import Dataset, load_dataset
 from PIL import Image
 from torchvision.transforms import Compose, Normalize, RandomHorizontalFlip, RandomResizedCrop, ToTensor
 
-from benchmarks._common import directory, own_caches, run_command
+from benchmarks._common import PROJECT, directory, own_caches, run_command
 from data import load_splits, prepare, with_transforms
 from luthier.images.decode import decode_rgb, read_bytes
 from luthier.images.views import EvaluationView
 from models import build_model, linear_head
 
-PROJECT = Path(__file__).parent.parent
 SIDE, COUNTS = (4000, 3000), (80, 300)
 MORE = "prepare with 5% more"
 WAYS = ("prepare", "prepare again", MORE, "training view", "as the transformers example")

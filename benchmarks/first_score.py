@@ -18,9 +18,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-from benchmarks._common import directory, own_caches
-
-PROJECT = Path(__file__).parent.parent
+from benchmarks._common import LAUNCH, PROJECT, directory, own_caches
 
 
 def main() -> None:
@@ -49,7 +47,7 @@ def measure(checkout: Path, folder: Path, whole: bool) -> float:
         environment = os.environ | own_caches(Path(temporary, "cache")) | {"PYTHONUNBUFFERED": "1"}
         begin = time.perf_counter()
         with subprocess.Popen(
-            [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet", "train.py", *options],
+            [*LAUNCH, "--quiet", "train.py", *options],
             cwd=checkout, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             text=True, start_new_session=True,
         ) as process:  # fmt: skip

@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms import v2
 from transformers import PreTrainedModel
 
-from benchmarks._common import directory
+from benchmarks._common import LAUNCH, PROJECT, directory
 from benchmarks._networks import save_network
 from benchmarks.throughput import LABELS, build, compare
 from benchmarks.training_view import draw
@@ -46,7 +46,6 @@ from luthier.training.checkpoints import newest
 from luthier.training.workers import StartWorker
 from models import build_model
 
-PROJECT = Path(__file__).parent.parent
 SIDE = 224
 # Images a second that timm publishes for 224 px, in half precision and channels_last (its results/*.csv): training on
 # an RTX 3090 (torch 1.12), inference on an RTX 4090 (torch 2.4). It has no figures of data-centre GPUs.
@@ -146,8 +145,7 @@ def watch(found: list[str]) -> Iterator[None]:
 
 def train(folder: Path, *options: str, kill: bool = False, launch: bool = False) -> Run | None:
     """Run train.py to the end, or kill it when it has written a checkpoint; `launch` does it by accelerate."""
-    launcher = ["-m", "accelerate.commands.accelerate_cli", "launch"] if launch else []
-    command = [sys.executable, *launcher, str(PROJECT / "train.py")]
+    command = [*(LAUNCH if launch else [sys.executable]), str(PROJECT / "train.py")]
     command += ["--output_dir", str(folder), "--disable_tqdm", "1", *options]
     begin, use, log = time.perf_counter(), [""], folder.with_suffix(".log")
     with watch(use), log.open("a") as stream:

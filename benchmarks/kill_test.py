@@ -13,7 +13,6 @@ import json
 import os
 import random
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -25,9 +24,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from benchmarks._common import PROJECT
 from luthier.training.checkpoints import PARTIAL
 
-PROJECT = Path(__file__).parent.parent
 COLOURS = {"blue": (40, 60, 200), "green": (30, 180, 60), "red": (210, 50, 40)}
 
 
@@ -45,7 +44,7 @@ def main() -> None:
         seconds = train("whole", args.epochs)
         while_saving, steps = 0, []
         for _ in range(args.kills):
-            step, was_saving = train("killed", args.epochs, kill_after=generator.uniform(0, seconds / args.kills))
+            step, was_saving = kill("killed", args.epochs, generator.uniform(0, seconds / args.kills))
             steps.append(step)
             while_saving += was_saving
         train("killed", args.epochs)
@@ -67,28 +66,39 @@ def draw() -> None:
             Image.fromarray((noise + colour).clip(0, 255).astype(np.uint8)).save(f"images/{name}/{seed}.png")
 
 
-def train(output_dir: str, epochs: int, kill_after: float | None = None) -> float | tuple[int, bool]:
-    """Train to the end and return the seconds of the training, or kill it this many seconds after its start.
-
-    A killed run returns the step that it resumed from, and whether it was writing a checkpoint.
-    """
+def start(output_dir: str, epochs: int) -> subprocess.Popen:
+    """Start a run, or let it go on."""
     line = ["--data_dir", "images", "--model_name", "simple_cnn", "--num_train_epochs", str(epochs)]
     line += ["--per_device_train_batch_size", "16", "--augmentation", "trivial", "--disable_tqdm", "1"]
     line += ["--output_dir", output_dir, "--resume_from_checkpoint", "auto"]
     command = [sys.executable, str(PROJECT / "train.py"), *line]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    step = 0
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+
+def train(output_dir: str, epochs: int) -> float:
+    """Train to the end; return the seconds of the training."""
+    process = start(output_dir, epochs)
+    process.communicate()
+    if process.returncode:
+        sys.exit(f"the run in {output_dir} failed, with exit code {process.returncode}")
+    return json.loads(Path(output_dir, "metrics.json").read_text())["seconds"]["train"]
+
+
+def kill(output_dir: str, epochs: int, seconds: float) -> tuple[int, bool]:
+    """Train, and kill the run this many seconds after its training has begun.
+
+    Returns the step that it resumed from, and whether it was writing a checkpoint.
+    """
+    process, step = start(output_dir, epochs), 0
     for text in process.stdout:
         if resumed := re.match(r"resume\s+from .*checkpoint-(\d+)", text):
             step = int(resumed[1])
-        if kill_after is not None and text.startswith("epoch"):  # the head of the table: training begins
-            time.sleep(kill_after)
-            process.send_signal(signal.SIGKILL)
+        if text.startswith("epoch"):  # the head of the table: training begins
+            time.sleep(seconds)
+            process.kill()
             process.wait()
             return step, Path(output_dir, PARTIAL).exists()
-    if process.wait() or kill_after is not None:
-        raise SystemExit(f"the run ended by itself, with exit code {process.returncode}: use more --epochs")
-    return json.loads(Path(output_dir, "metrics.json").read_text())["seconds"]["train"]
+    sys.exit(f"the run ended by itself, with exit code {process.wait()}: use more --epochs")
 
 
 def compare() -> bool:

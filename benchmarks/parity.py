@@ -28,12 +28,11 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from benchmarks._common import directory, run_command
+from benchmarks._common import PROJECT, directory, run_command
 from benchmarks._networks import NAMES, save_network
 from luthier.errors import exit_on_user_error
 from models import build_model, save_model
 
-PROJECT = Path(__file__).parent.parent
 OPTIONS = ["--recipe", "probe", "--disable_tqdm", "1"]
 
 

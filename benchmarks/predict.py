@@ -32,7 +32,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel, pipeline
 
-from benchmarks._common import directory, run_command
+from benchmarks._common import PROJECT, directory, run_command
 from benchmarks._networks import save_network
 from luthier.images.decode import decode_rgb, is_image
 from luthier.machine import keep_freed_memory
@@ -42,7 +42,6 @@ from luthier.serving.parity import Images
 from luthier.serving.torch_network import TorchNetwork
 from models import load_trained
 
-PROJECT = Path(__file__).parent.parent
 NETWORKS = ("efficientnet_lite0", "resnet18", "vit_small_patch16_224")
 CALIBRATION = 50  # images
 BATCH = 16
@@ -103,7 +102,7 @@ def time_cold_start(model: str, exported: Path, file: str, rounds: int) -> None:
         "predict.py with model.onnx, one image": [sys.executable, str(PROJECT / "predict.py"), str(exported), file],
         "bare process, zeros": [sys.executable, "-c", BARE, model, size],
     }
-    run_in_turns(ways, rounds, time_process, "s", 1, inverse=False, base="bare process, zeros")
+    run_in_turns(ways, rounds, time_process, "s", base="bare process, zeros")
 
 
 def time_process(command: list[str]) -> float:
@@ -132,9 +131,9 @@ def time_folder(model: str, exported: dict[str, Path], files: list[str], rounds:
     def run_alone(way: tuple) -> float:
         # In a process of its own, because the libraries' threads get in each other's way.
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            return process.submit(time_way, *way, files).result()
+            return len(files) / process.submit(time_way, *way, files).result()
 
-    run_in_turns(ways, rounds, run_alone, "images/s", len(files), inverse=True, base=LOOP)
+    run_in_turns(ways, rounds, run_alone, "images/s", base=LOOP)
 
 
 def time_way(way: Callable, model: str, backend: str | None, files: list[str]) -> float:
@@ -196,23 +195,20 @@ def run_pipeline(model: str, backend: None, files: list[str]) -> Callable[[list[
     return lambda files: deque(classify((file for file in files), batch_size=BATCH), maxlen=0)
 
 
-def run_in_turns(ways: dict, rounds: int, run: Callable, unit: str, work: int, inverse: bool, base: str) -> None:
+def run_in_turns(ways: dict, rounds: int, run: Callable, unit: str, base: str) -> None:
     """Run the ways in turns; print what each took, and its ratio to that of `base` in the same turn.
 
     Args:
         ways: what `run` takes, by name.
         rounds: how many turns.
-        run: runs a way; returns its seconds.
+        run: runs a way; returns its figure.
         unit: of the figures.
-        work: how much a way does.
-        inverse: the figures are work per second, not seconds.
         base: the way that all are compared with.
     """
     figures = {name: list[float]() for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
-            seconds = run(way)
-            figures[name].append(work / seconds if inverse else seconds)
+            figures[name].append(run(way))
     print(f"| way | {unit}, median of {rounds} (lowest to highest) | ratio to {base} |\n|---|---|---|")
     for name, values in figures.items():
         ratios = sorted(a / b for a, b in zip(values, figures[base], strict=True))

@@ -79,10 +79,11 @@ def compare_folds(rounds: int) -> None:
         pool = Pool(features, labels.numpy(), np.arange(images), list("0123456789"))
         seconds: dict[int, list[float]] = {at_once: [], 1: []}
         for _ in range(rounds):
-            for probe.MAX_WEIGHTS in seconds:
+            for most, taken in seconds.items():
+                probe.MAX_WEIGHTS = most
                 start = time.perf_counter()
                 list(probe.cross_fit(pool, np.arange(images) % 5, STRENGTH))
-                seconds[probe.MAX_WEIGHTS].append(time.perf_counter() - start)
+                taken.append(time.perf_counter() - start)
         ratios = np.array(seconds[1]) / seconds[at_once]
         both = " | ".join(f"{np.median(each):.1f}" for each in seconds.values())
         row = f"| {images:,} | {both} | {np.median(ratios):.2f} | {ratios.min():.2f} to {ratios.max():.2f} |"

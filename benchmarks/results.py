@@ -10,14 +10,12 @@ finished run is not run again, and an interrupted one goes on. To repeat it, del
 import argparse
 import json
 import statistics
-import sys
 from pathlib import Path
 
-from benchmarks._common import run_command
+from benchmarks._common import LAUNCH, PROJECT, run_command
 from luthier.errors import exit_on_user_error
 from luthier.output_dir import has_ended
 
-PROJECT = Path(__file__).parent.parent
 EXPERIMENTS = {
     "`simple_cnn`, 32 px, from scratch": ["configs/simple_cnn_openmoji.yaml"],
     "`efficientnet_lite0`, probe": ["--recipe", "probe"],
@@ -50,8 +48,7 @@ def main() -> None:
         for seed in range(1, args.seeds + 1):
             output_dir = (args.out / f"{Path(args.data).name}-{number}-{seed}").resolve()
             if not has_ended(output_dir):
-                accelerate = str(Path(sys.executable).parent / "accelerate")
-                command = [accelerate, "launch", "train.py", *config, *data, "--seed", str(seed)]
+                command = [*LAUNCH, "train.py", *config, *data, "--seed", str(seed)]
                 command += ["--output_dir", str(output_dir), "--resume_from_checkpoint", "auto"]
                 cache = (args.out / f"{Path(args.data).name}-{number}-cache").resolve()
                 run_command(command, PROJECT, {"HF_DATASETS_CACHE": str(cache)})

@@ -35,7 +35,8 @@ import numpy as np
 import psutil
 from PIL import Image
 
-PROJECT = Path(__file__).parent.parent
+from benchmarks._common import PROJECT
+
 SIZES = (1000, 10_000, 100_000, 300_000)
 CLASSES, SIDE, EVERY = 10, 64, 100  # of EVERY images one is a copy
 LARGE = 10  # sizes of at least a tenth of the largest count for exponents

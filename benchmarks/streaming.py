@@ -32,10 +32,9 @@ import psutil
 import pyarrow.parquet as pq
 import yaml
 
-from benchmarks._common import own_caches
+from benchmarks._common import LAUNCH, PROJECT, own_caches
 from benchmarks.scale import draw, memory_of
 
-PROJECT = Path(__file__).parent.parent
 STOP_AT = 0.4  # of the epoch
 PORT = 29_517
 LINE = 65  # bytes of a digest and the end of its line
@@ -62,7 +61,8 @@ def main() -> None:
         folder = Path(temporary)
         draw(folder / "images", args.images)
         begin = time.perf_counter()
-        subprocess.run([sys.executable, "prepare.py", folder / "images", folder / "shards"], **in_project(folder))
+        prepare = [sys.executable, "prepare.py", folder / "images", folder / "shards"]
+        subprocess.run(prepare, check=True, stdout=subprocess.DEVNULL, **in_project(folder))
         print(f"prepare.py: {time.perf_counter() - begin:.0f} s for {args.images:,} images", flush=True)
         files = sorted((folder / "shards").glob("train-*.parquet"))
         digests = Counter(digest for file in files for digest in digests_of(file))
@@ -88,7 +88,7 @@ def main() -> None:
 def in_project(folder: Path) -> dict:
     """Return how a command is run: from the checkout, with a cache of its own."""
     home = own_caches(folder / "home") | {"PYTHONPATH": str(PROJECT)}
-    return {"cwd": PROJECT, "env": os.environ | home, "check": True, "stdout": subprocess.DEVNULL}
+    return {"cwd": PROJECT, "env": os.environ | home}
 
 
 def digests_of(file: Path) -> list[str]:
@@ -132,9 +132,7 @@ def joined_hosts(wanted: bool) -> Iterator[None]:
 
 def run(line: list[str], folder: Path, hosts: bool, stop_after: float | None) -> None:
     """Train with two processes to the end, or until they have logged so many images together."""
-    common = in_project(folder) | {"stdout": None}
-    common.pop("check")
-    launches = []
+    common, launches = in_project(folder), []
     for rank in range(2 if hosts else 1):
         config = folder / f"accelerate{rank}.yaml"
         of_host = {
@@ -143,8 +141,8 @@ def run(line: list[str], folder: Path, hosts: bool, stop_after: float | None) ->
         }  # fmt: skip
         config.write_text(yaml.safe_dump(CONFIG | (of_host if hosts else {"num_machines": 1})))
         inside = ["ip", "netns", "exec", NAMES[rank]] if hosts else []
-        command = [*inside, str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file", str(config)]
-        command += ["-m", "benchmarks.streaming", "--train", str(folder), *line]
+        command = [*inside, *LAUNCH, "--config_file", str(config), "-m", "benchmarks.streaming"]
+        command += ["--train", str(folder), *line]
         environment = common["env"] | ({"GLOO_SOCKET_IFNAME": CABLE[rank]} if hosts else {})
         launches.append(subprocess.Popen(command, **(common | {"env": environment})))
     begin, peak = time.perf_counter(), 0

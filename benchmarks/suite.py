@@ -40,11 +40,10 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from benchmarks._common import directory, own_caches, run_command
+from benchmarks._common import LAUNCH, PROJECT, directory, own_caches, run_command
 from luthier.errors import UserError, exit_on_user_error
 from luthier.files import atomic_write
 
-PROJECT = Path(__file__).parent.parent
 LUTHIER = {  # the options of train.py
     "Luthier": [],
     "probe": ["--recipe", "probe"],
@@ -199,7 +198,7 @@ def run_luthier(
     data: str, folder: Path, contestant: str, seed: int, temporary: Path, checkout: Path, environment: dict
 ) -> Run:
     """Train as a user would, and score what is shipped."""
-    accelerate = [str(Path(sys.executable).parent / "accelerate"), "launch", "--quiet"]
+    accelerate = [*LAUNCH, "--quiet"]
     line = [*accelerate, str(checkout / "train.py"), "--data_dir", str(folder), *(LUTHIER | BACKBONES)[contestant]]
     line += ["--seed", str(seed), "--split_seed", str(seed), "--output_dir", f"{temporary}/out", "--disable_tqdm", "1"]
     _, seconds = timed(line, environment, checkout)

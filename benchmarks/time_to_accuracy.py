@@ -21,12 +21,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks._common import directory, own_caches
+from benchmarks._common import LAUNCH, PROJECT, directory, own_caches
 
 # Libraries are imported in the functions: a run's seconds include its imports, so it imports only what it needs.
 from luthier.errors import exit_on_user_error
 
-PROJECT = Path(__file__).parent.parent
 DEFAULTS = {
     "luthier": {},
     "fastai": {"size": 160, "epochs": 3, "lr": 2e-3},  # fine_tune(3): its own learning rate, and a frozen epoch first
@@ -96,7 +95,7 @@ def run_timed(name: str, setting: dict, split: Path, seed: int, out: Path) -> di
         command = [sys.executable, "-m", "benchmarks.time_to_accuracy", str(split)]
         command += ["--child", name, json.dumps(setting), str(seed)]
         if name == "luthier":
-            command = [str(Path(sys.executable).parent / "accelerate"), "launch", str(PROJECT / "train.py")]
+            command = [*LAUNCH, str(PROJECT / "train.py")]
             command += ["--data_dir", str(split), "--seed", str(seed), "--output_dir", f"{folder}/out"]
             command += ["--refit", "none", "--disable_tqdm", "1"]  # the scores are of the model before a refit
         environment = os.environ | own_caches(Path(folder, "cache")) | {"PYTHONUNBUFFERED": "1"}

@@ -9,17 +9,15 @@ share of its own test images, from its metrics.json.
 import argparse
 import json
 
-import numpy as np
 from datasets import Image
 
 from benchmarks._common import directory
 from luthier.errors import exit_on_user_error
 from luthier.familiarity import threshold_of
-from luthier.images.decode import decode_rgb, read_bytes
+from luthier.images.decode import read_bytes
 from luthier.images.openmoji import load_openmoji
+from luthier.serving.parity import Images
 from luthier.serving.torch_network import TorchNetwork
-
-BATCH = 16
 
 
 @exit_on_user_error
@@ -31,17 +29,19 @@ def main() -> None:
     unsure = json.loads((args.model / "metrics.json").read_text())["unsure"]
     network = TorchNetwork(str(args.model))
     rows = load_openmoji().cast_column("image", Image(decode=False))
-    views = [network.view(decode_rgb(read_bytes(row["image"])).image) for row in rows]
-    rated = [network.rate(views[first : first + BATCH]) for first in range(0, len(views), BATCH)]
-    sureness = np.concatenate([each for _, each in rated])
-    confidence = np.concatenate([probabilities.max(axis=1) for probabilities, _ in rated])
+    drawings = Images([*map(str, range(len(rows)))], lambda number: read_bytes(rows[number]["image"]))
+    probabilities, sureness = drawings.rate(network, "drawings")
     print(f"its own test images: {1 - unsure['answered']:.1%} unsure")
-    print(f"wrong predictions among them: {unsure['errors_withheld']:.1%} unsure")
+    if unsure["errors_withheld"] is not None:  # None where all predictions are right
+        print(f"wrong predictions among them: {unsure['errors_withheld']:.1%} unsure")
     unfamiliar, below = (
         (figure < threshold).mean()
-        for figure, threshold in ((sureness, network.unsure_below), (confidence, threshold_of(network.model)))
+        for figure, threshold in (
+            (sureness, network.unsure_below),
+            (probabilities.max(axis=1), threshold_of(network.model)),
+        )
     )
-    print(f"{len(views):,} drawings of none of its classes: {unfamiliar:.1%} unsure, {below:.1%} by confidence alone")
+    print(f"{len(rows):,} drawings of none of its classes: {unfamiliar:.1%} unsure, {below:.1%} by confidence alone")
 
 
 if __name__ == "__main__":

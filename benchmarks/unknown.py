@@ -26,7 +26,7 @@ import torch
 from scipy.stats import rankdata
 from torch.nn import functional
 
-from benchmarks._common import directory, run_command
+from benchmarks._common import PROJECT, directory, run_command
 from benchmarks.balance import load
 from luthier.errors import exit_on_user_error
 from luthier.familiarity import threshold_of
@@ -35,7 +35,6 @@ from luthier.serving.classifier import Classifier
 from luthier.serving.torch_network import TorchNetwork
 from luthier.training.probe import LinearProbe, fit_probes
 
-PROJECT = Path(__file__).parent.parent
 KEPT = 0.95  # share of the right answers
 NEIGHBOURS = (1, 3, 10)
 SHRINKAGE = 0.1  # of a covariance towards its diagonal
@@ -53,7 +52,7 @@ def main() -> None:
     if args.train:
         print("| data | left out | decides | area, unknown at 95% | right answered | unknown answered |")
         print("|---|---|---|---|---|---|")
-        for folder in map(Path, args.data):
+        for folder in args.data:
             train_without_each(folder, args.train)
         return
     means: dict[str, list[tuple[float, float]]] = {}
@@ -66,7 +65,7 @@ def main() -> None:
             means.setdefault(name, []).append(average([run[name] for run in runs]))
         if number == 0:
             print(f"| data | {' | '.join(means)} |\n{'|---' * (len(means) + 1)}|")
-        print(f"| {Path(folder).name} | {' | '.join(describe(means[name][-1]) for name in means)} |", flush=True)
+        print(f"| {folder.name} | {' | '.join(describe(means[name][-1]) for name in means)} |", flush=True)
     print(f"| mean | {' | '.join(describe(average(means[name])) for name in means)} |")
 
 
