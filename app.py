@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from luthier.errors import UserError, exit_on_user_error, require
+from luthier.files import expand_home
 from luthier.images.decode import is_image, reason
-from luthier.terminal import percent
+from luthier.terminal import percent, say
 
 if TYPE_CHECKING:
     import gradio
@@ -40,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("model", help="a folder with a saved model, a name on the Hub, or a .onnx file")
-    parser.add_argument("--examples", type=Path, help="a folder of images to offer")
+    parser.add_argument("--examples", type=expand_home, help="a folder of images to offer")
     parser.add_argument(
         "--always_answer", "--always-answer", action="store_true", help='never say "unsure" or "none of these"'
     )
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError("--examples and --always_answer are for the app on this machine: leave them out")
         from luthier.serving.space import push_to_space
 
-        print(f"pushed   {push_to_space(args.model, args.push_to_space, args.private)}")
+        say("pushed", push_to_space(args.model, args.push_to_space, args.private))
         return
     examples = images_in(args.examples) if args.examples else []
     port = os.environ.get("GRADIO_SERVER_PORT", "0")

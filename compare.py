@@ -276,7 +276,7 @@ def is_finished(run: Run) -> bool:
 
 
 def with_time_limit(settings: str | None, time_limit: float | None) -> str:
-    """Return the digest of settings with the time limit, which is none of them."""
+    """Return what tells runs apart: the digest of their settings, and the time limit, which the digest leaves out."""
     return str(settings) if time_limit is None else f"{settings} {time_limit:g}"
 
 

@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 from luthier.errors import UserError, exit_on_user_error
+from luthier.terminal import say
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as staging:
         hub.stage(args.output_dir, args.repo_id, Path(staging))  # before anything is created on the Hub
         hub.check_access(args.repo_id, args.private)
-        print(f"pushed   {hub.publish_staged(Path(staging), args.repo_id)}")
+        say("pushed", hub.publish_staged(Path(staging), args.repo_id))
 
 
 if __name__ == "__main__":

@@ -236,12 +236,20 @@ def describe_command(script: str, argv: list[str]) -> str:
     shown, option = [], ""
     for word in argv:
         key, sign, value = word.partition("=") if word.startswith("--") else ("", "", word)
-        option = key.lstrip("-").replace("-", "_") if key else option
-        path = option in PATH_OPTIONS or bool(re.match(r"/|~|\.\.|[A-Za-z]:[\\/]", value))
-        if not path and (os.sep in value or "/" in value):
-            path = Path(value).exists()
-        path = path and option not in ("group_by", "label_names")
-        name = ((PureWindowsPath if "\\" in value else Path)(value).name or value[:1]) if path else value
-        shown.append(f"{key}{sign}{'{...}' if value.startswith('{') else name}")
-        option = "" if value else option
+        option = key.lstrip("-").replace("-", "_") or option
+        if value.startswith("{"):
+            value = "{...}"
+        elif _is_path(option, value):
+            value = (PureWindowsPath if "\\" in value else Path)(value).name or value[:1]
+        shown.append(f"{key}{sign}{value}")
     return quote(*launcher, script, *shown)
+
+
+def _is_path(option: str, value: str) -> bool:
+    """Tell whether a value is a path: by its option, by how it begins, or because there is such a file."""
+    if option in ("group_by", "label_names"):  # a pattern or the name of a class may look like a path
+        return False
+    if option in PATH_OPTIONS or re.match(r"/|~|\.\.|[A-Za-z]:[\\/]", value):
+        return True
+    # os.path, because a value that is too long is not a file there, but an error in pathlib.
+    return (os.sep in value or "/" in value) and os.path.exists(value)  # noqa: PTH110

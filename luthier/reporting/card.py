@@ -32,10 +32,9 @@ FIGURES = {  # that a model card shows
     "learning_curve.png": "Accuracy by number of training images",
     "curves.png": "Loss and accuracy by epoch",
 }
-
+ROWS = "confusion_matrix_rows.png"  # one more, for the report alone
 # Metadata that only a person knows, or knows better.
 ADDED = ("license", "license_name", "license_link", "language", "base_model", "datasets")
-ROWS = "confusion_matrix_rows.png"  # one more, for the report alone
 SHOWN_OF_EXPORT = {  # by a model card; the rest of `parity.Parity` is for programs
     "images", "weights", "precision", "n", "same", "largest_difference", "labelled", "accuracy", "difference_ci95",
 }  # fmt: skip

@@ -63,7 +63,7 @@ def describe_setup(
     args = trainer.args
     parameters = sum(parameter.numel() for parameter in model_of(trainer).parameters())
     device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type
-    precision = {"no": "float32"}.get(trainer.accelerator.mixed_precision, trainer.accelerator.mixed_precision)
+    mixed = trainer.accelerator.mixed_precision
     threads = f", {plural(torch.get_num_threads(), 'thread')}" if args.device.type == "cpu" else ""
     workers = f", {plural(args.dataloader_num_workers, 'data worker')}" if args.dataloader_num_workers else ""
     processes = f", {args.world_size} processes" if args.world_size > 1 else ""
@@ -75,7 +75,7 @@ def describe_setup(
         **({"view": f"{FITS[views[0].fit]}; loss of a probe: {losses}"} if views else {}),
         **({} if criterion._replace(none=None) == LOG_LOSS else {"metric": criterion_in_words(criterion)}),
         **({"none": f"{none!r} is of images of anything else, and not scored{otherwise}"} if none else {}),
-        "device": f"{device}{threads}{processes}{workers}, {precision}",
+        "device": f"{device}{threads}{processes}{workers}, {'float32' if mixed == 'no' else mixed}",
     }
 
 

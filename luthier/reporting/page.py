@@ -26,7 +26,7 @@ from luthier.reporting.console import (
 from luthier.run_files import REPORT
 from luthier.scoring.audit import leaks_in_words
 from luthier.scoring.metrics import TestPredictions
-from luthier.terminal import fraction, percent
+from luthier.terminal import fraction, percent, plural
 
 THUMBNAIL = 160  # pixels: longer side of the images in a page
 MAX_SHOWN = 12  # wrong predictions, and correct ones
@@ -46,8 +46,7 @@ def write_report(output_dir: Path, metrics: dict, findings: dict, test: TestPred
     if metrics["test"]["confusion_matrix"]:
         figures.plot_confusion_matrix(metrics["test"], labels, output_dir / "confusion_matrix.png")
         if len(labels) <= figures.MAX_CELLS:  # the figures differ in what is written into the cells alone
-            rows = output_dir / ROWS
-            figures.plot_confusion_matrix(metrics["test"], labels, rows, shares=True)
+            figures.plot_confusion_matrix(metrics["test"], labels, output_dir / ROWS, shares=True)
     figures.plot_reliability(metrics["calibration"]["reliability"], output_dir / "reliability.png")
     figures.plot_coverage(metrics["unsure"], output_dir / "coverage.png")
     if any("eval_loss" in entry for entry in metrics["history"]):
@@ -128,6 +127,7 @@ def _render(template: str, path: Path, splits: DatasetDict, **values) -> None:
         learning_curve_in_words,
         none_in_words,
         percent,
+        plural,
         refit_in_words,
     )
     environment.globals |= {function.__name__: function for function in words}

@@ -183,20 +183,12 @@ class Classifier:
         return decode_rgb(fetch(url, self.allow_private_urls), max_pixels=MAX_FOREIGN_PIXELS).image
 
     def _predict_batch(self, batch: list[Waiting], top_k: int) -> Iterator[Prediction]:
-        errors, views = {}, {}
-        for number, (_, error, future) in enumerate(batch):
-            failure = future.exception() if future else None
-            if future is None or failure:
-                errors[number] = reason(failure) if failure else error
-            else:
-                views[number] = future.result()
-        rows = dict(zip(views, self._answers(list(views.values())), strict=True)) if views else {}
-        for number, (name, _, _) in enumerate(batch):
-            yield (
-                self._rank(name, *rows[number], top_k)
-                if number in rows
-                else Prediction(name, [], error=errors[number])
-            )
+        views = [future.result() for _, _, future in batch if future and not future.exception()]
+        answers = iter(self._answers(views) if views else [])
+        for name, error, future in batch:
+            if future and (failure := future.exception()):
+                error = reason(failure)
+            yield Prediction(name, [], error=error) if error else self._rank(name, *next(answers), top_k)
 
     def _answers(self, views: list[Any]) -> list[tuple[np.ndarray, bool]]:
         """Return for each view the probabilities [C], and whether the model is unsure."""

@@ -82,8 +82,8 @@ def fetch(url: str, allow_private: bool = False, seconds: float = MAX_SECONDS) -
     raise OSError(f"after {MAX_REQUESTS} requests the server still redirects or asks to wait")
 
 
-@contextlib.contextmanager
-def _request(url: str, allow_private: bool, deadline: float) -> Iterator[http.client.HTTPResponse]:
+def _parse(url: str) -> tuple[bool, str, int, str]:
+    """Return whether an address is of https, its host, its port, and what is asked for there."""
     try:
         parts = urlsplit(url)
         port = parts.port or (443 if parts.scheme == "https" else 80)
@@ -96,6 +96,12 @@ def _request(url: str, allow_private: bool, deadline: float) -> Iterator[http.cl
         raise OSError(f"only http and https addresses are fetched, not {url[:80]!r}")
     if re.search(r"[^\w.:%-]", host):
         raise OSError(f"{url[:80]!r} names no host")
+    return parts.scheme == "https", host, port, target
+
+
+@contextlib.contextmanager
+def _request(url: str, allow_private: bool, deadline: float) -> Iterator[http.client.HTTPResponse]:
+    secure, host, port, target = _parse(url)
     too_slow = OSError("the server took too long")
     # Connect to the very address that was checked: a name may resolve to another one the second time.
     plain = _connect(_resolve(host, port, allow_private), port, deadline)
@@ -116,7 +122,6 @@ def _request(url: str, allow_private: bool, deadline: float) -> Iterator[http.cl
     timer.daemon = True
     timer.start()
     try:
-        secure = parts.scheme == "https"
         connection.default_port = 443 if secure else 80  # which the Host header leaves out
         connection.sock = ssl.create_default_context().wrap_socket(plain, server_hostname=host) if secure else plain
         headers = {"User-Agent": USER_AGENT, "Accept": "image/*", "Accept-Encoding": "identity", "Connection": "close"}

@@ -19,7 +19,6 @@ from luthier.serving.network import Rated
 INPUT = "pixel_values"
 OUTPUTS = ("logits", "probabilities", "sureness")
 FORMAT = 1  # of the metadata
-BATCH_SIZE = 16
 
 
 class Facts(NamedTuple):
@@ -68,7 +67,7 @@ class OnnxNetwork:
         UserError: there is no such file, it is damaged, none of export.py, or the backend is not installed.
     """
 
-    batch_size = BATCH_SIZE
+    batch_size = 16
 
     def __init__(self, path: Path, backend: str = "onnxruntime"):
         if not path.is_file():

@@ -199,6 +199,16 @@ def test_mistake_on_the_command_line_gives_one_message(capsys, args, message):
     assert exit_info.value.code == 2 and message in capsys.readouterr().err
 
 
+def test_examples_may_be_below_the_home_directory(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "photos").mkdir()
+    draw("red", 1).save(tmp_path / "photos/red.png")
+    with pytest.raises(SystemExit):
+        app.main(["nowhere", "--examples=~/photos"])
+    assert "there is no folder 'nowhere'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("port", ["abc", "70000"])
 def test_port_that_cannot_be_gives_one_message(capsys, monkeypatch, port):
     monkeypatch.setenv("GRADIO_SERVER_PORT", port)

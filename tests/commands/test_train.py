@@ -24,6 +24,7 @@ from luthier.machine import configure_cpu
 from luthier.parsing import describe_command
 from luthier.processes import available_cores
 from luthier.reporting.console import learning_curve_in_words
+from luthier.terminal import quote
 from luthier.training.trainer import concatenate_batches
 from models import build_model
 
@@ -123,6 +124,14 @@ def test_outputs_do_not_reveal_the_paths_of_the_machine(run, monkeypatch):
     command = describe_command("train.py", ["--data_dir", ".", "--output_dir", "../x"])
     assert command == "python train.py --data_dir . --output_dir x"
     assert "alice" not in describe_command("train.py", ["--data_dir", r"\\nas\alice_scans"])
+
+
+def test_command_keeps_long_patterns_and_every_class_name(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fox/cub").mkdir(parents=True)
+    pattern = f"({'|'.join(f'patient{number}' for number in range(50))})/"  # longer than the name of a file may be
+    for option, values in (("--group_by", [pattern]), ("--run_name", [pattern]), ("--label_names", ["a", "fox/cub"])):
+        assert describe_command("train.py", [option, *values]).endswith(quote(option, *values))
 
 
 def test_saved_model_is_calibrated(run):

@@ -225,6 +225,7 @@ def test_page_shows_the_score_and_escapes_names(page):
         in text
     )
     assert "a perfectly calibrated model would be about" in text and "of them correctly (95% interval" in text
+    assert "An image classifier of 3 classes, trained on" in text and "figure but the log loss is its 95%" in text
     assert "from 20.0% to" in text and "across classes" not in text and "Exact duplicates: 1" in text
     assert "<script>" not in text and "<img src=x" not in text and "&lt;script&gt;" in text
     assert "predicted &lt;script&gt;" in text and "no image" not in text.split("unreadable")[0]
