@@ -138,7 +138,7 @@ COMMON = {
     "output_dir": "Where the run is written; the next free name under outputs/ if not given.",
     "resume_from_checkpoint": "auto continues an interrupted run; or a checkpoint to continue from.",
     "seed": "Random seed of the training; it does not change the splits.",
-    "num_train_epochs": "Most epochs; as many as pay if not given (docs/usage.md).",
+    "num_train_epochs": "Epochs at most; if not given, the recipe's maximum (docs/usage.md).",
     "learning_rate": "Learning rate of the head; the recipe's if not given.",
     "lr_scheduler_type": "How the learning rate changes.",
     "per_device_train_batch_size": "Images on a device; fewer on small data.",

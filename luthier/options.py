@@ -60,7 +60,7 @@ class DataArguments:
         default=None,
         metadata={
             "help": "The column of a dataset or table that says what an image belongs to, such as a patient or a "
-            "video: those of one group are never on two sides of a split."
+            "video: Luthier cuts splits that share no group."
         },
     )
     group_by: str | None = field(
@@ -75,7 +75,7 @@ class DataArguments:
         metadata={"help": "Train from Parquet or WebDataset files as they are (docs/scaling.md)."},
     )
     none_class: str | None = field(
-        default=None, metadata={"help": "The class of all other images, if not called none."}
+        default=None, metadata={"help": "The class of images of no other class (default: none)."}
     )
     label_names: list[str] | None = field(
         default=None, metadata={"help": "New class names, in the order of the sorted old ones."}
