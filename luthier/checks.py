@@ -99,9 +99,10 @@ def check_options(options: dict) -> None:
     if options["export"]:
         require("--export", EXPORT_PACKAGES, "requirements-export.txt")
     fold, resume = options["fold"], options["resume_from_checkpoint"]
+    names_checkpoint = resume not in (None, "auto")
     if fold:
         _check_fold(fold)
-    if options["folds"] is not None and (fold or resume not in (None, "auto")):
+    if options["folds"] is not None and (fold or names_checkpoint):
         raise UserError(
             "--folds runs every fold: leave --fold out (compare.py --folds gives it: leave folds out of its configs), "
             "and resume with --resume_from_checkpoint auto"
@@ -112,13 +113,13 @@ def check_options(options: dict) -> None:
         if options[key]:
             raise UserError(f"--{key} {why}: leave it out")
     _check_training(options)
-    if options["recipe"] == "probe" and resume not in (None, "auto"):
+    if options["recipe"] == "probe" and names_checkpoint:
         raise UserError("--recipe probe trains nothing that could be resumed: leave --resume_from_checkpoint out")
-    if resume not in (None, "auto") and not Path(resume, "trainer_state.json").is_file():
+    if names_checkpoint and not Path(resume, "trainer_state.json").is_file():
         raise UserError(
             f"--resume_from_checkpoint {resume} is not a checkpoint: give auto, or one such as outputs/x/checkpoint-50"
         )
-    if resume not in (None, "auto") and not options["recipe"] and options["model_name"] != "simple_cnn":
+    if names_checkpoint and not options["recipe"] and options["model_name"] != "simple_cnn":
         raise UserError(
             "a race of recipes resumes with --resume_from_checkpoint auto, because a checkpoint is of one of them. To "
             "go on with that one alone, name it: --recipe NAME"

@@ -4,7 +4,6 @@ import csv
 import itertools
 import statistics
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -113,7 +112,7 @@ def summarise_experiment(name: str, parts: dict[str, RunResult]) -> dict[str, st
     accuracies = [m["test"]["accuracy"] for m in metrics]
     counts, groups = count_correct(parts)
     correct = counts * len(counts) / sum(len(result.correct) for result in parts.values())  # share of the runs
-    low, high = interval_of_share(correct, np.array(groups) if any(groups) else None)
+    low, high = interval_of_share(correct, groups)
     return {
         "experiment": name, "runs": len(parts), "test accuracy": float(correct.mean()), "lowest": min(accuracies),
         "highest": max(accuracies), "interval low": low, "interval high": high, "n": len(counts),
@@ -122,11 +121,11 @@ def summarise_experiment(name: str, parts: dict[str, RunResult]) -> dict[str, st
     }  # fmt: skip
 
 
-def count_correct(parts: dict[str, RunResult]) -> tuple[np.ndarray, list[str]]:
+def count_correct(parts: dict[str, RunResult]) -> tuple[np.ndarray, np.ndarray | None]:
     """Return in how many runs of an experiment each test image is predicted correctly, int [N], and its group.
 
-    Runs of several seeds have one test set, runs of several folds one each. All groups are "" where each image stands
-    alone; otherwise an image without a group gets one of its own.
+    Runs of several seeds have one test set, runs of several folds one each. The groups are None where each image
+    stands alone; otherwise an image without a group gets one of its own.
     """
     counts: dict[tuple, int] = {}
     groups: dict[tuple, str] = {}
@@ -135,12 +134,11 @@ def count_correct(parts: dict[str, RunResult]) -> tuple[np.ndarray, list[str]]:
             key = result.metrics["data"]["fingerprint"], digest, row
             counts[key] = counts.get(key, 0) + is_correct
             groups[key] = group
-    grouped = any(groups.values())
-    names = [group or (f"alone {row}" if grouped else "") for row, group in enumerate(groups.values())]
-    return np.array(list(counts.values())), names
+    names = [group or f"alone {row}" for row, group in enumerate(groups.values())]
+    return np.array(list(counts.values())), np.array(names) if any(groups.values()) else None
 
 
-def vote_p_value(votes: np.ndarray, groups: Sequence[str]) -> float:
+def vote_p_value(votes: np.ndarray, groups: np.ndarray | None) -> float:
     """Return the p-value of the votes of images for one experiment (above 0) or another (below 0).
 
     An image counts once, whatever the number of runs. Without groups this is the exact McNemar test. With groups whole
@@ -148,12 +146,11 @@ def vote_p_value(votes: np.ndarray, groups: Sequence[str]) -> float:
 
     Args:
         votes: int [N], in how many more of its runs the first predicts an image correctly.
-        groups: of each image; "" stands alone.
+        groups: of each image, [N]; None where each stands alone.
     """
-    signs = np.sign(votes)
-    names = [group or f"alone {row}" for row, group in enumerate(groups)]
-    _, index = np.unique(names, return_inverse=True)
-    sums = np.bincount(index, weights=signs)
+    sums = np.sign(votes)
+    if groups is not None:
+        sums = np.bincount(np.unique(groups, return_inverse=True)[1], weights=sums)
     sums = sums[sums != 0]
     if len(sums) == 0:
         return 1.0
@@ -183,7 +180,7 @@ def compare_pairs(results: dict[str, dict[str, RunResult]]) -> list[Verdict]:
         (first, groups), (second, _) = count_correct(results[a]), count_correct(results[b])
         votes = first - second
         for_a, for_b = int((votes > 0).sum()), int((votes < 0).sum())
-        together = len(set(groups)) if any(groups) else None
+        together = None if groups is None else len(np.unique(groups))
         alike = all(results[a][part].correct == results[b][part].correct for part in results[a])
         # With several seeds one may be right about more images, and the other more often: neither is better.
         agrees = int(votes.sum()) * (for_a - for_b) > 0

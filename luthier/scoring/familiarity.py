@@ -92,21 +92,20 @@ def learn_familiarity(
     head = linear_head(model_of(trainer))
     if head is None:
         return None
-    order = draw_order(splits["validation"]["digest"][:], seed=1)
+    truth, order = np.array(splits["validation"]["label"][:]), draw_order(splits["validation"]["digest"][:], seed=1)
     chosen = {
         "train": choose_bank(splits["train"]["label"][:], splits["train"]["digest"][:], none),
-        "validation": order[np.array(splits["validation"]["label"][:])[order] != none][:VALIDATION],
+        "validation": order[truth[order] != none][:VALIDATION],
     }
     learned = _features(trainer, head, images, chosen, known)
     if not trainer.is_world_process_zero() or not all(len(part) and torch.isfinite(part).all() for part in learned):
         return None
     bank, validation = nn.functional.normalize(learned[0]).half(), learned[1]
-    truth = np.array(splits["validation"]["label"][:])[chosen["validation"]]
     logits = _apply_head(trainer, head, validation)
-    probabilities = logits.softmax(dim=-1)
+    probabilities, correct = logits.softmax(dim=-1), logits.numpy().argmax(axis=1) == truth[chosen["validation"]]
     odds, near = _scale(log_odds(probabilities)), _scale(similarity(bank, validation))
     unscaled = Familiarity(bank, head, odds, near, 0.0)
-    sureness, correct = unscaled.rate(probabilities, validation).numpy(), logits.numpy().argmax(axis=1) == truth
+    sureness = unscaled.rate(probabilities, validation).numpy()
     return unscaled._replace(unsure_below=choose_threshold(sureness, correct)) if correct.any() else None
 
 

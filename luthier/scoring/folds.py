@@ -74,8 +74,7 @@ def pool_folds(folds: Iterable[tuple[Experiment, Result]]) -> tuple[Experiment, 
     leader.model.config.unsure_below = threshold
     answers = Answers(calibrated, references, sureness, familiarity)
     result = leader._replace(probe=probe, outcome=outcome, kept=kept, answers=answers)
-    own_splits = experiment.own_splits - {"test"}
-    return experiment._replace(splits=splits, own_splits=own_splits, prepared=prepared, findings=findings), result
+    return experiment._replace(splits=splits, prepared=prepared, findings=findings), result
 
 
 def _of_same_images(folds: Iterable[tuple[Experiment, Result]]) -> list[tuple[Experiment, Result]]:

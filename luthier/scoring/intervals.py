@@ -65,7 +65,7 @@ def interval_of_difference(differences: np.ndarray, groups: np.ndarray | None = 
     `interval_of_share`, and never narrow it.
 
     Args:
-        differences: of each image, -1, 0 or 1 [N].
+        differences: of each image, from -1 to 1 [N].
         groups: int [N], the same for images that belong together; None where each stands alone.
     """
     n, mean = len(differences) + 2, float(differences.sum()) / (len(differences) + 2)

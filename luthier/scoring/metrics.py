@@ -82,11 +82,8 @@ class TestPredictions:
 
     def likeliest(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the likeliest class of each image, its probability, and that of the true class, each [N]."""
-        confidence, of_label = np.empty(len(self.logits)), np.empty(len(self.logits))
-        for rows in _parts(self.logits):
-            part = np.exp(log_softmax(self.logits[rows].astype(np.float64), axis=-1))
-            confidence[rows], of_label[rows] = part.max(axis=-1), part[np.arange(len(part)), self.references[rows]]
-        return self.logits.argmax(axis=-1), confidence, of_label
+        confidence, _ = confidence_and_correct(self.logits, self.references)
+        return self.logits.argmax(axis=-1), confidence, np.exp(-log_losses(self.logits, self.references))
 
 
 class Classification(evaluate.Metric):

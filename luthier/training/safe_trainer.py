@@ -146,7 +146,7 @@ class SafeTrainer(WorkerTrainer):
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def evaluation_loop(self, *arguments, **options):
-        """Evaluate or predict, with advice where memory does not suffice."""
+        """Evaluate or predict, with advice where memory does not suffice; fill `evaluations` while training."""
         if self.is_in_train and self.args.world_size > 1:
             # In a step each process counts BatchNorm's statistics of its own images; those of the main one are saved.
             share_tensors(self.model_wrapped.buffers())

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import PROJECT, draw, draw_folder
-from datasets import Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from PIL import Image
 
 import audit
@@ -219,14 +219,17 @@ def test_label_is_suspect_where_another_is_as_likely_as_for_that_ones_own_images
     held_out = HeldOut(np.arange(6), logits, None, np.array([True, True]))
     monkeypatch.setattr("luthier.scoring.audit.cross_fit", lambda *_: [held_out])
     names = [f"{row}.png" for row in range(6)]
-    splits = DatasetDict(train=Dataset.from_dict({"name": names[:3]}), test=Dataset.from_dict({"name": names[3:]}))
-    pool = Pool(torch.zeros(6, 1), np.array([0, 0, 0, 1, 1, 0]), np.arange(6), ["a", "b"])
+    labels, features = [0, 0, 0, 1, 1, 0], Features({"name": Value("string"), "label": ClassLabel(names=["a", "b"])})
+    both = Dataset.from_dict({"name": names, "label": labels}, features=features)
+    splits = DatasetDict(train=both.select(range(3)), test=both.select(range(3, 6)))
+    pool = Pool(torch.zeros(6, 1), np.array(labels), np.arange(6), ["a", "b"])
     found, sample = suspect_labels(splits, pool, 0.1)
     assert sample is None and [(each["split"], each["row"], each["name"], each["likelier"]) for each in found] == [
         ("test", 2, "5.png", "b"),
         ("train", 1, "1.png", "b"),
     ]
     assert [each["probability"] for each in found] == pytest.approx([0.05, 0.2], abs=1e-6)
+    assert [each["label"] for each in found] == ["a", "a"]
 
 
 def test_reader_that_leaves_does_not_cost_the_files(tmp_path, monkeypatch, timm_checkpoint):

@@ -372,7 +372,9 @@ def test_near_duplicates_in_one_fold_do_not_join_the_images_of_the_others():
     assert (verdict.n, verdict.groups) == (80, 79)
     correct, groups = count_correct(runs["a"])
     alone = interval_of_share(correct)
-    assert interval_of_share(correct, np.array(groups)) == pytest.approx(alone, abs=0.02)
+    assert interval_of_share(correct, groups) == pytest.approx(alone, abs=0.02)
+    (only,) = compare_pairs(results(("a", [first_fold]), ("b", [second_fold])))
+    assert only.groups is None and count_correct({"0": runs["a"]["1"]})[1] is None
 
 
 def test_other_images_are_refused():

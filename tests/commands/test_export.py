@@ -619,3 +619,19 @@ def test_paths_may_be_in_the_home_directory(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     args = export.build_parser().parse_args(["x", "--output_dir=~/a", "--web=~/b", "--check=~/c"])
     assert [args.output_dir, args.web, args.check] == [tmp_path / name for name in "abc"]
+
+
+def test_exported_file_knows_which_class_is_of_anything_else(view, monkeypatch, tmp_path):
+    written = []
+    monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: SimpleNamespace(model_proto="whole"))
+    monkeypatch.setattr(exporting, "write_model", lambda *given: written.append(given))
+    model = torch.nn.Linear(1, 1)
+    model.config = SimpleNamespace(model_type="linear")
+    network = SimpleNamespace(
+        model=model, view=view, labels=["a", "none"], unsure_below=0.25, none=1, familiarity=None,
+        head=torch.nn.Identity(),
+    )  # fmt: skip
+    facts = export_model(network, tmp_path / "model.onnx")
+    assert written == [("whole", facts, tmp_path / "model.onnx")]
+    assert (facts.labels, facts.unsure_below, facts.none, facts.precision) == (["a", "none"], 0.25, 1, "fp32")
+    assert Facts.read({name: json.dumps(value) for name, value in facts.describe().items()}) == facts

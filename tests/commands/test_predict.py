@@ -583,3 +583,18 @@ def test_ending_of_the_output_decides_the_format(model, capsys, tmp_path, name, 
 def test_options_may_be_written_with_hyphens():
     args = predict.build_parser().parse_args(["m", "a", "--top-k", "3", "--always-answer", "--allow-private-urls"])
     assert (args.top_k, args.always_answer, args.allow_private_urls) == (3, True, True)
+
+
+def test_class_of_images_of_anything_else_is_no_answer():
+    class Refusing(Fixed):
+        none = 1
+
+        def rate(self, views):
+            return Rated(np.tile(np.float32([0.3, 0.7]), (len(views), 1)), super().rate(views).sureness)
+
+    refused = Classifier(Refusing(0.9)).predict(draw("red", 1), 2)
+    assert refused.unsure and refused.none and refused.top[0][0] == "b"
+    always = Classifier(Refusing(0.9), always_answer=True).predict(draw("red", 1), 2)
+    assert not always.unsure and not always.none and always.top == [("a", pytest.approx(0.3)), ("b", 0.0)]
+    sure = Classifier(Fixed(0.9)).predict(draw("red", 1), 2)
+    assert not sure.unsure and not sure.none

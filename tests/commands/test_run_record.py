@@ -13,7 +13,9 @@ from datasets import Dataset
 
 import train
 from luthier.arguments import parse_arguments
+from luthier.reporting import results
 from luthier.reporting.results import _name_on_hub, warn_if_learned
+from luthier.scoring.refit import Refitted
 from luthier.training.safe_trainer import SafeTrainer
 
 
@@ -88,3 +90,32 @@ def test_model_that_has_learned_from_the_images_that_judge_it_is_named(tmp_path,
     (tmp_path / "learned_from.txt").write_text(f"{'a' * 16}\n{'b' * 16}\n")
     assert warn_if_learned(str(tmp_path), splits) == 1
     assert "has learned from, or was chosen by, 1 of 1 test or validation image: its score" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("refit", [False, True])
+def test_each_model_is_saved_with_its_own_bank_and_what_it_has_learned_from(tmp_path, monkeypatch, refit):
+    told: list[tuple] = []
+    replaced = {
+        "describe_in_config": lambda model, familiarity: told.append((model, familiarity)),
+        "save_model": lambda model, processor, folder: told.append((model, folder.name)),
+        "save_bank": lambda folder, familiarity: told.append((folder.name, familiarity)),
+        "copy_permissions_to_weights": lambda path: None,
+    }
+    for name, value in replaced.items():
+        monkeypatch.setattr(results, name, value)
+    digests = {"train": ["t" * 64], "validation": ["v" * 64], "test": ["x" * 64]}
+    experiment = SimpleNamespace(
+        splits={split: Dataset.from_dict({"digest": each}) for split, each in digests.items()},
+        view=SimpleNamespace(image_processor=None),
+    )
+    answers = SimpleNamespace(familiarity="its bank")
+    result = SimpleNamespace(model="scored", answers=answers, learned_from=digests["train"])
+    refitted = Refitted("refit", "another bank", ("train", "validation", "test")) if refit else None
+    (tmp_path / "out").mkdir()
+    results.save_models(tmp_path / "out", experiment, result, refitted)
+    expected = {"scored": ("scored", "its bank"), "out": ("refit", "another bank")}
+    for folder, (model, bank) in (expected if refit else {"out": expected["scored"]}).items():
+        assert [told.pop(0) for _ in range(3)] == [(model, bank), (model, folder), (folder, bank)]
+    learned = [path.read_text().split() for path in sorted(tmp_path.rglob("learned_from.txt"))]
+    both, everything = (sorted(letter * 16 for letter in letters) for letters in ("tv", "tvx"))
+    assert not told and learned == ([everything, both] if refit else [both])

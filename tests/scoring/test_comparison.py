@@ -4,10 +4,12 @@ import csv
 import errno
 from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy.stats import binomtest
 
 from luthier.errors import UserError
-from luthier.scoring.comparison import RunResult, compare_pairs, read_correct
+from luthier.scoring.comparison import RunResult, compare_pairs, read_correct, vote_p_value
 
 
 def test_image_in_two_classes_is_compared_with_itself_in_each(tmp_path):
@@ -62,3 +64,21 @@ def test_predictions_that_another_program_has_changed_give_one_message(tmp_path,
         (tmp_path / "predictions.csv").write_text(text)
     with pytest.raises(UserError, match="is damaged, or another program has changed it"):
         read_correct(tmp_path / "predictions.csv")
+
+
+def test_predictions_are_read_with_their_groups_and_without_images_of_no_class(tmp_path):
+    rows = ["a.png,y,cat,dog,0.9,0.1,7,0", "b.png,x,dog,dog,0.9,0.9,7,0", "c.png,z,none,none,0.9,0.9,8,1"]
+    header = "name,digest,label,predicted,confidence,probability_of_label,group,none"
+    (tmp_path / "predictions.csv").write_text("\n".join([header, *rows]) + "\n")
+    assert read_correct(tmp_path / "predictions.csv") == [("x", True, "7"), ("y", False, "7")]
+    (tmp_path / "predictions.csv").write_text("digest,label,predicted\nx,a,a\n")
+    assert read_correct(tmp_path / "predictions.csv") == [("x", True, "")]
+
+
+@pytest.mark.parametrize(("groups", "lost"), [(10, 2), (30, 10)])
+def test_p_value_of_groups_is_that_of_both_directions(groups, lost):
+    """Of groups of one size it is the sign test's; of more than 14 by random flips."""
+    votes, names = np.repeat([1, -1], [2 * (groups - lost), 2 * lost]), [str(row // 2) for row in range(2 * groups)]
+    found = vote_p_value(votes, names)
+    assert found == pytest.approx(binomtest(lost, groups).pvalue, abs=0.01)
+    assert vote_p_value(-votes, names) == found

@@ -198,3 +198,28 @@ def test_answers_in_parts_are_those_to_all_images_at_once(monkeypatch):
         logits = head(features)
     assert np.allclose(found.logits, logits.numpy(), atol=1e-5) and found.references.tolist() == labels.tolist()
     assert np.allclose(found.sureness, familiarity.rate(logits.softmax(dim=1), features).numpy(), atol=1e-3)
+
+
+def test_features_that_are_not_known_yet_are_those_of_the_same_images(monkeypatch):
+    """As of fine-tuned weights; those of the probe are known."""
+    labels, digests = (np.arange(90) % 3).tolist(), [f"{row:064x}" for row in range(90)]
+    rows = Dataset.from_dict({"label": labels, "digest": digests, "row": list(range(90))})
+    splits = DatasetDict(train=rows.select(range(50)), validation=rows.select(range(50, 90)))
+    features = 3 * torch.randn(90, 4, generator=torch.Generator().manual_seed(0))
+    known = {"train": features[:50], "validation": features[50:]}
+    images = {split: SimpleNamespace(rows=part) for split, part in splits.items()}
+    trainer = SimpleNamespace(model=nn.ModuleDict({"head": nn.Linear(4, 3)}), is_world_process_zero=lambda: True)
+    replaced = {
+        "BANK": 24,
+        "linear_head": lambda model: "head",
+        "build_backbone": lambda model, *_: model,
+        "size_of": lambda rows: (1, 1),
+        "run_backbone": lambda trainer, backbone, part: features[part["row"][:]] * (backbone is trainer.model),
+    }
+    for name, value in replaced.items():
+        monkeypatch.setattr(module, name, value)
+    expected, found = (module.learn_familiarity(trainer, images, splits, each, none=2) for each in (known, None))
+    assert torch.equal(found.bank, expected.bank) and found[1:] == expected[1:] and len(found.bank) == 16
+    used = ("validation", "train")
+    refit, again = (module.refit_familiarity(trainer, found, used, images, splits, each, 2) for each in (known, None))
+    assert torch.equal(again.bank, refit.bank) and not torch.equal(again.bank, found.bank)

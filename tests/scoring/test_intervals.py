@@ -215,3 +215,11 @@ def test_few_groups_tell_little_of_a_difference():
     differences = np.repeat([-1, 0, 0, 0], 25)  # one of four groups loses all of its images
     low, high = interval_of_difference(differences, np.repeat(np.arange(4), 25))
     assert low < -0.75 and high > 0.25  # t = 3.18 times the standard error, instead of 1.96
+
+
+def test_groups_that_are_alike_by_chance_tell_no_more_than_their_images():
+    correct = np.tile(np.arange(10) < 8, 20)
+    correct[0] = False
+    low, high = interval_of_share(correct, np.repeat(np.arange(20), 10))  # seven of ten once, and eight else
+    least, most = interval_of_share(correct)
+    assert low < least and most < high

@@ -12,7 +12,7 @@ from scipy.stats import binom
 from torch import nn
 
 from luthier.scoring import metrics, selection
-from luthier.scoring.criterion import Judge, Yardstick
+from luthier.scoring.criterion import Criterion, Judge, Yardstick
 from luthier.scoring.intervals import standard_error, wilson_interval
 from luthier.scoring.metrics import (
     TestPredictions,
@@ -311,3 +311,36 @@ def test_curve_has_no_threshold_between_images_of_equal_sureness():
     assert selective(np.full(4, 0.5), right, 0.5)["curve"] == [{"coverage": 1.0, "accuracy": 0.5}]
     refused = selective(np.array([0.9, 0.9, -np.inf, -np.inf]), np.array([True, False, False, False]), 0.5)["curve"]
     assert [(each["coverage"], each["accuracy"]) for each in refused] == [(0.5, 0.5), (1.0, 0.25)]
+
+
+def test_answers_of_an_evaluation_are_not_those_of_weights_between_start_and_end(monkeypatch):
+    seen = []
+    for name in ("predict", "predict_best"):  # the second one may return what the trained weights have answered
+        monkeypatch.setattr(selection, name, lambda *_, name=name: seen.append(name) or (LOGITS, REFERENCES))
+    trainer, start = SimpleNamespace(model=nn.Linear(2, 3, bias=False)), {"weight": torch.zeros(3, 2)}
+    selection.score_candidates(trainer, None, start, (0.5, 1.0), Judge(LABELS), "lp_ft")
+    assert seen == ["predict", "predict_best"]
+
+
+def test_threshold_and_calibration_of_candidates_are_those_of_images_of_the_classes(monkeypatch):
+    generator, references = np.random.default_rng(0), np.arange(150) % 3
+    logits = generator.normal(size=(150, 3)) + np.eye(3)[references]
+    logits[references == 2, 2] += 9  # it is very sure of images of none of the classes
+    monkeypatch.setattr(selection, "predict_best", lambda *_: (logits, references))
+    judge = Judge(LABELS, Criterion(none=2))
+    (found,) = selection.score_candidates(SimpleNamespace(model=nn.Linear(2, 3)), None, None, (1.0,), judge, "full")
+    known = references != 2
+    calibrated = logits[known] / found.temperature
+    assert found.threshold == choose_threshold(*confidence_and_correct(calibrated, references[known]))
+    assert found.uncalibrated == calibration_scores(logits[known], references[known])
+
+
+def test_scores_of_a_run_know_the_shares_of_the_classes_and_the_groups():
+    generator, shares = np.random.default_rng(0), np.array([0.8, 0.2])
+    references = np.repeat(generator.integers(0, 2, 10), 4)
+    likely = generator.normal(size=(40, 2)) + np.eye(2)[references]
+    splits = split_of(references, ["a", "b"], np.arange(40) // 4)
+    scored = score_test(TestPredictions(splits, likely - np.log(shares), references, shares), threshold=0.0)
+    assert scored["test"]["log_loss"] == pytest.approx(log_losses(likely, references).mean())
+    assert scored["unsure"]["answered"] == 1
+    assert scored["unsure"]["accuracy_ci95"] == scored["test"]["accuracy_ci95"], "by groups"

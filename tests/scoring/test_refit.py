@@ -10,6 +10,7 @@ from datasets import Dataset, DatasetDict
 from transformers import TrainingArguments
 
 import luthier.scoring.refit as module
+from luthier.scoring.baselines import ProbeResults
 from luthier.scoring.refit import Plan
 from luthier.scoring.selection import Candidate
 from luthier.training.arms import Arm, Workshop
@@ -167,3 +168,49 @@ def test_mean_of_two_heads_makes_up_for_the_geometric_mean_of_their_shares(monke
     monkeypatch.setattr(module, "class_shares_of", lambda model: model.config.class_shares)
     module._average_class_shares(new, old)
     assert new.config.class_shares == pytest.approx([2 / 3, 1 / 3]) and old.config.class_shares == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(("averaged", "shares"), [(True, [2 / 3, 1 / 3]), (False, [0.8, 0.2])])
+def test_config_of_the_mean_has_the_shares_that_its_bias_makes_up_for(monkeypatch, averaged, shares):
+    scored, trained = torch.nn.Linear(1, 2), torch.nn.Linear(1, 2)
+    for model, own in ((scored, [0.5, 0.5]), (trained, [0.8, 0.2])):
+        model.config = SimpleNamespace(class_shares=own)
+    monkeypatch.setattr(module, "class_shares_of", lambda model: model.config.class_shares)
+    monkeypatch.setattr(module, "build_predictor", lambda model, args: SimpleNamespace(model=model))
+    monkeypatch.setattr(module, "predict", lambda *_: (np.ones(4), None))
+    judge = SimpleNamespace(criterion=SimpleNamespace(log_losses=lambda losses, _: losses), groups=None)
+    workshop, course = SimpleNamespace(training_args=None), SimpleNamespace(judge=judge)
+    result = SimpleNamespace(workshop=workshop, course=course, model=scored)
+    plan = module._set_weights(SimpleNamespace(model=trained), Plan(("train",), 2, 1, 1.0, "", averaged), result, None)
+    assert plan.averaged == averaged and trained.config.class_shares == pytest.approx(shares)
+
+
+@pytest.mark.parametrize("is_probe", [False, True])
+def test_refit_has_all_its_splits_and_a_bank_of_what_its_own_weights_see(monkeypatch, is_probe):
+    model, joined, learned = SimpleNamespace(), [], []
+    replaced = {
+        "_start": lambda *_: None,
+        "_train_again": lambda *_: model,
+        "load_candidate": lambda *_: None,
+        "build_predictor": lambda model, args: SimpleNamespace(model=model),
+        "_set_weights": lambda trainer, plan, *_: plan,
+        "refit_familiarity": lambda *given: learned.append(given),
+    }
+    for name, value in replaced.items():
+        monkeypatch.setattr(module, name, value)
+    args = SimpleNamespace(main_process_first=lambda desc: contextlib.nullcontext(), world_size=1)
+    arm = SimpleNamespace(recipe=RECIPES["full"], rows={"validation": None}, _replace=lambda **_: None)
+    result = SimpleNamespace(
+        kept=Candidate(1.0, 1.0, 0.3, {}, {}, np.zeros(1), "probe" if is_probe else "full"),
+        probe=ProbeResults(features={"train": "of the pretrained weights"}),
+        workshop=SimpleNamespace(balance=None, training_args=args, copy=lambda start: model),
+        outcome=SimpleNamespace(winner=SimpleNamespace(arm=arm, best_step=3)),
+        answers=SimpleNamespace(familiarity="scored"), course=None, none=2,
+    )  # fmt: skip
+    splits = DatasetDict({split: Dataset.from_dict({"label": [row]}) for row, split in enumerate(("train", "own"))})
+    plan, images = Plan(("train", "own"), 2, 1, 1.0, ""), {}
+    _, refitted = module.refit(plan, result, splits, images, joined.extend)
+    assert [part["label"][:] for part in joined] == ([] if is_probe else [[0], [1]])
+    ((trainer, *given),) = learned
+    known = {"train": "of the pretrained weights"} if is_probe else None
+    assert trainer.model is refitted.model is model and given == ["scored", plan.splits, images, splits, known, 2]
