@@ -321,5 +321,9 @@ def _index_archive(url: str, image_column: str, label_column: str) -> Source:
 
 def _as_stored(feature: Any, value: Any) -> Any:
     """Return a value of a file as `datasets` stores it: text as a number where the column has numbers or classes."""
-    is_text = value in feature.names if isinstance(feature, ClassLabel) else isinstance(feature, Value)
-    return feature.encode_example(value) if is_text and value is not None else value
+    if isinstance(feature, ClassLabel):
+        try:
+            return feature.encode_example(value) if isinstance(value, str) else value
+        except ValueError:  # no class is called so, which `index_of_labels` says
+            return value
+    return feature.encode_example(value) if isinstance(feature, Value) and value is not None else value

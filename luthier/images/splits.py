@@ -66,9 +66,9 @@ def cut_splits(
     if empty := [split for split in ("validation", "test") if not len(complete[split])]:
         remedy = "too few images, or groups, are left for it: add some" if empty[0] in cut else f"fill it, {REMOVE}"
         raise UserError(f"the {empty[0]} split is empty: {remedy}")
-    n, other = len(complete["validation"]), "or raise --validation_fraction" if "validation" in cut else REMOVE
+    n, remedy = len(complete["validation"]), "add images" if "validation" in cut else f"add some, {REMOVE}"
     if n < min(FEW_VALIDATION, len(complete["train"]) / 10):  # of classes of two images none is cut for validation
-        say("careful", f"{plural(n, 'validation image')} cannot tell weights apart: add some, {other}")
+        say("careful", f"{plural(n, 'validation image')} cannot tell weights apart: {remedy}")
     return DatasetDict({split: complete[split] for split in ("train", "validation", "test")})
 
 

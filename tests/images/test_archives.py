@@ -21,14 +21,16 @@ NAMES = sorted(COLOURS)
 pytestmark = pytest.mark.usefixtures("small_blocks")
 
 
-def pack(path: str, labels: list[int], first: int = 0, label: str = "cls", folder: str = "") -> dict[str, int]:
+def pack(
+    path: str, labels: list[int], first: int = 0, label: str = "cls", folder: str = "", end: str = ""
+) -> dict[str, int]:
     """Write images of some labels into an archive, each with its label beside it; return the labels by digest."""
     truth = {}
     with tarfile.open(path, "w") as archive:
         for row, number in enumerate(labels):
             image = encode(NAMES[number % 3], first + row)
             value = str(number) if label == "cls" else NAMES[number]
-            for column, data in (("png", image), (label, value.encode())):
+            for column, data in (("png", image), (label, f"{value}{end}".encode())):
                 add_file(archive, f"{folder}{first + row:05}.{column}", data)
             truth[hashlib.sha256(image).hexdigest()] = number
     return truth
@@ -50,10 +52,11 @@ def test_archives_give_every_image_its_label(folder, label):
     assert images["train"].features["label"] == whole["train"].features["label"]
 
 
-def test_readme_may_say_which_classes_the_texts_name():
-    truth = pack("train.tar", mixed(30), 0, "txt")
-    pack("validation.tar", mixed(9), 200, "txt")
-    pack("test.tar", mixed(9), 300, "txt")
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_readme_may_say_which_classes_the_texts_name(end):
+    truth = pack("train.tar", mixed(30), 0, "txt", end=end)
+    pack("validation.tar", mixed(9), 200, "txt", end=end)
+    pack("test.tar", mixed(9), 300, "txt", end=end)
     features = [{"name": "png", "dtype": "image"}, {"name": "txt", "dtype": {"class_label": {"names": NAMES}}}]
     Path("README.md").write_text(f"---\ndataset_info: {json.dumps({'features': features})}\n---\n")
     stream = open_stream(".")
