@@ -37,7 +37,7 @@ from luthier.terminal import plural, say, some_of
 PREPARATION = 12  # part of the cache's key: raise it when what is stored changes
 STORED_SIDE = 2  # shorter side of a stored training image, in sides of the view
 MAX_JPEG = 65_500  # pixels of a side
-SMALL = 4  # a file is stored that has a fourth of its view's bytes, and no more than four times its pixels
+SMALL = 4  # a file is stored, not its view, if it has at most 1/4 of the view's bytes and 4 times the view's pixels
 VIEW_THREADS = 4  # that read stored views: each takes a millisecond or so, and more threads were slower
 
 
@@ -52,7 +52,7 @@ def load_splits(
     fold: tuple[int, int] | None = None,
     **options,
 ) -> tuple[DatasetDict, list[UnreadableImage]]:
-    """Load a labelled dataset as train, validation and test: `load_images`, and then `cut_splits`."""
+    """Load a labelled dataset as train, validation and test: `load_images`, then `cut_splits`, and their errors."""
     splits, unreadable = load_images(**options)
     return cut_splits(splits, split_seed, validation_fraction, test_fraction, fold), unreadable
 
@@ -153,10 +153,12 @@ def load_labelled(names: list[str], **options) -> tuple[DatasetDict, list[Unread
 
     Args:
         names: the model's classes, in its order; the images' classes must all be among them.
-        options: of `load_images`, which returns all splits, and raises the same errors.
+        options: of `load_images`.
+
+    Returns the images as the one split `test`, and those of them that were left out.
 
     Raises:
-        UserError: the model does not know all classes, or has several of one name.
+        UserError: see `load_images`; or the model does not know all classes, or has several of one name.
     """
     if repeated := sorted(name for name, count in Counter(names).items() if count > 1):
         raise UserError(
@@ -321,14 +323,14 @@ def with_transforms(
 def training_rows(
     dataset: Dataset, view: EvaluationView, augmentation: str, size: tuple[int, int] | None = None
 ) -> Dataset:
-    """Return the prepared split "train" with rows of augmented levels or `pixel_values`, and `labels`."""
+    """Return the prepared split "train" with rows of `pixel_values`, see `training_transform`, and `labels`."""
     return dataset.with_transform(batch_transform("image", training_transform(view, augmentation, size)))
 
 
 def streaming_transform(
     view: EvaluationView, augmentation: str, size: tuple[int, int] | None
 ) -> Callable[[bytes], torch.Tensor]:
-    """Return the function from an image file to augmented levels or `pixel_values`."""
+    """Return the function from an image file to what `views.training_transform` makes of the image."""
     transform, shorter_side = training_transform(view, augmentation, size), STORED_SIDE * max(view.size)
     return lambda data: transform(decode_rgb(data, shorter_side).image)
 
@@ -336,7 +338,11 @@ def streaming_transform(
 def join_for_training(
     splits: Sequence[Dataset], view: EvaluationView, augmentation: str, size: tuple[int, int]
 ) -> Dataset:
-    """Return the `training_rows` of several loaded splits together."""
+    """Return the `training_rows` of several loaded splits together.
+
+    Raises:
+        ImagesChanged: see `prepare`.
+    """
     joined = prepare(DatasetDict(train=concatenate_datasets(list(splits))), view, quiet=True)
     return training_rows(joined["train"], view, augmentation, size)
 
@@ -373,7 +379,7 @@ def batch_transform(column: str, transform: Callable[..., torch.Tensor], threads
     Args:
         column: of the images.
         transform: makes the pixel values of one.
-        threads: that do it, at most, but for data workers, of which there are many.
+        threads: how many make them at a time, at most; a data worker makes one at a time, because there are many.
     """
 
     def transform_batch(batch: dict) -> dict:

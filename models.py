@@ -49,7 +49,7 @@ EFFICIENTNET_CFG = {
     "classifier": "classifier",
 }
 
-# What the config of a trained model says of its classes. Another model with its weights says it of its own.
+# What the config of a trained model says of its classes. It is removed where another training begins from the model.
 OF_CLASSES = ("class_shares", "familiarity", "label_names", "none_class", "unsure_below")
 BEFORE_MODEL = ("race.json", "checkpoint-*", "fold-*")  # what a run writes before its model
 
@@ -168,7 +168,8 @@ def load_trained(model_name: str) -> tuple[PreTrainedModel, BaseImageProcessor]:
         model_name: a folder with a saved model, or a name on the Hub.
 
     Raises:
-        ModelError: it cannot be loaded, or lacks some of its weights, or they are no numbers.
+        ModelError: it cannot be loaded, lacks some of its weights, has weights that are NaN or infinite, or does not
+            choose one of several classes.
     """
     if not Path(model_name).is_dir() and "/" not in model_name:
         raise ModelError(
@@ -426,7 +427,7 @@ def change_view(
         image_processor: the present one.
         image_size: side of the square in pixels.
         fit: how an image becomes a square: `own` crops the same share of the border as before, `squeeze` shows the
-            whole image with its sides changed, `pad` the whole image with borders.
+            whole image with its aspect ratio changed, `pad` the whole image with borders.
 
     Raises:
         ModelError: this image processor does not know the fit.
@@ -453,7 +454,8 @@ def _resized(image_processor: BaseImageProcessor, settings: dict, square: dict[s
     image_size, size, crop = square["height"], settings.get("size") or {}, settings.get("crop_size")
     edge = size.get("shortest_edge")
     if isinstance(image_processor, ConvNextImageProcessor) and edge and (edge < 384) != (image_size < 384):
-        # It squeezes images from 384 px on, and crops them below. This one does what that did at the size before.
+        # ConvNeXt's image processor squeezes images from 384 px on, and crops them below. The one of BiT does at the
+        # new size what ConvNeXt's did at the old one.
         names = ("resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
         same = {name: settings[name] for name in names}
         if edge >= 384:

@@ -131,6 +131,9 @@ def inspect_share(source: dict, folder: Path, share: Share) -> None:
         source: of `data.load_images`.
         folder: of the shards; tells the machines of each other.
         share: of this machine.
+
+    Raises:
+        UserError: the images cannot be listed, see `data.list_images`, or the folder cannot be one.
     """
     from data import list_images
     from luthier.images.folders import STAMP
@@ -166,7 +169,8 @@ def write_shards(splits: "DatasetDict", folder: Path, side: int, images: int, sh
         share: of this machine, which writes every `machines`-th file.
 
     Raises:
-        UserError: the folder has shards of something else, or an image cannot be read any more.
+        UserError: the folder has shards of something else, another process writes this share, or an image has changed
+            or cannot be read any more.
     """
     import numpy as np
     from datasets import concatenate_datasets
@@ -265,7 +269,7 @@ def claim_folder(folder: Path, plan: dict) -> None:
     """Write the plan into a folder, if that is empty or has the same plan already.
 
     Raises:
-        UserError: it has something else.
+        UserError: it has something else, or see `check_folder` and `create_folder`.
     """
     from luthier.files import atomic_write, rename
     from luthier.images.loading import PLAN
@@ -294,7 +298,16 @@ def claim_folder(folder: Path, plan: dict) -> None:
 
 
 def resized(dataset: "Dataset", rows: "np.ndarray", side: int) -> "Dataset":
-    """Return some rows of a split with the images as they are stored."""
+    """Return some rows of a split with the images as they are stored.
+
+    Args:
+        dataset: the split, as loaded.
+        rows: int [n].
+        side: see `write_shards`.
+
+    Raises:
+        UserError: an image has changed since it was inspected, or cannot be read any more.
+    """
     from datasets import Dataset, Features, Image, Value
 
     from data import store_training_image

@@ -48,7 +48,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def set_up(arguments: "Arguments", stopwatch: Stopwatch) -> "Experiment":
-    """Load the images, build the model, and prepare the images for it."""
+    """Load the images, build the model, and prepare the images for it.
+
+    Raises:
+        UserError: the images cannot be used, or not with these options or this model.
+        ModelError: the model cannot be used.
+    """
     from transformers import set_seed
 
     from data import cut_splits, load_images, prepare, sample_rows

@@ -63,7 +63,11 @@ class Arguments(NamedTuple):
         return {**of_run, "time_limit": self.model_args.time_limit}
 
     def describe_if_ended(self) -> str:
-        """Return a sentence if the run to go on with has ended, or else ""; the same on every process."""
+        """Return a sentence if the run to go on with has ended, or else ""; the same on every process.
+
+        Raises:
+            UserError: see `output_dir.read_metrics`.
+        """
         if self.training_args.resume_from_checkpoint != "auto":
             return ""
         ended = ""
@@ -155,7 +159,7 @@ COMMON = {
 
 TECHNICAL = ("bf16", "dataloader_num_workers", "disable_tqdm")  # how a command computes, whatever it does
 
-# Where a run goes, how it is shown, and how much time it has: more of it lets a run go on.
+# Where a run goes, how it is shown, what it exports, and how much time it has: more of it lets a run go on.
 NOT_SETTINGS = ("output_dir", "disable_tqdm", "resume_from_checkpoint", "export", "time_limit", "ddp_timeout")
 
 # What losses and weights depend on, besides what a checkpoint knows itself: data, batch, learning rate, size.
@@ -176,7 +180,7 @@ def parse_arguments(argv: list[str], command: str | None = None, replaced: Colle
     Args:
         argv: the command line.
         command: what to call it in the results; the command line of train.py if not given.
-        replaced: files that may be in the output directory before.
+        replaced: names of files that the output directory may already hold, because the command writes them again.
 
     Raises:
         UserError: an option, a key or a value is wrong, or the output directory is not free.
@@ -214,7 +218,7 @@ def _build_training_args(options: dict, output_dir: Path) -> TrainingArguments:
     """Return the library's arguments of a run.
 
     Raises:
-        UserError: the library does not accept them.
+        UserError: the library does not accept them, or the machine or its environment does not suit them.
     """
     check_environment()
     options = {**options, "output_dir": str(output_dir)}

@@ -161,7 +161,8 @@ def make_rows(
 ) -> tuple[Dataset, int]:
     """Return what a function makes of each row of a dataset, and how many rows were made by an earlier run.
 
-    What was made stays in the files that it is in. The answer has an index of its rows, unless all of them are new.
+    What was made stays in the files that it is in. The answer has an index of its rows, unless these files hold just
+    these rows, in this order.
 
     Args:
         dataset: N rows; those that are new are mapped 32 at a time, so that few photographs are in memory, and kept
@@ -171,7 +172,7 @@ def make_rows(
         key: of all that the function depends on.
         make: as `Dataset.map` takes it, for batches with the numbers of their rows.
         features: of what it makes.
-        lasts: tells of each row that was made whether it may be kept; another one is made again next time.
+        lasts: tells of each row that was made whether it may be kept; one that may not is made again next time.
         topic, unit: of the lines of progress, see `terminal.Tenths`.
         beside: columns that the answer has too, as they are in the dataset. They are held in memory: no images.
     """

@@ -33,7 +33,7 @@ REFUSED = {
     "optim_target_modules": "has no effect, because recipes group the layers by themselves",
 }
 
-# The best epoch; all that `criterion.Judge.compute_metrics` returns.
+# What can choose the best epoch: all that `criterion.Judge.compute_metrics` returns.
 JUDGED_BY = ("loss", "calibrated_loss", "accuracy", "balanced_accuracy", "macro_f1")
 NEED_EVALUATION = ("reduce_lr_on_plateau", "greedy")  # learning rate schedulers
 

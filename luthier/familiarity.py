@@ -146,7 +146,7 @@ def load_familiarity(model: PreTrainedModel, model_name: str) -> Familiarity | N
         model_name: a folder, or a name on the Hub.
 
     Raises:
-        ModelError: its file is damaged, or belongs to another model.
+        ModelError: its file is damaged, belongs to another model, or cannot be fetched from the Hub.
     """
     numbers = getattr(model.config, "familiarity", None)
     if not isinstance(numbers, dict):
@@ -172,7 +172,7 @@ def _fetch(model_name: str) -> Path | None:
     """Return the file of a model on the Hub, in the cache; None where the model has none.
 
     Raises:
-        ModelError: it cannot be fetched. Without it other images would be unsure than the score says.
+        ModelError: it cannot be fetched. Without it the model would be unsure of other images than when it was scored.
     """
     try:
         return Path(hf_hub_download(model_name, FILE))

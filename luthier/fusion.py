@@ -37,7 +37,7 @@ def fuse_for_training(model: PreTrainedModel, size: tuple[int, int]) -> PreTrain
 
     Args:
         model: its BatchNorm layers stay in evaluation mode while it trains. It is put into evaluation mode, and its
-            convolutions of 1x1 pixels with a stride leave out pixels before they compute.
+            1x1 convolutions that have a stride and fewer than `NARROW` input channels skip pixels before they compute.
         size: (height, width) in pixels of an input to check it with.
     """
     _stride_before_narrow_convolutions(model)
@@ -45,10 +45,10 @@ def fuse_for_training(model: PreTrainedModel, size: tuple[int, int]) -> PreTrain
 
 
 def _stride_before_narrow_convolutions(model: nn.Module) -> None:
-    """Give 1x1 convolutions of few channels that skip pixels the other pixels alone: the outputs are the same.
+    """Skip pixels before 1x1 convolutions of few input channels, and not in them: the outputs are the same.
 
-    In channels_last on a CPU their backward pass writes beyond its memory: processes crash, or gradients are wrong
-    (torch 2.14 with oneDNN 3.12; RepVGG, MobileOne and GENet have such layers).
+    With a stride, in channels_last on a CPU, their backward pass writes beyond its memory: processes crash, or
+    gradients are wrong (torch 2.14 with oneDNN 3.12; RepVGG, MobileOne and GENet have such layers).
     """
     for module in model.modules():
         if not isinstance(module, nn.Conv2d) or module.in_channels // module.groups >= NARROW:

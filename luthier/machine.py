@@ -165,7 +165,7 @@ def set_up_process(training_args: TrainingArguments) -> None:
     """Prepare this process for a run: logging, processes, threads and memory.
 
     Raises:
-        UserError: the processes are not what was asked for.
+        UserError: the processes are not what was asked for, or `--torch_compile` has no compiler.
     """
     import datasets
 
@@ -205,10 +205,11 @@ def configure_cpu(device: torch.device) -> None:
 
 
 def pool_of_single_threads(threads: int) -> ThreadPoolExecutor:
-    """Return a pool of threads, one for each core, each with one thread of torch: together they keep all cores busy.
+    """Return a pool of so many threads, in each of which torch computes with a single thread.
 
-    With as many threads each as there are cores, they would wait for one another. New threads take their number from
-    the one that was set last, in whatever thread; this one asks for its own before, and so keeps it.
+    If torch used as many threads in each of them as there are cores, they would wait for one another. A new thread
+    takes over the number that was set last, in whatever thread. The calling thread asks for its own number first, and
+    so keeps it.
     """
     torch.get_num_threads()
     return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))

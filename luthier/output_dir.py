@@ -116,7 +116,10 @@ def has_weights(folder: Path) -> bool:
 
 
 def describe_if_ended(output_dir: Path, settings: str, time_limit: float | None) -> str:
-    """Return in words that a run has ended, and does not go on because it has more time now; nothing if it goes on.
+    """Return in words that a run has ended and has nothing left to do.
+
+    The text is empty for a run that goes on: one that has not ended, or one that its time limit cut short and that has
+    more time now.
 
     Args:
         output_dir: of the run.

@@ -84,7 +84,7 @@ def fraction(share: float) -> str:
 
 
 def points(difference: float) -> str:
-    """Return a difference of shares in points: `+1.2`."""
+    """Return a difference of shares in percentage points: `+1.2`."""
     return f"{round(100 * difference, 1) + 0.0:+.1f}"  # the sum makes -0.0 a zero
 
 

@@ -197,7 +197,7 @@ def index_of_labels(feature: object, values: set, label_column: str) -> dict:
     """Return the index of the class of each label value, as `label_and_image` numbers them.
 
     Raises:
-        UserError: the column has no labels.
+        UserError: the column holds no labels, or one that is none of its classes.
     """
     names = _names_of_labels(feature, values, label_column)
     index_of = _indices(names.values())

@@ -81,7 +81,9 @@ def decode_rgb(data: bytes, shorter_side: int | None = None, max_pixels: int | N
         max_pixels: larger images are refused before they take memory; Pillow itself refuses them above 179 million.
 
     Raises:
-        OSError: the data is damaged, in a format that is not allowed, too large or too elongated.
+        OSError: the data is damaged, in a format that is not allowed, larger than `max_pixels` or too elongated.
+        PIL.Image.DecompressionBombError: the image has more pixels than Pillow itself allows.
+        Exception: of any other kind, by Pillow's plugins, where the data is damaged; `reason` puts all into words.
     """
     if not data:
         raise OSError("the file is empty")

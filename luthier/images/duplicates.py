@@ -94,11 +94,11 @@ def near_duplicates(hashes: np.ndarray, thumbnails: Any) -> np.ndarray:
 def find_candidates(hashes: np.ndarray) -> np.ndarray:
     """Return the pairs of images whose hashes are at most `MAX_DISTANCE` bits apart, as `near_duplicates` does.
 
-    The whole of one image is compared with the whole and the inside of the other, or with its whole in the mirror:
-    that has a hash which lies at most 30 bits from one that is made of the hash. Each image has no more than its
-    nearest ones: there are sets in which thousands of images look alike, and the number of pairs must not grow with
-    the square of the images. For the same reason an index divides many images into cells by the nearest of randomly
-    chosen hashes, and searches those cells alone whose hashes are nearest.
+    The whole of one image is compared with the whole and the inside of the other, and with the mirror image of its
+    whole. The mirror image is not hashed: the image's own hash gives one that is at most 30 bits off. Each image has
+    no more than its nearest ones: there are sets in which thousands of images look alike, and the number of pairs must
+    not grow with the square of the images. For the same reason an index divides many images into cells by the nearest
+    of randomly chosen hashes, and searches those cells alone whose hashes are nearest.
 
     Args:
         hashes: as there.

@@ -152,7 +152,7 @@ def load_listed(files: dict[str, list[ListedImage]]) -> DatasetDict:
     and, if an image has a group, `GIVEN_GROUP`.
 
     Raises:
-        UserError: a file cannot be read.
+        UserError: see `cache.dataset_of`.
     """
     # Names come from all splits together, so that a class keeps its number wherever it appears.
     names = sort_names({image.label for listed in files.values() for image in listed})

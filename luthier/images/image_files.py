@@ -79,7 +79,7 @@ class ImageFiles:
         return self.root / found[0]
 
     def _by_name(self, depth: int) -> dict[tuple[str, ...], list[PurePosixPath]]:
-        """Return the files by the last so many folders of each and its stem: all may have folders of one name."""
+        """Return the files by stem and last `depth` folders: many files may share the one or the others."""
         if depth not in self._named:
             named = self._named[depth] = defaultdict(list)
             for path in self.paths:

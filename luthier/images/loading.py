@@ -40,7 +40,7 @@ def load_named(dataset_name: str, dataset_config_name: str | None, to_train: boo
         to_train: see `named_splits`.
 
     Raises:
-        UserError: it cannot be loaded, or has no split to train on.
+        UserError: it cannot be loaded, is not complete, names files that are not its own, or has no split to train on.
     """
     if dataset_name.startswith((".", "/", "~")) and not Path(dataset_name).exists():
         raise UserError(f"{dataset_name} is not a folder, and no name of a dataset on the Hub: check the path")

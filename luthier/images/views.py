@@ -57,6 +57,9 @@ class EvaluationView:
 
     Attributes:
         size: (height, width) of the view, in pixels.
+
+    Raises:
+        UserError: see `view_size`.
     """
 
     def __init__(self, image_processor: BaseImageProcessor):
@@ -182,6 +185,9 @@ def training_transform(
             time; `trivial`, flip_crop and one random operation of TrivialAugmentWide (Müller and Hutter 2021);
             `augmix`, AugMix (Hendrycks et al. 2020) on the evaluation view, as in the original experiment.
         size: (height, width) of the random crops in pixels, if not the view's own.
+
+    Raises:
+        ValueError: there is no such augmentation.
     """
     if augmentation not in AUGMENTATIONS:
         raise ValueError(f"unknown augmentation {augmentation!r}")

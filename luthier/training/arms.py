@@ -125,7 +125,11 @@ class Arm(NamedTuple):
         return Origin(self.workshop.data, self.batch, order, settings, recipe, processes, own_batch)
 
     def trainer(self) -> SafeTrainer:
-        """Return a Trainer with a copy of the model, at the arm's start."""
+        """Return a Trainer with a copy of the model, at the arm's start.
+
+        Raises:
+            UserError: see `build_trainer`.
+        """
         model = self.workshop.copy(self.start)
         freeze(model, self.recipe.frozen)
         shape = self.rows["train"][0]["pixel_values"].shape

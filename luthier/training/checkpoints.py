@@ -111,7 +111,11 @@ def newest(output_dir: Path) -> Path | None:
 
 
 def newest_whole(output_dir: Path) -> Path | None:
-    """Return the newest checkpoint that is as it was written; rename damaged ones, with a warning."""
+    """Return the newest checkpoint that is as it was written; rename damaged ones, with a warning.
+
+    Raises:
+        UserError: see `find_damage`.
+    """
     shutil.rmtree(output_dir / PARTIAL, ignore_errors=True)
     for checkpoint in checkpoints_by_step(output_dir).values():
         damage = find_damage(checkpoint)
@@ -128,7 +132,7 @@ def newest_shared(output_dir: Path, is_main_process: bool) -> Path | None:
     """Return the newest whole checkpoint of a directory, as the main process sees it, to all processes.
 
     Raises:
-        UserError: it is not on this machine.
+        UserError: it is not on this machine, or see `find_damage`.
     """
     checkpoint = from_main_process(newest_whole(output_dir) if is_main_process else None)
     if checkpoint and not _is_there(checkpoint):
@@ -157,10 +161,13 @@ def write_origin(checkpoint: Path, origin: Origin) -> None:
 
 
 def check_origin(checkpoint: Path, origin: Origin) -> None:
-    """Check that a checkpoint is of the same data. Otherwise its weights may have learned from images of other splits.
+    """Check that a checkpoint is of the same data and the same training.
+
+    With other splits its weights may have learned from images that are tested now.
 
     Raises:
-        UserError: images, classes, splits, the order, the batch or the settings are others now, or not known.
+        UserError: images, classes, splits, the order, the batch, the processes of a stream, the recipe or the settings
+            are others now, or not known.
     """
     record = checkpoint / ORIGIN
     if not record.exists():

@@ -59,7 +59,7 @@ def load_features(
         space: where the features are written, float32 [N, D]; None takes new space. Other processes have none.
 
     Raises:
-        UserError: the features are not finite.
+        UserError: the features are not finite, or memory does not suffice.
     """
     model, (rows, key, digests) = model_of(trainer), images
     versions = library_versions("torch", "timm")
@@ -217,7 +217,7 @@ def compute_features(trainer: Trainer, backbone: PreTrainedModel, rows: Any) -> 
 
 
 def run_backbone(trainer: Trainer, backbone: PreTrainedModel, rows: Any) -> torch.Tensor:
-    """Return what a backbone makes of every row, float32 [N, D], on every process, whatever it is."""
+    """Return what a backbone makes of every row, float32 [N, D], on every process, finite or not."""
     model = model_of(trainer)
     trainer.model = trainer.model_wrapped = backbone
     try:

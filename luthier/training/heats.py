@@ -109,7 +109,7 @@ class EndInTime(TrainerCallback):
     """Ends a training without heats before the epoch that would end too late.
 
     Args:
-        ends_in_time: tells whether something that takes so many seconds would.
+        ends_in_time: tells whether something that takes so many seconds from now on would end in time.
     """
 
     def __init__(self, ends_in_time: Callable[[float], bool]):

@@ -130,7 +130,10 @@ def training_size(model: PreTrainedModel, size: tuple[int, int]) -> tuple[int, i
 
 
 def divide_logits(model: PreTrainedModel, temperature: float) -> None:
-    """Divide all logits of a model by a temperature, in the weights of its linear head; 1 changes nothing."""
+    """Divide all logits of a model by a temperature, in the weights and the bias of its linear head.
+
+    A temperature of 1 changes nothing. A model whose head is not one linear layer stays as it is.
+    """
     head = _linear_head(model)
     if temperature != 1 and head is not None:
         with torch.no_grad():

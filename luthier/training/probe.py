@@ -18,7 +18,8 @@ STRENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
 # well that they teach the layers below nothing (docs/experiments.md).
 SOFT = 3.0
 
-MAX_LEARNED, MAX_CELLS = 100_000, 20_000_000  # images, and images times classes, that a cross-fitted probe learns from
+# Images, and images times classes, that a cross-fitted probe learns from; so many logits, at most, are held at a time.
+MAX_LEARNED, MAX_CELLS = 100_000, 20_000_000
 MAX_WEIGHTS = 2_000_000  # of probes that are fitted at once: L-BFGS holds twenty times as much
 
 # From MANY images on the penalty is first chosen with one image in SAMPLED (docs/experiments.md).
@@ -33,8 +34,8 @@ class LinearProbe(NamedTuple):
     Attributes:
         weight: float32 [C, D], for features as the backbone gives them.
         bias: float32 [C].
-        strength: the L2 penalty that was best on validation.
-        loss: mean cross-entropy on validation.
+        strength: the L2 penalty that it was fitted with, see `fit_path`.
+        loss: mean cross-entropy on validation, in nats; NaN where it was not measured.
     """
 
     weight: torch.Tensor

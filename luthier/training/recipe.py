@@ -173,7 +173,10 @@ def choose_recipes(
 
 
 def blend(start: dict[str, torch.Tensor], end: dict[str, torch.Tensor], share: float) -> dict[str, torch.Tensor]:
-    """Return the state that lies this share of the way from one state of a model to another, on that one's device."""
+    """Return the state of a model at this share of the way from `start` (0) to `end` (1).
+
+    It is on the device of `end`; for a share of 0 it is `start` itself, where that is.
+    """
     if share in (0, 1):  # not by arithmetic, which would carry a diverged end's NaN back to the start
         return start if share == 0 else end
     return {
