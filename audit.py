@@ -101,7 +101,12 @@ def build_parser() -> "Parser":
 
 
 def ask_probe(splits: "DatasetDict", arguments: "Arguments") -> dict:
-    """Return what a linear probe finds, and `inflation`, see `baselines.ProbeResults`."""
+    """Return what a linear probe finds, and `inflation`, see `baselines.ProbeResults`; nothing of an untrained model.
+
+    Raises:
+        ModelError: the model cannot be built.
+        UserError: its image processor is of no use, images have changed, or the features are not finite.
+    """
     from dataclasses import replace
     from functools import partial
 

@@ -49,7 +49,7 @@ class Experiment(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One run: its experiment, its seed or fold, its folder, train.py's arguments, and `with_time_limit`."""
+    """One run: experiment, seed or fold, folder, train.py's arguments, settings as `with_time_limit` tells them."""
 
     experiment: str
     part: str
@@ -202,7 +202,8 @@ def build_runs(experiments: list[Experiment], args: argparse.Namespace, rest: li
     """Return the runs, experiment by experiment within each seed or fold; every line is checked before any runs.
 
     Raises:
-        UserError: train.py does not accept a line, or two experiments have the same settings, or other data.
+        UserError: train.py does not accept a line, or two experiments have the same settings, or do not have the same
+            data and splits.
     """
     from luthier.arguments import parse_arguments
 
@@ -258,7 +259,7 @@ def is_finished(run: Run) -> bool:
     """Return whether a run has ended before.
 
     Raises:
-        UserError: its folder holds a run with other settings, finished or not.
+        UserError: its folder holds a run with other settings, finished or not, or its metrics.json is damaged.
     """
     settings = None
     finished = has_ended(run.folder)

@@ -122,7 +122,11 @@ def check_destinations(args: argparse.Namespace) -> None:
 
 
 def publish_page(args: argparse.Namespace, model: Path) -> None:
-    """Write the page of an exported model, and publish it, each if asked for."""
+    """Write the page of an exported model, and publish it, each if asked for.
+
+    Raises:
+        UserError: see `web_page.write_page` and `web_page.push_page`.
+    """
     from luthier.serving.web_page import push_page, write_page
 
     name = Path(args.model).resolve().name

@@ -200,7 +200,11 @@ def _images_in(folder: str) -> Iterator[tuple[str, str | None]]:
 
 @contextmanager
 def open_output(path: Path | None) -> Iterator[TextIO]:
-    """Give the file to write to, or the standard output, whose reader may close it at any time."""
+    """Give the file to write to, or the standard output, whose reader may close it at any time.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     try:
         if path:
             try:

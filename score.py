@@ -71,7 +71,12 @@ def build_parser() -> "Parser":
 
 
 def score_model(arguments: "Arguments", stopwatch: Stopwatch) -> None:
-    """Load the images and the model, predict, and write the results."""
+    """Load the images and the model, predict, and write the results.
+
+    Raises:
+        ModelError: the model cannot be loaded, or its files are damaged.
+        UserError: the images cannot be loaded, are not of the model's classes, or all show none of them.
+    """
     from data import evaluation_rows, load_labelled, prepare
     from luthier.familiarity import class_shares_of, load_familiarity, none_of, threshold_of
     from luthier.images.description import describe

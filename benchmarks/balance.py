@@ -82,7 +82,7 @@ def load(folder: Path) -> tuple[DatasetDict, dict[str, torch.Tensor]]:
 
 
 def draw_rows(labels: np.ndarray, ratio: int, seed: int) -> np.ndarray:
-    """Return rows of a long-tailed draw: each class has the same share less than the one before (Cui et al. 2019)."""
+    """Return rows of a long-tailed draw: their number falls by one factor from class to class (Cui et al. 2019)."""
     generator, sizes = np.random.default_rng(seed), np.bincount(labels)
     falling = sizes.min() * ratio ** -np.linspace(0, 1, len(sizes))
     chosen = [

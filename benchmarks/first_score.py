@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def measure(checkout: Path, folder: Path, whole: bool) -> float:
-    """Return how long a run takes until its line that begins with `probe`, or the `whole` of it."""
+    """Return the seconds to a run's line that begins with `probe`; of a `whole` run with `saved`. End it there."""
     end = "saved" if whole else "probe"
     with tempfile.TemporaryDirectory() as temporary:
         options = ["--data_dir", str(folder), "--output_dir", f"{temporary}/run"]

@@ -8,7 +8,7 @@ Then it measures, with random weights: the Trainer's loop beside a bare one, tra
 network on ready batches, what `--torch_compile` and BatchNorm in the convolutions change, and whether random crops are
 faster on the GPU than in data workers. `--cpu` tries its logic on a machine without a GPU, on less.
 
-It prints one table, and exits with 1 where something falls short. On a slow host ten minutes may not do for its end.
+It prints one table, and exits with 1 where something falls short. On a slow host the last checks may be missing.
 """
 
 import argparse
@@ -144,7 +144,13 @@ def watch(found: list[str]) -> Iterator[None]:
 
 
 def train(folder: Path, *options: str, kill: bool = False, launch: bool = False) -> Run | None:
-    """Run train.py to the end, or kill it when it has written a checkpoint; `launch` does it by accelerate."""
+    """Run train.py to the end, or kill it when it has written a checkpoint; `launch` does it by accelerate.
+
+    Returns None where it was killed.
+
+    Raises:
+        RuntimeError: it fails, or ends before it can be killed.
+    """
     command = [*(LAUNCH if launch else [sys.executable]), str(PROJECT / "train.py")]
     command += ["--output_dir", str(folder), "--disable_tqdm", "1", *options]
     begin, use, log = time.perf_counter(), [""], folder.with_suffix(".log")

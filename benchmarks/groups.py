@@ -4,7 +4,7 @@
     python -m benchmarks.groups path/to/suite/cells --group_by '([12])_'
 
 Without --group_by bursts are made: a few photographs of each class, each seen in several frames (random crops of at
-least 40%, another brightness), as a camera takes them. `IMG_0007_2.jpg` is the second frame of the seventh burst.
+least 40%, another brightness), as a camera takes them. `IMG_0007_2.jpg` is the third frame of the seventh burst.
 """
 
 import argparse

@@ -10,8 +10,8 @@ transformers, loads the model and runs it once on zeros.
 
 Folder: images per second of predict.py's loop over FOLDER (or drawn JPEGs of 320 x 240), with torch, and with ONNX
 Runtime and OpenVINO in float32 and in 8 bits. They are compared with the model as it is loaded, in the same batches of
-ready tensors, in torch's default and in the channels_last memory format, and with BatchNorm fused, as train.py
-evaluates; with ONNX Runtime and OpenVINO on ready pixels; and with `pipeline` over the same files. All run in turns,
+ready tensors, in torch's default and in the channels_last memory format, and with BatchNorm fused, as predict.py
+runs it; with ONNX Runtime and OpenVINO on ready pixels; and with `pipeline` over the same files. All run in turns,
 each in a process of its own.
 """
 

@@ -4,7 +4,7 @@
     python -m benchmarks.screen path/to/instruments --seeds 3 --only default mixup "label smoothing"
 
 It does not use Luthier's test images. It joins the training and validation images and cuts them again, 60 to 40,
-because the tenth that a run has for validation decides little. The training loop is a short one of its own; data,
+because the few images that a run has for validation decide little. The training loop is a short one of its own; data,
 transforms, probe, layers and learning rates are Luthier's, the size of the crops and the batch those before the race.
 """
 
@@ -186,7 +186,11 @@ def screen_augmented_views(start: Start, n: int) -> str:
 
 
 def fine_tune(start: Start, variant: Variant, seed: int) -> tuple[tuple[float, float], ...]:
-    """Train from the probe; return the scores trained, halfway and trained with flips averaged, and the seconds."""
+    """Train from the start of the variant's recipe; return three scores and the seconds.
+
+    The scores, each (loss, accuracy), are those of the trained weights, of their mean with those at the start, and of
+    the trained weights with the logits of both flips averaged.
+    """
     torch.manual_seed(seed)
     model, recipe = start.build(), RECIPES[variant.recipe]
     first_state = start.states[recipe.start]

@@ -140,12 +140,17 @@ def note_export(folder: Path, file: str, parity: Mapping) -> None:
     """Note in `EXPORTS` and in the model card of a folder how an exported file compares with the model.
 
     A run that has not ended has no card, and gets none.
+
+    Args:
+        folder: of the model.
+        file: its name, one of `ONNX_FILES`.
+        parity: the values of `parity.Parity`, and `images` and `weights`: on which and with which it was compared.
     """
     noted = read_exports(folder) | {file: dict(parity)}
     with atomic_write(folder / EXPORTS) as whole:
         whole.write_text(json.dumps(noted, indent=2) + "\n", encoding="utf-8")
     if not has_ended(folder):
         return
-    # Of no run of this version, or edited by hand.
+    # metrics.json may be missing, of another version, or edited by hand: then the card stays as it is.
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError, TemplateError):
         write_model_card(folder, json.loads((folder / METRICS).read_text(encoding="utf-8")))

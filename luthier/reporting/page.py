@@ -30,7 +30,7 @@ from luthier.terminal import fraction, percent, plural
 
 THUMBNAIL = 160  # pixels: longer side of the images in a page
 MAX_SHOWN = 12  # wrong predictions, and correct ones
-MAX_PAIRS, MAX_OF_PAIR = 10, 6  # classes that are confused, and images of each
+MAX_PAIRS, MAX_OF_PAIR = 10, 6  # pairs of classes that are confused, and images of each pair
 
 
 def write_report(output_dir: Path, metrics: dict, findings: dict, test: TestPredictions) -> None:

@@ -103,8 +103,8 @@ def collect_metrics(
         data: of `description.describe`.
         recipe: of `console.describe_setup` and `console.describe_recipe`.
         findings: of `audit.audit_images`.
-        record: `command` and `settings`, the digest of all of them; of training also what replaces `NOT_TRAINED`, and
-            the random seeds.
+        record: `command`, the command line, and `settings`, the digest of the options; of training also what replaces
+            `NOT_TRAINED`, and the random seeds.
         probe: the scores of the linear probe, which is compared with; None where the model has none.
     """
     shares = test.class_shares
@@ -183,8 +183,9 @@ def write_results(
 def save_models(output_dir: Path, experiment: Experiment, result: Result, refitted: Refitted | None) -> None:
     """Save the shipped model, and the scored one beside it where that is another.
 
-    Beside each is `LEARNED_FROM`, which names the images that it has learned from, or without folds was chosen by.
-    What an earlier part of the run has made of other weights is removed.
+    Beside each is `LEARNED_FROM`, which names the images that it has learned from. For the scored model it also names
+    those of validation; after cross-validation only those that the data brings. What an earlier part of the run has
+    made of other weights is removed.
 
     Args:
         output_dir: of the run; the scored model goes to `SCORED` in it.

@@ -36,9 +36,10 @@ KINDS = (
 def audit_images(splits: DatasetDict, unreadable: list[UnreadableImage]) -> dict:
     """Return what is wrong with the images of a dataset, as `data.load_images` returns it, or cut into splits.
 
-    Each kind of `KINDS` is a list of findings; of duplicates a list of lists of images that belong together. An image
-    is a dict of `split`, `row` (None if it was left out), `name`, `label`, and `why`. `between_splits` and
-    `between_classes` repeat those duplicates that distort a score. `groups_between_splits` has an image of each split
+    Each kind of `KINDS` is a list of findings. A finding is an image; of duplicates and groups it is a list of images
+    that belong together. An image is a dict of `split`, `row` (None if it was left out), `name` and `label`; with
+    `why`, what is wrong with it, where it is alone. `between_splits` and `between_classes` repeat those duplicates
+    that distort a score. `groups_between_splits` has an image of each split
     for each given group that is in several splits of the data's own. `suspect_labels` and `checked_by` are None until
     the function `suspect_labels` has told them. `images` is how many there are, `classes` how many of each class.
     `grouping` is what `groups.propose_grouping` proposes where no groups are given. `leaks` is how many images of test

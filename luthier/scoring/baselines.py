@@ -28,7 +28,8 @@ from luthier.training.recipe import Recipe
 from luthier.training.trainer import model_of
 from models import linear_head
 
-FOLDS = 4  # of the yardstick: as many images as the probe learns from where validation is a quarter
+# Of the yardstick: its probes learn from three quarters of the images, as the run's do where validation is a quarter.
+FOLDS = 4
 BY_CHANCE = 2  # standard errors by which a random validation split may be harder or easier than train
 
 
@@ -165,7 +166,7 @@ def _differs(yardstick: Yardstick, n_train: int, groups: np.ndarray | None) -> b
         n_train: images of train.
         groups: of the validation images, see `Judge`.
     """
-    ahead = float(yardstick.losses.mean()) - yardstick.mean  # of both together: of train it is more
+    ahead = float(yardstick.losses.mean()) - yardstick.mean  # the mean of both: validation is further from train alone
     share = n_train / (n_train + len(yardstick.losses))
     return abs(ahead) > BY_CHANCE * math.sqrt(share) * standard_error(yardstick.losses, groups)
 
@@ -188,7 +189,7 @@ def build_yardstick(pool: Pool, n_train: int, strength: float, criterion: Criter
         cross_entropies[part.rows] = criterion.log_losses(adjusted, own)
         is_learned[part.rows] = part.learned[own]
     losses = criterion.weigh(predictions, cross_entropies, labels, len(names))  # of all together, and not of each part
-    # How hard an image is tells no probe that has not learned its class, as one whose images are all in one fold.
+    # A probe that has not learned an image's class, as where it is all in one fold, cannot tell how hard the image is.
     losses[~is_learned] = losses[is_learned].mean() if is_learned.any() else 0.0
     return Yardstick(losses[n_train:], float(losses.mean()))
 
@@ -211,13 +212,14 @@ def majority_baseline(data: Mapping, test: TestPredictions) -> dict:
 def score_linear_probe(
     probe: LinearProbe, features: Mapping[str, torch.Tensor], splits: DatasetDict, criterion: Criterion
 ) -> tuple[dict, np.ndarray | None]:
-    """Return the probe's scores on validation and test, with its strength, and its logits on test.
+    """Return the probe's scores on validation and test, with its strength, and its logits on test, float [N, C].
 
-    They are calibrated on validation as those of every model are. A split without features is left out.
+    The logits are adjusted, and calibrated on validation, as those of every model are. Test may have no features: then
+    it has no scores, and the logits are None.
 
     Args:
         probe: fitted on train.
-        features: float32 [N, D] by split.
+        features: float32 [N, D], of validation, and of test if there are any.
         splits: as loaded.
         criterion: tells the probe's answers.
     """

@@ -34,7 +34,7 @@ class Verdict(NamedTuple):
 
     Attributes:
         a, b: their names.
-        for_a, for_b: test images that a, or b, predicts correctly in more of its runs.
+        for_a, for_b: test images that a predicts correctly in more of its runs than b does, and the reverse.
         n: test images.
         p: of `vote_p_value`, adjusted for all pairs by Holm (1979).
         groups: how many the test images are in; None where each stands alone.

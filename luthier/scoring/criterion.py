@@ -208,8 +208,8 @@ def build_judge(
         stream: what train is a sample of; None where it is all of train.
 
     Raises:
-        UserError: there is no such class, or all images of a split are of it; or the head is not one linear layer,
-            whose bias could be changed.
+        UserError: there is no such class, or all images of a split are of it; or `option` is `logit_adjusted` or
+            `weighted`, and the head is not one linear layer, whose bias it could change.
     """
     train, balance = splits["train"], None
     linear = linear_head(model) is not None

@@ -77,8 +77,9 @@ def learn_familiarity(
     known: Mapping[str, torch.Tensor] | None,
     none: int | None,
 ) -> Familiarity | None:
-    """Return what is familiar to the model that is kept; None where its head is not one linear layer, or it diverged.
+    """Return what is familiar to the model that is kept; None on all but the main process.
 
+    None, too, where its head is not one linear layer, it has diverged, or it is right about no validation image.
     The scale and the threshold are those of validation, where at most one in twenty correct answers is withheld.
 
     Args:
@@ -147,12 +148,14 @@ def pool_familiarity(
 ) -> tuple[np.ndarray | None, Familiarity | None]:
     """Return the sureness of all folds' answers at one temperature, and the leader's familiarity with their scale.
 
+    The sureness is float [N]. Both are None where a fold has no familiarity, or no answer is right.
+
     Args:
         own: of each fold, at its own temperature.
         leader: of the fold whose model is shipped.
         logits: of all images [N, C], at the temperature of the shipped model.
         known: bool [N], whether an image shows one of the classes; the scale is of these.
-        correct: bool [N], of images of known classes.
+        correct: bool [N], whether an answer is right; it never is for an image of none of the classes.
     """
     near = [(each.sureness, each.familiarity) for each in own if each.sureness is not None and each.familiarity]
     if len(near) < len(own) or leader is None or not correct.any():
@@ -169,7 +172,7 @@ def pool_familiarity(
 
 
 def choose_bank(labels: list[int], digests: list[str], none: int | None = None) -> np.ndarray:
-    """Return the rows [R] of training images that others are compared with: the same number of each class."""
+    """Return the rows [R] of training images that others are compared with: as many of each class, if it has them."""
     order, truth = draw_order(digests, seed=1), np.array(labels)
     most = max(PER_CLASS, BANK // (truth.max() + 1))
     # Class by class, and copies of an image last, or the third nearest of them would be the nearest again.

@@ -17,7 +17,7 @@ from luthier.scoring.metrics import TestPredictions, choose_threshold, confidenc
 from luthier.training.features import join
 from luthier.training.layers import divide_logits
 
-# Splits of images that no fold tests: what the data brings, and classes whose images are one or belong together.
+# Splits of images that no fold tests: validation that the data brings; classes of one image, or of one group.
 UNTESTED = {"validation": "validation", "train": "untested"}
 
 
@@ -78,7 +78,11 @@ def pool_folds(folds: Iterable[tuple[Experiment, Result]]) -> tuple[Experiment, 
 
 
 def _of_same_images(folds: Iterable[tuple[Experiment, Result]]) -> list[tuple[Experiment, Result]]:
-    """Return the parts of `pool_folds`, one after the other, while they are all of the same images."""
+    """Train the folds of `pool_folds` one after the other; return them, without the weights that trainings began from.
+
+    Raises:
+        UserError: the images are not the same in all folds.
+    """
     parts: list[tuple[Experiment, Result]] = []
     for experiment, result in folds:
         if parts and _images_of(experiment) != _images_of(parts[0][0]):

@@ -50,7 +50,7 @@ def interval_of_share(correct: np.ndarray, groups: np.ndarray | None = None) -> 
     if count == 1:
         return wilson_interval(share, 1)
     sizes = np.bincount(index)
-    # The jackknife: without a group each. A large group pulls the share to itself, so that its own deviation is small.
+    # The jackknife leaves out one group at a time: a large one pulls the share to itself, so that it deviates little.
     without = (correct.sum() - np.bincount(index, weights=correct)) / (n - sizes)
     variance = (count - 1) / count * float(((without - share) ** 2).sum())
     effective = float(np.clip(share * (1 - share) / variance, 1, n)) if variance > TINY else count

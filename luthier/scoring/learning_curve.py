@@ -50,7 +50,7 @@ def learning_curve(pool: Pool, strength: float, target: int) -> dict:
     at_once = rows_at_once(features.device)
     for seed in range(repeats):
         folds = stratified_folds(labels, groups, FOLDS, seed)
-        ranks = np.ones((len(labels), FOLDS))  # of the images that a fold's probes may learn from below 1
+        ranks = np.ones((len(labels), FOLDS))  # below 1 for the images that a fold's probes may learn from
         for fold in range(FOLDS):
             ranks[folds != fold, fold] = _ranks_in_class(labels[folds != fold], groups[folds != fold], seed)
         for index, fraction in enumerate(FRACTIONS):

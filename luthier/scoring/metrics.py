@@ -149,14 +149,16 @@ def score(
             likeliest if all were equally frequent; see `balance.Balance`. Log loss and calibration error are of the
             probabilities that take the shares into account.
         none: the class of images that show none of the others. All scores are of the other images, of which there must
-            be some, and where it is never right; only `per_class` and `confusion_matrix` are of all images.
+            be some; to take one of them for this class is an error. Only `per_class` and `confusion_matrix` are of all
+            images.
 
     Returns `accuracy`, and `top_5_accuracy` where there are more than 5 classes; `balanced_accuracy` (the mean recall
     of the classes that occur) and `macro_f1` (over the classes that occur or are predicted); the 95% interval of each
     as `..._ci95`; `log_loss` (mean cross-entropy in nats), `ece` and `ece_by_chance` (see `calibration_scores`), `n`,
     `groups` (how many, where there are any), `per_class` by class name (with `recall_ci95` where there are images),
     `confusion_matrix` (by true class; None above `MAX_CONFUSED` classes), and `none` where there are images of that
-    class: how many, which share of them is taken for it, and of the others.
+    class: `n`, how many; `refused` and `known_refused`, which shares of them and of the others are taken for it, and
+    the intervals of both.
     """
     known, predictions = references != none, logits.argmax(axis=-1)
     if known.all():
@@ -293,10 +295,15 @@ def _bin(confidence: np.ndarray) -> np.ndarray:
 def choose_threshold(sureness: np.ndarray, correct: np.ndarray) -> float:
     """Return the sureness below which a model should say "unsure", from that of validation images [N].
 
-    The highest one that loses no more than `MAX_CORRECT_WITHHELD` of the correct answers on other images like these,
-    on average, or the lowest where fewer than 19 correct answers choose it: another value is below the k-th of n
-    sorted ones with a probability of k / (n + 1). Detectors of unfamiliar inputs are compared in the same way (at 95%
-    true positives, Hendrycks and Gimpel 2017). No unfamiliar images are available to choose it with.
+    It is the highest one that loses no more than `MAX_CORRECT_WITHHELD` of the correct answers on other images like
+    these, on average: another value is below the k-th of n sorted ones with a probability of k / (n + 1). It is the
+    lowest sureness of a correct answer where there are fewer than 19 of them, and 0 where there are none. Detectors of
+    unfamiliar inputs are compared in the same way (at 95% true positives, Hendrycks and Gimpel 2017). No unfamiliar
+    images are available to choose it with.
+
+    Args:
+        sureness: float [N].
+        correct: bool [N], whether the answer to each image is right.
     """
     kept = np.sort(sureness[correct])
     below = max(1, int(MAX_CORRECT_WITHHELD * (len(kept) + 1)))
@@ -304,12 +311,17 @@ def choose_threshold(sureness: np.ndarray, correct: np.ndarray) -> float:
 
 
 def selective(sureness: np.ndarray, correct: np.ndarray, threshold: float, groups: np.ndarray | None = None) -> dict:
-    """Return what a model does that answers from a sureness [N] on, where `correct` [N] tells which answers are right.
+    """Return how a model does that answers only where it is sure enough.
 
-    `threshold` itself; `answered`, the share of images at or above it; `accuracy` of those and its interval
-    `accuracy_ci95`, None if there are none; `errors_withheld`, the share of the wrong answers that are below it; and
-    `curve`, coverage and accuracy at a hundred thresholds at most (El-Yaniv and Wiener 2010). Images of one group, int
-    [N], belong together in the interval.
+    Args:
+        sureness: float [N].
+        correct: bool [N], whether the answer to each image is right.
+        threshold: the least sureness of an answer.
+        groups: int [N], the same for images that belong together; None where each stands alone.
+
+    Returns `threshold` itself; `answered`, the share of images at or above it; `accuracy` of those and its interval
+    `accuracy_ci95`, None if there are none; `errors_withheld`, the share of the wrong answers that are below it, None
+    if all are right; and `curve`, coverage and accuracy at a hundred thresholds at most (El-Yaniv and Wiener 2010).
     """
     answered = sureness >= threshold
     own = None if groups is None else groups[answered]
@@ -342,8 +354,9 @@ def fit_temperature(
 ) -> float:
     """Return the temperature by which logits [N, C] must be divided for the lowest log loss (Guo et al. 2017).
 
-    With the shares of the classes it is that of the logits which lack them, see `score`: a model that knows nothing
-    then says how frequent each class is.
+    It is from 0.05 to 20; 1 where a logit is not a finite number. With `class_shares` the logits are those of
+    `Criterion.adjust`, and the logarithms of the shares are added after the division: so a model that knows nothing
+    says how frequent each class is.
 
     One imaginary image with equal shares of every class is added, as Platt (1999) does. Where all predictions are
     correct the lowest loss would otherwise be at temperature 0, and every answer would be certain.

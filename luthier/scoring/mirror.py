@@ -23,8 +23,8 @@ from luthier.training.trainer import model_of
 from models import linear_head
 
 IMAGES, PER_CLASS = 200, 8  # of train that are looked at, at most; and of a class, where there are many classes
-# How many times the loss mirror images must have, or what share of what the probes know they must lose, which few
-# images of many classes reach earlier; and standard errors of the difference.
+# When mirror images are worse: their loss is at least TIMES that of the images, or they lose the share LOST of what
+# the probes know, which is less with few images of many classes; and the difference is above WORSE standard errors.
 TIMES, LOST, WORSE = 2.0, 0.6, 2.5
 
 

@@ -1,11 +1,11 @@
 """Which way of fine-tuning suits the images: arms run in heats, and go on as long as it pays.
 
-The probe comes first and is free of noise from training. Then every arm runs two heats; one that starts from the
-probe itself runs its second one only if it still leads after those of the others. From there on, arms are compared by
-where a power law through their last two heats leads at the end of the longest training, and not by where they stand.
-The arm that promises most runs its next heat; its last one only if it is not behind by then. If it breaks
-its promise, another one may promise more. The race ends when no arm leads beyond the probe and the best weights so
-far, or when one has run its last heat.
+The probe comes first and is free of noise from training. Then every arm runs two heats, unless all are far behind the
+probe after one. An arm that starts from the probe itself runs its second heat only if it still leads after those of
+the others. From there on, arms are compared by the loss that a power law through their last two heats predicts for
+the end of their last one. The arm that promises most runs its next heat; its last one only if it is not behind by
+then. If it breaks its promise, another one may promise more. The race ends when no arm promises less than the probe
+and clearly less than the best weights so far, when one has run its last heat, or when the time is up.
 """
 
 import math
@@ -29,11 +29,11 @@ from luthier.training.recipe import BATCH, PROBE, Recipe
 from luthier.training.safe_trainer import SafeTrainer
 from luthier.training.trainer import model_of, train
 
-FAR = 3.0  # times the probe's loss that the arms may have after the first heat, and go on
-MIN_GAIN, LEAST_GAIN = 0.05, 0.005  # that the rest of an arm must promise: a share of the best loss, and in nats
+FAR = 3.0  # times the probe's loss: where no arm has less after its first heat, the race ends
+MIN_GAIN, LEAST_GAIN = 0.05, 0.005  # that the rest of an arm must promise: a share of the best loss, or this if more
 LAST_GAIN = 0.1  # that its last heat must promise, which is half of all training; a share of the best loss
 
-LONG = 90  # seconds of a race of which it is said how long it may take
+LONG = 90  # seconds; of a race that may take longer it is said how long
 WORK = 3  # of training on an image, in predictions of one: forward, and backward to activations and weights
 TINY = 1e-9  # a loss that is as good as none
 

@@ -98,9 +98,10 @@ class Record(NamedTuple):
 
 
 def read_record(course: Course, arms: Sequence[Arm], named: Path | None = None) -> Record:
-    """Return what an earlier part of a race has noted, on every process what the main one finds.
+    """Return what an earlier part of a race has noted: on every process, what the main one has read.
 
-    A race that the time limit ended goes on where there is more time now.
+    A record that is damaged, or of other arms, counts as none. A race that the time limit ended goes on where there is
+    more time now.
 
     Args:
         course: of the race.

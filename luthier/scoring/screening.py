@@ -80,18 +80,18 @@ def choose_view(
 
     The model's own crop gives way to the whole image, and its own side to a smaller one, only where the loss is then
     lower by more than a standard error. Smaller sides are tried for tiny images: their own size, twice that, and
-    so on.
+    so on. The list is empty where nothing is tried.
 
     Args:
         model: the config of a timm model is changed with the view.
         image_processor: of the model.
         sample: a few images.
-        enabled: False, or a model without a linear head, leaves the model's own view.
+        enabled: False, a model without a linear head, or a view that is no square leaves the model's own view.
         any_side: False leaves the model's own side.
 
     Raises:
         ModelError: see `models.check_view`.
-        UserError: see `view_size`.
+        UserError: see `view_size`; or the features are not finite.
     """
     side, wide = view_size(image_processor)
     check_view(model, (side, wide), advice="Use another model")

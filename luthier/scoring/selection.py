@@ -26,9 +26,9 @@ from luthier.training.recipe import PROBE, blend
 from luthier.training.safe_trainer import SafeTrainer
 from luthier.training.trainer import model_of, predict, predict_best
 
-# How many standard errors of the paired difference the probe must be ahead of fine-tuned weights on validation. The
-# best of 90 validation images is off by a quarter of the loss, and on most kinds of images fine-tuning ends ahead: so
-# a draw goes to it. See docs/experiments.md.
+# How many standard errors of the paired difference the probe must be ahead of fine-tuned weights on validation. With
+# 90 images this error is a quarter of the loss, and on most kinds of images fine-tuning ends ahead: so a draw goes to
+# it. See "Which recipe goes on, and until when" in docs/experiments.md.
 LEAD = 0.5
 
 

@@ -19,8 +19,8 @@ from luthier.serving.network import Network
 
 FETCHES = 8  # addresses at a time: they wait for servers, and not for cores
 PAUSE = 0.2  # seconds without another input after which those that are there are answered
-# Of an image from a server or a visitor; of files Pillow opens up to 179 million. Cameras of 50 megapixels have a few
-# more: 8,688 x 5,792.
+# Of an image from a server or a visitor; of the user's own files Pillow opens those of up to 179 million. Cameras of
+# 50 megapixels give a little more than 50 million: 8,688 x 5,792.
 MAX_FOREIGN_PIXELS = 51_000_000
 
 
@@ -89,7 +89,7 @@ def open_network(model_name: str, backend: str | None = None) -> Network:
         backend: what runs such a file, `onnxruntime` (if None) or `openvino`.
 
     Raises:
-        ModelError, UserError: the model cannot be loaded, or is no such file and a backend is given.
+        ModelError, UserError: the model cannot be loaded, or a backend is given for one that is no such file.
     """
     # Each is imported where it is needed: ONNX Runtime starts in a fifth of the time of torch and transformers.
     if model_name.endswith(".onnx"):

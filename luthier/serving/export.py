@@ -83,6 +83,9 @@ def export_precisions(
         folder: where to write.
         precisions: `fp16`, `int8`.
         calibration: some of the images that the model has learned from, for `int8`.
+
+    Raises:
+        UserError: see `export_model`; or an image to calibrate with cannot be read.
     """
     files = {name: folder / ONNX_FILES[name] for name in ("fp32", *precisions)}
     facts = export_model(network, files["fp32"])
@@ -94,7 +97,7 @@ def export_precisions(
 
 
 def export_model(network: TorchNetwork, path: Path) -> Facts:
-    """Write a model as an ONNX file, with weights in float32.
+    """Write a model as an ONNX file, with weights in float32; return the facts that it holds as metadata.
 
     Args:
         network: whose model it is. It is taken apart: the network itself predicts no more.

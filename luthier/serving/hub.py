@@ -84,6 +84,9 @@ def check_access(repo_id: str, private: bool | None, sdk: str | None = None) -> 
 def check_login(repo_id: str) -> str:
     """Return who is logged in to the Hub.
 
+    Args:
+        repo_id: the repository that is to be written, for the message of an error.
+
     Raises:
         UserError: nobody is, or there is no network.
     """
@@ -91,14 +94,26 @@ def check_login(repo_id: str) -> str:
 
 
 def publish_staged(staging: Path, repo_id: str) -> str:
-    """Upload what `stage` has put into a folder; return the address of the repository's page."""
+    """Upload what `stage` has put into a folder; return the address of the repository's page.
+
+    Raises:
+        UserError: see `with_retries`.
+    """
     return upload(staging, repo_id, "model", "Fine-tuned with Luthier", PUBLISHED)
 
 
 def upload(staging: Path, repo_id: str, repo_type: str, message: str, ours: tuple[str, ...] = ()) -> str:
     """List the files of a folder and upload them in one commit; return the address of the repository's page.
 
-    Files in the repository that match `ours` and are no longer in the folder are deleted.
+    Args:
+        staging: the folder.
+        repo_id: `owner/name`.
+        repo_type: `model` or `space`.
+        message: of the commit.
+        ours: patterns; files in the repository that match one and are no longer in the folder are deleted.
+
+    Raises:
+        UserError: see `with_retries`.
     """
     api = HfApi()
     say("push", f"to {repo_id}:")
@@ -118,7 +133,7 @@ def stage(output_dir: Path, repo_id: str, staging: Path) -> None:
     """Copy what is published of a run into an empty folder, with its model card.
 
     Raises:
-        UserError: the folder holds no finished run.
+        UserError: the folder holds no finished run of train.py, or a file of it is damaged.
     """
     if not (output_dir / METRICS).is_file():
         found = "holds no finished run" if output_dir.is_dir() else "is no folder"
@@ -152,6 +167,10 @@ def stage(output_dir: Path, repo_id: str, staging: Path) -> None:
 
 def with_retries(call: Callable[[], T], repo_id: str) -> T:
     """Return what a call of the Hub returns; retry while the cause may pass.
+
+    Args:
+        call: asks the Hub.
+        repo_id: what it is about, for the message of an error.
 
     Raises:
         UserError: it failed for good; the message says why, and the remedy.

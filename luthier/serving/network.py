@@ -38,7 +38,7 @@ class Network(Protocol):
         """Return what the model sees of an RGB image."""
 
     def rate(self, views: list[Any]) -> Rated:
-        """Return what the model says of several views; for one thread at a time or many."""
+        """Return what the model says of several views; several threads may call it at once."""
 
     def start_worker(self) -> None:
         """Prepare a thread that calls `view`."""

@@ -64,7 +64,8 @@ class OnnxNetwork:
         backend: what runs it, `onnxruntime` or `openvino`.
 
     Raises:
-        UserError: there is no such file, it is damaged, none of export.py, or the backend is not installed.
+        UserError: there is no such file, it is damaged or not of this version's export.py, or the backend is not
+            installed.
     """
 
     batch_size = 16

@@ -33,7 +33,16 @@ class Images(NamedTuple):
     groups: np.ndarray | None = None
 
     def views(self, network: Network, topic: str, most: int | None = None) -> Iterator:
-        """Yield what a network sees of each image, or of at most so many from all over, and say how far this is."""
+        """Yield what a network sees of each image, or of some from all over, and say how far this is.
+
+        Args:
+            network: whose views they are.
+            topic: of the lines that say how far it is.
+            most: how many images, at most; None is all.
+
+        Raises:
+            UserError: an image cannot be read.
+        """
         n = len(self.names)
         count = min(n, most or n)
         progress = Tenths(topic, count, "images", quiet_seconds=10)
@@ -46,7 +55,7 @@ class Images(NamedTuple):
             progress.reach(done)
 
     def rate(self, network: Network, topic: str) -> Rated:
-        """Return what a network says of all images."""
+        """Return what a network says of all images; arguments and errors as in `views`."""
         views = self.views(network, topic)
         batches = iter(lambda: list(islice(views, network.batch_size)), [])
         rated = [network.rate(batch) for batch in batches]
@@ -63,7 +72,7 @@ class Parity(NamedTuple):
         same: for how many of them the likeliest class is the same.
         not_finite: for how many the exported model's answer is no finite number, and the trained one's is.
         other_answers: how many are unsure by one and not by the other, by more than rounding.
-        largest_difference: of a probability.
+        largest_difference: of a probability; 1 where one of the two is not a number.
         labelled: their classes are known; otherwise the trained model's answers count as correct.
         accuracy: of the trained and of the exported model.
         difference_ci95: 95% interval of the exported model's accuracy less the trained one's, paired.
@@ -126,6 +135,9 @@ def compare(exported: Network, rated: Rated, images: Images, precision: str) -> 
         rated: what the trained model says of the images.
         images: that are compared.
         precision: of the exported weights.
+
+    Raises:
+        UserError: an image cannot be read.
     """
     other = images.rate(exported, precision)
     before, after = rated.probabilities.argmax(axis=1), other.probabilities.argmax(axis=1)

@@ -20,8 +20,9 @@ class TorchNetwork:
         model_name: a folder with a saved model, or a name on the Hub.
 
     Raises:
-        ModelError: the model cannot be loaded, or does not take what its image processor makes.
-        UserError: its image processor gives every image another size.
+        ModelError: the model, its config or its familiarity file cannot be loaded or is damaged, or the model does not
+            take what its image processor makes.
+        UserError: its image processor is of no use, see `views.view_size`.
     """
 
     def __init__(self, model_name: str):

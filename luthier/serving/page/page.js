@@ -5,7 +5,7 @@ import { prepare } from "./resize.js";
 const TOP = 5; // classes
 const PREVIEW_SIDE = 1000; // pixels
 const MAX_RATIO = 500; // of the sides of an image, as in luthier/images/decode.py
-const STRIP_ROWS = 256; // are read at a time: no browser has a canvas of any size
+const STRIP_ROWS = 256; // rows that are read at a time: browsers limit the size of a canvas
 const CACHES = `luthier ${new URL(".", location.href).pathname} `; // other pages of the host may have their own
 
 const find = (id) => document.getElementById(id);
@@ -130,7 +130,7 @@ async function keep(cache, config, files) {
 async function withBitmap(blob, use) {
   const head = new Uint8Array(await blob.slice(0, 26).arrayBuffer());
   if (head[0] === 0x89 && head[1] === 0x50 && head[24] === 16 && head[25] === 0) {
-    // A browser shows 12 of them as black, where predict.py makes them visible.
+    // Where only 12 of the 16 bits are used, a browser shows it as black, and predict.py makes it visible.
     throw new Error("This is a grey PNG of 16 bits, which is not classified here: save it with 8 bits.");
   }
   // As in training, colour profiles are not applied.

@@ -26,7 +26,7 @@ function cubic(x) {
  *
  * @param {Uint8Array} rgb - the image [height, width, 3].
  * @param {object} rule - `resize` of model.json: its `fit`, `to`, `size`, `filter`, `fill` and `centre`; `pillow`, the
- *     first number of the version of Pillow that is followed, if it is not below 13.
+ *     major version of Pillow that is followed; it may be missing below 13.
  */
 export function prepare(rgb, height, width, rule) {
   const [rows, columns] = resizedSize(height, width, rule);
@@ -71,7 +71,7 @@ function roundHalfEven(x) {
   return x - below === 0.5 ? below + (below % 2) : Math.round(x);
 }
 
-/** Return how the resized pixels that are in the result are made, on one axis, and how many of the border precede. */
+/** Return of one axis how the resized pixels in the result are made, and how many border pixels are before them. */
 function visible(side, resized, want, { filter, centre }) {
   if (resized < want) return { ...weigh(side, resized, 0, resized, filter), before: (want - resized) >> 1 };
   const half = (resized - want) / 2;
