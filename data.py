@@ -135,9 +135,9 @@ def list_images(
     if to_train and len(names) < 2:
         hint = hint_at_table(root) if root and not find_tables(root, labels) else ""
         raise UserError(f"all images have the one class {names[0]!r}: a classifier needs at least two{hint}")
-    alike = Counter(name.casefold() for name in names)
-    if same := [name for name in names if alike[name.casefold()] > 1]:
-        say("careful", f"classes whose names differ in capitals alone: {', '.join(map(repr, same[:MAX_NAMED]))}")
+    alike = Counter(plain := ["".join(name.casefold().split()) for name in names])
+    if same := [repr(name) for name, letters in zip(names, plain, strict=True) if alike[letters] > 1]:
+        say("careful", f"classes whose names differ in capitals or spaces alone: {', '.join(same[:MAX_NAMED])}")
     return splits, root
 
 

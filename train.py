@@ -48,12 +48,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def set_up(arguments: "Arguments", stopwatch: Stopwatch) -> "Experiment":
-    """Load the images, build the model, and prepare the images for it.
-
-    Raises:
-        UserError: the images cannot be used, or not with these options or this model.
-        ModelError: the model cannot be used.
-    """
+    """Load the images, build the model, and prepare the images for it."""
     from transformers import set_seed
 
     from data import cut_splits, load_images, prepare, sample_rows

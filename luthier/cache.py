@@ -161,8 +161,7 @@ def make_rows(
 ) -> tuple[Dataset, int]:
     """Return what a function makes of each row of a dataset, and how many rows were made by an earlier run.
 
-    What was made stays in the files that it is in. The answer has an index of its rows, unless these files hold just
-    these rows, in this order.
+    What was made stays in its files. The answer has an index, unless these hold just its rows, in their order.
 
     Args:
         dataset: N rows; those that are new are mapped 32 at a time, so that few photographs are in memory, and kept

@@ -26,18 +26,23 @@ MEANT = {
     "num_train_epochs": ("epoch", "epochs", "num_epochs", "max_epochs"),
     "learning_rate": ("lr", "lr0", "base_lr"),
     "per_device_train_batch_size": ("batch", "batch_size", "bs", "train_batch_size"),
-    "data_dir": ("data", "dataset", "data_path", "dataset_dir", "image_dir", "input", "input_dir", "train_dir"),
+    "data_dir": (
+        "data", "dataset", "data_path", "dataset_dir", "dir", "folder", "image_dir", "image_folder", "images",
+        "img_dir", "input", "input_dir", "path", "root", "source", "train", "train_dir",
+    ),
+    "balance": ("balanced", "class_weight", "class_weights", "weighted"),
+    "resume_from_checkpoint": ("checkpoint", "ckpt", "load"),
     "model_name": ("arch", "backbone", "model", "model_name_or_path"),
-    "image_size": ("imgsz", "img_size", "input_size", "resolution", "size"),
+    "image_size": ("imgsz", "img_size", "input_size", "resize", "resolution", "size"),
     "output_dir": ("name", "out", "out_dir", "output", "save_dir"),
     "weight_decay": ("wd",),
     "validation_fraction": ("val_fraction", "val_size", "val_split", "validation_split"),
     "test_fraction": ("test_size", "test_split"),
-    "folds": ("cv", "k", "k_folds", "kfold"),
+    "folds": ("cross_validation", "cv", "k", "k_folds", "kfold"),
     "augmentation": ("aug", "augment"),
     "time_limit": ("max_time", "minutes", "time", "timeout"),
     "use_cpu": ("no_cuda",),
-}
+}  # fmt: skip
 MEANT_BY = {word: option for option, words in MEANT.items() for word in words}
 NOT_NEEDED = {  # what other tools have an option for, and what Luthier does instead
     **dict.fromkeys(
@@ -47,6 +52,20 @@ NOT_NEEDED = {  # what other tools have an option for, and what Luthier does ins
     **dict.fromkeys(("amp", "half"), "--bf16 is on where the GPU supports it"),
     **dict.fromkeys(("early_stopping", "patience"), "training ends by itself when more of it no longer helps"),
     **dict.fromkeys(("freeze", "freeze_backbone"), "--recipe head or --recipe probe trains the head alone"),
+    **dict.fromkeys(
+        ("test", "test_dir", "val", "val_dir", "valid_dir", "validation_dir"),
+        "name folders in --data_dir test and validation, or Luthier splits them off",
+    ),
+    **dict.fromkeys(
+        ("split", "train_fraction", "train_size", "train_split"),
+        "train is what --test_fraction and --validation_fraction leave",
+    ),
+    **dict.fromkeys(
+        ("classes", "nc", "num_classes"), "the classes are those of the folders or of the table (--labels)"
+    ),
+    **dict.fromkeys(("image", "predict"), "predict.py predicts: python predict.py outputs/my_run IMAGE"),
+    **dict.fromkeys(("criterion", "loss"), "the loss is the cross-entropy; --metric says what chooses the weights"),
+    **dict.fromkeys(("multi_label", "multilabel"), "each image has one class"),
     "overwrite_output_dir": "nothing is overwritten; give another --output_dir, or leave it out for a free name",
 }
 DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"  # that word processors put in the place of hyphens
@@ -59,7 +78,10 @@ class Parser(HfArgumentParser):
     def error(self, message: str) -> Any:
         """Raise `message`, with each option in one spelling and what a number looks like."""
         message = re.sub(r"^argument (--\w+)/--[\w-]+:", r"argument \1:", message)
-        if found := re.search(r"invalid (int|float) value", message):
+        if found := re.search(r"Truthy value expected: got (.*) but expected", message):
+            message = f"{message[: found.start()]}{found[1]} is neither true nor false: leave it out for true"
+            message += ". A repository is given as --hub_model_id" if "--push_to_hub" in message else ""
+        elif found := re.search(r"invalid (int|float) value", message):
             number = "a whole number such as 10" if found[1] == "int" else "a number such as 10 or 0.5"
             message += f"; give {number}, without a unit"
         raise UserError(message)
@@ -114,6 +136,9 @@ def read_options(parser: HfArgumentParser, argv: list[str]) -> tuple[str | None,
     if unknown:
         raise UserError(explain_unknown(unknown[0], parser))
     given = option_names_in(line)
+    for key in ("data_dir", "dataset_name", "labels"):
+        if sum(option_names_in([token]) == {key} for token in line) > 1:
+            raise UserError(f"--{key} is given twice: give one, such as a folder that holds all classes")
     if {"data_dir", "dataset_name"} & given:
         left = [key for key in settings if key in DATA_KEYS and key not in given | {"data_dir", "dataset_name"}]
         if left:

@@ -231,7 +231,21 @@ def test_classes_that_differ_in_capitals_alone_are_named(tmp_path, capsys):
     draw_folder(tmp_path, per_class=3)
     (tmp_path / "green").rename(tmp_path / "Red")
     load_splits(data_dir=str(tmp_path))
-    assert "classes whose names differ in capitals alone: 'Red', 'red'" in capsys.readouterr().out
+    assert "classes whose names differ in capitals or spaces alone: 'Red', 'red'" in capsys.readouterr().out
+    (tmp_path / "Red").rename(tmp_path / "blue ")
+    load_splits(data_dir=str(tmp_path))
+    assert "capitals or spaces alone: 'blue', 'blue '" in capsys.readouterr().out
+
+
+def test_pages_of_a_tiff_after_the_first_are_not_lost_in_silence(tmp_path, caplog):
+    draw_folder(tmp_path, 4)
+    pages, preview = [draw("red", 90 + page) for page in range(3)], draw("red", 95, 12, 10)
+    pages[0].save(tmp_path / "red/layers.tif", save_all=True, append_images=pages[1:])
+    draw("red", 96).save(tmp_path / "red/scan.tif", save_all=True, append_images=[preview])
+    for _ in range(2):  # of a cached inspection too
+        caplog.clear()
+        load_splits(data_dir=str(tmp_path))
+        assert "1 TIFF of train with several pages, such as red/layers.tif: the first page alone" in caplog.text
 
 
 def inspected(labels: list[int], unreadable: set[int]) -> DatasetDict:

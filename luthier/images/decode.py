@@ -43,6 +43,7 @@ LEFT_BEHIND = {
     "#recycle",
 }  # fmt: skip
 CONVERT = "convert it to JPEG or PNG"
+CLOUD = ".icloud"  # older systems of Apple have .NAME.icloud in the place of a file that is in the cloud alone
 HEIF = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}  # bytes 8 to 11 of HEIC files
 NOT_OPENED = "cannot be opened: "  # prefix of reasons that may be gone at the next try
 # Errors of network disks that pass, and the seconds before each new attempt. An image that is left out of a run
@@ -149,6 +150,17 @@ def _open(data: bytes) -> Image.Image:
     raise OSError(f"not an image in an allowed format ({', '.join(FORMATS)}, HEIC)")
 
 
+def is_stack(data: bytes) -> bool:
+    """Tell whether a TIFF holds several images of one size, such as layers or channels; a smaller one is a preview."""
+    with warnings.catch_warnings(), contextlib.suppress(Exception):  # damaged pages give errors of any kind
+        warnings.simplefilter("ignore")
+        with Image.open(io.BytesIO(data), formats=["TIFF"]) as image:
+            size = image.size
+            image.seek(1)
+            return image.size == size
+    return False
+
+
 def _scale_transparent_level(image: Image.Image, bits: int) -> None:
     """Bring the transparent level of a PNG to 8 bits, as Pillow does with the pixels that it compares to it.
 
@@ -250,7 +262,7 @@ def _read_file(path: str | Path) -> bytes:
 
 def is_hidden(name: str) -> bool:
     """Tell whether a file or folder is hidden, or one that an operating system leaves behind."""
-    return name.startswith(".") or name in LEFT_BEHIND
+    return (name.startswith(".") and not name.endswith(CLOUD)) or name in LEFT_BEHIND
 
 
 def is_image(name: str) -> bool:

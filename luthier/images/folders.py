@@ -4,7 +4,6 @@
 train" for a split.
 """
 
-import logging
 import os
 import re
 import unicodedata
@@ -17,19 +16,25 @@ from datasets import ClassLabel, DatasetDict, Features, Image, NamedSplit, Value
 from luthier.cache import dataset_of
 from luthier.errors import UserError
 from luthier.images.decode import CONVERT, EXTENSIONS, is_hidden, is_image, is_unread
-from luthier.images.image_files import as_text, refuse_folder, walk
-from luthier.terminal import Tenths, plural
-
-logger = logging.getLogger(__name__)
+from luthier.images.image_files import (
+    as_text,
+    explain_no_folder,
+    refuse_folder,
+    refuse_run,
+    remedy_without_images,
+    walk,
+    warn_of_skipped,
+)
+from luthier.terminal import Tenths, plural, say
 
 SPLIT_OF_FOLDER = {
     "train": "train", "training": "train", "validation": "validation", "val": "validation", "valid": "validation",
     "dev": "validation", "validate": "validation", "test": "test", "testing": "test",
 }  # fmt: skip
 
-ARCHIVES = {".zip", ".7z", ".rar", ".tar", ".tgz", ".gz", ".xz", ".bz2"}
 FILE_SUFFIX = re.compile(r"\.[A-Za-z][A-Za-z0-9]{0,4}")  # of a file, and not of a class such as `v1.0` or `St.Bernard`
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")  # which `tables.read_table` reads
+SPREADSHEETS = (".xlsx", ".xlsm", ".xls", ".ods", ".numbers")
 MOST_SPLITS = 5  # folders that splits may be; more are classes
 SHARDS = (".parquet", ".tar")  # of files that hold many images
 # Columns that no dataset of a user has: one called "stamp" would be taken for the state of files.
@@ -68,11 +73,13 @@ def load_folder(root: Path, grouping: Grouping, to_train: bool) -> DatasetDict:
         UserError: there are no images in class folders, or the splits are not what they seem.
     """
     check_folder(root, "give one with a folder of images for each class")
+    refuse_run(root.iterdir())
     roots = _split_folders(root, to_train)
     for folder in (root, *roots.values()):
         _check_links(folder)
     if not roots:
         _check_classes(root, to_train)
+        _say_inner_classes(root, grouping)
         roots = {"train": root}
     if "train" not in roots:
         roots = {"train": roots.get("test") or roots["validation"]}
@@ -98,25 +105,17 @@ def load_folder(root: Path, grouping: Grouping, to_train: bool) -> DatasetDict:
             raise UserError(
                 f"the split folder {roots[split]} has no images: fill it, or remove it, and a split is cut from train"
             )
-    _warn_of_skipped(skipped)
+    warn_of_skipped(skipped)
     return load_listed(files)
-
-
-def _warn_of_skipped(names: Iterable[str]) -> None:
-    """Say which files are not used: images in formats that are not read, and what is no image of a class."""
-    unread, others = list[str](), list[str]()
-    for name in names:
-        (unread if is_unread(name) else others).append(name)
-    reasons = {f"in a format that is not read ({CONVERT})": unread, "not an image in a class folder": others}
-    for reason, files in reasons.items():
-        if files:
-            few = ", ".join(files[:3])
-            logger.warning(f"Not used, because {reason}: {plural(len(files), 'file')}, such as {few}")
 
 
 def hint_at_table(root: Path) -> str:
     """Return the end of an error where a table in the folder may hold the classes; it is empty where none is there."""
-    tables = [path for path in sorted(root.iterdir()) if path.suffix.lower() in TABLES and not is_hidden(path.name)]
+    files = [path for path in sorted(root.iterdir()) if not is_hidden(path.name)]
+    tables = [path for path in files if path.suffix.lower() in TABLES]
+    sheets = [path.name for path in files if path.suffix.lower() in SPREADSHEETS]
+    if sheets and not tables:
+        return f". If {sheets[0]} holds the classes, save it as CSV, and give that with --labels"
     return f". If {tables[0].name} holds the classes, give --labels {tables[0]}" if tables else ""
 
 
@@ -129,20 +128,7 @@ def check_folder(folder: Path, advice: str) -> None:
     if folder.is_dir():
         as_text(folder.resolve())  # or nothing about it could be written down
         return
-    if folder.exists():
-        found = "but an archive: unpack it first" if folder.suffix.lower() in ARCHIVES else f"but a file: {advice}"
-    else:
-        found = "because there is nothing of that name" + ("" if folder.is_absolute() else f" in {Path.cwd()}")
-        bare = str(folder).strip(" '\"\u2018\u2019\u201c\u201d")
-        if bare != str(folder) and Path(bare).is_dir():
-            found += f": leave out the quotes or spaces around {bare}"
-        elif re.match(r"https?:/", str(folder)):
-            found = "but an address: download and unpack it first, or name a dataset of the Hub with --dataset_name"
-        elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
-            found += ". A dataset of the Hub is given as --dataset_name"
-        else:
-            found += ". Check the spelling, or give the whole path"
-    raise UserError(f"--data_dir {folder} is not a folder, {found}")
+    raise UserError(f"--data_dir {folder} is not a folder, {explain_no_folder(folder, advice)}")
 
 
 def load_listed(files: dict[str, list[ListedImage]]) -> DatasetDict:
@@ -309,6 +295,19 @@ def _check_classes(root: Path, to_train: bool) -> None:
         )
 
 
+def _say_inner_classes(root: Path, grouping: Grouping) -> None:
+    """Say so where all class folders hold the same folders, which may be the classes: of several days, for one."""
+    folders = subfolders(root)
+    inner = set.intersection(*({each.name for each in subfolders(folder)} for folder in folders)) if folders else set()
+    if len(folders) > 1 and len(inner) > 1 and not grouping(PurePosixPath("folder/file")):
+        first, name = folders[0].name, min(inner)
+        say(
+            "careful",
+            f"the classes are {first}, ..., and all of them have folders of the same names, such as {name}. If those "
+            f"are the classes, move the folders, to {root / name / first}, and add --group_by folder",
+        )
+
+
 def _check_shards(folder: Path, *places: Path) -> None:
     """Raise UserError where folders hold Parquet or tar files: these are no folders of images."""
     if any(path.suffix in SHARDS for place in places for path in place.iterdir()):
@@ -354,6 +353,7 @@ def _list_class_folders(
             else:
                 others.append(path)
         skipped.extend(str(path.relative_to(root)) for path in others)
+        refuse_run(others)
         unread = [path.name for path in others if is_unread(path.name)]
         if not files and unread:
             raise UserError(
@@ -363,7 +363,7 @@ def _list_class_folders(
         if not files and is_learned:
             _check_shards(folder, folder)
             formats = f" in the formats {', '.join(sorted(EXTENSIONS))}, but {others[0].name}" if others else ""
-            raise UserError(f"the class folder {folder} has no images{formats}: fill it or remove it")
+            raise UserError(f"the class folder {folder} has no images{formats}: {remedy_without_images(others)}")
         listed += files
     return listed
 

@@ -3,20 +3,25 @@
 import itertools
 import logging
 import os
+import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
 from luthier.errors import UserError
-from luthier.images.decode import CONVERT, EXTENSIONS, is_hidden, is_image, is_unread
+from luthier.images.decode import CLOUD, CONVERT, EXTENSIONS, is_hidden, is_image, is_unread
+from luthier.run_files import LEARNED_FROM, RACE
 from luthier.terminal import plural
 
 logger = logging.getLogger(__name__)
 
 SAMPLE = 1000  # rows by which columns, and the folders to skip, are found
 MAX_NAME = 1000  # characters of a file's name with its folders
+ARCHIVES = {".zip", ".7z", ".rar", ".tar", ".tgz", ".gz", ".xz", ".bz2"}
+OF_RUN = (RACE, LEARNED_FROM, "trainer_state.json")  # in the folder of a run, or of a checkpoint of it
+ANNOTATIONS = (".json", ".xml", ".txt")  # endings of files that say what is where in an image
 
 
 class ImageFiles:
@@ -143,6 +148,65 @@ def walk(root: Path, onerror: Callable[[OSError], None] | None = None) -> Iterat
             subdirectories[:] = sorted(name for name in subdirectories if not is_hidden(name))
             waiting += [folder / name for name in subdirectories if (folder / name).is_symlink()]
             yield folder, sorted(name for name in names if not is_hidden(name))
+
+
+def explain_no_folder(folder: Path, advice: str) -> str:
+    """Return what `--data_dir` is, if no folder, and what to do; with advice on what to give for a file."""
+    if folder.exists():
+        return "but an archive: unpack it first" if folder.suffix.lower() in ARCHIVES else f"but a file: {advice}"
+    given = str(folder)
+    found = "because there is nothing of that name" + ("" if folder.is_absolute() else f" in {Path.cwd()}")
+    bare = given.strip(" \r\n\t\u00a0'\"\u2018\u2019\u201c\u201d")
+    if bare != given and Path(bare).is_dir():
+        return f"{found}: leave out the quotes or spaces around {bare}"
+    if (plain := given.replace("\\ ", " ")) != given and Path(plain).is_dir():
+        return f"{found}: within quotes write {plain}, without backslashes before the spaces"
+    if re.match(r"[a-z][a-z\d+.-]+:[\\/]", given):
+        return (
+            "but an address: download and unpack it first, or mount it as a folder, or name a dataset of the Hub with "
+            "--dataset_name"
+        )
+    if re.match(r"[A-Za-z]:[^\\/]", given):
+        return f"{found}. This shell takes backslashes away: put the path into quotes"
+    if re.match(r"[A-Za-z]:[\\/]", given) and os.name != "nt":
+        return f"{found}. That is a path of Windows: in WSL the drive is called /mnt/{given[0].lower()}"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", given):
+        return f"{found}. A dataset of the Hub is given as --dataset_name"
+    return f"{found}. Check the spelling, or give the whole path"
+
+
+def refuse_run(paths: Iterable[Path]) -> None:
+    """Raise UserError where files are those of a run, whose figures are no images of a class."""
+    if run := next((path.parent for path in paths if path.name in OF_RUN), None):
+        raise UserError(
+            f"{run} holds a run of Luthier, and no images of a class: name another folder, or move the run"
+        )
+
+
+def remedy_without_images(others: Sequence[Path]) -> str:
+    """Return what to do about a class folder without images, by the files in it."""
+    if any(path.suffix.lower() in ANNOTATIONS for path in others):
+        return (
+            "annotations (as of COCO, YOLO or VOC) are not read. Sort the images into class folders, or write their "
+            "classes into a table (docs/usage.md), and move this folder elsewhere"
+        )
+    return "add some, or move it elsewhere" if others else "fill it or remove it"
+
+
+def warn_of_skipped(names: Iterable[str]) -> None:
+    """Say which files are not used: images in formats that are not read, and what is no image of a class."""
+    kinds = {
+        f"in a format that is not read ({CONVERT})": is_unread,
+        "in iCloud alone (download it in the Finder)": lambda name: name.endswith(CLOUD),
+        "not an image in a class folder": lambda name: True,
+    }
+    files: dict[str, list[str]] = {reason: [] for reason in kinds}
+    for name in names:
+        files[next(reason for reason, is_kind in kinds.items() if is_kind(name))].append(name)
+    for reason, found in files.items():
+        if found:
+            few = ", ".join(found[:3])
+            logger.warning(f"Not used, because {reason}: {plural(len(found), 'file')}, such as {few}")
 
 
 def refuse_folder(error: OSError) -> NoReturn:

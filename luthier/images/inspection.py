@@ -12,20 +12,21 @@ import numpy as np
 import torch
 from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets
 
-from luthier.cache import cache_key, library_versions, make_rows, read_cached, write_cached
+from luthier.cache import cache_key, library_versions, list_of, make_rows, read_cached, write_cached
 from luthier.cores import count_cores
 from luthier.errors import UserError
 from luthier.escape import escape_terminal
 from luthier.images.columns import fixed_width
-from luthier.images.decode import NOT_OPENED, decode_rgb, read_bytes, reason
+from luthier.images.decode import NOT_OPENED, decode_rgb, is_stack, read_bytes, reason
 from luthier.images.duplicates import BITS, BORDERS, SIDE, connected_groups, fingerprint, near_duplicates
 from luthier.images.folders import STAMP
+from luthier.terminal import plural
 
 logger = logging.getLogger(__name__)
 
 MIN_CROWD = 50  # images of a class that look alike, and are most of it, or half where the others look alike too
 MIN_SHARED = 10  # the same, where that is so in several classes: these images show one place, and are no copies
-INSPECTION = 12  # part of the cache's key: raise it when what is found changes
+INSPECTION = 13  # part of the cache's key: raise it when what is found changes
 SHORTER_SIDE = 256  # pixels at which large JPEGs are checked for damage and duplicates
 MAX_UNREADABLE = 0.05  # share of images that may be left out because they cannot be read
 MAX_LISTED = 10  # images that an error names
@@ -56,7 +57,7 @@ def inspect(dataset: Dataset, split: str, root: Path | None = None) -> Dataset:
     """
     text = ("name", "digest", "pixels", "format", "error")
     features = dict.fromkeys(text, Value("string")) | {"width": Value("int64"), "height": Value("int64")}
-    features |= {"hashes": Value("binary"), "thumbnail": Value("binary")}
+    features |= {"hashes": Value("binary"), "thumbnail": Value("binary"), "stack": Value("bool")}
     stamped = STAMP in dataset.column_names
     own = dataset.remove_columns(STAMP) if stamped else dataset
     inspected, _ = make_rows(
@@ -71,6 +72,14 @@ def inspect(dataset: Dataset, split: str, root: Path | None = None) -> Dataset:
         unit=f"images of {split}",
         beside=own.column_names if stamped else (),
     )
+    stacks = np.flatnonzero(list_of(inspected, "stack"))
+    if len(stacks):
+        name = inspected[int(stacks[0])]["name"]
+        logger.warning(
+            f"{plural(len(stacks), 'TIFF')} of {split} with several pages, such as {name}: the first page alone is "
+            "used. If others matter, as layers or channels do, save them as images of their own, or as one in RGB"
+        )
+    inspected = inspected.remove_columns("stack")
     # Side by side `datasets` would write rows of an index anew, all of them in each run.
     return inspected if stamped else concatenate_datasets([dataset, inspected], axis=1)
 
@@ -80,7 +89,7 @@ def _inspect_batch(batch: dict, indices: list[int], split: str, root: Path | Non
         path = (source or {}).get("path")
         name = f"{split} row {index}" if path is None else os.path.relpath(path, root) if root else Path(path).name
         row: dict = dict.fromkeys(("digest", "pixels", "format", "error", "hashes", "thumbnail", "width", "height"))
-        row["name"] = name
+        row |= {"name": name, "stack": False}
         try:
             data = read_bytes(source)
             image, _, file_format, (width, height) = decode_rgb(data, SHORTER_SIDE)
@@ -89,6 +98,7 @@ def _inspect_batch(batch: dict, indices: list[int], split: str, root: Path | Non
             return row | {"error": reason(error)}
         pixels = hashlib.sha256(f"{width} {height}".encode() + image.tobytes()).hexdigest()
         row |= {"digest": hashlib.sha256(data).hexdigest(), "pixels": pixels, "format": file_format}
+        row["stack"] = file_format == "TIFF" and is_stack(data)
         return row | {"width": width, "height": height, "hashes": hashes, "thumbnail": thumbnail}
 
     # Threads are enough, because Pillow releases the interpreter while it decodes, resizes and encodes.

@@ -28,7 +28,7 @@ from luthier.images.groups import build_grouping, check_groups
 from luthier.images.image_files import SAMPLE, ImageFiles, as_text
 from luthier.images.inspection import listing
 from luthier.images.loading import PLAN
-from luthier.images.tables import METADATA, Table, read_table, say_odd_values
+from luthier.images.tables import METADATA, Table, hint_at_flags, read_table, say_odd_values
 from luthier.terminal import plural, say
 
 logger = logging.getLogger(__name__)
@@ -335,7 +335,8 @@ def _find_columns(table: Table, files: ImageFiles, given: Columns, of_split: str
     if not given.label and len(likely) != 1:
         raise UserError(
             f"which column of {table.path} holds the labels? Name it with --label_column; the columns are "
-            f"{', '.join(table.columns)}. Where class folders tell them, take {table.path.name} out of the folder"
+            f"{', '.join(table.columns)}{hint_at_flags(table, rest)}. Where class folders tell them, take "
+            f"{table.path.name} out of the folder"
         )
     columns = Columns(image, given.label or likely[0], split, given.group)
     for name in table.nested.intersection(filter(None, columns)):
@@ -346,14 +347,14 @@ def _find_columns(table: Table, files: ImageFiles, given: Columns, of_split: str
 
 def _find_split_column(table: Table, given: Columns) -> str | None:
     """Return the column all of whose values are names of splits, if there is one; of several none."""
-    found = []
+    found, labelled = list[str](), given.label or any(name.lower() in LABEL_COLUMNS for name in table.columns)
     for name in [name for name in table.columns if name not in given and name.lower() not in LABEL_COLUMNS]:
         values = {value.lower() for value in table.column(name)}
         others = sorted(values - SPLIT_OF_FOLDER.keys())
         splits = {SPLIT_OF_FOLDER[value] for value in values & SPLIT_OF_FOLDER.keys()}
         if "train" in splits and len(splits) > 1 and not others:
             found.append(name)
-        elif "train" in splits and len(splits) > 1:
+        elif "train" in splits and others and (len(splits) > 1 or (labelled and len(values) < 4)):
             logger.warning(
                 f"Not used: the column {name!r} of {table.path}. It names splits, but also {others[0]!r}: correct it"
             )

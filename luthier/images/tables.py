@@ -21,6 +21,7 @@ from luthier.terminal import plural, say
 DELIMITERS = ",;\t|"
 DELIMITER_OF = {".csv": ",", ".tsv": "\t"}  # the one that counts where several are as frequent
 METADATA = ("metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.parquet")  # as `datasets` names them, and TSV
+FLAGS = {"", "0", "1", "0.0", "1.0", "false", "true", "no", "yes"}
 NO_VALUE = ("NA", "N/A", "NaN", "nan", "NULL", "#N/A", "#NV")  # as R, Python, databases and Excel write it
 
 
@@ -60,8 +61,13 @@ def read_table(path: Path, least: int = 2) -> Table:
     suffix = path.suffix.lower()
     if not path.is_file():
         raise UserError(f"--labels {path} is not a file: give a table ({', '.join(TABLES)})")
-    if suffix in (".xlsx", ".xls", ".ods"):
+    if suffix in (".xlsx", ".xlsm", ".xls", ".ods", ".numbers"):
         raise UserError(f"{path} is a spreadsheet: save it as CSV, and give that file")
+    if suffix in (".json", ".xml", ".txt"):
+        raise UserError(
+            f"{path} is not read as a table. Write one as CSV, with a row for each image: its file and its class "
+            "(labelling tools export that). A text with commas, semicolons or tabs may be called .csv"
+        )
     if suffix not in TABLES:
         raise UserError(f"{path} is not a table that can be read: give one of {', '.join(TABLES)}")
     nested = frozenset[str]()
@@ -102,10 +108,19 @@ def say_odd_values(table: Table, label: str, group: str | None) -> None:
         )
 
 
+def hint_at_flags(table: Table, names: Sequence[str]) -> str:
+    """Return what to do where several columns hold yes or no, as of one class each; an empty text where none do."""
+    flags = [name for name in names if {value.lower() for value in table.column(name)} <= FLAGS]
+    remedy = "hold 0 or 1. If each is a class, write one column with the name of the class in each row"
+    return f". {', '.join(flags)} {remedy}" if len(flags) > 1 else ""
+
+
 def _check_columns(path: Path, columns: list[str], least: int) -> None:
     twice = sorted({name for name in columns if columns.count(name) > 1})
     if twice:
         raise UserError(f"{path} has two columns {twice[0]!r}: rename or remove one")
+    if len(columns) == 1 and any(delimiter in columns[0] for delimiter in DELIMITERS):
+        raise UserError(f"{path} has quotation marks around whole rows, which makes one value of each: remove them")
     if len(columns) < least:
         has = f"has the one column {columns[0]!r}" if columns[0] else "has no columns"
         raise UserError(
@@ -147,6 +162,11 @@ def _read_delimited(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]
             number, last = last + begin, reader.line_num
             row = [value.strip() for value in values]
             if any(row[len(columns) :]) or (0 < len(row) < len(columns) and any(row)):
+                if len(columns) == 1:
+                    raise UserError(
+                        f"the first row of {path}, {columns[0]!r}, does not name the columns: remove the rows above "
+                        "the one that does"
+                    )
                 raise UserError(
                     f"{path}, row {number} has {len(row)} values, but there are {len(columns)} columns "
                     f"({', '.join(columns)}): mend the row; a value that holds {delimiter!r} needs quotes around it"

@@ -205,6 +205,9 @@ def test_message_of_images_outside_of_folders_names_the_table(tmp_path):
     put(tmp_path / "photos", 0)
     with pytest.raises(UserError, match=r"no images in class folders.* as in the file names, give a table"):
         load(data_dir=str(tmp_path / "photos"))
+    (tmp_path / "photos/list.xlsx").touch()
+    with pytest.raises(UserError, match=r"If list.xlsx holds the classes, save it as CSV"):
+        load(data_dir=str(tmp_path / "photos"))
 
 
 def test_message_of_a_folder_without_images_says_what_is_there(images, tmp_path_factory):
@@ -242,6 +245,17 @@ def test_classes_that_share_words_of_splits_or_folders_are_classes(tmp_path, nam
         for place in below:
             put(tmp_path / name / place.replace("NAME", name), 20 * number + len(place))
     assert labels_of(load(data_dir=str(tmp_path))) == sorted(names)
+
+
+def test_classes_within_folders_of_days_are_pointed_at(tmp_path, capsys):
+    for number, day in enumerate(("monday", "tuesday")):
+        for kind in ("healthy", "sick"):
+            put(tmp_path / day / kind, 20 * number + len(kind))
+    data.list_images(data_dir=str(tmp_path), group_by="folder")
+    assert "careful" not in capsys.readouterr().out, "the user has said what these folders are"
+    data.list_images(data_dir=str(tmp_path))
+    said = capsys.readouterr().out
+    assert "such as healthy. If those are the classes, move the folders" in said and "--group_by folder" in said
 
 
 def test_train_is_a_class_beside_classes_without_folders(tmp_path):
@@ -311,6 +325,29 @@ def test_folder_that_cannot_be_read_is_named(tmp_path):
         list(walk(tmp_path / "nowhere"))
     errors: list[OSError] = []
     assert list(walk(tmp_path / "nowhere", errors.append)) == [] and len(errors) == 1
+
+
+@pytest.mark.parametrize("given", [".", "outputs/run"])
+def test_folder_of_a_run_is_no_folder_of_images(images, given):
+    (images / "outputs/run/checkpoint-5").mkdir(parents=True)
+    (images / "outputs/run/race.json").touch()
+    draw("red", 90).save(images / "outputs/run/figure.png")
+    with pytest.raises(UserError, match=r"outputs/run holds a run of Luthier, .*: name another folder, or move"):
+        load(data_dir=str(images / given))
+
+
+@pytest.mark.parametrize("name", ["instances.json", "1.xml", "1.txt"])
+def test_annotations_are_not_to_be_removed(images, name):
+    (images / "labels").mkdir()
+    (images / "labels" / name).touch()
+    with pytest.raises(UserError, match=f"labels has no images .*but {name}: annotations .* move this folder"):
+        load(data_dir=str(images))
+
+
+def test_images_that_icloud_has_not_loaded_are_named(images, caplog):
+    (images / "red/.a.jpg.icloud").touch()
+    load(data_dir=str(images))
+    assert "in iCloud alone (download it in the Finder): 1 file, such as red/.a.jpg.icloud" in caplog.text
 
 
 def test_image_in_a_format_that_is_not_read_says_so(images, caplog):
@@ -421,12 +458,17 @@ def test_class_in_other_capitals_than_in_train_is_named(tmp_path):
     [
         ("'images'", "leave out the quotes or spaces around images"),
         ("https://example.org/b.zip", "but an address: download and unpack it first"),
+        ("smb://server/photos", "but an address: .*or mount it as a folder"),
+        ("images\r", "leave out the quotes or spaces around images"),
+        ("my\\ photos", "within quotes write my photos, without backslashes"),
+        ("C:UsersAnnImages", "takes backslashes away: put the path into quotes"),
         ("someone/their-set", "A dataset of the Hub is given as --dataset_name"),
     ],
 )
 def test_what_is_no_folder_is_explained(tmp_path, monkeypatch, given, found):
     monkeypatch.chdir(tmp_path)
     draw_folder(tmp_path / "images", 2)
+    (tmp_path / "my photos").mkdir()
     with pytest.raises(UserError, match=found):
         load(data_dir=given)
 

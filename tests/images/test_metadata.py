@@ -201,6 +201,10 @@ def test_mistake_in_a_table_has_one_message_with_row_and_column(root, content, o
     ("name", "content", "message"),
     [
         ("labels.xlsx", "", "is a spreadsheet: save it as CSV"),
+        ("labels.json", "[]", "is not read as a table. Write one as CSV"),
+        ("labels.csv", '"file,label"\n"a0.png,blue"\n', "quotation marks around whole rows"),
+        ("labels.csv", "My photos,\nfile,label\na0.png,blue\n", "'My photos', does not name the columns"),
+        ("labels.csv", "file,fox,deer\na0.png,1,0\na1.png,0,1\n", "fox, deer hold 0 or 1. If each is a class"),
         ("labels.doc", "", "is not a table that can be read"),
         ("labels.jsonl", '{"file_name": "a0.png", "label": "red"}\n[1]\n', "row 2 is not an object"),
         ("labels.jsonl", "{'file_name'}\n", "row 1 is not JSON"),
@@ -211,6 +215,15 @@ def test_mistake_in_a_table_has_one_message_with_row_and_column(root, content, o
 def test_file_that_is_no_table_is_refused(root, name, content, message):
     with pytest.raises(UserError, match=message):
         load(root, content, name)
+
+
+def test_column_of_splits_with_an_unknown_name_is_reported(root, caplog):
+    rows = [(*pair, "eval" if number < 3 else "train") for number, pair in enumerate(pairs())]
+    load(root, text(rows, "file,label,set"))
+    assert "Not used: the column 'set'" in caplog.text and "names splits, but also 'eval'" in caplog.text
+    caplog.clear()
+    load(root, text([(*pair, "train") for pair in pairs()], "file,label,set"))
+    assert "Not used" not in caplog.text
 
 
 def test_name_that_two_images_have_needs_its_folder(root):
