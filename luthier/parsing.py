@@ -57,12 +57,13 @@ NOT_NEEDED = {  # what other tools have an option for, and what Luthier does ins
         "name folders in --data_dir test and validation, or Luthier splits them off",
     ),
     **dict.fromkeys(
-        ("split", "train_fraction", "train_size", "train_split"),
+        ("train_fraction", "train_size", "train_split"),
         "train is what --test_fraction and --validation_fraction leave",
     ),
     **dict.fromkeys(
         ("classes", "nc", "num_classes"), "the classes are those of the folders or of the table (--labels)"
     ),
+    "split": "a split is a folder in --data_dir, or a value of --split_column; score.py scores the one called test",
     **dict.fromkeys(("image", "predict"), "predict.py predicts: python predict.py outputs/my_run IMAGE"),
     **dict.fromkeys(("criterion", "loss"), "the loss is the cross-entropy; --metric says what chooses the weights"),
     **dict.fromkeys(("multi_label", "multilabel"), "each image has one class"),
@@ -79,7 +80,7 @@ class Parser(HfArgumentParser):
         """Raise `message`, with each option in one spelling and what a number looks like."""
         message = re.sub(r"^argument (--\w+)/--[\w-]+:", r"argument \1:", message)
         if found := re.search(r"Truthy value expected: got (.*) but expected", message):
-            message = f"{message[: found.start()]}{found[1]} is neither true nor false: leave it out for true"
+            message = f"{message[: found.start()]}{found[1]} is neither true nor false: write one of these"
             message += ". A repository is given as --hub_model_id" if "--push_to_hub" in message else ""
         elif found := re.search(r"invalid (int|float) value", message):
             number = "a whole number such as 10" if found[1] == "int" else "a number such as 10 or 0.5"
@@ -138,7 +139,8 @@ def read_options(parser: HfArgumentParser, argv: list[str]) -> tuple[str | None,
     given = option_names_in(line)
     for key in ("data_dir", "dataset_name", "labels"):
         if sum(option_names_in([token]) == {key} for token in line) > 1:
-            raise UserError(f"--{key} is given twice: give one, such as a folder that holds all classes")
+            remedy = ", such as a folder that holds all classes" if key == "data_dir" else ""
+            raise UserError(f"--{key} is given twice: give one{remedy}")
     if {"data_dir", "dataset_name"} & given:
         left = [key for key in settings if key in DATA_KEYS and key not in given | {"data_dir", "dataset_name"}]
         if left:

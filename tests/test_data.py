@@ -242,6 +242,8 @@ def test_pages_of_a_tiff_after_the_first_are_not_lost_in_silence(tmp_path, caplo
     pages, preview = [draw("red", 90 + page) for page in range(3)], draw("red", 95, 12, 10)
     pages[0].save(tmp_path / "red/layers.tif", save_all=True, append_images=pages[1:])
     draw("red", 96).save(tmp_path / "red/scan.tif", save_all=True, append_images=[preview])
+    masked, mask = draw("red", 97), draw("red", 98).convert("L")
+    masked.save(tmp_path / "red/masked.tif", save_all=True, append_images=[mask], tiffinfo={254: 4})
     for _ in range(2):  # of a cached inspection too
         caplog.clear()
         load_splits(data_dir=str(tmp_path))

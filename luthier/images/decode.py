@@ -36,6 +36,7 @@ MAX_SCANNED = 25_000_000_000  # pixels of a foreign image, times the scans of it
 STRIP = 256  # rows of a grey image that are converted at a time: all of them would take eight times their memory
 TILE = (322, 323)  # tags of a TIFF: width and height of a tile
 PHOTOMETRIC, SAMPLE_FORMAT = 262, 339  # tags of a TIFF: what 0 is; whether numbers have a sign
+SUBFILE, PREVIEW, MASK = 254, 1, 4  # tag of a TIFF: what a page is to the others; bits of it
 MAX_RATIO = 500  # of an image's sides: a view enlarges the shorter one, and the longer one with it
 # By macOS, Windows, Linux, and network disks of Synology, whose @eaDir has thumbnails of all images beside it.
 LEFT_BEHIND = {
@@ -151,13 +152,14 @@ def _open(data: bytes) -> Image.Image:
 
 
 def is_stack(data: bytes) -> bool:
-    """Tell whether a TIFF holds several images of one size, such as layers or channels; a smaller one is a preview."""
+    """Tell whether a TIFF holds several images of one size, such as layers or channels; no previews and masks."""
     with warnings.catch_warnings(), contextlib.suppress(Exception):  # damaged pages give errors of any kind
         warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(data), formats=["TIFF"]) as image:
             size = image.size
             image.seek(1)
-            return image.size == size
+            kind = dict(getattr(image, "tag_v2", {})).get(SUBFILE, 0)
+            return image.size == size and not kind & (PREVIEW | MASK)
     return False
 
 
@@ -262,7 +264,7 @@ def _read_file(path: str | Path) -> bytes:
 
 def is_hidden(name: str) -> bool:
     """Tell whether a file or folder is hidden, or one that an operating system leaves behind."""
-    return (name.startswith(".") and not name.endswith(CLOUD)) or name in LEFT_BEHIND
+    return (name.startswith(".") and (name == CLOUD or not name.endswith(CLOUD))) or name in LEFT_BEHIND
 
 
 def is_image(name: str) -> bool:

@@ -304,7 +304,8 @@ def _say_inner_classes(root: Path, grouping: Grouping) -> None:
         say(
             "careful",
             f"the classes are {first}, ..., and all of them have folders of the same names, such as {name}. If those "
-            f"are the classes, move the folders, to {root / name / first}, and add --group_by folder",
+            f"are the classes, move the folders, to {root / name / first}, and add --group_by folder. If they are "
+            "people, videos or places, add that alone",
         )
 
 
@@ -353,7 +354,8 @@ def _list_class_folders(
             else:
                 others.append(path)
         skipped.extend(str(path.relative_to(root)) for path in others)
-        refuse_run(others)
+        if files or is_learned:  # or else it is no class
+            refuse_run(others)
         unread = [path.name for path in others if is_unread(path.name)]
         if not files and unread:
             raise UserError(

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from luthier.errors import UserError
 from luthier.images.decode import CLOUD, CONVERT, EXTENSIONS, is_hidden, is_image, is_unread
-from luthier.run_files import LEARNED_FROM, RACE
+from luthier.run_files import CONFIG, LEARNED_FROM, METRICS, RACE
 from luthier.terminal import plural
 
 logger = logging.getLogger(__name__)
@@ -21,6 +21,8 @@ SAMPLE = 1000  # rows by which columns, and the folders to skip, are found
 MAX_NAME = 1000  # characters of a file's name with its folders
 ARCHIVES = {".zip", ".7z", ".rar", ".tar", ".tgz", ".gz", ".xz", ".bz2"}
 OF_RUN = (RACE, LEARNED_FROM, "trainer_state.json")  # in the folder of a run, or of a checkpoint of it
+# What a run has beside these. Data has such files too: labels of faces by race, for one, are a race.json.
+BESIDE = (METRICS, CONFIG, "race", "checkpoint-*", "*.safetensors")
 ANNOTATIONS = (".json", ".xml", ".txt")  # endings of files that say what is where in an image
 
 
@@ -177,7 +179,8 @@ def explain_no_folder(folder: Path, advice: str) -> str:
 
 def refuse_run(paths: Iterable[Path]) -> None:
     """Raise UserError where files are those of a run, whose figures are no images of a class."""
-    if run := next((path.parent for path in paths if path.name in OF_RUN), None):
+    marked = dict.fromkeys(path.parent for path in paths if path.name in OF_RUN)
+    if run := next((folder for folder in marked if any(any(folder.glob(name)) for name in BESIDE)), None):
         raise UserError(
             f"{run} holds a run of Luthier, and no images of a class: name another folder, or move the run"
         )
@@ -185,10 +188,13 @@ def refuse_run(paths: Iterable[Path]) -> None:
 
 def remedy_without_images(others: Sequence[Path]) -> str:
     """Return what to do about a class folder without images, by the files in it."""
+    if any(path.name.endswith(CLOUD) for path in others):
+        return "that is in iCloud alone. Download the folder in the Finder"
     if any(path.suffix.lower() in ANNOTATIONS for path in others):
         return (
-            "annotations (as of COCO, YOLO or VOC) are not read. Sort the images into class folders, or write their "
-            "classes into a table (docs/usage.md), and move this folder elsewhere"
+            "add some, or move it elsewhere. If it holds annotations (as of COCO, YOLO or VOC), they are not read: "
+            "sort the images into class folders, or write their classes into a table (docs/usage.md), and move this "
+            "folder elsewhere"
         )
     return "add some, or move it elsewhere" if others else "fill it or remove it"
 

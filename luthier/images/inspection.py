@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 MIN_CROWD = 50  # images of a class that look alike, and are most of it, or half where the others look alike too
 MIN_SHARED = 10  # the same, where that is so in several classes: these images show one place, and are no copies
-INSPECTION = 13  # part of the cache's key: raise it when what is found changes
+INSPECTION = 14  # part of the cache's key: raise it when what is found changes
 SHORTER_SIDE = 256  # pixels at which large JPEGs are checked for damage and duplicates
 MAX_UNREADABLE = 0.05  # share of images that may be left out because they cannot be read
 MAX_LISTED = 10  # images that an error names

@@ -21,7 +21,9 @@ from luthier.terminal import plural, say
 DELIMITERS = ",;\t|"
 DELIMITER_OF = {".csv": ",", ".tsv": "\t"}  # the one that counts where several are as frequent
 METADATA = ("metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.parquet")  # as `datasets` names them, and TSV
-FLAGS = {"", "0", "1", "0.0", "1.0", "false", "true", "no", "yes"}
+# Names of columns that say what an image is for, if one of their values does.
+OF_SPLITS = {"set", "subset", "data_set", "dataset", "partition", "phase", "stage", "usage", "use", "fold"}
+FLAGS = {"0", "1", "0.0", "1.0", "false", "true", "no", "yes"}
 NO_VALUE = ("NA", "N/A", "NaN", "nan", "NULL", "#N/A", "#NV")  # as R, Python, databases and Excel write it
 
 
@@ -110,7 +112,8 @@ def say_odd_values(table: Table, label: str, group: str | None) -> None:
 
 def hint_at_flags(table: Table, names: Sequence[str]) -> str:
     """Return what to do where several columns hold yes or no, as of one class each; an empty text where none do."""
-    flags = [name for name in names if {value.lower() for value in table.column(name)} <= FLAGS]
+    values = {name: {value.lower() for value in table.column(name) if value} for name in names}
+    flags = [name for name, found in values.items() if found and found <= FLAGS]
     remedy = "hold 0 or 1. If each is a class, write one column with the name of the class in each row"
     return f". {', '.join(flags)} {remedy}" if len(flags) > 1 else ""
 
@@ -164,8 +167,9 @@ def _read_delimited(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]
             if any(row[len(columns) :]) or (0 < len(row) < len(columns) and any(row)):
                 if len(columns) == 1:
                     raise UserError(
-                        f"the first row of {path}, {columns[0]!r}, does not name the columns: remove the rows above "
-                        "the one that does"
+                        f"the first row of {path}, {columns[0]!r}, does not name the columns of row {number}, which "
+                        f"has {len(row)} values: remove what is above the names, or add those that are missing; a "
+                        f"value that holds {delimiter!r} needs quotes around it"
                     )
                 raise UserError(
                     f"{path}, row {number} has {len(row)} values, but there are {len(columns)} columns "

@@ -256,6 +256,7 @@ def test_classes_within_folders_of_days_are_pointed_at(tmp_path, capsys):
     data.list_images(data_dir=str(tmp_path))
     said = capsys.readouterr().out
     assert "such as healthy. If those are the classes, move the folders" in said and "--group_by folder" in said
+    assert "videos or places, add that alone" in " ".join(said.split())
 
 
 def test_train_is_a_class_beside_classes_without_folders(tmp_path):
@@ -336,18 +337,40 @@ def test_folder_of_a_run_is_no_folder_of_images(images, given):
         load(data_dir=str(images / given))
 
 
+@pytest.mark.parametrize("name", ["race.json", "learned_from.txt", "trainer_state.json"])
+def test_file_that_is_called_like_one_of_a_run_is_no_run(images, name):
+    for folder in (images, images / "red"):
+        (folder / name).touch()
+    assert labels_of(load(data_dir=str(images))) == sorted(COLOURS)
+
+
+def test_model_beside_the_images_that_are_scored_is_no_class(images):
+    (images / "model").mkdir()
+    for name in ("config.json", "learned_from.txt", "model.safetensors"):
+        (images / "model" / name).touch()
+    splits, _ = data.list_images(data_dir=str(images), to_train=False)
+    assert labels_of(splits) == sorted(COLOURS)
+    with pytest.raises(UserError, match="model holds a run of Luthier"):
+        load(data_dir=str(images))
+
+
 @pytest.mark.parametrize("name", ["instances.json", "1.xml", "1.txt"])
 def test_annotations_are_not_to_be_removed(images, name):
     (images / "labels").mkdir()
     (images / "labels" / name).touch()
-    with pytest.raises(UserError, match=f"labels has no images .*but {name}: annotations .* move this folder"):
+    with pytest.raises(UserError, match=f"labels has no .*but {name}: add some, .*annotations .* move this folder"):
         load(data_dir=str(images))
 
 
 def test_images_that_icloud_has_not_loaded_are_named(images, caplog):
     (images / "red/.a.jpg.icloud").touch()
-    load(data_dir=str(images))
+    put(images / ".icloud", 90)
+    assert labels_of(load(data_dir=str(images))) == sorted(COLOURS)
     assert "in iCloud alone (download it in the Finder): 1 file, such as red/.a.jpg.icloud" in caplog.text
+    (images / "violet").mkdir()
+    (images / "violet/.a.jpg.icloud").touch()
+    with pytest.raises(UserError, match=r"but .a.jpg.icloud: that is in iCloud alone. Download the folder"):
+        load(data_dir=str(images))
 
 
 def test_image_in_a_format_that_is_not_read_says_so(images, caplog):

@@ -204,6 +204,7 @@ def test_mistake_in_a_table_has_one_message_with_row_and_column(root, content, o
         ("labels.json", "[]", "is not read as a table. Write one as CSV"),
         ("labels.csv", '"file,label"\n"a0.png,blue"\n', "quotation marks around whole rows"),
         ("labels.csv", "My photos,\nfile,label\na0.png,blue\n", "'My photos', does not name the columns"),
+        ("labels.csv", "file\na0.png\na,1.png\n", "columns of row 3, which has 2 values: .* needs quotes around"),
         ("labels.csv", "file,fox,deer\na0.png,1,0\na1.png,0,1\n", "fox, deer hold 0 or 1. If each is a class"),
         ("labels.doc", "", "is not a table that can be read"),
         ("labels.jsonl", '{"file_name": "a0.png", "label": "red"}\n[1]\n', "row 2 is not an object"),
@@ -217,12 +218,19 @@ def test_file_that_is_no_table_is_refused(root, name, content, message):
         load(root, content, name)
 
 
+def test_empty_columns_are_not_taken_for_classes(root):
+    with pytest.raises(UserError, match="which column of") as raised:
+        load(root, text([(*pair, "", "") for pair in pairs()], "file,kind,note,checked"))
+    assert "hold 0 or 1" not in str(raised.value)
+
+
 def test_column_of_splits_with_an_unknown_name_is_reported(root, caplog):
     rows = [(*pair, "eval" if number < 3 else "train") for number, pair in enumerate(pairs())]
     load(root, text(rows, "file,label,set"))
     assert "Not used: the column 'set'" in caplog.text and "names splits, but also 'eval'" in caplog.text
     caplog.clear()
     load(root, text([(*pair, "train") for pair in pairs()], "file,label,set"))
+    load(root, text([(*pair, "bus" if pair[0] == "a3.png" else "train") for pair in pairs()], "file,label,vehicle"))
     assert "Not used" not in caplog.text
 
 
