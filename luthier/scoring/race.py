@@ -32,7 +32,6 @@ from luthier.training.trainer import model_of, train
 FAR = 3.0  # times the probe's loss: where no arm has less after its first heat, the race ends
 MIN_GAIN, LEAST_GAIN = 0.05, 0.005  # that the rest of an arm must promise: a share of the best loss, or this if more
 LAST_GAIN = 0.1  # that its last heat must promise, which is half of all training; a share of the best loss
-
 LONG = 90  # seconds; of a race that may take longer it is said how long
 WORK = 3  # of training on an image, in predictions of one: forward, and backward to activations and weights
 TINY = 1e-9  # a loss that is as good as none
@@ -234,6 +233,9 @@ class _Progress:
         seen = {arm.recipe.name: sum(heat.step in arm.ends for heat in heats.of(arm.recipe.name)) for arm in running}
         losses = [heat.loss for heat in heats if math.isfinite(heat.loss)]
         best, leader = min(losses, default=math.inf), self.leading()
+        # Easy images, as where a probe is enough. Heats do not have the log loss beside another metric.
+        if rival and max(seen.values()) < 2 and self.course.judge.criterion.leaves_little(best, log_loss=math.inf):
+            return None, "little left to gain"
         # A new head and a soft probe start behind, so that their arms are seen twice. What an arm gains on the probe
         # that it starts from shows at once: it is seen again after the others, and only if it still leads by then.
         shown = [arm for arm in unfinished if seen[arm.recipe.name] == 1 and arm.recipe.start == PROBE]
@@ -256,10 +258,8 @@ class _Progress:
             wanted = best - max((LAST_GAIN if last else MIN_GAIN) * best, LEAST_GAIN)
             return self.promise(arm) < min(wanted, rival.loss if rival else math.inf)
 
-        promising = [arm for arm in going if pays(arm)]
-        if not promising:
-            return None, "no more gain in sight"
-        return min(promising, key=self.promise), ""
+        chosen = min(filter(pays, going), key=self.promise, default=None)
+        return chosen, "" if chosen else "no more gain in sight"
 
     def next_heat(self, arm: Arm) -> int:
         """Return the number of the heat that an arm runs next, from 0 on; a checkpoint may be past the first ones."""
@@ -389,8 +389,8 @@ def predict_loss(before: Heat, now: Heat, epochs: float) -> float:
 def _describe(trained: Trained, seconds: float) -> Heat:
     best = min(trained.candidates, key=lambda candidate: candidate.loss)
     name, state = trained.arm.recipe.name, trained.state
-    accuracy = best.validation["accuracy"]
-    return Heat(name, state.global_step, float(state.epoch or 0), best.loss, accuracy, round(seconds, 3))
+    epochs, accuracy = float(state.epoch or 0), best.validation["accuracy"]
+    return Heat(name, state.global_step, epochs, best.loss, accuracy, round(seconds, 3))
 
 
 def _where(checkpoint: Path | None, heats: list[Heat]) -> str:

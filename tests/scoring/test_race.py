@@ -16,7 +16,7 @@ from luthier.errors import NotFinite, UserError
 from luthier.output_dir import NO_TIME
 from luthier.reporting import console
 from luthier.run_files import RACE
-from luthier.scoring.criterion import LOG_LOSS, Judge
+from luthier.scoring.criterion import ENOUGH, LOG_LOSS, Criterion, Judge
 from luthier.scoring.race import FAR, Outcome, Trained, _Progress, keep_best, predict_loss, race
 from luthier.scoring.race_record import Course, Heat, Heats, read_record, write_record
 from luthier.scoring.selection import Candidate, choose
@@ -45,10 +45,12 @@ def candidate(losses: list[float], name: str = "full") -> Candidate:
 ARMS = [arm("lp_ft"), arm("full"), arm("full_from_probe")]
 
 
-def begun(tried: Heats, arms: list[SimpleNamespace], probe: float | None = None) -> _Progress:
+def begun(
+    tried: Heats, arms: list[SimpleNamespace], probe: float | None = None, metric: str = "log_loss"
+) -> _Progress:
     """Return a race whose arms have run some heats."""
     rival = None if probe is None else candidate([probe] * 4, "probe")
-    begun = _Progress(arms, rival, SimpleNamespace())
+    begun = _Progress(arms, rival, SimpleNamespace(judge=Judge([], Criterion(metric))))
     begun.heats = tried
     return begun
 
@@ -109,6 +111,19 @@ def test_probe_that_is_far_ahead_ends_the_race():
     assert next_one(tried, ARMS[:2], 0.4 / FAR - 0.01) == (None, "the probe far ahead")
     assert next_one(tried, ARMS[:2], 0.4 / FAR + 0.01) == ("full", "")
     assert next_one(heats(lp_ft=[0.4]), ARMS[:2], 0.01) == ("full", ""), "each arm is seen once"
+
+
+def test_first_heat_that_leaves_little_to_gain_ends_the_race():
+    little = ENOUGH - 0.001
+    assert next_one(heats(lp_ft=[little]), ARMS, 0.05) == (None, "little left to gain")
+    assert next_one(heats(lp_ft=[0.05], full=[little]), ARMS, 0.05) == (None, "little left to gain")
+    assert next_one(heats(lp_ft=[ENOUGH]), ARMS, 0.05) == ("full", "")
+    later = heats(lp_ft=[0.05], full=[0.06, little], full_from_probe=[0.05])
+    assert next_one(later, ARMS, 0.05) == ("full_from_probe", ""), "later on the promises decide"
+    alone = begun(heats(lp_ft=[little]), ARMS[:1]).choose_next()
+    assert alone == (ARMS[0], ""), "a single recipe goes on as long as it pays"
+    errors = begun(heats(lp_ft=[0.0]), ARMS, 0.05, "accuracy").choose_next()
+    assert errors == (ARMS[1], ""), "few images are all right by chance"
 
 
 @pytest.mark.parametrize(("last", "goes_on"), [(0.30, True), (0.399, False), (0.45, False), (math.nan, False)])
