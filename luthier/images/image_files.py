@@ -22,7 +22,7 @@ MAX_NAME = 1000  # characters of a file's name with its folders
 ARCHIVES = {".zip", ".7z", ".rar", ".tar", ".tgz", ".gz", ".xz", ".bz2"}
 OF_RUN = (RACE, LEARNED_FROM, "trainer_state.json")  # in the folder of a run, or of a checkpoint of it
 # What a run has beside these. Data has such files too: labels of faces by race, for one, are a race.json.
-BESIDE = (METRICS, CONFIG, "race", "checkpoint-*", "*.safetensors")
+BESIDE = (METRICS, CONFIG, "race/*/checkpoint-*", "checkpoint-*", "*.safetensors")
 ANNOTATIONS = (".json", ".xml", ".txt")  # endings of files that say what is where in an image
 
 
@@ -189,7 +189,7 @@ def refuse_run(paths: Iterable[Path]) -> None:
 def remedy_without_images(others: Sequence[Path]) -> str:
     """Return what to do about a class folder without images, by the files in it."""
     if any(path.name.endswith(CLOUD) for path in others):
-        return "that is in iCloud alone. Download the folder in the Finder"
+        return "some files are in iCloud alone. Download the folder in the Finder"
     if any(path.suffix.lower() in ANNOTATIONS for path in others):
         return (
             "add some, or move it elsewhere. If it holds annotations (as of COCO, YOLO or VOC), they are not read: "

@@ -28,7 +28,7 @@ from luthier.images.groups import build_grouping, check_groups
 from luthier.images.image_files import SAMPLE, ImageFiles, as_text
 from luthier.images.inspection import listing
 from luthier.images.loading import PLAN
-from luthier.images.tables import METADATA, OF_SPLITS, Table, hint_at_flags, read_table, say_odd_values
+from luthier.images.tables import METADATA, Table, hint_at_flags, is_of_splits, read_table, say_odd_values
 from luthier.terminal import plural, say
 
 logger = logging.getLogger(__name__)
@@ -354,7 +354,7 @@ def _find_split_column(table: Table, given: Columns) -> str | None:
         splits = {SPLIT_OF_FOLDER[value] for value in values & SPLIT_OF_FOLDER.keys()}
         if "train" in splits and len(splits) > 1 and not others:
             found.append(name)
-        elif "train" in splits and others and (len(splits) > 1 or (labelled and name.lower() in OF_SPLITS)):
+        elif "train" in splits and others and (len(splits) > 1 or (labelled and is_of_splits(name))):
             logger.warning(
                 f"Not used: the column {name!r} of {table.path}. It names splits, but also {others[0]!r}: correct it"
             )

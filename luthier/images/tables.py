@@ -110,6 +110,11 @@ def say_odd_values(table: Table, label: str, group: str | None) -> None:
         )
 
 
+def is_of_splits(name: str) -> bool:
+    """Tell whether a column is called as if it said what an image is for."""
+    return "split" in name.lower() or name.lower().replace(" ", "_") in OF_SPLITS
+
+
 def hint_at_flags(table: Table, names: Sequence[str]) -> str:
     """Return what to do where several columns hold yes or no, as of one class each; an empty text where none do."""
     values = {name: {value.lower() for value in table.column(name) if value} for name in names}

@@ -17,8 +17,8 @@ from luthier.training.trainer import concatenate_batches
 from models import linear_head
 
 ASKS_FOR_BALANCE = ("balanced_accuracy", "macro_f1")
-# The probe's loss below which nothing else is tried: the log loss, which is then about one error in a hundred images,
-# or the share that is missing of another metric.
+# The loss below which nothing else is tried, of the probe or after a first heat: the log loss, then about one error in
+# a hundred images, or, of the probe alone, the share that is missing of another metric.
 ENOUGH, ENOUGH_ERRORS = 0.04, 0.01
 SHOWN = ("accuracy", "balanced_accuracy", "macro_f1")  # of an evaluation
 TIE = 1e-3  # weight of the log loss beside counts of errors, which are often equal
@@ -52,14 +52,14 @@ class Criterion(NamedTuple):
         return self.uncertainty * (ENOUGH if self.metric == "log_loss" else ENOUGH_ERRORS)
 
     def leaves_little(self, loss: float, log_loss: float) -> bool:
-        """Tell whether there is little to gain on a probe.
+        """Tell whether there is little to gain on a probe, or on what a first heat has trained.
 
         A count of errors on a few images is often 0 by chance. So the log loss must be low too: calibration adds an
         imaginary image, and keeps it above `ENOUGH` on fewer than a dozen images, even if all are right.
 
         Args:
-            loss: of the probe, in the metric.
-            log_loss: its calibrated one.
+            loss: of the weights, in the metric.
+            log_loss: their calibrated one; infinite where it is not known.
         """
         return loss < self.enough and (self.metric == "log_loss" or log_loss < ENOUGH)
 

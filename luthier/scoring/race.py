@@ -1,11 +1,11 @@
 """Which way of fine-tuning suits the images: arms run in heats, and go on as long as it pays.
 
-The probe comes first and is free of noise from training. Then every arm runs two heats, unless all are far behind the
-probe after one. An arm that starts from the probe itself runs its second heat only if it still leads after those of
-the others. From there on, arms are compared by the loss that a power law through their last two heats predicts for
-the end of their last one. The arm that promises most runs its next heat; its last one only if it is not behind by
-then. If it breaks its promise, another one may promise more. The race ends when no arm promises less than the probe
-and clearly less than the best weights so far, when one has run its last heat, or when the time is up.
+The probe comes first and is free of noise from training. Then every arm runs two heats, unless after one all are far
+behind the probe, or one leaves little to gain. An arm that starts from the probe itself runs its second heat only if
+it still leads after those of the others. From there on, arms are compared by the loss that a power law through their
+last two heats predicts for the end of their last one. The arm that promises most runs its next heat; its last one only
+if it is not behind by then. If it breaks its promise, another one may promise more. The race ends when no arm promises
+less than the probe and clearly less than the best weights so far, when one has run its last heat, or when time is up.
 """
 
 import math
@@ -233,13 +233,14 @@ class _Progress:
         seen = {arm.recipe.name: sum(heat.step in arm.ends for heat in heats.of(arm.recipe.name)) for arm in running}
         losses = [heat.loss for heat in heats if math.isfinite(heat.loss)]
         best, leader = min(losses, default=math.inf), self.leading()
+        lead = heats.of(leader.recipe.name)[-1].loss if leader else math.inf
         # Easy images, as where a probe is enough. Heats do not have the log loss beside another metric.
-        if rival and max(seen.values()) < 2 and self.course.judge.criterion.leaves_little(best, log_loss=math.inf):
+        in_first = leader and seen.get(leader.recipe.name) == max(seen.values()) == 1
+        if rival and in_first and self.course.judge.criterion.leaves_little(lead, log_loss=math.inf):
             return None, "little left to gain"
         # A new head and a soft probe start behind, so that their arms are seen twice. What an arm gains on the probe
         # that it starts from shows at once: it is seen again after the others, and only if it still leads by then.
         shown = [arm for arm in unfinished if seen[arm.recipe.name] == 1 and arm.recipe.start == PROBE]
-        lead = heats.of(leader.recipe.name)[-1].loss if leader else math.inf
         behind = [arm for arm in shown if heats.of(arm.recipe.name)[-1].loss > lead]
         early = [arm for arm in unfinished if seen[arm.recipe.name] < 2 and arm not in behind]
         if early:
@@ -287,7 +288,7 @@ class _Progress:
             before = [(arm, rate, arm.ends[max(1, len(arm.ends) - 2)]) for arm, rate in rates]  # all run a second one
             seconds = sum(rate * (end - arm.ends[0]) for arm, rate, end in before)
             seconds += max(rate * (arm.ends[-1] - end) for arm, rate, end in before)
-            if seconds > LONG:
+            if seconds > LONG and self.choose_next()[0]:  # or it ends here
                 say("race", f"it may take {plural(round(seconds / 60), 'minute')} more (see --time_limit)")
 
     def promise(self, arm: Arm) -> float:
@@ -395,6 +396,5 @@ def _describe(trained: Trained, seconds: float) -> Heat:
 
 def _where(checkpoint: Path | None, heats: list[Heat]) -> str:
     """Return where an interrupted run goes on."""
-    if checkpoint:
-        return f"from {checkpoint}"
-    return f"after {plural(len(heats), 'heat')}" if heats else "there is no whole checkpoint: from the start"
+    without = f"after {plural(len(heats), 'heat')}" if heats else "there is no whole checkpoint: from the start"
+    return f"from {checkpoint}" if checkpoint else without

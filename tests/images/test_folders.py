@@ -344,6 +344,15 @@ def test_file_that_is_called_like_one_of_a_run_is_no_run(images, name):
     assert labels_of(load(data_dir=str(images))) == sorted(COLOURS)
 
 
+def test_class_race_beside_a_file_of_labels_is_no_run(images):
+    put(images / "race", 90)
+    (images / "race.json").touch()
+    assert labels_of(load(data_dir=str(images))) == sorted([*COLOURS, "race"])
+    (images / "race/full/checkpoint-5").mkdir(parents=True)
+    with pytest.raises(UserError, match="holds a run of Luthier"):
+        load(data_dir=str(images))
+
+
 def test_model_beside_the_images_that_are_scored_is_no_class(images):
     (images / "model").mkdir()
     for name in ("config.json", "learned_from.txt", "model.safetensors"):
@@ -367,9 +376,10 @@ def test_images_that_icloud_has_not_loaded_are_named(images, caplog):
     put(images / ".icloud", 90)
     assert labels_of(load(data_dir=str(images))) == sorted(COLOURS)
     assert "in iCloud alone (download it in the Finder): 1 file, such as red/.a.jpg.icloud" in caplog.text
-    (images / "violet").mkdir()
-    (images / "violet/.a.jpg.icloud").touch()
-    with pytest.raises(UserError, match=r"but .a.jpg.icloud: that is in iCloud alone. Download the folder"):
+    (images / "violet/days").mkdir(parents=True)
+    (images / "violet/notes.txt").touch()
+    (images / "violet/days/.a.jpg.icloud").touch()
+    with pytest.raises(UserError, match=r"but notes.txt: some files are in iCloud alone. Download the folder"):
         load(data_dir=str(images))
 
 

@@ -228,6 +228,9 @@ def test_column_of_splits_with_an_unknown_name_is_reported(root, caplog):
     rows = [(*pair, "eval" if number < 3 else "train") for number, pair in enumerate(pairs())]
     load(root, text(rows, "file,label,set"))
     assert "Not used: the column 'set'" in caplog.text and "names splits, but also 'eval'" in caplog.text
+    for name in ("data_split", "Data set"):
+        load(root, text(rows, f"file,label,{name}"))
+        assert f"Not used: the column '{name}'" in caplog.text
     caplog.clear()
     load(root, text([(*pair, "train") for pair in pairs()], "file,label,set"))
     load(root, text([(*pair, "bus" if pair[0] == "a3.png" else "train") for pair in pairs()], "file,label,vehicle"))

@@ -146,6 +146,14 @@ def test_training_without_heats_goes_on_though_the_probe_is_far_ahead():
     assert next_one(tried, [arm("lp_ft", (500,)), arm("full", (500,))], 0.01) == ("lp_ft", "")
 
 
+def test_training_without_heats_that_the_time_limit_has_cut_short_goes_on_though_little_is_left():
+    arms = [arm("lp_ft", (500,)), arm("full", (500,))]
+    tried = Heats([Heat("lp_ft", 100, 10.0, ENOUGH - 0.001, 0.9, 1.0)])
+    assert next_one(tried, arms, 0.05) == ("lp_ft", "")
+    whole = Heats([tried[0]._replace(step=500, epochs=50.0)])
+    assert next_one(whole, arms, 0.05) == (None, "little left to gain")
+
+
 def test_training_without_heats_goes_on_however_often_the_time_limit_has_ended_it():
     tried = Heats(Heat("head", step, step / 10, loss, 0.9, 1.0) for step, loss in ((100, 0.50), (200, 0.49)))
     assert next_one(tried, [arm("head", (500,))], None) == ("head", "")
@@ -367,6 +375,20 @@ def test_race_says_how_long_it_may_go_on(tmp_path, monkeypatch, capsys, seconds,
     race([in_folder(one, tmp_path) for one in ARMS], candidate([0.5] * 4, "probe"), course, None)
     printed = capsys.readouterr().out
     assert ("it may take 26 minutes more" in printed) == says and printed.count("minutes more") == says
+
+
+def test_race_that_ends_after_its_first_heats_is_not_said_to_go_on_and_does_not(tmp_path, monkeypatch, capsys):
+    clock = iter(range(0, 100_000, 60))
+    without_training(monkeypatch, lambda name, end: 0.03 if name == "full_from_probe" else 0.05)
+    course = course_in(tmp_path)._replace(stopwatch=SimpleNamespace(total=lambda: next(clock)), stop=Stop(tmp_path))
+    arms, probe = [in_folder(one, tmp_path) for one in ARMS], candidate([0.06] * 4, "probe")
+    outcome, _ = race(arms, probe, course, None)
+    assert len(outcome.heats) == 3 and outcome.ended == "little left to gain"
+    assert outcome.winner.arm.recipe.name == "full_from_probe"
+    assert "minutes more" not in capsys.readouterr().out
+    again, _ = race(arms, probe, course, "auto")
+    assert (again.heats, again.ended) == (outcome.heats, outcome.ended)
+    assert again.winner.arm.recipe.name == "full_from_probe"
 
 
 def test_longest_race_of_two_heats_has_the_second_one_of_every_arm(tmp_path, monkeypatch, capsys):
