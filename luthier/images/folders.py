@@ -298,8 +298,10 @@ def _check_classes(root: Path, to_train: bool) -> None:
 def _say_inner_classes(root: Path, grouping: Grouping) -> None:
     """Say so where all class folders hold the same folders, which may be the classes: of several days, for one."""
     folders = subfolders(root)
-    inner = set.intersection(*({each.name for each in subfolders(folder)} for folder in folders)) if folders else set()
-    if len(folders) > 1 and len(inner) > 1 and not grouping(PurePosixPath("folder/file")):
+    inner = {each.name for each in subfolders(folders[0])} if len(folders) > 1 else set()
+    for folder in folders[1:]:
+        inner = inner and inner & {each.name for each in subfolders(folder)}  # most have none, and need no other look
+    if len(inner) > 1 and not grouping(PurePosixPath("folder/file")):
         first, name = folders[0].name, min(inner)
         say(
             "careful",

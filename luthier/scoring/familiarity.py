@@ -93,9 +93,10 @@ def learn_familiarity(
     head = linear_head(model_of(trainer))
     if head is None:
         return None
-    truth, order = np.array(splits["validation"]["label"][:]), draw_order(splits["validation"]["digest"][:], seed=1)
+    train, truth = splits["train"], np.array(list_of(splits["validation"], "label"))
+    order = draw_order(list_of(splits["validation"], "digest"), seed=1)
     chosen = {
-        "train": choose_bank(splits["train"]["label"][:], splits["train"]["digest"][:], none),
+        "train": choose_bank(list_of(train, "label"), list_of(train, "digest"), none),
         "validation": order[truth[order] != none][:VALIDATION],
     }
     learned = _features(trainer, head, images, chosen, known)
