@@ -31,7 +31,6 @@ SPLIT_OF_FOLDER = {
     "train": "train", "training": "train", "validation": "validation", "val": "validation", "valid": "validation",
     "dev": "validation", "validate": "validation", "test": "test", "testing": "test",
 }  # fmt: skip
-
 FILE_SUFFIX = re.compile(r"\.[A-Za-z][A-Za-z0-9]{0,4}")  # of a file, and not of a class such as `v1.0` or `St.Bernard`
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")  # which `tables.read_table` reads
 SPREADSHEETS = (".xlsx", ".xlsm", ".xls", ".ods", ".numbers")
