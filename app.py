@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from luthier.command_line import CommandParser
 from luthier.errors import UserError, exit_on_user_error, require
 from luthier.files import expand_home
 from luthier.images.decode import is_image, reason
@@ -34,12 +35,7 @@ CLEAN = (600, 3600)  # seconds: how often images that were given to the page are
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of this command."""
-    parser = argparse.ArgumentParser(
-        prog="app.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = CommandParser(prog="app.py", description=__doc__)
     parser.add_argument("model", help="a folder with a saved model, a name on the Hub, or a .onnx file")
     parser.add_argument("--examples", type=expand_home, help="a folder of images to offer")
     parser.add_argument(

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import psutil
 
+from luthier.command_line import CommandParser
 from luthier.errors import UserError, exit_on_user_error
 from luthier.files import atomic_write, expand_home
 from luthier.output_dir import has_ended, read_metrics, wait_for_lock
@@ -123,11 +124,12 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of this command's own options."""
     from luthier.parsing import HelpFormatter
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=HelpFormatter,
-        allow_abbrev=False, prog="compare.py",
+    parser = CommandParser(
+        prog="compare.py",
         usage="compare.py [configs/NAME.yaml ...] [--seeds N | --folds K] [--set key=v1,v2 ...] [train.py's options]",
-    )  # fmt: skip
+        description=__doc__,
+        formatter_class=HelpFormatter,
+    )
     several = parser.add_mutually_exclusive_group()
     several.add_argument("--seeds", type=int, help=f"training seeds, on one split; {SEEDS} if there are no folds")
     several.add_argument("--folds", type=int, help="folds, each image in one test split, instead of seeds")
@@ -220,7 +222,7 @@ def build_runs(experiments: list[Experiment], args: argparse.Namespace, rest: li
         line += ["--disable_tqdm", "True", "--output_dir", str(folder)]
         line += ["--resume_from_checkpoint", "auto"]  # from the start where there is nothing to resume
         with contextlib.nullcontext() if part == parts[0][0] else contextlib.redirect_stdout(io.StringIO()):
-            parsed = parse_arguments(line)  # says once what it leaves out
+            parsed = parse_arguments(line, own=vars(args))  # says once what it leaves out
         data = parsed.data_args
         folder_of_data = data.data_dir and expand_home(data.data_dir).resolve()
         sources.setdefault((folder_of_data, data.dataset_name, data.dataset_config_name), experiment.name)

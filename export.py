@@ -21,6 +21,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from luthier.command_line import CommandParser
 from luthier.errors import UserError, exit_on_user_error, message_for_user, require
 from luthier.files import atomic_copy, expand_home, lock_folder
 from luthier.images.decode import is_image
@@ -37,12 +38,7 @@ CALIBRATION = 200  # training images that decide the ranges of 8-bit activations
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of this command."""
-    parser = argparse.ArgumentParser(
-        prog="export.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = CommandParser(prog="export.py", description=__doc__)
     parser.add_argument("model", help="a folder with a saved model, or a name on the Hub")
     parser.add_argument(
         "--output_dir", "--output-dir", type=expand_home, help="where to write, if not into the model's folder"
@@ -80,6 +76,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.vendor and not (args.web or args.push_to_space):
         raise UserError("--vendor is for the page: give --web FOLDER or --push_to_space OWNER/NAME too")
     folder = args.output_dir or Path(args.model)
+    if folder.is_file() and not args.output_dir:
+        raise UserError(f"{args.model} is a file: give the folder of the trained model, such as outputs/my_run")
     if not args.output_dir and not folder.is_dir():
         raise UserError(f"there is no folder {args.model!r}: for a model of the Hub, give --output_dir too")
     check_destinations(args)

@@ -22,9 +22,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, TextIO
+from urllib.parse import unquote
 
 from tqdm import tqdm
 
+from luthier.command_line import CommandParser
 from luthier.errors import UserError, exit_on_user_error
 from luthier.escape import escape_cell, escape_terminal
 from luthier.files import expand_home
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
 BAR_WIDTH = 32  # columns
 NONE, UNSURE, NO_PREDICTION = "none of these", "unsure", "no prediction"  # in place of a class
 MANY, NAMED = 20, 20  # inputs whose answers are counted at the end, and answers that are named there
+LISTS = (".txt", ".csv", ".tsv", ".json", ".jsonl")  # endings of lists of files, and of tables
+NO_IMAGE = "it is a list, and no image: give - for a list of files, as in python predict.py MODEL - < list.txt"
 
 
 @exit_on_user_error
@@ -97,8 +101,9 @@ def answer_of(prediction: "Prediction") -> str:
 
 def count_in_words(answers: Counter[str]) -> str:
     """Return how often each answer was given, the most frequent first."""
-    counts = [f"{escape_terminal(shorten(answer))} {count:,}" for answer, count in answers.most_common(NAMED)]
-    others = answers.total() - sum(count for _, count in answers.most_common(NAMED))
+    named = answers.most_common(NAMED)
+    counts = [f"{escape_terminal(shorten(answer))} {count:,}" for answer, count in named]
+    others = answers.total() - sum(count for _, count in named)
     return ", ".join([*counts, f"others {others:,}"] if others else counts)
 
 
@@ -111,12 +116,7 @@ def accept_undecodable_names() -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of this command."""
-    parser = argparse.ArgumentParser(
-        prog="predict.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = CommandParser(prog="predict.py", description=__doc__)
     parser.add_argument("model", help="a folder with a saved model, a name on the Hub, or a .onnx file")
     parser.add_argument(
         "input",
@@ -167,6 +167,10 @@ def _expand_one(text: str) -> Iterator[tuple[str, str | None]]:
     # fetch.py decides which addresses are fetched.
     if "\0" in text:  # as in a list of `find -print0`; glob fails at it
         yield text, "there is no such file"
+    elif text.startswith("file://"):  # as file managers copy it
+        yield text, f"give its path, without file://: {unquote(text.removeprefix('file://'))}"
+    elif os.path.isfile(text) and text.lower().endswith(LISTS):  # noqa: PTH113
+        yield text, NO_IMAGE
     elif "://" in text or os.path.isfile(text):  # noqa: PTH113
         yield text, None
     elif os.path.isdir(text):  # noqa: PTH112

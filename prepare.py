@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from luthier.command_line import CommandParser
 from luthier.cores import count_cores
 from luthier.errors import UserError, exit_on_user_error
 from luthier.files import expand_home
@@ -55,9 +56,9 @@ def main(argv: list[str] | None = None) -> None:
     if len(argv) < 2 or argv[0].startswith("-") or argv[1].startswith("-"):
         raise UserError("name the data and a folder for the shards: python prepare.py DATA FOLDER")
     from luthier.arguments import option_of_data, parse_arguments, refuse_others
-    from luthier.parsing import Parser, option_names_in
+    from luthier.parsing import option_names_in
 
-    own = Parser((), add_help=False, allow_abbrev=False)
+    own = CommandParser(add_help=False)
     add_own_options(own)
     options, rest = own.parse_known_args(argv[2:])
     for name in ("side", "images"):
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--{name} is {getattr(options, name)}, but must be at least 1")
     share = parse_share(options.share)
     refuse_others("prepare.py", option_names_in(rest), SHOWN)
-    arguments = parse_arguments([*option_of_data(argv[0]), *rest, "--eval_strategy", "no"])
+    arguments = parse_arguments([*option_of_data(argv[0]), *rest, "--eval_strategy", "no"], own=vars(options))
 
     from data import load_splits
     from luthier.images.groups import given_groups

@@ -9,18 +9,14 @@ import argparse
 import tempfile
 from pathlib import Path
 
+from luthier.command_line import CommandParser
 from luthier.errors import UserError, exit_on_user_error
 from luthier.terminal import say
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of this command."""
-    parser = argparse.ArgumentParser(
-        prog="push.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = CommandParser(prog="push.py", description=__doc__)
     parser.add_argument("output_dir", type=Path, help="the output directory of train.py")
     parser.add_argument("repo_id", help="the repository, such as me/instruments; created if it does not exist")
     parser.add_argument("--private", action="store_true", default=None, help="hide a new repository from others")

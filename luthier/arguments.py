@@ -170,7 +170,9 @@ OF_TRAINING = (
 )  # fmt: skip
 
 
-def parse_arguments(argv: list[str], command: str | None = None, replaced: Collection[str] = ()) -> Arguments:
+def parse_arguments(
+    argv: list[str], command: str | None = None, replaced: Collection[str] = (), own: Collection[str] = ()
+) -> Arguments:
     """Read `[CONFIG.yaml] [--key value ...]`; the command line overrides the file.
 
     A line that names its data (`--data_dir`, `--dataset_name`) replaces all that the config says of data and columns.
@@ -181,11 +183,12 @@ def parse_arguments(argv: list[str], command: str | None = None, replaced: Colle
         argv: the command line.
         command: what to call it in the results; the command line of train.py if not given.
         replaced: names of files that the output directory may already hold, because the command writes them again.
+        own: see `parsing.read_options`.
 
     Raises:
         UserError: an option, a key or a value is wrong, or the output directory is not free.
     """
-    config, options, given = read_options(build_parser(), argv)
+    config, options, given = read_options(build_parser(), argv, own)
     settings = digest_settings(options)
     data_args = DataArguments(**{option.name: options[option.name] for option in fields(DataArguments)})
     model_args = ModelArguments(**{option.name: options[option.name] for option in fields(ModelArguments)})
@@ -209,7 +212,7 @@ def parse_arguments(argv: list[str], command: str | None = None, replaced: Colle
     output_dir = free_output_dir(options["output_dir"], name, options["resume_from_checkpoint"], replaced)
     check_folds(output_dir, options["folds"])
     trains = options["eval_strategy"] != "no"  # other commands may not write there
-    if (trains or options["output_dir"]) and not (replaced or options["labels"] or output_dir.exists()):
+    if (trains or options["output_dir"]) and not (options["labels"] or output_dir.exists()):
         check_outside(output_dir, data_args.data_dir or str(data_args.dataset_name))
     return Arguments(data_args, model_args, _build_training_args(options, output_dir), run_args)
 
@@ -285,7 +288,6 @@ def build_parser(
         prog=prog,
         usage=usage,
         description=description,
-        allow_abbrev=False,
     )
     parser.add_argument("--help-all", nargs=0, action=ShowAllHelp, help="show every option of TrainingArguments too")
     parser.set_defaults(**TRAINING_DEFAULTS)

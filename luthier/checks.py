@@ -233,7 +233,7 @@ def check_outside(output_dir: Path, data: str) -> None:
     images = expand_home(data)
     if images.is_dir() and images.resolve() in (output_dir.resolve(), *output_dir.resolve().parents):
         raise UserError(
-            f"--output_dir {output_dir} is or lies in {data}, where its figures would be taken for images: give a "
+            f"--output_dir {output_dir} is or lies in {data}, where its files would be taken for images: give a "
             "folder elsewhere"
         )
 

@@ -127,9 +127,7 @@ def describe_in_config(model: PreTrainedModel, familiarity: Familiarity | None) 
     if familiarity is None:
         model.config.__dict__.pop("familiarity", None)
     else:
-        model.config.familiarity = {"neighbour": NEIGHBOUR} | {
-            name: value for name, value in familiarity._asdict().items() if name != "bank"
-        }
+        model.config.familiarity = {name: value for name, value in familiarity._asdict().items() if name != "bank"}
 
 
 def save_bank(folder: Path, familiarity: Familiarity | None) -> None:

@@ -1,18 +1,18 @@
 """Settings from a YAML file and a command line by one parser: strict keys, and errors that name the nearest one."""
 
 import argparse
-import difflib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import fields
 from pathlib import Path, PureWindowsPath
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
 
+from luthier.command_line import CommandParser, explain_typography, nearest
 from luthier.errors import UserError
 from luthier.options import DATA_KEYS
 from luthier.processes import is_launched
@@ -69,23 +69,17 @@ NOT_NEEDED = {  # what other tools have an option for, and what Luthier does ins
     **dict.fromkeys(("multi_label", "multilabel"), "each image has one class"),
     "overwrite_output_dir": "nothing is overwritten; give another --output_dir, or leave it out for a free name",
 }
-DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"  # that word processors put in the place of hyphens
-QUOTES = "\u201c\u201d\u201e"
 
 
-class Parser(HfArgumentParser):
-    """HfArgumentParser that raises UserError for a wrong command line, where argparse would print all of the usage."""
+class Parser(CommandParser, HfArgumentParser):
+    """The parser of the options of train.py, from their dataclasses."""
 
-    def error(self, message: str) -> Any:
-        """Raise `message`, with each option in one spelling and what a number looks like."""
-        message = re.sub(r"^argument (--\w+)/--[\w-]+:", r"argument \1:", message)
+    def error(self, message: str) -> NoReturn:
+        """Raise `message`, with the words for true and false explained."""
         if found := re.search(r"Truthy value expected: got (.*) but expected", message):
             message = f"{message[: found.start()]}{found[1]} is neither true nor false: write one of these"
             message += ". A repository is given as --hub_model_id" if "--push_to_hub" in message else ""
-        elif found := re.search(r"invalid (int|float) value", message):
-            number = "a whole number such as 10" if found[1] == "int" else "a number such as 10 or 0.5"
-            message += f"; give {number}, without a unit"
-        raise UserError(message)
+        super().error(message)
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -116,7 +110,9 @@ def value_of(action: argparse.Action) -> str:
     return "[BOOL]" if action.nargs == "?" else "VALUE ..." if action.nargs in ("+", "*") else "VALUE"
 
 
-def read_options(parser: HfArgumentParser, argv: list[str]) -> tuple[str | None, dict, frozenset[str]]:
+def read_options(
+    parser: HfArgumentParser, argv: list[str], own: Collection[str] = ()
+) -> tuple[str | None, dict, frozenset[str]]:
     """Read `[CONFIG.yaml] [--key value ...]`; the command line overrides the file.
 
     Where the line sets `data_dir` or `dataset_name`, the file's `DATA_KEYS` are ignored.
@@ -124,6 +120,7 @@ def read_options(parser: HfArgumentParser, argv: list[str]) -> tuple[str | None,
     Args:
         parser: of all options.
         argv: the command line.
+        own: names of options that the command has besides these: an unknown one may be one of them, misspelt.
 
     Returns the config's path, every option's value, and the names of those that config or command line set.
 
@@ -135,7 +132,7 @@ def read_options(parser: HfArgumentParser, argv: list[str]) -> tuple[str | None,
     settings = read_config(config, parser) if config else {}
     _, unknown = parser.parse_known_args(line)
     if unknown:
-        raise UserError(explain_unknown(unknown[0], parser))
+        raise UserError(explain_unknown(unknown[0], [*own, *option_names(parser)]))
     given = option_names_in(line)
     for key in ("data_dir", "dataset_name", "labels"):
         if sum(option_names_in([token]) == {key} for token in line) > 1:
@@ -184,7 +181,7 @@ def read_config(path: str, parser: HfArgumentParser) -> dict:
         raise UserError(f"{path} gives {twice[0]} twice: leave one out")
     for key, value in settings.items():
         if key not in option_names(parser):
-            hint = f": {NOT_NEEDED[key]}" if key in NOT_NEEDED else nearest(str(key), option_names(parser))
+            hint = f": {NOT_NEEDED[key]}" if key in NOT_NEEDED else nearest_option(str(key), option_names(parser))
             raise UserError(f"{path}: unknown key {key!r}{hint}")
         try:
             _, unknown = parser.parse_known_args(as_tokens({key: value}))
@@ -226,34 +223,30 @@ def as_tokens(settings: dict) -> list[str]:
     return tokens
 
 
-def nearest(word: str, known: Sequence[str]) -> str:
-    """Return a question after the known word that is most like `word`, or nothing."""
-    if MEANT_BY.get(word) in known:
-        return f"; did you mean {MEANT_BY[word]!r}?"
-    close = difflib.get_close_matches(word, known, n=1) or [name for name in known if f"_{word}_" in f"_{name}_"]
-    return f"; did you mean {close[0]!r}?" if close else ""
+def nearest_option(word: str, known: Sequence[str]) -> str:
+    """Return a question after the option that other tools call `word`, or that is most like it, or nothing."""
+    return f"; did you mean {MEANT_BY[word]!r}?" if MEANT_BY.get(word) in known else nearest(word, known)
 
 
-def explain_unknown(token: str, parser: HfArgumentParser) -> str:
-    """Return what is wrong with an argument that no option takes."""
-    word = token.lstrip("-")  # it ends with such a quote where the shell has cut a path at its space
-    if (word[:1] in (*DASHES, *QUOTES) or word[-1:] in (*QUOTES,)) and token.strip(f"-{DASHES}"):
-        return f'{token} has a dash or a quote of a word processor in it: type it again, with plain ones (-- and ")'
+def explain_unknown(token: str, known: Sequence[str]) -> str:
+    """Return what is wrong with an argument that none of the known options takes."""
+    if typed := explain_typography(token):
+        return typed
     if token.startswith("-"):
         option = token.lstrip("-").split("=")[0].replace("-", "_").lower()
         if option in ("config", "c"):
             return f"unknown option {token}: a config is the first argument, without an option before it"
         if option in NOT_NEEDED:
             return f"unknown option {token}: {NOT_NEEDED[option]}"
-        hint = nearest(option, option_names(parser)) or "."
+        hint = nearest_option(option, known) or "."
         return f"unknown option {token}{hint} All options: python train.py --help-all"
     if token.endswith((".yaml", ".yml")):
         return f"the config {token} must be the first argument"
     if token.endswith(".json"):
         return f"a config is a YAML file, which {token} is not: write `key: value` on a line each"
     return (
-        f"cannot place the argument {token!r}: images are given as --data_dir FOLDER, a dataset as --dataset_name "
-        'NAME, and a path with spaces in quotes, "my photos"'
+        f"cannot place the argument {token!r}: train.py, score.py and compare.py take images as --data_dir FOLDER, a "
+        'dataset as --dataset_name NAME; a path with spaces needs quotes, "my photos"'
     )
 
 

@@ -94,7 +94,8 @@ def decode_rgb(data: bytes, shorter_side: int | None = None, max_pixels: int | N
         image = _open(data)
         size = image.size
         if max_pixels and size[0] * size[1] > max_pixels:
-            raise OSError(f"{size[0]} x {size[1]} px are more than the {max_pixels:,} pixels that are allowed")
+            text = f"{size[0]} x {size[1]} px are more than the {max_pixels:,} pixels that are allowed"
+            raise OSError(f"{text}: make it smaller")
         if max(size) > MAX_RATIO * min(size):
             raise OSError(f"{size[0]} x {size[1]} px: one side is more than {MAX_RATIO} times the other")
         scans = data.count(b"\xff\xda") if max_pixels and image.format in ("JPEG", "MPO") else 0

@@ -163,6 +163,10 @@ def explain_no_folder(folder: Path, advice: str) -> str:
         return f"{found}: leave out the quotes or spaces around {bare}"
     if (plain := given.replace("\\ ", " ")) != given and Path(plain).is_dir():
         return f"{found}: within quotes write {plain}, without backslashes before the spaces"
+    if given.startswith("file:"):
+        return "but an address: give the path alone, without file://"
+    if "*" in given or "?" in given:
+        return "but a pattern: give the folder that holds these images or class folders"
     if re.match(r"[a-z][a-z\d+.-]+:[\\/]", given):
         return (
             "but an address: download and unpack it first, or mount it as a folder, or name a dataset of the Hub with "

@@ -23,12 +23,14 @@ from luthier.errors import UserError
 from luthier.images.archives import check_whole
 from luthier.images.columns import is_image_feature
 from luthier.images.folders import SPLIT_OF_FOLDER
+from luthier.images.image_files import explain_no_folder
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 PLAN = "shards.json"  # in a folder that prepare.py writes: what its files are made of
+HUB_NAME = re.compile(r"hf://.+|[\w.-]+(/[\w.-]+)?")  # of a dataset; any other name that is not there is a wrong path
 
 
 def load_named(dataset_name: str, dataset_config_name: str | None, to_train: bool) -> DatasetDict:
@@ -42,8 +44,10 @@ def load_named(dataset_name: str, dataset_config_name: str | None, to_train: boo
     Raises:
         UserError: it cannot be loaded, is not complete, names files that are not its own, or has no split to train on.
     """
-    if dataset_name.startswith((".", "/", "~")) and not Path(dataset_name).exists():
-        raise UserError(f"{dataset_name} is not a folder, and no name of a dataset on the Hub: check the path")
+    is_path = dataset_name.startswith(".") or not HUB_NAME.fullmatch(dataset_name)
+    if is_path and not Path(dataset_name).exists():
+        found = explain_no_folder(Path(dataset_name), "")
+        raise UserError(f"{dataset_name} is no dataset on the Hub, and not a folder, {found}")
     check_complete(Path(dataset_name))
     with explain_loading(dataset_name):
         if (Path(dataset_name) / "state.json").exists():

@@ -75,7 +75,7 @@ def fetch(url: str, allow_private: bool = False, seconds: float = MAX_SECONDS) -
                 raise OSError("the server sends compressed data, which was not asked for: download the image first")
             data = response.read(MAX_BYTES + 1)
             if len(data) > MAX_BYTES:
-                raise OSError(f"larger than {MAX_BYTES // 2**20} MB")
+                raise OSError(f"larger than {MAX_BYTES // 2**20} MB: download the image first")
             if response.length:  # what is left of Content-Length
                 raise OSError("the connection was cut before the image was complete")
             return data

@@ -19,6 +19,7 @@ from luthier.output_dir import has_ended, has_weights
 from luthier.reporting.card import FIGURES, write_model_card
 from luthier.run_files import CARD, CODE, CONFIG, EXPORTS, METRICS, ONNX, ONNX_FILES
 from luthier.terminal import of_project, quote, say
+from models import BEFORE_MODEL
 
 # Besides the card, which is rewritten with the repository's name. Nothing else leaves the machine: no checkpoints,
 # no logs, and no report, predictions or audit, which show or name the user's images.
@@ -135,7 +136,10 @@ def stage(output_dir: Path, repo_id: str, staging: Path) -> None:
     Raises:
         UserError: the folder holds no finished run of train.py, or a file of it is damaged.
     """
+    unfinished = f"the run in {output_dir} has not ended: go on with it by --resume_from_checkpoint auto, then push it"
     if not (output_dir / METRICS).is_file():
+        if any(any(output_dir.glob(pattern)) for pattern in BEFORE_MODEL):
+            raise UserError(unfinished)
         found = "holds no finished run" if output_dir.is_dir() else "is no folder"
         raise UserError(f"{output_dir} {found}: give the output directory of train.py first, then the repository")
     files = [path for pattern in PUBLISHED for path in output_dir.glob(pattern)]
@@ -153,9 +157,7 @@ def stage(output_dir: Path, repo_id: str, staging: Path) -> None:
             shutil.copyfile(card, staging / CARD)
         write_model_card(staging, metrics, repo_id)
         if not has_ended(output_dir):
-            raise UserError(
-                f"the run in {output_dir} has not ended: go on with it by --resume_from_checkpoint auto, then push it"
-            )
+            raise UserError(unfinished)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, TemplateError) as error:
         if getattr(error, "errno", None) in REFUSED_BY_SYSTEM:
             raise

@@ -191,6 +191,7 @@ def test_space_serves_the_pushed_model(model, tmp_path):
         (["me/x", "--push_to_space", "me/y", "--always_answer"], "--always_answer are for the app on this machine"),
         (["me/x", "--push_to_space", "me/y", "--examples", "x"], "--always_answer are for the app on this machine"),
         (["me/x", "--private"], "--private hides a Space: give --push_to_space"),
+        (["me/x", "--exmples", "photos"], "unknown option --exmples; did you mean 'examples'?"),
     ],
 )
 def test_mistake_on_the_command_line_gives_one_message(capsys, args, message):

@@ -150,7 +150,10 @@ def test_mistake_in_a_config(text, message):
         (["--dataloader_num_workers", "-1"], "--dataloader_num_workers is -1"),
         (["settings.json"], "a config is a YAML file"),
         (["--data_dir", ".", "--output_dir", "runs/x"], "--output_dir runs/x is or lies in ."),
-        (["my_photos"], "cannot place the argument 'my_photos': images are given as --data_dir"),
+        (
+            ["my_photos"],
+            "cannot place the argument 'my_photos': train.py, score.py and compare.py take images as --data_dir",
+        ),
         (["--seed", "1", "some.yaml"], "some.yaml must be the first argument"),
         (["missing.yaml"], "cannot read the config missing.yaml"),
         (["--data_dir", "a", "--dataset_name", "b"], "give one of them"),

@@ -190,6 +190,15 @@ def test_mistake_on_the_command_line_gives_one_message(args, message, capsys):
     assert exit_info.value.code == 2 and message in capsys.readouterr().err
 
 
+def test_page_is_not_written_among_the_images(tmp_path, capsys):
+    """Its folder would be a class without images."""
+    draw_folder(tmp_path / "p", 1)
+    with pytest.raises(SystemExit) as exit_info:
+        audit.main([str(tmp_path / "p"), "--output_dir", str(tmp_path / "p/found")])
+    assert exit_info.value.code == 2 and "where its files would be taken for images" in capsys.readouterr().err
+    assert not (tmp_path / "p/found").exists()
+
+
 def test_data_with_a_validation_split_that_cannot_be_cut_further(tmp_path, timm_checkpoint, capsys):
     """Two images a class are too few for a test split, but labels are checked with what is there."""
     draw_folder(tmp_path / "p/train", 1)

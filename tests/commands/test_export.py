@@ -337,6 +337,8 @@ def test_comparison_counts_what_differs(tmp_path):
         ([], "the following arguments are required: model"),
         (["nomodel"], "there is no folder 'nomodel'"),
         (["owner/nomodel"], "give --output_dir too"),
+        (["{run}/onnx/model.onnx"], "model.onnx is a file: give the folder of the trained model"),
+        (["{run}", "--int"], "unknown option --int; did you mean 'int8'?"),
         (["owner/nomodel", "--output_dir", "{tmp}/o"], "the Hub cannot be reached"),
         (["{tmp}"], "holds no model"),
         (["{run}", "--check", "{tmp}"], "is not a folder with images"),

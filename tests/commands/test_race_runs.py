@@ -19,7 +19,7 @@ from luthier.output_dir import has_ended
 from luthier.scoring import selection
 from luthier.scoring.criterion import Judge
 from luthier.scoring.race_record import Heat, Heats
-from luthier.scoring.refit import Plan, plan_refit
+from luthier.scoring.refit import plan_refit
 from luthier.scoring.screening import cross_fitted_losses
 from luthier.training.recipe import FROM_SCRATCH, RECIPES
 from luthier.training.trainer import predict, predict_best
@@ -336,7 +336,8 @@ def one_arm(tmp_path, epochs, best_step, own_test=True):
 
 def test_refit_has_the_time_limit_of_the_whole_run(tmp_path):
     run = one_arm(tmp_path, epochs=1.0, best_step=5)  # its course has the limit of a fold, in minutes
-    assert plan_refit(*run, "auto", time_limit=1.0).refusal == "the time limit"
+    refused = plan_refit(*run, "auto", time_limit=1.0)
+    assert refused.refusal == "the time limit" and not refused.averaged
     plan = plan_refit(*run, "auto", time_limit=3.0)
     assert plan.done and plan.averaged and plan.seconds == 30.0, "half of the steps on twice the images"
 
@@ -360,9 +361,13 @@ def test_refit_is_at_most_as_much_work_as_the_run(tmp_path, monkeypatch):
     assert plan_refit(*one_arm(tmp_path, epochs=1.0, best_step=8), "none", None).refusal == "--refit none"
 
 
-def test_refit_is_done_unless_it_is_refused():
-    plan = Plan(("train", "validation"), 50, 40, 1.0, "the time limit")
-    assert not plan.done and plan._replace(refusal="").done
+@pytest.mark.parametrize(("is_probe", "images"), [(True, 10), (False, 99)])
+def test_run_that_streams_is_not_refit(tmp_path, is_probe, images):
+    """The probe has learned from a sample, and trained weights from the whole stream."""
+    experiment, result = one_arm(tmp_path, epochs=1.0, best_step=5)
+    experiment.stream, result.kept.is_probe = SimpleNamespace(labels=range(99)), is_probe
+    plan = plan_refit(experiment, result, "auto", None)
+    assert (plan.refusal, plan.scored_on, plan.images) == ("the images are streamed", images, images)
 
 
 @pytest.mark.slow

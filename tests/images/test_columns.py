@@ -139,6 +139,21 @@ def test_unreachable_dataset_is_a_user_error():
         load(dataset_name="someone/their-set")
 
 
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("file:///photos", "without file://"),
+        ("https://example.org/b.zip", "but an address: download and unpack it first"),
+        ("photos/*.jpg", "but a pattern"),
+        ("my photos", "there is nothing of that name"),
+        ("photos/of/cats", "there is nothing of that name"),
+    ],
+)
+def test_name_that_no_dataset_can_have_is_not_asked_for(name, found):
+    with pytest.raises(UserError, match=f"is no dataset on the Hub, and not a folder, .*{found}"):
+        load(dataset_name=name)
+
+
 def test_numbers_are_ordered_by_value_whatever_they_are_stored_as():
     numbers = list(range(11))
     expected = list(map(str, numbers))

@@ -492,6 +492,8 @@ def test_class_in_other_capitals_than_in_train_is_named(tmp_path):
         ("'images'", "leave out the quotes or spaces around images"),
         ("https://example.org/b.zip", "but an address: download and unpack it first"),
         ("smb://server/photos", "but an address: .*or mount it as a folder"),
+        ("file:///home/me/photos", "but an address: give the path alone, without file://"),
+        ("images/*.png", "but a pattern: give the folder that holds these images"),
         ("images\r", "leave out the quotes or spaces around images"),
         ("my\\ photos", "within quotes write my photos, without backslashes"),
         ("C:UsersAnnImages", "takes backslashes away: put the path into quotes"),

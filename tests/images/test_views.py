@@ -93,6 +93,8 @@ def test_augmentation_varies_and_keeps_size_and_scale(timm_view, augmentation):
     levels = torch.stack([transform(image) for _ in range(24)])
     pixel_values = timm_view.scale(levels)
     assert levels.dtype == torch.uint8 and pixel_values.shape[1:] == timm_view(image).shape
+    small = training_transform(timm_view, augmentation, size=(24, 16))(image)
+    assert small.shape == ((3, 32, 32) if augmentation == "augmix" else (3, 24, 16))
     assert len({one.numpy().tobytes() for one in pixel_values}) > 12
     scaled = (pixel_values - timm_view.black[:, None, None]) / timm_view.contrast[:, None, None]
     assert scaled.min() >= -1e-5 and scaled.max() <= 1 + 1e-5
@@ -123,6 +125,17 @@ def test_random_crops_are_those_that_pillow_gives(timm_view):
         torch.manual_seed(seed)
         difference = (transform(image).int() - theirs).abs()
         assert difference.max() <= 2 and difference.float().mean() < 0.3
+
+
+def test_trivial_adds_an_operation_to_most_crops(timm_view):
+    image, changed = draw("red", 1, width=200, height=150), 0
+    for seed in range(20):
+        seen = []
+        for augmentation in ("flip_crop", "trivial"):
+            torch.manual_seed(seed)
+            seen.append(training_transform(timm_view, augmentation)(image))
+        changed += not torch.equal(*seen)
+    assert changed > 10, "some operations change nothing"
 
 
 def test_scaled_levels_are_the_pixel_values_of_the_processor(timm_view):

@@ -11,7 +11,16 @@ from transformers import EvalPrediction
 
 from luthier.errors import UserError
 from luthier.scoring import criterion as module
-from luthier.scoring.criterion import TIE, Criterion, Judge, Yardstick, build_judge, uncertainty_of
+from luthier.scoring.criterion import (
+    TIE,
+    Criterion,
+    Judge,
+    Yardstick,
+    build_judge,
+    check_known,
+    find_none,
+    uncertainty_of,
+)
 from luthier.scoring.metrics import Classification, fit_temperature, log_losses, score
 from luthier.training.balance import Balance
 from luthier.training.probe import fit_path
@@ -69,6 +78,14 @@ def test_model_that_knows_nothing_answers_all_classes_alike_and_tells_how_freque
     assert 0.4 < answers.argmax(axis=1).mean() < 0.6
     judged = Judge(["a", "b"], criterion).score(answers, references)
     assert judged["log_loss"] == pytest.approx(-(shares * np.log(shares)).sum(), abs=0.03)
+
+
+def test_temperature_of_balanced_answers_is_that_of_the_datas_own_probabilities():
+    generator, shares = np.random.default_rng(0), np.array([0.9, 0.1])
+    answers = generator.normal(0, 2, (4000, 2))
+    references = (answers + np.log(shares) + generator.gumbel(size=answers.shape)).argmax(axis=1)
+    temperature = Criterion("balanced_accuracy", Balance(shares)).temperature(3 * answers + np.log(shares), references)
+    assert temperature == pytest.approx(3, rel=0.1)
 
 
 def test_compute_metrics_takes_logits_or_a_tuple_of_outputs():
@@ -129,7 +146,8 @@ def test_balance_is_for_metrics_that_ask_for_it(splits, timm_checkpoint, metric,
 
 def test_balance_needs_a_head_with_a_bias(splits, monkeypatch):
     monkeypatch.setattr(module, "linear_head", lambda model: None)
-    assert build_judge("macro_f1", "auto", None, splits).criterion.balance is None
+    judge = build_judge("macro_f1", "auto", None, splits)
+    assert judge.criterion.balance is None and not judge.calibrates
     with pytest.raises(UserError, match="--balance weighted changes the bias"):
         build_judge("macro_f1", "weighted", None, splits)
 
@@ -159,10 +177,43 @@ def test_judge_has_the_losses_of_its_metric_and_corrects_them():
 
 
 def test_log_of_the_trainer_counts_images_of_the_classes():
-    logits = np.eye(3)[[0, 1, 1, 0, 0]] * 4.0
+    logits = np.eye(3)[[0, 1, 2, 0, 0]] * 4.0
     judge = Judge(["a", "b", "none"], Criterion("log_loss", None, 2))
     found = judge.compute_metrics(SimpleNamespace(predictions=logits, label_ids=np.array([0, 1, 0, 2, 2])))
     assert found["accuracy"] == pytest.approx(2 / 3)
+    assert found["macro_f1"] == pytest.approx((2 / 3 + 1) / 2), "a refusal is no answer of a third class"
+
+
+@pytest.mark.parametrize(
+    ("labels", "name", "found"),
+    [(["a", "None"], None, 1), (["a", "b"], None, None), (["a", "None"], "", None), (["a", "None"], "a", 0)],
+)
+def test_class_of_anything_else_is_found_in_any_case_or_named(labels, name, found):
+    assert find_none(labels, name) == found
+
+
+@pytest.mark.parametrize("name", ["A", "other"])
+def test_name_of_no_class_is_refused(name):
+    with pytest.raises(UserError, match=rf"there is no class '{name}' \(--none_class\): the classes are a, b"):
+        find_none(["a", "b"], name)
+
+
+def test_split_of_nothing_but_images_of_anything_else_is_refused(splits):
+    splits["validation"] = splits["validation"].select([8, 9])
+    for none in (None, 1):
+        check_known(splits, none)
+    with pytest.raises(UserError, match="all images of the validation split are of the class 'c'"):
+        check_known(splits, 2)
+
+
+def test_judge_knows_the_class_of_anything_else_and_the_groups_of_validation(splits, timm_checkpoint):
+    model, _ = build_model(str(timm_checkpoint), dict(enumerate(LABELS)))
+    splits["validation"] = splits["validation"].add_column("group", [0, 0, 1, 1, 2, 3, 4, 5, 6, 7])
+    judge = build_judge("log_loss", "auto", model, splits, none_class="c")
+    assert judge.criterion.none == 2 and model.config.none_class == "c" and judge.calibrates
+    references = np.array(splits["validation"]["label"][:])
+    scored = judge.score(3.0 * np.eye(3)[references], references)
+    assert (scored["groups"], scored["none"]["n"]) == (6, 2)
 
 
 def test_shares_are_those_of_the_whole_stream(splits, timm_checkpoint):
@@ -206,7 +257,8 @@ def test_few_images_that_are_all_right_leave_something_to_gain(metric, images, l
 
 def test_little_to_gain_is_the_same_for_all_numbers_of_even_classes(splits, timm_checkpoint):
     assert uncertainty_of("log_loss", np.full(10, 0.1)) == uncertainty_of("macro_f1", np.array([0.9, 0.1])) == 1
-    assert uncertainty_of("log_loss", np.array([0.5, 0.5, 0])) == 1
+    assert uncertainty_of("log_loss", np.array([0.5, 0.5, 0])) == uncertainty_of("accuracy", np.full(10, 0.1)) == 1
+    assert uncertainty_of("accuracy", np.array([0.9, 0.1])) == pytest.approx(0.2), "a fifth of that of even classes"
     model, _ = build_model(str(timm_checkpoint), dict(enumerate(LABELS)))
     uneven = DatasetDict(train=splits["train"].select(range(6)), validation=splits["validation"])
     assert build_judge("log_loss", "auto", model, uneven).criterion.uncertainty == pytest.approx(0.65, abs=0.01)

@@ -122,6 +122,12 @@ def test_temperature_stays_moderate_if_every_prediction_is_correct():
     assert fit_temperature(np.full((3, 3), np.nan), np.arange(3)) == 1
 
 
+def test_certain_answers_are_in_the_last_bin_and_those_that_are_no_number_in_the_first():
+    logits = np.array([[99.0, 0.0], [np.nan, np.nan]])
+    bins = reliability(logits, np.array([0, 1]))
+    assert [(each["confidence"], each["accuracy"], each["n"]) for each in bins] == [(0, 0, 1), (1, 1, 1)]
+
+
 def test_yardstick_corrects_for_easy_images():
     rng = np.random.default_rng(0)
     hardness = rng.exponential(size=20_000)
@@ -150,7 +156,10 @@ def test_images_of_no_class_are_counted_by_themselves():
     assert scored["none"]["n"] == 2 and scored["none"]["refused"] == 0.5 and scored["none"]["known_refused"] == 0.25
     assert np.array(scored["confusion_matrix"]).sum() == 6 and scored["per_class"]["none"]["support"] == 2
     groups = np.array([0, 0, 1, 1, 2, 3])
-    assert score(logits, references, ["a", "b", "none"], groups, none=2)["groups"] == 2
+    grouped = score(logits, references, ["a", "b", "none"], groups, none=2)
+    assert grouped["groups"] == 2
+    for name in ("refused_ci95", "known_refused_ci95"):
+        assert grouped["none"][name] != scored["none"][name]
     assert "none" not in score(logits[:4], references[:4], ["a", "b", "none"], none=2)
 
 
@@ -215,15 +224,20 @@ def test_refusals_are_no_answers_and_images_of_no_class_are_counted_by_themselve
     assert (unsure["answered"], unsure["none_answered"]) == (0.75, 0.5) and unsure["accuracy"] == pytest.approx(2 / 3)
 
 
-def test_threshold_is_one_of_calibrated_confidence(monkeypatch):
+def test_candidates_are_calibrated_before_they_are_scored(monkeypatch):
     generator = np.random.default_rng(0)
     references = generator.integers(0, 3, 200)
     logits = 9 * (generator.normal(size=(200, 3)) + np.eye(3)[references])  # far too sure
     monkeypatch.setattr(selection, "predict_best", lambda trainer, rows: (logits, references))
     trainer = SimpleNamespace(model=nn.Linear(2, 3))
-    (found,) = selection.score_candidates(trainer, None, None, (1.0,), Judge(["a", "b", "c"]), "full")
-    calibrated = confidence_and_correct(logits / found.temperature, references)
-    assert found.temperature > 3 and found.threshold == choose_threshold(*calibrated)
+    judge = Judge(["a", "b", "c"], groups=np.arange(200) // 2)
+    (found,) = selection.score_candidates(trainer, None, None, (1.0,), judge, "full")
+    calibrated = logits / found.temperature
+    assert found.temperature > 3
+    assert found.threshold == choose_threshold(*confidence_and_correct(calibrated, references))
+    assert np.array_equal(found.losses, log_losses(calibrated, references)) and found.groups is judge.groups
+    assert found.validation["log_loss"] == pytest.approx(found.loss) and found.validation["groups"] == 100
+    assert found.uncalibrated["log_loss"] > 1.5 * found.loss
 
 
 def test_scores_before_calibration_are_those_of_the_logits_before_it():

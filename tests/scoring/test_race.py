@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import TrainingArguments
 
 import luthier.scoring.race as module
 from luthier.errors import NotFinite, UserError
@@ -19,8 +20,10 @@ from luthier.run_files import RACE
 from luthier.scoring.criterion import ENOUGH, LOG_LOSS, Criterion, Judge
 from luthier.scoring.race import FAR, Outcome, Trained, _Progress, keep_best, predict_loss, race
 from luthier.scoring.race_record import Course, Heat, Heats, read_record, write_record
-from luthier.scoring.selection import Candidate, choose
+from luthier.scoring.selection import LEAD, Candidate, choose
 from luthier.terminal import Stopwatch
+from luthier.training.arms import Workshop
+from luthier.training.checkpoints import checkpoints_by_step
 from luthier.training.recipe import RECIPES
 from luthier.training.signals import Stop
 
@@ -222,6 +225,10 @@ def test_loss_that_is_no_number_never_wins():
     assert begun(heats(full=[math.inf], lp_ft=[0.3]), ARMS).leading().recipe.name == "lp_ft"
 
 
+def test_loss_that_is_corrected_by_too_much_is_zero():
+    assert candidate([-0.5, 0.1]).loss == 0
+
+
 def test_power_law_goes_through_both_heats_and_never_rises():
     first, second = heats(full=[0.8, 0.4])
     slope = math.log(0.5) / math.log(3)
@@ -237,6 +244,12 @@ def test_probe_must_be_ahead_beyond_doubt():
     assert choose(probe, [worse, doubtful]) is doubtful
     assert choose(None, [doubtful, candidate([5.0, 5.0, 5.0, 5.0])]) is doubtful
     assert choose(probe, []) is probe
+
+
+@pytest.mark.parametrize(("errors", "is_probe"), [(0.9 * LEAD, False), (1.1 * LEAD, True)])
+def test_lead_of_the_probe_is_counted_in_standard_errors_of_the_difference(errors, is_probe):
+    losses = np.array([0.0, 1.0, 0.0, 1.0]) + errors * 0.25  # their standard error is 0.25
+    assert choose(candidate([0.5] * 4, "probe"), [candidate(losses)]).is_probe == is_probe
 
 
 def test_weights_that_diverged_are_not_kept():
@@ -290,6 +303,57 @@ def test_arm_that_has_left_does_not_return_when_the_run_is_resumed(tmp_path, mon
 def test_no_race_where_the_probe_leaves_little_to_gain(tmp_path):
     outcome, trainer = race(ARMS, candidate([0.01] * 4, "probe"), course_in(tmp_path), None)
     assert outcome.winner is trainer is None and not outcome.heats and "little to gain" in outcome.ended
+
+
+def test_race_that_goes_back_removes_later_checkpoints_and_counts_as_unfinished(tmp_path, monkeypatch):
+    named, card, checked = tmp_path / "checkpoint-20", tmp_path / "README.md", []
+    for step in (10, 20, 30):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}/trainer_state.json").write_text(json.dumps({"global_step": step}))
+    card.touch()
+    one = in_folder(arm("full"), tmp_path)
+    one.origin, one.workshop = "origin", SimpleNamespace(copy=lambda: None)
+    progress = _Progress([one], None, course_in(tmp_path), str(named))
+
+    def refuse(*_):
+        raise UserError("it is of another model")
+
+    monkeypatch.setattr(module, "check_named", lambda *given: checked.append(given))
+    monkeypatch.setattr(module, "load_weights", refuse)
+    with pytest.raises(UserError, match="of another model"):
+        progress.return_to(named)
+    assert checked == [(named, "origin")] and len(checkpoints_by_step(tmp_path)) == 3 and card.exists()
+    monkeypatch.setattr(module, "load_weights", lambda *_: None)
+    progress.return_to(named)
+    assert list(checkpoints_by_step(tmp_path)) == [20, 10] and not card.exists()
+
+
+@pytest.mark.parametrize(("images", "says"), [(100, False), (20_000, True)])
+def test_arms_have_folders_and_starts_of_their_own_and_large_batches_are_said(tmp_path, capsys, images, says):
+    args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, gradient_accumulation_steps=4)
+    shop, rows = Workshop(nn.Module(), args, compute_metrics=None), {"train": range(images)}
+    recipes = [RECIPES[name] for name in ("probe", "lp_ft", "full_from_probe", "full")]
+    starts = {"probe": {"weight": 1}, "soft probe": {"weight": 2}}
+    arms = module.plan_arms(recipes, shop, rows, starts, tmp_path)
+    assert [one.recipe.name for one in arms] == ["lp_ft", "full_from_probe", "full"]
+    assert [one.folder for one in arms] == [tmp_path / "race" / one.recipe.name for one in arms]
+    assert [one.start for one in arms] == [starts["probe"], starts["soft probe"], None]
+    said = " ".join(capsys.readouterr().out.split())
+    assert ("batch images in a step of all processes, and learning rate: lp_ft 128 at 0.0006," in said) == says
+    assert bool(said) == says
+    (alone,) = module.plan_arms(recipes[:2], shop, rows, starts, tmp_path)
+    assert alone.folder == tmp_path
+
+
+def test_heat_is_that_of_the_best_of_its_weights():
+    state = SimpleNamespace(global_step=10, epoch=1.0)
+    mean, end = (
+        candidate([loss] * 4)._replace(validation={"accuracy": accuracy})
+        for loss, accuracy in ((0.4, 0.9), (0.5, 0.8))
+    )
+    for candidates in ([mean, end], [end, mean]):
+        heat = module._describe(Trained(arm("full"), candidates, state), 1.23456)
+        assert heat == Heat("full", 10, 1.0, 0.4, 0.9, 1.235)
 
 
 def test_heats_after_a_named_checkpoint_do_not_count(tmp_path):

@@ -153,7 +153,7 @@ def test_good_image_is_fetched(server, path):
         ("always-busy", "answers 429"),
         ("to-nowhere", r"'http://\[::1', where the server redirects to, is no address"),
         ("colourful", r"^the server answers 404 \[31mred$"),
-        ("endless", "larger than 32 MB"),
+        ("endless", "larger than 32 MB: download the image first"),
         ("garbage", "does not speak HTTP"),
         ("packed.png", "compressed data, which was not asked for"),
     ],

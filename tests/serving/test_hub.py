@@ -528,6 +528,12 @@ def test_what_is_pushed_must_be_a_finished_run(tmp_path):
             hub.stage(folder, "me/x", tmp_path)
 
 
+def test_run_that_was_interrupted_is_not_taken_for_another_folder(tmp_path):
+    (tmp_path / "checkpoint-5").mkdir()
+    with pytest.raises(UserError, match="has not ended: go on with it by --resume_from_checkpoint auto"):
+        hub.stage(tmp_path, "me/x", tmp_path)
+
+
 @pytest.mark.parametrize(("options", "private"), [(["--hub_private_repo", "true"], True), ([], None)])
 def test_run_asks_for_a_private_repository_where_the_user_does(tmp_path, monkeypatch, options, private):
     asked = []

@@ -26,7 +26,7 @@ from luthier.errors import NotFinite, UserError
 from luthier.machine import explain_exhausted_memory
 from luthier.output_dir import has_ended
 from luthier.scoring.refit import plan_refit
-from luthier.training.checkpoints import find_damage, lacking_space, newest_whole, seal
+from luthier.training.checkpoints import find_damage, newest_whole, seal
 from luthier.training.safe_trainer import SafeTrainer
 from luthier.training.signals import Stop
 from train import main
@@ -325,17 +325,6 @@ def test_images_that_vanish_before_the_refit_leave_the_scored_weights(timm_check
     assert "the weights from before the refit are shipped, because it fails: images that were read before" in told
     assert has_ended(Path("out")) and not Path("out/scored").exists()
     assert "changed during the run" in json.loads(Path("out/metrics.json").read_text())["refit"]["refusal"]
-
-
-@pytest.mark.slow
-def test_refit_whose_checkpoints_do_not_fit_leaves_the_scored_weights(timm_checkpoint, monkeypatch, capsys):
-    def lacking(output_dir, size, limit):
-        return lacking_space(output_dir, 10**18, limit) if output_dir.is_relative_to("out/refit") else ""
-
-    monkeypatch.setattr("luthier.training.arms.lacking_space", lacking)
-    main(flags(str(timm_checkpoint), "--recipe", "full", "--keep", "trained", "--output_dir", "out"))
-    assert "the weights from before the refit are shipped, because it fails: out/refit/full" in capsys.readouterr().out
-    assert has_ended(Path("out")) and not Path("out/scored").exists()
 
 
 def test_full_disk_keeps_the_last_whole_checkpoint(timm_checkpoint, monkeypatch, capsys):

@@ -1,10 +1,12 @@
 """The Trainer of a run: what is refused before it trains, and its losses, whatever the architecture."""
 
+import copy
 import json
 import multiprocessing
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import draw_folder
@@ -22,17 +24,18 @@ from transformers import (
 import luthier.scoring.race as race
 import luthier.training.trainer as module
 import train
-from luthier.errors import UserError
+from luthier.errors import NoSpace, UserError
 from luthier.machine import LONG_RUN, choose_memory_format
-from luthier.training.arms import Workshop, plan_arm
+from luthier.training.arms import Arm, Workshop, plan_arm
+from luthier.training.balance import Balance
 from luthier.training.callbacks import EpochTable, ProgressBar, StageTimes
 from luthier.training.checkpoints import load_weights
 from luthier.training.heats import Schedule
-from luthier.training.layers import freeze_unused
+from luthier.training.layers import freeze, freeze_unused
 from luthier.training.recipe import RECIPES
 from luthier.training.safe_trainer import SafeTrainer
 from luthier.training.trainer import choose_optimizer
-from models import build_model
+from models import build_model, linear_head
 
 
 @pytest.mark.parametrize(
@@ -236,13 +239,56 @@ def test_loss_is_of_the_logits_and_only_that_of_weighted_training_of_the_answers
 )
 def test_heats_of_an_arm_follow_from_its_epochs_and_the_users_schedule(tmp_path, options, epochs, ends, in_heats):
     """11 batches of 105 images, two in a step: 6 steps an epoch."""
-    given = {"lr_scheduler_type": "cosine", "gradient_accumulation_steps": 2, "use_cpu": True} | options
+    given = {"lr_scheduler_type": "cosine", "gradient_accumulation_steps": 2, "use_cpu": True, "warmup_steps": 3}
+    given |= options
     args = TrainingArguments(str(tmp_path), per_device_train_batch_size=10, report_to="none", **given)
     shop = Workshop(torch.nn.Module(), args, compute_metrics=None)
     recipe = RECIPES["full"]._replace(batch=10, num_train_epochs=epochs)
     arm = plan_arm(recipe, shop, {"train": range(105)}, tmp_path, None)
     assert (arm.ends, arm.schedule is not None, arm.batch, arm.steps_per_epoch) == (ends, in_heats, 20, 6)
     assert arm.training_args.num_train_epochs == pytest.approx(ends[-1] / 6)
+    assert arm.schedule is None or arm.schedule.warmup == 3
+
+
+@pytest.mark.parametrize(("images", "steps"), [(1, 1), (32, 2), (33, 3)])
+def test_steps_of_an_epoch_are_those_of_all_processes(images, steps):
+    """Two processes with four images each, and two batches in a step; in the third step one is missing."""
+    args = SimpleNamespace(train_batch_size=4, world_size=2, gradient_accumulation_steps=2)
+    arm = Arm(RECIPES["full"], None, args, {"train": range(images)}, (1,), None, None)
+    assert (arm.batch, arm.steps_per_epoch) == (16, steps)
+
+
+@pytest.mark.parametrize(
+    ("name", "weighted", "rates"),
+    [("lp_ft", True, [0.7, 1.0]), ("full_from_probe", False, [0.1, 1.0]), ("head", False, [1.0])],
+)
+def test_trainer_of_an_arm_has_its_start_its_layers_their_rates_and_its_balance(
+    timm_checkpoint, tmp_path, monkeypatch, name, weighted, rates
+):
+    model, _ = build_model(str(timm_checkpoint), {0: "a", 1: "b"})
+    head, recipe, balance = linear_head(model), RECIPES[name], Balance(np.array([0.8, 0.2]), weighted)
+    start = {key: value + 1 if key == f"{head}.weight" else value for key, value in model.state_dict().items()}
+    args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, lr_scheduler_type="cosine")
+    rows = {"train": [{"pixel_values": torch.zeros(3, 32, 32), "labels": 0}] * 40}
+    shop = Workshop(model, args, compute_metrics=None, balance=balance)
+    arm = plan_arm(recipe, shop, rows, tmp_path, start)
+    trainer = arm.trainer()
+    assert torch.equal(trainer.model.get_submodule(head).weight, start[f"{head}.weight"])
+    expected = copy.deepcopy(model)
+    freeze(expected, recipe.frozen)
+    learning, planned = (
+        {key for key, parameter in each.named_parameters() if parameter.requires_grad}
+        for each in (trainer.model, expected)
+    )
+    assert learning == planned and (len(learning) == len(list(model.parameters()))) == (recipe.frozen == 0)
+    groups = trainer.optimizer_cls_and_kwargs[1]["params"]
+    assert sorted({round(group["lr"] / recipe.learning_rate, 6) for group in groups})[-2:] == rates
+    assert trainer.log_shares.tolist() == pytest.approx(np.log([0.8, 0.2]).tolist())
+    weights = [] if trainer.class_weights is None else trainer.class_weights.tolist()
+    assert weights == pytest.approx([0.625, 2.5] if weighted else [])
+    monkeypatch.setattr("luthier.training.arms.lacking_space", lambda *_: "9 MB left")
+    with pytest.raises(NoSpace, match="9 MB left"):
+        arm.trainer()
 
 
 def test_training_of_a_part_of_an_epoch_has_no_step_too_many(tmp_path):

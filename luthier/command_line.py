@@ -1,0 +1,71 @@
+"""The parser of a command: every mistake gets one message, which names the option that was probably meant."""
+
+import argparse
+import difflib
+import re
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from luthier.errors import UserError
+
+DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"  # that word processors put in the place of hyphens
+QUOTES = "\u201c\u201d\u201e"
+
+
+class CommandParser(argparse.ArgumentParser):
+    """ArgumentParser that raises UserError for a wrong command line, where argparse would print all of the usage.
+
+    It takes no abbreviated options, and the help keeps the line breaks of the description.
+    """
+
+    def __init__(self, *args: Any, **settings: Any):
+        defaults: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+        super().__init__(*args, **(defaults | settings))
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Return the arguments of a command line.
+
+        Raises:
+            UserError: one is wrong, unknown or missing.
+        """
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            raise UserError(self._explain_unknown(unknown[0]))
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        """Raise `message`, with each option in one spelling, what a number looks like, and where examples are."""
+        message = re.sub(r"^argument (--\w+)/--[\w-]+:", r"argument \1:", message)
+        if found := re.search(r"invalid (int|float) value", message):
+            number = "a whole number such as 10" if found[1] == "int" else "a number such as 10 or 0.5"
+            message += f"; give {number}, without a unit"
+        elif message.startswith("the following arguments are required"):
+            message += f". Examples: python {self.prog} --help"
+        raise UserError(message)
+
+    def _explain_unknown(self, token: str) -> str:
+        """Return what is wrong with an argument that this parser cannot place."""
+        if typed := explain_typography(token):
+            return typed
+        if token.startswith("-"):
+            word = token.lstrip("-").split("=")[0].replace("-", "_").lower()
+            known = [action.dest for action in self._actions if action.option_strings]
+            return f"unknown option {token}{nearest(word, known) or '.'} All options: python {self.prog} --help"
+        return (
+            f"cannot place the argument {token!r}: a path with spaces needs quotes, and no option may stand between "
+            f"two paths. All arguments: python {self.prog} --help"
+        )
+
+
+def explain_typography(token: str) -> str:
+    """Return what is wrong with an argument that a word processor has changed; the text is empty for any other."""
+    word = token.lstrip("-")  # it ends with such a quote where the shell has cut a path at its space
+    if (word[:1] in (*DASHES, *QUOTES) or word[-1:] in (*QUOTES,)) and token.strip(f"-{DASHES}"):
+        return f'{token} has a dash or a quote of a word processor in it: type it again, with plain ones (-- and ")'
+    return ""
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """Return a question after the known word that is most like `word`, or nothing."""
+    close = difflib.get_close_matches(word, known, n=1) or [name for name in known if f"_{word}_" in f"_{name}_"]
+    return f"; did you mean {close[0]!r}?" if close else ""

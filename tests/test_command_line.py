@@ -1,0 +1,41 @@
+"""CommandParser: one message for every mistake on a command line, and the option that was probably meant."""
+
+import pytest
+
+import app
+import compare
+import export
+import predict
+import push
+from luthier.command_line import CommandParser
+from luthier.errors import UserError
+
+
+@pytest.mark.parametrize("command", [app, compare, export, predict, push])
+def test_every_command_explains_mistakes(command):
+    parser = command.build_parser()
+    assert isinstance(parser, CommandParser) and parser.prog == f"{command.__name__}.py"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ([], r"^the following arguments are required: model, input\. Examples: python x\.py --help$"),
+        (["m", "a", "--topk", "3"], r"^unknown option --topk; did you mean 'top_k'\? All options: python x"),
+        (["m", "a", "-top_k=3"], r"^unknown option -top_k=3; did you mean 'top_k'\?"),
+        (["m", "a", "--zzz"], r"^unknown option --zzz\. All options: python x\.py --help$"),
+        (["m", "a", "--top", "3"], r"^unknown option --top; did you mean 'top_k'"),
+        (["m", "a", "--top_k", "3", "b"], r"^cannot place the argument 'b': a path with spaces needs quotes, and no"),
+        (["m", "a", "--top_k", "3", "\u2014private"], r"^\u2014private has a dash or a quote of a word processor"),
+        (["m", "a", "--top-k", "three"], r"^argument --top_k: invalid int value: 'three'; give a whole number"),
+        (["m", "a", "--top_k"], r"^argument --top_k: expected one argument$"),
+    ],
+)
+def test_mistake_gives_one_message(line, message):
+    parser = CommandParser(prog="x.py", description="Do it.")
+    parser.add_argument("model")
+    parser.add_argument("input", nargs="+")
+    parser.add_argument("--top_k", "--top-k", type=int)
+    parser.add_argument("--private", action="store_true")
+    with pytest.raises(UserError, match=message):
+        parser.parse_args(line)
