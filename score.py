@@ -113,7 +113,7 @@ def score_model(arguments: "Arguments", stopwatch: Stopwatch) -> None:
     findings = audit_images(splits, unreadable)
     console.say_setup(splits, data_args.name, setup)
     console.say_audit(findings)
-    findings["learned_from"] = warn_if_learned(model_args.model_name, splits)
+    findings |= warn_if_learned(model_args.model_name, splits)
     answers = answer(trainer, evaluation_rows(prepared["test"], view, ["label"]), splits, familiarity)
     stopwatch.end("evaluate")
     if trainer.is_world_process_zero():

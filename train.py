@@ -89,7 +89,7 @@ def set_up(arguments: "Arguments", stopwatch: Stopwatch) -> "Experiment":
     view, views = choose_view(model, processor, sample, recipes[0].is_pretrained, not model_args.image_size)
     setup = console.describe_setup(sample.predictor(model), name, view.size, views, judge.criterion)
     console.say_setup(splits, data_args.name, setup, data_args.fold)
-    findings["learned_from"] = results.warn_if_learned(name, splits)
+    findings |= results.warn_if_learned(name, splits)
     with training_args.main_process_first(desc="preparing the images"):
         prepared = prepare(splits, view)
     stopwatch.end("prepare")

@@ -36,7 +36,8 @@ class Familiarity(NamedTuple):
     Attributes:
         bank: float16 [R, D], features of training images that new ones are compared with, scaled to length 1.
         head: name of the model's head; features are what enters it.
-        log_odds, similarity: mean and standard deviation of both figures over the validation images.
+        log_odds, similarity: mean and standard deviation of both figures over the validation images; after
+            cross-validation over the images that folds have tested.
         unsure_below: the familiarity below which the answer is "unsure".
     """
 

@@ -46,10 +46,10 @@ def cut_splits(
         )
     labels, names = np.array(splits["train"]["label"][:]), splits["train"].features["label"].names
     digests, groups = np.array(splits["train"]["digest"][:]), np.array(splits["train"]["group"][:])
-    rows, cut = np.arange(len(labels)), {}
+    rows, cut, kept = np.arange(len(labels)), {}, _shared_with_own(splits, labels, groups)
     if fold:
-        tested = _deal_folds(labels, groups, digests, fold[1], split_seed) == fold[0] - 1
-        cut["test"], rows = np.flatnonzero(tested), np.flatnonzero(~tested)
+        folds = _deal_folds(labels, groups, digests, fold[1], split_seed, kept)
+        cut["test"], rows = np.flatnonzero(folds == fold[0] - 1), np.flatnonzero(folds != fold[0] - 1)
     if validation_fraction is None:
         validation_fraction = validation_share(len(rows))
     fractions = {"validation": validation_fraction, "test": test_fraction}
@@ -58,10 +58,14 @@ def cut_splits(
         check_fraction(split, fraction)
     if sum(fractions.values()) >= 1:
         raise UserError(f"--validation_fraction and --test_fraction leave nothing to train on: {fractions}")
-    kept = _shared_with_own(splits, labels, groups)[rows]
-    rest = stratified_cut(labels[rows], names, fractions, split_seed, groups[rows], digests[rows], kept)
+    rest = stratified_cut(labels[rows], names, fractions, split_seed, groups[rows], digests[rows], kept[rows])
     cut |= {split: rows[part] for split, part in rest.items()}
-    _report_missing(labels, groups, names, cut, fold)
+    if not fold:
+        _report_missing(labels, names, cut)
+    elif fold[0] == 1:  # once, for all folds
+        _report_missing(labels, names, {"test": np.flatnonzero(folds >= 0)})
+        if n := int(kept.sum()):
+            say("careful", f"no fold scores {plural(n, 'image')} of train: validation has others of the same groups")
     complete = {**splits, **{split: splits["train"].select(part) for split, part in cut.items()}}
     if empty := [split for split in ("validation", "test") if not len(complete[split])]:
         remedy = "too few images, or groups, are left for it: add some" if empty[0] in cut else f"fill it, {REMOVE}"
@@ -82,25 +86,27 @@ def _shared_with_own(splits: DatasetDict, labels: np.ndarray, groups: np.ndarray
     return shared & ~np.isin(groups, groups[shared & most[labels]])
 
 
-def _deal_folds(labels: np.ndarray, groups: np.ndarray, digests: np.ndarray, k: int, seed: int) -> np.ndarray:
-    """Return the fold, from 0 to k - 1, that tests each row; -1 for rows that stay in train.
+def _deal_folds(
+    labels: np.ndarray, groups: np.ndarray, digests: np.ndarray, k: int, seed: int, kept: np.ndarray | bool = False
+) -> np.ndarray:
+    """Return the fold, from 0 to k - 1, that tests each row; -1 for rows that stay in train, as those of `kept` do.
 
     It depends on the content of the images, and not on their names or order.
 
     Raises:
         UserError: one of the folds would be empty.
     """
-    order, folds = draw_order(digests, seed), np.empty(len(labels), dtype=int)
-    folds[order] = stratified_folds(labels[order], groups[order], k, seed)
+    order, folds = draw_order(digests, seed), np.full(len(labels), -1)
+    dealt = order[~np.broadcast_to(kept, len(labels))[order]]
+    folds[dealt] = stratified_folds(labels[dealt], groups[dealt], k, seed)
     folds[_holds_class(labels, groups)] = -1
     for rows in (order[places] for places in rows_by_class(labels[order])):
         # A class that shares its groups may have all of them in one fold, and none to learn from.
         if folds[rows[0]] >= 0 and (folds[rows] == folds[rows[0]]).all():
             own, first, counts = np.unique(groups[rows], return_index=True, return_counts=True)
             folds[groups == own[np.lexsort((first, counts))[0]]] = -1  # of equal ones, not the first by file name
-    empty = np.setdiff1d(np.arange(k), folds)
-    if len(empty):  # of any fold: the first ones would have been trained in vain
-        count = plural(len(np.unique(groups)), "group")
+    if len(empty := np.setdiff1d(np.arange(k), folds)):  # any fold: the first ones would have been trained in vain
+        count = plural(len(np.unique(groups[dealt])), "group")
         raise UserError(
             f"fold {empty[0] + 1} of {k} would be empty: the images form {count} of near-duplicates or of your "
             "own. Use fewer folds"
@@ -147,21 +153,15 @@ def _holds_class(labels: np.ndarray, groups: np.ndarray) -> np.ndarray:
     return np.isin(groups, groups[first][others == 0])
 
 
-def _report_missing(
-    labels: np.ndarray, groups: np.ndarray, names: list[str], cut: dict[str, np.ndarray], fold: tuple[int, int] | None
-) -> None:
-    """Say which classes are too small to be in every split; with folds, once, which ones no fold tests.
+def _report_missing(labels: np.ndarray, names: list[str], cut: dict[str, np.ndarray]) -> None:
+    """Say which classes are too small to be in every split of a cut; of folds, the cut has what any of them tests.
 
     Raises:
         UserError: no class is in one of the splits.
     """
-    if fold:
-        whole = np.flatnonzero(_holds_class(labels, groups)) if fold[0] == 1 else np.arange(0)
-        cut = {"test": np.setdiff1d(np.arange(len(labels)), whole)}
     sizes = np.bincount(labels, minlength=len(names))
     for split, rows in cut.items():
-        present = np.bincount(labels[rows], minlength=len(names)) > 0
-        missing = [name for index, name in enumerate(names) if not present[index]]
+        missing = [names[index] for index in np.setdiff1d(np.arange(len(names)), labels[rows])]
         if len(missing) == len(names):
             largest = int(sizes.argmax())
             if sizes[largest] == 1 and len(names) > MAX_SINGLE:

@@ -1,8 +1,9 @@
 """A comparison of experiments in words: its table, and a verdict for each pair."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from luthier.scoring.comparison import Verdict
+from luthier.scoring.audit import leaks_in_words
+from luthier.scoring.comparison import RunResult, Verdict
 from luthier.terminal import percent, plural
 
 BEST_OF_MANY = (
@@ -15,12 +16,27 @@ OF_RUNS = (
 )
 
 
-def comparison_in_words(rows: list[dict], verdicts: Sequence[Verdict]) -> str:
-    """Return the table and the verdicts of a comparison in Markdown."""
-    caution = [f"- Each p is adjusted for {len(verdicts)} comparisons (Holm)."] if len(verdicts) > 1 else []
+def comparison_in_words(rows: list[dict], verdicts: Sequence[Verdict], leaks: Sequence[str] = ()) -> str:
+    """Return the table and the verdicts of a comparison in Markdown, and the lines of `leaks_of_experiments`."""
+    caution = [*leaks]
+    caution += [f"- Each p is adjusted for {len(verdicts)} comparisons (Holm)."] if len(verdicts) > 1 else []
     caution += [OF_RUNS] if any(row["runs"] > 1 for row in rows) else []
     caution += [BEST_OF_MANY] if len(rows) > 2 else []
     return "\n".join([comparison_table(rows), "", *map(verdict_in_words, verdicts), *caution])
+
+
+def leaks_of_experiments(results: Mapping[str, Mapping[str, RunResult]]) -> list[str]:
+    """Return which experiments' scores may be too high, by the first run of each that knows why; a line for each why.
+
+    Args:
+        results: by experiment, and by seed or fold.
+    """
+    names: dict[tuple[str, str], list[str]] = {}
+    for name, parts in results.items():
+        known = ((part, leaks_in_words(result.metrics)) for part, result in parts.items())
+        for found in [each for each in known if each[1]][:1]:
+            names.setdefault(found, []).append(name)
+    return [f"- {', '.join(alike)} ({part}): {said}." for (part, said), alike in names.items()]
 
 
 def comparison_table(rows: list[dict]) -> str:

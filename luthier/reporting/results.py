@@ -220,7 +220,7 @@ def save_models(output_dir: Path, experiment: Experiment, result: Result, refitt
         save(model, familiarity, digests, output_dir)
 
 
-def warn_if_learned(model_name: str, splits: Mapping[str, Dataset]) -> int:
+def warn_if_learned(model_name: str, splits: Mapping[str, Dataset]) -> dict[str, int]:
     """Say and return how many of the images that are to judge a model are known to it, as far as is known.
 
     These are the files that it has learned from, or that have chosen its weights.
@@ -228,15 +228,18 @@ def warn_if_learned(model_name: str, splits: Mapping[str, Dataset]) -> int:
     Args:
         model_name: where the model comes from; a folder may know.
         splits: all but train judge.
+
+    Returns `learned_from`, how many these are, and `learned_in_test`, how many of them are in test.
     """
     path = Path(model_name) / LEARNED_FROM
     known = set(path.read_text(encoding="utf-8").split()) if path.is_file() else set()
-    judges = [digest for split, dataset in splits.items() if split != "train" for digest in dataset["digest"][:]]
-    learned = sum(digest[:DIGEST] in known for digest in judges)
+    judges = {split: dataset["digest"][:] for split, dataset in splits.items() if split != "train"}
+    counts = {split: sum(digest[:DIGEST] in known for digest in digests) for split, digests in judges.items()}
+    learned = sum(counts.values())
     if learned:
-        images = f"{learned:,} of {plural(len(judges), 'test or validation image')}"
+        images = f"{learned:,} of {plural(sum(map(len, judges.values())), 'test or validation image')}"
         say("careful", f"{model_name} has learned from, or was chosen by, {images}: its score means little")
-    return learned
+    return {"learned_from": learned, "learned_in_test": counts["test"]}
 
 
 def write_metrics(path: Path, metrics: Mapping) -> None:

@@ -173,14 +173,15 @@ def compare_pairs(results: dict[str, dict[str, RunResult]]) -> list[Verdict]:
     With several seeds an image counts for the experiment that predicts it correctly in more of them. With several
     pairs the p-values are adjusted by Holm (1979), so that the chance of any wrong verdict stays below `LEVEL`. A
     verdict is about the trained models. How much another seed would change them is not in it: use several seeds or
-    folds.
+    folds. Where two experiments have other groups, as where one alone was told them, the fewest count.
     """
     verdicts = []
     for a, b in itertools.combinations(results, 2):
-        (first, groups), (second, _) = count_correct(results[a]), count_correct(results[b])
+        (first, of_a), (second, of_b) = count_correct(results[a]), count_correct(results[b])
         votes = first - second
         for_a, for_b = int((votes > 0).sum()), int((votes < 0).sum())
-        together = None if groups is None else len(np.unique(groups))
+        told = [(len(np.unique(groups)), groups) for groups in (of_a, of_b) if groups is not None]
+        together, groups = min(told, key=lambda each: each[0], default=(None, None))
         alike = all(results[a][part].correct == results[b][part].correct for part in results[a])
         # With several seeds one may be right about more images, and the other more often: neither is better.
         agrees = int(votes.sum()) * (for_a - for_b) > 0

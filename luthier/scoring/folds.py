@@ -17,7 +17,8 @@ from luthier.scoring.metrics import TestPredictions, choose_threshold, confidenc
 from luthier.training.features import join
 from luthier.training.layers import divide_logits
 
-# Splits of images that no fold tests: validation that the data brings; classes of one image, or of one group.
+# Splits of images that no fold tests: validation that the data brings; classes of one image, or of one group, and
+# images that are in a group with some of that validation.
 UNTESTED = {"validation": "validation", "train": "untested"}
 
 
@@ -40,13 +41,15 @@ def pool_folds(folds: Iterable[tuple[Experiment, Result]]) -> tuple[Experiment, 
     if len(parts) == 1:
         return parts[0]
     results = [result for _, result in parts]
-    votes = Counter(result.kept.arm for result in results)
+    arms = [result.kept.arm for result in results]
+    votes = Counter(arms)
 
     def rank(name: str) -> tuple[int, float]:
         return votes[name], -mean(result.kept.loss for result in results if result.kept.arm == name)
 
     arm = max(votes, key=rank)
-    experiment, leader = min((part for part in parts if part[1].kept.arm == arm), key=lambda part: part[1].kept.loss)
+    number = min((n for n, each in enumerate(arms) if each == arm), key=lambda n: results[n].kept.loss)
+    experiment, leader = parts[number]
     own = [result.answers for result in results]
     logits = np.concatenate([each.answers.logits * each.kept.temperature for each in results])  # before calibration
     references = np.concatenate([each.references for each in own])
@@ -58,7 +61,7 @@ def pool_folds(folds: Iterable[tuple[Experiment, Result]]) -> tuple[Experiment, 
     correct &= known
     threshold = choose_threshold(confidence, correct)
     kept = leader.kept._replace(temperature=temperature, threshold=threshold)
-    sureness, familiarity = pool_familiarity(own, leader.answers.familiarity, calibrated, known, correct)
+    sureness, familiarity = pool_familiarity(own, arms, number, calibrated, known, correct)
 
     splits, prepared, untested = _pool_splits([each for each, _ in parts], experiment)
     outcome = leader.outcome
@@ -66,7 +69,9 @@ def pool_folds(folds: Iterable[tuple[Experiment, Result]]) -> tuple[Experiment, 
         outcome = outcome._replace(ended=NO_TIME)
     findings = audit_images(splits, [])
     findings["unreadable"] = experiment.findings["unreadable"]
-    findings["learned_from"] = max(each.findings["learned_from"] for each, _ in parts)  # each test split is a fold's
+    findings["learned_from"] = sum(each.findings["learned_in_test"] for each, _ in parts)
+    if "validation" in experiment.own_splits:  # the same in all folds; another one is of images that others test
+        findings["learned_from"] += experiment.findings["learned_from"] - experiment.findings["learned_in_test"]
     findings |= leader.probe.findings
     findings["suspect_labels"] = _in_pool(leader.probe.suspect_labels, experiment.splits, splits)
     probe = _pool_probes(leader, [each.probe for each in results], splits, untested)

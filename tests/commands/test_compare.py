@@ -15,7 +15,7 @@ from conftest import draw_folder
 from compare import Run, build_experiments, build_runs, execute, is_finished, main, parse_line, tell, terminate
 from luthier.arguments import parse_arguments
 from luthier.errors import UserError
-from luthier.reporting.comparison import comparison_in_words, verdict_in_words
+from luthier.reporting.comparison import comparison_in_words, leaks_of_experiments, verdict_in_words
 from luthier.scoring.comparison import (
     RunResult,
     Verdict,
@@ -143,6 +143,14 @@ def test_groups_change_sides_as_a_whole():
     assert pairs.p < 0.001  # 30 groups for a, by random flips
 
 
+def test_groups_that_one_experiment_alone_was_told_count_whichever_comes_first():
+    a, b = [True] * 60, [True] * 50 + [False] * 10
+    grouped, alone = results(("a", [a]), together=5), results(("b", [b]))
+    for both in (grouped | alone, alone | grouped, grouped | results(("b", [b]), together=2)):
+        (found,) = compare_pairs(both)
+        assert (found.p, found.groups) == (0.5, 12)
+
+
 def test_interval_is_of_images_or_of_groups():
     parts = results(("a", [[True] * 45 + [False] * 15] * 2), together=5)["a"]
     for result in parts.values():
@@ -172,6 +180,20 @@ def test_best_of_several_experiments_is_said_to_look_better_than_it_is():
     rows = [{"experiment": name, "runs": 1, "n": 9, "seconds": 1.0} | dict.fromkeys(figures, 0.9) for name in "abc"]
     assert "the best of several experiments looks a little better" in comparison_in_words(rows, []).lower()
     assert "the best of several" not in comparison_in_words(rows[:2], []).lower()
+
+
+def test_experiments_whose_scores_may_be_too_high_are_named():
+    found = results(*((name, [[True], [True]]) for name in "abc"))
+    assert leaks_of_experiments(found) == []
+    for name, known in (("a", (0, 3)), ("b", (3, 3)), ("c", (0, 3))):
+        for part, learned_from in enumerate(known):
+            found[name][str(part)].metrics["leaks"] = {"duplicates": 0, "groups": 0, "learned_from": learned_from}
+    why = "The score may be too high: the model knew 3 images of test or validation before."
+    lines = leaks_of_experiments(found)
+    assert lines == [f"- a, c (1): {why}", f"- b (0): {why}"]
+    row = dict.fromkeys(["test accuracy", "lowest", "highest", "interval low", "interval high"], 0.5)
+    row |= {"experiment": "a", "runs": 1, "n": 9, "validation accuracy": 0.5, "seconds": 1.0}
+    assert all(line in comparison_in_words([row], [], lines).splitlines() for line in lines)
 
 
 def test_adjusted_p_values_and_what_an_interval_is_of_are_said():

@@ -85,11 +85,14 @@ def test_base_model_of_a_card_is_never_a_folder_of_this_machine(tmp_path, monkey
 def test_model_that_has_learned_from_the_images_that_judge_it_is_named(tmp_path, capsys):
     splits = {split: Dataset.from_dict({"digest": [letter * 64]}) for split, letter in (("train", "a"), ("test", "b"))}
     (tmp_path / "learned_from.txt").write_text(f"{'a' * 16}\n")
-    assert warn_if_learned(str(tmp_path), splits) == warn_if_learned("me/model", splits) == 0
+    nothing = {"learned_from": 0, "learned_in_test": 0}
+    assert warn_if_learned(str(tmp_path), splits) == warn_if_learned("me/model", splits) == nothing
     assert capsys.readouterr().out == ""
     (tmp_path / "learned_from.txt").write_text(f"{'a' * 16}\n{'b' * 16}\n")
-    assert warn_if_learned(str(tmp_path), splits) == 1
+    assert warn_if_learned(str(tmp_path), splits) == {"learned_from": 1, "learned_in_test": 1}
     assert "has learned from, or was chosen by, 1 of 1 test or validation image: its score" in capsys.readouterr().out
+    splits["validation"] = splits["train"]
+    assert warn_if_learned(str(tmp_path), splits) == {"learned_from": 2, "learned_in_test": 1}
 
 
 @pytest.mark.parametrize("refit", [False, True])

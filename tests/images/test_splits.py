@@ -441,6 +441,31 @@ def test_groups_of_the_users_own_validation_are_not_cut_for_test():
     assert set(cut["test"]["label"]) == {0, 1} and not {*cut["test"]["group"]} & {*range(30)}
 
 
+def test_groups_of_the_users_own_validation_are_in_no_fold(capsys):
+    train, own, tested = labelled([0, 1] * 100, ["a", "b"]), labelled([0, 1] * 20, ["a", "b"], range(40)), []
+    for i in range(1, 6):
+        cut = cut_splits(DatasetDict(train=train, validation=own), 1, fold=(i, 5))
+        assert {split: len(part) for split, part in cut.items()} == {"train": 168, "validation": 40, "test": 32}
+        tested += cut["test"]["group"][:]
+    assert sorted(tested) == list(range(40, 200)), "the others are dealt evenly"
+    said = "no fold scores 40 images of train: validation has others of the same groups"
+    assert capsys.readouterr().out.count(said) == 1
+
+
+def test_class_that_is_mostly_in_groups_of_the_users_own_validation_is_in_folds_all_the_same():
+    train, tested = labelled([0] * 100 + [1] * 4, ["a", "b"]), []
+    own = labelled([0] * 30 + [1] * 3, ["a", "b"], [*range(30), 100, 101, 102])
+    for i in (1, 2):
+        tested += cut_splits(DatasetDict(train=train, validation=own), 1, fold=(i, 2))["test"]["group"][:]
+    assert sorted(tested) == list(range(30, 104))
+
+
+def test_folds_of_too_few_groups_beside_the_users_own_validation_are_refused():
+    train, own = labelled([0, 1] * 4, ["a", "b"]), labelled([0, 1] * 2, ["a", "b"], range(4))
+    with pytest.raises(UserError, match="fold 5 of 5 would be empty: the images form 4 groups"):
+        cut_splits(DatasetDict(train=train, validation=own), 1, fold=(1, 5))
+
+
 def test_kept_group_is_not_cut_for_a_class_that_has_no_other_to_spare():
     labels = np.repeat([0, 1, 2], [20, 10, 5])  # group 100 has all of class 2
     groups = np.concatenate([np.arange(20), np.repeat([100, 101, 100], 5)])

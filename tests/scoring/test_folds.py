@@ -36,9 +36,10 @@ def fold(
     kept = Candidate(1.0, temperature, 0.1, {}, {}, np.full(4, loss), arm)
     model = SimpleNamespace(config=SimpleNamespace())
     answers = Answers(logits / temperature, references)
+    findings = {"unreadable": [], "learned_from": 3, "learned_in_test": 2}
     result = Result(None, course, [], ProbeResults(), Outcome(Heats(), reason), kept, model, answers, "flip_crop")
     return logits, (
-        Experiment(splits, frozenset(), splits, {"unreadable": [], "learned_from": 3}, None, None, [], None, {}),
+        Experiment(splits, frozenset(), splits, findings, None, None, [], None, {}),
         result,
     )
 
@@ -65,7 +66,7 @@ def test_shipped_model_has_the_temperature_and_the_threshold_of_all_folds(monkey
     confidence, correct = confidence_and_correct(logits / temperature, references)
     assert result.threshold == pytest.approx(choose_threshold(confidence, correct & (references != NONE)))
     assert result.model.config.unsure_below == result.kept.threshold
-    assert experiment.findings["learned_from"] == 3
+    assert experiment.findings["learned_from"] == 4
     assert experiment.splits["test"]["digest"][:] == [f"{number} {row}" for number in (0, 1) for row in range(60)]
     assert experiment.splits["validation"]["digest"][:] == ["of no fold", "0 7"], "a copy of a tested image too"
     assert "untested" not in experiment.splits
@@ -199,6 +200,15 @@ def test_validation_of_the_users_own_that_has_a_copy_of_a_tested_image_stays_in_
 
 def test_model_that_knew_images_of_any_fold_is_named(monkeypatch):
     known, unknown = fold(0, 2.0, loss=0.5), fold(1, 7.0, loss=0.4)
-    unknown[1][0].findings["learned_from"] = 0
+    unknown[1][0].findings.update(learned_from=0, learned_in_test=0)
     experiment, result, _ = pool(monkeypatch, known, unknown)
-    assert result.model is unknown[1][1].model and experiment.findings["learned_from"] == 3
+    assert result.model is unknown[1][1].model and experiment.findings["learned_from"] == 2
+
+
+def test_images_of_the_users_own_validation_that_the_model_knew_count_once(monkeypatch):
+    folds = [
+        (logits, (experiment._replace(own_splits=frozenset({"train", "validation"})), result))
+        for logits, (experiment, result) in (fold(0, 2.0, loss=0.5), fold(1, 7.0, loss=0.4))
+    ]
+    experiment, _, _ = pool(monkeypatch, *folds)
+    assert experiment.findings["learned_from"] == 5, "two of each fold's test, and one of the validation of both"
