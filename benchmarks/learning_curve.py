@@ -34,7 +34,8 @@ def main() -> None:
         trainer, splits, rows = load_for_probe(args.data, folder)
         names, head = splits["train"].features["label"].names, linear_head(model_of(trainer))
         features = {split: load_features(trainer, head, rows[split]) for split in USED}
-        probe, _ = fit_shared_probes(trainer, features, {split: splits[split]["label"][:] for split in USED})
+        labels = {split: splits[split]["label"][:] for split in USED}
+        probe, _ = fit_shared_probes(trainer.args.device, features, labels)
     pool = pool_of(splits, features, torch.device("cpu"))
     images = len(pool.labels)
     n = round(images * (1 - 1 / FOLDS))

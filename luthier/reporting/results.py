@@ -77,7 +77,7 @@ def collect_run(
             "ended": outcome.ended,
         },
         "refit": {**plan._asdict(), "done": plan.done, "of_fold": "train" not in experiment.splits},
-        "history": outcome.history,
+        "history": outcome.winner.state.log_history if outcome.winner else [],
         "base_model": _name_on_hub(experiment.model),
     }
     return collect_metrics(

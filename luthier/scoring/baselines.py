@@ -106,7 +106,7 @@ def measure_probe(
         features = dict(zip(map(str, splits), space.split(sizes), strict=True))
     for split in ("train", "validation"):
         load_features(trainer, head, images[split], features.get(split))
-    probe, soft = fit_shared_probes(trainer, features or None, references, criterion.balance)
+    probe, soft = fit_shared_probes(trainer.args.device, features or None, references, criterion.balance)
     if announce and features:
         announce(score_linear_probe(probe, {"validation": features["validation"]}, splits, criterion)[0]["validation"])
     if "test" in images:  # an audit may have none

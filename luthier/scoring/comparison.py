@@ -100,10 +100,7 @@ def check_same_data(name: str, parts: dict[str, RunResult], part: str, folds: bo
 
 def _images_by_class(result: RunResult) -> Counter:
     """Return how many images of each class all splits of a run have together."""
-    total: Counter = Counter()
-    for split in result.metrics["data"]["splits"].values():
-        total.update(split["per_class"])
-    return total
+    return sum((Counter(split["per_class"]) for split in result.metrics["data"]["splits"].values()), Counter())
 
 
 def summarise_experiment(name: str, parts: dict[str, RunResult]) -> dict[str, str | int | float]:

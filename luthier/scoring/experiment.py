@@ -51,11 +51,6 @@ class Experiment(NamedTuple):
     stream: Stream | None = None
 
     @property
-    def own_test(self) -> bool:
-        """Whether the data brings a test split, which nothing is learned from."""
-        return "test" in self.own_splits
-
-    @property
     def size(self) -> tuple[int, int]:
         """(height, width) of the random crops of training, in pixels."""
         return training_size(self.model, self.view.size)

@@ -16,7 +16,7 @@ from luthier.images.splits import draw_order
 from luthier.images.views import ImageRows
 from luthier.scoring.metrics import choose_threshold
 from luthier.terminal import Tenths
-from luthier.training.features import build_backbone, empty_rows, rows_at_once, run_backbone, size_of
+from luthier.training.features import build_backbone, empty_rows, rows_at_once, run_backbone
 from luthier.training.trainer import model_of, predict
 from models import linear_head
 
@@ -54,7 +54,7 @@ def answer(trainer: Trainer, rows: Any, splits: DatasetDict, familiarity: Famili
     head = linear_head(model)
     if head is None:
         return Answers(*predict(trainer, rows))
-    backbone = build_backbone(model, head, size_of(rows))
+    backbone = build_backbone(model, head, rows)
     rows, sureness, at_once = rows.remove_columns("label"), [], rows_at_once(trainer.args.device)
     logits, progress = torch.empty(0, 0), Tenths("test", len(rows), "images", quiet_seconds=10)
     for begin in range(0, len(rows), at_once):
@@ -218,7 +218,7 @@ def _features(
     """Return the features [R, D] of some rows of each split; if they are known, on the main process alone."""
     if known is not None:
         return [known[split][rows] for split, rows in chosen.items()] if known else []
-    backbone = build_backbone(model_of(trainer), head, size_of(next(iter(images.values())).rows))
+    backbone = build_backbone(model_of(trainer), head, next(iter(images.values())).rows)
     return [run_backbone(trainer, backbone, images[split].rows.select(rows)) for split, rows in chosen.items()]
 
 

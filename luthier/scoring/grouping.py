@@ -5,7 +5,7 @@ import numpy as np
 from luthier.images.splits import stratified_folds
 from luthier.scoring.intervals import interval_of_difference, stretch
 from luthier.training.features import Pool
-from luthier.training.probe import MAX_CELLS, MAX_LEARNED, cross_fit
+from luthier.training.probe import cross_fit, most_learned
 
 FOLDS, REPEATS = 5, 3
 RESAMPLES = 1000
@@ -64,7 +64,7 @@ def measure_inflation(pool: Pool, duplicates: np.ndarray, strength: float) -> di
 
 def _some_groups(pool: Pool, duplicates: np.ndarray) -> tuple[Pool, np.ndarray]:
     """Return whole groups, of no more images than probes learn from: in a sample of images a group would lack some."""
-    most = max(1, min(MAX_LEARNED, MAX_CELLS // len(pool.names))) * FOLDS // (FOLDS - 1)
+    most = most_learned(len(pool.names)) * FOLDS // (FOLDS - 1)
     if len(pool.labels) <= most:
         return pool, duplicates
     own, index, sizes = np.unique(pool.groups, return_inverse=True, return_counts=True)

@@ -3,15 +3,14 @@
 import warnings
 
 import numpy as np
-import torch
 from scipy.optimize import OptimizeWarning, curve_fit
 
 from luthier.errors import UserError
 from luthier.images.splits import rows_by_class, stratified_folds
 from luthier.scoring.intervals import stretch
 from luthier.terminal import plural
-from luthier.training.features import Pool, rows_at_once
-from luthier.training.probe import fit_parts
+from luthier.training.features import Pool
+from luthier.training.probe import cross_fit
 
 FRACTIONS = (0.1, 0.18, 0.32, 0.56, 1.0)  # of the training images
 FOLDS, REPEATS = 4, 3  # every image is held out once in each repeat
@@ -40,30 +39,23 @@ def learning_curve(pool: Pool, strength: float, target: int) -> dict:
         UserError: a class has fewer images than there are folds, counting those of a group as one: a fold could
             hold all of them, and its probes would not know the class.
     """
-    features, labels, groups, names = pool
+    _, labels, groups, names = pool
     check_classes(labels, groups, names)
-    truth = torch.as_tensor(labels, device=features.device)
     correct = np.zeros((len(FRACTIONS), len(labels)))
     sizes = np.zeros(len(FRACTIONS))
     draws: list[list[float]] = [[] for _ in FRACTIONS]
     repeats = REPEATS if len(labels) < MANY else 1
-    at_once = rows_at_once(features.device)
     for seed in range(repeats):
         folds = stratified_folds(labels, groups, FOLDS, seed)
         ranks = np.ones((len(labels), FOLDS))  # below 1 for the images that a fold's probes may learn from
         for fold in range(FOLDS):
             ranks[folds != fold, fold] = _ranks_in_class(labels[folds != fold], groups[folds != fold], seed)
         for index, fraction in enumerate(FRACTIONS):
-            learns = ranks < fraction
-            for fold, (probe,) in enumerate(fit_parts(features, truth, len(names), (strength,), learns)):
-                held_out = np.flatnonzero(folds == fold)
-                is_correct = np.empty(len(held_out), dtype=bool)
-                for begin in range(0, len(held_out), at_once):
-                    part = held_out[begin : begin + at_once]
-                    likely = probe.logits(features[part]).argmax(dim=1).cpu().numpy()
-                    is_correct[begin : begin + at_once] = likely == labels[part]
-                correct[index, held_out] += is_correct / repeats
-                draws[index].append(is_correct.mean())
+            learns, is_correct = ranks < fraction, np.empty(len(labels), dtype=bool)
+            for part in cross_fit(pool, folds, strength, learns):
+                is_correct[part.rows] = part.logits.argmax(dim=1).cpu().numpy() == labels[part.rows]
+            correct[index] += is_correct / repeats
+            draws[index] += [is_correct[folds == fold].mean() for fold in range(FOLDS)]
             sizes[index] += learns.sum() / (FOLDS * repeats)
     return {
         "points": [

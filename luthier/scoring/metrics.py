@@ -342,11 +342,8 @@ def selective(sureness: np.ndarray, correct: np.ndarray, threshold: float, group
 
 def confidence_and_correct(logits: np.ndarray, references: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the confidence of each prediction [N], and whether it is correct [N]; NaN logits have confidence 0."""
-    confidence = np.empty(len(logits))
-    with np.errstate(invalid="ignore"):
-        for rows in _parts(logits):
-            confidence[rows] = np.exp(log_softmax(logits[rows].astype(np.float64), axis=-1)).max(axis=-1)
-    return np.nan_to_num(confidence), logits.argmax(axis=-1) == references
+    predictions = logits.argmax(axis=-1)
+    return np.nan_to_num(np.exp(-log_losses(logits, predictions))), predictions == references
 
 
 def fit_temperature(

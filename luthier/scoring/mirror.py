@@ -17,7 +17,7 @@ from luthier.scoring.baselines import ProbeResults
 from luthier.scoring.intervals import standard_error
 from luthier.scoring.screening import FOLDS, losses_of_views, of_some_classes
 from luthier.terminal import say
-from luthier.training.features import build_backbone, compute_features, size_of
+from luthier.training.features import build_backbone, compute_features
 from luthier.training.recipe import Recipe
 from luthier.training.trainer import model_of
 from models import linear_head
@@ -100,7 +100,7 @@ def measure_mirror(trainer: Trainer, train: Dataset, images: ImageRows) -> Mirro
     model, rows = model_of(trainer), images.rows.select(drawn.tolist())
     head = linear_head(model)
     assert head is not None  # there is a probe
-    backbone = build_backbone(model, head, size_of(rows))
+    backbone = build_backbone(model, head, rows)
     shown = [Half(rows, mirrored, right) for mirrored in (False, True) for right in (False, True)]
     halves = [features for half in shown if (features := compute_features(trainer, backbone, half)) is not None]
     if not halves:

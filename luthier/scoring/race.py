@@ -71,11 +71,6 @@ class Outcome(NamedTuple):
     probe: Candidate | None = None
     winner: Trained | None = None
 
-    @property
-    def history(self) -> list[dict]:
-        """The log of the winner's training, see `TrainerState.log_history`."""
-        return self.winner.state.log_history if self.winner else []
-
 
 def plan_arms(
     recipes: Sequence[Recipe],

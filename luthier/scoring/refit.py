@@ -80,7 +80,8 @@ def plan_refit(
         folds: how many the run had; None is one.
     """
     splits, outcome = experiment.splits, result.outcome
-    used = tuple(str(split) for split in splits if split != "test" or not experiment.own_test)
+    # Nothing is learned from a test split that the data brings.
+    used = tuple(str(split) for split in splits if split != "test" or split not in experiment.own_splits)
     images, scored_on = sum(len(splits[split]) for split in used), len(result.learned_from)
     if experiment.stream:
         scored_on = scored_on if result.kept.is_probe else len(experiment.stream.labels)
@@ -252,7 +253,7 @@ def _start(
     features = join([probe.features[split] for split in splits]) if probe.features else None
     head, strength = linear_head(workshop.model), SOFT if kind == "soft probe" else probe.strength
     assert head is not None and strength is not None  # there is a probe
-    fitted = fit_shared_probe(workshop.predictor(), features, labels, strength, workshop.balance)
+    fitted = fit_shared_probe(workshop.training_args.device, features, labels, strength, workshop.balance)
     return state_with_probe(workshop.model, head, fitted)
 
 

@@ -22,7 +22,7 @@ from luthier.processes import from_main_process
 from luthier.run_files import BACKBONE
 from luthier.scoring.intervals import standard_error
 from luthier.terminal import say
-from luthier.training.features import build_backbone, compute_features, size_of
+from luthier.training.features import build_backbone, compute_features
 from luthier.training.probe import fit_parts
 from models import EFFICIENTNETS, HubUnreachable, ModelError, change_view, check_view, linear_head, takes_size
 
@@ -198,7 +198,7 @@ class Sample:
         head = linear_head(model)
         assert head is not None  # asked for before
         each_rows, begin = [self.rows(each) for each in image_processors], time.perf_counter()
-        trainer, backbone = self.predictor(model), build_backbone(model, head, size_of(each_rows[0]))
+        trainer, backbone = self.predictor(model), build_backbone(model, head, each_rows[0])
         choose_memory_format(backbone, trainer.args.device, len(self.labels))
         features = [compute_features(trainer, backbone, rows) for rows in each_rows]
         seconds = (time.perf_counter() - begin) / len(features)

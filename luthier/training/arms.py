@@ -155,7 +155,12 @@ def plan_arm(recipe: Recipe, workshop: Workshop, rows: Mapping[str, Any], folder
     args = replace(args, per_device_train_batch_size=recipe.batch_of_device(images, batches))
     batch, per_epoch = args.train_batch_size * batches, count_steps(args, images)
     first = first_heat(per_epoch, batch)
-    total = _total_steps(recipe, args, first, per_epoch, batch)
+    if args.max_steps > 0:
+        total = args.max_steps
+    elif recipe.num_train_epochs is not None:
+        total = math.ceil(recipe.num_train_epochs * per_epoch)
+    else:
+        total = most_steps(recipe.heats, first, per_epoch, batch, args.device.type == "cuda")
     # Heats have a schedule of their own: another one, or one with settings, trains in one.
     in_heats = recipe.heats > 1 and args.lr_scheduler_type == SchedulerType.COSINE and not args.lr_scheduler_kwargs
     ends = heat_ends(first, total) if in_heats else (total,)
@@ -166,23 +171,6 @@ def plan_arm(recipe: Recipe, workshop: Workshop, rows: Mapping[str, Any], folder
         args, learning_rate=rate, num_train_epochs=total / per_epoch, max_steps=total, output_dir=str(folder)
     )
     return Arm(recipe, workshop, own, rows, ends, schedule, start)
-
-
-def _total_steps(recipe: Recipe, args: TrainingArguments, first: int, per_epoch: int, batch: int) -> int:
-    """Return the steps of all heats: the user's, those of the recipe's epochs, or as many as its heats have at most.
-
-    Args:
-        recipe: with the user's epochs.
-        args: of the arm.
-        first: steps of the first heat.
-        per_epoch: optimizer steps of an epoch.
-        batch: images in a step.
-    """
-    if args.max_steps > 0:
-        return args.max_steps
-    if recipe.num_train_epochs is not None:
-        return math.ceil(recipe.num_train_epochs * per_epoch)
-    return most_steps(recipe.heats, first, per_epoch, batch, args.device.type == "cuda")
 
 
 def build_trainer(model: PreTrainedModel, arm: Arm) -> SafeTrainer:

@@ -94,9 +94,8 @@ def find_damage(checkpoint: Path, of_model: bool = False) -> str | None:
 
 def checkpoints_by_step(output_dir: Path) -> dict[int, Path]:
     """Return the checkpoints of a run by step, the newest first."""
-    checkpoints = {
-        int(path.name.split("-")[1]): path for path in output_dir.glob("checkpoint-*") if _is_checkpoint(path)
-    }
+    named = (path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name))
+    checkpoints = {int(path.name.split("-")[1]): path for path in named if path.is_dir()}
     return dict(sorted(checkpoints.items(), reverse=True))
 
 
@@ -283,10 +282,6 @@ def _is_there(checkpoint: Path) -> bool:
     return record.exists() and all(
         (checkpoint / name).exists() for name in json.loads(record.read_text(encoding="utf-8"))
     )
-
-
-def _is_checkpoint(path: Path) -> bool:
-    return path.is_dir() and re.fullmatch(r"checkpoint-\d+", path.name) is not None
 
 
 def _hash(path: Path) -> str:

@@ -74,7 +74,7 @@ def load_features(
             say("reuse", f"features of {len(digests) - len(new):,} of {len(digests):,} images")
     new = from_main_process(new)  # all processes compute the same
     if new:
-        backbone = build_backbone(model, head, size_of(rows))
+        backbone = build_backbone(model, head, rows)
         at_once = rows_at_once(trainer.args.device)
         progress = Tenths("features", len(new), "images", quiet_seconds=10)
         for begin in range(0, len(new), at_once):
@@ -182,17 +182,12 @@ def join(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return joined
 
 
-def build_backbone(model: PreTrainedModel, head: str, size: tuple[int, int]) -> PreTrainedModel:
-    """Return a copy of a model without its head, for inference; see `fusion.fuse_batchnorm`."""
+def build_backbone(model: PreTrainedModel, head: str, rows: Any) -> PreTrainedModel:
+    """Return a copy of a model without its head, for inference on rows of one size; see `fusion.fuse_batchnorm`."""
     backbone = copy.deepcopy(model)
     backbone.set_submodule(head, nn.Identity())
-    return fuse_batchnorm(backbone, size)
-
-
-def size_of(rows: Any) -> tuple[int, int]:
-    """Return the (height, width) of the `pixel_values` of rows in pixels."""
     height, width = rows[0]["pixel_values"].shape[-2:]
-    return height, width
+    return fuse_batchnorm(backbone, (height, width))
 
 
 def compute_features(trainer: Trainer, backbone: PreTrainedModel, rows: Any) -> torch.Tensor | None:

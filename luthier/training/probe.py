@@ -1,12 +1,12 @@
 """The linear probe: a logistic regression on frozen features, a baseline and the start of some recipes."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 
 from luthier.processes import from_main_process
 from luthier.training.balance import Balance
@@ -49,7 +49,7 @@ class LinearProbe(NamedTuple):
 
 
 def fit_shared_probes(
-    trainer: Trainer,
+    device: torch.device,
     features: Mapping[str, torch.Tensor] | None,
     labels: Mapping[str, Sequence[int]],
     balance: Balance | None = None,
@@ -57,26 +57,24 @@ def fit_shared_probes(
     """Fit the probe that is best on validation, and the soft one, and return them to all processes.
 
     Args:
-        trainer: knows the processes and the device.
+        device: of the run, see `device_of_fits`.
         features: of "train" and "validation", float32 [N, D]; None on all but the main process.
         labels: class indices of both.
         balance: see `fit_path`.
     """
-
-    def fit(device: torch.device) -> list[LinearProbe]:
-        assert features is not None  # on the main process
+    fitted: Iterable[LinearProbe] = ()
+    if features is not None:
         device = device_of_fits(features["train"], device)
         train, validation = (
             (features[split].to(device), torch.tensor(labels[split]).to(device)) for split in ("train", "validation")
         )
-        return list(fit_probes(*train, *validation, balance))
-
-    best, soft = _on_main_process(trainer, fit)
+        fitted = fit_probes(*train, *validation, balance)
+    best, soft = _share(fitted)
     return best, soft
 
 
 def fit_shared_probe(
-    trainer: Trainer,
+    device: torch.device,
     features: torch.Tensor | None,
     labels: Sequence[int],
     strength: float,
@@ -85,26 +83,23 @@ def fit_shared_probe(
     """Fit the probe of one penalty, and return it to all processes.
 
     Args:
-        trainer: knows the processes and the device.
+        device: of the run, see `device_of_fits`.
         features: float32 [N, D]; None on all but the main process.
         labels: class indices [N].
         strength: the penalty.
         balance: see `fit_path`.
     """
-
-    def fit(device: torch.device) -> list[LinearProbe]:
-        assert features is not None  # on the main process
+    fitted: Iterable[LinearProbe] = ()
+    if features is not None:
         device = device_of_fits(features, device)
-        images = features.to(device), torch.tensor(labels).to(device)
-        return list(fit_path(*images, max(labels) + 1, (strength,), balance))
-
-    (probe,) = _on_main_process(trainer, fit)
+        truth = torch.tensor(labels).to(device)
+        fitted = fit_path(features.to(device), truth, max(labels) + 1, (strength,), balance)
+    (probe,) = _share(fitted)
     return probe
 
 
-def _on_main_process(trainer: Trainer, fit: Callable[[torch.device], list[LinearProbe]]) -> list[LinearProbe]:
-    """Fit on the main process, on the Trainer's device, and return the probes to all, on the CPU."""
-    fitted = fit(trainer.args.device) if trainer.is_world_process_zero() else []
+def _share(fitted: Iterable[LinearProbe]) -> list[LinearProbe]:
+    """Return to all processes the probes that the main one has fitted, on the CPU."""
     return from_main_process([each._replace(weight=each.weight.cpu(), bias=each.bias.cpu()) for each in fitted])
 
 
@@ -247,24 +242,29 @@ class HeldOut(NamedTuple):
     learned: np.ndarray
 
 
-def cross_fit(pool: Pool, folds: np.ndarray, strength: float) -> Iterator[HeldOut]:
-    """Yield the logits of all rows, in parts, by probes that have not learned from the row's fold.
+def most_learned(classes: int) -> int:
+    """Return how many images a cross-fitted probe learns from, at most."""
+    return max(1, min(MAX_LEARNED, MAX_CELLS // classes))
 
-    A probe learns from about `MAX_LEARNED` images at most, and `MAX_CELLS` images times classes, drawn at random from
-    the other folds.
+
+def cross_fit(pool: Pool, folds: np.ndarray, strength: float, learns: np.ndarray | None = None) -> Iterator[HeldOut]:
+    """Yield the logits of all rows, in parts, by probes that have not learned from the row's fold.
 
     Args:
         pool: the images.
         folds: int [N].
         strength: the penalty.
+        learns: whether the probe for a fold learns from an image, bool [N, K]; None is all of the other folds, or of
+            many images about `most_learned`, drawn at random from them.
     """
     features, labels, _, names = pool
     _, fold_of = np.unique(folds, return_inverse=True)
-    k, classes, at_once = int(fold_of.max()) + 1, len(names), rows_at_once(features.device)
-    learns, most = fold_of[:, None] != np.arange(k), max(1, min(MAX_LEARNED, MAX_CELLS // classes))
-    sample = most if (k - 1) * len(folds) > k * most else None
-    if sample:
-        learns[np.random.default_rng(0).permutation(len(folds))[k * most // (k - 1) :]] = False
+    k, classes, at_once, sample = int(fold_of.max()) + 1, len(names), rows_at_once(features.device), None
+    if learns is None:
+        learns, most = fold_of[:, None] != np.arange(k), most_learned(classes)
+        if (k - 1) * len(folds) > k * most:
+            sample = most
+            learns[np.random.default_rng(0).permutation(len(folds))[k * most // (k - 1) :]] = False
     truth = torch.as_tensor(labels, device=features.device)
     for fold, probes in enumerate(fit_parts(features, truth, classes, (strength,), learns)):
         held_out = np.flatnonzero(fold_of == fold)

@@ -319,7 +319,7 @@ def test_cross_fitted_losses_are_those_of_images_that_were_not_learned_from():
     assert cross_fitted_losses(telling, labels, folds).mean() < 0.6
 
 
-def one_arm(tmp_path, epochs, best_step, own_test=True):
+def one_arm(tmp_path, epochs, best_step, own_splits=frozenset({"test"})):
     """Return an experiment of ten images a split, and its result: ten steps of one arm, in 30 seconds."""
     course = race.Course(Judge([]), None, tmp_path, SimpleNamespace(total=lambda: 100.0), time_limit=1.0)
     state = SimpleNamespace(best_global_step=best_step, global_step=10)
@@ -331,7 +331,7 @@ def one_arm(tmp_path, epochs, best_step, own_test=True):
         probe=SimpleNamespace(strength=None),
     )  # fmt: skip
     splits = {"train": range(10), "validation": range(10), "test": range(10)}
-    return SimpleNamespace(splits=splits, own_test=own_test, stream=None), result
+    return SimpleNamespace(splits=splits, own_splits=own_splits, stream=None), result
 
 
 def test_refit_has_the_time_limit_of_the_whole_run(tmp_path):
@@ -357,7 +357,8 @@ def test_refit_is_at_most_as_much_work_as_the_run(tmp_path, monkeypatch):
     late = one_arm(tmp_path, epochs=1.0, best_step=10)
     assert "more work than the run" in plan_refit(*late, "auto", None).refusal, "60 of 50"
     assert plan_refit(*late, "auto", None, folds=2).done
-    assert not plan_refit(*one_arm(tmp_path, epochs=1.0, best_step=8, own_test=False), "auto", None).done, "72 of 50"
+    cut = one_arm(tmp_path, epochs=1.0, best_step=8, own_splits=frozenset())
+    assert not plan_refit(*cut, "auto", None).done, "72 of 50"
     assert plan_refit(*one_arm(tmp_path, epochs=1.0, best_step=8), "none", None).refusal == "--refit none"
 
 

@@ -208,7 +208,6 @@ def test_answers_in_parts_are_those_to_all_images_at_once(monkeypatch):
     replaced = {
         "linear_head": lambda model: "head",
         "build_backbone": lambda *_: None,
-        "size_of": lambda rows: (1, 1),
         "rows_at_once": lambda device: 4,
         "run_backbone": lambda trainer, backbone, part: features[part["row"][:]],
     }
@@ -235,7 +234,6 @@ def test_features_that_are_not_known_yet_are_those_of_the_same_images(monkeypatc
         "BANK": 24,
         "linear_head": lambda model: "head",
         "build_backbone": lambda model, *_: model,
-        "size_of": lambda rows: (1, 1),
         "run_backbone": lambda trainer, backbone, part: features[part["row"][:]] * (backbone is trainer.model),
     }
     for name, value in replaced.items():

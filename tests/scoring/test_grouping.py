@@ -43,8 +43,7 @@ def test_classes_in_one_group_do_not_count():
 
 
 def test_sample_is_of_whole_groups(monkeypatch):
-    for name in ("luthier.training.probe", "luthier.scoring.grouping"):
-        monkeypatch.setattr(f"{name}.MAX_LEARNED", 160)
+    monkeypatch.setattr("luthier.training.probe.MAX_LEARNED", 160)
     generator, groups = np.random.default_rng(0), np.repeat(np.arange(400), 5)
     labels, burst = np.repeat(generator.integers(0, 2, 400), 5), generator.normal(size=(400, 30)).repeat(5, axis=0)
     features = torch.tensor(generator.normal(size=(2000, 30)) + 5 * burst).float()

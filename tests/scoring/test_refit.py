@@ -84,7 +84,7 @@ def test_probe_of_a_refit_learns_each_image_with_its_label(monkeypatch, start, s
     features = {split: torch.tensor(each).float()[:, None] for split, each in labels.items()}
     seen = []
 
-    def fit(trainer, *arguments):
+    def fit(device, *arguments):
         seen.extend(arguments)
         raise Fitted
 
@@ -94,7 +94,7 @@ def test_probe_of_a_refit_learns_each_image_with_its_label(monkeypatch, start, s
     result = SimpleNamespace(
         kept=SimpleNamespace(is_probe=start is None, class_shares=None),
         probe=SimpleNamespace(features=features, strength=0.5),
-        workshop=SimpleNamespace(balance=None, model=None, predictor=lambda: None),
+        workshop=SimpleNamespace(balance=None, model=None, training_args=SimpleNamespace(device=None)),
         outcome=SimpleNamespace(winner=winner),
     )
     plan = Plan(("train", "validation", "test"), 6, 3, 1.0, "")

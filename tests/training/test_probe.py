@@ -215,7 +215,8 @@ def build_probe(
     """Fit the probe on train and validation as a run does; return the probe and the features."""
     rows = feature_rows(splits, view)
     features = {split: load_features(trainer, head, rows[split]) for split in ("train", "validation")}
-    probe, _ = fit_shared_probes(trainer, features, {split: splits[split]["label"][:] for split in features})
+    labels = {split: splits[split]["label"][:] for split in features}
+    probe, _ = fit_shared_probes(trainer.args.device, features, labels)
     return probe, features
 
 
@@ -354,7 +355,7 @@ def test_fused_backbone_has_the_same_outputs(kind, request):
             layer.running_var.uniform_(0.5, 2)
     pixel_values = torch.randn(3, 3, 64, 64)
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    backbone = build_backbone(model, head, (64, 64))
+    backbone = build_backbone(model, head, [{"pixel_values": torch.zeros(3, 64, 64)}])
     with torch.no_grad():
         logits = model.get_submodule(head)(backbone(pixel_values).logits)
         torch.testing.assert_close(logits, model.eval()(pixel_values).logits, rtol=1e-3, atol=1e-4)
@@ -394,7 +395,7 @@ def test_features_of_another_precision_are_not_reused(timm_checkpoint, monkeypat
         computed.append(trainer.accelerator.mixed_precision)
         return torch.ones(len(rows), feature_size(model, head))
 
-    replaced = {"build_backbone": lambda *_: None, "size_of": lambda rows: None, "compute_features": compute}
+    replaced = {"build_backbone": lambda *_: None, "compute_features": compute}
     for name, value in replaced.items():
         monkeypatch.setattr(f"luthier.training.features.{name}", value)
     digests = [f"{row:064x}" for row in range(2)]
