@@ -52,6 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(line, replaced=FILES)
 
     from data import cut_splits, load_images
+    from luthier.cache import list_of
     from luthier.machine import set_up_process
     from luthier.reporting import console
     from luthier.reporting.page import write_audit_page
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     findings = audit_images(splits, unreadable)
     train = splits["train"]
     # A probe has the classes up to the highest label in train, and all images of the last one may be unreadable.
-    if "validation" in splits and max(train["label"][:]) + 1 == len(train.features["label"].names):
+    if "validation" in splits and max(list_of(train, "label")) + 1 == len(train.features["label"].names):
         findings |= ask_probe(splits, arguments)
     with ignore_closed("stdout"):  # as with `| head`: the files are written all the same
         print(console.list_findings(findings), flush=True)

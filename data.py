@@ -13,7 +13,7 @@ from PIL import Image as PILImage
 from torch.utils.data import get_worker_info
 from transformers import BaseImageProcessor
 
-from luthier.cache import cache_key, library_versions, make_rows
+from luthier.cache import cache_key, library_versions, list_of, make_rows
 from luthier.cores import count_cores
 from luthier.errors import ImagesChanged, UserError
 from luthier.files import expand_home
@@ -169,7 +169,7 @@ def load_labelled(names: list[str], **options) -> tuple[DatasetDict, list[Unread
     used = ["test"] if "test" in splits else list(splits)
     dataset = concatenate_datasets([splits[split] for split in used])
     own = dataset.features["label"].names
-    labels = [own[label] for label in dataset["label"][:]]
+    labels = [own[label] for label in list_of(dataset, "label")]
     unknown = sorted(set(labels) - set(names))
     if unknown:
         known, remedy = {name.casefold(): name for name in names}, "Score images of the model's classes only"
@@ -220,7 +220,7 @@ def prepare(splits: DatasetDict, view: EvaluationView, quiet: bool = False) -> D
             column, feature, store = "view", Value("binary"), view_packer(view)
         result, of_earlier_runs = make_rows(
             dataset.select_columns(["image", "label", "digest", "name"]),
-            dataset["digest"][:],
+            list_of(dataset, "digest"),
             "prepared",
             cache_key(column, key),
             functools.partial(prepare_batch, store=store, column=column),
@@ -231,7 +231,7 @@ def prepare(splits: DatasetDict, view: EvaluationView, quiet: bool = False) -> D
             beside=["label"],
         )
         reused += of_earlier_runs
-        errors += [f"{split}: {error}" for error in result["error"][:] if error]
+        errors += [f"{split}: {error}" for error in list_of(result, "error") if error]
         prepared[split] = result.remove_columns("error")
     if errors:
         raise ImagesChanged(
@@ -309,7 +309,8 @@ def with_transforms(
         stream: what train is read from; the split "train" is a sample of it.
     """
     if stream:
-        train = stream.rows(streaming_transform(view, augmentation, size))
+        augment, shorter_side = training_transform(view, augmentation, size), STORED_SIDE * max(view.size)
+        train = stream.rows(lambda data: augment(decode_rgb(data, shorter_side).image))
     else:
         train = training_rows(splits["train"], view, augmentation, size)
     held_out = {split: evaluation_rows(splits[split], view, ["label"]) for split in ("validation", "test")}
@@ -325,14 +326,6 @@ def training_rows(
 ) -> Dataset:
     """Return the prepared split "train" with rows of `pixel_values`, see `training_transform`, and `labels`."""
     return dataset.with_transform(batch_transform("image", training_transform(view, augmentation, size)))
-
-
-def streaming_transform(
-    view: EvaluationView, augmentation: str, size: tuple[int, int] | None
-) -> Callable[[bytes], torch.Tensor]:
-    """Return the function from an image file to what `views.training_transform` makes of the image."""
-    transform, shorter_side = training_transform(view, augmentation, size), STORED_SIDE * max(view.size)
-    return lambda data: transform(decode_rgb(data, shorter_side).image)
 
 
 def join_for_training(
@@ -367,7 +360,7 @@ def feature_rows(splits: DatasetDict, view: EvaluationView) -> dict[str, ImageRo
         split: ImageRows(
             evaluation_rows(dataset, view),
             cache_key(_view_key(view), "view" in dataset.column_names),
-            dataset["digest"][:],
+            list_of(dataset, "digest"),
         )
         for split, dataset in splits.items()
     }

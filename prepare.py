@@ -176,6 +176,7 @@ def write_shards(splits: "DatasetDict", folder: Path, side: int, images: int, sh
     import numpy as np
     from datasets import concatenate_datasets
 
+    from luthier.cache import list_of
     from luthier.files import atomic_write, lock_folder
     from luthier.images.shards import BLOCK
     from luthier.images.splits import draw_order
@@ -186,12 +187,12 @@ def write_shards(splits: "DatasetDict", folder: Path, side: int, images: int, sh
     with lock_folder(folder, f".lock-{share.machine}-of-{share.machines}", busy):
         for split, dataset in kept.items():
             copies = len(splits[split]) - len(dataset)
-            order = draw_order(dataset["digest"][:], seed=1)
+            order = draw_order(list_of(dataset, "digest"), seed=1)
             parts = list(enumerate(np.array_split(order, -(-len(order) // images))))
             own, there = parts[share.machine - 1 :: share.machines], 0
             for number, rows in own:
                 path = folder / f"{split}-{number:05}-of-{len(parts):05}.parquet"
-                if path.exists() and is_whole(path):
+                if is_whole(path):
                     there += 1
                     continue
                 blocks = [rows[begin : begin + BLOCK] for begin in range(0, len(rows), BLOCK)]
@@ -206,7 +207,7 @@ def write_shards(splits: "DatasetDict", folder: Path, side: int, images: int, sh
 
 
 def is_whole(path: Path) -> bool:
-    """Tell whether a Parquet file of an earlier time can be read, as far as its end tells."""
+    """Tell whether a Parquet file is there from an earlier time, and can be read as far as its end tells."""
     from pyarrow import ArrowException, parquet
 
     try:
@@ -218,9 +219,11 @@ def is_whole(path: Path) -> bool:
 
 def keep_one_of_each(dataset: "Dataset") -> "Dataset":
     """Return a split without images whose file and class are those of an earlier one."""
+    from luthier.cache import list_of
+
     seen: dict[tuple[str, int], int] = {}
     # Not the column `pixels`: large JPEGs are decoded at a reduced scale for it, where fine details are lost.
-    for row, image in enumerate(zip(dataset["digest"][:], dataset["label"][:], strict=True)):
+    for row, image in enumerate(zip(list_of(dataset, "digest"), list_of(dataset, "label"), strict=True)):
         seen.setdefault(image, row)
     return dataset.select(seen.values())
 
@@ -228,11 +231,12 @@ def keep_one_of_each(dataset: "Dataset") -> "Dataset":
 def plan_of(splits: dict[str, "Dataset"], side: int, images: int) -> dict:
     """Return what decides the content of every file."""
     from data import PREPARATION
+    from luthier.cache import list_of
 
     plan: dict = {"version": PREPARATION, "side": side, "images": images, "splits": {}}
     for split, dataset in splits.items():
         names = dataset.features["label"].names
-        rows = zip(dataset["digest"][:], dataset["label"][:], dataset["group"][:], strict=True)
+        rows = zip(*(list_of(dataset, column) for column in ("digest", "label", "group")), strict=True)
         lines = sorted(f"{digest} {names[label]} {group}" for digest, label, group in rows)
         plan["splits"][split] = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     return plan

@@ -139,7 +139,7 @@ def fine_tune(arguments: "Arguments", stop: "Stop", stopwatch: Stopwatch) -> tup
     familiarity = learn_familiarity(trainer, images, splits, probe.known_of(kept.is_probe), judge.criterion.none)
     answers, model = answer(trainer, rows["test"], splits, familiarity), model_of(trainer).cpu()
     stopwatch.end("evaluate")
-    learned_from = splits["train"]["digest"][:]
+    learned_from = experiment.learned_from
     return experiment, Result(workshop, course, learned_from, probe, outcome, kept, model, answers, augmentation)
 
 

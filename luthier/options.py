@@ -4,7 +4,7 @@ import os
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from luthier.errors import UserError
 from luthier.files import expand_home
@@ -22,103 +22,72 @@ BUILT_IN_DATASET = "openmoji"
 EXPORT_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
+def _option(default: Any, text: str) -> Any:
+    """Return a field of an option with its help."""
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass
 class DataArguments:
     """What to learn from."""
 
     _argument_group_name: ClassVar[str] = "data"
 
-    data_dir: str | None = field(
-        default=None,
-        metadata={
-            "help": "Your images: a folder of class folders, or one that holds train, validation and test, or one "
-            "with a metadata.csv (docs/usage.md)."
-        },
+    data_dir: str | None = _option(
+        None,
+        "Your images: a folder of class folders, or one that holds train, validation and test, or one with a "
+        "metadata.csv (docs/usage.md).",
     )
-    dataset_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "A Hub dataset such as someone/their-set, or the built-in openmoji (used without --data_dir)."
-        },
+    dataset_name: str | None = _option(
+        None, "A Hub dataset such as someone/their-set, or the built-in openmoji (used without --data_dir)."
     )
-    dataset_config_name: str | None = field(
-        default=None, metadata={"help": "The configuration of a Hub dataset that has several."}
+    dataset_config_name: str | None = _option(None, "The configuration of a Hub dataset that has several.")
+    labels: str | None = _option(
+        None,
+        "A table of the images in the folder: CSV, TSV, JSON lines or Parquet, with a column of file names and one of "
+        "labels.",
     )
-    labels: str | None = field(
-        default=None,
-        metadata={
-            "help": "A table of the images in the folder: CSV, TSV, JSON lines or Parquet, with a column of file "
-            "names and one of labels."
-        },
+    image_column: str | None = _option(None, "The column of images, where it is ambiguous.")
+    label_column: str | None = _option(None, "The column of labels, where it is ambiguous.")
+    split_column: str | None = _option(
+        None, "The column of a table that says train, validation or test, if not split."
     )
-    image_column: str | None = field(default=None, metadata={"help": "The column of images, where it is ambiguous."})
-    label_column: str | None = field(default=None, metadata={"help": "The column of labels, where it is ambiguous."})
-    split_column: str | None = field(
-        default=None, metadata={"help": "The column of a table that says train, validation or test, if not split."}
+    group_column: str | None = _option(
+        None,
+        "The column of a dataset or table that says what an image belongs to, such as a patient or a video: Luthier "
+        "cuts splits that share no group.",
     )
-    group_column: str | None = field(
-        default=None,
-        metadata={
-            "help": "The column of a dataset or table that says what an image belongs to, such as a patient or a "
-            "video: Luthier cuts splits that share no group."
-        },
+    group_by: str | None = _option(
+        None,
+        "The same by paths: folder (in the class folder), or a regular expression for file names (docs/usage.md).",
     )
-    group_by: str | None = field(
-        default=None,
-        metadata={
-            "help": "The same by paths: folder (in the class folder), or a regular expression for file names "
-            "(docs/usage.md)."
-        },
+    streaming: bool = _option(False, "Train from Parquet or WebDataset files as they are (docs/scaling.md).")
+    none_class: str | None = _option(None, "The class of images of no other class (default: none).")
+    label_names: list[str] | None = _option(None, "New class names, in the order of the sorted old ones.")
+    validation_fraction: float | None = _option(
+        None,
+        "Share of each class for the validation split, where the data has none; with folds, of the rest. If not "
+        "given: a tenth, and up to a quarter of few images.",
     )
-    streaming: bool = field(
-        default=False,
-        metadata={"help": "Train from Parquet or WebDataset files as they are (docs/scaling.md)."},
+    test_fraction: float = _option(0.2, "Share of each class for the test split, where the data has none.")
+    split_seed: int = _option(1, "Random seed of these splits; --seed does not change them.")
+    fold: str | None = _option(None, "Such as 2/5: test is the second of five folds, instead of --test_fraction.")
+    folds: int | None = _option(
+        None, "Cross-validate: score every image once, by models of this many folds that have not seen it."
     )
-    none_class: str | None = field(
-        default=None, metadata={"help": "The class of images of no other class (default: none)."}
+    on_bad_image: Literal["drop", "error"] = _option(
+        "drop", "Images that cannot be read: drop leaves them out and names them, error stops."
     )
-    label_names: list[str] | None = field(
-        default=None, metadata={"help": "New class names, in the order of the sorted old ones."}
+    augmentation: Literal["auto", "none", "crop", "flip_crop", "trivial", "augmix"] = _option(
+        "auto",
+        "Transform of training images. none: the evaluation view; crop: a random crop; flip_crop: that, mirrored half "
+        "of the time; auto: flip_crop, or crop where the mirror shows something else; trivial: flip_crop and an "
+        "operation of TrivialAugmentWide; augmix: AugMix.",
     )
-    validation_fraction: float | None = field(
-        default=None,
-        metadata={
-            "help": "Share of each class for the validation split, where the data has none; with folds, of the rest. "
-            "If not given: a tenth, and up to a quarter of few images."
-        },
+    test_view: Literal["evaluation", "random_crop"] = _option(
+        "evaluation", "Test transform. random_crop shows how testing on random crops distorts the score."
     )
-    test_fraction: float = field(
-        default=0.2, metadata={"help": "Share of each class for the test split, where the data has none."}
-    )
-    split_seed: int = field(default=1, metadata={"help": "Random seed of these splits; --seed does not change them."})
-    fold: str | None = field(
-        default=None, metadata={"help": "Such as 2/5: test is the second of five folds, instead of --test_fraction."}
-    )
-    folds: int | None = field(
-        default=None,
-        metadata={
-            "help": "Cross-validate: score every image once, by models of this many folds that have not seen it."
-        },
-    )
-    on_bad_image: Literal["drop", "error"] = field(
-        default="drop",
-        metadata={"help": "Images that cannot be read: drop leaves them out and names them, error stops."},
-    )
-    augmentation: Literal["auto", "none", "crop", "flip_crop", "trivial", "augmix"] = field(
-        default="auto",
-        metadata={
-            "help": "Transform of training images. none: the evaluation view; crop: a random crop; flip_crop: that, "
-            "mirrored half of the time; auto: flip_crop, or crop where the mirror shows something else; trivial: "
-            "flip_crop and an operation of TrivialAugmentWide; augmix: AugMix."
-        },
-    )
-    test_view: Literal["evaluation", "random_crop"] = field(
-        default="evaluation",
-        metadata={"help": "Test transform. random_crop shows how testing on random crops distorts the score."},
-    )
-    learning_curve: bool = field(
-        default=False, metadata={"help": "Estimate the accuracy with twice as many training images."}
-    )
+    learning_curve: bool = _option(False, "Estimate the accuracy with twice as many training images.")
 
     def for_images(self) -> dict:
         """Return what `data.load_images` takes."""
@@ -174,64 +143,41 @@ class ModelArguments:
 
     _argument_group_name: ClassVar[str] = "model"
 
-    model_name: str = field(
-        default="efficientnet_lite0",
-        metadata={
-            "help": "efficientnet_lite0, efficientnet_lite2, simple_cnn, a Hub model such as timm/resnet18.tv_in1k, a "
-            "folder with one, or auto: the one of a few whose linear probe is best (docs/usage.md)."
-        },
+    model_name: str = _option(
+        "efficientnet_lite0",
+        "efficientnet_lite0, efficientnet_lite2, simple_cnn, a Hub model such as timm/resnet18.tv_in1k, a folder with "
+        "one, or auto: the one of a few whose linear probe is best (docs/usage.md).",
     )
-    image_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Side in pixels of the square that the model sees; the model's own, or less where the images are "
-            "small, if not given."
-        },
+    image_size: int | None = _option(
+        None,
+        "Side in pixels of the square that the model sees; the model's own, or less where the images are small, if "
+        "not given.",
     )
-    recipe: Literal["probe", "head", "lp_ft", "full_from_probe", "full"] | None = field(
-        default=None,
-        metadata={
-            "help": "How a pretrained model learns. probe: a logistic regression on its frozen features; head: a new "
-            "head on the frozen backbone; lp_ft: the upper layers, starting from the probe; full_from_probe: all "
-            "layers, starting from a probe; full: all layers, with a new head. The last three are raced if not given "
-            "(docs/usage.md)."
-        },
+    recipe: Literal["probe", "head", "lp_ft", "full_from_probe", "full"] | None = _option(
+        None,
+        "How a pretrained model learns. probe: a logistic regression on its frozen features; head: a new head on the "
+        "frozen backbone; lp_ft: the upper layers, starting from the probe; full_from_probe: all layers, starting "
+        "from a probe; full: all layers, with a new head. The last three are raced if not given (docs/usage.md).",
     )
-    metric: Metric = field(
-        default="log_loss",
-        metadata={"help": "The figure on validation that chooses the weights (docs/usage.md)."},
+    metric: Metric = _option("log_loss", "The figure on validation that chooses the weights (docs/usage.md).")
+    balance: BalanceOption = _option(
+        "auto", "How answers make up for rare classes; auto: they do if --metric asks for it (docs/usage.md)."
     )
-    balance: BalanceOption = field(
-        default="auto",
-        metadata={
-            "help": "How answers make up for rare classes; auto: they do if --metric asks for it (docs/usage.md)."
-        },
+    keep: Literal["best", "trained"] = _option(
+        "best",
+        "The weights of the result. best: the best on validation; trained: the trained ones, to compare ways of "
+        "training.",
     )
-    keep: Literal["best", "trained"] = field(
-        default="best",
-        metadata={
-            "help": "The weights of the result. best: the best on validation; trained: the trained ones, to compare "
-            "ways of training."
-        },
+    milliseconds: float = _option(
+        40.0, "With --model_name auto: the milliseconds that an image may take on this machine."
     )
-    milliseconds: float = field(
-        default=40.0,
-        metadata={"help": "With --model_name auto: the milliseconds that an image may take on this machine."},
+    time_limit: float | None = _option(
+        None, "Minutes that the run may take: no part of the training begins that would end later."
     )
-    time_limit: float | None = field(
-        default=None,
-        metadata={"help": "Minutes that the run may take: no part of the training begins that would end later."},
+    refit: Literal["auto", "none"] = _option(
+        "auto", "auto: train again on all images but the data's own test split, if that is quick; none: do not."
     )
-    refit: Literal["auto", "none"] = field(
-        default="auto",
-        metadata={
-            "help": "auto: train again on all images but the data's own test split, if that is quick; none: do not."
-        },
-    )
-    export: bool = field(
-        default=False,
-        metadata={"help": "Export to ONNX too (docs/export.md)."},
-    )
+    export: bool = _option(False, "Export to ONNX too (docs/export.md).")
 
 
 OWN = tuple(option.name for kind in (DataArguments, ModelArguments) for option in fields(kind))

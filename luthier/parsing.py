@@ -44,31 +44,24 @@ MEANT = {
     "use_cpu": ("no_cuda",),
 }  # fmt: skip
 MEANT_BY = {word: option for option, words in MEANT.items() for word in words}
-NOT_NEEDED = {  # what other tools have an option for, and what Luthier does instead
-    **dict.fromkeys(
-        ("cuda", "device", "gpu", "gpus"), "a GPU is used where there is one; --use_cpu trains without it"
+INSTEAD = {  # what Luthier does, and the options that other tools have for that
+    "a GPU is used where there is one; --use_cpu trains without it": ("cuda", "device", "gpu", "gpus"),
+    "the weights are pretrained ones; --model_name chooses which": ("pretrained", "weights"),
+    "--bf16 is on where the GPU supports it": ("amp", "half"),
+    "training ends by itself when more of it no longer helps": ("early_stopping", "patience"),
+    "--recipe head or --recipe probe trains the head alone": ("freeze", "freeze_backbone"),
+    "name folders in --data_dir test and validation, or Luthier splits them off": (
+        "test", "test_dir", "val", "val_dir", "valid_dir", "validation_dir",
     ),
-    **dict.fromkeys(("pretrained", "weights"), "the weights are pretrained ones; --model_name chooses which"),
-    **dict.fromkeys(("amp", "half"), "--bf16 is on where the GPU supports it"),
-    **dict.fromkeys(("early_stopping", "patience"), "training ends by itself when more of it no longer helps"),
-    **dict.fromkeys(("freeze", "freeze_backbone"), "--recipe head or --recipe probe trains the head alone"),
-    **dict.fromkeys(
-        ("test", "test_dir", "val", "val_dir", "valid_dir", "validation_dir"),
-        "name folders in --data_dir test and validation, or Luthier splits them off",
-    ),
-    **dict.fromkeys(
-        ("train_fraction", "train_size", "train_split"),
-        "train is what --test_fraction and --validation_fraction leave",
-    ),
-    **dict.fromkeys(
-        ("classes", "nc", "num_classes"), "the classes are those of the folders or of the table (--labels)"
-    ),
-    "split": "a split is a folder in --data_dir, or a value of --split_column; score.py scores the one called test",
-    **dict.fromkeys(("image", "predict"), "predict.py predicts: python predict.py outputs/my_run IMAGE"),
-    **dict.fromkeys(("criterion", "loss"), "the loss is the cross-entropy; --metric says what chooses the weights"),
-    **dict.fromkeys(("multi_label", "multilabel"), "each image has one class"),
-    "overwrite_output_dir": "nothing is overwritten; give another --output_dir, or leave it out for a free name",
-}
+    "train is what --test_fraction and --validation_fraction leave": ("train_fraction", "train_size", "train_split"),
+    "the classes are those of the folders or of the table (--labels)": ("classes", "nc", "num_classes"),
+    "a split is a folder in --data_dir, or a value of --split_column; score.py scores the one called test": ("split",),
+    "predict.py predicts: python predict.py outputs/my_run IMAGE": ("image", "predict"),
+    "the loss is the cross-entropy; --metric says what chooses the weights": ("criterion", "loss"),
+    "each image has one class": ("multi_label", "multilabel"),
+    "nothing is overwritten; give another --output_dir, or leave it out for a free name": ("overwrite_output_dir",),
+}  # fmt: skip
+NOT_NEEDED = {word: remedy for remedy, words in INSTEAD.items() for word in words}
 
 
 class Parser(CommandParser, HfArgumentParser):

@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 from datasets import DatasetDict
 
+from luthier.cache import list_of
 from luthier.images.openmoji import ATTRIBUTION
 from luthier.images.streams import Stream
 
@@ -24,12 +25,10 @@ def describe(splits: DatasetDict, name: str, built_in: bool = False, stream: Str
     labels = next(iter(splits.values())).features["label"].names
     counts, lines = {}, []
     for split, dataset in splits.items():
-        indices = dataset["label"][:]
+        indices, digests = list_of(dataset, "label"), list_of(dataset, "digest")
         count = Counter(indices)
         counts[split] = {"n": len(indices), "per_class": {label: count[index] for index, label in enumerate(labels)}}
-        lines += [
-            f"{split}\t{labels[index]}\t{digest}" for index, digest in zip(indices, dataset["digest"][:], strict=True)
-        ]
+        lines += [f"{split}\t{labels[index]}\t{digest}" for index, digest in zip(indices, digests, strict=True)]
     data = {"name": name, "attribution": ATTRIBUTION if built_in else "", "splits": counts, "labels": labels}
     if stream:
         lines.append(stream.fingerprint)

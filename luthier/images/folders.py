@@ -57,12 +57,12 @@ def sort_names(names: Iterable[str]) -> list[str]:
     return sorted(names, key=int) if all(name.isascii() and name.isdecimal() for name in names) else names
 
 
-def load_folder(root: Path, grouping: Grouping, to_train: bool) -> DatasetDict:
+def load_folder(root: Path, grouping: Grouping | None, to_train: bool) -> DatasetDict:
     """Load the splits that a folder holds, or all of it as `train`.
 
     Args:
         root: the folder.
-        grouping: gives an image's group by its path below the class folder, see `groups.build_grouping`.
+        grouping: gives an image's group by its path below the class folder, see `groups.build_grouping`; or None.
         to_train: False takes the folder of test (or validation) for `train` where there is none, because a model is
             scored only.
 
@@ -78,7 +78,8 @@ def load_folder(root: Path, grouping: Grouping, to_train: bool) -> DatasetDict:
         _check_links(folder)
     if not roots:
         _check_classes(root, to_train)
-        _say_inner_classes(root, grouping)
+        if not grouping:
+            _say_inner_classes(root)
         roots = {"train": root}
     if "train" not in roots:
         roots = {"train": roots.get("test") or roots["validation"]}
@@ -124,10 +125,9 @@ def check_folder(folder: Path, advice: str) -> None:
     Raises:
         UserError: it is none, with advice on which to give.
     """
-    if folder.is_dir():
-        as_text(folder.resolve())  # or nothing about it could be written down
-        return
-    raise UserError(f"--data_dir {folder} is not a folder, {explain_no_folder(folder, advice)}")
+    if not folder.is_dir():
+        raise UserError(f"--data_dir {folder} is not a folder, {explain_no_folder(folder, advice)}")
+    as_text(folder.resolve())  # or nothing about it could be written down
 
 
 def load_listed(files: dict[str, list[ListedImage]]) -> DatasetDict:
@@ -294,19 +294,19 @@ def _check_classes(root: Path, to_train: bool) -> None:
         )
 
 
-def _say_inner_classes(root: Path, grouping: Grouping) -> None:
+def _say_inner_classes(root: Path) -> None:
     """Say so where all class folders hold the same folders, which may be the classes: of several days, for one."""
     folders = subfolders(root)
     inner = {each.name for each in subfolders(folders[0])} if len(folders) > 1 else set()
     for folder in folders[1:]:
         inner = inner and inner & {each.name for each in subfolders(folder)}  # most have none, and need no other look
-    if len(inner) > 1 and not grouping(PurePosixPath("folder/file")):
+    if len(inner) > 1:
         first, name = folders[0].name, min(inner)
         say(
             "careful",
             f"the classes are {first}, ..., and all of them have folders of the same names, such as {name}. If those "
             f"are the classes, move the folders, to {root / name / first}, and add --group_by folder. If they are "
-            "people, videos or places, add that alone",
+            "people, videos or places, add that alone. If they are views, such as front and back, change nothing",
         )
 
 
@@ -335,7 +335,7 @@ def subfolders(folder: Path) -> list[Path]:
 
 
 def _list_class_folders(
-    split_root: Path, root: Path, skipped: list[str], grouping: Grouping, is_learned: bool
+    split_root: Path, root: Path, skipped: list[str], grouping: Grouping | None, is_learned: bool
 ) -> list[ListedImage]:
     """Return every image, at any depth below a class folder; add other files to `skipped`."""
     listed = []
@@ -350,8 +350,8 @@ def _list_class_folders(
         files, others = [], []
         for path in (directory / name for directory, names in walk(folder) for name in names):
             if is_image(path.name):
-                below = PurePosixPath(path.relative_to(folder).as_posix())
-                files.append(ListedImage(as_text(path), label, grouping(below)))
+                group = grouping(PurePosixPath(path.relative_to(folder).as_posix())) if grouping else ""
+                files.append(ListedImage(as_text(path), label, group))
             else:
                 others.append(path)
         skipped.extend(str(path.relative_to(root)) for path in others)

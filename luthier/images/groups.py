@@ -29,10 +29,10 @@ MAX_SHARE = 0.2  # of the files that one group may have
 _composed = functools.partial(unicodedata.normalize, "NFC")
 
 
-def build_grouping(group_by: str | None) -> Grouping:
+def build_grouping(group_by: str | None) -> Grouping | None:
     """Return the function from an image's path, below its class folder or the folder of a table, to its group.
 
-    An empty group is none.
+    An empty group is none. There is no function where nothing is grouped.
 
     Args:
         group_by: `folder`, the first folder of the path; or a regular expression that is searched in the file name:
@@ -42,7 +42,7 @@ def build_grouping(group_by: str | None) -> Grouping:
         UserError: it is not a regular expression.
     """
     if group_by is None:
-        return lambda path: ""
+        return None
     if group_by == "folder":
         return lambda path: _composed(path.parts[0]) if len(path.parts) > 1 else ""
     try:
@@ -95,7 +95,7 @@ def groups_of(dataset: Dataset) -> np.ndarray | None:
     """
     if "group" not in dataset.column_names:
         return None
-    groups = np.array(dataset["group"][:])
+    groups = np.array(list_of(dataset, "group"))
     return groups if GIVEN_GROUP in dataset.column_names or len(np.unique(groups)) < len(groups) else None
 
 

@@ -59,10 +59,10 @@ def inspect(dataset: Dataset, split: str, root: Path | None = None) -> Dataset:
     features = dict.fromkeys(text, Value("string")) | {"width": Value("int64"), "height": Value("int64")}
     features |= {"hashes": Value("binary"), "thumbnail": Value("binary"), "stack": Value("bool")}
     stamped = STAMP in dataset.column_names
-    own = dataset.remove_columns(STAMP) if stamped else dataset
+    own = dataset.remove_columns(STAMP) if stamped else dataset.select_columns("image")
     inspected, _ = make_rows(
-        own if stamped else dataset.select_columns("image"),
-        dataset[STAMP][:] if stamped else [f"{dataset._fingerprint} {row}" for row in range(len(dataset))],
+        own,
+        list_of(dataset, STAMP) if stamped else [f"{dataset._fingerprint} {row}" for row in range(len(dataset))],
         "inspected",
         cache_key(split, root and root.absolute(), INSPECTION, library_versions("pillow", "pi-heif")),
         functools.partial(_inspect_batch, split=split, root=root),
@@ -123,7 +123,7 @@ def leave_out_unreadable(
     unreadable: list[UnreadableImage] = []
     readable = DatasetDict()
     for split, dataset in splits.items():
-        errors = dataset["error"][:]
+        errors = list_of(dataset, "error")
         rows = [row for row, error in enumerate(errors) if error]
         unreadable += [
             UnreadableImage(split, entry["name"], names[entry["label"]], entry["error"])
@@ -132,7 +132,7 @@ def leave_out_unreadable(
         dataset = dataset.remove_columns("error")
         readable[split] = dataset.select([row for row, error in enumerate(errors) if not error]) if rows else dataset
     total = sum(map(len, splits.values()))
-    before, present = (set(each["train"]["label"][:]) for each in (splits, readable))
+    before, present = (set(list_of(each["train"], "label")) for each in (splits, readable))
     lost = [f"all of the {split} split" for split, dataset in readable.items() if not len(dataset)]
     gone = sorted(before - present) if max_unreadable < 1 else []
     lost += [f"all of the class {names[index]!r} in train" for index in gone]
@@ -170,7 +170,7 @@ def duplicate_pairs(splits: DatasetDict) -> np.ndarray:
         near = torch.from_numpy(near_duplicates(hashes, _Thumbnails(images.with_format("arrow"), rows)))
         write_cached("near_duplicates", key, near)
     pairs, mirrored = rows[near[:, :2].numpy()], near[:, 2].numpy() == 1
-    labels = np.array(images["label"][:])
+    labels = np.array(list_of(images, "label"))
     pairs = pairs[~mirrored | (labels[pairs[:, 0]] == labels[pairs[:, 1]])]
     crowded = np.zeros(len(images), dtype=bool)
     crowded[rows] = _crowded(connected_groups(len(images), pairs)[rows], labels[rows])  # one of each set of copies

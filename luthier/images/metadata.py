@@ -139,7 +139,7 @@ def _metadata_of(folder: Path) -> Path | None:
 
 
 def load_tables(
-    root: Path, tables: dict[str, Path], is_sure: bool, given: Columns, grouping: Grouping, to_train: bool
+    root: Path, tables: dict[str, Path], is_sure: bool, given: Columns, grouping: Grouping | None, to_train: bool
 ) -> DatasetDict:
     """Load the images that tables name, with their labels; without a split column all of them are `train`.
 
@@ -148,7 +148,7 @@ def load_tables(
         tables: of `find_tables`.
         is_sure: folders are no classes, because the user has named the table, or says what they are.
         given: the columns that the user has named.
-        grouping: gives an image's group by its path below the folder, where there is no group column.
+        grouping: gives an image's group by its path below the folder; None where a column does, or nothing.
         to_train: see `load_directory`.
 
     Returns the splits as `folders.load_listed` does.
@@ -210,7 +210,7 @@ def _check_folders(path: Path, columns: Columns, listed: dict[str, list[ListedIm
 
 
 def _read_images(
-    files: ImageFiles, table: Table, columns: Columns, grouping: Grouping, split: str | None
+    files: ImageFiles, table: Table, columns: Columns, grouping: Grouping | None, split: str | None
 ) -> dict[str, list[ListedImage]]:
     """Return the images of a table by split."""
     root, begin = files.root, 0
@@ -246,7 +246,7 @@ def _read_images(
         )
     images: dict[str, list[ListedImage]] = defaultdict(list)
     for path, entry in first.items():
-        group = entry.group if columns.group else grouping(PurePosixPath(*path.relative_to(root).parts[begin:]))
+        group = grouping(PurePosixPath(*path.relative_to(root).parts[begin:])) if grouping else entry.group
         images[entry.split].append(ListedImage(as_text(path), entry.label, group))
     return images
 

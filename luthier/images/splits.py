@@ -44,8 +44,8 @@ def cut_splits(
             "--fold and --folds cut the test split, but the data has one of its own: leave the option out, or move "
             "the images of test into train"
         )
-    labels, names = np.array(splits["train"]["label"][:]), splits["train"].features["label"].names
-    digests, groups = np.array(splits["train"]["digest"][:]), np.array(splits["train"]["group"][:])
+    train, names = splits["train"], splits["train"].features["label"].names
+    labels, digests, groups = (np.array(list_of(train, column)) for column in ("label", "digest", "group"))
     rows, cut, kept = np.arange(len(labels)), {}, _shared_with_own(splits, labels, groups)
     if fold:
         folds = _deal_folds(labels, groups, digests, fold[1], split_seed, kept)
@@ -66,7 +66,7 @@ def cut_splits(
         _report_missing(labels, names, {"test": np.flatnonzero(folds >= 0)})
         if n := int(kept.sum()):
             say("careful", f"no fold scores {plural(n, 'image')} of train: validation has others of the same groups")
-    complete = {**splits, **{split: splits["train"].select(part) for split, part in cut.items()}}
+    complete = {**splits, **{split: train.select(part) for split, part in cut.items()}}
     if empty := [split for split in ("validation", "test") if not len(complete[split])]:
         remedy = "too few images, or groups, are left for it: add some" if empty[0] in cut else f"fill it, {REMOVE}"
         raise UserError(f"the {empty[0]} split is empty: {remedy}")

@@ -80,7 +80,7 @@ def open_stream(
     values = labels_of_splits({split: source.values for split, source in sources.items()}, label_column)
     blocks = {split: sources[split].blocks for split in values}
     _check_splits(blocks, name, group_column)
-    index_of = index_of_labels(features[label_column], set().union(*map(set, values.values())), label_column)
+    index_of = index_of_labels(features[label_column], set().union(*values.values()), label_column)
     labels, train = np.array([index_of[value] for value in values["train"]]), blocks["train"]
     _check_order(labels, name)
     per_block = _divide_by_blocks(labels, train)

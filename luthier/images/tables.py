@@ -15,7 +15,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from luthier.errors import UserError
 from luthier.images.columns import is_image_feature
-from luthier.images.folders import TABLES
+from luthier.images.folders import SPREADSHEETS, TABLES
 from luthier.terminal import plural, say
 
 DELIMITERS = ",;\t|"
@@ -63,7 +63,7 @@ def read_table(path: Path, least: int = 2) -> Table:
     suffix = path.suffix.lower()
     if not path.is_file():
         raise UserError(f"--labels {path} is not a file: give a table ({', '.join(TABLES)})")
-    if suffix in (".xlsx", ".xlsm", ".xls", ".ods", ".numbers"):
+    if suffix in SPREADSHEETS:
         raise UserError(f"{path} is a spreadsheet: save it as CSV, and give that file")
     if suffix in (".json", ".xml", ".txt"):
         raise UserError(

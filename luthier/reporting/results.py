@@ -14,6 +14,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedModel
 
+from luthier.cache import list_of
 from luthier.escape import escape_cell
 from luthier.familiarity import Familiarity, describe_in_config, save_bank
 from luthier.files import copy_permissions_to_weights, sync
@@ -144,7 +145,7 @@ def write_run(
     splits = experiment.splits
     save_models(output_dir, experiment, result, refitted)
     learned = set(result.learned_from)  # in cross-validation, by the weights of one fold
-    unseen = [digest[:DIGEST] for digest in splits["test"]["digest"][:] if digest not in learned]
+    unseen = [digest[:DIGEST] for digest in list_of(splits["test"], "digest") if digest not in learned]
     text = json.dumps({"options": options, "test": unseen}, indent=1)
     (output_dir / IMAGES).write_text(f"{text}\n", encoding="utf-8")
     write_results(output_dir, metrics, result.predictions(splits), experiment.findings, stopwatch)
@@ -211,12 +212,12 @@ def save_models(output_dir: Path, experiment: Experiment, result: Result, refitt
         shutil.rmtree(output_dir / name, ignore_errors=True)
     for name in (EXPORTS, ROWS, *FIGURES):
         (output_dir / name).unlink(missing_ok=True)
-    chosen_by = splits["validation"]["digest"][:] if "validation" in splits else ()
+    chosen_by = list_of(splits["validation"], "digest") if "validation" in splits else ()
     scored = (result.model, result.answers.familiarity, [*result.learned_from, *chosen_by])
     save(*scored, output_dir / SCORED if refitted else output_dir)
     if refitted:
         model, familiarity, learned_from = refitted
-        digests = [digest for split in learned_from for digest in splits[split]["digest"][:]]
+        digests = [digest for split in learned_from for digest in list_of(splits[split], "digest")]
         save(model, familiarity, digests, output_dir)
 
 
@@ -233,7 +234,7 @@ def warn_if_learned(model_name: str, splits: Mapping[str, Dataset]) -> dict[str,
     """
     path = Path(model_name) / LEARNED_FROM
     known = set(path.read_text(encoding="utf-8").split()) if path.is_file() else set()
-    judges = {split: dataset["digest"][:] for split, dataset in splits.items() if split != "train"}
+    judges = {split: list_of(dataset, "digest") for split, dataset in splits.items() if split != "train"}
     counts = {split: sum(digest[:DIGEST] in known for digest in digests) for split, digests in judges.items()}
     learned = sum(counts.values())
     if learned:
@@ -270,7 +271,7 @@ def write_predictions(path: Path, labels: list[str], test: TestPredictions) -> N
     if test.none is not None:
         extra["none"] = (test.references == test.none).astype(int)
     images = test.splits["test"]
-    rows = zip(images["name"][:], images["digest"][:], test.references, *test.likeliest(), strict=True)
+    rows = zip(list_of(images, "name"), list_of(images, "digest"), test.references, *test.likeliest(), strict=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         header = ["name", "digest", "label", "predicted", "confidence", "probability_of_label"]

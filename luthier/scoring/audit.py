@@ -47,13 +47,13 @@ def audit_images(splits: DatasetDict, unreadable: list[UnreadableImage]) -> dict
     """
     names = next(iter(splits.values())).features["label"].names
     images = concatenate_datasets([dataset.select_columns(COLUMNS) for dataset in splits.values()])
-    image = _finder(splits)
+    files, labels = list_of(images, "name"), list_of(images, "label")
+    image = _finder(splits, files, labels)
     findings: dict = {kind: [] for kind in KINDS} | {"suspect_labels": None, "checked_by": None}
     findings["unreadable"] = [
         {"split": each.split, "row": None, "name": each.name, "label": each.label, "why": each.reason}
         for each in unreadable
     ]
-    files = list_of(images, "name")
     for number, (name, file_format) in enumerate(zip(files, list_of(images, "format"), strict=True)):
         suffix = Path(name).suffix.lower()
         if suffix and suffix not in extensions_of(file_format):
@@ -72,7 +72,7 @@ def audit_images(splits: DatasetDict, unreadable: list[UnreadableImage]) -> dict
         first = {entry["split"]: entry for entry in map(image, members[::-1])}
         if given[members[0]] and len(first) > 1:
             findings["groups_between_splits"].append(list(first.values())[::-1])
-    counts = np.bincount(list_of(images, "label"), minlength=len(names))
+    counts = np.bincount(labels, minlength=len(names))
     return findings | {
         "images": len(images),
         "classes": dict(zip(names, counts.tolist(), strict=True)),
@@ -86,13 +86,10 @@ def audit_images(splits: DatasetDict, unreadable: list[UnreadableImage]) -> dict
     }
 
 
-def _finder(splits: DatasetDict) -> Callable[[int | np.integer], dict]:
+def _finder(splits: DatasetDict, files: list, labels: list | np.ndarray) -> Callable[[int | np.integer], dict]:
     """Return the function from the number of an image, among those of all splits, to what a finding says of it."""
     names, begins = list(splits), np.cumsum([0, *map(len, splits.values())])
     classes = next(iter(splits.values())).features["label"].names
-    files, labels = (
-        [value for dataset in splits.values() for value in list_of(dataset, column)] for column in ("name", "label")
-    )
 
     def image(number: int | np.integer) -> dict:
         index = int(np.searchsorted(begins, number, side="right")) - 1
@@ -153,7 +150,8 @@ def suspect_labels(splits: DatasetDict, pool: Pool, strength: float) -> tuple[li
     counts, sums = (np.bincount(labels[known], weights, len(names)) for weights in (None, given[known]))
     usual = np.where(counts > 0, sums / np.maximum(counts, 1), 1)
     suspect = np.flatnonzero(known & (likelier != labels) & (highest >= usual[likelier]))
-    image, found = _finder(splits), []
+    files = [name for dataset in splits.values() for name in list_of(dataset, "name")]
+    image, found = _finder(splits, files, labels), []
     for number in suspect[np.argsort(given[suspect], kind="stable")]:
         likely, probability = names[likelier[number]], float(given[number])
         why = f"looks like {likely}; its own label has a probability of {percent(probability)}"

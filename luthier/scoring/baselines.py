@@ -224,7 +224,7 @@ def score_linear_probe(
         criterion: tells the probe's answers.
     """
     logits = {split: probe.logits(features[split]).numpy() for split in ("validation", "test") if split in features}
-    truth = {split: np.array(splits[split]["label"][:]) for split in logits}
+    truth = {split: np.array(list_of(splits[split], "label")) for split in logits}
     temperature = criterion.temperature(logits["validation"], truth["validation"])
     adjusted = {split: criterion.adjust(logits[split]) / temperature for split in logits}
     labels = splits["train"].features["label"].names

@@ -6,6 +6,7 @@ import numpy as np
 from datasets import DatasetDict
 from transformers import EvalPrediction, PreTrainedModel
 
+from luthier.cache import list_of
 from luthier.errors import UserError
 from luthier.images.groups import groups_of
 from luthier.images.streams import Stream
@@ -223,7 +224,7 @@ def build_judge(
             f"--balance {option} changes the bias of the last layer, and this model's head is not one linear layer: "
             "use --balance none, or another model"
         )
-    learned = stream.labels if stream else np.array(train["label"][:])
+    learned = stream.labels if stream else np.array(list_of(train, "label"))
     shares = np.bincount(learned, minlength=len(labels)) / len(learned)
     if option != "none" and linear and (option != "auto" or metric in ASKS_FOR_BALANCE):
         balance = Balance(shares, weighted=option == "weighted")
@@ -269,7 +270,7 @@ def check_known(splits: DatasetDict, none: int | None) -> None:
         UserError: one is such a split.
     """
     for split, dataset in splits.items():
-        if none is not None and set(dataset["label"][:]) == {none}:
+        if none is not None and set(list_of(dataset, "label")) == {none}:
             raise UserError(
                 f"all images of the {split} split are of the class {dataset.features['label'].names[none]!r}, which "
                 'is that of images of anything else: add some of the other classes (train.py: or give --none_class "")'

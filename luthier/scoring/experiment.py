@@ -6,6 +6,7 @@ from typing import NamedTuple
 from datasets import DatasetDict
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
+from luthier.cache import list_of
 from luthier.errors import UserError
 from luthier.images.splits import hash_splits
 from luthier.images.streams import Stream
@@ -54,6 +55,11 @@ class Experiment(NamedTuple):
     def size(self) -> tuple[int, int]:
         """(height, width) of the random crops of training, in pixels."""
         return training_size(self.model, self.view.size)
+
+    @property
+    def learned_from(self) -> list[str]:
+        """The digests of the images of train, which the scored weights learn from."""
+        return list_of(self.splits["train"], "digest")
 
     def workshop(self, training_args: TrainingArguments, callbacks: Sequence[TrainerCallback]) -> Workshop:
         """Return what builds the Trainers of this run, see `Workshop`; the model gets its memory format.

@@ -134,7 +134,7 @@ def refit_familiarity(
     if head is None:
         return None
     joined = concatenate_datasets([splits[split].select_columns(["label", "digest"]) for split in used])
-    rows = choose_bank(joined["label"][:], joined["digest"][:], none)
+    rows = choose_bank(list_of(joined, "label"), list_of(joined, "digest"), none)
     begins = np.cumsum([0, *(len(splits[split]) for split in used)])
     parts = [rows[(rows >= begin) & (rows < end)] - begin for begin, end in itertools.pairwise(begins)]
     chosen = {split: part for split, part in zip(used, parts, strict=True) if len(part)}

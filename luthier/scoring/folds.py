@@ -7,6 +7,7 @@ from statistics import mean
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, concatenate_datasets
 
+from luthier.cache import list_of
 from luthier.errors import UserError
 from luthier.output_dir import NO_TIME
 from luthier.scoring.audit import audit_images
@@ -114,7 +115,7 @@ def _images_of(experiment: Experiment) -> tuple[ClassLabel, Counter]:
 
 def _pairs_of(rows: Dataset) -> Iterator[tuple[str, int]]:
     """Return the digest and the class of each image."""
-    return zip(rows["digest"][:], rows["label"][:], strict=True)
+    return zip(list_of(rows, "digest"), list_of(rows, "label"), strict=True)
 
 
 def _pool_splits(
@@ -152,7 +153,7 @@ def _pool_probes(
     if leader.logits is None or leader.scores is None:
         return leader
     logits = np.concatenate([probe.logits for probe in probes if probe.logits is not None])
-    references = np.array(splits["test"]["label"][:])
+    references = np.array(list_of(splits["test"], "label"))
     scored = TestPredictions(splits, logits, references, result.kept.class_shares, none=result.none).score()
     features = {"test": join([probe.features["test"] for probe in probes])}
     features |= {UNTESTED[split]: leader.features[split][rows] for split, rows in untested.items()}

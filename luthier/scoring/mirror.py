@@ -10,6 +10,7 @@ from datasets import Dataset, DatasetDict
 from scipy.special import ndtr, stdtrit
 from transformers import Trainer
 
+from luthier.cache import list_of
 from luthier.images.splits import draw_order, stratified_folds
 from luthier.images.views import ImageRows
 from luthier.processes import from_main_process
@@ -95,8 +96,8 @@ def measure_mirror(trainer: Trainer, train: Dataset, images: ImageRows) -> Mirro
         train: as loaded.
         images: its rows, see `data.feature_rows`.
     """
-    labels, groups = (np.array(train[column][:]) for column in ("label", "group"))
-    drawn = draw_images(labels, np.array(train["digest"][:]))
+    labels, groups, digests = (np.array(list_of(train, column)) for column in ("label", "group", "digest"))
+    drawn = draw_images(labels, digests)
     model, rows = model_of(trainer), images.rows.select(drawn.tolist())
     head = linear_head(model)
     assert head is not None  # there is a probe

@@ -9,6 +9,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedModel, Trainer
 
+from luthier.cache import list_of
 from luthier.errors import ImagesChanged, NoSpace, NotFinite, UserError
 from luthier.familiarity import Familiarity, class_shares_of
 from luthier.images.views import ImageRows
@@ -151,7 +152,7 @@ def refit(
         UserError: see `trainer.train`.
     """
     kept, probe, workshop = result.kept, result.probe, result.workshop
-    labels = [label for split in plan.splits for label in splits[split]["label"][:]]
+    labels = [label for split in plan.splits for label in list_of(splits[split], "label")]
     if workshop.balance:
         balance = workshop.balance._replace(shares=np.bincount(labels) / len(labels))
         kept, workshop = kept._replace(class_shares=balance.shares), replace(workshop, balance=balance)

@@ -8,6 +8,8 @@ from conftest import draw_folder, load
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from luthier.errors import UserError
+from luthier.images.description import describe
+from luthier.images.groups import groups_of
 from luthier.images.splits import (
     _deal,
     _deal_folds,
@@ -19,6 +21,7 @@ from luthier.images.splits import (
     stratified_folds,
     validation_share,
 )
+from luthier.reporting.results import warn_if_learned
 from luthier.scoring.audit import audit_images
 
 NAMES = ["a", "b", "c"]
@@ -402,9 +405,11 @@ def test_no_fold_tests_all_images_of_a_class(seed):
 
 def test_splits_that_were_cut_are_read_without_a_table_of_each_row(tmp_path, monkeypatch):
     splits = load(data_dir=str(draw_folder(tmp_path, 10)))
-    expected = hash_splits(splits)
+    expected, described, groups = hash_splits(splits), describe(splits, "drawn"), groups_of(splits["train"])
     monkeypatch.setattr("datasets.table.IndexedTableMixin.fast_gather", lambda *_: pytest.fail("row by row"))
     assert hash_splits(splits) == expected and audit_images(splits, [])["images"] == sum(map(len, splits.values()))
+    assert describe(splits, "drawn") == described and np.array_equal(groups_of(splits["train"]), groups)
+    assert warn_if_learned("nowhere", splits)["learned_from"] == 0 and len(cut_splits(DatasetDict(train=splits["train"]))) == 3
 
 
 @pytest.mark.parametrize(
