@@ -3,7 +3,7 @@
     python -m benchmarks.data
     python -m benchmarks.data --accuracy path/to/instruments --image_size 64
 
-The first command draws 300 JPEGs of 12 megapixels (1 GB, in a temporary folder). It measures images per second of
+The first command draws 399 JPEGs of 12 megapixels (1 GB, in a temporary folder). It measures images per second of
 `data.load_splits` and `data.prepare`, the first time, from the cache, and with a twentieth more images; and of the
 training view. It compares them with the transformers example (run_image_classification.py: `with_transform` on the
 files as they are). Each way runs in a process of its own, with 80 and with 300 images; its peak memory is measured.

@@ -204,7 +204,7 @@ def run_luthier(
     _, seconds = timed(line, environment, checkout)
     metrics = json.loads((temporary / "out/metrics.json").read_text())
     scored = shipped = metrics["test"]["accuracy"]
-    if metrics.get("refit"):
+    if (metrics.get("refit") or {}).get("done"):  # otherwise the weights that are shipped are those that were scored
         line = [*accelerate, str(checkout / "score.py"), f"{temporary}/out", "--data_dir", str(folder)]
         timed([*line, "--output_dir", f"{temporary}/score", "--disable_tqdm", "1"], environment, checkout)
         shipped = json.loads((temporary / "score/metrics.json").read_text())["test"]["accuracy"]
