@@ -158,6 +158,8 @@ def expand(inputs: Iterable[str], stdin: Iterable[str] = ()) -> Iterator[tuple[s
                     line = line.removeprefix("\ufeff").removeprefix("\u00ef\u00bb\u00bf")
                 if line.strip():
                     yield from _expand_one(line.rstrip("\r\n"))
+        elif os.path.isfile(text) and text.lower().endswith(LISTS):  # noqa: PTH113 - see `_expand_one`
+            yield text, NO_IMAGE
         else:
             yield from _expand_one(text)
 
@@ -168,9 +170,9 @@ def _expand_one(text: str) -> Iterator[tuple[str, str | None]]:
     if "\0" in text:  # as in a list of `find -print0`; glob fails at it
         yield text, "there is no such file"
     elif text.startswith("file://"):  # as file managers copy it
-        yield text, f"give its path, without file://: {unquote(text.removeprefix('file://'))}"
-    elif os.path.isfile(text) and text.lower().endswith(LISTS):  # noqa: PTH113
-        yield text, NO_IMAGE
+        path = unquote(text.removeprefix("file://"))
+        path = path.removeprefix("/") if path[2:3] == ":" else path  # of Windows: /C:/photos
+        yield text, f"give its path, without file://: {path}"
     elif "://" in text or os.path.isfile(text):  # noqa: PTH113
         yield text, None
     elif os.path.isdir(text):  # noqa: PTH112

@@ -125,7 +125,7 @@ def read_options(
     settings = read_config(config, parser) if config else {}
     _, unknown = parser.parse_known_args(line)
     if unknown:
-        raise UserError(explain_unknown(unknown[0], [*own, *option_names(parser)]))
+        raise UserError(explain_unknown(unknown[0], list(own), option_names(parser)))
     given = option_names_in(line)
     for key in ("data_dir", "dataset_name", "labels"):
         if sum(option_names_in([token]) == {key} for token in line) > 1:
@@ -221,17 +221,18 @@ def nearest_option(word: str, known: Sequence[str]) -> str:
     return f"; did you mean {MEANT_BY[word]!r}?" if MEANT_BY.get(word) in known else nearest(word, known)
 
 
-def explain_unknown(token: str, known: Sequence[str]) -> str:
-    """Return what is wrong with an argument that none of the known options takes."""
+def explain_unknown(token: str, own: Sequence[str], known: Sequence[str]) -> str:
+    """Return what is wrong with an argument that is neither an option of the command's own nor a known one."""
     if typed := explain_typography(token):
         return typed
     if token.startswith("-"):
         option = token.lstrip("-").split("=")[0].replace("-", "_").lower()
         if option in ("config", "c"):
             return f"unknown option {token}: a config is the first argument, without an option before it"
-        if option in NOT_NEEDED:
+        hint = nearest(option, own)
+        if option in NOT_NEEDED and not hint:
             return f"unknown option {token}: {NOT_NEEDED[option]}"
-        hint = nearest_option(option, known) or "."
+        hint = hint or nearest_option(option, known) or "."
         return f"unknown option {token}{hint} All options: python train.py --help-all"
     if token.endswith((".yaml", ".yml")):
         return f"the config {token} must be the first argument"

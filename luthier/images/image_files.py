@@ -152,8 +152,14 @@ def walk(root: Path, onerror: Callable[[OSError], None] | None = None) -> Iterat
             yield folder, sorted(name for name in names if not is_hidden(name))
 
 
-def explain_no_folder(folder: Path, advice: str) -> str:
-    """Return what `--data_dir` is, if no folder, and what to do; with advice on what to give for a file."""
+def explain_no_folder(folder: Path, advice: str, may_be_name: bool = False) -> str:
+    """Return what a path is, if no folder, and what to do.
+
+    Args:
+        folder: the path, as given.
+        advice: on what to give for a file.
+        may_be_name: whether the name of a dataset may stand in its place, as it may not for `--data_dir`.
+    """
     if folder.exists():
         return "but an archive: unpack it first" if folder.suffix.lower() in ARCHIVES else f"but a file: {advice}"
     given = str(folder)
@@ -165,18 +171,17 @@ def explain_no_folder(folder: Path, advice: str) -> str:
         return f"{found}: within quotes write {plain}, without backslashes before the spaces"
     if given.startswith("file:"):
         return "but an address: give the path alone, without file://"
-    if "*" in given or "?" in given:
-        return "but a pattern: give the folder that holds these images or class folders"
     if re.match(r"[a-z][a-z\d+.-]+:[\\/]", given):
-        return (
-            "but an address: download and unpack it first, or mount it as a folder, or name a dataset of the Hub with "
-            "--dataset_name"
-        )
+        how = "as OWNER/NAME" if may_be_name else "with --dataset_name"
+        remedy = "download and unpack it first, or mount it as a folder, or name a dataset of the Hub"
+        return f"but an address: {remedy} {how}"
+    if "*" in given or "?" in given:  # after addresses, which may end in ?dl=1
+        return "but a pattern: give the folder that holds these images or class folders"
     if re.match(r"[A-Za-z]:[^\\/]", given):
         return f"{found}. This shell takes backslashes away: put the path into quotes"
     if re.match(r"[A-Za-z]:[\\/]", given) and os.name != "nt":
         return f"{found}. That is a path of Windows: in WSL the drive is called /mnt/{given[0].lower()}"
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", given):
+    if not may_be_name and re.fullmatch(r"\w[\w.-]*/[\w.-]+", given):
         return f"{found}. A dataset of the Hub is given as --dataset_name"
     return f"{found}. Check the spelling, or give the whole path"
 

@@ -30,7 +30,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 PLAN = "shards.json"  # in a folder that prepare.py writes: what its files are made of
-HUB_NAME = re.compile(r"hf://.+|[\w.-]+(/[\w.-]+)?")  # of a dataset; any other name that is not there is a wrong path
+# What `datasets` looks for on the Hub; any other name that is not there is a wrong path.
+HUB_NAME = re.compile(r"(hf://|buckets/).+|[\w.-]+(/[\w.-]+)?")
 
 
 def load_named(dataset_name: str, dataset_config_name: str | None, to_train: bool) -> DatasetDict:
@@ -46,7 +47,7 @@ def load_named(dataset_name: str, dataset_config_name: str | None, to_train: boo
     """
     is_path = dataset_name.startswith(".") or not HUB_NAME.fullmatch(dataset_name)
     if is_path and not Path(dataset_name).exists():
-        found = explain_no_folder(Path(dataset_name), "")
+        found = explain_no_folder(Path(dataset_name), "", may_be_name=True)
         raise UserError(f"{dataset_name} is no dataset on the Hub, and not a folder, {found}")
     check_complete(Path(dataset_name))
     with explain_loading(dataset_name):

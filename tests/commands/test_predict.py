@@ -222,6 +222,7 @@ def test_each_bad_input_gets_its_own_message(model, capsys, tmp_path):
         "x" * 5000: "there is no such file",
         "list.txt": "it is a list, and no image: give - for a list of files",
         "file:///my%20photos/a.png": "give its path, without file://: /my photos/a.png",
+        "file:///C:/my%20photos/a.png": "give its path, without file://: C:/my photos/a.png",
         "ftp://example.org/a.png": "only http and https",
         "http://127.0.0.1:9/a.png": "is not public",
     }
@@ -235,6 +236,14 @@ def test_each_bad_input_gets_its_own_message(model, capsys, tmp_path):
         assert answer["answer"] is None and message in answer["error"], (name, answer)
     code, out, _ = run_predict(capsys, *args)
     assert code == 1 and out.count("no prediction: ") == len(expected) and "\0" not in out
+
+
+def test_file_that_a_list_names_is_tried_whatever_it_is_called(tmp_path):
+    """The advice to give - for a list would be no help there."""
+    name = str(tmp_path / "a.txt")
+    draw("red", 1).save(name, "PNG")
+    assert list(predict.expand(["-"], [f"{name}\n"])) == [(name, None)]
+    assert list(predict.expand([name])) == [(name, predict.NO_IMAGE)]
 
 
 def test_table_is_readable(model, capsys, tmp_path):

@@ -144,6 +144,9 @@ def test_unreachable_dataset_is_a_user_error():
     [
         ("file:///photos", "without file://"),
         ("https://example.org/b.zip", "but an address: download and unpack it first"),
+        ("https://example.org/datasets/me/set?row=3", "or name a dataset of the Hub as OWNER/NAME"),
+        ("../their-set", "Check the spelling"),
+        ("./their-set/train", "Check the spelling"),
         ("photos/*.jpg", "but a pattern"),
         ("my photos", "there is nothing of that name"),
         ("photos/of/cats", "there is nothing of that name"),
@@ -151,6 +154,17 @@ def test_unreachable_dataset_is_a_user_error():
 )
 def test_name_that_no_dataset_can_have_is_not_asked_for(name, found):
     with pytest.raises(UserError, match=f"is no dataset on the Hub, and not a folder, .*{found}"):
+        load(dataset_name=name)
+
+
+@pytest.mark.parametrize("name", ["their-set", "someone/their.set_2", "buckets/someone/photos/train"])
+def test_name_that_a_dataset_may_have_is_asked_for(monkeypatch, name):
+    def ask(dataset_name: str, config: None) -> None:
+        assert dataset_name == name
+        raise ConnectionError
+
+    monkeypatch.setattr("luthier.images.loading.load_dataset_builder", ask)
+    with pytest.raises(UserError, match="the Hub cannot be reached for a dataset of this name"):
         load(dataset_name=name)
 
 

@@ -492,6 +492,7 @@ def test_class_in_other_capitals_than_in_train_is_named(tmp_path):
     [
         ("'images'", "leave out the quotes or spaces around images"),
         ("https://example.org/b.zip", "but an address: download and unpack it first"),
+        ("https://example.org/b.zip?dl=1", "but an address: download and unpack it first"),
         ("smb://server/photos", "but an address: .*or mount it as a folder"),
         ("file:///home/me/photos", "but an address: give the path alone, without file://"),
         ("images/*.png", "but a pattern: give the folder that holds these images"),
@@ -499,6 +500,7 @@ def test_class_in_other_capitals_than_in_train_is_named(tmp_path):
         ("my\\ photos", "within quotes write my photos, without backslashes"),
         ("C:UsersAnnImages", "takes backslashes away: put the path into quotes"),
         ("someone/their-set", "A dataset of the Hub is given as --dataset_name"),
+        ("../their-set", "Check the spelling, or give the whole path"),
     ],
 )
 def test_what_is_no_folder_is_explained(tmp_path, monkeypatch, given, found):
