@@ -36,8 +36,7 @@ class Familiarity(NamedTuple):
     Attributes:
         bank: float16 [R, D], features of training images that new ones are compared with, scaled to length 1.
         head: name of the model's head; features are what enters it.
-        log_odds, similarity: mean and standard deviation of both figures over the validation images; after
-            cross-validation over the images that folds have tested.
+        log_odds, similarity: mean and standard deviation of both figures over the validation images.
         unsure_below: the familiarity below which the answer is "unsure".
     """
 

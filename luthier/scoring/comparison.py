@@ -179,7 +179,11 @@ def compare_pairs(results: dict[str, dict[str, RunResult]]) -> list[Verdict]:
         for_a, for_b = int((votes > 0).sum()), int((votes < 0).sum())
         told = [(len(np.unique(groups)), groups) for groups in (of_a, of_b) if groups is not None]
         together, groups = min(told, key=lambda each: each[0], default=(None, None))
-        alike = all(results[a][part].correct == results[b][part].correct for part in results[a])
+        # Without the groups, which only one of them may have been told.
+        alike = all(
+            [each[:2] for each in run.correct] == [each[:2] for each in results[b][part].correct]
+            for part, run in results[a].items()
+        )
         # With several seeds one may be right about more images, and the other more often: neither is better.
         agrees = int(votes.sum()) * (for_a - for_b) > 0
         p = vote_p_value(votes, groups) if agrees else 1.0

@@ -145,47 +145,31 @@ def refit_familiarity(
 
 
 def pool_familiarity(
-    own: Sequence[Answers],
-    arms: Sequence[str],
-    leader: int,
-    logits: np.ndarray,
-    known: np.ndarray,
-    correct: np.ndarray,
+    own: Sequence[Answers], leader: Familiarity | None, logits: np.ndarray, known: np.ndarray, correct: np.ndarray
 ) -> tuple[np.ndarray | None, Familiarity | None]:
     """Return the sureness of all folds' answers at one temperature, and the leader's familiarity with their scale.
-
-    The log odds have one scale. The similarity has one for each kind of weights, whose features differ: it is that of
-    all images in the folds which kept this kind, because the validation images of one fold may be few.
 
     The sureness is float [N]. Both are None where a fold has no familiarity, or no answer is right.
 
     Args:
         own: of each fold, at its own temperature.
-        arms: the kind of weights that each fold has kept, see `Candidate.arm`.
-        leader: number of the fold whose model is shipped.
+        leader: of the fold whose model is shipped.
         logits: of all images [N, C], at the temperature of the shipped model.
         known: bool [N], whether an image shows one of the classes; the scale is of these.
         correct: bool [N], whether an answer is right; it never is for an image of none of the classes.
     """
     near = [(each.sureness, each.familiarity) for each in own if each.sureness is not None and each.familiarity]
-    if len(near) < len(own) or not correct.any():
+    if len(near) < len(own) or leader is None or not correct.any():
         return None, None
-    sizes = [len(each.logits) for each in own]
     odds = log_odds(torch.from_numpy(logits).softmax(dim=-1))
     own_odds = [log_odds(torch.from_numpy(each.logits).softmax(dim=-1)).numpy() for each in own]
-    parts = [
-        (sureness - (odds_of_fold - of_fold.log_odds[0]) / of_fold.log_odds[1]) * of_fold.similarity[1]
-        + of_fold.similarity[0]
-        for (sureness, of_fold), odds_of_fold in zip(near, own_odds, strict=True)
+    similar = [
+        sureness - (odds_of_fold - familiarity.log_odds[0]) / familiarity.log_odds[1]
+        for (sureness, familiarity), odds_of_fold in zip(near, own_odds, strict=True)
     ]
-    similar, arm_of = np.concatenate(parts), np.repeat(arms, sizes)
     scale = _scale(odds[torch.from_numpy(known)])
-    scales = {arm: _scale(torch.from_numpy(similar[known & (arm_of == arm)])) for arm in set(arms)}
-    means, spreads = np.repeat([scales[arm] for arm in arms], sizes, axis=0).T
-    pooled = (odds.numpy() - scale[0]) / scale[1] + (similar - means) / spreads
-    return pooled, near[leader][1]._replace(
-        log_odds=scale, similarity=scales[arms[leader]], unsure_below=choose_threshold(pooled, correct)
-    )
+    pooled = (odds.numpy() - scale[0]) / scale[1] + np.concatenate(similar)
+    return pooled, leader._replace(log_odds=scale, unsure_below=choose_threshold(pooled, correct))
 
 
 def choose_bank(labels: list[int], digests: list[str], none: int | None = None) -> np.ndarray:

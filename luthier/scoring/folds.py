@@ -42,15 +42,13 @@ def pool_folds(folds: Iterable[tuple[Experiment, Result]]) -> tuple[Experiment, 
     if len(parts) == 1:
         return parts[0]
     results = [result for _, result in parts]
-    arms = [result.kept.arm for result in results]
-    votes = Counter(arms)
+    votes = Counter(result.kept.arm for result in results)
 
     def rank(name: str) -> tuple[int, float]:
         return votes[name], -mean(result.kept.loss for result in results if result.kept.arm == name)
 
     arm = max(votes, key=rank)
-    number = min((n for n, each in enumerate(arms) if each == arm), key=lambda n: results[n].kept.loss)
-    experiment, leader = parts[number]
+    experiment, leader = min((part for part in parts if part[1].kept.arm == arm), key=lambda part: part[1].kept.loss)
     own = [result.answers for result in results]
     logits = np.concatenate([each.answers.logits * each.kept.temperature for each in results])  # before calibration
     references = np.concatenate([each.references for each in own])
@@ -62,7 +60,7 @@ def pool_folds(folds: Iterable[tuple[Experiment, Result]]) -> tuple[Experiment, 
     correct &= known
     threshold = choose_threshold(confidence, correct)
     kept = leader.kept._replace(temperature=temperature, threshold=threshold)
-    sureness, familiarity = pool_familiarity(own, arms, number, calibrated, known, correct)
+    sureness, familiarity = pool_familiarity(own, leader.answers.familiarity, calibrated, known, correct)
 
     splits, prepared, untested = _pool_splits([each for each, _ in parts], experiment)
     outcome = leader.outcome

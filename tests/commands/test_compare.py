@@ -148,7 +148,9 @@ def test_groups_that_one_experiment_alone_was_told_count_whichever_comes_first()
     grouped, alone = results(("a", [a]), together=5), results(("b", [b]))
     for both in (grouped | alone, alone | grouped, grouped | results(("b", [b]), together=2)):
         (found,) = compare_pairs(both)
-        assert (found.p, found.groups) == (0.5, 12)
+        assert (found.p, found.groups) == (0.5, 12) and not found.alike
+    (same,) = compare_pairs(grouped | results(("b", [a])))
+    assert same.alike, "other groups, but right and wrong on the same images"
 
 
 def test_interval_is_of_images_or_of_groups():

@@ -93,33 +93,11 @@ def test_pooled_sureness_is_that_of_the_model_that_is_shipped():
     logits = torch.cat([logits for _, logits in pooled])
     correct = np.concatenate([answers.logits.argmax(axis=1) == answers.references for answers in own])
     known = np.ones(len(correct), dtype=bool)
-    arms = ["full", "full"]
-    sureness, shipped = pool_familiarity(own, arms, 1, logits.numpy(), known, correct)
+    sureness, shipped = pool_familiarity(own, own[1].familiarity, logits.numpy(), known, correct)
     assert np.allclose(sureness[30:], shipped.rate(pooled[1][1].softmax(dim=1), pooled[1][0]).numpy(), atol=1e-4)
     assert shipped.unsure_below == choose_threshold(sureness, correct)
     one_less = [own[0]._replace(sureness=None, familiarity=None), own[1]]
-    assert pool_familiarity(one_less, arms, 1, logits.numpy(), known, correct) == (None, None)
-
-
-def test_similarity_of_folds_has_the_scale_of_all_that_kept_the_same_kind_of_weights():
-    """The validation images of a fold may be so few, or so much alike, that they tell no scale."""
-    own, near = [], []
-    for fold, spread in enumerate((0.1, 1e-3, 0.2)):
-        features, labels = draw_features(30, 10 + fold, spread=1.0 + fold)
-        bank = nn.functional.normalize(draw_features(60, 20 + fold)[0]).half()
-        familiarity, logits = Familiarity(bank, "head", (1.0, 2.0), (0.7, spread), 0.0), features[:, :CLASSES]
-        sureness = familiarity.rate(logits.softmax(dim=1), features).numpy()
-        own.append(Answers(logits.numpy(), labels.numpy(), sureness, familiarity))
-        near.append(similarity(bank, features))
-    logits, everything = np.concatenate([each.logits for each in own]), np.ones(90, dtype=bool)
-    sureness, shipped = pool_familiarity(own, ["full", "full", "probe"], 1, logits, everything, everything)
-    of_full = torch.cat(near[:2])
-    expected = float(of_full.mean()), float(of_full.std(correction=0))
-    assert shipped.similarity == pytest.approx(expected, abs=1e-4) and shipped.bank is own[1].familiarity.bank
-    odds = log_odds(torch.from_numpy(logits).softmax(dim=1)).numpy()
-    scaled = sureness - (odds - shipped.log_odds[0]) / shipped.log_odds[1]
-    for rows in (slice(60), slice(60, 90)):
-        assert (scaled[rows].mean(), scaled[rows].std()) == pytest.approx((0, 1), abs=1e-3)
+    assert pool_familiarity(one_less, own[1].familiarity, logits.numpy(), known, correct) == (None, None)
 
 
 def test_scale_of_folds_is_that_of_images_of_the_classes():
@@ -132,7 +110,7 @@ def test_scale_of_folds_is_that_of_images_of_the_classes():
         sureness = familiarity.rate(logits.softmax(dim=1), features).numpy()
         own = [Answers(logits.numpy(), labels.numpy(), sureness, familiarity)]
         correct = (logits.numpy().argmax(axis=1) == labels.numpy()) & known
-        scales.append(pool_familiarity(own, ["full"], 0, logits.numpy(), known, correct)[1].log_odds)
+        scales.append(pool_familiarity(own, familiarity, logits.numpy(), known, correct)[1].log_odds)
     assert scales[0] == pytest.approx(scales[1])
 
 
