@@ -63,7 +63,10 @@ def load_features(
     """
     model, (rows, key, digests) = model_of(trainer), images
     versions = library_versions("torch", "timm")
-    key = cache_key(key, trainer.accelerator.mixed_precision, versions, *_parts_of_key(model, head))
+    precision, args = trainer.accelerator.mixed_precision, trainer.args
+    if args.device.type == "cuda":  # whose float32 is TF32 in convolutions, and by `--tf32` everywhere or nowhere
+        precision = f"{precision} cuda {args.tf32}"
+    key = cache_key(key, precision, versions, *_parts_of_key(model, head))
     is_main_process, new = trainer.is_world_process_zero(), []
     if is_main_process:
         space = empty_rows(len(digests), feature_size(model, head)) if space is None else space

@@ -400,12 +400,13 @@ def test_features_of_another_precision_are_not_reused(timm_checkpoint, monkeypat
         monkeypatch.setattr(f"luthier.training.features.{name}", value)
     digests = [f"{row:064x}" for row in range(2)]
     images = ImageRows(Dataset.from_dict({"row": [0, 1]}), "of the test of precisions", digests)
-    args = SimpleNamespace(device=torch.device("cpu"))
-    for precision in ("no", "bf16", "no"):
+    exact, rounded, cpu = ("no", "cuda", False), ("no", "cuda", None), ("no", "cpu", None)
+    for precision, device, tf32 in (cpu, ("bf16", "cpu", None), cpu, rounded, exact, cpu, rounded, exact):
+        args = SimpleNamespace(device=torch.device(device), tf32=tf32)
         accelerator = SimpleNamespace(mixed_precision=precision)
         trainer = SimpleNamespace(model=model, accelerator=accelerator, args=args, is_world_process_zero=lambda: True)
         load_features(trainer, head, images)
-    assert computed == ["no", "bf16"]
+    assert computed == ["no", "bf16", "no", "no"]
 
 
 def test_feature_that_hardly_ever_responds_does_not_decide():
