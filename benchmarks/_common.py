@@ -1,16 +1,19 @@
-"""What several commands share: the checkout, commands and their caches, and images for a probe."""
+"""What several commands share: parser, checkout, commands and their caches, images and features for a probe."""
 
 import argparse
 import os
 import shlex
 import subprocess
 import sys
+import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from luthier.files import expand_home
 
 if TYPE_CHECKING:  # slow imports are inside the function, because some commands change the environment first
+    import torch
     from datasets import DatasetDict
     from transformers import Trainer
 
@@ -19,6 +22,11 @@ if TYPE_CHECKING:  # slow imports are inside the function, because some commands
 
 PROJECT = Path(__file__).parent.parent
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]  # `accelerate launch` of this environment
+
+
+def build_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser whose help begins with a module's docstring, as it is written."""
+    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def directory(text: str) -> Path:
@@ -71,3 +79,15 @@ def load_for_probe(
     model, image_processor = build_model("efficientnet_lite0", dict(enumerate(names)))
     view = EvaluationView(image_processor)
     return build_predictor(model, training_args), splits, feature_rows(prepare(splits, view), view)
+
+
+def load_probe_features(data: Path, used: Collection[str]) -> "tuple[DatasetDict, dict[str, torch.Tensor]]":
+    """Return the splits of a folder, and of some of them the features that a probe learns from, float32 [N, D]."""
+    from luthier.training.features import load_features
+    from luthier.training.trainer import model_of
+    from models import linear_head
+
+    with tempfile.TemporaryDirectory() as output_dir:
+        trainer, splits, rows = load_for_probe(data, output_dir)
+        head = linear_head(model_of(trainer))
+        return splits, {split: load_features(trainer, head, rows[split]) for split in used}

@@ -8,9 +8,7 @@ tenth or a fiftieth of them, at least two. A quarter of the draw is for validati
 weighs the test images as if their classes had the shares of the draw.
 """
 
-import argparse
 import statistics
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,20 +18,13 @@ from datasets import DatasetDict, concatenate_datasets
 from scipy.special import log_softmax
 from scipy.stats import t as student
 
-from benchmarks._common import directory
-from data import feature_rows, load_splits, prepare
-from luthier.arguments import parse_arguments
+from benchmarks._common import build_parser, directory, load_probe_features
 from luthier.errors import exit_on_user_error
 from luthier.images.splits import stratified_cut
-from luthier.images.views import EvaluationView
-from luthier.machine import set_up_process
 from luthier.scoring.criterion import Criterion
 from luthier.scoring.intervals import balanced_accuracy, macro_f1
 from luthier.training.balance import Balance
-from luthier.training.features import load_features
 from luthier.training.probe import fit_probes
-from luthier.training.trainer import build_predictor
-from models import build_model, linear_head
 
 RATIOS = (10, 50)
 OPTIONS = ("none", "logit_adjusted", "weighted")
@@ -43,7 +34,7 @@ SCORES = ("balanced accuracy", "macro F1", "accuracy", "log loss")
 @exit_on_user_error
 def main() -> None:
     """Print a row for each data set, ratio and option, and the mean gains with the interval over the data sets."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(__doc__)
     parser.add_argument("data", nargs="+", type=directory, help="folders of class folders")
     parser.add_argument("--draws", type=int, default=5, help="how many (default: 5)")
     args = parser.parse_args()
@@ -68,17 +59,10 @@ def main() -> None:
 
 def load(folder: Path) -> tuple[DatasetDict, dict[str, torch.Tensor]]:
     """Return the images to draw from as "train", and "test", with the features of both."""
-    with tempfile.TemporaryDirectory() as output_dir:
-        training_args = parse_arguments(["--output_dir", output_dir, "--disable_tqdm", "1"]).training_args
-        set_up_process(training_args)
-        whole, _ = load_splits(data_dir=folder)
-        pool = concatenate_datasets([whole["train"], whole["validation"]])
-        splits = DatasetDict(train=pool, test=whole["test"])
-        model, image_processor = build_model("efficientnet_lite0", dict(enumerate(pool.features["label"].names)))
-        view = EvaluationView(image_processor)
-        rows = feature_rows(prepare(splits, view), view)
-        trainer, head = build_predictor(model, training_args), linear_head(model)
-        return splits, {split: load_features(trainer, head, rows[split]) for split in splits}
+    splits, features = load_probe_features(folder, ("train", "validation", "test"))
+    pool = concatenate_datasets([splits["train"], splits["validation"]])
+    joined = torch.cat([features["train"], features["validation"]])
+    return DatasetDict(train=pool, test=splits["test"]), {"train": joined, "test": features["test"]}
 
 
 def draw_rows(labels: np.ndarray, ratio: int, seed: int) -> np.ndarray:

@@ -29,7 +29,7 @@ from datasets import Dataset, load_dataset
 from PIL import Image
 from torchvision.transforms import Compose, Normalize, RandomHorizontalFlip, RandomResizedCrop, ToTensor
 
-from benchmarks._common import PROJECT, directory, own_caches, run_command
+from benchmarks._common import PROJECT, build_parser, directory, own_caches, run_command
 from data import load_splits, prepare, with_transforms
 from luthier.images.decode import decode_rgb, read_bytes
 from luthier.images.views import EvaluationView
@@ -42,7 +42,7 @@ WAYS = ("prepare", "prepare again", MORE, "training view", "as the transformers 
 
 def main() -> None:
     """Draw, measure each way in a process of its own, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(__doc__)
     parser.add_argument("--image_size", type=int, default=224, help="side of the view in pixels (default: 224)")
     parser.add_argument("--rounds", type=int, default=3, help="repetitions (default: 3)")
     parser.add_argument("--measure", nargs=2, metavar=("WAY", "FOLDER"), help=argparse.SUPPRESS)

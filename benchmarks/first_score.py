@@ -8,7 +8,6 @@ every round, because the first run of all also reads files that the later ones f
 has said the score, unless the whole run counts.
 """
 
-import argparse
 import os
 import signal
 import subprocess
@@ -18,12 +17,12 @@ import time
 from pathlib import Path
 from statistics import median
 
-from benchmarks._common import LAUNCH, PROJECT, directory, own_caches
+from benchmarks._common import LAUNCH, PROJECT, build_parser, directory, own_caches
 
 
 def main() -> None:
     """Print the seconds of both in every round, and the median ratio with its lowest and highest."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(__doc__)
     parser.add_argument("folder", type=directory, help="of class folders")
     parser.add_argument("before", type=directory, help="a checkout of the other version")
     parser.add_argument("--rounds", type=int, default=5)

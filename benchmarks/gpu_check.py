@@ -11,7 +11,6 @@ faster on the GPU than in data workers. `--cpu` tries its logic on a machine wit
 It prints one table, and exits with 1 where something falls short. On a slow host the last checks may be missing.
 """
 
-import argparse
 import functools
 import json
 import os
@@ -33,7 +32,7 @@ from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms import v2
 from transformers import PreTrainedModel
 
-from benchmarks._common import LAUNCH, PROJECT, directory
+from benchmarks._common import LAUNCH, PROJECT, build_parser, directory
 from benchmarks._networks import save_network
 from benchmarks.throughput import LABELS, build, compare
 from benchmarks.training_view import draw
@@ -75,7 +74,7 @@ class Run(NamedTuple):
 
 def main() -> None:
     """Run all checks, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(__doc__)
     parser.add_argument("--data_dir", type=directory, metavar="FOLDER", help="photographs in class folders")
     parser.add_argument("--cpu", action="store_true", help="try the logic without a GPU, on less")
     args = parser.parse_args()

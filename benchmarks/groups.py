@@ -7,14 +7,13 @@ Without --group_by bursts are made: a few photographs of each class, each seen i
 least 40%, another brightness), as a camera takes them. `IMG_0007_2.jpg` is the third frame of the seventh burst.
 """
 
-import argparse
 import tempfile
 from pathlib import Path
 
 import torch
 from torchvision.transforms import v2
 
-from benchmarks._common import directory, load_for_probe
+from benchmarks._common import build_parser, directory, load_for_probe
 from luthier.errors import exit_on_user_error
 from luthier.images.decode import decode_rgb
 from luthier.reporting.console import inflation_in_words
@@ -27,7 +26,7 @@ PATTERN = r"^(IMG_\d+)_"
 @exit_on_user_error
 def main() -> None:
     """Print what ignoring the groups adds to a probe's accuracy."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(__doc__)
     parser.add_argument("data", type=directory, help="a folder of class folders")
     parser.add_argument("--group_by", help="the groups of these images, as train.py takes them")
     args = parser.parse_args()

@@ -8,7 +8,6 @@ parts of every image, of 30 to 55% of its sides and turned at random, are search
 images. A pair counts as found that is compared in detail.
 """
 
-import argparse
 import io
 import random
 import time
@@ -19,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks._common import directory
+from benchmarks._common import build_parser, directory
 from luthier.images import duplicates
 from luthier.images.decode import decode_rgb, is_image
 from luthier.images.duplicates import BITS, BORDERS, CELL, CELLS, find_candidates, fingerprint
@@ -30,7 +29,7 @@ PARTS = 6
 
 def main() -> None:
     """Print the share of the copies that are found, by the number of images."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(__doc__)
     parser.add_argument("folders", nargs="+", type=directory, metavar="FOLDER", help="with images at any depth")
     args = parser.parse_args()
     files = [path for folder in args.folders for path in sorted(folder.rglob("*")) if is_image(path.name)]

@@ -5,10 +5,9 @@
 It trains simple_cnn on drawn images once without a break. It then trains again, kills the run with SIGKILL at random
 moments of the training, saving included, and restarts it each time with --resume_from_checkpoint auto. The last start
 may finish. It prints how often the run was killed, how often while it wrote a checkpoint, which steps it resumed from,
-and whether weights and scores are the same to the last bit.
+and whether weights, scores and the validation losses of all epochs are the same to the last bit.
 """
 
-import argparse
 import json
 import os
 import random
@@ -24,7 +23,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from benchmarks._common import PROJECT
+from benchmarks._common import PROJECT, build_parser
 from luthier.training.checkpoints import PARTIAL
 
 COLOURS = {"blue": (40, 60, 200), "green": (30, 180, 60), "red": (210, 50, 40)}
@@ -32,7 +31,7 @@ COLOURS = {"blue": (40, 60, 200), "green": (30, 180, 60), "red": (210, 50, 40)}
 
 def main() -> None:
     """Run both, and compare."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(__doc__)
     parser.add_argument("--kills", type=int, default=20, help="how often (default: 20)")
     parser.add_argument("--epochs", type=int, default=600, help="of the run (default: 600)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
@@ -53,7 +52,7 @@ def main() -> None:
     print(f"killed {args.kills} times, {while_saving} of them while it wrote a checkpoint")
     print(f"resumed from steps {', '.join(map(str, steps))}")
     print(f"damaged checkpoints: {damaged}")
-    print(f"weights and scores of both runs: {'the same to the last bit' if same else 'DIFFERENT'}")
+    print(f"weights, scores and losses of both runs: {'the same to the last bit' if same else 'DIFFERENT'}")
     sys.exit(not same)
 
 
@@ -70,7 +69,8 @@ def start(output_dir: str, epochs: int) -> subprocess.Popen:
     """Start a run, or let it go on."""
     line = ["--data_dir", "images", "--model_name", "simple_cnn", "--num_train_epochs", str(epochs)]
     line += ["--per_device_train_batch_size", "16", "--augmentation", "trivial", "--disable_tqdm", "1"]
-    line += ["--output_dir", output_dir, "--resume_from_checkpoint", "auto"]
+    # Without a refit: its weights would be compared instead of those of the training that was killed.
+    line += ["--output_dir", output_dir, "--resume_from_checkpoint", "auto", "--refit", "none"]
     command = [sys.executable, str(PROJECT / "train.py"), *line]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
@@ -102,11 +102,13 @@ def kill(output_dir: str, epochs: int, seconds: float) -> tuple[int, bool]:
 
 
 def compare() -> bool:
-    """Return whether both runs ended with the same weights and the same scores."""
+    """Return whether both runs have the same weights, the same scores and the same validation loss in each epoch."""
     one, other = (load_file(f"{name}/model.safetensors") for name in ("whole", "killed"))
-    scores = [json.loads(Path(name, "metrics.json").read_text()) for name in ("whole", "killed")]
+    found = [json.loads(Path(name, "metrics.json").read_text()) for name in ("whole", "killed")]
+    for metrics in found:  # the weights are the best ones, perhaps of an epoch before the first kill
+        metrics["losses"] = {row["epoch"]: row["eval_loss"] for row in metrics["history"] if "eval_loss" in row}
     return all(torch.equal(tensor, other[name]) for name, tensor in one.items()) and all(
-        scores[0][key] == scores[1][key] for key in ("validation", "test", "unsure")
+        found[0][key] == found[1][key] for key in ("validation", "test", "unsure", "losses")
     )
 
 

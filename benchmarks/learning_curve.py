@@ -5,37 +5,28 @@
 It uses the train and validation images of a folder and several random halves of them; it does not use test.
 """
 
-import argparse
-import tempfile
 import time
 
 import numpy as np
 import torch
 
-from benchmarks._common import directory, load_for_probe
+from benchmarks._common import build_parser, directory, load_probe_features
 from luthier.errors import exit_on_user_error
 from luthier.scoring.learning_curve import FOLDS, learning_curve
-from luthier.training.features import Pool, load_features, pool_of
+from luthier.training.features import LEARNABLE, Pool, pool_of
 from luthier.training.probe import fit_shared_probes
-from luthier.training.trainer import model_of
-from models import linear_head
-
-USED = ("train", "validation")
 
 
 @exit_on_user_error
 def main() -> None:
     """Print a row for each half."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(__doc__)
     parser.add_argument("data", type=directory, help="a folder of class folders")
     parser.add_argument("--halves", type=int, default=10, help="how many (default: 10)")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        trainer, splits, rows = load_for_probe(args.data, folder)
-        names, head = splits["train"].features["label"].names, linear_head(model_of(trainer))
-        features = {split: load_features(trainer, head, rows[split]) for split in USED}
-        labels = {split: splits[split]["label"][:] for split in USED}
-        probe, _ = fit_shared_probes(trainer.args.device, features, labels)
+    splits, features = load_probe_features(args.data, LEARNABLE)
+    labels = {split: splits[split]["label"][:] for split in LEARNABLE}
+    probe, _ = fit_shared_probes(torch.device("cpu"), features, labels)
     pool = pool_of(splits, features, torch.device("cpu"))
     images = len(pool.labels)
     n = round(images * (1 - 1 / FOLDS))
@@ -47,7 +38,7 @@ def main() -> None:
     inside = 0
     for seed in range(args.halves):
         half = np.random.default_rng(seed).permutation(images)[: images // 2]
-        part = Pool(pool.features[half], pool.labels[half], pool.groups[half], names)
+        part = Pool(pool.features[half], pool.labels[half], pool.groups[half], pool.names)
         twice = learning_curve(part, probe.strength, n // 2)["twice"]
         low, high = twice["ci95"]
         is_inside = low <= measured["accuracy"] <= high

@@ -3,11 +3,10 @@
 python -m benchmarks.mirror path/to/instruments path/to/suite/cells ...
 """
 
-import argparse
 import tempfile
 from pathlib import Path
 
-from benchmarks._common import directory, load_for_probe
+from benchmarks._common import build_parser, directory, load_for_probe
 from luthier.errors import exit_on_user_error
 from luthier.scoring.mirror import Mirror, measure_mirror
 
@@ -15,7 +14,7 @@ from luthier.scoring.mirror import Mirror, measure_mirror
 @exit_on_user_error
 def main() -> None:
     """Print a row for each data set."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(__doc__)
     parser.add_argument("data", type=directory, nargs="+", help="folders of class folders")
     folders = parser.parse_args().data
     print("| data | loss of a probe | of mirror images | difference | its standard error | training |")

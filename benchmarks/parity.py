@@ -9,7 +9,6 @@ scored ones. Then networks with random weights are exported and compared on the 
 close to undecided on every image, so that their likeliest class changes more easily.
 """
 
-import argparse
 import json
 import sys
 import tempfile
@@ -28,7 +27,7 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from benchmarks._common import PROJECT, directory, run_command
+from benchmarks._common import PROJECT, build_parser, directory, run_command
 from benchmarks._networks import NAMES, save_network
 from luthier.errors import exit_on_user_error
 from models import build_model, save_model
@@ -39,7 +38,7 @@ OPTIONS = ["--recipe", "probe", "--disable_tqdm", "1"]
 @exit_on_user_error
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(__doc__)
     parser.add_argument("folder", type=directory, help="a folder of data sets, each with train and test")
     parser.add_argument("--also", nargs="*", type=directory, default=[], help="more data sets")
     args = parser.parse_args()
@@ -48,23 +47,17 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as scratch:
         for data in sets:
-            run(Path(scratch, data.name), "train.py", "--data_dir", str(data.resolve()), *OPTIONS)
-            compare(f"EfficientNet-Lite0, {data.name}", Path(scratch, data.name))
+            output_dir, line = Path(scratch, data.name), [sys.executable, "train.py", *OPTIONS]
+            run_command([*line, "--data_dir", str(data.resolve()), "--output_dir", str(output_dir)], PROJECT)
+            compare(f"EfficientNet-Lite0, {data.name}", output_dir)
         test = (sets[0] / "test" if (sets[0] / "test").is_dir() else sets[0]).resolve()
         for name, folder in random_networks(Path(scratch)).items():
             compare(f"{name}, random weights", folder, "--check", str(test), "--output_dir", str(folder))
 
 
-def run(output_dir: Path, *command: str) -> None:
-    """Run a command of the project, whose output directory this is."""
-    line = [sys.executable, *command, "--output_dir", str(output_dir)]
-    run_command(line, PROJECT)
-
-
 def compare(name: str, folder: Path, *options: str) -> None:
     """Export a model in all precisions, and print how each compares."""
-    command = [sys.executable, "export.py", str(folder), "--int8", "--fp16", "--allow_worse", *options]
-    run_command(command, PROJECT)
+    run_command([sys.executable, "export.py", str(folder), "--int8", "--fp16", "--allow_worse", *options], PROJECT)
     for file, row in json.loads((folder / "export.json").read_text()).items():
         size = (folder / "onnx" / file).stat().st_size / 1e6
         low, high = (100 * end for end in row["difference_ci95"])

@@ -9,7 +9,6 @@ recall and precision of each. On photographs, faults that were there before coun
 bound.
 """
 
-import argparse
 import itertools
 import json
 import random
@@ -22,7 +21,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 import audit
-from benchmarks._common import directory
+from benchmarks._common import build_parser, directory
 from luthier.errors import exit_on_user_error
 
 SHAPES = ("disc", "bar", "triangle", "ring")
@@ -31,7 +30,7 @@ SHAPES = ("disc", "bar", "triangle", "ring")
 @exit_on_user_error
 def main() -> None:
     """Plant, audit, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(__doc__)
     parser.add_argument("folder", nargs="?", type=directory, help="of class folders, for the faults (default: drawn)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

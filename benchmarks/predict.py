@@ -15,7 +15,6 @@ runs it; with ONNX Runtime and OpenVINO on ready pixels; and with `pipeline` ove
 each in a process of its own.
 """
 
-import argparse
 import itertools
 import multiprocessing
 import statistics
@@ -32,7 +31,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel, pipeline
 
-from benchmarks._common import PROJECT, directory, run_command
+from benchmarks._common import PROJECT, build_parser, directory, run_command
 from benchmarks._networks import save_network
 from luthier.images.decode import decode_rgb, is_image
 from luthier.machine import keep_freed_memory
@@ -59,7 +58,7 @@ with torch.inference_mode():
 
 def main() -> None:
     """Print both tables of every model."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(__doc__)
     parser.add_argument("models", nargs="*", type=directory, metavar="MODEL", help="folders with saved models")
     parser.add_argument("--folder", type=directory, help="a folder of images (default: draws some)")
     parser.add_argument("--images", type=int, default=640, help="how many (default: 640)")
@@ -71,6 +70,8 @@ def main() -> None:
         if args.folder is None:
             draw(drawn, args.images)
         images = sorted(path for path in (args.folder or drawn).rglob("*") if is_image(path.name))
+        if not images:
+            parser.error(f"there are no images below {args.folder}")
         files = list(map(str, itertools.islice(itertools.cycle(images), args.images)))
         for model in args.models or [save_network(name, Path(scratch, name)) for name in NETWORKS]:
             print(f"{model.name}\n")

@@ -11,7 +11,6 @@ path; Luthier's fit runs where the features are.
 With `--folds` the probes of five folds are fitted at once, as a run does, and one after the other.
 """
 
-import argparse
 import time
 import warnings
 
@@ -20,6 +19,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
+from benchmarks._common import build_parser
 from luthier.training import probe
 from luthier.training.features import Pool
 from luthier.training.probe import minimise
@@ -30,7 +30,7 @@ STRENGTH = 0.01
 
 def main() -> None:
     """Print a row for each size."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="turns (default: 3; the largest size has one)")
     parser.add_argument("--folds", action="store_true", help="compare ways to fit the probes of five folds")
     args = parser.parse_args()

@@ -7,12 +7,11 @@ The split is the same in all runs. Each row has a cache of its own, so its first
 finished run is not run again, and an interrupted one goes on. To repeat it, delete its folder and the row's cache.
 """
 
-import argparse
 import json
 import statistics
 from pathlib import Path
 
-from benchmarks._common import LAUNCH, PROJECT, run_command
+from benchmarks._common import LAUNCH, PROJECT, build_parser, run_command
 from luthier.errors import exit_on_user_error
 from luthier.output_dir import has_ended
 
@@ -29,7 +28,7 @@ EXPERIMENTS = {
 @exit_on_user_error
 def main() -> None:
     """Run what is missing, and print the table as Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(__doc__)
     parser.add_argument("data", help="openmoji, or a folder of class folders")
     parser.add_argument("--seeds", type=int, default=3, help="how many training seeds (default: 3)")
     parser.add_argument("--rows", type=int, nargs="*", help="which rows, from 0 (default: all)")

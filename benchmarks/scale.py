@@ -18,10 +18,8 @@ exponent is above 1.15, an image takes more than 2 kB, or fewer than 95% of the 
 import argparse
 import contextlib
 import importlib
-import io
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import threading
@@ -35,7 +33,7 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from benchmarks._common import PROJECT
+from benchmarks._common import PROJECT, build_parser, own_caches, run_command
 
 SIZES = (1000, 10_000, 100_000, 300_000)
 CLASSES, SIDE, EVERY = 10, 64, 100  # of EVERY images one is a copy
@@ -67,7 +65,7 @@ STAGES = {
 
 def main() -> None:
     """Draw, run each size, print the tables and the exponents."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="numbers of images")
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), help="which runs (default: both)")
     parser.add_argument("--output", type=Path, help="write what was measured to this file, after each run")
@@ -151,20 +149,12 @@ def link(images: Path, count: int, folder: Path) -> Path:
 def run_in_process(run: str, folder: Path) -> dict:
     """Return what `measure` does, in a new process with a cache of its own, and what it leaves on the disk."""
     cache = folder / f"cache-{run}"
-    environment = os.environ | {"HF_HOME": str(cache), "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(cache)}
     command = [sys.executable, "-m", "benchmarks.scale", "--measure", run, str(folder)]
     begin = time.perf_counter()
-    with (folder / f"log-{run}.txt").open("w") as log:
-        process = subprocess.Popen(
-            command, cwd=PROJECT, env=environment, stdout=subprocess.PIPE, stderr=log, text=True
-        )
-        output, _ = process.communicate()
-    if process.returncode:
-        print((folder / f"log-{run}.txt").read_text()[-3000:], file=sys.stderr)
-        sys.exit(f"{run} of {folder} failed")
-    result = json.loads(output.splitlines()[-1])
-    by_kind = {path.name: disk_space(path) for path in cache.iterdir() if path.is_dir()}
-    return result | {"total": time.perf_counter() - begin, "disk": by_kind}
+    output = run_command(command, PROJECT, own_caches(cache))
+    seconds = time.perf_counter() - begin
+    by_kind = {path.name: disk_space(path) for path in (cache / "datasets").iterdir() if path.is_dir()}
+    return json.loads(output.splitlines()[-1]) | {"total": seconds, "disk": by_kind}
 
 
 def measure(run: str, folder: str) -> dict:
@@ -177,10 +167,8 @@ def measure(run: str, folder: str) -> dict:
         setattr(owner, function, clock.wrap(stage, getattr(owner, function)))
     clock.start_watching()
     options = ["--data_dir", f"{folder}/images", "--output_dir", f"{folder}/out-{run}", "--disable_tqdm", "1"]
-    output = io.StringIO()
-    with contextlib.redirect_stdout(output):
+    with contextlib.redirect_stdout(sys.stderr):  # what this process prints is the result
         train.main([*options, *RUNS[run]])
-    print(output.getvalue(), file=sys.stderr)
     return {"seconds": clock.seconds, "memory": clock.memory}
 
 

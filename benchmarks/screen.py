@@ -8,7 +8,6 @@ because the few images that a run has for validation decide little. The training
 transforms, probe, layers and learning rates are Luthier's, the size of the crops and the batch those before the race.
 """
 
-import argparse
 import math
 import statistics
 import time
@@ -24,7 +23,7 @@ from torch import nn
 from torchvision.transforms import v2
 from transformers import PreTrainedModel
 
-from benchmarks._common import directory
+from benchmarks._common import build_parser, directory
 from data import load_splits, prepare
 from luthier.errors import exit_on_user_error
 from luthier.images.splits import stratified_cut
@@ -97,7 +96,7 @@ class Start(NamedTuple):
 @exit_on_user_error
 def main() -> None:
     """Print a row for each variant: loss and accuracy on validation."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(__doc__)
     parser.add_argument("data", type=directory, help="a folder of class folders")
     parser.add_argument("--seeds", type=int, default=1, help="training seeds (default: 1)")
     parser.add_argument("--only", nargs="*", choices=VARIANTS, default=list(VARIANTS), help="which of them")

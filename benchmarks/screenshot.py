@@ -4,16 +4,17 @@ accelerate launch train.py --output_dir outputs/report --learning_curve
 python -m benchmarks.screenshot outputs/report/report.html docs/report.png
 """
 
-import argparse
 import shutil
 from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 
+from benchmarks._common import build_parser
+
 
 def main() -> None:
     """Take the screenshot."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(__doc__)
     parser.add_argument("report", type=Path, help="a report.html")
     parser.add_argument("png", type=Path, help="the file to write")
     args = parser.parse_args()

@@ -6,7 +6,6 @@ The ways: its levels as they are, as PNG, as lossless WebP, and not at all, when
 Every way gives the same pixel values, bit for bit. Each is measured in one thread, on 100 images of a folder.
 """
 
-import argparse
 import io
 import itertools
 import time
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks._common import directory
+from benchmarks._common import build_parser, directory
 from luthier.images.decode import decode_rgb, is_image
 from luthier.images.views import EvaluationView
 from models import build_model
@@ -26,12 +25,12 @@ IMAGES = 100
 
 def main() -> None:
     """Print a row for each folder and way."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(__doc__)
     parser.add_argument("folders", nargs="+", type=directory, metavar="FOLDER", help="with images at any depth")
     parser.add_argument("--image_size", type=int, help="side of the view in pixels (default: the model's own)")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    view = EvaluationView(build_model("efficientnet_lite0", {0: "a", 1: "b"}, args.image_size)[1])
+    view = EvaluationView(build_model("efficientnet_lite0", {0: "a", 1: "b"}, args.image_size)[1]).measure()
     print("| images | pixels, median | way | bytes an image | make and store, ms | read, ms |")
     print("|---|---|---|---|---|---|")
     for folder in args.folders:

@@ -32,7 +32,7 @@ import psutil
 import pyarrow.parquet as pq
 import yaml
 
-from benchmarks._common import LAUNCH, PROJECT, own_caches
+from benchmarks._common import LAUNCH, PROJECT, build_parser, own_caches
 from benchmarks.scale import draw, memory_of
 
 STOP_AT = 0.4  # of the epoch
@@ -47,7 +47,7 @@ CONFIG = {
 
 def main() -> None:
     """Draw, prepare, train, interrupt, go on, count."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(__doc__)
     parser.add_argument("--images", type=int, default=300_000, help="how many are drawn")
     parser.add_argument("--hosts", action="store_true", help="each process in a network namespace")
     parser.add_argument("--archives", action="store_true", help="train from WebDataset archives")

@@ -22,7 +22,6 @@ suite.png. `--runs suite.csv` adds runs that were made elsewhere, which are not 
 left empty where they do not compare with those measured here. `--seeds 0` runs nothing: the tables are of --runs.
 """
 
-import argparse
 import csv
 import io
 import itertools
@@ -40,7 +39,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from benchmarks._common import LAUNCH, PROJECT, directory, own_caches, run_command
+from benchmarks._common import LAUNCH, PROJECT, build_parser, directory, own_caches, run_command
 from luthier.errors import UserError, exit_on_user_error
 from luthier.files import atomic_write
 
@@ -89,7 +88,7 @@ class Run(NamedTuple):
 @exit_on_user_error
 def main() -> None:
     """Run what is missing, print the tables, and write them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(__doc__)
     parser.add_argument("folder", type=directory, help="a folder of data sets, each with train and test")
     parser.add_argument("--also", type=directory, nargs="*", default=[], help="more data sets")
     parser.add_argument("--without_openmoji", action="store_true", help="leave OpenMoji out")

@@ -7,7 +7,6 @@ turns, so that both suffer alike from other work on the machine. The ratio is th
 bare loop's.
 """
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -24,6 +23,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from benchmarks._common import build_parser
 from luthier.arguments import parse_arguments
 from luthier.images.views import EvaluationView
 from luthier.machine import set_up_process
@@ -88,7 +88,7 @@ class Clock(TrainerCallback):
 
 def main() -> None:
     """Print a row for each model and resolution."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="turns of each loop (default: 5)")
     parser.add_argument("--steps", type=int, default=5, help="timed steps in a turn (default: 5)")
     parser.add_argument("--batch", type=int, default=32, help="images in a step (default: 32)")

@@ -21,7 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks._common import LAUNCH, PROJECT, directory, own_caches
+from benchmarks._common import LAUNCH, PROJECT, build_parser, directory, own_caches
 
 # Libraries are imported in the functions: a run's seconds include its imports, so it imports only what it needs.
 from luthier.errors import exit_on_user_error
@@ -42,7 +42,7 @@ TUNED = {
 @exit_on_user_error
 def main() -> None:
     """Run what is missing; write the CSV and the chart; print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(__doc__)
     parser.add_argument("data", type=directory, help="a folder of class folders")
     parser.add_argument("--seeds", type=int, default=3, help="training seeds (default: 3)")
     parser.add_argument("--out", type=Path, default=Path("outputs/time_to_accuracy"), help="where the runs are kept")

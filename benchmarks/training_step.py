@@ -5,12 +5,13 @@
 Both models take turns, and a round counts as the ratio of its two times.
 """
 
-import argparse
 import time
 from statistics import median
 
 import torch
 from transformers import PreTrainedModel
+
+from benchmarks._common import build_parser
 
 BATCH, STEPS = 32, 3
 
@@ -21,7 +22,7 @@ def main() -> None:
     from luthier.machine import configure_cpu
     from models import build_model
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(__doc__)
     parser.add_argument("--model_name", default="efficientnet_lite0")
     parser.add_argument("--side", type=int, default=192, help="of the images in pixels (default: 192)")
     parser.add_argument("--rounds", type=int, default=5)

@@ -4,11 +4,11 @@
 
 Images are drawn with 768 px, or taken from FOLDER, and stored as a run stores them. Both ways read the same rows with
 one thread, as a data worker does: train.py's, and `RandomResizedCrop`, `RandomHorizontalFlip`, `ToTensor` and
-`Normalize` on decoded images, which is how most examples do it. They take turns, and a round counts as the ratio of
-its two speeds.
+`Normalize` on decoded images, which is how most examples do it. Both end with pixel values: the 8-bit levels of
+train.py are scaled here, as the device does in a run. They take turns, and a round counts as the ratio of its two
+speeds.
 """
 
-import argparse
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,11 +17,11 @@ from statistics import median
 
 import numpy as np
 import torch
-from datasets import disable_progress_bars
+from datasets import Dataset, disable_progress_bars
 from PIL import Image
 from torchvision import transforms
 
-from benchmarks._common import directory
+from benchmarks._common import build_parser, directory
 from data import load_splits, prepare, training_rows
 from luthier.images.views import AUGMENTATIONS, EvaluationView
 from models import build_model
@@ -31,7 +31,7 @@ DRAWN, SIDE = 120, 768
 
 def main() -> None:
     """Print a row for each augmentation."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(__doc__)
     parser.add_argument("--data_dir", type=directory, metavar="FOLDER", help="of class folders (default: draws some)")
     parser.add_argument("--images", type=int, default=200, help="of a round (default: 200)")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each way (default: 5)")
@@ -65,15 +65,19 @@ def measure(folder: Path, images: int, rounds: int) -> None:
     print("|---|---|---|---|---|")
     for augmentation in (name for name in AUGMENTATIONS if name != "none"):
         rows, pairs = training_rows(stored, view, augmentation), []
+
+        def own(row: int, rows: Dataset = rows) -> torch.Tensor:
+            return view.scale(rows[row]["pixel_values"])
+
         for _ in range(rounds):
-            pairs.append([images_a_second(row, images, len(stored)) for row in (rows.__getitem__, pillow)])
+            pairs.append([images_a_second(row, images, len(stored)) for row in (own, pillow)])
         ratios = sorted(ours / theirs for ours, theirs in pairs)
         ours, theirs = (median(column) for column in zip(*pairs, strict=True))
         print(f"| {augmentation} | {ours:.0f} | {theirs:.0f} | {median(ratios):.2f} | ", end="")
         print(f"{ratios[0]:.2f} to {ratios[-1]:.2f} |", flush=True)
 
 
-def with_pillow(stored, view: EvaluationView) -> Callable[[int], torch.Tensor]:
+def with_pillow(stored: Dataset, view: EvaluationView) -> Callable[[int], torch.Tensor]:
     """Return the function from a row's number to its pixel values, as most examples make them."""
     bicubic = transforms.InterpolationMode.BICUBIC
     transform = transforms.Compose(

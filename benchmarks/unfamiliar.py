@@ -6,12 +6,11 @@ It prints the share of OpenMoji's images that the model is unsure about, the sam
 share of its own test images, from its metrics.json.
 """
 
-import argparse
 import json
 
 from datasets import Image
 
-from benchmarks._common import directory
+from benchmarks._common import build_parser, directory
 from luthier.errors import exit_on_user_error
 from luthier.familiarity import threshold_of
 from luthier.images.decode import read_bytes
@@ -23,7 +22,7 @@ from luthier.serving.torch_network import TorchNetwork
 @exit_on_user_error
 def main() -> None:
     """Print the shares."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(__doc__)
     parser.add_argument("model", type=directory, help="the output directory of a run")
     args = parser.parse_args()
     unsure = json.loads((args.model / "metrics.json").read_text())["unsure"]

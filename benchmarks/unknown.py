@@ -26,7 +26,7 @@ import torch
 from scipy.stats import rankdata
 from torch.nn import functional
 
-from benchmarks._common import PROJECT, directory, run_command
+from benchmarks._common import PROJECT, build_parser, directory, run_command
 from benchmarks.balance import load
 from luthier.errors import exit_on_user_error
 from luthier.familiarity import threshold_of
@@ -45,7 +45,7 @@ Familiarity = Callable[[torch.Tensor], torch.Tensor]  # features [N, D] to figur
 @exit_on_user_error
 def main() -> None:
     """Print a row for each data set, and the means over the data sets."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(__doc__)
     parser.add_argument("data", nargs="+", type=directory, help="folders of class folders")
     parser.add_argument("--train", nargs=argparse.REMAINDER, help="a recipe, and more options of train.py")
     args = parser.parse_args()

@@ -1,12 +1,16 @@
 """The benchmark commands load, print their help and read what runs print; the measurements are not run here."""
 
 import importlib
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import PROJECT
+from safetensors.torch import save_file
 
-from benchmarks import suite
+from benchmarks import kill_test, suite
 from benchmarks.time_to_accuracy import read_accuracy
 from luthier.errors import UserError
 from luthier.training.callbacks import EpochTable
@@ -32,6 +36,23 @@ def test_accuracies_of_a_run_are_read_from_what_it_prints(capsys):
     assert [read_accuracy(line) for line in capsys.readouterr().out.splitlines()] == [0.9, 0.9]
     assert read_accuracy("probe    validation accuracy 71.8% (95% interval 65.3% to 77.4%, n = 209)") == 0.718
     assert read_accuracy(EpochTable.HEADER.splitlines()[1]) is None
+
+
+def test_killed_run_is_compared_in_every_epoch(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def write(name: str, *losses: float) -> None:
+        Path(name).mkdir(exist_ok=True)
+        save_file({"weight": torch.ones(2)}, f"{name}/model.safetensors")
+        history = [{"epoch": epoch, "eval_loss": loss} for epoch, loss in enumerate(losses, 1)]
+        metrics = {"validation": {}, "test": {}, "unsure": {}, "history": [{"epoch": 1, "loss": len(name)}, *history]}
+        Path(name, "metrics.json").write_text(json.dumps(metrics))
+
+    write("whole", 0.5, 0.6)
+    write("killed", 0.5, 0.6)
+    assert kill_test.compare()
+    write("killed", 0.5, 0.7)
+    assert not kill_test.compare()
 
 
 @pytest.fixture
