@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, DatasetDict, Features
+from datasets import ClassLabel, Dataset, DatasetDict, Features
 from datasets import Image as ImageFeature
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -147,6 +147,12 @@ def save_dataset(folder: Path, label_feature, values: dict[str, list], columns=(
     return str(folder)
 
 
+def split_of(references, labels, groups) -> DatasetDict:
+    """Return a test split of images in groups of near-duplicates."""
+    columns = {"label": list(references), "group": list(groups)}
+    return DatasetDict(test=Dataset.from_dict(columns).cast_column("label", ClassLabel(names=labels)))
+
+
 def labels_of(splits: DatasetDict) -> list[str]:
     """Return the class names."""
     return splits["train"].features["label"].names
@@ -230,6 +236,12 @@ def resnet_checkpoint(tmp_path_factory):
 
 
 @pytest.fixture
+def empty_folder(tmp_path, monkeypatch):
+    """The working directory: an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
     """The working directory, with drawn images: 15 training images, which makes 4 steps per epoch of `flags`."""
     monkeypatch.chdir(tmp_path)
@@ -242,6 +254,15 @@ def flags(model: str, *more: str) -> list[str]:
     fixed = ["--data_dir", "images", "--model_name", model, "--num_train_epochs", "2", "--disable_tqdm", "1"]
     steps = ["--per_device_train_batch_size", "4", "--save_strategy", "steps", "--save_steps", "1"]
     return [*fixed, *steps, "--save_total_limit", "99", *more]
+
+
+def run(folder: Path, checkpoint: Path, *more: str, out: str = "out") -> dict:
+    """Run train.py on the images of a folder, all quiet; return its metrics."""
+    import train  # of which most tests need nothing
+
+    args = ["--data_dir", str(folder / "images"), "--model_name", str(checkpoint), "--disable_tqdm", "1"]
+    train.main([*args, "--num_train_epochs", "9", "--output_dir", str(folder / out), *more])
+    return json.loads((folder / out / "metrics.json").read_text())
 
 
 def load_result(folder: str) -> tuple[dict, dict]:

@@ -10,13 +10,8 @@ from transformers import Trainer
 from luthier.arguments import parse_arguments
 from luthier.images.views import AUGMENTATIONS
 
+pytestmark = pytest.mark.usefixtures("empty_folder")
 CONFIGS = sorted((PROJECT / "configs").glob("*.yaml"))
-
-
-@pytest.fixture(autouse=True)
-def empty_folder(tmp_path, monkeypatch):
-    """Every test runs in an empty folder."""
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

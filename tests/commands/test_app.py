@@ -111,10 +111,8 @@ def test_app_reads_only_the_images_that_it_was_given(tmp_path):
     (tmp_path / "cache/link.png").symlink_to(tmp_path / "b.png")
     read = app.file_loader(FakeClassifier(), [tmp_path / "cache"])
     assert read(str(tmp_path / "cache/a.png")) == MAX_FOREIGN_PIXELS, "as of an address"
-    for name in ("b.png", "cache/../b.png", "cache/link.png", "cache/none.png", "cache"):
-        with pytest.raises(OSError, match="only images that were given to this page"):
-            read(str(tmp_path / name))
-    for name in ("/dev/zero", "http://example.org/a.png"):
+    outside = ("b.png", "cache/../b.png", "cache/link.png", "cache/none.png", "cache")
+    for name in (*(f"{tmp_path}/{each}" for each in outside), "/dev/zero", "http://example.org/a.png"):
         with pytest.raises(OSError, match="only images that were given to this page"):
             read(name)
 
@@ -135,18 +133,6 @@ def test_app_does_not_fetch_an_address_in_the_place_of_an_image():
     with pytest.raises(ValueError, match="an address is classified by"):
         asyncio.run(move_file("http://169.254.169.254/a.png"))
     assert moved == ["/tmp/a.png"]
-
-
-def test_unsure_prediction_is_shown_as_unsure():
-    class UnsureClassifier:
-        def predict(self, image, top_k):
-            from luthier.serving.classifier import Prediction
-
-            return Prediction("", [("a", 0.4), ("b", 0.3), ("a", 0.2)], unsure=True)  # two classes have one name
-
-    answer, classes = app.answerer(UnsureClassifier(), lambda source: source)("image")
-    assert answer == "Unsure. Most likely: a (40%)" and classes == {"a": 0.4, "b": 0.3}
-    assert list(classes) == ["a", "b"]
 
 
 def test_files_of_a_space_follow_from_the_imports():
@@ -205,9 +191,9 @@ def test_examples_may_be_below_the_home_directory(capsys, monkeypatch, tmp_path)
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     (tmp_path / "photos").mkdir()
     draw("red", 1).save(tmp_path / "photos/red.png")
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as exit_info:
         app.main(["nowhere", "--examples=~/photos"])
-    assert "there is no folder 'nowhere'" in capsys.readouterr().err
+    assert exit_info.value.code == 2 and "there is no folder 'nowhere'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("port", ["abc", "70000"])
@@ -233,20 +219,16 @@ def test_space_of_a_model_that_the_hub_does_not_have_is_refused(monkeypatch):
     [
         (Prediction("", [("none", 0.9), ("a", 0.1)], unsure=True, none=True), "None of these"),
         (Prediction("", [("a", 0.9), ("none", 0.1)]), "a (90%)"),
+        # Two classes have one name: the likelier one counts.
+        (Prediction("", [("a", 0.4), ("b", 0.3), ("a", 0.2)], unsure=True), "Unsure. Most likely: a (40%)"),
         (Prediction("", [], error="not a number"), "No prediction: not a number"),
     ],
 )
 def test_answer_is_that_of_the_prediction(prediction, answer):
     ask = app.answerer(SimpleNamespace(predict=lambda image, top_k: prediction), lambda source: source)
-    assert ask(" image ") == (answer, dict(prediction.top)) and ask("  ") == ask(None) == ("", {})
-
-
-def test_slow_address_does_not_hold_up_the_other_visitors(monkeypatch):
-    network = SimpleNamespace(labels=["a"], batch_size=16)
-    monkeypatch.setattr("luthier.serving.classifier.open_network", lambda name: network)
-    page = app.build_page("colours", False, [])
-    limits = {function.api_name: function.concurrency_limit for function in page.fns.values()}
-    assert limits["url"] == app.FETCHES > 1
+    said, classes = ask(" image ")
+    assert said == answer and classes == dict(reversed(prediction.top)) and ask("  ") == ask(None) == ("", {})
+    assert list(classes) == list(dict(prediction.top)), "the likeliest first"
 
 
 @pytest.mark.parametrize(("options", "private"), [(["--private"], True), ([], None)])
@@ -259,9 +241,9 @@ def test_space_is_hidden_where_the_user_asks_for_it(monkeypatch, options, privat
 
     monkeypatch.setattr(HfApi, "repo_info", lambda *_, **__: None)  # the Hub has the model
     monkeypatch.setattr("luthier.serving.hub.check_access", check_access)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as exit_info:
         app.main(["me/colours", "--push_to_space", "me/demo", *options])
-    assert asked == [("me/demo", private, "gradio")]
+    assert exit_info.value.code == 2 and asked == [("me/demo", private, "gradio")]
 
 
 def test_space_runs_the_python_of_its_publisher(tmp_path):
@@ -270,18 +252,12 @@ def test_space_runs_the_python_of_its_publisher(tmp_path):
     assert head["python_version"] == f"{sys.version_info.major}.{sys.version_info.minor}"  # a text: 3.10 is not 3.1
 
 
-def test_newer_image_ends_the_wait_for_an_address(monkeypatch):
+def test_page_fetches_public_addresses_beside_others_keeps_images_for_an_hour_and_reports_nothing(monkeypatch):
     network = SimpleNamespace(labels=["a"], batch_size=16)
     monkeypatch.setattr("luthier.serving.classifier.open_network", lambda name: network)
     page = app.build_page("colours", False, [])
-    (url,) = (number for number, function in page.fns.items() if function.api_name == "url")
-    assert any(url in function.cancels for function in page.fns.values())
-
-
-def test_app_asks_no_private_address_keeps_images_for_an_hour_and_reports_nothing(monkeypatch):
-    network = SimpleNamespace(labels=["a"], batch_size=16)
-    monkeypatch.setattr("luthier.serving.classifier.open_network", lambda name: network)
-    page = app.build_page("colours", False, [])
-    (url,) = (function for function in page.fns.values() if function.api_name == "url")
+    ((number, url),) = (entry for entry in page.fns.items() if entry[1].api_name == "url")
     assert "is not public" in url.fn("http://127.0.0.1:9/a.png")[0]
+    assert url.concurrency_limit == app.FETCHES > 1, "a slow address does not hold up the other visitors"
+    assert any(number in function.cancels for function in page.fns.values()), "a newer image ends the wait for one"
     assert page.delete_cache == (600, 3600) and page.analytics_enabled is False

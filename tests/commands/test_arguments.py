@@ -25,13 +25,8 @@ from luthier.errors import UserError
 from luthier.machine import OneGPUTrainingArguments, fill_in_machine_defaults
 from luthier.parsing import MEANT, MEANT_BY, NOT_NEEDED
 
+pytestmark = pytest.mark.usefixtures("empty_folder")
 ALL_NAMES = {option.name for group in ARGUMENTS for option in fields(group) if option.init}
-
-
-@pytest.fixture(autouse=True)
-def empty_folder(tmp_path, monkeypatch):
-    """Every test runs in an empty folder."""
-    monkeypatch.chdir(tmp_path)
 
 
 def write_config(text: str, name: str = "some.yaml") -> str:

@@ -5,7 +5,9 @@ import json
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -52,15 +54,17 @@ def verdicts(results: dict) -> list[str]:
     return [verdict_in_words(verdict) for verdict in compare_pairs(results)]
 
 
-def test_config_that_changes_while_the_runs_go_on_is_refused(tmp_path, monkeypatch, capsys):
-    def trained_with_others(run):
-        run.folder.mkdir(parents=True)
-        for name in ("README.md", "model.safetensors"):
-            (run.folder / name).touch()
-        (run.folder / "metrics.json").write_text(json.dumps({"settings": "others", "time_limit": None}))
+def finish(run: Run, **metrics) -> None:
+    """Write what a finished run leaves."""
+    run.folder.mkdir(parents=True)
+    for name in ("README.md", "model.safetensors"):
+        (run.folder / name).touch()
+    (run.folder / "metrics.json").write_text(json.dumps({"time_limit": None} | metrics))
 
+
+def test_config_that_changes_while_the_runs_go_on_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("compare.execute", trained_with_others)
+    monkeypatch.setattr("compare.execute", lambda run: finish(run, settings="others"))
     with pytest.raises(SystemExit) as exit_info:
         main(["--set", "augmentation=none,augmix", "--seeds", "1"])
     assert exit_info.value.code == 2 and "its config has changed since" in capsys.readouterr().err
@@ -75,12 +79,8 @@ def test_config_that_changes_while_the_runs_go_on_is_refused(tmp_path, monkeypat
 )
 def test_runs_of_other_images_are_not_compared(tmp_path, monkeypatch, capsys, of, message):
     def trained(run):
-        run.folder.mkdir(parents=True)
-        for name in ("README.md", "model.safetensors"):
-            (run.folder / name).touch()
-        metrics = {"settings": run.settings, "time_limit": None, "data": {"fingerprint": getattr(run, of)}}
-        metrics |= {"test": {"accuracy": 1.0, "n": 1}, "validation": {"accuracy": 1.0}, "seconds": {"total": 1.0}}
-        (run.folder / "metrics.json").write_text(json.dumps(metrics))
+        metrics = {"test": {"accuracy": 1.0, "n": 1}, "validation": {"accuracy": 1.0}, "seconds": {"total": 1.0}}
+        finish(run, settings=run.settings, data={"fingerprint": getattr(run, of)}, **metrics)
         (run.folder / "predictions.csv").write_text("name,digest,label,predicted\na.png,x,a,a\n")
 
     monkeypatch.chdir(tmp_path)
@@ -273,44 +273,26 @@ def test_interrupted_run_is_resumed_and_a_run_with_other_settings_is_refused(tmp
 
 def test_run_is_stopped_with_the_command(tmp_path, monkeypatch, capsys):
     told = []
-
-    class Process:
-        def __init__(self, *_, **__):
-            self.wait = lambda: told.append("wait") if "terminate" in told else sys.exit(143)
-            self.poll = lambda: 143 if "wait" in told else None
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-    monkeypatch.setattr(subprocess, "Popen", Process)
+    process = SimpleNamespace(
+        wait=lambda: told.append("wait") if "terminate" in told else sys.exit(143),
+        poll=lambda: 143 if "wait" in told else None,
+    )
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: nullcontext(process))
     monkeypatch.setattr("compare.terminate", lambda process: told.append("terminate"))
-    run = Run("a", "seed 1", tmp_path / "a", [], "x")
     with pytest.raises(SystemExit) as exit_info:
-        execute(run)
+        execute(Run("a", "seed 1", tmp_path / "a", [], "x"))
     assert exit_info.value.code == 143 and told == ["terminate", "wait"] and "to go on" in capsys.readouterr().err
 
 
 def test_second_ctrl_c_is_left_to_the_run(tmp_path, monkeypatch, capsys):
     pressed = [KeyboardInterrupt, KeyboardInterrupt]
 
-    class Process:
-        def __init__(self, *_, **__):
-            self.poll = lambda: None if pressed else 130
+    def wait():
+        if pressed:
+            raise pressed.pop()
 
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-        def wait(self):
-            if pressed:
-                raise pressed.pop()
-
-    monkeypatch.setattr(subprocess, "Popen", Process)
+    process = SimpleNamespace(wait=wait, poll=lambda: None if pressed else 130)
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: nullcontext(process))
     with pytest.raises(SystemExit) as exit_info:
         execute(Run("a", "seed 1", tmp_path / "a", [], "x"))
     assert exit_info.value.code == 130 and not pressed and "to go on" in capsys.readouterr().err
@@ -509,11 +491,7 @@ def test_finished_run_counts_with_the_time_that_it_had(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = ["--set", "augmentation=none,augmix", "--time_limit"]
     run = build_run(tmp_path, [*flags, "5"])
-    run.folder.mkdir(parents=True)
-    for name in ("README.md", "model.safetensors"):
-        (run.folder / name).touch()
-    record = {"settings": run.settings.split()[0], "time_limit": 5.0}
-    (run.folder / "metrics.json").write_text(json.dumps(record))
+    finish(run, settings=run.settings.split()[0], time_limit=5.0)
     assert is_finished(run)
     longer = build_run(tmp_path, [*flags, "6"])
     assert longer.folder == run.folder

@@ -272,63 +272,41 @@ def test_shipped_file_is_judged_too(run, capsys, monkeypatch, tmp_path):
     assert {path.name for path in (tmp_path / "out/onnx").iterdir()} == {"model.onnx"}
 
 
-def test_float32_that_is_unsure_otherwise_is_refused():
-    parity = Parity("fp32", 9, 9, 0, 1, 0.0, True, (1.0, 1.0), (-0.1, 0.1))
-    assert parity.refusal == "1 image is unsure by one of the two alone"
-    assert parity._replace(other_answers=0).refusal is None
-
-
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_answers_that_are_no_numbers_are_refused(precision):
-    answers = np.tile([0.9, 0.1], (300, 1))
-    rated = Rated(answers, answers.max(axis=1))
-    broken = Rated(np.where(np.arange(300)[:, None] < 20, np.nan, answers), rated.sureness)
-
-    class Exported:
-        unsure_below, batch_size = 0.6, 300
-
-    class Fixed(Images):
-        def rate(self, network, topic):
-            return broken
-
-    parity = compare(Exported(), rated, Fixed(["image"] * 300, lambda number: b"", np.zeros(300, int)), precision)
-    assert parity.refusal == "the answers to 20 images are no finite numbers" and parity.largest_difference == 1
-
-
 def test_model_that_is_too_large_for_an_onnx_file_is_refused(run, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(exporting, "MAX_BYTES", 1000)
-    with pytest.raises(SystemExit):
-        export.main([str(run), "--output_dir", str(tmp_path)])
-    assert "GB of weights, and an ONNX file holds 2: choose another one" in capsys.readouterr().err
+    code, printed = run_export(capsys, run, "--output_dir", tmp_path)
+    assert code == 2 and "GB of weights, and an ONNX file holds 2: choose another one" in printed
 
 
-def test_comparison_counts_what_differs(tmp_path):
-    class Fixed:
-        labels, unsure_below, none, batch_size = ["a", "b"], 0.6, None, 2
+class Answers:
+    """A network that gives one image after the other such a probability of the first of two classes."""
 
-        def __init__(self, shares):
-            self.shares, self.seen = shares, 0
+    labels, unsure_below, none, batch_size = ("a", "b"), 0.6, None, 2
 
-        def view(self, image):
-            self.seen += 1
-            return self.shares[self.seen - 1]
+    def __init__(self, shares):
+        left = iter(shares)
+        self.view = lambda image: next(left)
 
-        def rate(self, views):
-            shares = np.array(views, np.float32)
-            return exporting_rated(np.stack([shares, 1 - shares], axis=1))
+    def rate(self, views):
+        shares = np.array(views, np.float32)
+        return Rated(np.stack([shares, 1 - shares], axis=1), np.maximum(shares, 1 - shares))
 
-    def exporting_rated(probabilities):
-        from luthier.serving.network import Rated
 
-        return Rated(probabilities, probabilities.max(axis=1))
-
-    for number in range(3):
-        draw("red", number).save(tmp_path / f"{number}.png")
-    images = Images(list("012"), lambda n: (tmp_path / f"{n}.png").read_bytes(), np.array([0, 0, 1]))
-    rated = images.rate(Fixed([0.9, 0.7, 0.2]), "model")
-    found = compare(Fixed([0.9, 0.45, 0.3]), rated, images, "int8")
+def test_comparison_counts_what_differs():
+    images = Images(list("012"), lambda number: encode("red", number), np.array([0, 0, 1]))
+    rated = images.rate(Answers([0.9, 0.7, 0.2]), "model")
+    found = compare(Answers([0.9, 0.45, 0.3]), rated, images, "int8")
     assert (found.same, found.n, found.other_answers) == (2, 3, 1)
     assert found.largest_difference == pytest.approx(0.25) and found.accuracy == (1.0, pytest.approx(2 / 3))
+
+
+def test_comparison_counts_images_that_belong_together_as_few():
+    wrong = [0.0] * 8 + [1.0] * 32
+    images = Images(list(map(str, range(40))), lambda number: encode("red", 1), np.zeros(40, int))
+    expected = images.rate(Answers([1.0] * 40), "model")
+    alone = compare(Answers(wrong), expected, images, "int8").difference_ci95
+    together = compare(Answers(wrong), expected, images._replace(groups=np.arange(40) // 8), "int8").difference_ci95
+    assert together[0] < alone[0] and alone[1] < 0 < together[1]
 
 
 @pytest.mark.parametrize(
@@ -397,14 +375,14 @@ def test_damaged_file_gets_one_message(run, capsys, tmp_path, damage, message):
 
 
 def test_missing_package_and_file_get_one_message(run, capsys, monkeypatch):
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as failure:
         predict.main([str(run / "onnx/none.onnx"), "a.png"])
-    assert "there is no file" in capsys.readouterr().err
+    assert failure.value.code == 2 and "there is no file" in capsys.readouterr().err
     monkeypatch.setattr("importlib.util.find_spec", lambda name, original=None: None)
     for command, args in ((export.main, [str(run)]), (predict.main, [str(run / "onnx/model.onnx"), "a.png"])):
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit) as failure:
             command(args)
-        assert "pip install -r requirements-export.txt" in capsys.readouterr().err
+        assert failure.value.code == 2 and "pip install -r requirements-export.txt" in capsys.readouterr().err
 
 
 def test_architecture_that_cannot_be_exported_gets_one_message(run, capsys, monkeypatch, tmp_path):
@@ -523,32 +501,6 @@ def test_overflows_are_looked_for_in_a_part_of_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(session, "run", lambda *given: outputs.append(run(*given)) or outputs[-1])
     exporting.count_overflows(tmp_path / "m.onnx", [np.zeros((1, 1, 3), np.uint8)])
     assert outputs[0] and all(np.size(value) == 1 for value in outputs[0]), "numbers, not the values"
-
-
-class Always:
-    """A network that takes the first images for another class than theirs."""
-
-    labels, unsure_below, none, batch_size = ("a", "b"), 0.6, None, 40
-
-    def view(self, image):
-        return 0
-
-    def rate(self, views):
-        return ratings(np.arange(len(views)) < 8)
-
-
-def ratings(wrong):
-    probabilities = np.eye(2, dtype=np.float32)[wrong.astype(int)]
-    return Rated(probabilities, probabilities.max(axis=1))
-
-
-def test_comparison_counts_images_that_belong_together_as_few():
-    names, labels = list(map(str, range(40))), np.zeros(40, int)
-    images = Images(names, lambda number: encode("red", 1), labels)
-    expected = ratings(np.zeros(40, bool))
-    alone = compare(Always(), expected, images, "int8").difference_ci95
-    together = compare(Always(), expected, images._replace(groups=np.arange(40) // 8), "int8").difference_ci95
-    assert together[0] < alone[0] and alone[1] < 0 < together[1]
 
 
 def test_channels_that_the_model_wants_reversed_are_reversed_in_the_export():

@@ -4,12 +4,11 @@ import json
 
 import numpy as np
 import pytest
-from conftest import draw_folder
+from conftest import draw_folder, run
 from PIL import Image
 
 import predict
 import score
-import train
 from luthier.familiarity import load_familiarity
 from luthier.scoring.comparison import read_correct
 from models import load_trained
@@ -31,12 +30,6 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run(folder, timm_checkpoint, name: str, *options: str) -> dict:
-    line = ["--data_dir", str(folder / "images"), "--model_name", str(timm_checkpoint), "--disable_tqdm", "1"]
-    train.main([*line, "--recipe", "probe", "--output_dir", str(folder / name), *options])
-    return json.loads((folder / name / "metrics.json").read_text())
-
-
 def ask(capsys, *words) -> list[dict]:
     predict.main([*map(str, words), "--format", "jsonl"])
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -44,7 +37,7 @@ def ask(capsys, *words) -> list[dict]:
 
 @pytest.mark.slow
 def test_class_is_found_by_its_name_and_not_scored(folder, timm_checkpoint, capsys):
-    metrics = run(folder, timm_checkpoint, "found")
+    metrics = run(folder, timm_checkpoint, "--recipe", "probe", out="found")
     said = capsys.readouterr().out
     not_scored = "none     'None' is of images of anything else, and not scored"
     assert f'{not_scored}; if not, give --none_class ""\n' in said
@@ -92,11 +85,12 @@ def test_class_is_found_by_its_name_and_not_scored(folder, timm_checkpoint, caps
 
 @pytest.mark.slow
 def test_class_is_given_or_switched_off(folder, timm_checkpoint, capsys):
-    given = run(folder, timm_checkpoint, "given", "--none_class", "blue", "--folds", "3")
+    probe = ["--recipe", "probe", "--none_class"]
+    given = run(folder, timm_checkpoint, *probe, "blue", "--folds", "3", out="given")
     assert (given["test"]["n"], given["test"]["none"]["n"]) == (60, 20)
-    off = run(folder, timm_checkpoint, "off", "--none_class", "")
+    off = run(folder, timm_checkpoint, *probe, "", out="off")
     assert off["test"]["n"] == 16 and "none" not in off["test"] and "none_answered" not in off["unsure"]
     with pytest.raises(SystemExit) as ended:
-        run(folder, timm_checkpoint, "wrong", "--none_class", "nothing")
+        run(folder, timm_checkpoint, *probe, "nothing", out="wrong")
     message = "there is no class 'nothing' (--none_class): the classes are None, blue, green, red"
     assert ended.value.code == 2 and message in capsys.readouterr().err

@@ -157,18 +157,13 @@ def test_file_of_a_pattern_that_may_not_be_looked_at_is_an_input(tmp_path, monke
     assert list(predict.expand([f"{tmp_path}/*"])) == [(f"{tmp_path}/a.png", None)]
 
 
-def test_closed_standard_output_is_of_no_use_without_a_file(model, monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_closed_standard_streams_stop_nothing_that_goes_into_a_file(model, monkeypatch, capsys, tmp_path, closed):
     draw("red", 9).save(tmp_path / "a.png")
-    monkeypatch.setattr("sys.stdout", None)
-    with pytest.raises(SystemExit):
-        predict.main([str(model), str(tmp_path / "a.png")])
-    predict.main([str(model), str(tmp_path / "a.png"), "--format", "csv", "--output", str(tmp_path / "out.csv")])
-    assert len((tmp_path / "out.csv").read_text().splitlines()) == 2
-
-
-def test_closed_standard_error_stops_nothing(model, monkeypatch, tmp_path):
-    draw("red", 9).save(tmp_path / "a.png")
-    monkeypatch.setattr("sys.stderr", None)
+    monkeypatch.setattr(f"sys.{closed}", None)
+    if closed == "stdout":
+        code, _, errors = run_predict(capsys, model, tmp_path / "a.png")
+        assert code == 2 and errors == "error: the standard output is closed: give --output FILE\n"
     predict.main([str(model), str(tmp_path / "a.png"), "--format", "csv", "--output", str(tmp_path / "out.csv")])
     assert len((tmp_path / "out.csv").read_text().splitlines()) == 2
 
@@ -342,13 +337,9 @@ def test_memory_does_not_grow_with_the_number_of_inputs(model):
 
 def test_odd_configs_from_the_hub(model, capsys, tmp_path):
     draw("red", 1).save(tmp_path / "a.png")
-    other = tmp_path / "odd"
-    other.mkdir()
-    for path in model.glob("*.*"):
-        (other / path.name).write_bytes(path.read_bytes())
     config = json.loads((model / "config.json").read_text())
     config |= {"id2label": {"0": 7, "1": "\x1b]0;title\x07"}, "unsure_below": None, "num_labels": 3}
-    (other / "config.json").write_text(json.dumps(config))
+    other = copy_with(model, tmp_path / "odd", config)
     code, out, err = run_predict(capsys, other, tmp_path / "a.png", "http://127.0.0.1/\x1b[0m", "--top_k", "3")
     assert code == 1 and "\x1b" not in out and "Traceback" not in err
     settings = json.loads((model / "preprocessor_config.json").read_text())
@@ -416,36 +407,27 @@ def test_prediction_that_is_stopped_does_not_wait_for_what_is_being_read(model, 
     release.set()
 
 
-class Diverged:
-    labels, unsure_below, none, batch_size = ["a", "b"], 0.0, None, 16
+class Fixed:
+    """A network that is as sure of everything, and gives both classes the same probability."""
+
+    labels, unsure_below, none, batch_size = ("a", "b"), 0.5, None, 2
+
+    def __init__(self, sureness, probability=0.5):
+        self.sureness, self.probability = sureness, probability
 
     def view(self, image):
         return image
 
     def rate(self, views):
-        return Rated(np.full((len(views), 2), np.nan, np.float32), np.full(len(views), np.nan, np.float32))
+        n = len(views)
+        return Rated(np.full((n, 2), self.probability, np.float32), np.full(n, self.sureness, np.float32))
 
 
 @pytest.mark.parametrize("format", ["table", "jsonl", "csv"])
 def test_answer_that_is_no_number_is_no_prediction(format):
-    prediction, file = Classifier(Diverged()).predict(draw("red", 1), 2), io.StringIO()
+    prediction, file = Classifier(Fixed(np.nan, np.nan)).predict(draw("red", 1), 2), io.StringIO()
     predict.WRITERS[format](file, 2)(prediction)
     assert prediction.error and prediction.error in file.getvalue() and "nan" not in file.getvalue().lower()
-
-
-class Fixed:
-    """A network that is as sure of everything."""
-
-    labels, unsure_below, none, batch_size = ("a", "b"), 0.5, None, 2
-
-    def __init__(self, sureness):
-        self.sureness = sureness
-
-    def view(self, image):
-        return image
-
-    def rate(self, views):
-        return Rated(np.full((len(views), 2), 0.5, np.float32), np.full(len(views), self.sureness, np.float32))
 
 
 def test_sureness_that_is_no_number_is_unsure():

@@ -90,9 +90,9 @@ def test_copies_of_shards_and_partial_downloads_are_no_shards():
 
 def test_interruption_before_the_first_file_is_named(monkeypatch):
     monkeypatch.setattr(prepare, "resized", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as exit_info:
         prepare.main(LINE)
-    assert Path("shards/shards.json").is_file() and not shards()
+    assert exit_info.value.code == 130 and Path("shards/shards.json").is_file() and not shards()
     with pytest.raises(UserError, match=r"shards lacks files of the split train: prepare.py was interrupted"):
         load(data_dir="shards")
 

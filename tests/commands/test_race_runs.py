@@ -7,13 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import draw, draw_folder
+from conftest import draw, draw_folder, run
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import pipeline
 
 import luthier.scoring.race as race
-import train
 from data import load_splits
 from luthier.output_dir import has_ended
 from luthier.scoring import selection
@@ -28,13 +27,6 @@ from luthier.training.trainer import predict, predict_best
 RACE = ["--per_device_train_batch_size", "16", "--num_train_epochs", "14"]
 RACE += ["--keep", "trained", "--learning_rate", "1e-2"]
 SCORED_KEYS = ("validation", "test", "unsure")
-
-
-def run(folder: Path, checkpoint: Path, *more: str, out: str = "out") -> dict:
-    """Run train.py on the images of a folder, all quiet; return its metrics."""
-    args = ["--data_dir", str(folder / "images"), "--model_name", str(checkpoint), "--disable_tqdm", "1"]
-    train.main([*args, "--num_train_epochs", "9", "--output_dir", str(folder / out), *more])
-    return json.loads((folder / out / "metrics.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +102,7 @@ def test_report_shows_what_was_tried(raced):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kept", [5, 1])
-def test_interrupted_race_ends_like_an_uninterrupted_one(raced, timm_checkpoint, monkeypatch, kept):
+def test_interrupted_race_ends_like_an_uninterrupted_one(raced, timm_checkpoint, monkeypatch, capsys, kept):
     """Cut in the second heats, or after the first heat of the first recipe."""
     folder, whole = raced
     name, write_record = f"cut after {kept}", race.write_record
@@ -126,8 +118,9 @@ def test_interrupted_race_ends_like_an_uninterrupted_one(raced, timm_checkpoint,
     assert not (folder / name / "metrics.json").exists()
     begun = json.loads((folder / name / "race.json").read_text())["heats"]
     resume = ["--resume_from_checkpoint", "auto"]
-    with pytest.raises(SystemExit):  # its losses do not compare
+    with pytest.raises(SystemExit) as ended:  # its losses do not compare
         run(folder, timm_checkpoint, *RACE, *resume, "--metric", "accuracy", out=name)
+    assert ended.value.code == 2 and "and now there would be --metric accuracy" in capsys.readouterr().err
     again = run(folder, timm_checkpoint, *RACE, *resume, out=name)
     assert [heat["arm"] for heat in again["race"]["heats"]] == [heat["arm"] for heat in whole["race"]["heats"]]
     assert again["race"]["heats"][:kept] == begun  # with the same seconds: they were not run again
@@ -178,9 +171,9 @@ def test_time_limit_ends_a_training_without_heats_after_an_epoch(tmp_path):
         (tmp_path / "out" / old).parent.mkdir(exist_ok=True)
         (tmp_path / "out" / old).touch()
     draw("red", 999).save(tmp_path / "images/red/new.png")
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as ended:
         run(tmp_path, Path("simple_cnn"), *resume, "9")
-    assert has_ended(tmp_path / "out")  # what cannot go on stays as it was
+    assert ended.value.code == 2 and has_ended(tmp_path / "out")  # what cannot go on stays as it was
     (tmp_path / "images/red/new.png").unlink()
     more = run(tmp_path, Path("simple_cnn"), *resume, "9")["race"]
     assert more["heats"][0] == heat and more["heats"][-1]["epochs"] > 1 and more["ended"] == "its last heat"

@@ -4,15 +4,15 @@ import json
 
 import numpy as np
 import pytest
-from conftest import draw
+from conftest import draw, run
 from transformers import AutoModelForImageClassification
 
 import score
-import train
 from luthier.familiarity import class_shares_of
 from models import build_model, load_trained
 
 COUNTS = {"blue": 24, "green": 12, "red": 4, "violet": 1}
+PROBE = ["--metric", "balanced_accuracy", "--recipe", "probe"]
 
 
 @pytest.fixture(scope="module")
@@ -24,26 +24,20 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run(folder, timm_checkpoint, name: str, *options: str) -> dict:
-    line = ["--data_dir", str(folder / "images"), "--model_name", str(timm_checkpoint), "--disable_tqdm", "1"]
-    train.main([*line, "--output_dir", str(folder / name), "--metric", "balanced_accuracy", *options])
-    return json.loads((folder / name / "metrics.json").read_text())
-
-
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("probe", ["--recipe", "probe"]),
+        ("probe", []),
         pytest.param(
             "weighted",
             ["--recipe", "full", "--balance", "weighted", "--num_train_epochs", "2"],
             marks=pytest.mark.slow,
         ),
-        pytest.param("folds", ["--recipe", "probe", "--folds", "3"], marks=pytest.mark.slow),
+        pytest.param("folds", ["--folds", "3"], marks=pytest.mark.slow),
     ],
 )
 def test_shipped_model_answers_as_the_scored_one(folder, timm_checkpoint, name, options, capsys):
-    metrics = run(folder, timm_checkpoint, name, "--refit", "none", *options)
+    metrics = run(folder, timm_checkpoint, *PROBE, "--refit", "none", *options, out=name)
     shares = metrics["class_shares"]
     assert sum(shares) == pytest.approx(1) and shares[0] > shares[1] > shares[2] > 0
     assert "answers as if all classes were equally frequent" in capsys.readouterr().out
@@ -65,13 +59,13 @@ def test_shipped_model_answers_as_the_scored_one(folder, timm_checkpoint, name, 
 @pytest.fixture(scope="module")
 def scored(folder, timm_checkpoint):
     """The metrics of a run without a refit."""
-    return run(folder, timm_checkpoint, "scored", "--recipe", "probe", "--refit", "none")
+    return run(folder, timm_checkpoint, *PROBE, "--refit", "none", out="scored")
 
 
 @pytest.fixture(scope="module")
 def refitted(folder, timm_checkpoint):
     """The metrics of a run with a refit."""
-    return run(folder, timm_checkpoint, "refit", "--recipe", "probe")
+    return run(folder, timm_checkpoint, *PROBE, out="refit")
 
 
 def test_score_of_a_model_knows_its_shares(folder, scored):
@@ -86,7 +80,7 @@ def test_score_of_a_model_knows_its_shares(folder, scored):
 
 @pytest.mark.usefixtures("scored")
 def test_run_from_the_model_of_another_names_the_images_that_have_chosen_it(folder, capsys):
-    metrics = run(folder, folder / "scored", "anew", "--recipe", "probe", "--refit", "none")
+    metrics = run(folder, folder / "scored", *PROBE, "--refit", "none", out="anew")
     assert metrics["leaks"]["learned_from"] == metrics["validation"]["n"] > 0, "the splits are the same"
     assert "has learned from, or was chosen by" in capsys.readouterr().out
 
@@ -101,12 +95,12 @@ def test_report_and_card_say_how_answers_make_up_for_rare_classes(folder, refitt
 
 @pytest.mark.slow
 def test_refit_after_folds_learns_from_a_class_that_no_fold_tests(folder, timm_checkpoint):
-    metrics = run(folder, timm_checkpoint, "folds-refit", "--recipe", "probe", "--folds", "3")
+    metrics = run(folder, timm_checkpoint, *PROBE, "--folds", "3", out="folds-refit")
     assert metrics["test"]["n"] == sum(COUNTS.values()) - 1 and metrics["refit"]["images"] == sum(COUNTS.values())
 
 
 def test_balance_changes_the_answers_by_the_shares_alone(folder, timm_checkpoint, scored):
-    plain = run(folder, timm_checkpoint, "plain", "--recipe", "probe", "--balance", "none", "--refit", "none")
+    plain = run(folder, timm_checkpoint, *PROBE, "--balance", "none", "--refit", "none", out="plain")
     heads, temperatures = [], [metrics["calibration"]["temperature"] for metrics in (plain, scored)]
     for name, temperature in zip(("plain", "scored"), temperatures, strict=True):  # as before calibration
         head = AutoModelForImageClassification.from_pretrained(folder / name).timm_model.get_classifier()

@@ -192,7 +192,7 @@ def test_tile_that_is_larger_than_its_image_is_read():
 
 
 def test_tiff_whose_tags_are_cut_off_is_refused():
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="a TIFF with bands or bits that are not read, or a damaged one"):
         decode_rgb(tiled_tiff(64)[:30])
 
 

@@ -81,23 +81,12 @@ def test_awkward_table_is_read(root, name, content, options):
     assert load(root, content, name, **options) == EXPECTED
 
 
-def test_parquet_is_read(root):
-    path = root.parent / "labels.parquet"
-    Dataset.from_list([{"file": name, "label": label} for name, label in pairs()]).to_parquet(str(path))
-    splits, _ = load_images(data_dir=str(root), labels=str(path))
-    assert len(splits["train"]) == 12
-
-
-def test_class_labels_of_a_parquet_file_are_read_by_name(root):
-    names = sorted({label for _, label in pairs()}, reverse=True)  # which another file may number otherwise
-    features = Features({"file": Value("string"), "label": ClassLabel(names=names)})
-    rows = [{"file": name, "label": label} for name, label in pairs()]
-    path = root.parent / "labels.parquet"
-    Dataset.from_list(rows, features=features).to_parquet(str(path))
-    train = load_images(data_dir=str(root), labels=str(path))[0]["train"]
-    labels = map(train.features["label"].int2str, train["label"])
-    found = dict(zip([Path(name).name for name in train["name"]], labels, strict=True))
-    assert found == dict(pairs())
+@pytest.mark.parametrize("label", [Value("string"), ClassLabel(names=["red", "green", "blue"])])
+def test_parquet_is_read_and_its_class_labels_by_name(root, label):
+    """Another file may number the classes otherwise."""
+    path, features = root.parent / "labels.parquet", Features({"file": Value("string"), "label": label})
+    Dataset.from_list([{"file": name, "label": label} for name, label in pairs()], features).to_parquet(path)
+    assert load(root, path.read_bytes(), path.name) == EXPECTED
 
 
 def test_numbers_that_became_floats_are_whole_again(root):
@@ -145,17 +134,6 @@ def test_metadata_is_found_in_the_folder_or_in_its_split_folders(root, tmp_path)
         (tmp_path / "splits" / split / "metadata.csv").write_text(text(chosen, "file_name,label"))
     splits, _ = load_images(data_dir=str(tmp_path / "splits"))
     assert {split: len(rows) for split, rows in splits.items()} == {"train": 9, "test": 3}
-
-
-def test_images_of_one_group_are_in_one_group(root):
-    path = root.parent / "labels.csv"
-    path.write_text(text([(*pair, f"p{number // 4}") for number, pair in enumerate(pairs())], "file,label,patient"))
-    splits, _ = load_images(data_dir=str(root), labels=str(path), group_column="patient")
-    rows = splits["train"]
-    group_of = dict(zip(rows["name"][:], rows["group"][:], strict=True))
-    for number in range(12):
-        assert group_of[f"a{number}.png"] == group_of[f"a{number // 4 * 4}.png"]
-    assert len(set(group_of.values())) == 3
 
 
 def rows_with(**changes: tuple) -> str:
@@ -500,15 +478,23 @@ def test_class_number_below_zero_is_no_label(root):
         load_images(data_dir=str(root), labels=str(path))
 
 
-@pytest.mark.parametrize("values", [("Zoë", "Zoe\N{COMBINING DIAERESIS}"), ("p1", "p1")])
-def test_images_of_one_group_are_together_and_those_without_a_group_alone(root, values):
-    """The first two names are the same, in both spellings of Unicode."""
-    rows = [(*pair, values[number % 2] if number < 4 else "") for number, pair in enumerate(pairs())]
+@pytest.mark.parametrize(
+    ("patients", "together"),
+    [
+        # The same name, in both spellings of Unicode.
+        (["Zoë", "Zoe\N{COMBINING DIAERESIS}"] * 2 + [""] * 8, [0] * 4 + [*range(4, 12)]),
+        (["p1"] * 4 + [""] * 8, [0] * 4 + [*range(4, 12)]),
+        ([f"p{number // 4}" for number in range(12)], [number // 4 * 4 for number in range(12)]),
+    ],
+)
+def test_images_of_one_group_are_together_and_those_without_a_group_alone(root, patients, together):
+    rows = [(*pair, patient) for pair, patient in zip(pairs(), patients, strict=True)]
     path = root.parent / "labels.csv"
     path.write_text(text(rows, "file,label,patient"), encoding="utf-8")
-    splits, _ = load_images(data_dir=str(root), labels=str(path), group_column="patient")
-    groups = dict(zip(splits["train"]["name"], splits["train"]["group"], strict=True))
-    assert len({groups[f"a{number}.png"] for number in range(4)}) == 1 and len(set(groups.values())) == 9
+    train = load_images(data_dir=str(root), labels=str(path), group_column="patient")[0]["train"]
+    group_of = dict(zip(train["name"], train["group"], strict=True))
+    groups = [group_of[f"a{number}.png"] for number in range(12)]
+    assert [groups.index(group) for group in groups] == together
 
 
 def test_table_of_windows_keeps_signs_that_latin_1_lacks(root):

@@ -91,6 +91,18 @@ def read_pixels(path) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
+def page_of(metrics: dict, images: Path, folder: Path, logits: np.ndarray = LOGITS) -> str:
+    splits, unreadable = load_splits(data_dir=str(images))
+    test = TestPredictions(splits | {"test": splits["test"].select(range(6))}, logits, REFERENCES)
+    write_report(folder, metrics, audit_images(splits, unreadable) | {"learned_from": 0}, test)
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+def card_of(metrics: dict, folder: Path, repo_id: str | None = None) -> str:
+    write_model_card(folder, metrics, repo_id)
+    return (folder / "README.md").read_text(encoding="utf-8")
+
+
 def test_run_names_its_classes_if_they_are_few(capsys):
     for names, said in ((["fox", "test"], "2 classes (fox, test); images"), ([*"abcdefghijk"], "11 classes; images")):
         rows = Dataset.from_dict({"label": [0, 1]}, features=Features({"label": ClassLabel(names=names)}))
@@ -128,11 +140,11 @@ def test_title_of_the_confusion_matrix_counts_images_of_none(tmp_path, monkeypat
     assert "n = 2)" in titles[0] and titles[0].endswith("and 1 image of none of the classes")
 
 
-def test_card_says_that_folds_fit_the_temperature_on_what_they_score(metrics, tmp_path):
+def test_card_says_what_is_fitted_on_what_folds_score_and_that_the_curve_is_of_one(metrics, tmp_path):
     for expected in (False, True):
-        write_model_card(tmp_path, metrics)
-        card = (tmp_path / "README.md").read_text(encoding="utf-8")
+        card = card_of(metrics, tmp_path)
         assert ("Temperature and threshold were fitted on these predictions." in card) == expected
+        assert ("In the fold whose" in card) == ("In the fold whose model is kept: With twice" in card) == expected
         metrics["data"]["splits"].pop("train", None)
 
 
@@ -239,15 +251,6 @@ def test_page_shows_the_score_and_escapes_names(page):
     )
 
 
-def test_page_says_that_test_is_new_to_a_model_that_has_not_learned_from_it(metrics, images, tmp_path):
-    splits, unreadable = load_splits(data_dir=str(images))
-    findings = audit_images(splits, unreadable) | {"learned_from": 0}
-    test = TestPredictions(splits | {"test": splits["test"].select(range(6))}, LOGITS, REFERENCES)
-    write_report(tmp_path, metrics, findings, test)
-    text = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "Test accuracy <strong>83.3%</strong> on 6 images it was not trained on" in text
-
-
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs the browser chromium")
 @pytest.mark.parametrize(
     ("name", "width", "scheme"),
@@ -295,8 +298,7 @@ def test_readme_image_has_the_shape_of_the_default_runs_report(tmp_path, launch)
 
 
 def test_sentences_of_the_card_are_apart(metrics, tmp_path):
-    write_model_card(tmp_path, metrics)
-    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    text = card_of(metrics, tmp_path)
     assert "by chance.\n" in text and "by chance.Luthier" not in text
     prose = text.partition("## Score")[2].partition("| class |")[0].replace(HOSTILE[0], "")
     assert not re.search(r"[a-z]{3}\.[A-Z]", prose)
@@ -325,11 +327,8 @@ def test_report_shows_what_is_confused_most_often(metrics, images, tmp_path):
     ]
     assert found == [("c", "a", 2, 4, ["1.png", "0.png"]), ("c", "b", 2, 4, ["3.png", "2.png"])]
     assert "Most frequent confusions" not in page_of(metrics, images, tmp_path), "one image is no pattern"
-    splits, unreadable = load_splits(data_dir=str(images))
     wrong = np.roll(LOGITS, 2, axis=0)  # both images of each class are taken for the one before
-    test = TestPredictions(splits | {"test": splits["test"].select(range(6))}, wrong, REFERENCES)
-    write_report(tmp_path, metrics, audit_images(splits, unreadable) | {"learned_from": 0}, test)
-    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    page = page_of(metrics, images, tmp_path, wrong)
     assert "Most frequent confusions" in page and ": 2 of 2 test images" in page
 
 
@@ -423,15 +422,13 @@ def test_score_of_images_that_were_learned_from_is_said_to_be_too_high(metrics, 
     found = audit_images(splits, [])["leaks"]
     assert found == {"duplicates": len(splits["test"]), "groups": 0} and len(splits["test"])
     assert leaks_in_words(metrics) == leaks_in_words(metrics | {"leaks": {**found, "duplicates": 0}}) == ""
-    write_model_card(tmp_path, metrics | {"leaks": {"duplicates": 5, "groups": 2, "learned_from": 0}})
-    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    text = card_of(metrics | {"leaks": {"duplicates": 5, "groups": 2, "learned_from": 0}}, tmp_path)
     assert "**The score may be too high: 5 of 6 test images are also in train or validation, exactly or nearly" in text
     assert "2 groups of images in test also in train or validation.**" in text
 
 
 def test_card_says_what_loads_the_model(metrics, tmp_path):
-    write_model_card(tmp_path, metrics, "me/instruments")
-    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    text = card_of(metrics, tmp_path, "me/instruments")
     (line,) = (line for line in text.splitlines() if line.startswith("pip install"))
     floor = re.search(r"^transformers(>=[\d.]+)", (PROJECT / "requirements.txt").read_text(), re.MULTILINE)[1]
     assert f'"transformers{floor}"' in line and " timm" in line and text.index(line) < text.index("from transformers")
@@ -440,16 +437,14 @@ def test_card_says_what_loads_the_model(metrics, tmp_path):
 @pytest.mark.parametrize(("own", "split"), [([], None), (["test", "train"], "test")])
 def test_card_names_a_test_split_only_where_the_data_has_one(metrics, tmp_path, own, split):
     metrics["data"] |= {"name": "someone/set", "own_splits": own}
-    write_model_card(tmp_path, metrics)
-    results = ModelCard.load(tmp_path / "README.md").data.eval_results
+    results = ModelCard(card_of(metrics, tmp_path)).data.eval_results
     assert {row.dataset_split for row in results} == {split}
 
 
 @pytest.mark.parametrize(("name", "dataset"), [("food101", "imagefolder"), ("me/set", "me/set")])
 def test_folder_is_not_taken_for_a_dataset_of_the_hub(metrics, tmp_path, name, dataset):
     metrics["data"]["name"] = name
-    write_model_card(tmp_path, metrics)
-    results = ModelCard.load(tmp_path / "README.md").data.eval_results
+    results = ModelCard(card_of(metrics, tmp_path)).data.eval_results
     assert {(row.dataset_type, row.dataset_name) for row in results} == {(dataset, name)}
 
 
@@ -459,38 +454,17 @@ def test_what_scrolls_is_reached_by_the_keyboard(page, name):
     assert regions and all('tabindex="0"' in region and "aria-label=" in region for region in regions)
 
 
-def test_card_says_that_the_curve_is_of_one_fold(metrics, tmp_path):
-    write_model_card(tmp_path, metrics)
-    assert "In the fold whose" not in (tmp_path / "README.md").read_text(encoding="utf-8")
-    del metrics["data"]["splits"]["train"]
-    write_model_card(tmp_path, metrics)
-    assert "In the fold whose model is kept: With twice" in (tmp_path / "README.md").read_text(encoding="utf-8")
-
-
 def test_class_without_test_images_has_no_recall(metrics, tmp_path):
     empty = {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 0}
     metrics["test"] = metrics["test"] | {"per_class": metrics["test"]["per_class"] | {HOSTILE[2]: empty}}
-    write_model_card(tmp_path, metrics)
-    assert "| - | - | - | 0 |" in (tmp_path / "README.md").read_text(encoding="utf-8")
-
-
-def page_of(metrics: dict, images: Path, folder: Path) -> str:
-    splits, unreadable = load_splits(data_dir=str(images))
-    test = TestPredictions(splits | {"test": splits["test"].select(range(6))}, LOGITS, REFERENCES)
-    write_report(folder, metrics, audit_images(splits, unreadable) | {"learned_from": 0}, test)
-    return (folder / "report.html").read_text(encoding="utf-8")
-
-
-def card_of(metrics: dict, folder: Path) -> str:
-    write_model_card(folder, metrics)
-    return (folder / "README.md").read_text(encoding="utf-8")
+    assert "| - | - | - | 0 |" in card_of(metrics, tmp_path)
 
 
 def test_folds_are_said_to_be_of_several_models(metrics, images, tmp_path):
     """Validation is the user's own, and the time limit has ended the race of any fold."""
     page = page_of(metrics, images, tmp_path)
-    assert "6 images it was not trained on" in page and "Nothing was chosen by test." in page
-    assert "Nothing was chosen by test." in card_of(metrics, tmp_path)
+    assert "Test accuracy <strong>83.3%</strong> on 6 images it was not trained on" in page
+    assert "Nothing was chosen by test." in page and "Nothing was chosen by test." in card_of(metrics, tmp_path)
     del metrics["data"]["splits"]["train"]
     heat = {"arm": "full", "epochs": 1.0, "loss": 0.5, "accuracy": 0.9, "seconds": 3.0}
     metrics["race"] = {"probe": None, "heats": [heat], "ended": "the time limit", "loss": "validation loss"}
@@ -562,15 +536,11 @@ def test_model_that_is_not_calibrated_is_not_said_to_be(metrics, tmp_path, capsy
 def test_card_has_each_figure_in_its_place(metrics, tmp_path):
     card = ModelCard(card_of(metrics, tmp_path))
     scores = {entry.metric_type: entry.metric_value for entry in card.data.eval_results}
+    names = {entry.metric_type: entry.metric_name for entry in card.data.eval_results}
+    assert names == {"accuracy": "Accuracy", "f1": "Macro F1"}
     assert scores["f1"] == pytest.approx((0.8 + 2 / 3 + 1) / 3)
     assert "| 66.7% | 100.0% (34.2% to 100.0%) | 0.800 | 2 |" in card.text, "precision, recall, F1, images"
     assert "| 100.0% | 50.0% (9.5% to 90.5%) | 0.667 | 2 |" in card.text
-
-
-def test_card_says_that_f1_is_the_macro_average(metrics, tmp_path):
-    write_model_card(tmp_path, metrics)
-    results = ModelCard.load(tmp_path / "README.md").data.eval_results
-    assert {row.metric_type: row.metric_name for row in results} == {"accuracy": "Accuracy", "f1": "Macro F1"}
 
 
 def test_audit_is_written_in_pieces(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""What validation chooses by, and how answers make up for rare classes."""
+"""What validation chooses by, what corrects its losses, and how answers make up for rare classes."""
 
 from types import SimpleNamespace
 
@@ -174,6 +174,28 @@ def test_judge_has_the_losses_of_its_metric_and_corrects_them():
     yardstick = Yardstick(losses + generator.normal(size=200), 0.9)
     corrected = judge._replace(yardstick=yardstick).losses(logits, references)
     assert np.array_equal(corrected, yardstick.correct(losses)) and not np.array_equal(corrected, losses)
+
+
+def test_yardstick_corrects_for_easy_images():
+    rng = np.random.default_rng(0)
+    hardness = rng.exponential(size=20_000)
+    losses = 0.5 * hardness + rng.exponential(0.1, size=20_000)
+    easy = np.argsort(hardness + rng.normal(size=20_000))[:5000]  # as a validation split may be by bad luck
+    yardstick = Yardstick(hardness[easy], hardness.mean())
+    assert losses[easy].mean() < 0.8 * losses.mean()
+    assert yardstick.correct(losses[easy]).mean() == pytest.approx(losses.mean(), rel=0.02)
+
+
+def test_yardstick_changes_nothing_where_it_knows_nothing():
+    losses = np.array([0.1, 0.9, 0.4])
+    assert np.array_equal(Yardstick(np.full(3, 0.2), 0.5).correct(losses), losses)  # all images alike
+    unrelated = Yardstick(np.array([1.0, 0.0, 1.0]), 0.5)  # the slope is below zero
+    assert np.array_equal(unrelated.correct(losses), losses)
+
+
+def test_yardstick_moves_a_loss_by_no_more_than_its_own():
+    corrected = Yardstick(np.array([0.0, 1.0, 2.0]), 3.0).correct(np.array([0.0, 5.0, 10.0]))
+    assert corrected.tolist() == [3.0, 7.0, 11.0]
 
 
 def test_log_of_the_trainer_counts_images_of_the_classes():

@@ -1,7 +1,6 @@
 """Fetching images: a server on a loopback address that misbehaves in many ways, and addresses that are refused."""
 
 import gzip
-import io
 import shutil
 import socket
 import ssl
@@ -12,16 +11,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar
 
 import pytest
-from conftest import draw
+from conftest import encode
 
 import luthier.serving.fetch as fetch
 from luthier.images.decode import decode_rgb
-
-
-def png_image() -> bytes:
-    file = io.BytesIO()
-    draw("red", 1).save(file, "PNG")
-    return file.getvalue()
 
 
 class MisbehavingHandler(BaseHTTPRequestHandler):
@@ -48,10 +41,10 @@ class MisbehavingHandler(BaseHTTPRequestHandler):
         self.respond(404)
 
     def good_png(self):
-        self.respond(200, png_image(), Content_Type="image/png")
+        self.respond(200, encode("red", 1), Content_Type="image/png")
 
     def chunked_png(self):  # as uploads to a store are marked, which are stored as they are
-        self.respond(200, png_image(), Content_Type="image/png", Content_Encoding="aws-chunked")
+        self.respond(200, encode("red", 1), Content_Type="image/png", Content_Encoding="aws-chunked")
 
     def late_png(self):
         time.sleep(0.5)
@@ -64,10 +57,10 @@ class MisbehavingHandler(BaseHTTPRequestHandler):
         self.respond(200, b"<html>log in</html>", Content_Type="image/png")
 
     def cut_png(self):
-        self.respond(200, png_image()[:100], Content_Length="5000")
+        self.respond(200, encode("red", 1)[:100], Content_Length="5000")
 
     def packed_png(self):
-        self.respond(200, gzip.compress(png_image()), Content_Type="image/png", Content_Encoding="gzip")
+        self.respond(200, gzip.compress(encode("red", 1)), Content_Type="image/png", Content_Encoding="gzip")
 
     def loop(self):
         self.respond(302, Location="/loop")

@@ -485,17 +485,12 @@ def test_output_of_score_is_refused(server, push, finished_run, tmp_path):
     images = str(finished_run.parent / "images")
     score.main([str(finished_run), "--data_dir", images, "--output_dir", str(tmp_path / "scored")])
     result = push(tmp_path / "scored", "me/x")
-    assert (
-        result.returncode == 2
-        and "holds no model: score.py writes none" in result.stderr
-        and "Traceback" not in result.stderr
-    )
+    assert result.returncode == 2 and "holds no model: score.py writes none" in result.stderr
+    assert "Traceback" not in result.stderr
     assert not server.requests
 
 
 def test_unfinished_folders_are_refused(finished_run, tmp_path):
-    with pytest.raises(UserError, match="holds no finished run"):
-        hub.stage(tmp_path, "me/x", tmp_path)
     shutil.copytree(finished_run, tmp_path / "interrupted")
     (tmp_path / "interrupted/README.md").unlink()
     note_export(tmp_path / "interrupted", "model.onnx", {})  # which does not make it a finished one
@@ -546,9 +541,9 @@ def test_run_asks_for_a_private_repository_where_the_user_does(tmp_path, monkeyp
     draw_folder(Path("images"), per_class=1)
     monkeypatch.setattr(hub, "check_access", check_access)
     args = ["--data_dir", "images", "--model_name", "simple_cnn", "--push_to_hub", "--hub_model_id", "me/x"]
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as exit_info:
         train.main([*args, *options])
-    assert asked == [("me/x", private)]
+    assert exit_info.value.code == 2 and asked == [("me/x", private)]
 
 
 @pytest.mark.parametrize(

@@ -91,3 +91,10 @@ def test_trained_models_answers_are_correct_where_no_labels_are_known():
     assert unknown.accuracy == (1.0, 0.8) and sum(unknown.difference_ci95) < 0 and not unknown.labelled
     known = compared(before, after, np.array([0] * 8 + [1] * 2), "int8")
     assert known.accuracy == (0.8, 1.0) and sum(known.difference_ci95) > 0 and known.labelled
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_answers_that_are_no_numbers_are_refused(precision):
+    before = [(0.9, 0.9)] * 300
+    parity = compared(before, [(np.nan, 0.9)] * 20 + before[20:], np.zeros(300, int), precision)
+    assert parity.refusal == "the answers to 20 images are no finite numbers" and parity.largest_difference == 1

@@ -21,7 +21,7 @@ import PIL
 import pytest
 import torch
 import yaml
-from conftest import PROJECT, draw
+from conftest import PROJECT, add_file, draw
 from hub_server import Hub
 from PIL import Image
 
@@ -148,9 +148,7 @@ def archive(content: bytes) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as package:
         for file, _, _ in RUNTIME.values():
-            entry = tarfile.TarInfo(f"package/dist/{file}")
-            entry.size = len(content)
-            package.addfile(entry, io.BytesIO(content))
+            add_file(package, f"package/dist/{file}", content)
     return buffer.getvalue()
 
 
@@ -238,6 +236,7 @@ def test_page_answers_as_predict_does(exported, tmp_path):
         print(f"the same answer for {same} of 200 images; largest difference of a probability {largest:.2g}")
         assert same >= 199 and largest < 0.01 and 5 <= unsure <= 195
         page.get_by_text("also without a network").wait_for(timeout=30_000)
+        assert f"{url}/model.json" in asked
         assert all(address.removeprefix("blob:").startswith(f"{url}/") for address in asked)
         page.context.set_offline(True)
         page.reload()
@@ -338,28 +337,25 @@ def test_infinite_threshold_is_null_for_browsers(tmp_path, monkeypatch):
 @pytest.mark.slow
 @needs_chromium
 @needs_npm
-def test_page_does_not_classify_noise_of_a_browser_that_hides_pixels(exported, tmp_path):
+@pytest.mark.parametrize(
+    ("image", "script", "message"),
+    [
+        (draw("red", 1), NOISE, "This browser hides the pixels"),
+        # A browser shows 12 of these bits as black.
+        (Image.fromarray(np.full((40, 40), 4_000, np.uint16)), None, "grey PNG of 16 bits"),
+        (Image.new("RGB", (3000, 2), "red"), None, "more than 500 times the other"),
+    ],
+    ids=["noise", "grey", "elongated"],
+)
+def test_image_that_the_page_cannot_see_as_predict_does_is_refused(exported, tmp_path, image, script, message):
     write_page(exported, tmp_path / "page", "colours", vendor=True)
-    draw("red", 1).save(tmp_path / "a.png")
+    image.save(tmp_path / "a.png")
     with served(tmp_path / "page") as url, browser_page() as page:
-        page.add_init_script(NOISE)
+        if script:
+            page.add_init_script(script)
         page.goto(url)
         page.locator("input[type=file]").first.set_input_files(tmp_path / "a.png")
-        page.get_by_text("This browser hides the pixels").wait_for(timeout=30_000)
-        assert page.locator("#classes li").count() == 0
-
-
-@pytest.mark.slow
-@needs_chromium
-@needs_npm
-def test_grey_of_16_bits_is_refused_by_the_page(exported, tmp_path):
-    """A browser shows 12 of these bits as black."""
-    write_page(exported, tmp_path / "page", "colours", vendor=True)
-    Image.fromarray(np.full((40, 40), 4_000, np.uint16)).save(tmp_path / "grey.png")
-    with served(tmp_path / "page") as url, browser_page() as page:
-        page.goto(url)
-        page.locator("input[type=file]").first.set_input_files(tmp_path / "grey.png")
-        page.get_by_text("grey PNG of 16 bits").wait_for(timeout=30_000)
+        page.get_by_text(message).wait_for(timeout=30_000)
         assert page.locator("#classes li").count() == 0
 
 
@@ -374,16 +370,3 @@ def test_page_says_so_where_a_bare_number_is_thrown(exported, tmp_path):
         page.goto(url)
         page.get_by_text("ONNX Runtime stopped (6620456)").wait_for(timeout=30_000)
         assert page.get_by_role("button", name="Try again").is_visible()
-
-
-@pytest.mark.slow
-@needs_chromium
-@needs_npm
-def test_elongated_image_is_refused_by_the_page_too(exported, tmp_path):
-    write_page(exported, tmp_path / "page", "colours", vendor=True)
-    Image.new("RGB", (3000, 2), "red").save(tmp_path / "line.png")
-    with served(tmp_path / "page") as url, browser_page() as page:
-        page.goto(url)
-        page.locator("input[type=file]").first.set_input_files(tmp_path / "line.png")
-        page.get_by_text("more than 500 times the other").wait_for(timeout=30_000)
-        assert page.locator("#classes li").count() == 0

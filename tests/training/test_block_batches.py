@@ -12,7 +12,7 @@ SIZES = (5, 3, 7, 4, 1, 6) * 20  # 520 rows
 
 
 @pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
+def small_window(monkeypatch):
     monkeypatch.setattr(block_batches, "WINDOW", 10)
 
 

@@ -377,7 +377,9 @@ def test_damaged_cache_is_computed_again_and_weights_that_are_not_finite_are_rep
     trainer, splits, view = probe_setup
     head = linear_head(trainer.model)
     probe, _ = build_probe(trainer, head, splits, view)
-    for path in Path(datasets.config.HF_DATASETS_CACHE, "luthier_features").glob("*.safetensors"):
+    stored = list(Path(datasets.config.HF_DATASETS_CACHE, "luthier_features").rglob("*.safetensors"))
+    assert stored
+    for path in stored:
         path.write_bytes(path.read_bytes()[:-7])
     repeated, _ = build_probe(trainer, head, splits, view)
     assert torch.equal(probe.weight, repeated.weight)

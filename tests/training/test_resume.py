@@ -207,9 +207,10 @@ def test_signal_between_trainings_says_how_to_resume(tmp_path, capfd):
     stop, checkpoint = Stop(tmp_path / "of mine"), tmp_path / "of mine/race/full/checkpoint-3"
     checkpoint.mkdir(parents=True)
     (checkpoint / "trainer_state.json").touch()
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as exit_info:
         stop._receive(signal.SIGTERM, None)
     how = f"--output_dir '{tmp_path}/of mine' --resume_from_checkpoint auto"
+    assert exit_info.value.code == 128 + signal.SIGTERM
     assert capfd.readouterr().err == f"stopped  by SIGTERM; resume with {how}\n"
 
 
@@ -257,8 +258,9 @@ def test_signal_after_a_training_that_failed_ends_the_run(tmp_path):
     with pytest.raises(NotFinite), stop.in_training():
         stop.on_train_begin(SimpleNamespace(world_size=1), None, None)
         raise NotFinite
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as exit_info:
         stop._receive(signal.SIGTERM, None)
+    assert exit_info.value.code == 128 + signal.SIGTERM
 
 
 @pytest.mark.parametrize("recipe", ["full", "head"])
