@@ -1,6 +1,7 @@
 """Settings from a YAML file and a command line by one parser: strict keys, and errors that name the nearest one."""
 
 import argparse
+import difflib
 import json
 import os
 import re
@@ -229,10 +230,11 @@ def explain_unknown(token: str, own: Sequence[str], known: Sequence[str]) -> str
         option = token.lstrip("-").split("=")[0].replace("-", "_").lower()
         if option in ("config", "c"):
             return f"unknown option {token}: a config is the first argument, without an option before it"
-        hint = nearest(option, own)
-        if option in NOT_NEEDED and not hint:
+        # An own option that is nearly the same word (`--side` for `--size`) comes before what other tools mean by it.
+        meant = difflib.get_close_matches(option, own, n=1, cutoff=0.75)
+        if option in NOT_NEEDED and not meant:
             return f"unknown option {token}: {NOT_NEEDED[option]}"
-        hint = hint or nearest_option(option, known) or "."
+        hint = nearest(option, meant) or nearest_option(option, [*own, *known]) or "."
         return f"unknown option {token}{hint} All options: python train.py --help-all"
     if token.endswith((".yaml", ".yml")):
         return f"the config {token} must be the first argument"

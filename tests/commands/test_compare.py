@@ -359,6 +359,8 @@ def test_interrupted_run_resumes_from_its_checkpoint(compared, launch):
         (["--set", "augmentation=none,augmix", "--seeds", "3", "--folds", "5"], "not allowed with"),
         (["--set", "augmentation=none,augmix", "--seeds", "few"], "invalid int value: 'few'; give a whole number"),
         (["--set", "augmentation=none,augmix", "--seds", "5"], "unknown option --seds; did you mean 'seeds'"),
+        (["--set", "augmentation=none,augmix", "--dataset", "x"], "--dataset; did you mean 'data_dir'"),
+        (["--set", "augmentation=none,augmix", "--overwrite_output_dir"], "nothing is overwritten"),
     ],
 )
 def test_mistake_on_the_command_line_is_reported_before_anything_runs(tmp_path, monkeypatch, capsys, flags, message):

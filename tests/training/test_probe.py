@@ -373,7 +373,10 @@ def test_convolution_with_tensorflow_padding_keeps_its_outputs(side, kernel, str
     torch.testing.assert_close(_with_even_padding(convolution, inputs.shape[-2:])(inputs), convolution(inputs))
 
 
-def test_damaged_cache_is_computed_again_and_weights_that_are_not_finite_are_reported(probe_setup):
+def test_damaged_cache_is_computed_again_and_weights_that_are_not_finite_are_reported(
+    probe_setup, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")  # other tests' stays whole
     trainer, splits, view = probe_setup
     head = linear_head(trainer.model)
     probe, _ = build_probe(trainer, head, splits, view)
