@@ -45,7 +45,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def _explain_unknown(self, token: str) -> str:
         """Return what is wrong with an argument that this parser cannot place."""
-        if typed := explain_typography(token):
+        if typed := explain_typing(token):
             return typed
         if token.startswith("-"):
             word = token.lstrip("-").split("=")[0].replace("-", "_").lower()
@@ -57,8 +57,10 @@ class CommandParser(argparse.ArgumentParser):
         )
 
 
-def explain_typography(token: str) -> str:
-    """Return what is wrong with an argument that a word processor has changed; the text is empty for any other."""
+def explain_typing(token: str) -> str:
+    """Return what is wrong with a comment, or an argument that a word processor has changed; nothing for any other."""
+    if token == "#":
+        return "# begins a comment, which this shell does not skip: leave it out, and what follows it"
     word = token.lstrip("-")  # it ends with such a quote where the shell has cut a path at its space
     if (word[:1] in (*DASHES, *QUOTES) or word[-1:] in (*QUOTES,)) and token.strip(f"-{DASHES}"):
         return f'{token} has a dash or a quote of a word processor in it: type it again, with plain ones (-- and ")'

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
-from luthier.command_line import CommandParser, explain_typography, nearest
+from luthier.command_line import CommandParser, explain_typing, nearest
 from luthier.errors import UserError
 from luthier.options import DATA_KEYS
 from luthier.processes import is_launched
@@ -224,7 +224,7 @@ def nearest_option(word: str, known: Sequence[str]) -> str:
 
 def explain_unknown(token: str, own: Sequence[str], known: Sequence[str]) -> str:
     """Return what is wrong with an argument that is neither an option of the command's own nor a known one."""
-    if typed := explain_typography(token):
+    if typed := explain_typing(token):
         return typed
     if token.startswith("-"):
         option = token.lstrip("-").split("=")[0].replace("-", "_").lower()

@@ -27,6 +27,7 @@ def test_every_command_explains_mistakes(command):
         (["m", "a", "--top", "3"], r"^unknown option --top; did you mean 'top_k'"),
         (["m", "a", "--top_k", "3", "b"], r"^cannot place the argument 'b': a path with spaces needs quotes, and no"),
         (["m", "a", "--top_k", "3", "\u2014private"], r"^\u2014private has a dash or a quote of a word processor"),
+        (["m", "a", "--private", "#", "three", "of", "them"], r"^# begins a comment, which this shell does not skip"),
         (["m", "a", "--top-k", "three"], r"^argument --top_k: invalid int value: 'three'; give a whole number"),
         (["m", "a", "--top_k"], r"^argument --top_k: expected one argument$"),
     ],

@@ -145,6 +145,7 @@ def test_mistake_in_a_config(text, message):
         (["--dataloader_num_workers", "-1"], "--dataloader_num_workers is -1"),
         (["settings.json"], "a config is a YAML file"),
         (["--data_dir", ".", "--output_dir", "runs/x"], "--output_dir runs/x is or lies in ."),
+        (["--recipe", "probe", "#", "a", "minute"], "# begins a comment, which this shell does not skip"),
         (
             ["my_photos"],
             "cannot place the argument 'my_photos': train.py, score.py and compare.py take images as --data_dir",
