@@ -105,10 +105,10 @@ def propose_grouping(names: Sequence[str], classes: int) -> str | None:
     There must be more than twice as many groups as classes, because many people write the class into the name.
 
     Args:
-        names: of the files, with or without folders.
+        names: of the files, with or without folders, of this system or of Windows.
         classes: how many there are.
     """
-    files = [name.rpartition("/")[2] for name in names]
+    files = [re.split(r"[\\/]", name)[-1] for name in names]
     for pattern in PATTERNS:
         sizes = Counter(found.group(1) for file in files if (found := re.search(pattern, file)))
         matched = sum(sizes.values())

@@ -86,6 +86,7 @@ def test_wrong_extensions_and_tiny_images_are_reported(tmp_path):
     [
         ("IMG_{group:03}_{number}.png", r"^(.+)[_-][0-9]+\."),
         ("patient{group}_{side}.png", r"^([A-Za-z]+[_-]?[0-9]+)[_-]"),
+        ("healthy\\patient{group}_{side}.png", r"^([A-Za-z]+[_-]?[0-9]+)[_-]"),
         ("IMG_{group}_jpg.rf.{index:08x}.jpg", r"^(.+)\.rf\.[0-9A-Za-z]+\."),
         ("IMG_{index:04}.png", None),
         ("{label}_{index}.png", None),
