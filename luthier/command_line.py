@@ -48,9 +48,9 @@ class CommandParser(argparse.ArgumentParser):
         if typed := explain_typing(token):
             return typed
         if token.startswith("-"):
-            word = token.lstrip("-").split("=")[0].replace("-", "_").lower()
             known = [action.dest for action in self._actions if action.option_strings]
-            return f"unknown option {token}{nearest(word, known) or '.'} All options: python {self.prog} --help"
+            hint = nearest(option_in(token), known) or "."
+            return f"unknown option {token}{hint} All options: python {self.prog} --help"
         return (
             f"cannot place the argument {token!r}: a path with spaces needs quotes, and no option may stand between "
             f"two paths. All arguments: python {self.prog} --help"
@@ -65,6 +65,11 @@ def explain_typing(token: str) -> str:
     if (word[:1] in (*DASHES, *QUOTES) or word[-1:] in (*QUOTES,)) and token.strip(f"-{DASHES}"):
         return f'{token} has a dash or a quote of a word processor in it: type it again, with plain ones (-- and ")'
     return ""
+
+
+def option_in(token: str) -> str:
+    """Return the name of the option in an argument such as `--Top-K=3`, as parsers spell it: top_k."""
+    return token.lstrip("-").split("=")[0].replace("-", "_").lower()
 
 
 def nearest(word: str, known: Sequence[str]) -> str:

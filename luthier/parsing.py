@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
-from luthier.command_line import CommandParser, explain_typing, nearest
+from luthier.command_line import CommandParser, explain_typing, nearest, option_in
 from luthier.errors import UserError
 from luthier.options import DATA_KEYS
 from luthier.processes import is_launched
@@ -227,7 +227,7 @@ def explain_unknown(token: str, own: Sequence[str], known: Sequence[str]) -> str
     if typed := explain_typing(token):
         return typed
     if token.startswith("-"):
-        option = token.lstrip("-").split("=")[0].replace("-", "_").lower()
+        option = option_in(token)
         if option in ("config", "c"):
             return f"unknown option {token}: a config is the first argument, without an option before it"
         # An own option that is nearly the same word (`--side` for `--size`) comes before what other tools mean by it.

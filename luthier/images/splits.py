@@ -87,7 +87,7 @@ def _shared_with_own(splits: DatasetDict, labels: np.ndarray, groups: np.ndarray
 
 
 def _deal_folds(
-    labels: np.ndarray, groups: np.ndarray, digests: np.ndarray, k: int, seed: int, kept: np.ndarray | bool = False
+    labels: np.ndarray, groups: np.ndarray, digests: np.ndarray, k: int, seed: int, kept: np.ndarray
 ) -> np.ndarray:
     """Return the fold, from 0 to k - 1, that tests each row; -1 for rows that stay in train, as those of `kept` do.
 
@@ -97,7 +97,7 @@ def _deal_folds(
         UserError: one of the folds would be empty.
     """
     order, folds = draw_order(digests, seed), np.full(len(labels), -1)
-    dealt = order[~np.broadcast_to(kept, len(labels))[order]]
+    dealt = order[~kept[order]]
     folds[dealt] = stratified_folds(labels[dealt], groups[dealt], k, seed)
     folds[_holds_class(labels, groups)] = -1
     for rows in (order[places] for places in rows_by_class(labels[order])):

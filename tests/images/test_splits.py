@@ -482,8 +482,9 @@ def test_groups_of_all_classes_are_not_gone_through_for_each_class():
 def test_group_that_a_class_keeps_in_train_does_not_depend_on_order(seed):
     labels, groups = np.array([0, 0, 1, 1, 2, 2, 3, 3, 3, 3, 3]), np.array([1, 2, 4, 5, 1, 4, 10, 11, 12, 13, 14])
     digests = np.array([f"{row:064x}" for row in range(11)])
-    folds = _deal_folds(labels, groups, digests, 2, seed)
-    again = _deal_folds(labels[::-1], 20 - groups[::-1], digests[::-1], 2, seed)
+    none = np.zeros(len(labels), dtype=bool)
+    folds = _deal_folds(labels, groups, digests, 2, seed, none)
+    again = _deal_folds(labels[::-1], 20 - groups[::-1], digests[::-1], 2, seed, none)
     assert np.array_equal(folds, again[::-1])
 
 
