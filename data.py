@@ -110,8 +110,8 @@ def list_images(
         stream: of the same data: train is then a sample, and the other splits are complete.
 
     Returns the splits, with the columns `image` (bytes or path, not decoded) and `label` (a `ClassLabel` whose names
-    are sorted and the same in all of them), `folders.STAMP` of files and `folders.GIVEN_GROUP` where groups were told;
-    and the folder of the images, if they are files in one.
+    are sorted and the same in all of them), `STAMP` of files and `GIVEN_GROUP` where groups were told, see
+    `listed_images`; and the folder of the images, if they are files in one.
 
     Raises:
         UserError: nothing usable is there.

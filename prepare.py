@@ -139,6 +139,7 @@ def inspect_share(source: dict, folder: Path, share: Share) -> None:
     from data import list_images
     from luthier.images.folders import STAMP
     from luthier.images.inspection import inspect
+    from luthier.images.listed_images import STAMP
 
     splits, root = list_images(**{key: value for key, value in source.items() if key != "on_bad_image"})
     for split, dataset in splits.items():

@@ -11,7 +11,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 
 from luthier.cache import values_of
 from luthier.errors import UserError
-from luthier.images.folders import GIVEN_GROUP, STAMP, sort_names
+from luthier.images.listed_images import GIVEN_GROUP, STAMP, sort_names
 from luthier.terminal import plural
 
 logger = logging.getLogger(__name__)

@@ -4,16 +4,14 @@
 train" for a split.
 """
 
+import logging
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 
-from datasets import ClassLabel, DatasetDict, Features, Image, NamedSplit, Value
+from datasets import DatasetDict
 
-from luthier.cache import dataset_of
 from luthier.errors import UserError
 from luthier.images.decode import CONVERT, EXTENSIONS, is_hidden, is_image, is_unread
 from luthier.images.image_files import (
@@ -25,7 +23,10 @@ from luthier.images.image_files import (
     walk,
     warn_of_skipped,
 )
-from luthier.terminal import Tenths, plural, say
+from luthier.images.listed_images import Grouping, ListedImage, load_listed
+from luthier.terminal import plural, say
+
+logger = logging.getLogger(__name__)
 
 SPLIT_OF_FOLDER = {
     "train": "train", "training": "train", "validation": "validation", "val": "validation", "valid": "validation",
@@ -36,25 +37,6 @@ TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")  # which `tables.read
 SPREADSHEETS = (".xlsx", ".xlsm", ".xls", ".ods", ".numbers")
 MOST_SPLITS = 5  # folders that splits may be; more are classes
 SHARDS = (".parquet", ".tar")  # of files that hold many images
-# Columns that no dataset of a user has: one called "stamp" would be taken for the state of files.
-GIVEN_GROUP = "luthier_given_group"  # of what an image belongs to, where the user has told it
-STAMP = "luthier_stamp"  # changes with a file: its path, size in bytes, and times of the last change
-
-Grouping = Callable[[PurePosixPath], str]  # the group of an image; an empty one is none
-
-
-class ListedImage(NamedTuple):
-    """An image file, its class, and what it belongs to, such as a patient; an empty group is none."""
-
-    path: str
-    label: str
-    group: str
-
-
-def sort_names(names: Iterable[str]) -> list[str]:
-    """Return names of classes in order, numbers by value."""
-    names = sorted(names)
-    return sorted(names, key=int) if all(name.isascii() and name.isdecimal() for name in names) else names
 
 
 def load_folder(root: Path, grouping: Grouping | None, to_train: bool) -> DatasetDict:
@@ -83,6 +65,8 @@ def load_folder(root: Path, grouping: Grouping | None, to_train: bool) -> Datase
         roots = {"train": root}
     if "train" not in roots:
         roots = {"train": roots.get("test") or roots["validation"]}
+    if to_train:
+        roots = {split: folder for split, folder in roots.items() if split == "train" or not _is_unlabelled(folder)}
     skipped: list[str] = []
     files = {
         split: _list_class_folders(folder, root, skipped, grouping, to_train and split == "train")
@@ -130,34 +114,6 @@ def check_folder(folder: Path, advice: str) -> None:
     as_text(folder.resolve())  # or nothing about it could be written down
 
 
-def load_listed(files: dict[str, list[ListedImage]]) -> DatasetDict:
-    """Return the listed images of each split as a dataset.
-
-    Its columns are `image` (a path, not decoded), `label` (ClassLabel, sorted and the same in all splits), `STAMP`
-    and, if an image has a group, `GIVEN_GROUP`.
-
-    Raises:
-        UserError: see `cache.dataset_of`.
-    """
-    # Names come from all splits together, so that a class keeps its number wherever it appears.
-    names = sort_names({image.label for listed in files.values() for image in listed})
-    columns = {"image": Image(decode=False), "label": ClassLabel(names=names), STAMP: Value("string")}
-    if any(image.group for listed in files.values() for image in listed):
-        columns[GIVEN_GROUP] = Value("string")
-    return DatasetDict(
-        {
-            # The generator's arguments are its key in the cache, so a changed file is read again.
-            split: dataset_of(
-                _file_rows,
-                Features(columns),
-                {"files": _with_stamps(listed), "columns": tuple(columns)},
-                NamedSplit(split),
-            )
-            for split, listed in files.items()
-        }
-    )
-
-
 def _split_folders(root: Path, to_train: bool) -> dict[str, Path]:
     """Return the folder of each split, or nothing where the folders are classes."""
     folders = subfolders(root)
@@ -197,6 +153,14 @@ def holds_images(folder: Path) -> bool:
     return any(is_image(path.name) for path in folder.iterdir())
 
 
+def _is_unlabelled(folder: Path) -> bool:
+    """Tell whether the folder of a split holds images without labels, as in a competition, and say so."""
+    is_unlabelled = holds_images(folder) and not subfolders(folder)
+    if is_unlabelled:
+        logger.warning(f"Not used: the images in {folder}, which have no labels, because they are in no class folders")
+    return is_unlabelled
+
+
 def _check_links(folder: Path) -> None:
     """Check that no class or split is a link to a disk that is away; a link to another file is reported later.
 
@@ -226,7 +190,8 @@ def _check_names(root: Path, folders: list[Path]) -> None:
                     f"{root} holds {folder.name}, which looks like a split: it has folders of the same names as those "
                     f"beside it, such as {shared[0]}. {remedy}. If {folder.name} is a class, give it another name"
                 )
-    words = {folder: {*re.split(r"[^a-z]+", folder.name.lower())} & SPLIT_OF_FOLDER.keys() for folder in folders}
+    divider = r"(?:sets?|data|images)?(?:[^a-z]+|$)"  # `trainset` and `TestData` are called like splits, too
+    words = {folder: {*re.split(divider, folder.name.lower())} & SPLIT_OF_FOLDER.keys() for folder in folders}
     split_of = {folder: SPLIT_OF_FOLDER[min(each)] for folder, each in words.items() if len(each) == 1}
     if not split_of or len(folders) > MOST_SPLITS:
         return
@@ -271,8 +236,7 @@ def _check_classes(root: Path, to_train: bool) -> None:
     Raises:
         UserError: they are.
     """
-    names: set[str] = set()
-    folders = subfolders(root)
+    names, folders = set[str](), subfolders(root)
     only, inner = root, folders
     while to_train and len(inner) == 1 and not holds_images(inner[0]):  # an archive may have several folders around
         only, inner = inner[0], subfolders(inner[0])
@@ -369,32 +333,3 @@ def _list_class_folders(
             raise UserError(f"the class folder {folder} has no images{formats}: {remedy_without_images(others)}")
         listed += files
     return listed
-
-
-def _with_stamps(files: list[ListedImage]) -> tuple[tuple, ...]:
-    rows, progress = list[tuple](), Tenths("list", len(files), "files", quiet_seconds=10)
-    for image in files:
-        progress.reach(len(rows))
-        try:
-            rows.append((*image, stamp_of(image.path)))
-        except OSError:  # a link to nowhere, which the inspection names among the images that cannot be read
-            rows.append((*image, Path(image.path).absolute().as_posix()))
-    return tuple(rows)
-
-
-def stamp_of(path: str) -> str:
-    """Return the `STAMP` of a file.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    status = Path(path).stat()
-    # Archives give all files one time, and `cp -p` keeps it. So `st_ctime` too, when the file's entry last changed (on
-    # Windows when the file was made, which tells less).
-    return f"{Path(path).absolute()} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
-
-
-def _file_rows(files: tuple[tuple, ...], columns: tuple[str, ...]) -> Iterator[dict]:
-    for path, label, group, stamp in files:
-        row = {"image": {"bytes": None, "path": path}, "label": label, STAMP: stamp, GIVEN_GROUP: group}
-        yield {column: row[column] for column in columns}

@@ -14,14 +14,15 @@ from luthier.cache import list_of
 from luthier.errors import UserError
 from luthier.images.columns import add_numbers
 from luthier.images.duplicates import connected_groups
-from luthier.images.folders import GIVEN_GROUP, Grouping
 from luthier.images.inspection import duplicate_pairs
+from luthier.images.listed_images import GIVEN_GROUP, Grouping
 from luthier.terminal import plural, say
 
 # What file names of changed copies, bursts, videos and subjects look like: IMG_001_jpg.rf.0a1b2c.jpg (Roboflow),
 # IMG_001_2.jpg, video3_frame_0001.jpg, patient12_left.jpg.
 PATTERNS = (r"^(.+)\.rf\.[0-9A-Za-z]+\.", r"^(.+)[_-][0-9]+\.", r"^([A-Za-z]+[_-]?[0-9]+)[_-]")
-MIN_NAMED = 0.8  # share of the files that a pattern must match
+SEPARATOR = re.compile(r"[\\/]")  # of folders, on this system or on Windows
+MIN_NAMED = 0.8  # share of the files that a pattern must match, or that must be in folders of class folders
 MAX_SHARE = 0.2  # of the files that one group may have
 
 
@@ -99,26 +100,43 @@ def groups_of(dataset: Dataset) -> np.ndarray | None:
     return groups if GIVEN_GROUP in dataset.column_names or len(np.unique(groups)) < len(groups) else None
 
 
-def propose_grouping(names: Sequence[str], classes: int) -> str | None:
-    """Return a regular expression for `--group_by` where file names look like groups of several images each.
+def propose_grouping(names: Sequence[str], classes: int, labels: Sequence[str] = ()) -> str | None:
+    """Return what to give as `--group_by` where folders or file names look like groups of several images each.
 
-    There must be more than twice as many groups as classes, because many people write the class into the name.
+    It is `folder` where class folders hold the folders, or a regular expression for the names. There must be more than
+    twice as many groups as classes, because many people write the class into the name, and class folders may hold a
+    few folders of views or days.
 
     Args:
         names: of the files, with or without folders, of this system or of Windows.
         classes: how many there are.
+        labels: the class of each file, which is the name of its class folder; without them folders are not looked at.
     """
-    files = [re.split(r"[\\/]", name)[-1] for name in names]
+    if _look_like_groups(Counter(filter(None, map(_folder_in_class, names, labels))), len(names), classes):
+        return "folder"
+    files = [SEPARATOR.split(name)[-1] for name in names]
     for pattern in PATTERNS:
         sizes = Counter(found.group(1) for file in files if (found := re.search(pattern, file)))
-        matched = sum(sizes.values())
-        if (
-            matched >= MIN_NAMED * len(files)
-            and 2 * classes < len(sizes) <= matched / 2
-            and max(sizes.values()) <= MAX_SHARE * len(files)
-        ):
+        if _look_like_groups(sizes, len(names), classes):
             return pattern
     return None
+
+
+def _folder_in_class(name: str, label: str) -> str:
+    """Return the first folder below the class folder in the name of a file; an empty text where there is none."""
+    folders = SEPARATOR.split(_composed(name))[:-1]
+    below = folders[folders.index(label) + 1 :] if label in folders else []
+    return below[0] if below else ""
+
+
+def _look_like_groups(sizes: Counter[str], images: int, classes: int) -> bool:
+    """Tell whether the images of each name, of so many images and classes in all, may be groups."""
+    matched = sum(sizes.values())
+    return (
+        matched >= MIN_NAMED * images
+        and 2 * classes < len(sizes) <= matched / 2
+        and max(sizes.values()) <= MAX_SHARE * images
+    )
 
 
 def add_groups(splits: DatasetDict) -> DatasetDict:

@@ -19,7 +19,7 @@ from luthier.escape import escape_terminal
 from luthier.images.columns import fixed_width
 from luthier.images.decode import NOT_OPENED, decode_rgb, is_stack, read_bytes, reason
 from luthier.images.duplicates import BITS, BORDERS, SIDE, connected_groups, fingerprint, near_duplicates
-from luthier.images.folders import STAMP
+from luthier.images.listed_images import STAMP
 from luthier.terminal import plural
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def inspect(dataset: Dataset, split: str, root: Path | None = None) -> Dataset:
     Large JPEGs are decoded at a reduced scale, which is enough to find damage and duplicates.
 
     Args:
-        dataset: has the columns `image` (not decoded) and `label`. Files have a `folders.STAMP` too.
+        dataset: has the columns `image` (not decoded) and `label`. Files have a `listed_images.STAMP` too.
         split: names the images that have no name.
         root: a folder that holds the images; it is left out of their names.
 

@@ -16,17 +16,15 @@ from luthier.images.decode import is_image
 from luthier.images.folders import (
     SHARDS,
     SPLIT_OF_FOLDER,
-    Grouping,
-    ListedImage,
     check_folder,
     holds_images,
     load_folder,
-    load_listed,
     subfolders,
 )
 from luthier.images.groups import build_grouping, check_groups
 from luthier.images.image_files import SAMPLE, ImageFiles, as_text
 from luthier.images.inspection import listing
+from luthier.images.listed_images import Grouping, ListedImage, load_listed
 from luthier.images.loading import PLAN
 from luthier.images.tables import METADATA, Table, hint_at_flags, is_of_splits, read_table, say_odd_values
 from luthier.terminal import plural, say
@@ -65,7 +63,7 @@ def load_directory(
         to_train: False takes those of test (or validation) for `train` where a table has none, because a model is
             scored only.
 
-    Returns the splits as `folders.load_listed` does.
+    Returns the splits as `listed_images.load_listed` does.
 
     Raises:
         UserError: see `load_tables` and `folders.load_folder`.
@@ -151,7 +149,7 @@ def load_tables(
         grouping: gives an image's group by its path below the folder; None where a column does, or nothing.
         to_train: see `load_directory`.
 
-    Returns the splits as `folders.load_listed` does.
+    Returns the splits as `listed_images.load_listed` does.
 
     Raises:
         UserError: a table cannot be read, or a row of it cannot be used; the message names rows and columns.

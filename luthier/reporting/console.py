@@ -327,7 +327,12 @@ def say_audit(findings: Mapping) -> None:
 
 
 def grouping_in_words(pattern: str) -> str:
-    """Return that file names look like groups, and what to do."""
+    """Return that folders or file names look like groups, and what to do; see `groups.propose_grouping`."""
+    if pattern == "folder":
+        return (
+            "the class folders hold folders of several images each. If each of these folders shows one subject, such "
+            "as a patient, the score is too high: use --group_by folder, or --group_column for a table"
+        )
     return (
         "the names of the files look as if several images belonged together. If those show the same subject, the "
         f"score is too high: use --group_by {quote(pattern)}, or --group_column for a dataset without image files"

@@ -82,7 +82,7 @@ def audit_images(splits: DatasetDict, unreadable: list[UnreadableImage]) -> dict
                 any(entry["split"] == "test" for entry in group) for group in findings["groups_between_splits"]
             ),
         },
-        "grouping": None if any(given) else propose_grouping(files, len(names)),
+        "grouping": None if any(given) else propose_grouping(files, len(names), [names[label] for label in labels]),
     }
 
 

@@ -11,8 +11,8 @@ from datasets import DatasetDict
 from transformers import Trainer
 
 from luthier.cache import list_of
-from luthier.images.folders import GIVEN_GROUP
 from luthier.images.groups import groups_of
+from luthier.images.listed_images import GIVEN_GROUP
 from luthier.images.splits import stratified_folds
 from luthier.images.views import ImageRows
 from luthier.processes import from_main_process

@@ -101,6 +101,36 @@ def test_names_that_look_like_groups_are_noticed(name, pattern):
     assert propose_grouping(names, classes=3) == pattern
 
 
+@pytest.mark.parametrize(
+    ("name", "proposed"),
+    [
+        ("{label}/patient{group}/{index}.png", "folder"),
+        ("train\\{label}\\patient{group}\\left\\{index}.png", "folder"),
+        ("{label}/patient{group}_{number}.png", r"^(.+)[_-][0-9]+\."),
+        ("{label}/view{number}/{index}.png", None),
+        ("{label}/{index}/image.png", None),
+        ("images/patient{group}/{index}.png", None),
+    ],
+)
+def test_folders_of_class_folders_that_look_like_groups_are_noticed(name, proposed):
+    labels = ["xyz"[index // 40] for index in range(120)]
+    names = [
+        name.format(group=index // 4, number=index % 4, index=index, label=label) for index, label in enumerate(labels)
+    ]
+    assert propose_grouping(names, classes=3, labels=labels) == proposed
+
+
+def test_audit_proposes_folders_of_class_folders_as_groups(tmp_path):
+    for number in range(20):
+        label = ("blue", "red")[number % 2]
+        folder = tmp_path / "p" / label / f"{label} {number // 4}"
+        folder.mkdir(parents=True, exist_ok=True)
+        draw(label, 100 + number).save(folder / f"{number}.png")
+    findings = audit_images(*load_splits(data_dir=str(tmp_path / "p")))
+    assert findings["grouping"] == "folder" and "use --group_by folder, or" in list_findings(findings)
+    assert audit_images(*load_splits(data_dir=str(tmp_path / "p"), group_by="folder"))["grouping"] is None
+
+
 def test_audit_proposes_groups_and_names_those_on_two_sides(tmp_path):
     for split, first in (("train", 0), ("test", 10)):
         for number in range(first, first + 12):  # the two last bursts of train are the first ones of test

@@ -17,7 +17,7 @@ from data import prepare
 from luthier.errors import UserError
 from luthier.images.columns import _names_of_labels, add_numbers, fixed_width, label_and_image
 from luthier.images.description import describe
-from luthier.images.folders import GIVEN_GROUP
+from luthier.images.listed_images import GIVEN_GROUP
 from luthier.images.loading import check_holds_images, check_own_files, explain_loading, named_splits, resolved
 
 

@@ -196,6 +196,13 @@ def test_tiff_whose_tags_are_cut_off_is_refused():
         decode_rgb(tiled_tiff(64)[:30])
 
 
+def test_tiff_that_ends_within_its_tags_is_refused():
+    """Pillow reads the tags that are there, and opens it."""
+    whole = tiled_tiff(64)
+    with pytest.raises(OSError, match="the file is truncated"):
+        decode_rgb(whole[:8] + struct.pack("<H", 60_000) + whole[10:])
+
+
 @pytest.mark.parametrize("kind", [np.uint16, np.int32])
 def test_12_bits_are_read_alike_whatever_type_holds_them(kind):
     file = io.BytesIO()

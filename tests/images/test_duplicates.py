@@ -13,8 +13,8 @@ from benchmarks.plant import draw_scene
 from data import load_images
 from luthier.images import duplicates, groups, inspection
 from luthier.images.duplicates import BITS, BORDERS, SIDE, connected_groups, fingerprint, near_duplicates
-from luthier.images.folders import GIVEN_GROUP
 from luthier.images.inspection import _crowded
+from luthier.images.listed_images import GIVEN_GROUP
 
 
 def pairs_among(images: list[Image.Image], mirrored: bool = False) -> list[tuple[int, int]]:

@@ -128,7 +128,16 @@ def test_common_names_of_splits_are_known(tmp_path, names):
     assert len(splits["test"]) == 9
 
 
-@pytest.mark.parametrize("names", [("seg_train", "seg_test"), ("val", "test"), ("train", "test-2024")])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("seg_train", "seg_test"),
+        ("val", "test"),
+        ("train", "test-2024"),
+        ("trainset", "testset"),
+        ("TrainData", "TestData"),
+    ],
+)
 def test_folders_that_look_like_splits_are_not_taken_for_classes(tmp_path, names):
     for number, name in enumerate(names):
         draw_folder(tmp_path / name, 3, first=20 * number)
@@ -197,13 +206,28 @@ def test_message_of_images_outside_of_folders_names_the_table(tmp_path):
 def test_message_of_a_folder_without_images_says_what_is_there(images, tmp_path_factory):
     folder = tmp_path_factory.mktemp("splits")
     draw_folder(folder / "train")
-    put(folder / "test", 50)
-    with pytest.raises(UserError, match="test have no labels, because they are in no class folders"):
+    (folder / "train").rename(folder / "test")
+    put(folder / "train", 50)
+    with pytest.raises(UserError, match="train have no labels, because they are in no class folders"):
         load(data_dir=str(folder))
     (images / "violet").mkdir()
     (images / "violet/1.png_large").touch()
     with pytest.raises(UserError, match=r"violet has no images in the formats .*\.png.*, but 1.png_large"):
         load(data_dir=str(images))
+
+
+@pytest.mark.parametrize("name", ["test", "val"])
+def test_split_without_labels_is_not_used_for_training(tmp_path, caplog, name):
+    """As in a competition, whose test images have no labels. To score a model on them is a mistake."""
+    draw_folder(tmp_path / "p/train", 8)
+    put(tmp_path / "p" / name / name, 90)
+    splits = load(data_dir=str(tmp_path / "p"))
+    assert sum(len(dataset) for dataset in splits.values()) == 24
+    assert {*splits} == {"train", "validation", "test"}, "cut from train"
+    assert f"Not used: the images in {tmp_path / 'p' / name / name}, which have no labels" in caplog.text
+    assert "90.png" not in caplog.text
+    with pytest.raises(UserError, match="have no labels"):
+        data.list_images(data_dir=str(tmp_path / "p"), to_train=False)
 
 
 def put(folder: Path, first: int) -> None:

@@ -208,7 +208,14 @@ def test_log_of_the_trainer_counts_images_of_the_classes():
 
 @pytest.mark.parametrize(
     ("labels", "name", "found"),
-    [(["a", "None"], None, 1), (["a", "b"], None, None), (["a", "None"], "", None), (["a", "None"], "a", 0)],
+    [
+        (["a", "None", "b"], None, 1),
+        (["a", "b", "c"], None, None),
+        (["a", "None", "b"], "", None),
+        (["a", "None", "b"], "a", 0),
+        (["a", "None"], None, None),
+        (["a", "None"], "None", 1),
+    ],
 )
 def test_class_of_anything_else_is_found_in_any_case_or_named(labels, name, found):
     assert find_none(labels, name) == found
