@@ -289,6 +289,7 @@ def execute(run: Run) -> None:
     Exits with 1 where the run fails, with 130 after Ctrl-C, which the run has received too, with 143 after SIGTERM.
     """
     log = run.log
+    before = log.stat().st_size if log.exists() else 0
     with atomic_write(run.note) as whole:  # a full disk leaves the note of an interrupted run as it was
         whole.write_text(f"{run.settings}\n", encoding="utf-8")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]  # this environment's accelerate
@@ -312,9 +313,19 @@ def execute(run: Run) -> None:
             print(f"stopped in {run.experiment}, {run.part}: give the same command to go on", file=sys.stderr)
             sys.exit(getattr(stopped, "code", 130))
     if code:
-        last = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:])
+        last = last_words(log.read_bytes()[before:].decode("utf-8", errors="replace"))
         print(f"error: {run.experiment}, {run.part} failed; all it printed is in {log}:\n{last}", file=sys.stderr)
         sys.exit(1)
+
+
+def last_words(printed: str) -> str:
+    """Return five lines of what a failed run has printed: those from its own message on, or else the last ones.
+
+    Where several processes train, torch's launcher prints a report of more than five lines after the message.
+    """
+    lines = printed.splitlines()
+    begin = next((number for number, line in enumerate(lines) if line.startswith("error: ")), -5)
+    return "\n".join(lines[begin:][:5])
 
 
 def terminate(process: subprocess.Popen) -> None:

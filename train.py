@@ -139,8 +139,8 @@ def fine_tune(arguments: "Arguments", stop: "Stop", stopwatch: Stopwatch) -> tup
     familiarity = learn_familiarity(trainer, images, splits, probe.known_of(kept.is_probe), judge.criterion.none)
     answers, model = answer(trainer, rows["test"], splits, familiarity), model_of(trainer).cpu()
     stopwatch.end("evaluate")
-    learned_from = experiment.learned_from
-    return experiment, Result(workshop, course, learned_from, probe, outcome, kept, model, answers, augmentation)
+    known = experiment.learned_from, experiment.chosen_by
+    return experiment, Result(workshop, course, *known, probe, outcome, kept, model, answers, augmentation)
 
 
 def finish(experiment: "Experiment", result: "Result", arguments: "Arguments", stopwatch: Stopwatch) -> None:

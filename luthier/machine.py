@@ -22,7 +22,7 @@ from accelerate.utils import parse_flag_from_env
 from torch import nn
 from transformers import TrainingArguments
 
-from luthier.errors import UserError
+from luthier.errors import UserError, first_line
 from luthier.escape import escape_lines
 from luthier.processes import (
     available_cores,
@@ -37,7 +37,11 @@ from luthier.terminal import has_terminal, is_first_process, plural, say
 LONG_RUN = 20_000  # images for which channels_last pays on a GPU
 SHARED = 2**28  # bytes of shared memory for a data worker: two batches of 64 images of 512 px, and one that is read
 DRIVER = Path("/proc/driver/nvidia/version")
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
+DEAD_WORKER = "DataLoader worker (pid"  # in torch's errors where the system has ended a data worker
+OUT_OF_MEMORY = (
+    "out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED",
+    "Invalid buffer size",  # of a Mac's GPU, where one tensor alone is too large
+)  # fmt: skip
 
 
 class OneGPUTrainingArguments(TrainingArguments):
@@ -195,11 +199,13 @@ def check_compiler(training_args: TrainingArguments) -> None:
 
 
 def configure_cpu(device: torch.device) -> None:
-    """On a CPU, use all cores and let the process keep its memory; on other devices change nothing."""
+    """On a CPU, use all cores of this process and let it keep its memory; on other devices change nothing."""
     if device.type != "cpu":
         return
-    # `accelerate launch` sets OMP_NUM_THREADS=1 where its config does not say that this is a CPU machine.
-    if is_launched() and os.environ.get("OMP_NUM_THREADS") == "1":
+    # `accelerate launch` sets OMP_NUM_THREADS=1 where its config does not say that this is a CPU machine. Where it
+    # does, accelerate divides the cores of the whole machine, of which a container may get the time of a few.
+    too_few = is_launched() and os.environ.get("OMP_NUM_THREADS") == "1"
+    if too_few or torch.get_num_threads() > available_cores():
         torch.set_num_threads(available_cores())
     keep_freed_memory()
 
@@ -242,18 +248,26 @@ def keep_freed_memory() -> None:
 
 @contextlib.contextmanager
 def explain_exhausted_memory(training_args: TrainingArguments, training: bool = True) -> Iterator[None]:
-    """Turn the errors of exhausted memory into advice.
+    """Turn the errors of exhausted memory into advice, and those of data workers that have died, mostly of it.
 
     Args:
-        training_args: for the batch size in the advice.
+        training_args: for the batch size and the data workers in the advice.
         training: False is an evaluation, whose batches do not change the result.
 
     Raises:
-        UserError: there was not enough memory.
+        UserError: there was not enough memory, or a data worker has died.
     """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
+        if DEAD_WORKER in str(error):
+            told = error.__cause__ if error.__cause__ and DEAD_WORKER in str(error.__cause__) else error
+            raise UserError(
+                f"a data worker has died ({first_line(told)}). Mostly memory, or the shared memory of a "
+                "container, does not suffice: use fewer (--dataloader_num_workers "
+                f"{training_args.dataloader_num_workers // 2}), or start the container with --shm-size 4g. An "
+                "interrupted run of train.py goes on with --output_dir and --resume_from_checkpoint auto"
+            ) from error
         if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
         if not training:

@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 
 from luthier.cores import count_cores
 from luthier.errors import UserError
+from luthier.terminal import plural
 
 T = TypeVar("T")
 
@@ -54,7 +55,7 @@ def available_cores() -> int:
 
 
 def check_processes(training_args: TrainingArguments) -> None:
-    """Refuse what accelerate does silently: fewer processes than were asked for, or several that train alone.
+    """Refuse what accelerate does silently: fewer processes than were asked for, or several alone or on one GPU.
 
     All processes wait for each other, so that none writes before all have parsed their options: a late one would find
     the output directory of the first, and choose another for itself.
@@ -65,7 +66,8 @@ def check_processes(training_args: TrainingArguments) -> None:
     if is_launched() and "MASTER_ADDR" in os.environ and "RANK" not in os.environ:
         raise UserError(
             "accelerate was asked for several processes and started one: on CPUs too, use accelerate launch "
-            "--multi_gpu without --cpu; or in its config distributed_type MULTI_GPU, and on CPUs use_cpu: true"
+            "--multi_gpu without --cpu, or distributed_type MULTI_GPU in its config. If the machine has GPUs, add "
+            "--use_cpu True after train.py or score.py"
         )
     if processes_started() != training_args.world_size:
         raise UserError(
@@ -73,6 +75,33 @@ def check_processes(training_args: TrainingArguments) -> None:
             "each process a GPU, or use --use_cpu True"
         )
     if training_args.world_size > 1:
+        _check_gpus(training_args)
+        wait_for_all()
+
+
+def _check_gpus(training_args: TrainingArguments) -> None:
+    """Check that this process has a GPU of its own, if it uses one: accelerate would let it share that of another.
+
+    Raises:
+        UserError: the machine has fewer GPUs than processes, and NCCL does not let them share one.
+    """
+    by_nccl = training_args.device.type == "cuda" and training_args.ddp_backend in (None, "nccl")
+    # Other launchers may show each process its own GPU alone.
+    if is_launched() and by_nccl and training_args.local_process_index >= torch.cuda.device_count():
+        raise UserError(
+            f"{processes_here()} processes were started on this machine, which has "
+            f"{plural(torch.cuda.device_count(), 'GPU')}, and each needs one of its own: start fewer (num_processes "
+            "in the config of accelerate, or accelerate launch --num_processes), or use --use_cpu True"
+        )
+
+
+def wait_for_all() -> None:
+    """Wait until all processes have come here.
+
+    `wait_for_everyone` of accelerate 1.15 waits on the GPU with the number of the process, even where processes use
+    CPUs by gloo: it fails on a machine that has a GPU, but fewer than processes.
+    """
+    if processes_started() > 1:
         torch.distributed.barrier()
 
 

@@ -84,7 +84,8 @@ class Block(NamedTuple):
             return table
         except Exception as error:  # of the file, pyarrow or the network: they have no common base
             raise UserError(
-                f"{self.url} cannot be read: {reason(error)}. Mend it, and resume with --resume_from_checkpoint auto"
+                f"{self.url} cannot be read: {reason(error)}. Mend it, and resume with --output_dir and "
+                "--resume_from_checkpoint auto"
             ) from error
 
 

@@ -175,8 +175,8 @@ def say_race(outcome: Outcome, kept: Candidate, judge: Judge) -> None:
     elif tried:
         say("trained", f"{loss}: {tried[0]}")
     if outcome.ended:
-        more = "; with a larger one it goes on (--resume_from_checkpoint auto)" if outcome.ended == NO_TIME else ""
-        say("", f"it ended with {outcome.ended}{more}")
+        more = "; with a larger one it goes on (--output_dir and --resume_from_checkpoint auto)"
+        say("", f"it ended with {outcome.ended}{more if outcome.ended == NO_TIME else ''}")
     what = "the probe" if kept.is_probe else f"{kept.arm}, {kept_in_words(kept)}"
     if kept.is_probe and last_heats:
         what += f", which {'no recipe has' if len(last_heats) > 1 else f'{min(last_heats)} has not'} beaten"

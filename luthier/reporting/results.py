@@ -185,8 +185,8 @@ def save_models(output_dir: Path, experiment: Experiment, result: Result, refitt
     """Save the shipped model, and the scored one beside it where that is another.
 
     Beside each is `LEARNED_FROM`, which names the images that it has learned from. For the scored model it also names
-    those of validation; after cross-validation only those that the data brings. What an earlier part of the run has
-    made of other weights is removed.
+    those of validation, in cross-validation those of its fold. What an earlier part of the run has made of other
+    weights is removed.
 
     Args:
         output_dir: of the run; the scored model goes to `SCORED` in it.
@@ -212,8 +212,7 @@ def save_models(output_dir: Path, experiment: Experiment, result: Result, refitt
         shutil.rmtree(output_dir / name, ignore_errors=True)
     for name in (EXPORTS, ROWS, *FIGURES):
         (output_dir / name).unlink(missing_ok=True)
-    chosen_by = list_of(splits["validation"], "digest") if "validation" in splits else ()
-    scored = (result.model, result.answers.familiarity, [*result.learned_from, *chosen_by])
+    scored = (result.model, result.answers.familiarity, [*result.learned_from, *result.chosen_by])
     save(*scored, output_dir / SCORED if refitted else output_dir)
     if refitted:
         model, familiarity, learned_from = refitted

@@ -61,6 +61,11 @@ class Experiment(NamedTuple):
         """The digests of the images of train, which the scored weights learn from."""
         return list_of(self.splits["train"], "digest")
 
+    @property
+    def chosen_by(self) -> list[str]:
+        """The digests of the images of validation, which choose the scored weights."""
+        return list_of(self.splits["validation"], "digest")
+
     def workshop(self, training_args: TrainingArguments, callbacks: Sequence[TrainerCallback]) -> Workshop:
         """Return what builds the Trainers of this run, see `Workshop`; the model gets its memory format.
 
@@ -83,6 +88,7 @@ class Result(NamedTuple):
     Attributes:
         workshop, course: for the refit.
         learned_from: digests of the images that the scored weights have learned from.
+        chosen_by: digests of the images that have chosen these weights.
         probe: of `baselines.measure_probe`.
         outcome: of the race.
         kept: the weights that are scored.
@@ -94,6 +100,7 @@ class Result(NamedTuple):
     workshop: Workshop
     course: Course
     learned_from: list[str]
+    chosen_by: list[str]
     probe: ProbeResults
     outcome: Outcome
     kept: Candidate

@@ -92,8 +92,8 @@ def _of_same_images(folds: Iterable[tuple[Experiment, Result]]) -> list[tuple[Ex
         if parts and _images_of(experiment) != _images_of(parts[0][0]):
             raise UserError(
                 "the images, or their labels, have changed since the first fold was trained: each would not be scored "
-                "once. Put them back and repeat the command with --resume_from_checkpoint auto, or begin again in "
-                "another --output_dir"
+                "once. Put them back and repeat the command with --output_dir and --resume_from_checkpoint auto, or "
+                "begin again in another --output_dir"
             )
         # Without the weights that trainings began from, which would fill the memory of the next fold. By the same
         # name, or the loop would hold them.

@@ -136,7 +136,8 @@ def stage(output_dir: Path, repo_id: str, staging: Path) -> None:
     Raises:
         UserError: the folder holds no finished run of train.py, or a file of it is damaged.
     """
-    unfinished = f"the run in {output_dir} has not ended: go on with it by --resume_from_checkpoint auto, then push it"
+    options = f"--output_dir {quote(str(output_dir))} --resume_from_checkpoint auto"
+    unfinished = f"the run in {output_dir} has not ended: go on with it by {options}, then push it"
     if not (output_dir / METRICS).is_file():
         if any(any(output_dir.glob(pattern)) for pattern in BEFORE_MODEL):
             raise UserError(unfinished)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 # Optimizer steps of the first heat, and images: it is one epoch where that lies between them.
 MIN_STEPS, MAX_IMAGES = 8, 12_800
@@ -86,6 +86,11 @@ def heat_ends(first: int, total: int) -> tuple[int, ...]:
         ends.append(total)
     ends[-1] = total  # what is left is too short for a heat of its own
     return tuple(ends)
+
+
+def ends_epoch(state: TrainerState) -> bool:
+    """Tell whether a step is the last of an epoch, or of all: an evaluation by epochs comes after it."""
+    return float(state.epoch or 0).is_integer() or state.global_step >= state.max_steps
 
 
 class EndHeat(TrainerCallback):

@@ -11,10 +11,13 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from luthier.errors import NotFinite, UserError
 from luthier.machine import explain_exhausted_memory
-from luthier.processes import share_tensors
+from luthier.processes import share_tensors, wait_for_all
 from luthier.training.checkpoints import PARTIAL, Origin, newest, prune_checkpoints, seal, write_origin
-from luthier.training.heats import Schedule
+from luthier.training.heats import Schedule, ends_epoch
 from luthier.training.workers import WorkerTrainer
+
+# In errors of torch where a file cannot be written, as where a quota is used up; it does not say why.
+NOT_WRITTEN = ("inline_container", "iostream")
 
 
 class SafeTrainer(WorkerTrainer):
@@ -63,7 +66,7 @@ class SafeTrainer(WorkerTrainer):
     def _maybe_log_save_evaluate(self, *arguments, **options) -> None:
         # A checkpoint of an epoch's last step waits for the epoch's evaluation, which a resume from it would not make.
         epoch = float(self.state.epoch or 0)
-        last_step = self.args.eval_strategy == "epoch" and epoch.is_integer() and self.args.eval_delay <= epoch
+        last_step = self.args.eval_strategy == "epoch" and ends_epoch(self.state) and self.args.eval_delay <= epoch
         if self.control.should_evaluate:
             self.control.should_save |= self.save_postponed
             self.save_postponed = False
@@ -79,7 +82,7 @@ class SafeTrainer(WorkerTrainer):
         written, checkpoint = output_dir / PARTIAL / f"checkpoint-{step}", output_dir / f"checkpoint-{step}"
         try:
             super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
+            wait_for_all()
             if self.args.should_save:
                 # Or the library would remove all others at the end with --save_total_limit 1, the newest too.
                 self.state.best_model_checkpoint = None
@@ -91,12 +94,12 @@ class SafeTrainer(WorkerTrainer):
         except Exception as error:  # safetensors and torch have errors of their own for a full disk
             full = "No space left" in str(error) or shutil.disk_usage(output_dir).free < self.checkpoint_size()
             shutil.rmtree(output_dir / PARTIAL, ignore_errors=True)
-            if not full:
+            if not full and not any(words in str(error) for words in NOT_WRITTEN):
                 raise
-            raise _explain_full_disk(output_dir, step) from error
+            raise _explain_failed_save(output_dir, step, full) from error
         finally:
             self.writing_to = None
-        self.accelerator.wait_for_everyone()
+        wait_for_all()
         if self.args.local_process_index == 0:  # on every machine, each of which may have a disk of its own
             shutil.rmtree(output_dir / PARTIAL, ignore_errors=True)
 
@@ -202,10 +205,17 @@ class SafeTrainer(WorkerTrainer):
             )
 
 
-def _explain_full_disk(output_dir: Path, step: int) -> UserError:
-    """Return the error of a checkpoint that the disk has no space for, with what to do."""
-    last = newest(output_dir)
-    resume = f"{last} is whole: free some space, and resume with" if last else "free some space, and start with"
+def _explain_failed_save(output_dir: Path, step: int, full: bool) -> UserError:
+    """Return the error of a checkpoint that could not be written, with what to do.
+
+    Args:
+        output_dir: of the checkpoint.
+        step: of the checkpoint.
+        full: the disk has no space for it; otherwise the cause is not known.
+    """
+    last, why = newest(output_dir), "the disk is full" if full else "a file could not be written"
+    remedy = "free some space" if full else "check the disk, and whether your quota is used up"
+    resume = f"{last} is whole: {remedy}, and resume with" if last else f"{remedy}, and start with"
     return UserError(
-        f"the disk is full: no checkpoint of step {step} in {output_dir}. {resume} --resume_from_checkpoint auto"
+        f"{why}: no checkpoint of step {step} in {output_dir}. {resume} --output_dir and --resume_from_checkpoint auto"
     )

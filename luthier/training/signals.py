@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 
 from luthier.terminal import is_first_process, quote, say
 from luthier.training.checkpoints import newest
+from luthier.training.heats import ends_epoch
 
 HANGUP = getattr(signal, "SIGHUP", None)  # the terminal is closed; Windows has no such signal
 PATIENCE = 6  # seconds that an evaluation may go on after a signal
@@ -82,12 +83,12 @@ class Stop(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.agree():
             self.stopping = control.should_training_stop = True
-            # After the last step of an epoch comes its evaluation, and then its checkpoint.
-            control.should_save = not float(state.epoch).is_integer()
-            control.should_evaluate = control.should_log = False
+            # After the last step of an epoch comes its evaluation, and then its checkpoint. An evaluation that comes
+            # now, as with `--eval_strategy steps`, stays too: a run that is resumed from here would not make it.
+            control.should_save = not ends_epoch(state)
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        if self.stopping and float(state.epoch).is_integer():
+        if self.stopping and ends_epoch(state):
             control.should_save = True  # whatever the strategy: `on_step_end` has left it to this
         elif self.stopping:
             control.should_save = control.should_evaluate = control.should_log = False

@@ -144,6 +144,10 @@ def _load_best(trainer: SafeTrainer) -> None:
         say("careful", f"{best} is not used, because {damage}: the last weights take its place")
     found = from_main_process(best if best.exists() and not damage else None)
     if found is None:
+        step = trainer.state.best_global_step
+        if not damage and step not in (None, trainer.state.global_step):
+            remedy = "the last weights take its place. --save_strategy epoch, the default, keeps the best ones"
+            say("careful", f"step {step} is the best on validation, but it has no checkpoint: {remedy}")
         trainer.state.best_global_step = None
     elif trainer.args.process_index == 0:
         load_weights(model, found)

@@ -100,6 +100,26 @@ def test_log_keeps_what_the_run_has_printed_before(tmp_path, monkeypatch):
     assert run.log.read_text().split() == ["before", "new"]
 
 
+@pytest.mark.parametrize(
+    ("printed", "shown"),
+    [
+        (["start", "error: no images", *map(str, range(9))], ["error: no images", "0", "1", "2", "3"]),
+        (["Traceback", *map(str, range(9))], ["4", "5", "6", "7", "8"]),
+        (["killed"], ["killed"]),
+    ],
+)
+def test_message_of_a_failed_run_is_shown_whatever_its_launcher_prints_after_it(
+    tmp_path, monkeypatch, capsys, printed, shown
+):
+    start, program = subprocess.Popen, f"import sys; print({chr(10).join(printed)!r}); sys.exit(1)"
+    monkeypatch.setattr(subprocess, "Popen", lambda _, **rest: start([sys.executable, "-c", program], **rest))
+    run = Run("a", "seed 1", tmp_path / "a", [], "x")
+    run.log.write_text("error: of an earlier attempt\n")
+    with pytest.raises(SystemExit) as exit_info:
+        execute(run)
+    assert exit_info.value.code == 1 and capsys.readouterr().err.splitlines()[1:] == shown
+
+
 def test_reader_that_leaves_does_not_end_the_comparison(monkeypatch):
     class Closed:
         def write(self, text):

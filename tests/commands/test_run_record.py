@@ -95,8 +95,8 @@ def test_model_that_has_learned_from_the_images_that_judge_it_is_named(tmp_path,
     assert warn_if_learned(str(tmp_path), splits) == {"learned_from": 2, "learned_in_test": 1}
 
 
-@pytest.mark.parametrize("refit", [False, True])
-def test_each_model_is_saved_with_its_own_bank_and_what_it_has_learned_from(tmp_path, monkeypatch, refit):
+@pytest.mark.parametrize(("refit", "of_fold"), [(False, False), (True, False), (False, True)])
+def test_each_model_is_saved_with_its_own_bank_and_what_it_has_learned_from(tmp_path, monkeypatch, refit, of_fold):
     told: list[tuple] = []
     replaced = {
         "describe_in_config": lambda model, familiarity: told.append((model, familiarity)),
@@ -111,8 +111,11 @@ def test_each_model_is_saved_with_its_own_bank_and_what_it_has_learned_from(tmp_
         splits={split: Dataset.from_dict({"digest": each}) for split, each in digests.items()},
         view=SimpleNamespace(image_processor=None),
     )
+    if of_fold:  # the validation split that was cut for it is among the images that the other folds test
+        experiment.splits = {"test": Dataset.from_dict({"digest": [each[0] for each in digests.values()]})}
     answers = SimpleNamespace(familiarity="its bank")
-    result = SimpleNamespace(model="scored", answers=answers, learned_from=digests["train"])
+    known = {"learned_from": digests["train"], "chosen_by": digests["validation"]}
+    result = SimpleNamespace(model="scored", answers=answers, **known)
     refitted = Refitted("refit", "another bank", ("train", "validation", "test")) if refit else None
     (tmp_path / "out").mkdir()
     results.save_models(tmp_path / "out", experiment, result, refitted)

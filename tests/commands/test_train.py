@@ -368,6 +368,18 @@ def test_cpu_threads_are_restored(monkeypatch, tmp_path):
         torch.set_num_threads(threads)
 
 
+def test_cpu_threads_are_no_more_than_the_cores_of_a_process(monkeypatch):
+    threads = torch.get_num_threads()
+    monkeypatch.setattr("luthier.machine.available_cores", lambda: 1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # as accelerate sets it, by the cores of the whole machine
+    try:
+        torch.set_num_threads(2)
+        configure_cpu(torch.device("cpu"))
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_trainer_gives_the_logits_of_the_model_on_single_images(timm_checkpoint, images, tmp_path):
     """The Trainer evaluates in batches; the model sees the evaluation view of one image at a time."""
     model, image_processor = build_model(str(timm_checkpoint), {0: "blue", 1: "green", 2: "red"})

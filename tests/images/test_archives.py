@@ -189,7 +189,7 @@ def test_archive_that_is_damaged_later_is_named():
         file.seek(block.begin)
         file.write(b"\1" * 512)
     os.utime("train.tar", ns=(status.st_atime_ns, status.st_mtime_ns))
-    with pytest.raises(UserError, match=r"train.tar cannot be read: .*Mend it, and resume"):
+    with pytest.raises(UserError, match=r"train.tar cannot be read: .*Mend it, and resume with --output_dir"):
         learned(stream)
 
 

@@ -525,7 +525,7 @@ def test_what_is_pushed_must_be_a_finished_run(tmp_path):
 
 def test_run_that_was_interrupted_is_not_taken_for_another_folder(tmp_path):
     (tmp_path / "checkpoint-5").mkdir()
-    with pytest.raises(UserError, match="has not ended: go on with it by --resume_from_checkpoint auto"):
+    with pytest.raises(UserError, match=r"go on with it by --output_dir .* --resume_from_checkpoint auto, then push"):
         hub.stage(tmp_path, "me/x", tmp_path)
 
 

@@ -251,6 +251,16 @@ def test_best_checkpoint_that_is_damaged_leaves_the_last_weights(tmp_path, capsy
     assert "is not as it was written" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.parametrize(("last", "is_said"), [(6, True), (4, False)])
+def test_best_weights_without_a_checkpoint_are_named_unless_they_are_the_last(tmp_path, capsys, last, is_said):
+    """As with `--save_strategy no`."""
+    args = SimpleNamespace(output_dir=tmp_path, process_index=0, world_size=1)
+    state = SimpleNamespace(best_global_step=4, global_step=last)
+    _load_best(SimpleNamespace(model=None, args=args, state=state))
+    assert state.best_global_step is None
+    assert ("step 4 is the best on validation, but it has no checkpoint" in capsys.readouterr().out) is is_said
+
+
 def test_best_weights_are_used_without_the_files_that_only_a_resume_needs(tmp_path, monkeypatch):
     """Somebody may have removed the state of the optimizer, because the disk was full."""
     folder, loaded = write_checkpoint(tmp_path, 4), []

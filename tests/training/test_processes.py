@@ -16,10 +16,12 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import PROJECT, TWO_PROCESSES, draw_folder, flags, load_result
+from transformers import Trainer
 
 from luthier.arguments import parse_arguments
 from luthier.errors import UserError
-from luthier.processes import RANKS, check_processes
+from luthier.processes import RANKS, check_processes, wait_for_all
+from luthier.training import safe_trainer
 from luthier.training.recipe import BATCH, FROM_SCRATCH
 from luthier.training.signals import Stop, StoppedInEvaluation
 from train import main
@@ -56,12 +58,13 @@ def test_processes_stop_after_the_same_step_whenever_the_signal_comes(monkeypatc
             in_between.pop()()
 
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
-    state, control = SimpleNamespace(epoch=0.5), SimpleNamespace(should_training_stop=False)
+    state = SimpleNamespace(epoch=0.5, global_step=4, max_steps=8)
+    control = SimpleNamespace(should_training_stop=False)
     stop.on_step_end(None, state, control)
     stop.on_epoch_end(None, state, control)
     assert stop.received == signal.SIGTERM and vars(control) == {"should_training_stop": False}
     stop.on_step_end(None, state, control)
-    assert control.should_training_stop and control.should_save and not control.should_evaluate
+    assert control.should_training_stop and control.should_save
     stop.received, of_others[:] = None, [int(signal.SIGINT)]
     assert stop.agree() == signal.SIGINT
     with pytest.raises(StoppedInEvaluation):  # another process has waited long enough
@@ -181,8 +184,60 @@ def test_processes_wait_for_each_other_before_one_writes(monkeypatch):
     waited = []
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.distributed, "barrier", lambda: waited.append(True))
-    check_processes(SimpleNamespace(world_size=2))
+    check_processes(SimpleNamespace(world_size=2, device=torch.device("cpu")))
     assert waited == [True]
+
+
+@pytest.mark.parametrize(
+    ("index", "backend", "launched", "refused"),
+    [
+        (2, None, True, True),
+        (2, "nccl", True, True),
+        (1, None, True, False),
+        (2, "gloo", True, False),
+        (2, None, False, False),  # as of Slurm, where each process may see its own GPU alone
+    ],
+)
+def test_process_without_a_gpu_of_its_own_is_refused(monkeypatch, index, backend, launched, refused):
+    waited, device = [], torch.device("cuda", index % 2)
+    args = SimpleNamespace(world_size=4, device=device, ddp_backend=backend, local_process_index=index)
+    for name, value in {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "RANK": str(index)}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    if launched:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: waited.append(True))
+    if refused:
+        with pytest.raises(UserError, match="4 processes were started on this machine, which has 2 GPUs"):
+            check_processes(args)
+    else:
+        check_processes(args)
+    assert bool(waited) is not refused
+
+
+def test_processes_wait_on_no_gpu_of_their_own(monkeypatch):
+    """Where they use CPUs, the machine may have a GPU for the first one alone."""
+    waited = []
+    monkeypatch.setattr(torch.distributed, "barrier", lambda **options: waited.append(options))
+    for count in ("1", "2"):
+        monkeypatch.setenv("WORLD_SIZE", count)
+        wait_for_all()
+    assert waited == [{}]
+
+
+def test_checkpoint_gets_its_name_when_all_processes_have_written_their_part(monkeypatch, tmp_path):
+    events = []
+    monkeypatch.setattr(Trainer, "_save_checkpoint", lambda *_: events.append("write"))
+    for name in ("wait_for_all", "seal", "prune_checkpoints"):
+        monkeypatch.setattr(safe_trainer, name, lambda *_, name=name: events.append(name))
+    trainer = safe_trainer.SafeTrainer.__new__(safe_trainer.SafeTrainer)
+    trainer.state = SimpleNamespace(global_step=4, best_global_step=None, save_to_json=lambda path: None)
+    trainer.args = SimpleNamespace(
+        output_dir=str(tmp_path), should_save=True, save_total_limit=None, local_process_index=0
+    )
+    trainer._save_checkpoint(None, None)
+    assert events == ["write", "wait_for_all", "seal", "prune_checkpoints", "wait_for_all"]
 
 
 def test_processes_that_would_each_train_alone_are_refused(monkeypatch):

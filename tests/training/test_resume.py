@@ -348,12 +348,42 @@ def test_full_disk_keeps_the_last_whole_checkpoint(timm_checkpoint, monkeypatch,
     assert find_damage(Path("out/checkpoint-2")) is None and not Path("out/.partial").exists()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a file that is always full")
+@pytest.mark.parametrize("size", [10, 3_000_000])
+def test_checkpoint_that_torch_cannot_write_gives_advice(tmp_path, monkeypatch, size):
+    """As where a quota is used up: the disk has space, and torch's error does not say why it fails."""
+
+    def save(*_) -> None:
+        torch.save(torch.zeros(size), "/dev/full")
+
+    monkeypatch.setattr(Trainer, "_save_checkpoint", save)
+    trainer = SafeTrainer.__new__(SafeTrainer)
+    trainer.args, trainer.state = SimpleNamespace(output_dir=str(tmp_path)), SimpleNamespace(global_step=3)
+    trainer.model = torch.nn.Linear(1, 1)
+    (tmp_path / "checkpoint-2").mkdir()
+    advice = "no checkpoint of step 3 in .*checkpoint-2 is whole: check the disk, and whether your quota is used up"
+    with pytest.raises(UserError, match=f"{advice}, and resume with --output_dir and --resume_from_checkpoint auto"):
+        trainer._save_checkpoint(None, None)
+
+
+def test_data_worker_that_dies_gives_advice():
+    arguments = TrainingArguments(output_dir="x", dataloader_num_workers=4, use_cpu=True)
+    cause = RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed. ")
+    advice = r"killed by signal: Killed\.\).*--dataloader_num_workers 2"
+    for training in (True, False):
+        with pytest.raises(UserError, match=advice), explain_exhausted_memory(arguments, training):
+            raise RuntimeError("DataLoader worker (pid(s) 5) exited unexpectedly") from cause
+    with pytest.raises(RuntimeError, match="Caught"), explain_exhausted_memory(arguments):
+        raise RuntimeError("Caught RuntimeError in DataLoader worker process 0.")  # an error of the project's own
+
+
 def test_exhausted_memory_gives_advice():
     arguments = TrainingArguments(output_dir="x", per_device_train_batch_size=32, use_cpu=True)
     for error in (
         torch.OutOfMemoryError("CUDA out of memory."),
         MemoryError(),
         RuntimeError("can't allocate memory: 1"),
+        RuntimeError("Invalid buffer size: 19.45 GiB"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ):
         advice = "--per_device_train_batch_size 16 --gradient_accumulation_steps 2"
@@ -419,10 +449,26 @@ def test_signal_in_the_last_step_of_an_epoch_leaves_its_evaluation_and_its_check
     stop.received = signal.SIGTERM
     stop.on_step_end(None, SimpleNamespace(epoch=2.0), control)
     assert control.should_training_stop and not control.should_save, "the evaluation comes first"
-    for epoch, kept in ((2.0, True), (1.5, False)):
+    for epoch, step, kept in ((2.0, 8, True), (1.5, 6, False), (2.25, 9, True)):  # the last one ends the training
         control.should_save = control.should_evaluate = control.should_log = True  # as the strategies want it
-        stop.on_epoch_end(None, SimpleNamespace(epoch=epoch), control)
+        stop.on_epoch_end(None, SimpleNamespace(epoch=epoch, global_step=step, max_steps=9), control)
         assert control.should_save == control.should_evaluate == control.should_log == kept
+
+
+def test_signal_in_the_last_step_of_all_leaves_its_evaluation(tmp_path):
+    """With `--max_steps` the last epoch may be cut short."""
+    stop, control = Stop(tmp_path), SimpleNamespace(should_training_stop=True)
+    stop.received = signal.SIGTERM
+    stop.on_step_end(None, SimpleNamespace(epoch=2.25, global_step=9, max_steps=9), control)
+    assert not control.should_save, "the evaluation comes first"
+
+
+def test_signal_leaves_the_evaluation_of_a_step(tmp_path):
+    """As with `--eval_strategy steps`: a run that is resumed from the checkpoint does not make it."""
+    stop, control = Stop(tmp_path), SimpleNamespace(should_evaluate=True, should_log=True, should_save=False)
+    stop.received = signal.SIGTERM
+    stop.on_step_end(None, SimpleNamespace(epoch=1.5, global_step=6, max_steps=9), control)
+    assert control.should_training_stop and control.should_evaluate and control.should_log and control.should_save
 
 
 def test_signal_in_the_last_step_of_an_epoch_saves_whatever_the_strategy(tmp_path):
@@ -433,12 +479,15 @@ def test_signal_in_the_last_step_of_an_epoch_saves_whatever_the_strategy(tmp_pat
     assert control.should_save
 
 
-@pytest.mark.parametrize(("delay", "expected"), [(0, False), (5, True)])
-def test_checkpoint_waits_only_for_an_evaluation_that_comes(monkeypatch, delay, expected):
+@pytest.mark.parametrize(
+    ("delay", "epoch", "step", "expected"),
+    [(0, 2.0, 8, False), (5, 2.0, 8, True), (0, 2.25, 9, False), (0, 1.5, 6, True)],
+)
+def test_checkpoint_waits_only_for_an_evaluation_that_comes(monkeypatch, delay, epoch, step, expected):
     saved, trainer = [], SafeTrainer.__new__(SafeTrainer)
     monkeypatch.setattr(Trainer, "_maybe_log_save_evaluate", lambda self: saved.append(self.control.should_save))
     trainer.args = SimpleNamespace(eval_strategy="epoch", eval_delay=delay)
-    trainer.state = SimpleNamespace(epoch=2.0)
+    trainer.state = SimpleNamespace(epoch=epoch, global_step=step, max_steps=9)
     trainer.control = SimpleNamespace(should_save=True, should_evaluate=False)
     trainer._maybe_log_save_evaluate()
     assert saved == [expected]
