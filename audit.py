@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     # Validation chooses the penalty of the probe that checks labels, and nothing else: a tenth is enough.
     line = [*option_of_data(argv[0]), "--validation_fraction", "0.1", *argv[1:], "--eval_strategy", "no"]
     refuse_others("audit.py", option_names_in(argv[1:]), SHOWN)
-    arguments = parse_arguments(line, replaced=FILES)
+    arguments = parse_arguments(line, replaced=FILES, parser=build_parser())
 
     from data import cut_splits, load_images
     from luthier.cache import list_of

@@ -66,7 +66,8 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--{name} is {getattr(options, name)}, but must be at least 1")
     share = parse_share(options.share)
     refuse_others("prepare.py", option_names_in(rest), SHOWN)
-    arguments = parse_arguments([*option_of_data(argv[0]), *rest, "--eval_strategy", "no"], own=vars(options))
+    line = [*option_of_data(argv[0]), *rest, "--eval_strategy", "no"]
+    arguments = parse_arguments(line, own=vars(options), parser=build_parser())
 
     from data import load_splits
     from luthier.images.groups import given_groups
@@ -137,7 +138,6 @@ def inspect_share(source: dict, folder: Path, share: Share) -> None:
         UserError: the images cannot be listed, see `data.list_images`, or the folder cannot be one.
     """
     from data import list_images
-    from luthier.images.folders import STAMP
     from luthier.images.inspection import inspect
     from luthier.images.listed_images import STAMP
 

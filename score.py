@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # The model's name comes last, so that it counts. Without "no" the Trainer would ask for a validation split.
     line = [*argv[1:], "--eval_strategy", "no", "--model_name", argv[0]]
-    arguments = parse_arguments(line, describe_command("score.py", argv))
+    arguments = parse_arguments(line, describe_command("score.py", argv), parser=build_parser())
     refuse_others("score.py", arguments.run_args.given, (*SHOWN, "model_name"))
     if not arguments.data_args.labels:  # here too, because `parse_arguments` checks a folder that is given
         check_outside(arguments.run_dir, arguments.data_args.data_dir or str(arguments.data_args.dataset_name))

@@ -171,7 +171,11 @@ OF_TRAINING = (
 
 
 def parse_arguments(
-    argv: list[str], command: str | None = None, replaced: Collection[str] = (), own: Collection[str] = ()
+    argv: list[str],
+    command: str | None = None,
+    replaced: Collection[str] = (),
+    own: Collection[str] = (),
+    parser: Parser | None = None,
 ) -> Arguments:
     """Read `[CONFIG.yaml] [--key value ...]`; the command line overrides the file.
 
@@ -184,11 +188,12 @@ def parse_arguments(
         command: what to call it in the results; the command line of train.py if not given.
         replaced: names of files that the output directory may already hold, because the command writes them again.
         own: see `parsing.read_options`.
+        parser: of another command, by `build_parser`; that of train.py if not given.
 
     Raises:
         UserError: an option, a key or a value is wrong, or the output directory is not free.
     """
-    config, options, given = read_options(build_parser(), argv, own)
+    config, options, given = read_options(parser or build_parser(), argv, own)
     settings = digest_settings(options)
     data_args = DataArguments(**{option.name: options[option.name] for option in fields(DataArguments)})
     model_args = ModelArguments(**{option.name: options[option.name] for option in fields(ModelArguments)})

@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from luthier.errors import UserError, message_for_user
-from luthier.files import atomic_copy
+from luthier.files import atomic_copy, rename
 from luthier.terminal import Tenths
 
 logger = logging.getLogger(__name__)
@@ -294,7 +294,7 @@ def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, Path(folder, path.name))
-            Path(folder, path.name).replace(path)
+            rename(Path(folder, path.name), path)
     except (OSError, SafetensorError) as error:
         warn_once(f"{path.parent.name} is not kept for the next run: {error}")
 

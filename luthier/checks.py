@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import sys
 from pathlib import Path
 
 from luthier.errors import UserError, require
@@ -57,6 +58,8 @@ POSITIVE = (
 )
 
 NAMES = ("output_dir", "resume_from_checkpoint", "hub_model_id")  # options of the library that name something
+# Options that may be paths.
+PATHS = ("data_dir", "dataset_name", "labels", "model_name", "output_dir", "resume_from_checkpoint")
 
 # The least and the most that others can be.
 RANGES = {
@@ -89,6 +92,7 @@ def check_options(options: dict) -> None:
     for key in sorted({*OWN, *NAMES} - {"none_class"}):  # whose empty value means that there is no such class
         if options[key] == "":  # as of a shell's variable that is not set
             raise UserError(f"--{key} is empty: give a value, or leave the option out")
+    _check_quotes(options)
     if options["data_dir"] and options["dataset_name"]:
         raise UserError("--data_dir and --dataset_name both name the data: give one of them")
     if options["hub_token"] is not None:
@@ -126,6 +130,25 @@ def check_options(options: dict) -> None:
         )
     check_trackers(options["report_to"])
     _check_numbers(options)
+
+
+def _check_quotes(options: dict) -> None:
+    """Refuse a quotation mark in a path on Windows, where no path has one.
+
+    PowerShell completes the name of a folder with a backslash at its end. Programs take a backslash and the closing
+    quote for a quotation mark of the value, which goes on up to the next quote.
+
+    Raises:
+        UserError: there is one.
+    """
+    if sys.platform != "win32":
+        return
+    for key in PATHS:
+        if '"' in (options[key] or ""):
+            raise UserError(
+                f"--{key} {options[key]} holds a quotation mark, as by a backslash before a closing quote: leave "
+                "this backslash out"
+            )
 
 
 def _check_training(options: dict) -> None:

@@ -18,6 +18,9 @@ Parameters = ParamSpec("Parameters")
 PERMISSIONS = {errno.EACCES, errno.EPERM, errno.EROFS}
 SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 REFUSED_BY_SYSTEM = {errno.EIO, errno.ESTALE, errno.ENAMETOOLONG, *SPACE, *PERMISSIONS}
+# Windows has numbers of its own: access denied, and two for a full disk. Python translates them for its own
+# errors, and safetensors does not.
+OF_WINDOWS = {5: errno.EACCES, 39: errno.ENOSPC, 112: errno.ENOSPC}
 
 
 class UserError(Exception):
@@ -104,11 +107,19 @@ def message_for_user(error: Exception) -> str | None:
         if isinstance(cause, OSError) and (cause.errno in REFUSED_BY_SYSTEM or "Not enough disk space" in str(cause)):
             where = f"{cause.filename}: " if cause.filename else ""
             return f"{where}{cause.strerror or cause}. {_remedy(cause.errno)}"
-        number = re.search(r"\(os error (\d+)\)", str(cause)) if type(cause).__name__ == "SafetensorError" else None
-        if number and int(number[1]) in REFUSED_BY_SYSTEM:  # weights: safetensors has no other way to say it
-            return f"{os.strerror(int(number[1]))}, while weights are written. {_remedy(int(number[1]))}"
+        number = _number_of_safetensors(cause)
+        if number in REFUSED_BY_SYSTEM:
+            return f"{os.strerror(number)}, while weights are written. {_remedy(number)}"
         cause = cause.__cause__
     return None
+
+
+def _number_of_safetensors(error: BaseException) -> int:
+    """Return the number of the system's error that one of safetensors stands for; 0 where there is none."""
+    # safetensors has no other way to say it.
+    found = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    number = int(found[1]) if found else 0
+    return OF_WINDOWS.get(number, 0) if sys.platform == "win32" else number
 
 
 def _remedy(number: int | None) -> str:

@@ -129,7 +129,8 @@ class DataArguments:
     def name(self) -> str:
         """The name of the data: as on the Hub; of a folder the last part, because the rest tells of a machine."""
         name = self.data_dir or self.dataset_name or BUILT_IN_DATASET
-        return Path(name).resolve().name if self.data_dir or Path(name).is_dir() else name
+        # A whole drive of Windows (D:\) has no last part, and the Hub takes no empty name.
+        return (Path(name).resolve().name or "images") if self.data_dir or Path(name).is_dir() else name
 
     @property
     def is_built_in(self) -> bool:

@@ -126,7 +126,7 @@ def read_options(
     settings = read_config(config, parser) if config else {}
     _, unknown = parser.parse_known_args(line)
     if unknown:
-        raise UserError(explain_unknown(unknown[0], list(own), option_names(parser)))
+        raise UserError(explain_unknown(unknown[0], list(own), parser))
     given = option_names_in(line)
     for key in ("data_dir", "dataset_name", "labels"):
         if sum(option_names_in([token]) == {key} for token in line) > 1:
@@ -222,8 +222,8 @@ def nearest_option(word: str, known: Sequence[str]) -> str:
     return f"; did you mean {MEANT_BY[word]!r}?" if MEANT_BY.get(word) in known else nearest(word, known)
 
 
-def explain_unknown(token: str, own: Sequence[str], known: Sequence[str]) -> str:
-    """Return what is wrong with an argument that is neither an option of the command's own nor a known one."""
+def explain_unknown(token: str, own: Sequence[str], parser: HfArgumentParser) -> str:
+    """Return what is wrong with an argument that is neither an option of the command's own nor one of its parser."""
     if typed := explain_typing(token):
         return typed
     if token.startswith("-"):
@@ -234,8 +234,12 @@ def explain_unknown(token: str, own: Sequence[str], known: Sequence[str]) -> str
         meant = difflib.get_close_matches(option, own, n=1, cutoff=0.75)
         if option in NOT_NEEDED and not meant:
             return f"unknown option {token}: {NOT_NEEDED[option]}"
+        known, where = option_names(parser), "All options: python train.py --help-all"
+        if parser.prog != "train.py":  # it refuses most of the options that its help does not show
+            known = [action.dest for action in parser._actions if action.help != argparse.SUPPRESS]
+            where = f"Options: python {parser.prog} --help"
         hint = nearest(option, meant) or nearest_option(option, [*own, *known]) or "."
-        return f"unknown option {token}{hint} All options: python train.py --help-all"
+        return f"unknown option {token}{hint} {where}"
     if token.endswith((".yaml", ".yml")):
         return f"the config {token} must be the first argument"
     if token.endswith(".json"):

@@ -11,13 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import PROJECT
+from safetensors import SafetensorError
 
-from luthier import files, terminal
+from luthier import cache, checks, errors, files, terminal
 from luthier.arguments import parse_arguments
-from luthier.errors import UserError
+from luthier.errors import UserError, message_for_user
 from luthier.images import duplicates
 from luthier.images.folders import subfolders
+from luthier.options import DataArguments
 
 MODULES = sorted(
     ".".join(path.relative_to(PROJECT).with_suffix("").parts).removesuffix(".__init__")
@@ -127,6 +130,54 @@ def test_class_folders_come_in_the_same_order_on_every_system(tmp_path):
     for name in ("Zebra", "lion"):
         (tmp_path / name).mkdir()
     assert [folder.name for folder in subfolders(LikeWindows(tmp_path))] == ["Zebra", "lion"]
+
+
+def test_kept_features_wait_on_windows_for_a_scanner(tmp_path, monkeypatch):
+    refusals, replace = [PermissionError(13, "Access is denied")] * 2, Path.replace
+
+    def refuse(self, target):
+        if refusals:
+            raise refusals.pop()
+        return replace(self, target)
+
+    monkeypatch.setattr(cache.datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr(Path, "replace", refuse)
+    monkeypatch.setattr(files.sys, "platform", "win32")
+    monkeypatch.setattr(files.time, "sleep", lambda _: None)
+    cache.write_cached("scanned", "a", torch.arange(3))
+    found = cache.read_cached("scanned", "a")
+    assert not refusals and found is not None and found.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("There is not enough space on the disk. (os error 112)", "while weights are written. Free some space"),
+        ("Access is denied. (os error 5)", "while weights are written. Check the permissions"),
+        ("The printer is out of paper. (os error 28)", None),  # which is a full disk elsewhere
+    ],
+)
+def test_numbers_of_errors_are_those_of_windows_there(monkeypatch, text, message):
+    monkeypatch.setattr(errors.sys, "platform", "win32")
+    found = message_for_user(SafetensorError(f"I/O error: {text}"))
+    assert found is None if message is None else message in str(found)
+
+
+def test_backslash_before_a_closing_quote_is_named_on_windows(monkeypatch):
+    options = dict.fromkeys(checks.PATHS) | {"data_dir": 'my photos" --recipe probe'}
+    checks._check_quotes(options)
+    monkeypatch.setattr(checks.sys, "platform", "win32")
+    with pytest.raises(UserError, match=r'--data_dir my photos" .* a backslash before a closing quote: leave'):
+        checks._check_quotes(options)
+    checks._check_quotes(dict.fromkeys(checks.PATHS) | {"data_dir": "my photos"})
+
+
+def test_paths_are_options():
+    assert set(checks.PATHS) <= {*checks.OWN, *checks.NAMES}
+
+
+def test_data_that_is_a_whole_drive_has_a_name():
+    assert DataArguments(data_dir=str(Path(Path.cwd().anchor))).name == "images"
 
 
 def test_commas_are_quoted_for_powershell(monkeypatch):

@@ -36,11 +36,12 @@ def test_links_lead_to_files_and_headings(page):
 
 
 def test_commands_name_real_options_and_files(page):
-    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL))
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)).replace("\\\n", " ")
     train_commands = [line for line in blocks.splitlines() if "train.py" in line]
-    known = {*option_names(build_parser()), "config_file", "help"}
+    known = {*option_names(build_parser()), "help"}
     for line in train_commands:
-        assert set(re.findall(r"--(\w+)", line.split("#")[0])) <= known, line
+        _, _, options = line.split(" #")[0].partition("train.py")
+        assert set(re.findall(r"--(\w+)", options)) <= known, line
     for name in re.findall(r"(?:configs|benchmarks)/[\w.]+|requirements[\w.-]*\.txt", blocks):
         assert (PROJECT / name).exists(), name
 
@@ -54,6 +55,21 @@ def test_commands_besides_train_name_real_options(page):
     for name, rest in re.findall(r"(?:python|launch) (\w+)\.py(.*)", blocks.replace("\\\n", " ")):
         if name != "train":
             assert set(re.findall(r"--(\w+)", rest.split(" #")[0])) <= options[name], f"{name}.py{rest}"
+
+
+def test_options_of_the_launcher_exist():
+    """Before the command's name; the scripts in cloud/ keep some of them in a variable `several`."""
+    from accelerate.commands.launch import launch_command_parser
+
+    known = {option for action in launch_command_parser()._actions for option in action.option_strings}
+    found = set()
+    for path in (*PAGES, *PROJECT.glob("cloud/*.*"), PROJECT / "accelerate_config.yaml"):
+        text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+        for parts in re.findall(r"accelerate launch (.*?)(?:train|score)\.py|several\+?=(.*)", text):
+            options = set(re.findall(r"--[\w-]+", "".join(parts)))
+            assert options <= known, f"{path.name}: {options - known}"
+            found |= options
+    assert {"--config_file", "--quiet", "--machine_rank", "--main_process_port"} <= found
 
 
 def test_commands_exist(page):

@@ -11,6 +11,7 @@ import ipaddress
 import re
 import socket
 import ssl
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ MAX_REQUESTS = 6  # so five redirects
 USER_AGENT = "Luthier/0.1 (image classification; fetches single images that a person named; python http.client)"
 COMPRESSED = {"gzip", "x-gzip", "deflate", "br", "zstd", "compress", "x-compress"}  # other encodings leave bytes alone
 REDIRECTS = (301, 302, 303, 307, 308)
+NO_ISSUER = 20  # OpenSSL's number of "unable to get local issuer certificate"
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 # Python calls these global, or older ones do, but they lead inside: local NAT64, old site-local and IPv4 in IPv6,
 # the hosts of Azure and Oracle, segment routing.
@@ -136,6 +138,11 @@ def _request(url: str, allow_private: bool, deadline: float) -> Iterator[http.cl
             raise OSError("the connection was cut before the image was complete") from error
         if isinstance(error, http.client.HTTPException):
             raise OSError(f"the server does not speak HTTP: {error!r}") from error
+        if sys.platform == "darwin" and getattr(error, "verify_code", None) == NO_ISSUER:
+            raise OSError(
+                "the server's certificate cannot be checked. Python from python.org has no certificates to check it "
+                "with until you open 'Install Certificates.command' in its folder in Applications"
+            ) from error
         raise
     finally:
         timer.cancel()

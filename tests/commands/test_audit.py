@@ -210,7 +210,8 @@ def test_command_prints_findings_and_writes_json(tmp_path, launch):
     [
         ([], "name the data"),
         (["nowhere/at-all"], "nowhere/at-all"),
-        (["images", "--image_siz", "64"], "did you mean 'image_size'"),
+        (["images", "--image_siz", "64"], "did you mean 'image_size'? Options: python audit.py --help"),
+        (["images", "--epochs", "3"], "unknown option --epochs. Options: python audit.py --help"),
         (["images", "--folds", "5"], "audit.py does not take --folds, which is for train.py"),
         (["images", "--data_dir", "others"], "audit.py does not take --data_dir"),
     ],

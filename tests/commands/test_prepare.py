@@ -206,6 +206,7 @@ def test_two_cannot_write_the_same_share(capsys):
         (["images", "shards", "--recipe", "probe"], "does not take --recipe"),
         (["images", "shards", "--sid", "24"], "unknown option --sid; did you mean 'side'"),
         (["images", "shards", "--size", "24"], "unknown option --size; did you mean 'side'"),
+        (["images", "shards", "--resize", "24"], "did you mean 'side'? Options: python prepare.py --help"),
         (["images/*.png", "shards"], "but a pattern: give the folder that holds these images"),
         (["file:///home/me/photos", "shards"], "but an address: give the path alone, without file://"),
         (["images", "images"], "images is or lies in images"),

@@ -5,6 +5,7 @@ import shutil
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -246,6 +247,23 @@ def test_slow_answer_ends_at_the_deadline_over_tls_too(tmp_path, monkeypatch):
         fetch.fetch(f"{url}/drip", allow_private=True, seconds=1)
     assert time.monotonic() - start < 5
     https_server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("platform", "code", "message"),
+    [("darwin", 20, "Install Certificates.command"), ("darwin", 10, "has expired"), ("linux", 20, "has expired")],
+)
+def test_missing_certificates_on_macos_are_explained(server, monkeypatch, platform, code, message):
+    class Context:
+        def wrap_socket(self, plain, server_hostname):
+            error = ssl.SSLCertVerificationError(1, "certificate has expired")
+            error.verify_code = code
+            raise error
+
+    monkeypatch.setattr(ssl, "create_default_context", Context)
+    monkeypatch.setattr(sys, "platform", platform)
+    with pytest.raises(OSError, match=message):
+        fetch.fetch(f"{server.replace('http:', 'https:')}/good.png", allow_private=True)
 
 
 @pytest.mark.parametrize(
