@@ -235,7 +235,7 @@ def explain_unknown(token: str, own: Sequence[str], parser: HfArgumentParser) ->
         if option in NOT_NEEDED and not meant:
             return f"unknown option {token}: {NOT_NEEDED[option]}"
         known, where = option_names(parser), "All options: python train.py --help-all"
-        if parser.prog != "train.py":  # it refuses most of the options that its help does not show
+        if parser.prog != "train.py":  # its help shows what matters to it, and it refuses much of the rest
             known = [action.dest for action in parser._actions if action.help != argparse.SUPPRESS]
             where = f"Options: python {parser.prog} --help"
         hint = nearest(option, meant) or nearest_option(option, [*own, *known]) or "."

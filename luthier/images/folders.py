@@ -190,7 +190,7 @@ def _check_names(root: Path, folders: list[Path]) -> None:
                     f"{root} holds {folder.name}, which looks like a split: it has folders of the same names as those "
                     f"beside it, such as {shared[0]}. {remedy}. If {folder.name} is a class, give it another name"
                 )
-    divider = r"(?:sets?|data|images)?(?:[^a-z]+|$)"  # `trainset` and `TestData` are called like splits, too
+    divider = r"(?:(?:data)?sets?|data|images)?(?:[^a-z]+|$)"  # `trainset` and `TestData` are called like splits, too
     words = {folder: {*re.split(divider, folder.name.lower())} & SPLIT_OF_FOLDER.keys() for folder in folders}
     split_of = {folder: SPLIT_OF_FOLDER[min(each)] for folder, each in words.items() if len(each) == 1}
     if not split_of or len(folders) > MOST_SPLITS:

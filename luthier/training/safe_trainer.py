@@ -25,8 +25,8 @@ class SafeTrainer(WorkerTrainer):
 
     It overrides private methods, read in transformers 5.23. At an upgrade, check: does `_get_output_dir` still name
     the folder that `_save_checkpoint` writes into; does `_maybe_log_save_evaluate` still evaluate before it saves;
-    is `_get_grad_norm` still called at every step? Does `_eval_dataloaders` still hold the loaders
-    (`trainer._free_memory`)?
+    is `_get_grad_norm` still called at every step, and `_determine_best_metric` after every evaluation? Does
+    `_eval_dataloaders` still hold the loaders (`trainer._free_memory`)?
     """
 
     schedule: Schedule | None = None  # of the learning rate, instead of `lr_scheduler_type`
@@ -73,6 +73,12 @@ class SafeTrainer(WorkerTrainer):
         elif last_step and self.control.should_save:
             self.control.should_save, self.save_postponed = False, True
         super()._maybe_log_save_evaluate(*arguments, **options)
+
+    def _determine_best_metric(self, *arguments, **options) -> bool:
+        is_best = super()._determine_best_metric(*arguments, **options)
+        if is_best:  # the library notes no step with `--save_strategy no`; the end of a heat has a checkpoint even so
+            self.state.best_global_step = self.state.global_step
+        return is_best
 
     def _save_checkpoint(self, model, trial) -> None:
         """Write a checkpoint into a temporary folder, hash it, sync it to the disk, and only then give it its name."""

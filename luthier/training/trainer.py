@@ -146,7 +146,10 @@ def _load_best(trainer: SafeTrainer) -> None:
     if found is None:
         step = trainer.state.best_global_step
         if not damage and step not in (None, trainer.state.global_step):
-            remedy = "the last weights take its place. --save_strategy epoch, the default, keeps the best ones"
+            remedy = (
+                "the last weights take its place. The best ones are kept where a checkpoint follows each evaluation, "
+                "as by default (--eval_strategy epoch, --save_strategy epoch)"
+            )
             say("careful", f"step {step} is the best on validation, but it has no checkpoint: {remedy}")
         trainer.state.best_global_step = None
     elif trainer.args.process_index == 0:

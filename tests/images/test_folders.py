@@ -136,6 +136,7 @@ def test_common_names_of_splits_are_known(tmp_path, names):
         ("train", "test-2024"),
         ("trainset", "testset"),
         ("TrainData", "TestData"),
+        ("traindataset", "testdataset"),
     ],
 )
 def test_folders_that_look_like_splits_are_not_taken_for_classes(tmp_path, names):

@@ -253,7 +253,7 @@ def test_best_checkpoint_that_is_damaged_leaves_the_last_weights(tmp_path, capsy
 
 @pytest.mark.parametrize(("last", "is_said"), [(6, True), (4, False)])
 def test_best_weights_without_a_checkpoint_are_named_unless_they_are_the_last(tmp_path, capsys, last, is_said):
-    """As with `--save_strategy no`."""
+    """As with `--save_strategy no`, or with `--eval_strategy steps` and a checkpoint after each epoch."""
     args = SimpleNamespace(output_dir=tmp_path, process_index=0, world_size=1)
     state = SimpleNamespace(best_global_step=4, global_step=last)
     _load_best(SimpleNamespace(model=None, args=args, state=state))

@@ -19,7 +19,7 @@ import torch
 import yaml
 from conftest import PROJECT, TWO_PROCESSES, flags, load_result
 from safetensors.torch import load_file
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 
 import luthier.reporting.results as results
 from luthier.errors import NotFinite, UserError
@@ -491,6 +491,18 @@ def test_checkpoint_waits_only_for_an_evaluation_that_comes(monkeypatch, delay, 
     trainer.control = SimpleNamespace(should_save=True, should_evaluate=False)
     trainer._maybe_log_save_evaluate()
     assert saved == [expected]
+
+
+@pytest.mark.parametrize("strategy", ["no", "steps", "epoch"])
+def test_best_step_is_known_whether_or_not_it_has_a_checkpoint(strategy):
+    """Or a run with `--save_strategy no` would not say that it keeps the last weights, and not the best."""
+    trainer = SafeTrainer.__new__(SafeTrainer)
+    trainer.args = SimpleNamespace(metric_for_best_model="loss", greater_is_better=False, save_strategy=strategy)
+    trainer.state = TrainerState()
+    for step, loss in ((2, 0.5), (4, 0.4), (6, 0.6)):
+        trainer.state.global_step = step
+        trainer._determine_best_metric(metrics={"eval_loss": loss}, trial=None)
+    assert trainer.state.best_global_step == 4
 
 
 def test_gradient_is_watched_where_it_is_not_clipped():
