@@ -152,10 +152,10 @@ def find_columns(
         "image", image_column, features, [name for name, feature in features.items() if isinstance(feature, Image)]
     )
     if features[image_column] not in BINARY and not is_image_feature(features[image_column]):
-        raise UserError(
-            f"the column {image_column!r} holds no images, but {features[image_column]}: name another with "
-            "--image_column"
-        )
+        remedy = "name another with --image_column"
+        if features[image_column] in TEXT:
+            remedy += ". If it names image files, give a table with --labels, and their folder with --data_dir"
+        raise UserError(f"the column {image_column!r} holds no images, but {features[image_column]}: {remedy}")
     others = {name: feature for name, feature in features.items() if name != group_column}
     typed = [name for name, feature in others.items() if isinstance(feature, ClassLabel)]
     likely = typed or [name for name in LABEL_COLUMNS if name in others]
@@ -267,7 +267,7 @@ def _find_column(kind: str, given: str | None, features: Features, candidates: l
     if given is None and len(candidates) != 1:
         which = f"{' or '.join(candidates)} could be" if candidates else "none of the columns is clearly"
         raise UserError(
-            f"{which} the {kind} column: name it with --{kind}_column (a folder of class folders goes to --data_dir). "
-            f"The columns are {', '.join(features)}"
+            f"{which} the {kind} column: name it with --{kind}_column (a folder of class folders goes to --data_dir, "
+            f"a table of image files to --labels). The columns are {', '.join(features)}"
         )
     return given or candidates[0]

@@ -34,6 +34,7 @@ SPLIT_OF_FOLDER = {
 }  # fmt: skip
 FILE_SUFFIX = re.compile(r"\.[A-Za-z][A-Za-z0-9]{0,4}")  # of a file, and not of a class such as `v1.0` or `St.Bernard`
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")  # which `tables.read_table` reads
+METADATA = ("metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.parquet")  # as `datasets` names them, and TSV
 SPREADSHEETS = (".xlsx", ".xlsm", ".xls", ".ods", ".numbers")
 MOST_SPLITS = 5  # folders that splits may be; more are classes
 SHARDS = (".parquet", ".tar")  # of files that hold many images
@@ -90,16 +91,22 @@ def load_folder(root: Path, grouping: Grouping | None, to_train: bool) -> Datase
                 f"the split folder {roots[split]} has no images: fill it, or remove it, and a split is cut from train"
             )
     warn_of_skipped(skipped)
+    if hint := hint_at_table(root):
+        say("labels", f"of the class folders{hint}")
     return load_listed(files)
 
 
 def hint_at_table(root: Path) -> str:
-    """Return the end of an error where a table in the folder may hold the classes; it is empty where none is there."""
+    """Return the end of a message where a table in the folder may hold the classes; an empty text where none is there.
+
+    A metadata file is not meant: it has been tried.
+    """
     files = [path for path in sorted(root.iterdir()) if not is_hidden(path.name)]
-    tables = [path for path in files if path.suffix.lower() in TABLES]
+    tables = [path for path in files if path.suffix.lower() in TABLES and path.name not in METADATA]
     sheets = [path.name for path in files if path.suffix.lower() in SPREADSHEETS]
     if sheets and not tables:
         return f". If {sheets[0]} holds the classes, save it as CSV, and give that with --labels"
+    tables.sort(key=lambda path: not re.search("train|label", path.name.lower()))  # not a competition's submission
     return f". If {tables[0].name} holds the classes, give --labels {tables[0]}" if tables else ""
 
 
@@ -196,6 +203,12 @@ def _check_names(root: Path, folders: list[Path]) -> None:
     if not split_of or len(folders) > MOST_SPLITS:
         return
     below = {folder: {each.name for each in subfolders(_unpacked(folder))} for folder in folders}
+    are_splits = len(folders) == len(split_of) == len(set(split_of.values())) > 1 and not any(below.values())
+    if are_splits and (hint := hint_at_table(root)):  # without a table, they may be classes
+        raise UserError(
+            f"{root} holds {', '.join(folder.name for folder in folders)}, which look like splits, but no class "
+            f"folders in them{hint}. If these are classes, give them other names"
+        )
     candidates = [[folder] for folder in split_of if folder.name.lower() in SPLIT_OF_FOLDER]
     if len(split_of) > 1 and len(set(split_of.values())) == len(split_of):  # each is called like another split
         candidates.insert(0, list(split_of))

@@ -81,8 +81,10 @@ class ImageFiles:
                 return f"{name!r} is in a format that is not read: {CONVERT}"
             return f"there is no image {name!r} below {self.root}"
         if len(found) > 1:
-            missing = "the whole name, as the file has it" if found[0].parent == found[1].parent else "the folder too"
-            return f"{name!r} could be {found[0]} or {found[1]}: write {missing}"
+            remedy = "write the whole name, as the file has it"
+            if found[0].parent != found[1].parent:
+                remedy = f"write the folder too, or give the right one of these folders instead of {self.root}"
+            return f"{name!r} could be {found[0]} or {found[1]}: {remedy}"
         return self.root / found[0]
 
     def _by_name(self, depth: int) -> dict[tuple[str, ...], list[PurePosixPath]]:

@@ -14,6 +14,7 @@ from luthier.files import expand_home
 from luthier.images.columns import LABEL_COLUMNS
 from luthier.images.decode import is_image
 from luthier.images.folders import (
+    METADATA,
     SHARDS,
     SPLIT_OF_FOLDER,
     check_folder,
@@ -26,7 +27,14 @@ from luthier.images.image_files import SAMPLE, ImageFiles, as_text
 from luthier.images.inspection import listing
 from luthier.images.listed_images import Grouping, ListedImage, load_listed
 from luthier.images.loading import PLAN
-from luthier.images.tables import METADATA, Table, hint_at_flags, is_of_splits, read_table, say_odd_values
+from luthier.images.tables import (
+    Table,
+    find_split_column,
+    hint_at_flags,
+    read_table,
+    say_likely_group,
+    say_odd_values,
+)
 from luthier.terminal import plural, say
 
 logger = logging.getLogger(__name__)
@@ -169,6 +177,8 @@ def load_tables(
         columns = _find_columns(table, files, own, only)
         of_splits = f", the splits of {columns.split!r}" if columns.split else ""
         say("labels", f"of the column {columns.label!r} of {path}{of_splits}")
+        if to_train and not (listed or grouping or columns.group):  # once, not for each split
+            say_likely_group(table, columns)
         for name, images in _read_images(files, table, columns, grouping, only).items():
             listed[name] += images
         if not is_sure and not given.label and str(columns.label).lower() not in LABEL_COLUMNS:
@@ -264,7 +274,7 @@ def _split_by_folders(entries: list[Entry], found: list[Path | str], root: Path)
 
 
 def _read_entries(table: Table, columns: Columns, split: str | None) -> list[Entry]:
-    assert columns.image and columns.label  # they have been found
+    assert columns.image is not None and columns.label  # they have been found; that of images may have no name
     say_odd_values(table, columns.label, columns.group)
     names, labels = (_without_points(table.column(name)) for name in (columns.image, columns.label))
     labels = [unicodedata.normalize("NFC", label) for label in labels]  # as of class folders
@@ -318,7 +328,7 @@ def _find_columns(table: Table, files: ImageFiles, given: Columns, of_split: str
                 f"{', '.join(table.columns)}"
             )
     split = given.split or next((name for name in table.columns if name.lower() == SPLIT_COLUMN), None)
-    split = split or (None if of_split else _find_split_column(table, given))
+    split = split or (None if of_split else find_split_column(table, given, bool(given.label)))
     rest = [name for name in table.columns if name not in (given.image, given.label, split, given.group)]
     named = [name for name in rest if name.lower() in LABEL_COLUMNS]
     image = given.image or _find_image_column(table, files, [name for name in rest if name not in named] or rest)
@@ -343,47 +353,39 @@ def _find_columns(table: Table, files: ImageFiles, given: Columns, of_split: str
     return columns
 
 
-def _find_split_column(table: Table, given: Columns) -> str | None:
-    """Return the column all of whose values are names of splits, if there is one; of several none."""
-    found, labelled = list[str](), given.label or any(name.lower() in LABEL_COLUMNS for name in table.columns)
-    for name in [name for name in table.columns if name not in given and name.lower() not in LABEL_COLUMNS]:
-        values = {value.lower() for value in table.column(name)}
-        others = sorted(values - SPLIT_OF_FOLDER.keys())
-        splits = {SPLIT_OF_FOLDER[value] for value in values & SPLIT_OF_FOLDER.keys()}
-        if "train" in splits and len(splits) > 1 and not others:
-            found.append(name)
-        elif "train" in splits and others and (len(splits) > 1 or (labelled and is_of_splits(name))):
-            logger.warning(
-                f"Not used: the column {name!r} of {table.path}. It names splits, but also {others[0]!r}: correct it"
-            )
-    if len(found) > 1:
-        logger.warning(f"{table.path} has several columns of splits, {', '.join(found)}: name one with --split_column")
-    return found[0] if len(found) == 1 else None
-
-
 def _find_image_column(table: Table, files: ImageFiles, names: list[str]) -> str:
     """Return the column whose values name image files; of several the one with extensions, then one of a known name.
 
     Raises:
         ForeignTableError: no column does, or several do.
+        UserError: only numbers do, and another column names other images.
     """
-    ranks = {}
-    for name in (name for name in names if not _is_index(name)):
+    ranks, absent = {}, dict[str, str]()  # of each column of names that are not here, the first one
+    for name in names:
         values = _without_points(table.column(name))
+        if _is_index(name) and all(map(WHOLE_NUMBER.fullmatch, values)):
+            continue
         skip, sample = files.folders_to_skip(values), values[:SAMPLE]
         share = sum(bool(files.matches(value, skip)) for value in sample) / len(sample)
+        named = [value for value in sample if is_image(value)]
         if share:
-            with_extension = sum(map(is_image, sample)) / len(sample)
             known = IMAGE_COLUMNS.index(name.lower()) if name.lower() in IMAGE_COLUMNS else len(IMAGE_COLUMNS)
-            ranks[name] = (round(share, 1), round(with_extension, 1), -known)
+            ranks[name] = (round(share, 1), round(len(named) / len(sample), 1), -known - _is_index(name))
+        elif len(named) > len(sample) / 2:
+            absent[name] = named[0]
     best = [name for name, rank in ranks.items() if rank == max(ranks.values())]
-    if len(best) != 1:
-        which = f"{' and '.join(best)} both name" if best else "none of them names"
-        raise ForeignTableError(
-            f"which column of {table.path} holds the image files? The columns are {', '.join(table.columns)}, and "
-            f"{which} files below {files.root}. Name the column with --image_column, and the folder with --data_dir"
-        )
-    return best[0]
+    which = f"{' and '.join(best)} both name" if best else "none of them names"
+    example = "" if best or not absent else f" ({files.find(next(iter(absent.values())), 0)})"
+    if len(best) == 1:
+        others = [name for name, image in absent.items() if "://" not in image]  # addresses may end in any name
+        if not others or not all(map(WHOLE_NUMBER.fullmatch, table.column(best[0]))):
+            return best[0]
+        # They may be the numbers of tasks, as labelling tools give them.
+        which, example = f"{best[0]} has numbers that name", f", but {others[0]} names images that are not there"
+    raise (UserError if len(best) == 1 else ForeignTableError)(
+        f"which column of {table.path} holds the image files? The columns are {', '.join(table.columns)}, and {which} "
+        f"files below {files.root}{example}. Name the column with --image_column, and the folder with --data_dir"
+    )
 
 
 def _is_index(name: str) -> bool:

@@ -4,6 +4,7 @@ import csv
 import glob
 import io
 import json
+import logging
 import math
 import re
 from collections.abc import Sequence
@@ -14,17 +15,22 @@ from datasets import ClassLabel, Dataset, Value
 from datasets.exceptions import DatasetGenerationError
 
 from luthier.errors import UserError
-from luthier.images.columns import is_image_feature
-from luthier.images.folders import SPREADSHEETS, TABLES
+from luthier.images.columns import LABEL_COLUMNS, is_image_feature
+from luthier.images.folders import SPLIT_OF_FOLDER, SPREADSHEETS, TABLES
 from luthier.terminal import plural, say
+
+logger = logging.getLogger(__name__)
 
 DELIMITERS = ",;\t|"
 DELIMITER_OF = {".csv": ",", ".tsv": "\t"}  # the one that counts where several are as frequent
-METADATA = ("metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.parquet")  # as `datasets` names them, and TSV
 # Names of columns that say what an image is for, if one of their values does.
 OF_SPLITS = {"set", "subset", "data_set", "dataset", "partition", "phase", "stage", "usage", "use", "fold"}
 FLAGS = {"0", "1", "0.0", "1.0", "false", "true", "no", "yes"}
-NO_VALUE = ("NA", "N/A", "NaN", "nan", "NULL", "#N/A", "#NV")  # as R, Python, databases and Excel write it
+# As R, Python, databases and Excel write it.
+NO_VALUE = ("NA", "N/A", "n/a", "NaN", "nan", "<NA>", "NULL", "null", "#N/A", "#NV")
+NO_GROUP = (*NO_VALUE, "None", "none")  # as a label, that is the class of anything else
+# What columns of groups are called, without "id" at the end; the first ones hold the others.
+OF_GROUPS = ("patient", "subject", "person", "specimen", "slide", "lesion", "video", "sequence", "seq")
 
 
 class Table(NamedTuple):
@@ -89,12 +95,12 @@ def read_table(path: Path, least: int = 2) -> Table:
 def say_odd_values(table: Table, label: str, group: str | None) -> None:
     """Say which labels and groups may be none, and which labels are several classes in one cell."""
     labels = table.column(label)
-    for column, meaning in (
-        (label, "a class. If it means that there is no label, remove these rows"),
-        (group, "one group. If it means that there is none, empty these cells"),
+    for column, odd, meaning in (
+        (label, NO_VALUE, "a class. If it means that there is no label, remove these rows"),
+        (group, NO_GROUP, "one group. If it means that there is none, empty these cells"),
     ):
         values = table.column(column) if column else []
-        if found := [value for value in values if value in NO_VALUE]:
+        if found := [value for value in values if value in odd]:
             where = f"{plural(len(found), 'row')} of the column {column!r} of {table.path.name}"
             say("careful", f"{found[0]!r} in {where} is taken for {meaning}")
     known = {*labels} - {""}
@@ -110,7 +116,60 @@ def say_odd_values(table: Table, label: str, group: str | None) -> None:
         )
 
 
-def is_of_splits(name: str) -> bool:
+def say_likely_group(table: Table, used: Sequence[str | None]) -> None:
+    """Say which column may hold groups, such as patients, where none is given.
+
+    Args:
+        table: whose columns are looked at.
+        used: the columns that hold something else.
+    """
+    free = [name for name in table.columns if name not in used]
+    called = {re.sub("[^a-z]", "", name.lower()).removesuffix("id"): name for name in free}
+    for name in (called[kind] for kind in OF_GROUPS if kind in called):
+        values = [value for value in table.column(name) if value]
+        if 1 < len(set(values)) < len(values):
+            say(
+                "careful",
+                f"rows of {table.path.name} share values in the column {name!r}. If their images belong together, "
+                f"such as those of one patient, add --group_column {name!r}: otherwise they can be in both train and "
+                "test, and the score may be too high",
+            )
+            return
+
+
+def find_split_column(table: Table, given: Sequence[str | None], has_label: bool) -> str | None:
+    """Return the column all of whose values are names of splits, if there is one; of several none.
+
+    Args:
+        table: that has no column called `split`.
+        given: the columns that the user has named.
+        has_label: one of these holds the labels.
+    """
+    found, flags = list[str](), list[str]()
+    labelled = has_label or any(name.lower() in LABEL_COLUMNS for name in table.columns)
+    for name in [name for name in table.columns if name not in given and name.lower() not in LABEL_COLUMNS]:
+        values = {value.lower() for value in table.column(name)}
+        others = sorted(values - SPLIT_OF_FOLDER.keys())
+        splits = {SPLIT_OF_FOLDER[value] for value in values & SPLIT_OF_FOLDER.keys()}
+        if "train" in splits and len(splits) > 1 and not others:
+            found.append(name)
+        elif "train" in splits and others and (len(splits) > 1 or (labelled and _is_of_splits(name))):
+            logger.warning(
+                f"Not used: the column {name!r} of {table.path}. It names splits, but also {others[0]!r}: correct it"
+            )
+        elif values <= FLAGS and name.lower().startswith("is_") and name.lower()[3:] in SPLIT_OF_FOLDER:
+            flags.append(name)
+    if flags and labelled and not found:  # without another column of labels, `is_valid` may hold them
+        logger.warning(
+            f"Not used: the column {flags[0]!r} of {table.path}. If it says what the images are for, call it split, "
+            "and write train, validation or test into each row"
+        )
+    if len(found) > 1:
+        logger.warning(f"{table.path} has several columns of splits, {', '.join(found)}: name one with --split_column")
+    return found[0] if len(found) == 1 else None
+
+
+def _is_of_splits(name: str) -> bool:
     """Tell whether a column is called as if it said what an image is for."""
     return "split" in name.lower() or name.lower().replace(" ", "_") in OF_SPLITS
 

@@ -52,7 +52,7 @@ def test_image_and_label_columns_can_be_named(tmp_path, view):
     assert np.asarray(splits["train"][0]["image"])[..., 0].mean() > 150
     with pytest.raises(UserError, match="no column 'nothing'"):
         load(dataset_name=path, image_column="nothing")
-    with pytest.raises(UserError, match="holds no images"):
+    with pytest.raises(UserError, match=r"holds no images, .*\. If it names image files, give a table with --labels"):
         load(dataset_name=path, image_column="kind")
 
 

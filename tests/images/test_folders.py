@@ -434,6 +434,26 @@ def test_link_to_a_file_that_is_not_there_is_reported(images, caplog, name):
     assert f"such as {name}" in caplog.text
 
 
+@pytest.mark.parametrize("names", [("train_images", "test_images"), ("train", "test")])
+def test_table_beside_folders_of_a_competition_is_pointed_at(tmp_path, names):
+    for number, name in enumerate(names):
+        put(tmp_path / name, 10 * number)
+    for name in ("sample_submission", "test", "train"):
+        (tmp_path / f"{name}.csv").write_text("id,label\n")
+    with pytest.raises(UserError, match=r"no class folders in them.*\. If train\.csv holds the classes, give"):
+        load(data_dir=str(tmp_path))
+
+
+def test_table_beside_class_folders_is_pointed_at(tmp_path, capsys):
+    draw_folder(tmp_path, 3)
+    data.list_images(data_dir=str(tmp_path))
+    assert "of the class folders" not in capsys.readouterr().out
+    for name in ("metadata.ndjson", "labels.csv"):  # the first one is not found without --labels
+        (tmp_path / name).write_text("id,label\n")
+        data.list_images(data_dir=str(tmp_path))
+        assert f"of the class folders. If {name} holds the classes, give --labels " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("folder", [".", "images", "train"])
 def test_table_beside_the_images_is_pointed_at(tmp_path, folder):
     root = tmp_path / "set"

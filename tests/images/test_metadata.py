@@ -72,6 +72,8 @@ EXPECTED = {"train": dict(pairs())}
         ("comment_column.csv", text([(*pair, '"a, b\nc"') for pair in pairs()], "file,label,comment"), {}),
         ("index_column.csv", text([(row, *pair) for row, pair in enumerate(pairs())], ",file,label"), {}),
         ("other_names.csv", text(pairs(), "photo,breed"), {}),
+        ("index_of_names.csv", text(pairs(), ",breed"), {}),
+        ("index_beside_names.csv", text([(pair[0][:-4], *pair) for pair in pairs()], ",file,label"), {}),
         ("named.csv", text([(*pair, "x") for pair in pairs()], "file,kind,label"), {"label_column": "kind"}),
         ("twice.csv", text(pairs() + pairs()[:2]), {}),
         ("lines.jsonl", "\n".join(json.dumps({"file_name": file, "label": label}) for file, label in pairs()), {}),
@@ -219,7 +221,8 @@ def test_name_that_two_images_have_needs_its_folder(root):
     for folder in ("left", "right"):
         (root / folder).mkdir()
         draw("red", 99).save(root / folder / "b.png")
-    with pytest.raises(UserError, match=r"row 14, column 'file': 'b' could be left/b\.png or right/b\.png"):
+    remedy = "write the folder too, or give the right one of these folders instead of .*images"
+    with pytest.raises(UserError, match=rf"row 14, column 'file': 'b' could be left/b\.png or right/b\.png: {remedy}"):
         load(root, text([*pairs(), ("b", "red")]))
     assert load(root, text([*pairs(), ("left/b", "red"), ("right/b", "red")]))["train"]["left/b.png"] == "red"
 
@@ -238,6 +241,8 @@ def test_names_that_differ_in_capitals_alone_are_two_images(root):
 def test_name_of_a_converted_image_is_told(root):
     with pytest.raises(UserError, match=r"there is no image 'a0\.HEIC', but a0\.png: write that name"):
         load(root, text([("a0.HEIC", "blue"), *pairs()[1:]]))
+    with pytest.raises(UserError, match=r"files below .* \(there is no image 'a0\.jpg', but a0\.png: write that"):
+        load(root, text(pairs(lambda number: f"a{number}.jpg")))
     with pytest.raises(UserError, match=r"there is no image 'a0\.5/b' below"):
         load(root, text([("a0.5/b", "blue"), *pairs()[1:]]))
     with pytest.raises(UserError, match=r"'c\.DNG' is in a format that is not read: convert it"):
@@ -246,12 +251,12 @@ def test_name_of_a_converted_image_is_told(root):
 
 def test_values_that_may_mean_none_and_labels_of_several_classes_are_named(root, capsys):
     labels = {0: "NA", 1: "NA", 2: "red; blue"}
-    rows = [(file, labels.get(number, label), "NA" if number < 4 else f"p{number}") for number, (file, label) in
+    rows = [(file, labels.get(number, label), "None" if number < 4 else f"p{number}") for number, (file, label) in
             enumerate(pairs())]  # fmt: skip
     load(root, text(rows, "file,label,animal"), group_column="animal")
     said = capsys.readouterr().out
     assert "'NA' in 2 rows of the column 'label' of labels.csv is taken for a class. If it means" in said
-    assert "'NA' in 4 rows of the column 'animal' of labels.csv is taken for one group. If it means" in said
+    assert "'None' in 4 rows of the column 'animal' of labels.csv is taken for one group. If it means" in said
     assert "1 row of labels.csv with several classes in one label, such as 'red; blue', which is taken" in said
     load(root, text(pairs()))
     assert "careful" not in capsys.readouterr().out
@@ -289,6 +294,33 @@ def test_column_of_splits_is_known_by_its_values(root, capsys, caplog):
     assert load(root, two, label_column="label") == EXPECTED
     assert "several columns of splits, first, second: name one with --split_column" in caplog.text
     assert load(root, two, label_column="label", split_column="first") == splits
+
+
+def test_flags_of_splits_are_not_ignored_in_silence(root, caplog):
+    rows = [(*pair, number % 2) for number, pair in enumerate(pairs())]
+    assert load(root, text(rows, "file,label,is_train")) == EXPECTED
+    assert "Not used: the column 'is_train'" in caplog.text and "call it split" in caplog.text
+    caplog.clear()
+    load(root, text(rows, "file,label,is_night"))
+    assert load(root, text([(file, flag) for file, _, flag in rows], "file,is_valid"))["train"]["a1.png"] == "1"
+    parts = [(*row, "test" if row[-1] else "train") for row in rows]
+    assert len(load(root, text(parts, "file,label,is_test,subset"))) == 2
+    assert "Not used" not in caplog.text
+
+
+def test_column_that_may_hold_groups_is_named_where_none_is_given(root, capsys):
+    rows = [(*pair, f"l{number // 2}", f"p{number // 4}") for number, pair in enumerate(pairs())]
+    table, hint = text(rows, "file,label,lesion_id,Patient ID"), "share values in the column 'Patient ID'"
+    load(root, table)
+    assert hint in capsys.readouterr().out
+    for options in ({"group_column": "lesion_id"}, {"group_by": "[0-9]+"}):
+        load(root, table, **options)
+        assert hint not in capsys.readouterr().out
+    load(root, table, to_train=False)  # nothing is cut where a model is only scored
+    assert hint not in capsys.readouterr().out
+    load(root, text([(*pair, number) for number, pair in enumerate(pairs())], "file,label,patient_id"))
+    load(root, text([(*pair, f"p{number // 4}") for number, pair in enumerate(pairs())], "file,label,place"))
+    assert "careful" not in capsys.readouterr().out
 
 
 def test_table_that_may_not_be_of_the_classes_is_refused(tmp_path):
@@ -402,6 +434,28 @@ def test_index_of_pandas_is_no_image_and_no_label(root):
     assert load(root, text(rows, "id,img,label")) == expected
     with pytest.raises(UserError, match="first and second both name files below"):
         load(root, text([(row, 11 - row, label) for row, _, label in rows], "first,second,label"))
+
+
+def test_numbers_of_tasks_are_not_taken_for_images(root):
+    """Labelling tools number their tasks, and rename the files."""
+    for number in range(12):
+        (root / f"a{number}.png").rename(root / f"{number}.png")
+
+    def rows(name: str) -> list[tuple]:
+        return [(11 - number, name.format(number), CLASSES[number % 3]) for number in range(12)]
+
+    expected = {"train": {f"{number}.png": label for number, _, label in rows("")}}
+    uploaded = text(rows("/data/upload/1/8f3c-{}.png"), "id,image,label")
+    with pytest.raises(UserError, match=r"id has numbers that name files below .*, but image names images that"):
+        load(root, uploaded)
+    assert load(root, uploaded, image_column="id") == expected
+    assert load(root, text(rows("https://example.org/{}/photo.jpg"), "id,url,label")) == expected
+    for number in range(12):  # folders are not taken for classes instead
+        (root / f"batch{number % 2}").mkdir(exist_ok=True)
+        (root / f"{number}.png").rename(root / f"batch{number % 2}/{number}.png")
+    (root / "metadata.csv").write_text(uploaded)
+    with pytest.raises(UserError, match="id has numbers that name files below"):
+        load_images(data_dir=str(root))
 
 
 def test_split_folders_are_kept_where_a_table_has_no_splits(root):
