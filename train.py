@@ -98,28 +98,31 @@ def set_up(arguments: "Arguments", stopwatch: Stopwatch) -> "Experiment":
 
 def fine_tune(arguments: "Arguments", stop: "Stop", stopwatch: Stopwatch) -> tuple["Experiment", "Result"]:
     """Race the recipes, keep the weights that are best on validation, and predict test with them, once."""
-    from data import feature_rows, with_transforms
+    from data import evaluation_rows, feature_rows, with_transforms
     from luthier.reporting import console
     from luthier.scoring.baselines import ProbeResults, measure_probe, with_yardstick
     from luthier.scoring.experiment import Result
     from luthier.scoring.familiarity import answer, learn_familiarity
     from luthier.scoring.mirror import choose_augmentation
     from luthier.scoring.race import Course, keep_best, plan_arms, race
-    from luthier.scoring.selection import score_probe
-    from luthier.training.callbacks import StageTimes
+    from luthier.scoring.selection import is_enough, score_probe
     from luthier.training.trainer import model_of
 
     data_args, model_args, training_args, run_args = arguments
     experiment = set_up(arguments, stopwatch)
     splits, prepared, view, recipes = experiment.splits, experiment.prepared, experiment.view, experiment.recipes
-    workshop, images = experiment.workshop(training_args, [StageTimes(stopwatch), stop]), feature_rows(prepared, view)
+    workshop, images = experiment.workshop(training_args, stopwatch, stop), feature_rows(prepared, view)
 
     # Probe
     probe, judge, curve = ProbeResults(), experiment.judge, data_args.learning_curve
     if recipes[0].is_pretrained:
         probe = measure_probe(workshop.predictor(), splits, images, judge.criterion, curve, console.say_probe)
         judge = with_yardstick(judge, probe, splits, recipes, training_args.device, experiment.own_splits)
-    augmentation = choose_augmentation(data_args.augmentation, workshop.predictor, splits, images, probe, recipes)
+    only_trained = model_args.keep == "trained" and not recipes[0].is_probe
+    held_out = evaluation_rows(prepared["validation"], view, ["label"])
+    candidate = None if only_trained else score_probe(workshop, probe, held_out, judge)
+    given = data_args.augmentation, workshop.predictor, splits, images, probe, recipes
+    augmentation = choose_augmentation(*given, is_enough(candidate, judge))
     rows = with_transforms(prepared, view, augmentation, data_args.test_view, experiment.size, experiment.stream)
     stopwatch.end("features")
     console.say_estimates(probe, curve)
@@ -128,9 +131,7 @@ def fine_tune(arguments: "Arguments", stop: "Stop", stopwatch: Stopwatch) -> tup
 
     # Train
     folder, resume = Path(str(training_args.output_dir)), training_args.resume_from_checkpoint
-    only_trained = model_args.keep == "trained" and not recipes[0].is_probe
     course = Course(judge, stop, folder, stopwatch, model_args.time_limit, only_trained, run_args.of_training)
-    candidate = None if only_trained else score_probe(workshop, probe, rows["validation"], judge)
     outcome, trained = race(plan_arms(recipes, workshop, rows, probe.starts, folder), candidate, course, resume)
 
     # Evaluate
@@ -139,8 +140,7 @@ def fine_tune(arguments: "Arguments", stop: "Stop", stopwatch: Stopwatch) -> tup
     familiarity = learn_familiarity(trainer, images, splits, probe.known_of(kept.is_probe), judge.criterion.none)
     answers, model = answer(trainer, rows["test"], splits, familiarity), model_of(trainer).cpu()
     stopwatch.end("evaluate")
-    known = experiment.learned_from, experiment.chosen_by
-    return experiment, Result(workshop, course, *known, probe, outcome, kept, model, answers, augmentation)
+    return experiment, Result(workshop, course, *experiment.used, probe, outcome, kept, model, answers, augmentation)
 
 
 def finish(experiment: "Experiment", result: "Result", arguments: "Arguments", stopwatch: Stopwatch) -> None:

@@ -562,7 +562,7 @@ def test_model_without_gradient_checkpointing_is_refused_before_anything_runs():
     model = SimpleNamespace(supports_gradient_checkpointing=False)
     experiment = Experiment({}, frozenset(), {}, {}, model, None, [], None, {})
     with pytest.raises(UserError, match="has no --gradient_checkpointing: leave it out"):
-        experiment.workshop(SimpleNamespace(gradient_checkpointing=True), None)
+        experiment.workshop(SimpleNamespace(gradient_checkpointing=True), None, None)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,9 @@
 """What a run prepares before it trains, and what it has found before it is written."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from datasets import DatasetDict
-from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from luthier.cache import list_of
 from luthier.errors import UserError
@@ -19,9 +18,12 @@ from luthier.scoring.metrics import TestPredictions
 from luthier.scoring.race import Outcome
 from luthier.scoring.race_record import Course
 from luthier.scoring.selection import Candidate
+from luthier.terminal import Stopwatch
 from luthier.training.arms import Workshop
+from luthier.training.callbacks import StageTimes
 from luthier.training.layers import training_size
 from luthier.training.recipe import Recipe
+from luthier.training.signals import Stop
 
 
 class Experiment(NamedTuple):
@@ -57,17 +59,17 @@ class Experiment(NamedTuple):
         return training_size(self.model, self.view.size)
 
     @property
-    def learned_from(self) -> list[str]:
-        """The digests of the images of train, which the scored weights learn from."""
-        return list_of(self.splits["train"], "digest")
+    def used(self) -> tuple[list[str], list[str]]:
+        """The digests of train, which the scored weights learn from, and of validation, which chooses them."""
+        return list_of(self.splits["train"], "digest"), list_of(self.splits["validation"], "digest")
 
-    @property
-    def chosen_by(self) -> list[str]:
-        """The digests of the images of validation, which choose the scored weights."""
-        return list_of(self.splits["validation"], "digest")
-
-    def workshop(self, training_args: TrainingArguments, callbacks: Sequence[TrainerCallback]) -> Workshop:
+    def workshop(self, training_args: TrainingArguments, stopwatch: Stopwatch, stop: Stop) -> Workshop:
         """Return what builds the Trainers of this run, see `Workshop`; the model gets its memory format.
+
+        Args:
+            training_args: of the run.
+            stopwatch: measures the stages of every training.
+            stop: the signal handler.
 
         Raises:
             UserError: the model cannot save memory in the way that is asked for.
@@ -79,6 +81,7 @@ class Experiment(NamedTuple):
         choose_memory_format(self.model, training_args.device, count)
         data, (height, width) = hash_splits(self.splits), self.view.size
         seen = f"images of {height} x {width} px"
+        callbacks = (StageTimes(stopwatch), stop)
         return Workshop(self.model, training_args, measure, callbacks, balance, self.view.scale, data, seen)
 
 

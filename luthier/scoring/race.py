@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerState
 from luthier.errors import NotFinite
 from luthier.output_dir import NO_TIME, mark_unfinished
 from luthier.scoring.race_record import Course, Heat, Heats, read_record, write_record
-from luthier.scoring.selection import Candidate, choose, load_candidate, score_candidates
+from luthier.scoring.selection import Candidate, choose, is_enough, load_candidate, score_candidates
 from luthier.terminal import plural, say
 from luthier.training.arms import Arm, State, Workshop, plan_arm
 from luthier.training.callbacks import EpochTable
@@ -121,7 +121,7 @@ def race(
             only of a single arm, or where nothing else is left; otherwise the arm leaves the race.
     """
     rival = probe if len(arms) > 1 else None  # a single arm is not compared with the probe
-    if rival and course.judge.criterion.leaves_little(rival.loss, rival.validation["log_loss"]):
+    if is_enough(rival, course.judge):
         return Outcome(Heats(), "the probe, which leaves little to gain", probe), None
     progress = _Progress(arms, rival, course, resume, probe.seconds if probe else 0.0)
     if progress.named:

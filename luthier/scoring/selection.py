@@ -129,6 +129,11 @@ def score_probe(workshop: Workshop, probe: ProbeResults, rows: Any, judge: Judge
     return candidate._replace(seconds=(time.perf_counter() - begin) / len(candidate.losses))
 
 
+def is_enough(probe: Candidate | None, judge: Judge) -> bool:
+    """Tell whether the probe leaves so little to gain that several recipes are not raced."""
+    return probe is not None and judge.criterion.leaves_little(probe.loss, probe.validation["log_loss"])
+
+
 def choose(probe: Candidate | None, trained: Sequence[Candidate]) -> Candidate:
     """Return the trained candidate with the lowest validation loss, or the probe where it is clearly ahead.
 
