@@ -27,6 +27,6 @@ def escape_cell(text: str) -> str:
 
 
 def escape_markdown(text: object) -> str:
-    """Return text that Markdown and HTML show as it is, on one line."""
+    """Return text that Markdown, also with formulas between dollar signs, and HTML show as it is, on one line."""
     escaped = html.escape(" ".join(str(text).split()), quote=False)
-    return "".join(f"\\{character}" if character in r"\`*_[]|~#" else character for character in escaped)
+    return "".join(f"\\{character}" if character in r"\`*_[]|~#$" else character for character in escaped)

@@ -210,8 +210,14 @@ def refit_in_words(refit: Mapping) -> str:
     return f"Scored as trained on {refit['scored_on']:,} images; the shipped weights {how} on {on}"
 
 
+def count_epochs(epochs: float) -> str:
+    """Return a number of epochs, to three digits at least: `0.998`, `1,200`."""
+    return f"{epochs:,.0f}" if epochs >= 100 else f"{epochs:.3g}"
+
+
 def _epochs(epochs: float) -> str:
-    return f"{epochs:.3g} epoch{'' if epochs == 1 else 's'}"
+    count = count_epochs(epochs)
+    return f"{count} epoch{'' if count == '1' else 's'}"
 
 
 def say_results(output_dir: Path, metrics: Mapping) -> None:

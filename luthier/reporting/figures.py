@@ -19,6 +19,7 @@ from luthier.terminal import percent, plural, shorten
 
 DARK = 0.72  # share of a cell from which on white is easier to read on it than black
 MAX_CELLS = 40  # classes whose confusion matrix has a number in each cell
+LEGIBLE = 4.0  # points: where the names of classes would be smaller, the confusion matrix has none
 
 BLUE, ORANGE = "#0072B2", "#D55E00"  # of the Okabe-Ito palette, which the colour-blind can tell apart
 # matplotlib's own font lacks most scripts. Of these, those that are installed are asked for what it lacks.
@@ -31,7 +32,7 @@ def plot_confusion_matrix(scored: dict, labels: list[str], path: Path, shares: b
     """Draw the confusion matrix [C, C] of `metrics.score`: colour by the share of the true class.
 
     Each cell holds the number of images, or with `shares` the percentage of the true class; above `MAX_CELLS` classes
-    nothing.
+    nothing. Of some hundred classes it has no names.
     """
     matrix = np.array(scored["confusion_matrix"])
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
@@ -45,29 +46,40 @@ def plot_confusion_matrix(scored: dict, labels: list[str], path: Path, shares: b
         short = [shorten(escape_terminal(" ".join(name.split()))) for name in labels]
         # Names are data: a dollar sign in one must not start a formula.
         text: dict[str, Any] = {"fontsize": min(10.0, 72 * side / len(labels) * 0.6), "parse_math": False}
-        axes.set_xticks(range(len(labels)), short, rotation=45, ha="right", rotation_mode="anchor", **text)
-        axes.set_yticks(range(len(labels)), short, **text)
-        axes.set(xlabel="predicted class", ylabel="true class")
+        ticks, order = range(len(labels)), ""
+        if text["fontsize"] < LEGIBLE:
+            ticks, short, order = range(0), [], ", in the order of the table"
+        axes.set_xticks(ticks, short, rotation=45, ha="right", rotation_mode="anchor", **text)
+        axes.set_yticks(ticks, short, **text)
+        axes.set(xlabel=f"predicted class{order}", ylabel=f"true class{order}")
         # Above names and cells, because the title of the axes would be cut off where names are long.
         more = f"\nand {plural(scored['none']['n'], 'image')} of none of the classes" if "none" in scored else ""
         figure.suptitle(f"Test accuracy {percent_with_interval(scored)}{more}", fontsize=10, x=0.01, ha="left")
         if len(labels) <= MAX_CELLS:
             for row, column in zip(*matrix.nonzero(), strict=True):
                 colour = "white" if share[row, column] > DARK else "black"
-                cell = percent(share[row, column], 0) if shares else matrix[row, column]
+                rounded = percent(share[row, column], 0) if share[row, column] >= 0.01 else "<1%"
+                cell = rounded if shares else matrix[row, column]
                 axes.text(column, row, cell, ha="center", va="center", color=colour, fontsize=size)
         figure.savefig(path, dpi=120)
 
 
-def plot_curves(log_history: list[dict], path: Path) -> None:
-    """Draw loss and accuracy by epoch, of training and validation, from the Trainer's log history."""
+def plot_curves(log_history: list[dict], path: Path, augmented: bool = True) -> None:
+    """Draw loss and accuracy by epoch, of training and validation, from the Trainer's log history.
+
+    Args:
+        log_history: of the Trainer.
+        path: of the figure.
+        augmented: whether the training images were; the figure says so.
+    """
+    name = "train (augmented)" if augmented else "train"
     train = [entry for entry in log_history if "loss" in entry]
     validation = [entry for entry in log_history if "eval_loss" in entry]
     with _style():
         figure = Figure(figsize=(9, 3.6), layout="constrained")
         loss, accuracy = figure.subplots(1, 2)
-        _plot_pair(loss, train, "loss", validation, "eval_loss")
-        _plot_pair(accuracy, train, "train_accuracy", validation, "eval_accuracy")
+        _plot_pair(loss, name, train, "loss", validation, "eval_loss")
+        _plot_pair(accuracy, name, train, "train_accuracy", validation, "eval_accuracy")
         loss.set(xlabel="epoch", ylabel="loss")
         accuracy.set(xlabel="epoch", ylabel="accuracy", ylim=(0, 1.04))
         accuracy.yaxis.set_major_formatter(PercentFormatter(1))
@@ -75,10 +87,12 @@ def plot_curves(log_history: list[dict], path: Path) -> None:
         figure.savefig(path, dpi=120)
 
 
-def _plot_pair(axes: Axes, train: list[dict], train_key: str, validation: list[dict], validation_key: str) -> None:
+def _plot_pair(
+    axes: Axes, train_name: str, train: list[dict], train_key: str, validation: list[dict], validation_key: str
+) -> None:
     # Two markers, which differ without colour too.
     for entries, key, name, colour, marker in (
-        (train, train_key, "train (augmented)", BLUE, "o"),
+        (train, train_key, train_name, BLUE, "o"),
         (validation, validation_key, "validation", ORANGE, "s"),
     ):
         points = [(entry["epoch"], entry[key]) for entry in entries if key in entry]
@@ -113,7 +127,7 @@ def plot_coverage(unsure: dict, path: Path) -> None:
         axes = figure.subplots()
         axes.plot([point["coverage"] for point in curve], [point["accuracy"] for point in curve], color=BLUE)
         if unsure["accuracy"] is not None:
-            mark = f"unsure of {percent(1 - unsure['answered'], 0)}"
+            mark = f"unsure of {percent(1 - unsure['answered'])} of the images"
             axes.plot(unsure["answered"], unsure["accuracy"], color=ORANGE, marker="s", linestyle="", label=mark)
             axes.legend(loc="lower left")
         lowest = min(point["accuracy"] for point in curve)

@@ -16,6 +16,7 @@ from luthier.reporting import figures
 from luthier.reporting.card import ROWS
 from luthier.reporting.console import (
     KIND_NAMES,
+    count_epochs,
     count_in_words,
     grouping_in_words,
     inflation_in_words,
@@ -50,7 +51,8 @@ def write_report(output_dir: Path, metrics: dict, findings: dict, test: TestPred
     figures.plot_reliability(metrics["calibration"]["reliability"], output_dir / "reliability.png")
     figures.plot_coverage(metrics["unsure"], output_dir / "coverage.png")
     if any("eval_loss" in entry for entry in metrics["history"]):
-        figures.plot_curves(metrics["history"], output_dir / "curves.png")
+        augmented = metrics.get("augmentation") != "none"
+        figures.plot_curves(metrics["history"], output_dir / "curves.png", augmented)
     if metrics["learning_curve"]:
         figures.plot_learning_curve(metrics["learning_curve"], output_dir / "learning_curve.png")
     wrong, correct, confusions = most_telling(test, labels)
@@ -85,7 +87,8 @@ def most_telling(test: TestPredictions, labels: list[str]) -> tuple[list[dict], 
             "row": row,
             "name": test.splits["test"][row]["name"],
             "label": labels[test.references[row]],
-            "why": sure if correct else f"predicted {labels[predicted[row]]}, {sure}",
+            "predicted": None if correct else labels[predicted[row]],
+            "why": sure,
         }
 
     rows = np.argsort(confidence, kind="stable")
@@ -120,6 +123,7 @@ def _render(template: str, path: Path, splits: DatasetDict, **values) -> None:
         lstrip_blocks=True,
     )
     words = (
+        count_epochs,
         count_in_words,
         fraction,
         grouping_in_words,

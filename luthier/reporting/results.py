@@ -46,8 +46,8 @@ from models import save_model
 
 # Of a model that was scored alone; see `collect_run`.
 NOT_TRAINED: Mapping[str, Any] = {
-    "learning_curve": None, "groups": None, "race": None, "refit": None, "history": [], "time_limit": None,
-    "base_model": None,
+    "learning_curve": None, "groups": None, "race": None, "refit": None, "history": [], "augmentation": None,
+    "time_limit": None, "base_model": None,
 }  # fmt: skip
 PACKAGES = ("torch", "torchvision", "transformers", "timm", "datasets", "evaluate", "accelerate")
 
@@ -79,6 +79,7 @@ def collect_run(
         },
         "refit": {**plan._asdict(), "done": plan.done, "of_fold": "train" not in experiment.splits},
         "history": outcome.winner.state.log_history if outcome.winner else [],
+        "augmentation": result.augmentation if outcome.winner else None,
         "base_model": _name_on_hub(experiment.model),
     }
     return collect_metrics(

@@ -168,9 +168,11 @@ def leaks_in_words(metrics: Mapping) -> str:
     leaks, reasons = metrics.get("leaks", {}), []  # metrics.json of an earlier version has none
     if leaks.get("duplicates"):
         images = plural(metrics["data"]["splits"]["test"]["n"], "test image")
-        reasons.append(f"{leaks['duplicates']:,} of {images} are also in train or validation, exactly or nearly")
+        known = f"{leaks['duplicates']:,} of {images} {'is' if leaks['duplicates'] == 1 else 'are'}"
+        reasons.append(f"{known} also in train or validation, exactly or nearly")
     if leaks.get("groups"):
-        reasons.append(f"{plural(leaks['groups'], 'group')} of images in test also in train or validation")
+        groups = plural(leaks["groups"], "group has", "groups have")
+        reasons.append(f"{groups} images in test and also in train or validation")
     if leaks.get("learned_from"):
         reasons.append(f"the model knew {plural(leaks['learned_from'], 'image')} of test or validation before")
     return f"The score may be too high: {'; '.join(reasons)}" if reasons else ""

@@ -37,7 +37,8 @@ def test_config_that_changes_during_the_run_does_not_change_its_record(tmp_path,
 
     monkeypatch.setattr(SafeTrainer, "training_step", step_with_change)
     train.main(args)
-    assert json.loads(Path("out/metrics.json").read_text())["settings"] == settings
+    record = json.loads(Path("out/metrics.json").read_text())
+    assert record["settings"] == settings and record["augmentation"] == "flip_crop"
     assert Path("out/README.md").exists()
 
 

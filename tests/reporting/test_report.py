@@ -133,6 +133,29 @@ def test_confusion_matrix_of_a_hundred_classes(tmp_path):
     assert 1000 < max(read_pixels(tmp_path / "a.png").shape) < 4000
 
 
+@pytest.mark.parametrize(("classes", "named"), [(200, True), (300, False)])
+def test_names_that_nobody_could_read_are_not_in_the_confusion_matrix(monkeypatch, classes, named):
+    drawn, labels = [], [f"class {index}" for index in range(classes)]
+    monkeypatch.setattr(figures.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure.axes[0]))
+    scored = {"confusion_matrix": np.eye(classes), "accuracy": 1.0, "accuracy_ci95": [0.9, 1.0], "n": classes}
+    plot_confusion_matrix(scored, labels, Path("a.png"))
+    (axes,) = drawn
+    for ticks, name in ((axes.get_xticklabels(), axes.get_xlabel()), (axes.get_yticklabels(), axes.get_ylabel())):
+        assert [tick.get_text() for tick in ticks] == (labels if named else [])
+        assert ("in the order of the table" in name) != named
+
+
+def test_figures_have_no_zero_percent_that_is_not_zero(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure.axes[0]))
+    scored = {"confusion_matrix": [[997, 3], [0, 500]], "accuracy": 0.998, "accuracy_ci95": [0.99, 0.999], "n": 1500}
+    plot_confusion_matrix(scored, ["a", "b"], Path("a.png"), shares=True)
+    plot_coverage({"curve": [{"coverage": 1, "accuracy": 1}], "answered": 0.997, "accuracy": 1}, Path("b.png"))
+    matrix, coverage = drawn
+    assert {text.get_text() for text in matrix.texts} == {"99%", "<1%", "100%"}
+    assert coverage.lines[1].get_label() == "unsure of 0.3% of the images"
+
+
 def test_title_of_the_confusion_matrix_counts_images_of_none(tmp_path, monkeypatch):
     titles, labels = [], ["a", "b", "none"]
     monkeypatch.setattr(figures.Figure, "savefig", lambda figure, *_, **__: titles.append(figure.get_suptitle()))
@@ -188,6 +211,21 @@ def test_curves_are_drawn(tmp_path):
         assert (np.abs(pixels.astype(int) - colour).max(axis=1) < 3).sum() > 20
 
 
+@pytest.mark.parametrize(("augmentation", "label"), [("none", "train"), ("crop", "train (augmented)")])
+def test_curve_of_training_is_called_augmented_where_it_is(
+    metrics, images, tmp_path, monkeypatch, augmentation, label
+):
+    drawn, savefig = [], figures.Figure.savefig
+
+    def save(figure, path, **options):
+        drawn.extend(line.get_label() for axes in figure.axes for line in axes.lines if path.name == "curves.png")
+        savefig(figure, path, **options)
+
+    monkeypatch.setattr(figures.Figure, "savefig", save)
+    page_of(metrics | {"augmentation": augmentation}, images, tmp_path)
+    assert drawn == [label, "validation"] * 2
+
+
 def test_model_card_shows_the_score_and_escapes_names(metrics, tmp_path):
     path = tmp_path / "README.md"
     (tmp_path / "models.py").touch()
@@ -201,6 +239,7 @@ def test_model_card_shows_the_score_and_escapes_names(metrics, tmp_path):
         assert expected in card.text
     assert "was 20.0% before calibration" in card.text and "twice the training images" in card.text
     assert "<script>" not in card.text and "[my](" not in card.text and "a|b `c`" not in card.text
+    assert r"\$x^2\$" in card.text, "no formula"
 
 
 def test_reliability_and_learning_curve_are_drawn(metrics, tmp_path):
@@ -240,7 +279,9 @@ def test_page_shows_the_score_and_escapes_names(page):
     assert "An image classifier of 3 classes, trained on" in text and "figure but the log loss is its 95%" in text
     assert "from 20.0% to" in text and "across classes" not in text and "Exact duplicates: 1" in text
     assert "<script>" not in text and "<img src=x" not in text and "&lt;script&gt;" in text
-    assert "predicted &lt;script&gt;" in text and "no image" not in text.split("unreadable")[0]
+    # Without <bdi>, a name in Hebrew or Arabic would have the number that follows on its other side.
+    assert "predicted <bdi>&lt;script&gt;" in text and "</bdi>, 89% sure" in text
+    assert "no image" not in text.split("unreadable")[0]
     for name in ("confusion_matrix", "confusion_matrix_rows", "reliability", "curves", "learning_curve"):
         assert (page.parent / f"{name}.png").exists()
     rows = (page.parent / "predictions.csv").read_text(encoding="utf-8").splitlines()
@@ -311,8 +352,9 @@ def test_report_shows_the_most_confident_errors_and_the_least_confident_correct_
     wrong, correct, confusions = most_telling(test, ["a", "b"])
     assert [image["name"] for image in wrong] == ["1.png", "2.png", "0.png"]
     assert [image["name"] for image in correct] == ["3.png", "5.png", "4.png"]
-    assert wrong[0] == {"split": "test", "row": 1, "name": "1.png", "label": "b", "why": "predicted a, 95% sure"}
-    assert (correct[-1]["label"], correct[-1]["why"]) == ("a", "95% sure")
+    known = {"split": "test", "row": 1, "name": "1.png", "label": "b"}
+    assert wrong[0] == known | {"predicted": "a", "why": "95% sure"}
+    assert [correct[-1][key] for key in ("label", "predicted", "why")] == ["a", None, "95% sure"]
     assert confusions == [{"label": "b", "predicted": "a", "count": 3, "of": 3, "images": wrong}]
 
 
@@ -329,7 +371,7 @@ def test_report_shows_what_is_confused_most_often(metrics, images, tmp_path):
     assert "Most frequent confusions" not in page_of(metrics, images, tmp_path), "one image is no pattern"
     wrong = np.roll(LOGITS, 2, axis=0)  # both images of each class are taken for the one before
     page = page_of(metrics, images, tmp_path, wrong)
-    assert "Most frequent confusions" in page and ": 2 of 2 test images" in page
+    assert "Most frequent confusions" in page and "</bdi></strong>: 2 of 2 test images" in page
 
 
 def test_thumbnail_is_that_of_its_image():
@@ -368,6 +410,21 @@ def test_figures_have_their_values_on_the_right_axes(monkeypatch):
     assert [line.get_label() for line in curves.axes[0].lines] == ["train (augmented)", "validation"]
     assert values(reliable.axes[0])[1] == (0.6, 0.5) and reliable.axes[1].patches[0].get_height() == 4
     assert values(coverage.axes[0]) == [(0.5, 0.9), (0.8, 0.75)]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "expected"),
+    [(1, "1 epoch"), (1.0008, "1 epoch"), (0.9975, "0.998 epochs"), (15, "15 epochs"), (1200, "1,200 epochs")],
+)
+def test_epochs_in_words(epochs, expected):
+    assert console._epochs(epochs) == expected
+
+
+def test_many_epochs_of_a_heat_are_a_plain_number(metrics, images, tmp_path):
+    heat = {"arm": "full", "epochs": 1000.0, "loss": 0.5, "accuracy": 0.9, "seconds": 3.0}
+    metrics["race"] = {"probe": None, "heats": [heat], "ended": "", "loss": "validation loss"}
+    page = page_of(metrics, images, tmp_path)
+    assert '<td class="number">1,000</td>' in page and ">1e+03<" not in page
 
 
 def test_sentences_have_each_figure_in_its_place():
@@ -424,7 +481,9 @@ def test_score_of_images_that_were_learned_from_is_said_to_be_too_high(metrics, 
     assert leaks_in_words(metrics) == leaks_in_words(metrics | {"leaks": {**found, "duplicates": 0}}) == ""
     text = card_of(metrics | {"leaks": {"duplicates": 5, "groups": 2, "learned_from": 0}}, tmp_path)
     assert "**The score may be too high: 5 of 6 test images are also in train or validation, exactly or nearly" in text
-    assert "2 groups of images in test also in train or validation.**" in text
+    assert "2 groups have images in test and also in train or validation.**" in text
+    one = leaks_in_words(metrics | {"leaks": {"duplicates": 1, "groups": 1}})
+    assert "1 of 6 test images is also in" in one and "1 group has images in test" in one
 
 
 def test_card_says_what_loads_the_model(metrics, tmp_path):
@@ -523,7 +582,8 @@ def test_doubted_labels_are_not_said_to_be_wrong(images, tmp_path):
     doubted = [{"split": "test", "row": 0, "name": "a.png", "label": "a", "why": "looks like b"}]
     write_audit_page(tmp_path / "audit.html", "a", audit_images(splits, []) | {"suspect_labels": doubted}, splits)
     page = (tmp_path / "audit.html").read_text(encoding="utf-8")
-    assert re.search(r"\d\.\d% of all images\. .*look at an image before you change its label", page)
+    count = sum(map(len, splits.values()))
+    assert re.search(rf"\d\.\d% of {count} images\. .*look at an image before you change its label", page)
 
 
 @pytest.mark.parametrize(("temperature", "says"), [(1.5, True), (1.0, False)])
