@@ -121,8 +121,8 @@ def fine_tune(arguments: "Arguments", stop: "Stop", stopwatch: Stopwatch) -> tup
     only_trained = model_args.keep == "trained" and not recipes[0].is_probe
     held_out = evaluation_rows(prepared["validation"], view, ["label"])
     candidate = None if only_trained else score_probe(workshop, probe, held_out, judge)
-    given = data_args.augmentation, workshop.predictor, splits, images, probe, recipes
-    augmentation = choose_augmentation(*given, is_enough(candidate, judge))
+    to_train = [] if is_enough(candidate, judge, recipes) else recipes
+    augmentation = choose_augmentation(data_args.augmentation, workshop.predictor, splits, images, probe, to_train)
     rows = with_transforms(prepared, view, augmentation, data_args.test_view, experiment.size, experiment.stream)
     stopwatch.end("features")
     console.say_estimates(probe, curve)

@@ -62,7 +62,9 @@ def test_posix_only_modules_are_imported_nowhere():
         assert not re.search(r"^\s*(import|from) (fcntl|resource|pwd|grp|termios)\b", text, re.M), path
 
 
-def test_new_files_are_renamed_on_windows_once_a_scanner_has_read_them(tmp_path, monkeypatch):
+@pytest.fixture
+def refusals(monkeypatch):
+    """The errors that renaming ends with first, as while a scanner reads a new file."""
     refusals, replace = [PermissionError(13, "Access is denied")] * 2, Path.replace
 
     def refuse(self, target):
@@ -71,12 +73,16 @@ def test_new_files_are_renamed_on_windows_once_a_scanner_has_read_them(tmp_path,
         return replace(self, target)
 
     monkeypatch.setattr(Path, "replace", refuse)
+    monkeypatch.setattr(files.time, "sleep", lambda _: None)
+    return refusals
+
+
+def test_new_files_are_renamed_on_windows_once_a_scanner_has_read_them(tmp_path, monkeypatch, refusals):
     (tmp_path / "a").mkdir()
     (tmp_path / "a/x").touch()
     with pytest.raises(PermissionError):
         files.rename(tmp_path / "a", tmp_path / "b")
     monkeypatch.setattr(files.sys, "platform", "win32")
-    monkeypatch.setattr(files.time, "sleep", lambda _: None)
     files.rename(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "b/x").exists() and not refusals
 
@@ -132,18 +138,9 @@ def test_class_folders_come_in_the_same_order_on_every_system(tmp_path):
     assert [folder.name for folder in subfolders(LikeWindows(tmp_path))] == ["Zebra", "lion"]
 
 
-def test_kept_features_wait_on_windows_for_a_scanner(tmp_path, monkeypatch):
-    refusals, replace = [PermissionError(13, "Access is denied")] * 2, Path.replace
-
-    def refuse(self, target):
-        if refusals:
-            raise refusals.pop()
-        return replace(self, target)
-
+def test_kept_features_wait_on_windows_for_a_scanner(tmp_path, monkeypatch, refusals):
     monkeypatch.setattr(cache.datasets.config, "HF_DATASETS_CACHE", tmp_path)
-    monkeypatch.setattr(Path, "replace", refuse)
     monkeypatch.setattr(files.sys, "platform", "win32")
-    monkeypatch.setattr(files.time, "sleep", lambda _: None)
     cache.write_cached("scanned", "a", torch.arange(3))
     found = cache.read_cached("scanned", "a")
     assert not refusals and found is not None and found.tolist() == [0, 1, 2]

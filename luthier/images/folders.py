@@ -203,14 +203,15 @@ def _check_names(root: Path, folders: list[Path]) -> None:
     if not split_of or len(folders) > MOST_SPLITS:
         return
     below = {folder: {each.name for each in subfolders(_unpacked(folder))} for folder in folders}
-    are_splits = len(folders) == len(split_of) == len(set(split_of.values())) > 1 and not any(below.values())
-    if are_splits and (hint := hint_at_table(root)):  # without a table, they may be classes
+    differ = len(set(split_of.values())) == len(split_of) > 1  # each is called like another split
+    unlabelled = differ and len(split_of) == len(folders) and not any(below.values())
+    if unlabelled and (hint := hint_at_table(root)):  # without a table, they may be classes
         raise UserError(
             f"{root} holds {', '.join(folder.name for folder in folders)}, which look like splits, but no class "
             f"folders in them{hint}. If these are classes, give them other names"
         )
     candidates = [[folder] for folder in split_of if folder.name.lower() in SPLIT_OF_FOLDER]
-    if len(split_of) > 1 and len(set(split_of.values())) == len(split_of):  # each is called like another split
+    if differ:
         candidates.insert(0, list(split_of))
     for like_splits in candidates:
         others = [folder for folder in folders if folder not in like_splits]

@@ -58,13 +58,14 @@ def plot_confusion_matrix(scored: dict, labels: list[str], path: Path, shares: b
         if len(labels) <= MAX_CELLS:
             for row, column in zip(*matrix.nonzero(), strict=True):
                 colour = "white" if share[row, column] > DARK else "black"
-                rounded = percent(share[row, column], 0) if share[row, column] >= 0.01 else "<1%"
-                cell = rounded if shares else matrix[row, column]
+                cell = matrix[row, column]
+                if shares:
+                    cell = percent(share[row, column], 0) if share[row, column] >= 0.01 else "<1%"
                 axes.text(column, row, cell, ha="center", va="center", color=colour, fontsize=size)
         figure.savefig(path, dpi=120)
 
 
-def plot_curves(log_history: list[dict], path: Path, augmented: bool = True) -> None:
+def plot_curves(log_history: list[dict], path: Path, augmented: bool) -> None:
     """Draw loss and accuracy by epoch, of training and validation, from the Trainer's log history.
 
     Args:

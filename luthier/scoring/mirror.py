@@ -63,7 +63,6 @@ def choose_augmentation(
     images: Mapping[str, ImageRows],
     probe: ProbeResults,
     recipes: Sequence[Recipe],
-    enough: bool,
 ) -> str:
     """Return the augmentation of training, on every process: for `auto` `flip_crop`, or `crop` if `Mirror.is_worse`.
 
@@ -73,13 +72,11 @@ def choose_augmentation(
         splits: as loaded.
         images: of each split, see `data.feature_rows`.
         probe: of the run. Without one nothing is measured.
-        recipes: of the run; where nothing is trained, nothing is measured.
-        enough: the probe leaves so little to gain that several recipes are not trained, see `race.race`.
+        recipes: that may be trained; where there is none but the probe, nothing is measured.
     """
     if name != "auto":
         return name
-    trained = [recipe for recipe in recipes if not recipe.is_probe]
-    if probe.strength is None or not trained or (enough and len(trained) > 1):
+    if probe.strength is None or all(recipe.is_probe for recipe in recipes):
         return "flip_crop"
     mirror = measure_mirror(predictor(), splits["train"], images["train"])
     worse = from_main_process(mirror is not None and mirror.is_worse)

@@ -121,7 +121,7 @@ def race(
             only of a single arm, or where nothing else is left; otherwise the arm leaves the race.
     """
     rival = probe if len(arms) > 1 else None  # a single arm is not compared with the probe
-    if is_enough(rival, course.judge):
+    if is_enough(probe, course.judge, (arm.recipe for arm in arms)):
         return Outcome(Heats(), "the probe, which leaves little to gain", probe), None
     progress = _Progress(arms, rival, course, resume, probe.seconds if probe else 0.0)
     if progress.named:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from luthier.scoring.metrics import (
 )
 from luthier.training.arms import State, Workshop
 from luthier.training.layers import divide_logits, shift_logits
-from luthier.training.recipe import PROBE, blend
+from luthier.training.recipe import PROBE, Recipe, blend
 from luthier.training.safe_trainer import SafeTrainer
 from luthier.training.trainer import model_of, predict, predict_best
 
@@ -129,9 +129,11 @@ def score_probe(workshop: Workshop, probe: ProbeResults, rows: Any, judge: Judge
     return candidate._replace(seconds=(time.perf_counter() - begin) / len(candidate.losses))
 
 
-def is_enough(probe: Candidate | None, judge: Judge) -> bool:
-    """Tell whether the probe leaves so little to gain that several recipes are not raced."""
-    return probe is not None and judge.criterion.leaves_little(probe.loss, probe.validation["log_loss"])
+def is_enough(probe: Candidate | None, judge: Judge, recipes: Iterable[Recipe]) -> bool:
+    """Tell whether the probe leaves so little to gain that the recipes are not raced; a single one is trained."""
+    if probe is None or sum(not recipe.is_probe for recipe in recipes) < 2:
+        return False
+    return judge.criterion.leaves_little(probe.loss, probe.validation["log_loss"])
 
 
 def choose(probe: Candidate | None, trained: Sequence[Candidate]) -> Candidate:

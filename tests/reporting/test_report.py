@@ -205,7 +205,7 @@ def test_curves_are_drawn(tmp_path):
         {"epoch": 2.0, "eval_loss": 0.7, "eval_accuracy": 0.7},
         {"epoch": 2.0, "train_runtime": 1.0},
     ]
-    plot_curves(history, tmp_path / "curves.png")
+    plot_curves(history, tmp_path / "curves.png", augmented=True)
     pixels = read_pixels(tmp_path / "curves.png").reshape(-1, 3)
     for colour in ((0, 0x72, 0xB2), (0xD5, 0x5E, 0)):
         assert (np.abs(pixels.astype(int) - colour).max(axis=1) < 3).sum() > 20
@@ -395,7 +395,7 @@ def test_figures_have_their_values_on_the_right_axes(monkeypatch):
     trained = {"epoch": 1.0, "loss": 0.9, "train_accuracy": 0.5}
     curve = [{"coverage": 0.5, "accuracy": 0.9}, {"coverage": 1.0, "accuracy": 0.7}]
     plot_confusion_matrix(scored, ["a", "b"], Path("a.png"))
-    plot_curves([trained, {"epoch": 1.0, "eval_loss": 0.8, "eval_accuracy": 0.6}], Path("b.png"))
+    plot_curves([trained, {"epoch": 1.0, "eval_loss": 0.8, "eval_accuracy": 0.6}], Path("b.png"), augmented=True)
     plot_reliability([{"confidence": 0.6, "accuracy": 0.5, "n": 4}], Path("c.png"))
     plot_coverage({"curve": curve, "answered": 0.8, "accuracy": 0.75}, Path("d.png"))
     matrix, curves, reliable, coverage = drawn

@@ -18,6 +18,7 @@ from luthier.scoring.metrics import (
     log_losses,
 )
 from luthier.scoring.selection import Candidate, score_run, score_test
+from luthier.training.recipe import RECIPES
 
 LABELS = ["a", "b", "c"]
 REFERENCES = np.array([0, 0, 0, 0, 1, 1])
@@ -38,6 +39,21 @@ def test_refusals_are_no_answers_and_images_of_no_class_are_counted_by_themselve
     splits = split_of(references, ["a", "b", "none"], range(6))
     unsure = score_test(TestPredictions(splits, logits, references, none=2), threshold=0.0)["unsure"]
     assert (unsure["answered"], unsure["none_answered"]) == (0.75, 0.5) and unsure["accuracy"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(
+    ("loss", "recipes", "expected"),
+    [
+        (0.001, ("probe", "full", "lp_ft"), True),
+        (0.9, ("probe", "full", "lp_ft"), False),
+        (0.001, ("probe", "full"), False),
+        (None, ("full", "lp_ft"), False),
+    ],
+)
+def test_probe_that_leaves_little_is_enough_where_several_recipes_would_race(loss, recipes, expected):
+    probe = loss and SimpleNamespace(loss=loss, validation={"log_loss": loss})
+    judge = Judge(LABELS)
+    assert selection.is_enough(probe, judge, [RECIPES[name] for name in recipes]) is expected
 
 
 def test_candidates_are_calibrated_before_they_are_scored(monkeypatch):
