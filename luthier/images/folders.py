@@ -34,7 +34,8 @@ SPLIT_OF_FOLDER = {
 }  # fmt: skip
 FILE_SUFFIX = re.compile(r"\.[A-Za-z][A-Za-z0-9]{0,4}")  # of a file, and not of a class such as `v1.0` or `St.Bernard`
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")  # which `tables.read_table` reads
-METADATA = ("metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.parquet")  # as `datasets` names them, and TSV
+# As `datasets` names them, TSV, and as Roboflow does.
+METADATA = ("metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.parquet", "_classes.csv")
 SPREADSHEETS = (".xlsx", ".xlsm", ".xls", ".ods", ".numbers")
 MOST_SPLITS = 5  # folders that splits may be; more are classes
 SHARDS = (".parquet", ".tar")  # of files that hold many images

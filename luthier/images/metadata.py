@@ -31,11 +31,14 @@ from luthier.images.tables import (
     Table,
     find_split_column,
     hint_at_flags,
+    is_index,
+    join_flags,
     read_table,
     say_likely_group,
     say_odd_values,
+    say_source,
 )
-from luthier.terminal import plural, say
+from luthier.terminal import plural
 
 logger = logging.getLogger(__name__)
 
@@ -167,16 +170,15 @@ def load_tables(
     learned: str | None = None
     for split, path in sorted(tables.items(), key=lambda item: item[0] != "train"):
         files, only = (ImageFiles(root), None) if split == "all" else (ImageFiles(path.parent), split)
-        table = read_table(path, least=1 if listed else 2)
-        own = given
+        table, own = read_table(path, least=1 if listed else 2), given
+        table = table if given.label else join_flags(table, given)
         if learned in table.columns:  # the first one, which is of train, tells the column of the others
             own = given._replace(label=learned)
         elif learned and not any(name.lower() in LABEL_COLUMNS for name in table.columns):
             logger.warning(f"Not used: the {split} split, because {path} has no column {learned!r}")
             continue
         columns = _find_columns(table, files, own, only)
-        of_splits = f", the splits of {columns.split!r}" if columns.split else ""
-        say("labels", f"of the column {columns.label!r} of {path}{of_splits}")
+        say_source(table, columns.label, columns.split)
         if to_train and not (listed or grouping or columns.group):  # once, not for each split
             say_likely_group(table, columns)
         for name, images in _read_images(files, table, columns, grouping, only).items():
@@ -338,7 +340,7 @@ def _find_columns(table: Table, files: ImageFiles, given: Columns, of_split: str
             f"the first row of {table.path} names an image, {image!r}: put a row with the names of the columns above "
             "it, such as file_name,label"
         )
-    rest = [name for name in rest if name != image and name not in table.nested and not _is_index(name)]
+    rest = [name for name in rest if name != image and name not in table.nested and not is_index(name)]
     likely = named if len(named) == 1 else rest
     if not given.label and len(likely) != 1:
         raise UserError(
@@ -363,14 +365,14 @@ def _find_image_column(table: Table, files: ImageFiles, names: list[str]) -> str
     ranks, absent = {}, dict[str, str]()  # of each column of names that are not here, the first one
     for name in names:
         values = _without_points(table.column(name))
-        if _is_index(name) and all(map(WHOLE_NUMBER.fullmatch, values)):
+        if is_index(name) and all(map(WHOLE_NUMBER.fullmatch, values)):
             continue
         skip, sample = files.folders_to_skip(values), values[:SAMPLE]
         share = sum(bool(files.matches(value, skip)) for value in sample) / len(sample)
         named = [value for value in sample if is_image(value)]
         if share:
             known = IMAGE_COLUMNS.index(name.lower()) if name.lower() in IMAGE_COLUMNS else len(IMAGE_COLUMNS)
-            ranks[name] = (round(share, 1), round(len(named) / len(sample), 1), -known - _is_index(name))
+            ranks[name] = (round(share, 1), round(len(named) / len(sample), 1), -known - is_index(name))
         elif len(named) > len(sample) / 2:
             absent[name] = named[0]
     best = [name for name, rank in ranks.items() if rank == max(ranks.values())]
@@ -386,11 +388,6 @@ def _find_image_column(table: Table, files: ImageFiles, names: list[str]) -> str
         f"which column of {table.path} holds the image files? The columns are {', '.join(table.columns)}, and {which} "
         f"files below {files.root}{example}. Name the column with --image_column, and the folder with --data_dir"
     )
-
-
-def _is_index(name: str) -> bool:
-    """Tell whether a column is the number of the row, as pandas writes it."""
-    return not name or name.startswith(("Unnamed: ", "__index_level_"))
 
 
 def _without_points(values: list[str]) -> list[str]:

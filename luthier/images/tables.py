@@ -25,7 +25,7 @@ DELIMITERS = ",;\t|"
 DELIMITER_OF = {".csv": ",", ".tsv": "\t"}  # the one that counts where several are as frequent
 # Names of columns that say what an image is for, if one of their values does.
 OF_SPLITS = {"set", "subset", "data_set", "dataset", "partition", "phase", "stage", "usage", "use", "fold"}
-FLAGS = {"0", "1", "0.0", "1.0", "false", "true", "no", "yes"}
+FLAGS = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True, "no": False, "yes": True}
 # As R, Python, databases and Excel write it.
 NO_VALUE = ("NA", "N/A", "n/a", "NaN", "nan", "<NA>", "NULL", "null", "#N/A", "#NV")
 NO_GROUP = (*NO_VALUE, "None", "none")  # as a label, that is the class of anything else
@@ -42,6 +42,7 @@ class Table(NamedTuple):
         rows: the values of each row, without white space around them; an empty text where there is none.
         numbers: of the rows, as an editor or a spreadsheet shows them.
         nested: the columns of lists or objects.
+        flags: the columns of 0 and 1 that the column `label` was made of, see `join_flags`.
     """
 
     path: Path
@@ -49,6 +50,7 @@ class Table(NamedTuple):
     rows: list[list[str]]
     numbers: list[int]
     nested: frozenset[str]
+    flags: tuple[str, ...] = ()
 
     def column(self, name: str) -> list[str]:
         """Return the values of a column."""
@@ -90,6 +92,14 @@ def read_table(path: Path, least: int = 2) -> Table:
     if not filled:
         raise UserError(f"{path} has no rows: give a table with a row for each image")
     return Table(path, columns, [row for _, row in filled], [number for number, _ in filled], nested)
+
+
+def say_source(table: Table, label: str | None, split: str | None) -> None:
+    """Say which columns the labels and the splits are of."""
+    shown = ", ".join(table.flags[:3]) + (", ..." if len(table.flags) > 3 else "")
+    column = f"columns {shown}, from the one with 1," if table.flags else f"column {label!r}"
+    splits = f", the splits of {split!r}" if split else ""
+    say("labels", f"of the {column} of {table.path}{splits}")
 
 
 def say_odd_values(table: Table, label: str, group: str | None) -> None:
@@ -157,7 +167,7 @@ def find_split_column(table: Table, given: Sequence[str | None], has_label: bool
             logger.warning(
                 f"Not used: the column {name!r} of {table.path}. It names splits, but also {others[0]!r}: correct it"
             )
-        elif values <= FLAGS and name.lower().startswith("is_") and name.lower()[3:] in SPLIT_OF_FOLDER:
+        elif values <= FLAGS.keys() and name.lower().startswith("is_") and _is_flag_of_split(name):
             flags.append(name)
     if flags and labelled and not found:  # without another column of labels, `is_valid` may hold them
         logger.warning(
@@ -174,12 +184,72 @@ def _is_of_splits(name: str) -> bool:
     return "split" in name.lower() or name.lower().replace(" ", "_") in OF_SPLITS
 
 
-def hint_at_flags(table: Table, names: Sequence[str]) -> str:
-    """Return what to do where several columns hold yes or no, as of one class each; an empty text where none do."""
+def is_index(name: str) -> bool:
+    """Tell whether a column is the number of the row, as pandas writes it."""
+    return not name or name.startswith(("Unnamed: ", "__index_level_"))
+
+
+def join_flags(table: Table, given: Sequence[str | None]) -> Table:
+    """Return a table with one column `label` in the place of a column of 0 and 1 for each class.
+
+    Many competitions and labelling tools write such columns. They are classes only if each row has a single 1 (or none
+    has one, as in the table of a test split without labels), and if there is nothing else beside images and splits.
+
+    Args:
+        table: as it was read.
+        given: the columns that the user has named, that of the images first; none is that of the labels.
+    """
+    rest = [name for name in table.columns if name not in given and not is_index(name)]
+    flags = _find_flags(table, rest)
+    others = [name for name in rest if name not in flags and not _holds_splits(table, name)]
+    image, classes = given[0], _classes_of(table, flags)
+    is_clear = len(flags) > 1 and len(others) + bool(image) == 1 and {len(each) for each in classes} in ({0}, {1})
+    if not is_clear or any(name.lower() in LABEL_COLUMNS or _is_flag_of_split(name) for name in rest):
+        return table
+    kept = [number for number, name in enumerate(table.columns) if name not in flags]
+    rows = [
+        [*(row[number] for number in kept), *(each or [""])] for row, each in zip(table.rows, classes, strict=True)
+    ]
+    columns = [*(table.columns[number] for number in kept), "label"]
+    return table._replace(columns=columns, rows=rows, flags=tuple(flags))
+
+
+def _find_flags(table: Table, names: Sequence[str]) -> list[str]:
+    """Return the columns that hold nothing but yes or no."""
     values = {name: {value.lower() for value in table.column(name) if value} for name in names}
-    flags = [name for name, found in values.items() if found and found <= FLAGS]
-    remedy = "hold 0 or 1. If each is a class, write one column with the name of the class in each row"
-    return f". {', '.join(flags)} {remedy}" if len(flags) > 1 else ""
+    return [name for name, found in values.items() if found and found <= FLAGS.keys()]
+
+
+def _classes_of(table: Table, flags: Sequence[str]) -> list[list[str]]:
+    """Return for each row the columns of yes or no that hold yes."""
+    columns = [[FLAGS.get(value.lower(), False) for value in table.column(name)] for name in flags]
+    return [[name for name, is_set in zip(flags, row, strict=True) if is_set] for row in zip(*columns, strict=True)]
+
+
+def _holds_splits(table: Table, name: str) -> bool:
+    return name.lower() == "split" or SPLIT_OF_FOLDER.keys() >= {value.lower() for value in table.column(name)}
+
+
+def _is_flag_of_split(name: str) -> bool:
+    """Tell whether a column is called like a split, as `test` or `is_test`."""
+    return name.lower().removeprefix("is_") in SPLIT_OF_FOLDER
+
+
+def hint_at_flags(table: Table, names: Sequence[str]) -> str:
+    """Return why columns of yes or no were not taken for classes; an empty text where there are no such columns."""
+    flags = _find_flags(table, names)
+    if len(flags) < 2:
+        return ""
+    counts = [len(each) for each in _classes_of(table, flags)]
+    odd = next((index for index, count in enumerate(counts) if count != 1), None)
+    others = [name for name in names if name not in flags]
+    remedy = "write one column with the name of the class in each row"
+    if odd is not None:
+        where = f"row {table.numbers[odd]} has {counts[odd] or 'none'}"
+        remedy = f"each image has one, but {where}: correct such rows"
+    elif others:
+        remedy = f"remove the other columns ({', '.join(others)})"
+    return f". {', '.join(flags)} hold 0 or 1. If each is a class, {remedy}"
 
 
 def _check_columns(path: Path, columns: list[str], least: int) -> None:

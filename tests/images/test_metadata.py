@@ -185,7 +185,6 @@ def test_mistake_in_a_table_has_one_message_with_row_and_column(root, content, o
         ("labels.csv", '"file,label"\n"a0.png,blue"\n', "quotation marks around whole rows"),
         ("labels.csv", "My photos,\nfile,label\na0.png,blue\n", "'My photos', does not name the columns"),
         ("labels.csv", "file\na0.png\na,1.png\n", "columns of row 3, which has 2 values: .* needs quotes around"),
-        ("labels.csv", "file,fox,deer\na0.png,1,0\na1.png,0,1\n", "fox, deer hold 0 or 1. If each is a class"),
         ("labels.doc", "", "is not a table that can be read"),
         ("labels.jsonl", '{"file_name": "a0.png", "label": "red"}\n[1]\n', "row 2 is not an object"),
         ("labels.jsonl", "{'file_name'}\n", "row 1 is not JSON"),
@@ -306,6 +305,59 @@ def test_flags_of_splits_are_not_ignored_in_silence(root, caplog):
     parts = [(*row, "test" if row[-1] else "train") for row in rows]
     assert len(load(root, text(parts, "file,label,is_test,subset"))) == 2
     assert "Not used" not in caplog.text
+
+
+def flags(label: str) -> list[int]:
+    return [int(name == label) for name in CLASSES]
+
+
+def test_columns_of_0_and_1_are_classes(root, capsys):
+    header = f"file,{','.join(CLASSES)}"
+    rows = [(file, *flags(label)) for file, label in pairs()]
+    assert load(root, text(rows, header)) == EXPECTED
+    assert f"of the columns {', '.join(CLASSES)}, from the one with 1, of" in capsys.readouterr().out
+    with_points = [(number, file, *map(float, values)) for number, (file, *values) in enumerate(rows)]
+    assert load(root, text(with_points, f",{header}")) == EXPECTED
+    with_splits = [(*row, "test" if number < 3 else "train") for number, row in enumerate(rows)]
+    splits = load(root, text(with_splits, f"{header},subset"))
+    assert splits["test"] == dict(pairs()[:3]) and splits["train"] == dict(pairs()[3:])
+    grouped = [(*row, f"p{number}") for number, row in enumerate(rows)]
+    assert load(root, text(grouped, f"{header},patient"), group_column="patient") == EXPECTED
+    beside = [(*row, label[:3]) for row, (_, label) in zip(rows, pairs(), strict=True)]
+    assert load(root, text(beside, f"{header},class"))["train"]["a0.png"] == CLASSES[0][:3], "they say something else"
+
+
+@pytest.mark.parametrize(
+    ("change", "header", "message"),
+    [
+        ([1, 1, 0], "", "each image has one, but row 5 has 2: correct such rows"),
+        ([0, 0, 0], "", "each image has one, but row 5 has none: correct such rows"),
+        (None, ",note", "If each is a class, remove the other columns (note)"),
+        (None, "is_train,is_valid,is_test", "hold 0 or 1. If each is a class, write one column"),
+    ],
+)
+def test_columns_of_0_and_1_that_may_be_no_classes_are_refused(root, change, header, message):
+    rows = [(file, *flags(label)) for file, label in pairs()]
+    rows[3] = (rows[3][0], *change) if change else rows[3]
+    names = header if "is_" in header else ",".join(CLASSES) + header
+    rows = [(*row, "x") for row in rows] if header == ",note" else rows
+    with pytest.raises(UserError, match="which column of") as raised:
+        load(root, text(rows, f"file,{names}"))
+    assert message in str(raised.value)
+
+
+def test_columns_of_0_and_1_in_the_folders_of_splits(root):
+    """As Roboflow writes them; a test split without a single 1 has no labels."""
+    for split, chosen in (("train", pairs()[:6]), ("valid", pairs()[6:9]), ("test", pairs()[9:])):
+        (root / split).mkdir()
+        for file, _ in chosen:
+            (root / file).rename(root / split / file)
+        rows = [(file, *([0] * 3 if split == "test" else flags(label))) for file, label in chosen]
+        (root / split / "_classes.csv").write_text(text(rows, f"filename, {', '.join(CLASSES)}", ", "))
+    splits, _ = load_images(data_dir=str(root))
+    assert {split: len(rows) for split, rows in splits.items()} == {"train": 6, "validation": 3}
+    assert splits["train"].features["label"].names == sorted(CLASSES)
+    assert splits["train"]["label"][:] == [sorted(CLASSES).index(label) for _, label in sorted(pairs()[:6])]
 
 
 def test_column_that_may_hold_groups_is_named_where_none_is_given(root, capsys):
