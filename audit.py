@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from luthier.errors import UserError, exit_on_user_error
+from luthier.options import OF_DATA
 from luthier.output_dir import create_output_dir
 from luthier.run_files import AUDIT
 from luthier.terminal import ignore_closed, say
@@ -28,8 +29,7 @@ if TYPE_CHECKING:
 FILES = (AUDIT, "audit.html")  # in the output directory; an earlier audit is replaced
 # Options of train.py that have a meaning here too, and that people use.
 SHOWN = (
-    "dataset_config_name", "labels", "image_column", "label_column", "split_column", "group_column", "group_by",
-    "label_names", "validation_fraction", "test_fraction", "split_seed", "model_name", "image_size", "milliseconds",
+    *OF_DATA, "validation_fraction", "test_fraction", "split_seed", "model_name", "image_size", "milliseconds",
     "on_bad_image", "output_dir",
 )  # fmt: skip
 

@@ -22,12 +22,14 @@ from luthier.images.decode import decode_rgb, read_bytes, reason
 from luthier.images.folders import hint_at_table
 from luthier.images.groups import add_groups
 from luthier.images.inspection import MAX_UNREADABLE, UnreadableImage, inspect, leave_out_unreadable, listing
+from luthier.images.listed_images import letters_of
 from luthier.images.loading import load_named
 from luthier.images.metadata import Columns, find_tables, has_shards, load_directory
 from luthier.images.openmoji import load_openmoji
 from luthier.images.shards import StreamedRows
 from luthier.images.splits import MAX_NAMED, cut_splits
 from luthier.images.streams import Stream
+from luthier.images.tables import say_unused_columns
 from luthier.images.views import EvaluationView, ImageRows, random_crop_transform, training_transform
 from luthier.machine import pool_of_single_threads
 from luthier.options import BUILT_IN_DATASET
@@ -129,23 +131,28 @@ def list_images(
         where = f"{root} holds Parquet or tar files" if root else "give --data_dir"
         raise UserError(f"--labels, --split_column and --group_by are for image files in a folder: {where}")
     else:
-        splits, root = _load_dataset(root, dataset_name, dataset_config_name, to_train), None
+        splits, root = _load_dataset(root, dataset_name, dataset_config_name, columns, to_train), None
     splits = label_and_image(splits, columns.image, columns.label, columns.group, label_names, to_train)
     names = splits["train"].features["label"].names
     if to_train and len(names) < 2:
         hint = hint_at_table(root) if root and not find_tables(root, labels) else ""
         raise UserError(f"all images have the one class {names[0]!r}: a classifier needs at least two{hint}")
-    alike = Counter(plain := ["".join(name.casefold().split()) for name in names])
+    alike = Counter(plain := [letters_of(name) for name in names])
     if same := [repr(name) for name, letters in zip(names, plain, strict=True) if alike[letters] > 1]:
         say("careful", f"classes whose names differ in capitals or spaces alone: {', '.join(same[:MAX_NAMED])}")
     return splits, root
 
 
-def _load_dataset(root: Path | None, name: str | None, config: str | None, to_train: bool) -> DatasetDict:
+def _load_dataset(
+    root: Path | None, name: str | None, config: str | None, columns: Columns, to_train: bool
+) -> DatasetDict:
     """Return the splits of a folder of shards or of a dataset with their own columns; see `list_images`."""
     if root is None and name in (None, BUILT_IN_DATASET):
         return DatasetDict(train=load_openmoji())
-    return load_named(str(root or name), config, to_train)
+    splits = load_named(source := str(root or name), config, to_train)
+    if to_train:
+        say_unused_columns(splits["train"], source, (columns.image, columns.label), columns.group)
+    return splits
 
 
 def load_labelled(names: list[str], **options) -> tuple[DatasetDict, list[UnreadableImage]]:
@@ -172,10 +179,10 @@ def load_labelled(names: list[str], **options) -> tuple[DatasetDict, list[Unread
     labels = [own[label] for label in list_of(dataset, "label")]
     unknown = sorted(set(labels) - set(names))
     if unknown:
-        known, remedy = {name.casefold(): name for name in names}, "Score images of the model's classes only"
-        alike = next((name for name in unknown if name.casefold() in known), None)
+        known, remedy = {letters_of(name): name for name in names}, "Score images of the model's classes only"
+        alike = next((name for name in unknown if letters_of(name) in known), None)
         if alike:
-            remedy = f"The model writes {alike!r} as {known[alike.casefold()]!r}: rename it, or give --label_names"
+            remedy = f"The model writes {alike!r} as {known[letters_of(alike)]!r}: rename it, or give --label_names"
         raise UserError(
             f"the model does not know {plural(len(unknown), 'class', 'classes')} of the images, such as "
             f"{alike or unknown[0]!r}. The model's: {some_of(names, 20)}. The images': "

@@ -29,7 +29,7 @@ from luthier.command_line import CommandParser
 from luthier.cores import count_cores
 from luthier.errors import UserError, exit_on_user_error
 from luthier.files import expand_home
-from luthier.options import parse_part
+from luthier.options import OF_DATA, parse_part
 from luthier.terminal import of_project, plural, quote, say
 
 if TYPE_CHECKING:
@@ -39,10 +39,7 @@ if TYPE_CHECKING:
     from luthier.parsing import Parser
 
 # Options of train.py that have a meaning here too.
-SHOWN = (
-    "dataset_config_name", "labels", "image_column", "label_column", "split_column", "group_column", "group_by",
-    "label_names", "on_bad_image", "validation_fraction", "test_fraction", "split_seed",
-)  # fmt: skip
+SHOWN = (*OF_DATA, "on_bad_image", "validation_fraction", "test_fraction", "split_seed")
 POLL = 5.0  # seconds between two looks for the other machines
 
 

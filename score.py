@@ -12,6 +12,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from luthier.errors import UserError, exit_on_user_error
+from luthier.options import OF_DATA
 from luthier.terminal import Stopwatch
 
 if TYPE_CHECKING:
@@ -20,9 +21,8 @@ if TYPE_CHECKING:
 
 # Options of train.py that have a meaning here too, and that people use.
 SHOWN = (
-    "data_dir", "dataset_name", "dataset_config_name", "labels", "image_column", "label_column", "split_column",
-    "group_column", "group_by", "label_names", "on_bad_image", "output_dir", "bf16",
-    "dataloader_num_workers", "disable_tqdm",
+    "data_dir", "dataset_name", *OF_DATA, "on_bad_image", "output_dir", "bf16", "dataloader_num_workers",
+    "disable_tqdm",
 )  # fmt: skip
 
 

@@ -12,11 +12,13 @@ from luthier.files import expand_home
 Metric = Literal["log_loss", "accuracy", "balanced_accuracy", "macro_f1"]
 BalanceOption = Literal["auto", "none", "logit_adjusted", "weighted"]
 
-# What a config says of its data, and what is replaced with it when the command line names other data.
-DATA_KEYS = (
-    "data_dir", "dataset_name", "dataset_config_name", "labels", "image_column", "label_column", "split_column",
-    "group_column", "group_by", "label_names", "none_class",
+# How images, labels and groups are found in the data: for all commands that load labelled images.
+OF_DATA = (
+    "dataset_config_name", "labels", "image_column", "label_column", "split_column", "group_column", "group_by",
+    "label_names",
 )  # fmt: skip
+# What a config says of its data, and what is replaced with it when the command line names other data.
+DATA_KEYS = ("data_dir", "dataset_name", *OF_DATA, "none_class")
 
 BUILT_IN_DATASET = "openmoji"
 EXPORT_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -91,7 +93,7 @@ class DataArguments:
 
     def for_images(self) -> dict:
         """Return what `data.load_images` takes."""
-        return {key: getattr(self, key) for key in (*DATA_KEYS, "on_bad_image") if key != "none_class"}
+        return {key: getattr(self, key) for key in ("data_dir", "dataset_name", *OF_DATA, "on_bad_image")}
 
     def for_stream(self) -> dict:
         """Return what `streams.open_stream` takes."""

@@ -11,8 +11,9 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 
 from luthier.cache import values_of
 from luthier.errors import UserError
-from luthier.images.listed_images import GIVEN_GROUP, STAMP, sort_names
-from luthier.terminal import plural
+from luthier.images.listed_images import GIVEN_GROUP, STAMP, letters_of, sort_names
+from luthier.images.splits import MAX_NAMED, REMOVE
+from luthier.terminal import plural, say, some_of
 
 logger = logging.getLogger(__name__)
 
@@ -97,12 +98,8 @@ def label_and_image(
         classes = plural(len(unused), "class", "classes")
         logger.warning(f"Not used: {classes} of the column {label_column!r} without images, such as {unused[0]!r}")
     index_of = _indices(name_of.values())
-    learned = {name_of[value] for value in values["train"]}
-    missing = [name for name in index_of if name not in learned]
-    if missing and to_train:
-        alike = [name for name in learned if name.casefold() in map(str.casefold, missing)]
-        remedy = f"write it as in train, {alike[0]!r}" if alike else "add some, or remove it"
-        raise UserError(f"no training image has the class {', '.join(map(repr, missing))}: {remedy}")
+    if to_train:
+        _check_classes({split: {name_of[value] for value in labels} for split, labels in values.items()})
     label = ClassLabel(names=_rename_labels(list(index_of), label_names))
     groups = _groups_of_splits(splits, group_column, image_column) if group_column else {}
     kept = [image_column, *(column for column in (GIVEN_GROUP, STAMP) if column in features)]
@@ -116,6 +113,26 @@ def label_and_image(
             dataset = dataset.add_column(GIVEN_GROUP, groups[split], feature=Value("string"))
         labelled[split] = dataset
     return labelled
+
+
+def _check_classes(classes: dict[str, set[str]]) -> None:
+    """Say which classes are in train, and not in another split.
+
+    Args:
+        classes: of each split.
+
+    Raises:
+        UserError: a class is in another split, and not in train.
+    """
+    learned = classes["train"]
+    if missing := sort_names(set().union(*classes.values()) - learned):
+        alike = [name for name in sorted(learned) if letters_of(name) in map(letters_of, missing)]
+        remedy = f"write it as in train, {alike[0]!r}" if alike else "add some, or remove it"
+        raise UserError(f"no training image has the class {', '.join(map(repr, missing))}: {remedy}")
+    for split, names in classes.items():
+        if lacking := sort_names(learned - names):
+            named = some_of([*map(repr, lacking)], MAX_NAMED)
+            say("careful", f"{split}, which is a split of your own, has no image of {named}: add some, {REMOVE}")
 
 
 def _groups_of_splits(splits: DatasetDict, group_column: str, image_column: str) -> dict[str, list[str]]:
@@ -148,9 +165,11 @@ def find_columns(
     Raises:
         UserError: a column is missing, ambiguous or of the wrong type.
     """
-    image_column = _find_column(
-        "image", image_column, features, [name for name, feature in features.items() if isinstance(feature, Image)]
-    )
+    images = [name for name, feature in features.items() if isinstance(feature, Image)]
+    # Without their type, as pandas writes them: `bytes` and `path`, or else bytes alone.
+    images = images or [name for name, feature in features.items() if is_image_feature(feature)]
+    images = images or [name for name, feature in features.items() if feature in BINARY]
+    image_column = _find_column("image", image_column, features, images)
     if features[image_column] not in BINARY and not is_image_feature(features[image_column]):
         remedy = "name another with --image_column"
         if features[image_column] in TEXT:

@@ -30,6 +30,11 @@ def sort_names(names: Iterable[str]) -> list[str]:
     return sorted(names, key=int) if all(name.isascii() and name.isdecimal() for name in names) else names
 
 
+def letters_of(name: str) -> str:
+    """Return a name of a class without spaces and capitals, which people write one way and another."""
+    return "".join(name.casefold().split())
+
+
 def load_listed(files: dict[str, list[ListedImage]]) -> DatasetDict:
     """Return the listed images of each split as a dataset.
 

@@ -171,7 +171,7 @@ def _report_missing(labels: np.ndarray, names: list[str], cut: dict[str, np.ndar
                 )
             raise UserError(
                 f"the class {names[largest]!r} has {plural(int(sizes[largest]), 'image')}, too few for one each in "
-                f"{', '.join(sorted(cut))}, or in too few groups, and no other class has more: add images"
+                f"{', '.join(sorted(cut))}, or copies, or in too few groups, and no other class has more: add others"
             )
         if missing:
             named = some_of([*map(repr, missing)], MAX_NAMED)

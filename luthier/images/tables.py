@@ -7,7 +7,8 @@ import json
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from datasets import ClassLabel, Dataset, Value
 from datasets.exceptions import DatasetGenerationError
 
 from luthier.errors import UserError
-from luthier.images.columns import LABEL_COLUMNS, is_image_feature
+from luthier.images.columns import BINARY, LABEL_COLUMNS, is_image_feature
 from luthier.images.folders import SPLIT_OF_FOLDER, SPREADSHEETS, TABLES
 from luthier.terminal import plural, say
 
@@ -133,16 +134,56 @@ def say_likely_group(table: Table, used: Sequence[str | None]) -> None:
         table: whose columns are looked at.
         used: the columns that hold something else.
     """
-    free = [name for name in table.columns if name not in used]
-    called = {re.sub("[^a-z]", "", name.lower()).removesuffix("id"): name for name in free}
-    for name in (called[kind] for kind in OF_GROUPS if kind in called):
-        values = [value for value in table.column(name) if value]
+    _say_group(table.path.name, [name for name in table.columns if name not in used], table.column)
+
+
+def say_unused_columns(train: Dataset, source: str, used: Sequence[str | None], group: str | None) -> None:
+    """Say which columns of a dataset may hold its splits or, where no column of groups is given, its groups.
+
+    Args:
+        train: the rows of train, with their own columns.
+        source: the dataset's name.
+        used: the columns that the user has named for something else.
+        group: the column of groups that the user has named.
+    """
+    plain = [
+        name
+        for name, feature in train.features.items()
+        if isinstance(feature, (Value, ClassLabel)) and feature not in BINARY and name not in (*used, group)
+    ]
+
+    def values_of(name: str) -> list[str]:
+        return [_as_text(value) for value in _named(train[name][:], train.features[name])]
+
+    for name in filter(_is_of_splits, plain):
+        values = {value.lower() for value in values_of(name)}
+        splits = {SPLIT_OF_FOLDER.get(value) for value in values}
+        if "train" in splits and len(splits) > 1 and None not in splits:
+            logger.warning(
+                f"Not used: the column {name!r} of {source}, which names splits. To keep these, write the rows of "
+                "each into files of their own, such as train.parquet and test.parquet"
+            )
+    if group is None:
+        # prepare.py numbers near-duplicates in `group` too. They are found again, and are few.
+        shared = Counter(values_of("group")) if "group" in plain else Counter[str]()
+        if 2 * sum(count for count in shared.values() if count > 1) <= len(train):
+            plain = [name for name in plain if name != "group"]
+        _say_group(source, plain, values_of, ("group", *OF_GROUPS))
+
+
+def _say_group(
+    source: str, names: Sequence[str], values_of: Callable[[str], list[str]], kinds: Sequence[str] = OF_GROUPS
+) -> None:
+    """Say which of some columns may hold groups, by its name and by values that several rows share."""
+    called = {re.sub("[^a-z]", "", name.lower()).removesuffix("id"): name for name in names}
+    for name in (called[kind] for kind in kinds if kind in called):
+        values = [value for value in values_of(name) if value]
         if 1 < len(set(values)) < len(values):
             say(
                 "careful",
-                f"rows of {table.path.name} share values in the column {name!r}. If their images belong together, "
-                f"such as those of one patient, add --group_column {name!r}: otherwise they can be in both train and "
-                "test, and the score may be too high",
+                f"rows of {source} share values in the column {name!r}. If their images belong together, such as "
+                f"those of one patient, add --group_column {name!r}: otherwise they count as independent, the score "
+                "may be too high, and its interval too narrow",
             )
             return
 

@@ -56,6 +56,64 @@ def test_image_and_label_columns_can_be_named(tmp_path, view):
         load(dataset_name=path, image_column="kind")
 
 
+@pytest.mark.parametrize("untyped", [lambda data: data, lambda data: {"bytes": data, "path": None}])
+def test_only_image_column_is_found_without_its_type(tmp_path, images, untyped):
+    """As pandas writes it."""
+    paths = sorted(images.rglob("*.png"))
+    rows = {"label": [path.parent.name for path in paths], "photo": [untyped(path.read_bytes()) for path in paths]}
+    (tmp_path / "set").mkdir()
+    pq.write_table(pa.table(rows), tmp_path / "set/train.parquet")
+    splits = load(data_dir=str(tmp_path / "set"))
+    assert sum(map(len, splits.values())) == len(paths) and labels_of(splits) == sorted(set(rows["label"]))
+    rows["mask"] = rows["photo"]
+    pq.write_table(pa.table(rows), tmp_path / "set/train.parquet")
+    with pytest.raises(UserError, match="photo or mask could be the image column"):
+        load(data_dir=str(tmp_path / "set"))
+
+
+def test_columns_of_splits_and_groups_are_not_ignored_in_silence(tmp_path, capsys, caplog):
+    rows = {"image": [draw("red", row) for row in range(20)], "label": ["a", "b"] * 10}
+    features = Features({"image": Image(), "label": Value("string")})
+    (tmp_path / "set").mkdir()
+
+    def write(**columns):
+        for name, values in columns.items():
+            features[name] = Value("int64") if isinstance(values[0], int) else Value("string")
+        Dataset.from_dict(rows | columns, features=Features(features)).to_parquet(tmp_path / "set/train.parquet")
+        for name in columns:
+            del features[name]
+
+    def said(**options):
+        data.list_images(data_dir=str(tmp_path / "set"), **options)
+        text = caplog.text + capsys.readouterr().out
+        caplog.clear()
+        return text
+
+    hint = "share values in the column"
+    patients = [f"p{row // 4}" for row in range(20)]
+    write(split=["train"] * 12 + ["test"] * 8, patient_id=patients)
+    assert "Not used: the column 'split'" in (text := said()) and f"{hint} 'patient_id'" in text
+    assert hint not in said(group_column="patient_id")
+    assert "Not used" not in said(to_train=False)
+    write(split=["train"] * 20, patient_id=[f"p{row}" for row in range(20)], subset=["train", "other"] * 10)
+    assert said() == ""
+    write(group=[row // 4 for row in range(20)])
+    assert f"{hint} 'group'" in said()
+    write(group=[max(row, 3) for row in range(20)])  # near-duplicates alone, as prepare.py numbers them too
+    assert said() == ""
+
+
+def test_split_of_ones_own_that_lacks_a_class_is_named(tmp_path, capsys):
+    labels = {"train": ["a", "b", "c"] * 10, "validation": ["a", "b", "c"] * 2, "test": ["b", "b"]}
+    path = save_dataset(tmp_path / "set", Value("string"), labels)
+    data.list_images(dataset_name=path)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "test, which is a split of your own, has no image of 'a', 'c': add some, or remove the split" in out
+    assert "validation, which" not in out
+    data.list_images(dataset_name=path, to_train=False)
+    assert "has no image" not in capsys.readouterr().out
+
+
 def test_image_column_may_hold_plain_bytes(tmp_path, images, view):
     raw = [path.read_bytes() for path in sorted(images.rglob("*.png"))]
     names = [path.parent.name for path in sorted(images.rglob("*.png"))]

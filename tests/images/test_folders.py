@@ -501,6 +501,17 @@ def test_class_in_other_capitals_than_in_train_is_named(tmp_path):
         load(data_dir=str(tmp_path))
 
 
+@pytest.mark.parametrize("written", ["red ", "Re d", "r\N{NO-BREAK SPACE}ed"])
+def test_class_with_other_spaces_than_in_train_is_named(tmp_path, written):
+    draw_folder(tmp_path / "train", 2)
+    draw_folder(tmp_path / "test", 2, first=50)
+    (tmp_path / "test/red").rename(tmp_path / "test" / written)
+    with pytest.raises(UserError, match="write it as in train, 'red'"):
+        load(data_dir=str(tmp_path))
+    with pytest.raises(UserError, match=r"The model writes 'r.*' as 'red'|The model writes 'Re d' as 'red'"):
+        data.load_labelled(["blue", "green", "red"], data_dir=str(tmp_path / "test"))
+
+
 @pytest.mark.parametrize(
     ("given", "found"),
     [

@@ -301,6 +301,8 @@ def test_classes_that_are_too_small_are_named_or_taken_for_names(capsys):
         cut_splits(DatasetDict(train=labelled(range(11), names)))
     with pytest.raises(UserError, match="too few for one each in test, train, validation"):
         cut_splits(DatasetDict(train=labelled(range(2), ["a", "b"])))
+    with pytest.raises(UserError, match=r"has 5 images, .*, or copies, or in too few groups"):
+        cut_splits(DatasetDict(train=labelled([0, 1] * 5, ["a", "b"], [0, 1] * 5)))
 
 
 BOTH, SINGLES = {"validation": 0.3, "test": 0.3}, dict.fromkeys(range(1, 8), 1)
