@@ -38,12 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = CommandParser(prog="app.py", description=__doc__)
     parser.add_argument("model", help="a folder with a saved model, a name on the Hub, or a .onnx file")
     parser.add_argument("--examples", type=expand_home, help="a folder of images to offer")
-    parser.add_argument(
-        "--always_answer", "--always-answer", action="store_true", help='never say "unsure" or "none of these"'
-    )
-    parser.add_argument(
-        "--push_to_space", "--push-to-space", metavar="OWNER/NAME", help="publish the app as a Space instead"
-    )
+    parser.add_argument("--always_answer", action="store_true", help='never say "unsure" or "none of these"')
+    parser.add_argument("--push_to_space", metavar="OWNER/NAME", help="publish the app as a Space instead")
     parser.add_argument("--private", action="store_true", default=None, help="hide a new Space from others")
     return parser
 

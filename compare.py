@@ -134,9 +134,7 @@ def build_parser() -> argparse.ArgumentParser:
     several.add_argument("--seeds", type=int, help=f"training seeds, on one split; {SEEDS} if there are no folds")
     several.add_argument("--folds", type=int, help="folds, each image in one test split, instead of seeds")
     parser.add_argument("--set", action="append", default=[], metavar="key=v1,v2", help="an option and its values")
-    parser.add_argument(
-        "--output_dir", "--output-dir", type=expand_home, default=Path("outputs/compare"), help="where the runs go"
-    )
+    parser.add_argument("--output_dir", type=expand_home, default=Path("outputs/compare"), help="where the runs go")
     return parser
 
 

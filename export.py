@@ -40,9 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of this command."""
     parser = CommandParser(prog="export.py", description=__doc__)
     parser.add_argument("model", help="a folder with a saved model, or a name on the Hub")
-    parser.add_argument(
-        "--output_dir", "--output-dir", type=expand_home, help="where to write, if not into the model's folder"
-    )
+    parser.add_argument("--output_dir", type=expand_home, help="where to write, if not into the model's folder")
     parser.add_argument("--int8", action="store_true", help="write a quantised model too, for CPUs")
     parser.add_argument("--fp16", action="store_true", help="write a model of half the size too, for GPUs")
     parser.add_argument(
@@ -52,17 +50,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--web", type=expand_home, metavar="FOLDER", help="write a page that runs the model in the browser"
     )
-    parser.add_argument(
-        "--push_to_space", "--push-to-space", metavar="OWNER/NAME", help="publish this page on the Hub"
-    )
+    parser.add_argument("--push_to_space", metavar="OWNER/NAME", help="publish this page on the Hub")
     parser.add_argument("--private", action="store_true", default=None, help="hide a new page on the Hub from others")
     parser.add_argument("--vendor", action="store_true", help="copy what the page needs of ONNX Runtime into it")
-    parser.add_argument(
-        "--allow_worse",
-        "--allow-worse",
-        action="store_true",
-        help="write an export that is worse than the model, too",
-    )
+    parser.add_argument("--allow_worse", action="store_true", help="write an export that is worse than the model, too")
     return parser
 
 

@@ -128,17 +128,12 @@ def build_parser() -> argparse.ArgumentParser:
         choices=list(WRITERS),
         help="table for people, jsonl and csv for programs; if not given, by the ending of --output, or else table",
     )
-    parser.add_argument("--top_k", "--top-k", type=_positive, default=5, help="how many classes to show")
+    parser.add_argument("--top_k", type=_positive, default=5, help="how many classes to show")
     parser.add_argument("--output", type=expand_home, help="a file to write to, instead of the terminal")
     parser.add_argument("--backend", choices=["onnxruntime", "openvino"], help="what runs a .onnx file")
+    parser.add_argument("--always_answer", action="store_true", help='never say "unsure" or "none of these"')
     parser.add_argument(
-        "--always_answer", "--always-answer", action="store_true", help='never say "unsure" or "none of these"'
-    )
-    parser.add_argument(
-        "--allow_private_urls",
-        "--allow-private-urls",
-        action="store_true",
-        help="fetch from this machine and its network too",
+        "--allow_private_urls", action="store_true", help="fetch from this machine and its network too"
     )
     return parser
 

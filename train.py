@@ -5,7 +5,6 @@ accelerate launch train.py --data_dir my_photos
 
 import functools
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from luthier.errors import exit_on_user_error, exit_with
@@ -109,7 +108,7 @@ def fine_tune(arguments: "Arguments", stop: "Stop", stopwatch: Stopwatch) -> tup
     from luthier.training.trainer import model_of
 
     data_args, model_args, training_args, run_args = arguments
-    experiment = set_up(arguments, stopwatch)
+    experiment, resume = set_up(arguments, stopwatch), training_args.resume_from_checkpoint
     splits, prepared, view, recipes = experiment.splits, experiment.prepared, experiment.view, experiment.recipes
     workshop, images = experiment.workshop(training_args, stopwatch, stop), feature_rows(prepared, view)
 
@@ -130,15 +129,15 @@ def fine_tune(arguments: "Arguments", stop: "Stop", stopwatch: Stopwatch) -> tup
     console.say_audit(experiment.findings)
 
     # Train
-    folder, resume = Path(str(training_args.output_dir)), training_args.resume_from_checkpoint
-    course = Course(judge, stop, folder, stopwatch, model_args.time_limit, only_trained, run_args.of_training)
-    outcome, trained = race(plan_arms(recipes, workshop, rows, probe.starts, folder), candidate, course, resume)
+    course = Course(judge, stop, workshop.folder, stopwatch, model_args.time_limit, only_trained, run_args.of_training)
+    outcome, trained = race(plan_arms(recipes, workshop, rows, probe.starts), candidate, course, resume)
 
     # Evaluate
     kept, trainer = keep_best(outcome, trained, workshop, probe.starts)
     console.say_race(outcome, kept, judge)
-    familiarity = learn_familiarity(trainer, images, splits, probe.known_of(kept.is_probe), judge.criterion.none)
-    answers, model = answer(trainer, rows["test"], splits, familiarity), model_of(trainer).cpu()
+    known = probe.known_of(kept.is_probe and data_args.test_view == "evaluation")  # other views differ each time
+    familiarity = learn_familiarity(trainer, images, splits, known, judge.criterion.none)
+    answers, model = answer(trainer, rows["test"], splits, familiarity, known), model_of(trainer).cpu()
     stopwatch.end("evaluate")
     return experiment, Result(workshop, course, *experiment.used, probe, outcome, kept, model, answers, augmentation)
 
@@ -163,7 +162,7 @@ def finish(experiment: "Experiment", result: "Result", arguments: "Arguments", s
     # Report
     if training_args.process_index == 0:
         metrics = results.collect_run(experiment, result, plan, data_args, arguments.for_record())
-        results.write_run(arguments.run_dir, experiment, result, refitted, metrics, arguments.for_later(), stopwatch)
+        results.write_run(arguments.run_dir, experiment, result, refitted, metrics, data_args, stopwatch)
 
 
 if __name__ == "__main__":

@@ -75,10 +75,6 @@ class Arguments(NamedTuple):
             ended = describe_if_ended(self.run_dir, self.run_args.settings, self.model_args.time_limit)
         return from_main_process(ended)
 
-    def for_later(self) -> dict:
-        """Return the options that load the images of a run again; see `DataArguments.for_later`."""
-        return self.data_args.for_later(self.run_dir)
-
     def folds(self) -> list["Arguments"]:
         """Return the arguments of each fold, or these where there are no folds.
 

@@ -15,12 +15,18 @@ QUOTES = "\u201c\u201d\u201e"
 class CommandParser(argparse.ArgumentParser):
     """ArgumentParser that raises UserError for a wrong command line, where argparse would print all of the usage.
 
-    It takes no abbreviated options, and the help keeps the line breaks of the description.
+    It takes no abbreviated options, and each with hyphens too (`--top-k` is `--top_k`). The help keeps the line breaks
+    of the description.
     """
 
     def __init__(self, *args: Any, **settings: Any):
         defaults: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
         super().__init__(*args, **(defaults | settings))
+
+    def add_argument(self, *names: str, **settings: Any) -> argparse.Action:
+        """Add an argument; an option gets its name with hyphens too, as `HfArgumentParser` does."""
+        spellings = [*names, *(name.replace("_", "-") for name in names if name.startswith("--"))]
+        return super().add_argument(*dict.fromkeys(spellings), **settings)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Return the arguments of a command line.

@@ -36,7 +36,7 @@ def test_mistake_gives_one_message(line, message):
     parser = CommandParser(prog="x.py", description="Do it.")
     parser.add_argument("model")
     parser.add_argument("input", nargs="+")
-    parser.add_argument("--top_k", "--top-k", type=int)
+    parser.add_argument("--top_k", type=int)
     parser.add_argument("--private", action="store_true")
     with pytest.raises(UserError, match=message):
         parser.parse_args(line)

@@ -73,7 +73,7 @@ def describe_setup(
     return {
         "model": f"{Path(model_name).name} at {size[0]} x {size[1]} px, {parameters:,} parameters",
         **({"view": f"{FITS[views[0].fit]}; loss of a probe: {losses}"} if views else {}),
-        **({} if criterion._replace(none=None) == LOG_LOSS else {"metric": criterion_in_words(criterion)}),
+        **({} if criterion[:2] == LOG_LOSS[:2] else {"metric": criterion_in_words(criterion)}),
         **({"none": f"{none!r} is of images of anything else, and not scored{otherwise}"} if none else {}),
         "device": f"{device}{threads}{processes}{workers}, {'float32' if mixed == 'no' else mixed}",
     }

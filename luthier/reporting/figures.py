@@ -37,8 +37,7 @@ def plot_confusion_matrix(scored: dict, labels: list[str], path: Path, shares: b
     matrix = np.array(scored["confusion_matrix"])
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     side = min(max(5.0, 0.45 * len(labels)), 24.0)
-    with _style():
-        figure = Figure(figsize=(side + 1.5, side + 0.5), layout="constrained")
+    with _figure(path, side + 1.5, side + 0.5) as figure:
         axes = figure.subplots()
         image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
         figure.colorbar(image, format=PercentFormatter(1), shrink=0.8, label="share of the true class")
@@ -62,7 +61,6 @@ def plot_confusion_matrix(scored: dict, labels: list[str], path: Path, shares: b
                 if shares:
                     cell = percent(share[row, column], 0) if share[row, column] >= 0.01 else "<1%"
                 axes.text(column, row, cell, ha="center", va="center", color=colour, fontsize=size)
-        figure.savefig(path, dpi=120)
 
 
 def plot_curves(log_history: list[dict], path: Path, augmented: bool) -> None:
@@ -74,29 +72,23 @@ def plot_curves(log_history: list[dict], path: Path, augmented: bool) -> None:
         augmented: whether the training images were; the figure says so.
     """
     name = "train (augmented)" if augmented else "train"
-    train = [entry for entry in log_history if "loss" in entry]
-    validation = [entry for entry in log_history if "eval_loss" in entry]
-    with _style():
-        figure = Figure(figsize=(9, 3.6), layout="constrained")
+    with _figure(path, 9, 3.6) as figure:
         loss, accuracy = figure.subplots(1, 2)
-        _plot_pair(loss, name, train, "loss", validation, "eval_loss")
-        _plot_pair(accuracy, name, train, "train_accuracy", validation, "eval_accuracy")
+        _plot_pair(loss, log_history, name, "loss", "eval_loss")
+        _plot_pair(accuracy, log_history, name, "train_accuracy", "eval_accuracy")
         loss.set(xlabel="epoch", ylabel="loss")
         accuracy.set(xlabel="epoch", ylabel="accuracy", ylim=(0, 1.04))
         accuracy.yaxis.set_major_formatter(PercentFormatter(1))
         accuracy.legend(loc="best")
-        figure.savefig(path, dpi=120)
 
 
-def _plot_pair(
-    axes: Axes, train_name: str, train: list[dict], train_key: str, validation: list[dict], validation_key: str
-) -> None:
+def _plot_pair(axes: Axes, log_history: list[dict], train_name: str, train_key: str, validation_key: str) -> None:
     # Two markers, which differ without colour too.
-    for entries, key, name, colour, marker in (
-        (train, train_key, train_name, BLUE, "o"),
-        (validation, validation_key, "validation", ORANGE, "s"),
+    for key, name, colour, marker in (
+        (train_key, train_name, BLUE, "o"),
+        (validation_key, "validation", ORANGE, "s"),
     ):
-        points = [(entry["epoch"], entry[key]) for entry in entries if key in entry]
+        points = [(entry["epoch"], entry[key]) for entry in log_history if key in entry]
         axes.plot([epoch for epoch, _ in points], [y for _, y in points], color=colour, marker=marker, label=name)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlim(left=0)
@@ -105,8 +97,7 @@ def _plot_pair(
 
 def plot_reliability(bins: list[dict], path: Path) -> None:
     """Draw accuracy by confidence from `metrics.reliability`, and how many images each point stands for."""
-    with _style():
-        figure = Figure(figsize=(5, 4.4), layout="constrained")
+    with _figure(path, 5, 4.4) as figure:
         axes, counts = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
         axes.plot((0, 1), (0, 1), color="#999999", linestyle="--", label="perfectly calibrated")
         confidence = [b["confidence"] for b in bins]
@@ -117,14 +108,12 @@ def plot_reliability(bins: list[dict], path: Path) -> None:
         counts.bar(confidence, [b["n"] for b in bins], width=0.04, color=BLUE)
         counts.set(xlabel="confidence", ylabel="images")
         counts.xaxis.set_major_formatter(PercentFormatter(1))
-        figure.savefig(path, dpi=120)
 
 
 def plot_coverage(unsure: dict, path: Path) -> None:
     """Draw accuracy by the share of images that are answered, from `metrics.selective`."""
     curve = unsure["curve"]
-    with _style():
-        figure = Figure(figsize=(5, 3.4), layout="constrained")
+    with _figure(path, 5, 3.4) as figure:
         axes = figure.subplots()
         axes.plot([point["coverage"] for point in curve], [point["accuracy"] for point in curve], color=BLUE)
         if unsure["accuracy"] is not None:
@@ -136,14 +125,12 @@ def plot_coverage(unsure: dict, path: Path) -> None:
         axes.set_ylim(max(0, lowest - 0.05), 1.005)
         axes.xaxis.set_major_formatter(PercentFormatter(1))
         axes.yaxis.set_major_formatter(PercentFormatter(1))
-        figure.savefig(path, dpi=120)
 
 
 def plot_learning_curve(curve: dict, path: Path) -> None:
     """Draw what `learning_curve.learning_curve` measured, and what it expects of twice the images."""
     fitted, points = curve["curve"], curve["points"]
-    with _style():
-        figure = Figure(figsize=(6, 3.8), layout="constrained")
+    with _figure(path, 6, 3.8) as figure:
         axes = figure.subplots()
         axes.fill_between(fitted["n"], fitted["low"], fitted["high"], color=BLUE, alpha=0.2, label="95% interval")
         axes.plot(fitted["n"], fitted["accuracy"], color=BLUE, label="fitted")
@@ -168,15 +155,21 @@ def plot_learning_curve(curve: dict, path: Path) -> None:
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.legend(loc="lower right")
-        figure.savefig(path, dpi=120)
 
 
 @contextlib.contextmanager
-def _style() -> Iterator[None]:
-    """Draw in the project's style, names of classes in any script that a font is installed for."""
+def _figure(path: Path, width: float, height: float) -> Iterator[Figure]:
+    """Give a figure in the project's style, with fonts for names of classes in any script; at the end it is saved.
+
+    Args:
+        path: of the PNG.
+        width, height: in inches.
+    """
     installed = set(font_manager.get_font_names())
     fonts = [*matplotlib.rcParams["font.family"], *(font for font in FONTS if font in installed)]
     style: dict[str, Any] = {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
     with matplotlib.rc_context(style | {"font.family": fonts}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # one for each character, in a name that shows as boxes
-        yield
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure
+        figure.savefig(path, dpi=120)

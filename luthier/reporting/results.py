@@ -130,7 +130,7 @@ def write_run(
     result: Result,
     refitted: Refitted | None,
     metrics: dict,
-    options: Mapping,
+    data_args: DataArguments,
     stopwatch: Stopwatch,
 ) -> None:
     """Save the model of a run, write its files, and say its score.
@@ -140,14 +140,14 @@ def write_run(
         experiment, result: of the run.
         refitted: what is shipped; None where that is the scored model.
         metrics: of `collect_run`.
-        options: that load the images again.
+        data_args: of the run.
         stopwatch: of the run.
     """
     splits = experiment.splits
     save_models(output_dir, experiment, result, refitted)
     learned = set(result.learned_from)  # in cross-validation, by the weights of one fold
     unseen = [digest[:DIGEST] for digest in list_of(splits["test"], "digest") if digest not in learned]
-    text = json.dumps({"options": options, "test": unseen}, indent=1)
+    text = json.dumps({"options": data_args.for_later(output_dir), "test": unseen}, indent=1)
     (output_dir / IMAGES).write_text(f"{text}\n", encoding="utf-8")
     write_results(output_dir, metrics, result.predictions(splits), experiment.findings, stopwatch)
     # The card says that the run has ended: after a power cut it must not be there without the rest.

@@ -14,6 +14,7 @@ from luthier.cache import list_of
 from luthier.familiarity import Familiarity, log_odds, similarity
 from luthier.images.splits import draw_order
 from luthier.images.views import ImageRows
+from luthier.processes import from_main_process
 from luthier.scoring.metrics import choose_threshold
 from luthier.terminal import Tenths
 from luthier.training.features import build_backbone, empty_rows, rows_at_once, run_backbone
@@ -41,7 +42,13 @@ class Answers(NamedTuple):
     familiarity: Familiarity | None = None
 
 
-def answer(trainer: Trainer, rows: Any, splits: DatasetDict, familiarity: Familiarity | None) -> Answers:
+def answer(
+    trainer: Trainer,
+    rows: Any,
+    splits: DatasetDict,
+    familiarity: Familiarity | None,
+    known: Mapping[str, torch.Tensor] | None = None,
+) -> Answers:
     """Return what a model says of test, on every process.
 
     Args:
@@ -49,18 +56,24 @@ def answer(trainer: Trainer, rows: Any, splits: DatasetDict, familiarity: Famili
         rows: of test, with their labels.
         splits: as loaded.
         familiarity: None, as on all processes but the main one, leaves the decision to the confidence.
+        known: features of "test", where the probe is kept (on all processes but the main one, without splits);
+            None computes them.
     """
     model = model_of(trainer)
     head = linear_head(model)
     if head is None:
         return Answers(*predict(trainer, rows))
-    backbone = build_backbone(model, head, rows)
+    backbone = build_backbone(model, head, rows) if known is None else None
     rows, sureness, at_once = rows.remove_columns("label"), [], rows_at_once(trainer.args.device)
     logits, progress = torch.empty(0, 0), Tenths("test", len(rows), "images", quiet_seconds=10)
     for begin in range(0, len(rows), at_once):
         progress.reach(begin)
         part = rows.select(range(begin, min(len(rows), begin + at_once)))
-        features = run_backbone(trainer, backbone, part)
+        if backbone is not None:
+            features = run_backbone(trainer, backbone, part)
+        else:  # a copy, or all rows would be sent
+            own = known["test"][begin : begin + at_once].clone() if known else torch.empty(0)
+            features = from_main_process(own)
         found = _apply_head(trainer, head, features)
         logits = logits if begin else empty_rows(len(rows), found.shape[1])  # of many classes they fill the memory
         logits[begin : begin + len(part)] = found

@@ -73,23 +73,20 @@ class Outcome(NamedTuple):
 
 
 def plan_arms(
-    recipes: Sequence[Recipe],
-    workshop: Workshop,
-    rows: Mapping[str, Any],
-    starts: Mapping[str, State],
-    folder: Path,
+    recipes: Sequence[Recipe], workshop: Workshop, rows: Mapping[str, Any], starts: Mapping[str, State]
 ) -> list[Arm]:
     """Return the arms of a race; the probe, which needs no training, is none of them.
+
+    Several arms have a folder each for their checkpoints, in that of the run or its fold.
 
     Args:
         recipes: of `recipe.choose_recipes`.
         workshop: for the Trainers.
         rows: "train" and "validation".
         starts: of `baselines.measure_probe`.
-        folder: of the run or its fold. Several arms have a folder each in it for their checkpoints.
     """
     trained = [recipe for recipe in recipes if not recipe.is_probe]
-    folders = [folder / "race" / recipe.name if len(trained) > 1 else folder for recipe in trained]
+    folders = [workshop.folder / "race" / recipe.name if len(trained) > 1 else workshop.folder for recipe in trained]
     arms = [
         plan_arm(recipe, workshop, rows, own, starts.get(recipe.start))
         for recipe, own in zip(trained, folders, strict=True)

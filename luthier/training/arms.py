@@ -58,6 +58,11 @@ class Workshop:
         """Where the model was loaded from, without the folders above, which tell of a machine; or its kind."""
         return Path(self.model.config.name_or_path or self.model.config.model_type).name
 
+    @property
+    def folder(self) -> Path:
+        """The directory of the run, or of its fold."""
+        return Path(str(self.training_args.output_dir))
+
     def predictor(self, state: State | None = None) -> SafeTrainer:
         """Return a Trainer that only predicts, with the model in a state, or as it was built."""
         return build_predictor(self.copy(state), self.training_args)

@@ -63,8 +63,7 @@ class WorkerTrainer(Trainer):
         inner = getattr(loader, "base_dataloader", loader)  # which accelerate has wrapped
         if not options.get("is_training") and len(loader) < BATCHES * inner.num_workers:
             inner.num_workers = 0
-        can_fork = "fork" in multiprocessing.get_all_start_methods()
-        if inner.num_workers and inner.multiprocessing_context is None and can_fork:
+        if inner.num_workers and inner.multiprocessing_context is None:
             inner.multiprocessing_context = "fork"  # Python 3.14 would pickle the rows, which hold functions
         inner.worker_init_fn = StartWorker(inner.worker_init_fn)
         if isinstance(dataset, SeededAugmentation) and isinstance(dataset.rows, StreamedRows):

@@ -6,9 +6,11 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from conftest import COLOURS, PROJECT, draw_folder, encode
 from datasets import ClassLabel, Dataset, DatasetDict, Features
@@ -38,7 +40,9 @@ from luthier.reporting.figures import (
 from luthier.reporting.page import _thumbnails, most_telling, write_audit_page, write_report
 from luthier.reporting.results import TestPredictions, write_audit, write_metrics, write_predictions
 from luthier.scoring.audit import audit_images, leaks_in_words
+from luthier.scoring.criterion import Criterion
 from luthier.scoring.metrics import confidence_and_correct, reliability, score, selective
+from luthier.training.balance import Balance
 
 HOSTILE = ["<script>alert(1)</script>", "a|b `c` $x^2$ \\frac", "çok uzun 乐器 " * 8]
 REFERENCES = np.array([0, 0, 1, 1, 2, 2])
@@ -108,6 +112,20 @@ def test_run_names_its_classes_if_they_are_few(capsys):
         rows = Dataset.from_dict({"label": [0, 1]}, features=Features({"label": ClassLabel(names=names)}))
         console.say_setup({"train": rows}, "photos", {})
         assert f"photos: {said}: train 2" in capsys.readouterr().out
+
+
+def test_metric_is_named_if_it_is_not_the_default(monkeypatch):
+    args = SimpleNamespace(device=torch.device("cpu"), dataloader_num_workers=0, world_size=1)
+    trainer = SimpleNamespace(args=args, accelerator=SimpleNamespace(mixed_precision="no"))
+    monkeypatch.setattr(console, "model_of", lambda _: SimpleNamespace(parameters=list, config=None))
+    for criterion, named in (
+        (Criterion(), None),
+        (Criterion(none=2, uncertainty=0.5), None),  # nine of ten images are of one class
+        (Criterion("macro_f1"), "macro F1; answers do not make up for rare classes"),
+        (Criterion(balance=Balance(np.array([0.9, 0.1]), True)), "log loss; answers as if"),
+    ):
+        found = console.describe_setup(trainer, "a/cnn", (32, 32), (), criterion).get("metric")
+        assert found is None if named is None else found.startswith(named)
 
 
 def test_accuracy_in_words(metrics):

@@ -185,7 +185,7 @@ def test_answers_in_parts_are_those_to_all_images_at_once(monkeypatch):
     trainer = SimpleNamespace(model=nn.ModuleDict({"head": head}), args=SimpleNamespace(device=torch.device("cpu")))
     replaced = {
         "linear_head": lambda model: "head",
-        "build_backbone": lambda *_: None,
+        "build_backbone": lambda *_: "backbone",
         "rows_at_once": lambda device: 4,
         "run_backbone": lambda trainer, backbone, part: features[part["row"][:]],
     }
@@ -197,6 +197,10 @@ def test_answers_in_parts_are_those_to_all_images_at_once(monkeypatch):
         logits = head(features)
     assert np.allclose(found.logits, logits.numpy(), atol=1e-5) and found.references.tolist() == labels.tolist()
     assert np.allclose(found.sureness, familiarity.rate(logits.softmax(dim=1), features).numpy(), atol=1e-3)
+    for name in ("build_backbone", "run_backbone"):
+        monkeypatch.delattr(module, name)
+    known = module.answer(trainer, rows, DatasetDict(test=rows), familiarity, {"test": features})
+    assert np.array_equal(known.logits, found.logits) and np.array_equal(known.sureness, found.sureness)
 
 
 def test_features_that_are_not_known_yet_are_those_of_the_same_images(monkeypatch):

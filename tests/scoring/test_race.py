@@ -334,14 +334,14 @@ def test_arms_have_folders_and_starts_of_their_own_and_large_batches_are_said(tm
     shop, rows = Workshop(nn.Module(), args, compute_metrics=None), {"train": range(images)}
     recipes = [RECIPES[name] for name in ("probe", "lp_ft", "full_from_probe", "full")]
     starts = {"probe": {"weight": 1}, "soft probe": {"weight": 2}}
-    arms = module.plan_arms(recipes, shop, rows, starts, tmp_path)
+    arms = module.plan_arms(recipes, shop, rows, starts)
     assert [one.recipe.name for one in arms] == ["lp_ft", "full_from_probe", "full"]
     assert [one.folder for one in arms] == [tmp_path / "race" / one.recipe.name for one in arms]
     assert [one.start for one in arms] == [starts["probe"], starts["soft probe"], None]
     said = " ".join(capsys.readouterr().out.split())
     assert ("batch images in a step of all processes, and learning rate: lp_ft 128 at 0.0006," in said) == says
     assert bool(said) == says
-    (alone,) = module.plan_arms(recipes[:2], shop, rows, starts, tmp_path)
+    (alone,) = module.plan_arms(recipes[:2], shop, rows, starts)
     assert alone.folder == tmp_path
 
 
