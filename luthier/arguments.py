@@ -155,8 +155,12 @@ COMMON = {
 
 TECHNICAL = ("bf16", "dataloader_num_workers", "disable_tqdm")  # how a command computes, whatever it does
 
-# Where a run goes, how it is shown, what it exports, and how much time it has: more of it lets a run go on.
-NOT_SETTINGS = ("output_dir", "disable_tqdm", "resume_from_checkpoint", "export", "time_limit", "ddp_timeout")
+# Where a run goes, how it is shown, what it exports and publishes, and how much time it has: more of it lets a run go
+# on.
+NOT_SETTINGS = (
+    "output_dir", "disable_tqdm", "resume_from_checkpoint", "export", "time_limit", "ddp_timeout", "push_to_hub",
+    "hub_model_id", "hub_private_repo",
+)  # fmt: skip
 
 # What losses and weights depend on, besides what a checkpoint knows itself: data, batch, learning rate, size.
 OF_TRAINING = (

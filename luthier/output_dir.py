@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -198,13 +199,16 @@ def claim_output_dir(output_dir: Path, continues: bool, enabled: bool = True) ->
         enabled: False does nothing, for all processes but the main one.
 
     Raises:
-        UserError: it cannot be created, or another run writes there or has just done so.
+        UserError: it cannot be created or written, or another run writes there or has just done so.
     """
     if not enabled:
         yield
         return
     created = [path for path in (output_dir, *output_dir.parents) if not path.exists()]
     create_output_dir(output_dir)
+    # One that has ended may only be pushed. Its first file would be written after all images have been prepared.
+    if not (has_ended(output_dir) or os.access(output_dir, os.W_OK)):
+        raise UserError(f"--output_dir {output_dir} cannot be written: check its permissions, or give another")
     try:
         busy = f"another run is writing into {output_dir}: wait for it, stop it, or give another --output_dir"
         with lock_folder(output_dir, LOCK, busy):

@@ -89,6 +89,16 @@ def test_directory_that_cannot_be_created_is_a_user_error(tmp_path):
         pass
 
 
+def test_directory_that_cannot_be_written_is_refused_unless_its_run_has_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(module.os, "access", lambda *_: False)  # as on a disk that is mounted to be read
+    with pytest.raises(UserError, match="cannot be written"), claim_output_dir(tmp_path, continues=True):
+        pass
+    for name in ("metrics.json", "README.md", "model.safetensors"):
+        (tmp_path / name).touch()
+    with claim_output_dir(tmp_path, continues=True):
+        pass
+
+
 def test_disk_without_locks_gives_a_warning(tmp_path, monkeypatch, caplog):
     def no_locks(*_):
         raise OSError(errno.ENOSYS, "no locks here")

@@ -107,6 +107,11 @@ def describe_recipe(result: Result) -> dict[str, str]:
     return {"recipe": how, "kept": kept_in_words(result.kept)}
 
 
+def describe_test_view(test_view: str) -> dict[str, str]:
+    """Return in a line that test was seen in another view than that of evaluation; nothing where it was not."""
+    return {"test view": "random crops, which distort the score"} if test_view == "random_crop" else {}
+
+
 def rates_in_words(recipe: Recipe, rate: float) -> str:
     """Return the learning rate of the head, and those of the layers below it where they are others."""
     if recipe.frozen == 1 or (recipe.backbone_rate, recipe.layer_decay) == (1, 1):
@@ -235,6 +240,8 @@ def say_results(output_dir: Path, metrics: Mapping) -> None:
     say("", balance_with_intervals(test))
     if leaks := leaks_in_words(metrics):
         say("careful", leaks)
+    if view := metrics["recipe"].get("test view"):
+        say("careful", f"The model has seen test in {view}")
     say("", f"compare: {'; '.join(baselines)}")
     if "none" in test:
         for sentence in none_in_words(test["none"], metrics["unsure"]):

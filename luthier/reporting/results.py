@@ -22,7 +22,7 @@ from luthier.images.description import describe
 from luthier.options import DataArguments
 from luthier.output_dir import is_of_run, mark_unfinished
 from luthier.reporting.card import FIGURES, ROWS, write_model_card
-from luthier.reporting.console import describe_recipe, loss_in_words, say_results
+from luthier.reporting.console import describe_recipe, describe_test_view, loss_in_words, say_results
 from luthier.run_files import (
     AUDIT,
     CONFIG,
@@ -67,7 +67,8 @@ def collect_run(
     data = describe(experiment.prepared, data_args.name, data_args.is_built_in, experiment.stream)
     data["own_splits"] = sorted(experiment.own_splits)  # the others were cut
     test = result.predictions(experiment.splits)
-    scores, recipe = score_run(result.kept, test, result.threshold), describe_recipe(result)
+    scores = score_run(result.kept, test, result.threshold)
+    recipe = describe_recipe(result) | describe_test_view(data_args.test_view)
     of_training: dict[str, Any] = {
         "learning_curve": result.probe.learning_curve,
         "groups": result.probe.inflation,

@@ -400,6 +400,7 @@ def test_settings_digest_depends_on_what_a_run_computes_and_not_on_where_it_writ
         return parse_arguments(list(args)).run_args.settings
 
     assert digest() == digest("--output_dir", "x", "--disable_tqdm", "1", "--resume_from_checkpoint", "auto")
+    assert digest() == digest("--push_to_hub", "1", "--hub_model_id", "me/x", "--hub_private_repo", "1")
     assert digest() != digest("--seed", "7") and digest("--seed", "7") == digest("--seed=7")
 
 

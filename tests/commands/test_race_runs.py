@@ -157,6 +157,16 @@ def test_time_limit_leaves_the_probe(timm_checkpoint, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_score_on_random_crops_is_named_as_such(timm_checkpoint, tmp_path, capsys):
+    draw_folder(tmp_path / "images", per_class=10)
+    metrics = run(tmp_path, timm_checkpoint, "--recipe", "probe", "--test_view", "random_crop")
+    assert metrics["recipe"]["test view"] == "random crops, which distort the score"
+    assert "careful  The model has seen test in random crops" in capsys.readouterr().out
+    card, page = ((tmp_path / "out" / name).read_text(encoding="utf-8") for name in ("README.md", "report.html"))
+    assert "**The model has seen test in random crops, which distort the score.**" in card
+    assert "<td>random crops, which distort the score</td>" in page
+
+
 def test_time_limit_ends_a_training_without_heats_after_an_epoch(tmp_path):
     draw_folder(tmp_path / "images", per_class=10)
     metrics = run(tmp_path, Path("simple_cnn"), "--time_limit", "0.001")
