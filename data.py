@@ -17,7 +17,8 @@ from luthier.cache import cache_key, library_versions, list_of, make_rows
 from luthier.cores import count_cores
 from luthier.errors import ImagesChanged, UserError
 from luthier.files import expand_home
-from luthier.images.columns import label_and_image
+from luthier.images.column_roles import say_unused_columns
+from luthier.images.columns import find_columns, label_and_image, say_odd_classes
 from luthier.images.decode import decode_rgb, read_bytes, reason
 from luthier.images.folders import hint_at_table
 from luthier.images.groups import add_groups
@@ -27,9 +28,8 @@ from luthier.images.loading import load_named
 from luthier.images.metadata import Columns, find_tables, has_shards, load_directory
 from luthier.images.openmoji import load_openmoji
 from luthier.images.shards import StreamedRows
-from luthier.images.splits import MAX_NAMED, cut_splits
+from luthier.images.splits import cut_splits
 from luthier.images.streams import Stream
-from luthier.images.tables import say_unused_columns
 from luthier.images.views import EvaluationView, ImageRows, random_crop_transform, training_transform
 from luthier.machine import pool_of_single_threads
 from luthier.options import BUILT_IN_DATASET
@@ -137,9 +137,7 @@ def list_images(
     if to_train and len(names) < 2:
         hint = hint_at_table(root) if root and not find_tables(root, labels) else ""
         raise UserError(f"all images have the one class {names[0]!r}: a classifier needs at least two{hint}")
-    alike = Counter(plain := [letters_of(name) for name in names])
-    if same := [repr(name) for name, letters in zip(names, plain, strict=True) if alike[letters] > 1]:
-        say("careful", f"classes whose names differ in capitals or spaces alone: {', '.join(same[:MAX_NAMED])}")
+    say_odd_classes(splits, are_own=to_train and not stream)  # a stream sets validation apart, and needs a test split
     return splits, root
 
 
@@ -151,7 +149,8 @@ def _load_dataset(
         return DatasetDict(train=load_openmoji())
     splits = load_named(source := str(root or name), config, to_train)
     if to_train:
-        say_unused_columns(splits["train"], source, (columns.image, columns.label), columns.group)
+        used = find_columns(splits["train"].features, columns.image, columns.label, columns.group)
+        say_unused_columns(splits["train"], source, used, columns.group)
     return splits
 
 

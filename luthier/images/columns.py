@@ -11,6 +11,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 
 from luthier.cache import values_of
 from luthier.errors import UserError
+from luthier.images.folders import are_splits
 from luthier.images.listed_images import GIVEN_GROUP, STAMP, letters_of, sort_names
 from luthier.images.splits import MAX_NAMED, REMOVE
 from luthier.terminal import plural, say, some_of
@@ -98,8 +99,12 @@ def label_and_image(
         classes = plural(len(unused), "class", "classes")
         logger.warning(f"Not used: {classes} of the column {label_column!r} without images, such as {unused[0]!r}")
     index_of = _indices(name_of.values())
-    if to_train:
-        _check_classes({split: {name_of[value] for value in labels} for split, labels in values.items()})
+    learned = {name_of[value] for value in values["train"]}
+    missing = [name for name in index_of if name not in learned]
+    if missing and to_train:
+        alike = [name for name in sorted(learned) if letters_of(name) in map(letters_of, missing)]
+        remedy = f"write it as in train, {alike[0]!r}" if alike else "add some, or remove it"
+        raise UserError(f"no training image has the class {', '.join(map(repr, missing))}: {remedy}")
     label = ClassLabel(names=_rename_labels(list(index_of), label_names))
     groups = _groups_of_splits(splits, group_column, image_column) if group_column else {}
     kept = [image_column, *(column for column in (GIVEN_GROUP, STAMP) if column in features)]
@@ -115,23 +120,21 @@ def label_and_image(
     return labelled
 
 
-def _check_classes(classes: dict[str, set[str]]) -> None:
-    """Say which classes are in train, and not in another split.
+def say_odd_classes(splits: DatasetDict, are_own: bool) -> None:
+    """Say which classes have nearly the same name, and which ones a split lacks.
 
     Args:
-        classes: of each split.
-
-    Raises:
-        UserError: a class is in another split, and not in train.
+        splits: of `label_and_image`.
+        are_own: all splits are the user's own, and train learns; otherwise what they lack is not said.
     """
-    learned = classes["train"]
-    if missing := sort_names(set().union(*classes.values()) - learned):
-        alike = [name for name in sorted(learned) if letters_of(name) in map(letters_of, missing)]
-        remedy = f"write it as in train, {alike[0]!r}" if alike else "add some, or remove it"
-        raise UserError(f"no training image has the class {', '.join(map(repr, missing))}: {remedy}")
-    for split, names in classes.items():
-        if lacking := sort_names(learned - names):
-            named = some_of([*map(repr, lacking)], MAX_NAMED)
+    names = splits["train"].features["label"].names
+    alike = Counter(plain := [letters_of(name) for name in names])
+    if same := [repr(name) for name, letters in zip(names, plain, strict=True) if alike[letters] > 1]:
+        say("careful", f"classes whose names differ in capitals or spaces alone: {', '.join(same[:MAX_NAMED])}")
+    for split, dataset in splits.items() if are_own else ():
+        present = set(dataset["label"][:])
+        if lacking := [repr(name) for index, name in enumerate(names) if index not in present]:
+            named = some_of(lacking, MAX_NAMED)
             say("careful", f"{split}, which is a split of your own, has no image of {named}: add some, {REMOVE}")
 
 
@@ -166,9 +169,8 @@ def find_columns(
         UserError: a column is missing, ambiguous or of the wrong type.
     """
     images = [name for name, feature in features.items() if isinstance(feature, Image)]
-    # Without their type, as pandas writes them: `bytes` and `path`, or else bytes alone.
-    images = images or [name for name, feature in features.items() if is_image_feature(feature)]
-    images = images or [name for name, feature in features.items() if feature in BINARY]
+    # Without their type, as pandas writes them: `bytes` and `path`, or bytes alone.
+    images = images or [name for name, feature in features.items() if is_image_feature(feature) or feature in BINARY]
     image_column = _find_column("image", image_column, features, images)
     if features[image_column] not in BINARY and not is_image_feature(features[image_column]):
         remedy = "name another with --image_column"
@@ -176,7 +178,9 @@ def find_columns(
             remedy += ". If it names image files, give a table with --labels, and their folder with --data_dir"
         raise UserError(f"the column {image_column!r} holds no images, but {features[image_column]}: {remedy}")
     others = {name: feature for name, feature in features.items() if name != group_column}
-    typed = [name for name, feature in others.items() if isinstance(feature, ClassLabel)]
+    typed = [
+        name for name, feature in others.items() if isinstance(feature, ClassLabel) and not are_splits(feature.names)
+    ]
     likely = typed or [name for name in LABEL_COLUMNS if name in others]
     label_column = _find_column("label", label_column, features, likely)
     if not isinstance(features[label_column], (ClassLabel, Value)):

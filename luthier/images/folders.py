@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import unicodedata
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from datasets import DatasetDict
@@ -109,6 +110,12 @@ def hint_at_table(root: Path) -> str:
         return f". If {sheets[0]} holds the classes, save it as CSV, and give that with --labels"
     tables.sort(key=lambda path: not re.search("train|label", path.name.lower()))  # not a competition's submission
     return f". If {tables[0].name} holds the classes, give --labels {tables[0]}" if tables else ""
+
+
+def are_splits(names: Iterable[str]) -> bool:
+    """Tell whether names are all of splits, of train and another one."""
+    splits = {SPLIT_OF_FOLDER.get(name.lower()) for name in names}
+    return "train" in splits and len(splits) > 1 and None not in splits
 
 
 def check_folder(folder: Path, advice: str) -> None:

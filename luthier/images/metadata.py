@@ -11,6 +11,15 @@ from datasets import DatasetDict
 
 from luthier.errors import UserError
 from luthier.files import expand_home
+from luthier.images.column_roles import (
+    find_split_column,
+    hint_at_flags,
+    is_index,
+    join_flags,
+    say_likely_group,
+    say_odd_values,
+    say_source,
+)
 from luthier.images.columns import LABEL_COLUMNS
 from luthier.images.decode import is_image
 from luthier.images.folders import (
@@ -27,17 +36,7 @@ from luthier.images.image_files import SAMPLE, ImageFiles, as_text
 from luthier.images.inspection import listing
 from luthier.images.listed_images import Grouping, ListedImage, load_listed
 from luthier.images.loading import PLAN
-from luthier.images.tables import (
-    Table,
-    find_split_column,
-    hint_at_flags,
-    is_index,
-    join_flags,
-    read_table,
-    say_likely_group,
-    say_odd_values,
-    say_source,
-)
+from luthier.images.tables import Table, read_table
 from luthier.terminal import plural
 
 logger = logging.getLogger(__name__)
@@ -168,13 +167,14 @@ def load_tables(
     check_folder(root, "give the one that holds the images of the table")
     listed: dict[str, list[ListedImage]] = defaultdict(list)
     learned: str | None = None
+    flags = frozenset[str]()  # of the tables before; where they are no classes, the row that is wrong is named
     for split, path in sorted(tables.items(), key=lambda item: item[0] != "train"):
         files, only = (ImageFiles(root), None) if split == "all" else (ImageFiles(path.parent), split)
         table, own = read_table(path, least=1 if listed else 2), given
         table = table if given.label else join_flags(table, given)
         if learned in table.columns:  # the first one, which is of train, tells the column of the others
             own = given._replace(label=learned)
-        elif learned and not any(name.lower() in LABEL_COLUMNS for name in table.columns):
+        elif learned and not any(name.lower() in LABEL_COLUMNS or name in flags for name in table.columns):
             logger.warning(f"Not used: the {split} split, because {path} has no column {learned!r}")
             continue
         columns = _find_columns(table, files, own, only)
@@ -183,9 +183,9 @@ def load_tables(
             say_likely_group(table, columns)
         for name, images in _read_images(files, table, columns, grouping, only).items():
             listed[name] += images
-        if not is_sure and not given.label and str(columns.label).lower() not in LABEL_COLUMNS:
-            _check_folders(path, columns, listed)
-        learned = columns.label
+        if not is_sure and not given.label and (table.flags or str(columns.label).lower() not in LABEL_COLUMNS):
+            _check_folders(table, columns, listed)
+        learned, flags = columns.label, flags.union(table.flags)
     if "train" not in listed and not to_train:
         listed = {"train": listed.get("test") or listed["validation"]}
     if not listed.get("train"):
@@ -203,7 +203,7 @@ class Entry(NamedTuple):
     group: str
 
 
-def _check_folders(path: Path, columns: Columns, listed: dict[str, list[ListedImage]]) -> None:
+def _check_folders(table: Table, columns: Columns, listed: dict[str, list[ListedImage]]) -> None:
     """Check that folders do not mean classes, where no name of a column says that it holds them.
 
     Raises:
@@ -212,10 +212,12 @@ def _check_folders(path: Path, columns: Columns, listed: dict[str, list[ListedIm
     folders = {Path(image.path).parent.name for images in listed.values() for image in images}
     folders = {name for name in folders if name.lower() not in SPLIT_OF_FOLDER}
     if len(folders) > 1:
-        names = ", ".join(sorted(folders)[:3])
+        which, remedy = f"the column {columns.label!r}", f"Give --label_column {columns.label}"
+        if table.flags:
+            which, remedy = f"the columns {', '.join(table.flags[:3])}", "Write one column label of class names"
         raise UserError(
-            f"are the classes those of the column {columns.label!r} of {path}, or the folders, such as {names}? Give "
-            f"--label_column {columns.label}, or take {path.name} out of the folder"
+            f"are the classes those of {which} of {table.path}, or the folders, such as "
+            f"{', '.join(sorted(folders)[:3])}? {remedy}, or take {table.path.name} out of the folder"
         )
 
 

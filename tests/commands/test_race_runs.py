@@ -167,6 +167,7 @@ def test_score_on_random_crops_is_named_as_such(timm_checkpoint, tmp_path, capsy
     assert "<td>random crops, which distort the score</td>" in page
 
 
+@pytest.mark.slow
 def test_time_limit_ends_a_training_without_heats_after_an_epoch(tmp_path):
     draw_folder(tmp_path / "images", per_class=10)
     metrics = run(tmp_path, Path("simple_cnn"), "--time_limit", "0.001")

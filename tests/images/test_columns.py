@@ -76,9 +76,10 @@ def test_columns_of_splits_and_groups_are_not_ignored_in_silence(tmp_path, capsy
     features = Features({"image": Image(), "label": Value("string")})
     (tmp_path / "set").mkdir()
 
-    def write(**columns):
+    def write(typed=None, **columns):
         for name, values in columns.items():
-            features[name] = Value("int64") if isinstance(values[0], int) else Value("string")
+            kind = Value("int64") if isinstance(values[0], int) else Value("string")
+            features[name] = ClassLabel(names=sorted({*values})) if name == typed else kind
         Dataset.from_dict(rows | columns, features=Features(features)).to_parquet(tmp_path / "set/train.parquet")
         for name in columns:
             del features[name]
@@ -97,6 +98,12 @@ def test_columns_of_splits_and_groups_are_not_ignored_in_silence(tmp_path, capsy
     assert "Not used" not in said(to_train=False)
     write(split=["train"] * 20, patient_id=[f"p{row}" for row in range(20)], subset=["train", "other"] * 10)
     assert said() == ""
+    write("person", person=["ann", "bob"] * 10)  # the label, which is found by its type
+    assert said() == ""
+    write("split", split=["train", "test"] * 10)
+    assert "Not used: the column 'split'" in said()
+    splits, _ = data.list_images(data_dir=str(tmp_path / "set"))
+    assert splits["train"].features["label"].names == ["a", "b"]
     write(group=[row // 4 for row in range(20)])
     assert f"{hint} 'group'" in said()
     write(group=[max(row, 3) for row in range(20)])  # near-duplicates alone, as prepare.py numbers them too

@@ -318,6 +318,8 @@ def test_columns_of_0_and_1_are_classes(root, capsys):
     assert f"of the columns {', '.join(CLASSES)}, from the one with 1, of" in capsys.readouterr().out
     with_points = [(number, file, *map(float, values)) for number, (file, *values) in enumerate(rows)]
     assert load(root, text(with_points, f",{header}")) == EXPECTED
+    assert load(root, text(rows, f",{','.join(CLASSES)}")) == EXPECTED
+    assert load(root, text(with_points, f",{header}"), image_column="file") == EXPECTED
     with_splits = [(*row, "test" if number < 3 else "train") for number, row in enumerate(rows)]
     splits = load(root, text(with_splits, f"{header},subset"))
     assert splits["test"] == dict(pairs()[:3]) and splits["train"] == dict(pairs()[3:])
@@ -358,6 +360,10 @@ def test_columns_of_0_and_1_in_the_folders_of_splits(root):
     assert {split: len(rows) for split, rows in splits.items()} == {"train": 6, "validation": 3}
     assert splits["train"].features["label"].names == sorted(CLASSES)
     assert splits["train"]["label"][:] == [sorted(CLASSES).index(label) for _, label in sorted(pairs()[:6])]
+    valid = root / "valid/_classes.csv"
+    valid.write_text(valid.read_text().replace("0, 1", "1, 1", 1))
+    with pytest.raises(UserError, match=r"each image has one, but row . has 2: correct such rows"):
+        load_images(data_dir=str(root))  # or its images would be left out
 
 
 def test_column_that_may_hold_groups_is_named_where_none_is_given(root, capsys):
@@ -392,6 +398,11 @@ def test_table_that_may_not_be_of_the_classes_is_refused(tmp_path):
     table.write_text(text([(number, "AB"[number % 2], "x") for number in range(12)], "file_name,photographer,place"))
     with pytest.raises(UserError, match=r"which column of .*Where class folders tell them, take metadata.csv out"):
         load_images(data_dir=str(tmp_path))
+    table.write_text(text([(number, number % 2, 1 - number % 2) for number in range(12)], "file_name,indoor,outdoor"))
+    with pytest.raises(UserError, match=r"columns indoor, outdoor of .*, such as blue, green, red\? Write one column"):
+        load_images(data_dir=str(tmp_path))
+    splits, _ = load_images(data_dir=str(tmp_path), labels=str(table))
+    assert splits["train"].features["label"].names == ["indoor", "outdoor"]
 
 
 def test_image_of_another_folder_is_named(root, caplog):

@@ -13,7 +13,7 @@ from conftest import COLOURS, digest_of, encode, learned, mixed
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from pyarrow import parquet
 
-from data import load_images
+from data import list_images, load_images
 from luthier.errors import UserError
 from luthier.images import shards
 from luthier.images.shards import Block, StreamedRows
@@ -66,6 +66,15 @@ def test_sample_has_every_class():
     write("test.parquet", mixed(9), 300)
     write("validation.parquet", mixed(9), 200)
     assert set(open_stream(".").splits["train"]["label"]) == {0, 1, 2}
+
+
+def test_validation_that_was_set_apart_is_no_split_of_ones_own(capsys):
+    write("train.parquet", [2, *(row % 2 for row in range(79))])
+    write("test.parquet", mixed(9), 300)
+    stream = open_stream(".")
+    splits, _ = list_images(data_dir=".", stream=stream)
+    assert set(splits["train"]["label"][:]) == {0, 1, 2}
+    assert "of your own" not in capsys.readouterr().out
 
 
 def test_blocks_are_set_apart_for_validation():
