@@ -31,8 +31,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from operator import attrgetter
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
@@ -247,10 +246,19 @@ def timed(line: list[str], environment: dict, folder: Path) -> tuple[str, float]
     return run_command(line, folder, environment), time.perf_counter() - begin
 
 
-def average(runs: list[Run], data: str, contestant: str, value: Callable[[Run], float]) -> float:
-    """Return a mean over the seeds; NaN where nothing was run."""
-    values = [value(run) for run in runs if (run.data, run.contestant) == (data, contestant)]
-    return mean(values) if values else math.nan
+def finite(values: Iterable[float]) -> list[float]:
+    """Return the values that are not NaN."""
+    return [value for value in values if not math.isnan(value)]
+
+
+def average(values: Iterable[float]) -> float:
+    """Return the mean of the values that are known; NaN where none is."""
+    return mean(found) if (found := finite(values)) else math.nan
+
+
+def of_seeds(runs: list[Run], data: str, contestant: str, key: str = "accuracy") -> list[float]:
+    """Return what is known of a contestant's runs on a data set."""
+    return finite(getattr(run, key) for run in runs if (run.data, run.contestant) == (data, contestant))
 
 
 def contestants(runs: list[Run]) -> list[str]:
@@ -262,48 +270,50 @@ def regrets(runs: list[Run], contestant: str) -> dict[str, float]:
     """Return by data set how far a contestant's mean accuracy is below the best contestant's."""
     found = {}
     for data in dict.fromkeys(run.data for run in runs):
-        accuracies = {name: average(runs, data, name, attrgetter("accuracy")) for name in contestants(runs)}
-        own = accuracies[contestant]
-        if not math.isnan(own):
-            found[data] = max(value for value in accuracies.values() if not math.isnan(value)) - own
+        accuracies = {name: average(of_seeds(runs, data, name)) for name in contestants(runs)}
+        if not math.isnan(accuracies[contestant]):
+            found[data] = max(finite(accuracies.values())) - accuracies[contestant]
     return found
 
 
 def accuracy_table(runs: list[Run]) -> str:
-    """Return the accuracy in % and the seconds of every contestant on every data set, in Markdown."""
-    names = contestants(runs)
-    lines = [f"| data | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-    for data in dict.fromkeys(run.data for run in runs):
+    """Return the mean accuracy of every contestant, its range, and its mean minutes, by data set, in Markdown."""
+    names, sets = contestants(runs), list(dict.fromkeys(run.data for run in runs))
+    lines = [f"| data |{''.join(f' {name} | minutes |' for name in names)}", "|---" * (2 * len(names) + 1) + "|"]
+    for data in sets:
         cells = []
         for name in names:
-            accuracy, seconds = (average(runs, data, name, attrgetter(key)) for key in ("accuracy", "seconds"))
-            cells.append("" if math.isnan(accuracy) else f"{100 * accuracy:.1f}{_say_seconds(seconds, ', ')}")
+            own, seconds = of_seeds(runs, data, name), of_seeds(runs, data, name, "seconds")
+            varies = own and f"{min(own):.1%}" != f"{max(own):.1%}"
+            spread = f" ({100 * min(own):.1f} to {100 * max(own):.1f})" if varies else ""
+            cells += [f"{mean(own):.1%}{spread}" if own else "", f"{mean(seconds) / 60:.1f}" if seconds else ""]
         lines.append(f"| {data} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    cells = []
+    for name in names:
+        accuracy, seconds = (
+            average(average(of_seeds(runs, data, name, key)) for data in sets) for key in ("accuracy", "seconds")
+        )
+        cells += [f"{accuracy:.1%}", "" if math.isnan(seconds) else f"{seconds / 60:.1f}"]
+    return "\n".join([*lines, f"| mean | {' | '.join(cells)} |"])
 
 
 def summary_table(runs: list[Run]) -> str:
     """Return each contestant's means over the data sets, and its regret, in Markdown."""
     lines = [
-        "| contestant | runs | mean accuracy | as scored | mean regret | largest regret | mean seconds |",
-        "|---|---|---|---|---|---|---|",
+        "| contestant | runs | mean accuracy | as scored | mean regret | largest regret |",
+        "|---|---|---|---|---|---|",
     ]
     for name in contestants(runs):
         own, lost = [run for run in runs if run.contestant == name], regrets(runs, name)
         worst = max(lost, key=lambda data: lost[data])
         accuracy, scored = (
-            mean(average(own, data, name, attrgetter(key)) for data in lost) for key in ("accuracy", "scored")
+            mean(average(of_seeds(own, data, name, key)) for data in lost) for key in ("accuracy", "scored")
         )
         lines.append(
             f"| {name} | {len(own)} | {accuracy:.1%} | {scored:.1%} "
-            f"| {100 * mean(lost.values()):.1f} | {100 * lost[worst]:.1f} ({worst}) "
-            f"| {_say_seconds(mean(run.seconds for run in own))} |"
+            f"| {100 * mean(lost.values()):.1f} | {100 * lost[worst]:.1f} ({worst}) |"
         )
     return "\n".join(lines)
-
-
-def _say_seconds(seconds: float, before: str = "") -> str:
-    return "" if math.isnan(seconds) else f"{before}{seconds:.0f} s"
 
 
 def refit_sentence(runs: list[Run]) -> str:
@@ -363,7 +373,7 @@ def plot_runs(runs: list[Run], path: Path) -> None:
     others, recipes = iter((("s", "#0072B2"), ("^", "#009E73"), ("v", "#CC79A7"))), itertools.cycle("|x+1*.")
     for name in names:
         lost = regrets(runs, name)
-        accuracies = [average(runs, data, name, attrgetter("accuracy")) for data in sets]
+        accuracies = [average(of_seeds(runs, data, name)) for data in sets]
         accuracies.append(mean(accuracies))
         if name == "Luthier":
             style = {"marker": "o", "color": "#D55E00", "markersize": 10}

@@ -86,7 +86,7 @@ def test_mistakes_in_the_options_of_the_suite_write_nothing(quick_runs, monkeypa
 
 def test_regret_is_what_the_mean_lacks_to_the_best():
     def run(data: str, contestant: str, seed: int, accuracy: float) -> suite.Run:
-        return suite.Run(data, contestant, seed, accuracy, accuracy, 1)
+        return suite.Run(data, contestant, seed, accuracy, accuracy, 60)
 
     runs = [
         run("a", "Luthier", 1, 0.8),
@@ -96,3 +96,9 @@ def test_regret_is_what_the_mean_lacks_to_the_best():
     ]
     assert suite.regrets(runs, "Luthier") == pytest.approx({"a": 0.1, "b": 0})
     assert suite.regrets(runs, "fastai") == {"a": 0}
+    unknown = suite.Run("b", "Luthier", 2, 0.9, 0.9, float("nan"))
+    assert suite.accuracy_table([*runs, unknown]).splitlines()[2:] == [
+        "| a | 85.0% (80.0 to 90.0) | 1.0 | 95.0% | 1.0 |",
+        "| b | 95.0% (90.0 to 100.0) | 1.0 |  |  |",
+        "| mean | 90.0% | 1.0 | 95.0% | 1.0 |",
+    ]
