@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 SAMPLE = 1000  # rows by which columns, and the folders to skip, are found
 MAX_NAME = 1000  # characters of a file's name with its folders
+MAX_DIGITS = 15  # of a number that a spreadsheet keeps whole
 ARCHIVES = {".zip", ".7z", ".rar", ".tar", ".tgz", ".gz", ".xz", ".bz2"}
 OF_RUN = (RACE, LEARNED_FROM, "trainer_state.json")  # in the folder of a run, or of a checkpoint of it
 # What a run has beside these. Data has such files too: labels of faces by race, for one, are a race.json.
@@ -77,6 +78,9 @@ class ImageFiles:
             is_ending = point and not {"/", "\\"} & {*ending}
             if is_ending and (others := self.matches(stem, skip)):  # as after all were converted
                 return f"there is no image {name!r}, but {others[0]}: write that name"
+            if name.isdecimal() and (others := self._with_zeros(name, skip)):
+                remedy = "has a spreadsheet removed zeros? Write the whole name"
+                return f"there is no image {name!r}, but {others[0]}: {remedy}"
             if is_unread(name):
                 return f"{name!r} is in a format that is not read: {CONVERT}"
             return f"there is no image {name!r} below {self.root}"
@@ -119,6 +123,11 @@ class ImageFiles:
             ]
             return as_written if len(as_written) == 1 else found
         return exact or found
+
+    def _with_zeros(self, number: str, skip: int) -> list[PurePosixPath]:
+        """Return the image files that a number could mean if it had more zeros at its beginning."""
+        widths = range(len(number) + 1, MAX_DIGITS + 1)
+        return [path for width in widths for path in self.matches(number.zfill(width), skip)]
 
     def folders_to_skip(self, names: Sequence[str]) -> int:
         """Return how many folders at the beginning of all names are not here: so many that most names are found."""

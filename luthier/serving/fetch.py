@@ -70,7 +70,7 @@ def fetch(url: str, allow_private: bool = False, seconds: float = MAX_SECONDS) -
                 words = "".join(filter(str.isprintable, response.reason))
                 raise OSError(f"the server answers {response.status} {words}".rstrip())
             kind = response.headers.get("Content-Type", "").partition(";")[0]
-            if kind.startswith("text/"):
+            if kind.startswith("text/") and kind != "text/plain":  # servers call a file of unknown kind plain text
                 raise OSError(f"the server sends {kind}, not an image: give the address of the image itself")
             encodings = response.headers.get("Content-Encoding", "").lower().split(",")
             if COMPRESSED.intersection(map(str.strip, encodings)):

@@ -237,6 +237,12 @@ def test_names_that_differ_in_capitals_alone_are_two_images(root):
         load(root, text([*pairs(), ("b", "red")]))
 
 
+def test_name_whose_zeros_a_spreadsheet_has_removed_is_told(root):
+    draw("red", 96).save(root / "0007.png")
+    with pytest.raises(UserError, match=r"there is no image '7', but 0007\.png: has a spreadsheet removed zeros\?"):
+        load(root, text([*pairs(), ("7", "red")]))
+
+
 def test_name_of_a_converted_image_is_told(root):
     with pytest.raises(UserError, match=r"there is no image 'a0\.HEIC', but a0\.png: write that name"):
         load(root, text([("a0.HEIC", "blue"), *pairs()[1:]]))

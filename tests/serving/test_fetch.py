@@ -47,6 +47,9 @@ class MisbehavingHandler(BaseHTTPRequestHandler):
     def chunked_png(self):  # as uploads to a store are marked, which are stored as they are
         self.respond(200, encode("red", 1), Content_Type="image/png", Content_Encoding="aws-chunked")
 
+    def plain(self):  # what many servers call a file without an extension
+        self.respond(200, encode("red", 1), Content_Type="text/plain")
+
     def late_png(self):
         time.sleep(0.5)
         self.good_png()
@@ -129,7 +132,7 @@ def server():
 
 
 @pytest.mark.parametrize(
-    "path", ["good.png", "chunked.png", "round-about", "busy.png", "good.png?a=ü b", "good.png?\udcff"]
+    "path", ["good.png", "plain", "chunked.png", "round-about", "busy.png", "good.png?a=ü b", "good.png?\udcff"]
 )
 def test_good_image_is_fetched(server, path):
     assert decode_rgb(fetch.fetch(f"{server}/{path}", allow_private=True)).image.size == (48, 40)
