@@ -14,9 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from luthier.command_line import CommandParser
+from luthier.command_line import CommandParser, path_of_option
 from luthier.errors import UserError, exit_on_user_error, require
-from luthier.files import expand_home
 from luthier.images.decode import is_image, reason
 from luthier.terminal import percent, say
 
@@ -37,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of this command."""
     parser = CommandParser(prog="app.py", description=__doc__)
     parser.add_argument("model", help="a folder with a saved model, a name on the Hub, or a .onnx file")
-    parser.add_argument("--examples", type=expand_home, help="a folder of images to offer")
+    parser.add_argument("--examples", type=path_of_option, help="a folder of images to offer")
     parser.add_argument("--always_answer", action="store_true", help='never say "unsure" or "none of these"')
     parser.add_argument("--push_to_space", metavar="OWNER/NAME", help="publish the app as a Space instead")
     parser.add_argument("--private", action="store_true", default=None, help="hide a new Space from others")

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import psutil
 
-from luthier.command_line import CommandParser
+from luthier.command_line import CommandParser, path_of_option
 from luthier.errors import UserError, exit_on_user_error
 from luthier.files import atomic_write, expand_home
 from luthier.output_dir import has_ended, read_metrics, wait_for_lock
@@ -134,7 +134,7 @@ def build_parser() -> argparse.ArgumentParser:
     several.add_argument("--seeds", type=int, help=f"training seeds, on one split; {SEEDS} if there are no folds")
     several.add_argument("--folds", type=int, help="folds, each image in one test split, instead of seeds")
     parser.add_argument("--set", action="append", default=[], metavar="key=v1,v2", help="an option and its values")
-    parser.add_argument("--output_dir", type=expand_home, default=Path("outputs/compare"), help="where the runs go")
+    parser.add_argument("--output_dir", type=path_of_option, default=Path("outputs/compare"), help="where the runs go")
     return parser
 
 

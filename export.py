@@ -21,9 +21,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from luthier.command_line import CommandParser
+from luthier.command_line import CommandParser, path_of_option
 from luthier.errors import UserError, exit_on_user_error, message_for_user, require
-from luthier.files import atomic_copy, expand_home, lock_folder
+from luthier.files import atomic_copy, lock_folder
 from luthier.images.decode import is_image
 from luthier.images.image_files import walk
 from luthier.options import EXPORT_PACKAGES
@@ -40,15 +40,15 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of this command."""
     parser = CommandParser(prog="export.py", description=__doc__)
     parser.add_argument("model", help="a folder with a saved model, or a name on the Hub")
-    parser.add_argument("--output_dir", type=expand_home, help="where to write, if not into the model's folder")
+    parser.add_argument("--output_dir", type=path_of_option, help="where to write, if not into the model's folder")
     parser.add_argument("--int8", action="store_true", help="write a quantised model too, for CPUs")
     parser.add_argument("--fp16", action="store_true", help="write a model of half the size too, for GPUs")
     parser.add_argument(
-        "--check", type=expand_home, metavar="FOLDER",
+        "--check", type=path_of_option, metavar="FOLDER",
         help="compare on these images, in class folders or not, instead of the run's test images",
     )  # fmt: skip
     parser.add_argument(
-        "--web", type=expand_home, metavar="FOLDER", help="write a page that runs the model in the browser"
+        "--web", type=path_of_option, metavar="FOLDER", help="write a page that runs the model in the browser"
     )
     parser.add_argument("--push_to_space", metavar="OWNER/NAME", help="publish this page on the Hub")
     parser.add_argument("--private", action="store_true", default=None, help="hide a new page on the Hub from others")
@@ -107,6 +107,7 @@ def check_destinations(args: argparse.Namespace) -> None:
     if args.push_to_space:
         if not all(args.push_to_space.partition("/")):
             raise UserError(f"--push_to_space {args.push_to_space} is not a name for a Space: give owner/name")
+        hub.check_name(args.push_to_space)
         hub.check_login(args.push_to_space)
 
 
@@ -164,7 +165,9 @@ def export(
     from luthier.serving.parity import compare
     from luthier.serving.torch_network import TorchNetwork
 
-    network, refused = TorchNetwork(model_name), dict[str, str]()
+    network, refused, scored = TorchNetwork(model_name), dict[str, str](), None
+    if precisions and check is None and Path(model_name, SCORED).is_dir():
+        scored = TorchNetwork(str(Path(model_name, SCORED)))
     images, calibration = find_images(model_name, check, network.labels, "int8" in precisions)
     say("check", f"on {plural(len(images.names), 'image')}{'' if images.labels is not None else ', without labels'}")
 
@@ -180,9 +183,8 @@ def export(
         return found
 
     with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryDirectory() as other:
-        built, measured = build(network, scratch, ["fp32", *precisions]), dict[str, tuple[Path, "Parity"]]()
-        if precisions and check is None and Path(model_name, SCORED).is_dir():
-            measured = build(TorchNetwork(str(Path(model_name, SCORED))), other, precisions)
+        built = build(network, scratch, ["fp32", *precisions])
+        measured = build(scored, other, precisions) if scored else {}
         for name, (path, shipped) in built.items():
             parity = measured[name][1] if name in measured else shipped
             say(name, f"{path.stat().st_size / 1e6:.1f} MB, {parity}")
@@ -254,8 +256,10 @@ def images_of_run(folder: Path, labels: list[str]) -> tuple["Images", "Images"]:
     from luthier.images.groups import groups_of
     from luthier.images.splits import draw_order
     from luthier.images.streams import open_stream
+    from luthier.machine import configure_bars
     from luthier.serving.parity import Images
 
+    configure_bars()
     advice = "give images to compare the export with: --check FOLDER"
     try:
         record = json.loads((folder / IMAGES).read_text(encoding="utf-8"))
@@ -273,6 +277,8 @@ def images_of_run(folder: Path, labels: list[str]) -> tuple["Images", "Images"]:
     except (TypeError, KeyError) as error:  # an option that there is none of, or one is missing
         raise UserError(f"{folder / IMAGES} is damaged ({error}): {advice}") from error
     except UserError as error:
+        if away := [path.resolve() for key, path in paths.items() if key != "dataset_name" and not path.exists()]:
+            raise UserError(f"the images of the run are not there any more ({away[0]}): {advice}") from error
         raise UserError(f"the images of the run are not what they were ({error}). Or {advice}") from error
     if splits["train"].features["label"].names != labels:
         raise UserError(f"the images of the run have other classes than its model by now: {advice}")

@@ -26,10 +26,9 @@ from urllib.parse import unquote
 
 from tqdm import tqdm
 
-from luthier.command_line import CommandParser
+from luthier.command_line import CommandParser, path_of_option
 from luthier.errors import UserError, exit_on_user_error
 from luthier.escape import escape_cell, escape_terminal
-from luthier.files import expand_home
 from luthier.images.decode import CONVERT, is_image, is_unread, reason
 from luthier.images.image_files import walk
 from luthier.output_dir import is_of_run
@@ -129,7 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="table for people, jsonl and csv for programs; if not given, by the ending of --output, or else table",
     )
     parser.add_argument("--top_k", type=_positive, default=5, help="how many classes to show")
-    parser.add_argument("--output", type=expand_home, help="a file to write to, instead of the terminal")
+    parser.add_argument("--output", type=path_of_option, help="a file to write to, instead of the terminal")
     parser.add_argument("--backend", choices=["onnxruntime", "openvino"], help="what runs a .onnx file")
     parser.add_argument("--always_answer", action="store_true", help='never say "unsure" or "none of these"')
     parser.add_argument(

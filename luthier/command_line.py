@@ -4,9 +4,11 @@ import argparse
 import difflib
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from luthier.errors import UserError
+from luthier.files import expand_home
 
 DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"  # that word processors put in the place of hyphens
 QUOTES = "\u201c\u201d\u201e"
@@ -61,6 +63,13 @@ class CommandParser(argparse.ArgumentParser):
             f"cannot place the argument {token!r}: a path with spaces needs quotes, and no option may stand between "
             f"two paths. All arguments: python {self.prog} --help"
         )
+
+
+def path_of_option(value: str) -> Path:
+    """Return the path that an option gives; an empty one, as of an unset variable, would be this folder."""
+    if not value:
+        raise argparse.ArgumentTypeError("it is empty: give a value, or leave the option out")
+    return expand_home(value)
 
 
 def explain_typing(token: str) -> str:

@@ -171,16 +171,21 @@ def set_up_process(training_args: TrainingArguments) -> None:
     Raises:
         UserError: the processes are not what was asked for, or `--torch_compile` has no compiler.
     """
-    import datasets
-
     die_with_launcher()
     configure_logging()
-    if not has_terminal():
-        datasets.disable_progress_bars()  # in a file each refresh adds to one endless line; see terminal.Tenths
+    configure_bars()
     check_processes(training_args)
     check_compiler(training_args)
     configure_cpu(training_args.device)
     gc.freeze()  # of the libraries' half a million objects none will be garbage; a collection took a third of a second
+
+
+def configure_bars() -> None:
+    """Let `datasets` draw bars on a terminal alone: in a file each refresh adds to one endless line."""
+    import datasets
+
+    if not has_terminal():
+        datasets.disable_progress_bars()  # see terminal.Tenths
 
 
 def check_compiler(training_args: TrainingArguments) -> None:

@@ -55,13 +55,7 @@ def check_access(repo_id: str, private: bool | None, sdk: str | None = None) -> 
             be hidden and is public, or it is a Space of another SDK.
     """
     api, repo_type = HfApi(), "space" if sdk else "model"
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise UserError(
-            f"{repo_id!r} is not a name for a repository: give one such as me/instruments (train.py: --hub_model_id). "
-            f"{error}"
-        ) from error
+    check_name(repo_id)
     owner = check_login(repo_id)  # for repositories of others too
     repo_id = repo_id if "/" in repo_id else f"{owner}/{repo_id}"
     with_retries(
@@ -80,6 +74,21 @@ def check_access(repo_id: str, private: bool | None, sdk: str | None = None) -> 
             "without asking for a private repository"
         )
     return repo_id
+
+
+def check_name(repo_id: str) -> None:
+    """Check the name of a repository, without asking the Hub.
+
+    Raises:
+        UserError: it is not allowed.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UserError(
+            f"{repo_id!r} is not a name for a repository: give one such as me/instruments (train.py: --hub_model_id). "
+            f"{error}"
+        ) from error
 
 
 def check_login(repo_id: str) -> str:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 import os
 import threading
 from collections.abc import Callable, Mapping
@@ -15,6 +16,8 @@ from luthier.cores import count_cores
 from luthier.errors import UserError, first_line, require
 from luthier.images.resizing import ResizeRule
 from luthier.serving.network import Rated
+
+logger = logging.getLogger(__name__)
 
 INPUT = "pixel_values"
 OUTPUTS = ("logits", "probabilities", "sureness")
@@ -95,6 +98,8 @@ class OnnxNetwork:
             ) from error
         self.labels, self.none = self.facts.labels, self.facts.none
         self.unsure_below = self.facts.unsure_below
+        if backend == "openvino" and self.facts.precision == "int8":  # see docs/export.md
+            logger.warning(f"careful  export.py compared {path.name} in ONNX Runtime; OpenVINO may answer otherwise")
         self._run = _run_openvino(path) if backend == "openvino" else functools.partial(session.run, OUTPUTS[1:])
 
     def start_worker(self) -> None:

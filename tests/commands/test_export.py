@@ -321,11 +321,16 @@ def test_comparison_counts_images_that_belong_together_as_few():
         (["{tmp}"], "holds no model"),
         (["{run}", "--check", "{tmp}"], "is not a folder with images"),
         (["{run}", "--check", "{tmp}/none"], "is not a folder with images"),
+        (["{run}", "--check", ""], "--check: it is empty: give a value, or leave the option out"),
+        (["{run}", "--output_dir", ""], "--output_dir: it is empty"),
+        (["{run}", "--web="], "--web: it is empty"),
         (["{run}", "--output_dir", "{run}/config.json"], "is not a folder that you may write to"),
         (["{run}", "--output_dir", "{run}/config.json/below"], "is not a folder that you may write to"),
         (["{run}", "--web", "{run}/config.json/below"], "is not a folder that you may write to"),
         (["{run}", "--web", "{run}"], "already holds something else"),
         (["{run}", "--push_to_space", "page"], "is not a name for a Space"),
+        (["{run}", "--push_to_space", "me/a b"], "'me/a b' is not a name for a repository"),
+        (["{run}", "--push_to_space", "me/a/b"], "'me/a/b' is not a name for a repository"),
         (["{run}", "--vendor"], "--vendor is for the page"),
         (["{run}", "--private"], "--private hides a page on the Hub: give --push_to_space"),
         (["{run}/scored"], "does not say which images its model was scored on: give images to compare"),
@@ -347,6 +352,14 @@ def test_images_that_are_gone_get_one_message(run, capsys, tmp_path, content):
     (tmp_path / "images.json").write_text(content)
     code, printed = run_export(capsys, tmp_path)
     assert code == 2 and "--check FOLDER" in printed and not (tmp_path / "onnx").exists()
+
+
+def test_images_of_a_moved_run_are_named_where_they_were_looked_for(run, capsys, tmp_path):
+    for path in run.glob("*.*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "images.json").write_text('{"test": [], "options": {"data_dir": "../gone"}}')
+    code, printed = run_export(capsys, tmp_path)
+    assert code == 2 and f"not there any more ({tmp_path.resolve().parent / 'gone'})" in printed
 
 
 def test_damaged_image_to_check_on_is_named(run, capsys, tmp_path):
@@ -414,7 +427,7 @@ def test_example_in_the_docs_answers_as_predict_does(run, capsys, tmp_path):
         assert printed.split() == [answer or "unsure", f"{float(score):.4f}"]
 
 
-def test_openvino_answers_as_onnx_runtime_does(run, capsys, tmp_path):
+def test_openvino_answers_as_onnx_runtime_does(run, capsys, caplog, tmp_path):
     images = [draw("green", seed, 50 + seed, 40) for seed in range(20)]
     networks = [OnnxNetwork(run / "onnx/model.onnx", backend) for backend in ("onnxruntime", "openvino")]
     one, other = (network.rate([network.view(image) for image in images]) for network in networks)
@@ -423,6 +436,13 @@ def test_openvino_answers_as_onnx_runtime_does(run, capsys, tmp_path):
     images[0].save(tmp_path / "a.png")
     predict.main([str(run / "onnx/model.onnx"), str(tmp_path / "a.png"), "--backend", "openvino"])
     assert "a.png" in capsys.readouterr().out
+    model = onnx.load(run / "onnx/model.onnx")
+    next(entry for entry in model.metadata_props if entry.key == "precision").value = '"int8"'
+    onnx.save(model, tmp_path / "bits.onnx")
+    for backend, warnings in (("onnxruntime", 0), ("openvino", 1)):
+        caplog.clear()
+        OnnxNetwork(tmp_path / "bits.onnx", backend)
+        assert caplog.text.count("compared bits.onnx in ONNX Runtime; OpenVINO may answer otherwise") == warnings
     with pytest.raises(SystemExit) as failure:
         predict.main([str(run), str(tmp_path / "a.png"), "--backend", "openvino"])
     assert failure.value.code == 2 and "--backend openvino is for a .onnx file" in capsys.readouterr().err
