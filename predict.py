@@ -18,7 +18,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, TextIO
@@ -27,9 +27,9 @@ from urllib.parse import unquote
 from tqdm import tqdm
 
 from luthier.command_line import CommandParser, path_of_option
-from luthier.errors import UserError, exit_on_user_error
+from luthier.errors import PERMISSIONS, UserError, exit_on_user_error
 from luthier.escape import escape_cell, escape_terminal
-from luthier.images.decode import CONVERT, is_image, is_unread, reason
+from luthier.images.decode import CONVERT, EXTENSIONS, UNREAD, is_image, is_unread, reason
 from luthier.images.image_files import walk
 from luthier.output_dir import is_of_run
 from luthier.terminal import SHORT, has_terminal, ignore_closed, is_closed, percent, plural, shorten, width_of
@@ -53,10 +53,8 @@ def main(argv: list[str] | None = None) -> None:
     ending = args.output.suffix[1:].lower() if args.output else ""
     args.format = args.format or (ending if ending in WRITERS else "table")
     accept_undecodable_names()
-    if args.output and is_image(args.output.name):
-        raise UserError(f"--output {args.output} would replace an image: give the name of a file for the predictions")
-    if args.output and is_of_run(args.output):
-        raise UserError(f"--output {args.output} would replace a file of the run in this folder: give another name")
+    if args.output:
+        check_output(args.output, args.input)
     # Slow imports come after the options, so that wrong ones are reported first. What they create stays: searching it
     # for garbage, again and again and at exit, would take two seconds more.
     gc.disable()
@@ -86,6 +84,28 @@ def main(argv: list[str] | None = None) -> None:
                 print(line, file=sys.stderr, flush=True)
     if failed:
         sys.exit(1)
+
+
+def check_output(path: Path, inputs: list[str]) -> None:
+    """Check that a file can be written, and replaces no image, no input and no file of a run.
+
+    Raises:
+        UserError: it cannot, or would.
+    """
+    if path.suffix.lower() in EXTENSIONS | UNREAD:  # also of a hidden image, or a raw one
+        raise UserError(f"--output {path} would replace an image: give the name of a file for the predictions")
+    if is_of_run(path):
+        raise UserError(f"--output {path} would replace a file of the run in this folder: give another name")
+    if not path.parent.is_dir():
+        raise UserError(f"cannot write --output {path}: there is no folder {path.parent}. Create it, or give another")
+    if not path.is_file():  # a terminal or a pipe may be input and output
+        return
+    is_input = any(os.path.isfile(name) and path.samefile(name) for name in inputs)  # noqa: PTH113 - see `_expand_one`
+    if "-" in inputs and sys.stdin is not None:
+        with suppress(OSError, ValueError):  # it is no file of the system
+            is_input |= os.path.samestat(path.stat(), os.fstat(sys.stdin.fileno()))
+    if is_input:
+        raise UserError(f"--output {path} would replace one of the inputs: give another name")
 
 
 def answer_of(prediction: "Prediction") -> str:
@@ -179,7 +199,16 @@ def _expand_one(text: str) -> Iterator[tuple[str, str | None]]:
                     seen.add(path)
                     yield entry
     else:
-        yield text, "no file matches" if glob.has_magic(text) else "there is no such file"
+        yield text, "no file matches" if glob.has_magic(text) else _why_none(text)
+
+
+def _why_none(text: str) -> str:
+    """Return why there is no file of a name that can be read."""
+    try:
+        os.stat(text)  # noqa: PTH116 - see `_expand_one`
+    except OSError as error:
+        return reason(error) if error.errno in PERMISSIONS else "there is no such file"
+    return "it is no regular file"
 
 
 def _images_in(folder: str) -> Iterator[tuple[str, str | None]]:
@@ -217,9 +246,10 @@ def open_output(path: Path | None) -> Iterator[TextIO]:
             yield sys.stdout
             sys.stdout.flush()
     except OSError as error:
-        if path or not is_closed(error):
+        if not is_closed(error):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at exit
+        if path is None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at exit
         sys.exit(1)
 
 

@@ -40,6 +40,8 @@ def main(argv: list[str] | None = None) -> None:
     from luthier.checks import check_outside
     from luthier.parsing import describe_command, option_names_in
 
+    if "model_name" in option_names_in(argv[1:]):
+        raise UserError(f"score.py scores the model that is named first, {argv[0]}: leave --model_name out")
     config = len(argv) > 1 and argv[1].endswith((".yaml", ".yml"))  # which may name the images
     if not config and not {"data_dir", "dataset_name"} & option_names_in(argv[1:]):
         raise UserError("name the images to score on: --data_dir FOLDER, or --dataset_name NAME")

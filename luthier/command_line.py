@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,6 +56,8 @@ class CommandParser(argparse.ArgumentParser):
         """Return what is wrong with an argument that this parser cannot place."""
         if typed := explain_typing(token):
             return typed
+        if token.startswith("-") and os.path.lexists(token):
+            return f"{token} is taken for an option: if you mean the file of this name, write ./{token}"
         if token.startswith("-"):
             known = [action.dest for action in self._actions if action.option_strings]
             hint = nearest(option_in(token), known) or "."

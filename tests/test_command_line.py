@@ -17,6 +17,13 @@ def test_every_command_explains_mistakes(command):
     assert isinstance(parser, CommandParser) and parser.prog == f"{command.__name__}.py"
 
 
+def test_file_whose_name_begins_with_a_dash_is_no_unknown_option(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "-a.png").touch()
+    with pytest.raises(UserError, match=r"^-a\.png is taken for an option: .* write \./-a\.png$"):
+        CommandParser(prog="x.py").parse_args(["-a.png"])
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -367,12 +367,57 @@ def test_odd_configs_from_the_hub(model, capsys, tmp_path):
         (["{model}", "--output", "a.jpg", "b.jpg"], "--output a.jpg would replace an image"),
         (["{model}", "a.png", "--output", "{model}/model.safetensors"], "would replace a file of the run"),
         (["{model}", "a.png", "--output", "{model}/config.json"], "would replace a file of the run"),
-        (["{model}", "a.png", "--output", "{tmp}/no/such/folder"], "No such file or directory"),
+        (["{model}", "a.png", "--output", "{tmp}/no/such/folder"], "there is no folder "),
+        (["nomodel", "a.png", "--output", "{tmp}/no/such/folder"], "there is no folder {tmp}/no/such. Create it"),
+        (["{model}", "a.png", "--output", "{tmp}/raw.DNG"], "raw.DNG would replace an image"),
+        (["{model}", "a.png", "--output", "{tmp}/.hidden.png"], ".hidden.png would replace an image"),
     ],
 )
 def test_mistake_on_the_command_line_ends_with_exit_code_2(model, capsys, tmp_path, args, message):
     code, _, err = run_predict(capsys, *[word.format(tmp=tmp_path, model=model) for word in args])
+    message = message.format(tmp=tmp_path)
     assert code == 2 and message in err and "Traceback" not in err and "usage:" not in err
+
+
+def test_output_never_replaces_an_input(model, capsys, monkeypatch, tmp_path):
+    (tmp_path / "list").write_text("missing.png\n")
+    code, _, errors = run_predict(capsys, model, tmp_path / "list", "--output", tmp_path / "list")
+    assert code == 2 and "would replace one of the inputs" in errors
+    with (tmp_path / "list").open() as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        code, _, errors = run_predict(capsys, model, "-", "--output", tmp_path / "list")
+    assert code == 2 and "would replace one of the inputs" in errors
+    assert (tmp_path / "list").read_text() == "missing.png\n"
+
+
+def test_pipe_as_output_may_be_closed(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    with pytest.raises(SystemExit) as exit_info, predict.open_output(tmp_path / "pipe") as file:
+        os.close(reader)
+        file.write("a\n")
+        file.flush()
+    assert exit_info.value.code == 1
+
+
+def test_onnx_runtime_leaves_no_number_of_the_machine(tmp_path):
+    code = "import luthier, onnxruntime; onnxruntime.SessionOptions(); onnxruntime.InferenceSession(b'')"
+    environment = {name: value for name, value in os.environ.items() if name not in ("ORT_DISABLE_TELEMETRY", "HOME")}
+    environment |= {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    subprocess.run([sys.executable, "-c", code], cwd=PROJECT, env=environment, capture_output=True, check=False)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_what_is_no_file_is_not_called_missing(tmp_path, monkeypatch):
+    assert list(predict.expand([os.devnull])) == [(os.devnull, "it is no regular file")]
+    (tmp_path / "a.png").touch()
+
+    def refuse(path, *args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "stat", refuse)
+    name = str(tmp_path / "a.png")
+    assert list(predict.expand([name])) == [(name, "cannot be opened: Permission denied")]
 
 
 def test_folder_input_takes_every_extension_of_training(tmp_path):

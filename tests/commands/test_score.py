@@ -146,6 +146,7 @@ def test_weights_that_are_damaged_are_not_scored(model, new_images, tmp_path, ca
         (["--data_dir", "good", "--push_to_hub"], "does not take --push_to_hub, which is for train.py"),
         (["--data_dir", "good", "--test_view", "random_crop"], "does not take --test_view, which is for train.py"),
         (["--data_dir", "good", "--seed", "2"], "does not take --seed"),
+        (["--data_dir", "good", "--model-name", "other"], "scores the model that is named first"),
         (["--data_dir", "good", "--epochs", "2"], r"unknown option --epochs\. Options: python score\.py --help\n"),
     ],
 )
