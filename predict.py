@@ -100,7 +100,8 @@ def check_output(path: Path, inputs: list[str]) -> None:
         raise UserError(f"cannot write --output {path}: there is no folder {path.parent}. Create it, or give another")
     if not path.is_file():  # a terminal or a pipe may be input and output
         return
-    is_input = any(os.path.isfile(name) and path.samefile(name) for name in inputs)  # noqa: PTH113 - see `_expand_one`
+    names = [name for text in inputs for name in (text, *glob.iglob(text, recursive=True))]  # noqa: PTH207
+    is_input = any(os.path.isfile(name) and path.samefile(name) for name in names)  # noqa: PTH113 - see `_expand_one`
     if "-" in inputs and sys.stdin is not None:
         with suppress(OSError, ValueError):  # it is no file of the system
             is_input |= os.path.samestat(path.stat(), os.fstat(sys.stdin.fileno()))

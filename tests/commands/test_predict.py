@@ -381,8 +381,9 @@ def test_mistake_on_the_command_line_ends_with_exit_code_2(model, capsys, tmp_pa
 
 def test_output_never_replaces_an_input(model, capsys, monkeypatch, tmp_path):
     (tmp_path / "list").write_text("missing.png\n")
-    code, _, errors = run_predict(capsys, model, tmp_path / "list", "--output", tmp_path / "list")
-    assert code == 2 and "would replace one of the inputs" in errors
+    for given in ("list", "li*"):
+        code, _, errors = run_predict(capsys, model, tmp_path / given, "--output", tmp_path / "list")
+        assert code == 2 and "would replace one of the inputs" in errors
     with (tmp_path / "list").open() as stdin:
         monkeypatch.setattr("sys.stdin", stdin)
         code, _, errors = run_predict(capsys, model, "-", "--output", tmp_path / "list")
