@@ -31,7 +31,6 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
@@ -246,19 +245,21 @@ def timed(line: list[str], environment: dict, folder: Path) -> tuple[str, float]
     return run_command(line, folder, environment), time.perf_counter() - begin
 
 
-def finite(values: Iterable[float]) -> list[float]:
-    """Return the values that are not NaN."""
+def of_seeds(runs: list[Run], data: str, contestant: str, key: str = "accuracy") -> list[float]:
+    """Return what is known of a contestant's runs on a data set."""
+    values = [getattr(run, key) for run in runs if (run.data, run.contestant) == (data, contestant)]
     return [value for value in values if not math.isnan(value)]
 
 
-def average(values: Iterable[float]) -> float:
-    """Return the mean of the values that are known; NaN where none is."""
-    return mean(found) if (found := finite(values)) else math.nan
+def average(runs: list[Run], contestant: str, key: str = "accuracy") -> float:
+    """Return the mean over the data sets of a contestant's means over the seeds; NaN where nothing is known."""
+    means = [mean(own) for data in sets_of(runs) if (own := of_seeds(runs, data, contestant, key))]
+    return mean(means) if means else math.nan
 
 
-def of_seeds(runs: list[Run], data: str, contestant: str, key: str = "accuracy") -> list[float]:
-    """Return what is known of a contestant's runs on a data set."""
-    return finite(getattr(run, key) for run in runs if (run.data, run.contestant) == (data, contestant))
+def sets_of(runs: list[Run]) -> list[str]:
+    """Return the data sets, in the order of the tables."""
+    return list(dict.fromkeys(run.data for run in runs))
 
 
 def contestants(runs: list[Run]) -> list[str]:
@@ -269,32 +270,30 @@ def contestants(runs: list[Run]) -> list[str]:
 def regrets(runs: list[Run], contestant: str) -> dict[str, float]:
     """Return by data set how far a contestant's mean accuracy is below the best contestant's."""
     found = {}
-    for data in dict.fromkeys(run.data for run in runs):
-        accuracies = {name: average(of_seeds(runs, data, name)) for name in contestants(runs)}
-        if not math.isnan(accuracies[contestant]):
-            found[data] = max(finite(accuracies.values())) - accuracies[contestant]
+    for data in sets_of(runs):
+        accuracies = {name: mean(own) for name in contestants(runs) if (own := of_seeds(runs, data, name))}
+        if contestant in accuracies:
+            found[data] = max(accuracies.values()) - accuracies[contestant]
     return found
 
 
 def accuracy_table(runs: list[Run]) -> str:
     """Return the mean accuracy of every contestant, its range, and its mean minutes, by data set, in Markdown."""
-    names, sets = contestants(runs), list(dict.fromkeys(run.data for run in runs))
-    lines = [f"| data |{''.join(f' {name} | minutes |' for name in names)}", "|---" * (2 * len(names) + 1) + "|"]
-    for data in sets:
-        cells = []
-        for name in names:
+    heads, rows = "", dict.fromkeys((*sets_of(runs), "mean"), "")
+    for name in contestants(runs):
+        heads += f" {name} | minutes |"
+        for data in sets_of(runs):
             own, seconds = of_seeds(runs, data, name), of_seeds(runs, data, name, "seconds")
-            varies = own and f"{min(own):.1%}" != f"{max(own):.1%}"
-            spread = f" ({100 * min(own):.1f} to {100 * max(own):.1f})" if varies else ""
-            cells += [f"{mean(own):.1%}{spread}" if own else "", f"{mean(seconds) / 60:.1f}" if seconds else ""]
-        lines.append(f"| {data} | {' | '.join(cells)} |")
-    cells = []
-    for name in names:
-        accuracy, seconds = (
-            average(average(of_seeds(runs, data, name, key)) for data in sets) for key in ("accuracy", "seconds")
-        )
-        cells += [f"{accuracy:.1%}", "" if math.isnan(seconds) else f"{seconds / 60:.1f}"]
-    return "\n".join([*lines, f"| mean | {' | '.join(cells)} |"])
+            low, high = (f"{100 * end(own):.1f}" if own else "" for end in (min, max))
+            accuracy = f"{mean(own):.1%}{f' ({low} to {high})' if low != high else ''}" if own else ""
+            rows[data] += f" {accuracy} | {_minutes(mean(seconds) if seconds else math.nan)} |"
+        rows["mean"] += f" {average(runs, name):.1%} | {_minutes(average(runs, name, 'seconds'))} |"
+    rule = "---|" * (heads.count("|") + 1)
+    return "\n".join([f"| data |{heads}", f"|{rule}", *(f"| {data} |{cells}" for data, cells in rows.items())])
+
+
+def _minutes(seconds: float) -> str:
+    return "" if math.isnan(seconds) else f"{seconds / 60:.1f}"
 
 
 def summary_table(runs: list[Run]) -> str:
@@ -304,13 +303,10 @@ def summary_table(runs: list[Run]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for name in contestants(runs):
-        own, lost = [run for run in runs if run.contestant == name], regrets(runs, name)
+        lost, count = regrets(runs, name), sum(run.contestant == name for run in runs)
         worst = max(lost, key=lambda data: lost[data])
-        accuracy, scored = (
-            mean(average(of_seeds(own, data, name, key)) for data in lost) for key in ("accuracy", "scored")
-        )
         lines.append(
-            f"| {name} | {len(own)} | {accuracy:.1%} | {scored:.1%} "
+            f"| {name} | {count} | {average(runs, name):.1%} | {average(runs, name, 'scored'):.1%} "
             f"| {100 * mean(lost.values()):.1f} | {100 * lost[worst]:.1f} ({worst}) |"
         )
     return "\n".join(lines)
@@ -366,15 +362,14 @@ def plot_runs(runs: list[Run], path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
-    names = [*contestants(runs)[1:], *contestants(runs)[:1]]  # Luthier on top of the others
-    sets = list(dict.fromkeys(run.data for run in runs))
+    names, sets = [*contestants(runs)[1:], *contestants(runs)[:1]], sets_of(runs)  # Luthier on top of the others
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     others, recipes = iter((("s", "#0072B2"), ("^", "#009E73"), ("v", "#CC79A7"))), itertools.cycle("|x+1*.")
     for name in names:
         lost = regrets(runs, name)
-        accuracies = [average(of_seeds(runs, data, name)) for data in sets]
-        accuracies.append(mean(accuracies))
+        accuracies = [mean(of_seeds(runs, data, name) or [math.nan]) for data in sets]
+        accuracies.append(average(runs, name))
         if name == "Luthier":
             style = {"marker": "o", "color": "#D55E00", "markersize": 10}
         elif name in OTHERS:

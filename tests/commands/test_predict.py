@@ -405,7 +405,8 @@ def test_onnx_runtime_leaves_no_number_of_the_machine(tmp_path):
     code = "import luthier, onnxruntime; onnxruntime.SessionOptions(); onnxruntime.InferenceSession(b'')"
     environment = {name: value for name, value in os.environ.items() if name not in ("ORT_DISABLE_TELEMETRY", "HOME")}
     environment |= {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    subprocess.run([sys.executable, "-c", code], cwd=PROJECT, env=environment, capture_output=True, check=False)
+    result = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, env=environment, capture_output=True, text=True)
+    assert "onnxruntime" in result.stderr and "InferenceSession" in result.stderr  # it came so far
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
