@@ -66,7 +66,8 @@ def main(argv: list[str] | None = None) -> None:
         os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, [direct, "localhost", "127.0.0.1"]))
     page = build_page(args.model, args.always_answer, examples)
     try:
-        page.launch(max_file_size=MAX_FILE_SIZE, allowed_paths=examples)
+        # With the port of the environment alone, gradio takes the next one where that is taken, as by another app.
+        page.launch(max_file_size=MAX_FILE_SIZE, allowed_paths=examples, server_port=int(port) or None)
     except OSError as error:
         remedy = "set GRADIO_SERVER_NAME or GRADIO_SERVER_PORT to another address or port"
         raise UserError(f"the app cannot be served ({error}): {remedy}") from error

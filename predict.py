@@ -1,7 +1,7 @@
 """Predict the classes of images with a trained model: files, folders, addresses.
 
     python predict.py outputs/my_run image.jpg photos/ "more/*.png" https://example.org/a.jpg
-    find . -name "*.jpg" | python predict.py me/instruments - --format jsonl --output predictions.jsonl
+    find . -name "*.jpg" | python predict.py me/instruments - --output answers.jsonl
 
 MODEL is a folder with a saved model, a name on the Hub, or a model.onnx of
 export.py, which starts in half a second. Exit code 0: every input has a
@@ -15,6 +15,7 @@ import gc
 import glob
 import json
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -48,6 +49,8 @@ NO_IMAGE = "it is a list, and no image: give - for a list of files, as in python
 def main(argv: list[str] | None = None) -> None:
     """Predict the inputs; see `python predict.py --help`."""
     args = build_parser().parse_args(argv)
+    if args.output == Path("-"):  # as many programs call the standard output
+        args.output = None
     if args.output is None and sys.stdout is None:
         raise UserError("the standard output is closed: give --output FILE")
     ending = args.output.suffix[1:].lower() if args.output else ""
@@ -100,7 +103,7 @@ def check_output(path: Path, inputs: list[str]) -> None:
         raise UserError(f"cannot write --output {path}: there is no folder {path.parent}. Create it, or give another")
     if not path.is_file():  # a terminal or a pipe may be input and output
         return
-    names = [name for text in inputs for name in (text, *glob.iglob(text, recursive=True))]  # noqa: PTH207
+    names = [name for text in inputs for name in (text, *expand_pattern(text))]
     is_input = any(os.path.isfile(name) and path.samefile(name) for name in names)  # noqa: PTH113 - see `_expand_one`
     if "-" in inputs and sys.stdin is not None:
         with suppress(OSError, ValueError):  # it is no file of the system
@@ -192,7 +195,7 @@ def _expand_one(text: str) -> Iterator[tuple[str, str | None]]:
         yield text, None
     elif os.path.isdir(text):  # noqa: PTH112
         yield from _images_in(text)
-    elif glob.has_magic(text) and (names := sorted(glob.iglob(text, recursive=True))):  # noqa: PTH207
+    elif glob.has_magic(text) and (names := sorted(expand_pattern(text))):
         seen: set[str] = set()  # with ** both a folder and its images match
         for name in names:
             for entry in _images_in(name) if os.path.isdir(name) else [(name, None)]:  # noqa: PTH112
@@ -201,6 +204,24 @@ def _expand_one(text: str) -> Iterator[tuple[str, str | None]]:
                     yield entry
     else:
         yield text, "no file matches" if glob.has_magic(text) else _why_none(text)
+
+
+def expand_pattern(pattern: str) -> Iterator[str]:
+    """Yield the files and folders that a pattern matches; with ** in any folder below, which may match them twice.
+
+    Python's own ** follows links in circles.
+    """
+    if not (stars := re.search(r"(?<![^/\\])(\*\*([/\\]+|$))+", pattern)):
+        yield from glob.iglob(pattern)  # noqa: PTH207 - it keeps the name as it was written
+        return
+    above, below = pattern[: stars.start()], pattern[stars.end() :]
+    for root in glob.iglob(above) if above else ["."]:  # noqa: PTH207
+        if not below:
+            yield root
+            continue
+        for folder, _ in walk(Path(root), lambda _: None):
+            place = "" if folder == Path() else glob.escape(f"{folder}{os.sep}")
+            yield from expand_pattern(place + below)
 
 
 def _why_none(text: str) -> str:

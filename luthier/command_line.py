@@ -4,6 +4,7 @@ import argparse
 import difflib
 import os
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -37,6 +38,7 @@ class CommandParser(argparse.ArgumentParser):
         Raises:
             UserError: one is wrong, unknown or missing.
         """
+        self._given = list(sys.argv[1:] if args is None else args)
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             raise UserError(self._explain_unknown(unknown[0]))
@@ -49,7 +51,8 @@ class CommandParser(argparse.ArgumentParser):
             number = "a whole number such as 10" if found[1] == "int" else "a number such as 10 or 0.5"
             message += f"; give {number}, without a unit"
         elif message.startswith("the following arguments are required"):
-            message += f". Examples: python {self.prog} --help"
+            files = [token for token in self._given if token.startswith("-") and os.path.lexists(token)]
+            message = self._explain_unknown(files[0]) if files else f"{message}. Examples: python {self.prog} --help"
         raise UserError(message)
 
     def _explain_unknown(self, token: str) -> str:

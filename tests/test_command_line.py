@@ -22,6 +22,10 @@ def test_file_whose_name_begins_with_a_dash_is_no_unknown_option(tmp_path, monke
     (tmp_path / "-a.png").touch()
     with pytest.raises(UserError, match=r"^-a\.png is taken for an option: .* write \./-a\.png$"):
         CommandParser(prog="x.py").parse_args(["-a.png"])
+    parser = CommandParser(prog="x.py")
+    parser.add_argument("input")
+    with pytest.raises(UserError, match=r"^-a\.png is taken for an option: "):
+        parser.parse_args(["-a.png"])
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,8 @@ def open_network(model_name: str, backend: str | None = None) -> Network:
         backend: what runs such a file, `onnxruntime` (if None) or `openvino`.
 
     Raises:
-        ModelError, UserError: the model cannot be loaded, or a backend is given for one that is no such file.
+        ModelError, UserError: the model cannot be loaded, a backend is given for one that is no such file, or a folder
+            of such files is given.
     """
     # Each is imported where it is needed: ONNX Runtime starts in a fifth of the time of torch and transformers.
     if model_name.endswith(".onnx"):
@@ -100,6 +101,9 @@ def open_network(model_name: str, backend: str | None = None) -> Network:
         raise UserError(
             f"--backend {backend} is for a .onnx file, and {model_name} is none: export it first (export.py)"
         )
+    exported = sorted(Path(model_name).glob("*.onnx"))
+    if exported and not Path(model_name, "config.json").exists():
+        raise UserError(f"{model_name} is a folder of exported models: give one of its files, such as {exported[0]}")
     from luthier.serving.torch_network import TorchNetwork
 
     return TorchNetwork(model_name)

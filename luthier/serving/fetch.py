@@ -93,7 +93,7 @@ def _parse(url: str) -> tuple[bool, str, int, str]:
         query = f"?{parts.query}" if parts.query else ""
         target = quote(f"{parts.path or '/'}{query}", safe="/%:@!$&'()*+,;=?~", errors="surrogateescape")
     except ValueError:  # UnicodeError is one too
-        raise OSError(f"{url[:80]!r} names no host") from None
+        raise OSError(f"{url[:80]!r} is no valid address: its host or its port cannot be") from None
     if parts.scheme not in ("http", "https") or not host:
         raise OSError(f"only http and https addresses are fetched, not {url[:80]!r}")
     if re.search(r"[^\w.:%-]", host):

@@ -204,6 +204,16 @@ def test_port_that_cannot_be_gives_one_message(capsys, monkeypatch, port):
     assert exit_info.value.code == 2 and f"GRADIO_SERVER_PORT is '{port}', but must be" in capsys.readouterr().err
 
 
+def test_port_that_is_taken_is_not_replaced_by_the_next(model, capsys, monkeypatch):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        monkeypatch.setenv("GRADIO_SERVER_PORT", str(other.getsockname()[1]))
+        with pytest.raises(SystemExit) as exit_info:
+            app.main([str(model)])
+    assert exit_info.value.code == 2 and "the app cannot be served" in capsys.readouterr().err
+
+
 def test_space_of_a_model_that_the_hub_does_not_have_is_refused(monkeypatch):
     def missing(self, repo_id, **_):
         error = HfHubHTTPError("404 Client Error", response=SimpleNamespace(status_code=404, headers={}, request=None))

@@ -176,6 +176,19 @@ def test_pattern_gives_every_image_once(tmp_path, pattern):
     assert sorted(found) == sorted(map(str, (tmp_path / "in").rglob("*.png")))
 
 
+def test_pattern_follows_no_link_in_a_circle(tmp_path, monkeypatch):
+    draw_folder(tmp_path / "in/deep", per_class=1)
+    elsewhere = draw_folder(tmp_path / "elsewhere", per_class=1)
+    for name, target in (("self", "in"), ("deep/above", "in"), ("deep/[a-b] link", "elsewhere")):
+        (tmp_path / "in" / name).symlink_to(tmp_path / target)
+    linked = [tmp_path / "in/deep/[a-b] link" / path.relative_to(elsewhere) for path in elsewhere.rglob("*.png")]
+    expected = sorted(map(str, [*(tmp_path / "in").rglob("*.png"), *linked]))
+    assert sorted(dict(predict.expand([f"{tmp_path}/in/**/*.png"]))) == sorted(set(expected)) and linked
+    monkeypatch.chdir(tmp_path / "in")
+    assert sorted(dict(predict.expand(["**/red/*.png"]))) == ["deep/[a-b] link/red/000.png", "deep/red/000.png"]
+    assert list(predict.expand(["**/*.gif"])) == [("**/*.gif", "no file matches")]
+
+
 @pytest.mark.parametrize(("encoding", "readable"), [("cp1252", False), ("ascii", False), ("utf-8", True)])
 def test_lines_are_json_in_any_encoding(encoding, readable):
     content = io.BytesIO()
@@ -371,9 +384,15 @@ def test_odd_configs_from_the_hub(model, capsys, tmp_path):
         (["nomodel", "a.png", "--output", "{tmp}/no/such/folder"], "there is no folder {tmp}/no/such. Create it"),
         (["{model}", "a.png", "--output", "{tmp}/raw.DNG"], "raw.DNG would replace an image"),
         (["{model}", "a.png", "--output", "{tmp}/.hidden.png"], ".hidden.png would replace an image"),
+        (
+            ["{tmp}/exported", "a.png"],
+            "of exported models: give one of its files, such as {tmp}/exported/",
+        ),
     ],
 )
 def test_mistake_on_the_command_line_ends_with_exit_code_2(model, capsys, tmp_path, args, message):
+    (tmp_path / "exported").mkdir()
+    (tmp_path / "exported/model.onnx").touch()
     code, _, err = run_predict(capsys, *[word.format(tmp=tmp_path, model=model) for word in args])
     message = message.format(tmp=tmp_path)
     assert code == 2 and message in err and "Traceback" not in err and "usage:" not in err
@@ -389,6 +408,13 @@ def test_output_never_replaces_an_input(model, capsys, monkeypatch, tmp_path):
         code, _, errors = run_predict(capsys, model, "-", "--output", tmp_path / "list")
     assert code == 2 and "would replace one of the inputs" in errors
     assert (tmp_path / "list").read_text() == "missing.png\n"
+
+
+def test_dash_as_output_is_the_standard_output(model, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    draw("red", 9).save("a.png")
+    code, out, _ = run_predict(capsys, model, "a.png", "--output", "-", "--format", "csv")
+    assert code == 0 and out.startswith("input,answer,") and [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
 def test_pipe_as_output_may_be_closed(tmp_path):

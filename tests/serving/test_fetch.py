@@ -174,10 +174,11 @@ def test_slow_answer_ends_at_the_deadline(server, path):
 
 
 @pytest.mark.parametrize(
-    "url", ["ftp://example.org/a.png", "file:///etc/passwd", "http://", "http://[::1", "https://a b/"]
+    "url",
+    ["ftp://example.org/a.png", "file:///etc/passwd", "http://", "http://[::1", "https://a b/", "http://a:99999/"],
 )
 def test_addresses_other_than_http_are_refused(url):
-    with pytest.raises(OSError, match=r"only http|no host"):
+    with pytest.raises(OSError, match=r"only http|no host|its host or its port cannot be"):
         fetch.fetch(url)
 
 
