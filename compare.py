@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     runs = build_runs(build_experiments(configs, args.set), args, rest)
     finished = {run.folder for run in runs if is_finished(run)}
     from luthier.output_dir import create_output_dir
-    from luthier.reporting.comparison import comparison_in_words, leaks_of_experiments
+    from luthier.reporting.comparison import comparison_in_words, leaks_of_experiments, probes_of_experiments
     from luthier.scoring.comparison import (
         RunResult,
         check_same_data,
@@ -104,7 +104,8 @@ def main(argv: list[str] | None = None) -> None:
         check_same_images(results, run.part)
         check_same_data(run.experiment, results[run.experiment], run.part, bool(args.folds))
     rows = [summarise_experiment(name, parts) for name, parts in results.items()]
-    report = comparison_in_words(rows, compare_pairs(results), leaks_of_experiments(results)) + "\n"
+    found = probes_of_experiments(results) + leaks_of_experiments(results)
+    report = comparison_in_words(rows, compare_pairs(results), found) + "\n"
     tell(f"\n{report.rstrip()}")
     (args.output_dir / "compare.md").write_text(report, encoding="utf-8")
     with (args.output_dir / "compare.csv").open("w", newline="", encoding="utf-8") as file:

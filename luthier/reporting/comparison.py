@@ -16,9 +16,9 @@ OF_RUNS = (
 )
 
 
-def comparison_in_words(rows: list[dict], verdicts: Sequence[Verdict], leaks: Sequence[str] = ()) -> str:
-    """Return the table and the verdicts of a comparison in Markdown, and the lines of `leaks_of_experiments`."""
-    caution = [*leaks]
+def comparison_in_words(rows: list[dict], verdicts: Sequence[Verdict], found: Sequence[str] = ()) -> str:
+    """Return the table and the verdicts of a comparison in Markdown, and lines on what was found in the runs."""
+    caution = [*found]
     caution += [f"- Each p is adjusted for {len(verdicts)} comparisons (Holm)."] if len(verdicts) > 1 else []
     caution += [OF_RUNS] if any(row["runs"] > 1 for row in rows) else []
     caution += [BEST_OF_MANY] if len(rows) > 2 else []
@@ -37,6 +37,20 @@ def leaks_of_experiments(results: Mapping[str, Mapping[str, RunResult]]) -> list
         for found in [each for each in known if each[1]][:1]:
             names.setdefault(found, []).append(name)
     return [f"- {', '.join(alike)} ({part}): {said}." for (part, said), alike in names.items()]
+
+
+def probes_of_experiments(results: Mapping[str, Mapping[str, RunResult]]) -> list[str]:
+    """Return a line that names the experiments whose training has not beaten the probe; none where there are none.
+
+    Args:
+        results: by experiment, and by seed or fold.
+    """
+    named = []
+    for name, parts in results.items():
+        recipes = [run.metrics["recipe"] for run in parts.values()]
+        count = sum(each["kept"] == "the probe" and not each["recipe"].startswith("probe:") for each in recipes)
+        named += [f"{name} ({count} of {plural(len(parts), 'run')})"] if count else []
+    return [f"- Training did not beat the probe, which was scored in its place: {', '.join(named)}."] if named else []
 
 
 def comparison_table(rows: list[dict]) -> str:

@@ -17,7 +17,12 @@ from conftest import draw_folder
 from compare import Run, build_experiments, build_runs, execute, is_finished, main, parse_line, tell, terminate
 from luthier.arguments import parse_arguments
 from luthier.errors import UserError
-from luthier.reporting.comparison import comparison_in_words, leaks_of_experiments, verdict_in_words
+from luthier.reporting.comparison import (
+    comparison_in_words,
+    leaks_of_experiments,
+    probes_of_experiments,
+    verdict_in_words,
+)
 from luthier.scoring.comparison import (
     RunResult,
     Verdict,
@@ -216,6 +221,22 @@ def test_experiments_whose_scores_may_be_too_high_are_named():
     row = dict.fromkeys(["test accuracy", "lowest", "highest", "interval low", "interval high"], 0.5)
     row |= {"experiment": "a", "runs": 1, "n": 9, "validation accuracy": 0.5, "seconds": 1.0}
     assert all(line in comparison_in_words([row], [], lines).splitlines() for line in lines)
+
+
+def test_experiments_that_were_scored_by_the_probe_although_they_trained_are_named():
+    found = results(*((name, [[True], [True], [True]]) for name in ("a", "b", "c", "d")))
+    kept = {
+        "a": ("probe: fit", "the probe"),
+        "b": ("full: 1 epoch", "the probe"),
+        "c": ("full: 1", "the trained weights"),
+    }
+    for name, parts in found.items():
+        for run in parts.values():
+            run.metrics["recipe"] = dict(zip(("recipe", "kept"), kept.get(name, kept["c"]), strict=True))
+    found["d"]["1"].metrics["recipe"]["kept"] = "the probe"
+    line = "- Training did not beat the probe, which was scored in its place: b (3 of 3 runs), d (1 of 3 runs)."
+    assert probes_of_experiments(found) == [line]
+    assert probes_of_experiments({"a": found["a"], "c": found["c"]}) == []
 
 
 def test_adjusted_p_values_and_what_an_interval_is_of_are_said():
