@@ -21,6 +21,7 @@ import transformers
 from accelerate.utils import parse_flag_from_env
 from torch import nn
 from transformers import TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available
 
 from luthier.errors import UserError, first_line
 from luthier.escape import escape_lines
@@ -94,6 +95,8 @@ def fill_in_machine_defaults(options: dict) -> None:
         options["use_cpu"], options["ddp_backend"] = True, options["ddp_backend"] or "gloo"
     if options["fp16"] and (options["use_cpu"] or not torch.accelerator.is_available()):
         raise UserError("--fp16 needs a GPU, and the CPU is used: leave it out")
+    if options["bf16"] and not options["use_cpu"] and not is_torch_bf16_gpu_available():
+        raise UserError("--bf16 needs a GPU that supports bfloat16: leave it out, or add --use_cpu True")
     if options["bf16"] is False and not options["fp16"] and is_launched():
         # The library would take the precision of accelerate's config, whatever the options say.
         os.environ["ACCELERATE_MIXED_PRECISION"] = "no"

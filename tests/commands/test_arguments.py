@@ -54,6 +54,14 @@ def test_on_a_gpu_workers_load_and_copies_do_not_wait(monkeypatch):
     assert defaults_on_a_gpu(monkeypatch, dataloader_pin_memory=False)["accelerator_config"] is None
 
 
+def test_bfloat16_is_refused_where_no_gpu_supports_it(monkeypatch):
+    monkeypatch.setattr("luthier.machine.is_torch_bf16_gpu_available", lambda: False)
+    with pytest.raises(UserError, match="--bf16 needs a GPU that supports bfloat16: leave it out, or add --use_cpu"):
+        parse_arguments(["--bf16"])
+    assert parse_arguments(["--bf16", "--use_cpu", "True"]).training_args.bf16
+    assert parse_arguments(["--bf16", "False"]).training_args.bf16 is False
+
+
 @pytest.mark.parametrize(("megabytes", "workers"), [(64, 0), (600, 2), (10**5, 8)])
 def test_data_workers_have_shared_memory(monkeypatch, capsys, megabytes, workers):
     """Docker gives a container 64 MB of it, in which batches do not fit: PyTorch would end the run."""
