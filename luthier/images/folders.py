@@ -38,6 +38,8 @@ TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")  # which `tables.read
 # As `datasets` names them, TSV, and as Roboflow does.
 METADATA = ("metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.parquet", "_classes.csv")
 SPREADSHEETS = (".xlsx", ".xlsm", ".xls", ".ods", ".numbers")
+PART = re.compile(r"((?:.*[^a-z])?(?:part|batch|chunk|images?)[^a-z\d]*)\d+")  # as archives of a large set are called
+ELSEWHERE = ". If the labels are elsewhere, as in the file names, give a table (docs/usage.md)"
 MOST_SPLITS = 5  # folders that splits may be; more are classes
 SHARDS = (".parquet", ".tar")  # of files that hold many images
 
@@ -63,6 +65,7 @@ def load_folder(root: Path, grouping: Grouping | None, to_train: bool) -> Datase
         _check_links(folder)
     if not roots:
         _check_classes(root, to_train)
+        _check_parts(root)
         if not grouping:
             _say_inner_classes(root)
         roots = {"train": root}
@@ -76,8 +79,7 @@ def load_folder(root: Path, grouping: Grouping | None, to_train: bool) -> Datase
         for split, folder in roots.items()
     }
     if not any(files.values()):
-        loose = ". If the labels are elsewhere, as in the file names, give a table (docs/usage.md)"
-        hint = hint_at_table(root) or (loose if holds_images(root) else "")
+        hint = hint_at_table(root) or (ELSEWHERE if holds_images(root) else "")
         raise UserError(
             f"{root} has no images in class folders. Expected {root}/CLASS/image.jpg, in the formats "
             f"{', '.join(sorted(EXTENSIONS))}{hint}"
@@ -277,6 +279,22 @@ def _check_classes(root: Path, to_train: bool) -> None:
         raise UserError(
             f"the class folders of {root} hold the splits {', '.join(sorted(names))}. Put the splits first: "
             f"{root}/train/CLASS/image.jpg"
+        )
+
+
+def _check_parts(root: Path) -> None:
+    """Check that folders are classes, and not the parts of a large set of images whose classes are in a table.
+
+    Raises:
+        UserError: all are called like parts, and a table lies beside them.
+    """
+    names = [folder.name for folder in subfolders(root)]
+    found = [PART.fullmatch(name.lower()) for name in names]
+    alike = len(names) > 1 and all(found) and len({match[1] for match in found if match}) == 1
+    if alike and (hint := hint_at_table(root)):
+        raise UserError(
+            f"{root} holds {names[0]}, ..., {names[-1]}, which look like parts of one set of images{hint}. If these "
+            "are classes, give them other names"
         )
 
 

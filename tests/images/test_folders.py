@@ -146,6 +146,26 @@ def test_folders_that_look_like_splits_are_not_taken_for_classes(tmp_path, names
         load(data_dir=str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("names", "refused"),
+    [
+        (("HAM10000_images_part_1", "HAM10000_images_part_2"), True), (("images_001", "images_002"), True),
+        (("Batch 1", "batch 2"), True), (("part-1", "chunk-2"), False), (("spare part 1", "flower"), False),
+        (("apart1", "apart2"), False), (("mark1", "mark2"), False),
+    ],
+)  # fmt: skip
+def test_parts_of_a_set_beside_a_table_are_not_taken_for_classes(tmp_path, names, refused):
+    for number, name in enumerate(names):
+        put(tmp_path / name, 10 * number)
+    assert labels_of(load(data_dir=str(tmp_path))) == sorted(names)
+    (tmp_path / "metadata_of_all.csv").touch()
+    if not refused:
+        assert labels_of(load(data_dir=str(tmp_path))) == sorted(names)
+        return
+    with pytest.raises(UserError, match=r"which look like parts of one set of images\. If metadata_of_all\.csv holds"):
+        load(data_dir=str(tmp_path))
+
+
 @pytest.mark.parametrize("other", ["eval", "unlabelled"])
 def test_split_beside_a_folder_that_is_none_is_not_taken_for_a_class(tmp_path, other):
     draw_folder(tmp_path / "train", 3)
