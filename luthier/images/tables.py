@@ -63,8 +63,8 @@ def read_table(path: Path, least: int = 2) -> Table:
     if suffix in (".json", ".xml", ".txt"):
         raise UserError(
             f"{path} is not read as a table. Write one as CSV, with a row for each image: its file and its class "
-            "(labelling tools export that; docs/usage.md has a script for COCO). A text with commas, semicolons or tabs "
-            "may be called .csv"
+            "(labelling tools export that; docs/usage.md has a script for COCO). A text with commas, semicolons or "
+            "tabs may be called .csv"
         )
     if suffix not in TABLES:
         raise UserError(f"{path} is not a table that can be read: give one of {', '.join(TABLES)}")
