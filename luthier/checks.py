@@ -256,8 +256,7 @@ def check_outside(output_dir: Path, data: str) -> None:
     images = expand_home(data)
     if images.is_dir() and images.resolve() in (output_dir.resolve(), *output_dir.resolve().parents):
         raise UserError(
-            f"--output_dir {output_dir} is or lies in {data}, where its files would be taken for images: give a "
-            "folder elsewhere"
+            f"the results would be in {output_dir}, among the images of {data}: give a folder elsewhere with --output_dir"
         )
 
 

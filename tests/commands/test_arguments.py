@@ -152,7 +152,7 @@ def test_mistake_in_a_config(text, message):
         (["--folds", "1000000"], "--folds is 1000000, but must be a number from 2 to 1,000"),
         (["--dataloader_num_workers", "-1"], "--dataloader_num_workers is -1"),
         (["settings.json"], "a config is a YAML file"),
-        (["--data_dir", ".", "--output_dir", "runs/x"], "--output_dir runs/x is or lies in ."),
+        (["--data_dir", ".", "--output_dir", "runs/x"], "the results would be in runs/x, among the images of .: give"),
         (["--recipe", "probe", "#", "a", "minute"], "# begins a comment, which this shell does not skip"),
         (
             ["my_photos"],
