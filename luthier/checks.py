@@ -256,7 +256,8 @@ def check_outside(output_dir: Path, data: str) -> None:
     images = expand_home(data)
     if images.is_dir() and images.resolve() in (output_dir.resolve(), *output_dir.resolve().parents):
         raise UserError(
-            f"the results would be in {output_dir}, among the images of {data}: give a folder elsewhere with --output_dir"
+            f"the results would be in {output_dir}, among the images of {data}: give --output_dir with a folder "
+            "elsewhere"
         )
 
 

@@ -227,7 +227,7 @@ def test_page_is_not_written_among_the_images(tmp_path, capsys):
     draw_folder(tmp_path / "p", 1)
     with pytest.raises(SystemExit) as exit_info:
         audit.main([str(tmp_path / "p"), "--output_dir", str(tmp_path / "p/found")])
-    assert exit_info.value.code == 2 and "where its files would be taken for images" in capsys.readouterr().err
+    assert exit_info.value.code == 2 and "found, among the images of" in capsys.readouterr().err
     assert not (tmp_path / "p/found").exists()
 
 

@@ -178,7 +178,7 @@ def test_default_folder_is_not_among_the_images(model, new_images, monkeypatch, 
     monkeypatch.chdir(new_images)
     with pytest.raises(SystemExit) as exit_info:
         score.main([str(model), "--data_dir", "."])
-    assert exit_info.value.code == 2 and "would be taken for images" in capsys.readouterr().err
+    assert exit_info.value.code == 2 and "among the images of .: give --output_dir" in capsys.readouterr().err
     assert not Path("outputs").exists()
 
 
