@@ -20,12 +20,11 @@ from luthier.files import expand_home
 from luthier.images.column_roles import say_unused_columns
 from luthier.images.columns import find_columns, label_and_image, say_odd_classes
 from luthier.images.decode import decode_rgb, read_bytes, reason
-from luthier.images.folders import ELSEWHERE, hint_at_table
 from luthier.images.groups import add_groups
 from luthier.images.inspection import MAX_UNREADABLE, UnreadableImage, inspect, leave_out_unreadable, listing
 from luthier.images.listed_images import letters_of
 from luthier.images.loading import load_named
-from luthier.images.metadata import Columns, find_tables, has_shards, load_directory
+from luthier.images.metadata import Columns, has_shards, load_directory
 from luthier.images.openmoji import load_openmoji
 from luthier.images.shards import StreamedRows
 from luthier.images.splits import cut_splits
@@ -135,8 +134,7 @@ def list_images(
     splits = label_and_image(splits, columns.image, columns.label, columns.group, label_names, to_train)
     names = splits["train"].features["label"].names
     if to_train and len(names) < 2:
-        hint = (hint_at_table(root) or ELSEWHERE) if root and not find_tables(root, labels) else ""
-        raise UserError(f"all images have the one class {names[0]!r}: a classifier needs at least two{hint}")
+        raise UserError(f"all images have the one class {names[0]!r}: a classifier needs at least two")
     say_odd_classes(splits, are_own=to_train and not stream)  # a stream sets validation apart, and needs a test split
     return splits, root
 

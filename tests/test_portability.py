@@ -19,7 +19,7 @@ from luthier import cache, checks, errors, files, terminal
 from luthier.arguments import parse_arguments
 from luthier.errors import UserError, message_for_user
 from luthier.images import duplicates
-from luthier.images.folders import subfolders
+from luthier.images.folder_checks import subfolders
 from luthier.options import DataArguments
 
 MODULES = sorted(

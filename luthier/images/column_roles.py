@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from datasets import ClassLabel, Dataset, Value
 
 from luthier.images.columns import BINARY, LABEL_COLUMNS
-from luthier.images.folders import SPLIT_OF_FOLDER, are_splits
+from luthier.images.folder_checks import SPLIT_OF_FOLDER, are_splits
 from luthier.images.tables import Table, texts_of
 from luthier.terminal import plural, say
 
@@ -44,9 +44,12 @@ def say_odd_values(table: Table, label: str, group: str | None) -> None:
         if found := [value for value in values if value in odd]:
             where = f"{plural(len(found), 'row')} of the column {column!r} of {table.path.name}"
             say("careful", f"{found[0]!r} in {where} is taken for {meaning}")
-    known = {*labels} - {""}
+    # Lists, as Python writes them, have brackets and quotes.
+    plain = {value: re.sub(r"[][\"']", "", value).strip() for value in {*labels} - {""}}
     joined = {
-        value for value in known if len(parts := re.split(r"\s*[,;|+&/]\s*", value)) > 1 and known.issuperset(parts)
+        value
+        for value, names in plain.items()
+        if len(parts := re.split(r"\s*[,;|+&/]\s*|\s+", names)) > 1 and {*plain.values()}.issuperset(parts)
     }
     if joined:
         rows = plural(sum(value in joined for value in labels), "row")

@@ -11,7 +11,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 
 from luthier.cache import values_of
 from luthier.errors import UserError
-from luthier.images.folders import are_splits
+from luthier.images.folder_checks import are_splits
 from luthier.images.listed_images import GIVEN_GROUP, STAMP, letters_of, sort_names
 from luthier.images.splits import MAX_NAMED, REMOVE
 from luthier.terminal import plural, say, some_of
@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 # The types in an image column that lost its own: polars and pyarrow write large ones, pandas a path that is never set.
 BINARY, TEXT = (Value("binary"), Value("large_binary")), (Value("string"), Value("large_string"), Value("null"))
+MAX_COLUMNS = 20  # that a message names
 LABEL_COLUMNS = ("label", "labels", "class", "cls", "category", "target", "fine_label")
 
 
@@ -104,7 +105,11 @@ def label_and_image(
     if missing and to_train:
         alike = [name for name in sorted(learned) if letters_of(name) in map(letters_of, missing)]
         remedy = f"write it as in train, {alike[0]!r}" if alike else "add some, or remove it"
-        raise UserError(f"no training image has the class {', '.join(map(repr, missing))}: {remedy}")
+        where = [split for split, labels in values.items() if {name_of[label] for label in labels} - learned]
+        raise UserError(
+            f"no training image has the class {some_of([*map(repr, missing)], MAX_NAMED)}, which is in "
+            f"{' and '.join(where)}: {remedy}"
+        )
     label = ClassLabel(names=_rename_labels(list(index_of), label_names))
     groups = _groups_of_splits(splits, group_column, image_column) if group_column else {}
     kept = [image_column, *(column for column in (GIVEN_GROUP, STAMP) if column in features)]
@@ -286,11 +291,15 @@ def _rename_labels(names: list[str], label_names: list[str] | None) -> list[str]
 
 def _find_column(kind: str, given: str | None, features: Features, candidates: list[str]) -> str:
     if given is not None and given not in features:
-        raise UserError(f"there is no column {given!r} (--{kind}_column); the columns are {', '.join(features)}")
+        columns = some_of(list(features), MAX_COLUMNS)
+        raise UserError(f"there is no column {given!r} (--{kind}_column); the columns are {columns}")
     if given is None and len(candidates) != 1:
-        which = f"{' or '.join(candidates)} could be" if candidates else "none of the columns is clearly"
+        which = f"{' or '.join(candidates[:3])} could be" if candidates else "none of the columns is clearly"
+        points = ""
+        if "__key__" in features and any("." in name for name in features):
+            points = ". In an archive, what follows the first point in the name of a file is the name of a column"
         raise UserError(
             f"{which} the {kind} column: name it with --{kind}_column (a folder of class folders goes to --data_dir, "
-            f"a table of image files to --labels). The columns are {', '.join(features)}"
+            f"a table of image files to --labels). The columns are {some_of(list(features), MAX_COLUMNS)}{points}"
         )
     return given or candidates[0]

@@ -49,6 +49,7 @@ class ImageFiles:
         """Return the path of each image of a table, or why there is none."""
         skip = self.folders_to_skip(names)
         found = [self.find(name, skip) for name in names]
+        self._say_other_folder(names, found, skip)
         deeper = [
             (name, path)
             for name, path in zip(names, found, strict=True)
@@ -60,6 +61,17 @@ class ImageFiles:
                 f"{as_text(deeper[0][1].relative_to(self.root))} for {deeper[0][0]}"
             )
         return found
+
+    def _say_other_folder(self, names: Sequence[str], found: Sequence[Path | str], skip: int) -> None:
+        """Say so where images lie in another folder than the one that all names begin with."""
+        pairs = ((name, path) for name, path in zip(names, found, strict=True) if isinstance(path, Path))
+        name, path = next(pairs, ("", self.root))
+        parts = _parts(name) or []
+        if skip and path.absolute().parents[len(parts) - skip - 1].name.casefold() != parts[skip - 1].casefold():
+            logger.warning(
+                f"Ignored: {'/'.join(parts[:skip])} at the beginning of all names of files, which is not here. "
+                f"{name} is taken for {as_text(path.relative_to(self.root))}"
+            )
 
     def find(self, name: str, skip: int) -> Path | str:
         """Return the path of an image, or why there is none.

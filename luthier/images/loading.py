@@ -22,7 +22,7 @@ from huggingface_hub.utils import httpx  # or httpx2, by its version
 from luthier.errors import UserError
 from luthier.images.archives import check_whole
 from luthier.images.columns import is_image_feature
-from luthier.images.folders import SPLIT_OF_FOLDER
+from luthier.images.folder_checks import SPLIT_OF_FOLDER
 from luthier.images.image_files import explain_no_folder
 
 logger = logging.getLogger(__name__)

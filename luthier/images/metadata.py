@@ -22,15 +22,8 @@ from luthier.images.column_roles import (
 )
 from luthier.images.columns import LABEL_COLUMNS
 from luthier.images.decode import is_image
-from luthier.images.folders import (
-    METADATA,
-    SHARDS,
-    SPLIT_OF_FOLDER,
-    check_folder,
-    holds_images,
-    load_folder,
-    subfolders,
-)
+from luthier.images.folder_checks import METADATA, SPLIT_OF_FOLDER, holds_images, subfolders
+from luthier.images.folders import SHARDS, check_folder, load_folder
 from luthier.images.groups import build_grouping, check_groups
 from luthier.images.image_files import SAMPLE, ImageFiles, as_text
 from luthier.images.inspection import listing
@@ -371,7 +364,7 @@ def _find_image_column(table: Table, files: ImageFiles, names: list[str]) -> str
             continue
         skip, sample = files.folders_to_skip(values), values[:SAMPLE]
         share = sum(bool(files.matches(value, skip)) for value in sample) / len(sample)
-        named = [value for value in sample if is_image(value)]
+        named = [value for value in sample if is_image(value.replace("\\", "/").rpartition("/")[2])]
         if share:
             known = IMAGE_COLUMNS.index(name.lower()) if name.lower() in IMAGE_COLUMNS else len(IMAGE_COLUMNS)
             ranks[name] = (round(share, 1), round(len(named) / len(sample), 1), -known - is_index(name))

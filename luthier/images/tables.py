@@ -13,7 +13,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from luthier.errors import UserError
 from luthier.images.columns import is_image_feature
-from luthier.images.folders import SPREADSHEETS, TABLES
+from luthier.images.folder_checks import SPREADSHEETS, TABLES
 from luthier.terminal import say
 
 DELIMITERS = ",;\t|"
@@ -116,7 +116,12 @@ def _read_delimited(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]
     if first.startswith("sep="):  # Excel's own line
         text, begin = text.partition("\n")[2], 2
         first = text.partition("\n")[0]
-    delimiter = max(DELIMITER_OF[path.suffix.lower()] + DELIMITERS, key=first.count)
+    lines = [line for line in text.split("\n", 2)[:2] if line.strip()] or [first]
+    # The names of columns may hold commas: what divides the first row divides the second one too.
+    delimiter = max(
+        DELIMITER_OF[path.suffix.lower()] + DELIMITERS,
+        key=lambda each: (min(line.count(each) for line in lines), first.count(each)),
+    )
     # Strict, or one quote too many would take the rest of the file for a value.
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
     rows, last = [], 0

@@ -73,6 +73,15 @@ def test_archive_with_names_of_classes_where_numbers_belong_says_where_names_go(
         load_images(data_dir=".")
 
 
+def test_points_in_names_are_told_in_a_short_message():
+    with tarfile.open("train.tar", "w") as archive:
+        for number in range(40):
+            add_file(archive, f"IMG.{number}.png", encode("red", number))
+    message = r"^0\.png or 1\.png or 2\.png could be the image column.* and 22 more\. In an archive, what follows"
+    with pytest.raises(UserError, match=message):
+        load_images(data_dir=".")
+
+
 def test_archive_is_indexed_once(monkeypatch):
     truth = pack("train.tar", mixed(30)) | pack("validation.tar", mixed(9), 200) | pack("test.tar", mixed(9), 300)
     first = open_stream(".")

@@ -507,9 +507,39 @@ def test_group_with_an_accent_in_two_forms_is_one(tmp_path):
     assert set(splits["train"]["luthier_given_group"][:]) == {"José", "Ana"}
 
 
+def test_archive_that_is_not_unpacked_is_named(tmp_path):
+    (tmp_path / "photos.zip").touch()
+    with pytest.raises(UserError, match=r"no images in class folders.* If photos\.zip holds the images, unpack it"):
+        load(data_dir=str(tmp_path))
+
+
+def test_link_that_leads_to_itself_is_no_folder(tmp_path, caplog):
+    draw_folder(tmp_path, 4)
+    (tmp_path / "red/again").symlink_to("again")
+    assert sum(map(len, load(data_dir=str(tmp_path)).values())) == 12
+    assert "such as red/again" in caplog.text
+    (tmp_path / "again").symlink_to("again")
+    with pytest.raises(UserError, match="again is a link to what is not there: mend or remove it"):
+        load(data_dir=str(tmp_path))
+
+
 def test_folders_around_the_classes_are_named(tmp_path):
     draw_folder(tmp_path / "dataset/images", 2)
     with pytest.raises(UserError, match=r"has one folder, dataset/images, .* give --data_dir .*dataset/images"):
+        load(data_dir=str(tmp_path))
+
+
+def test_folder_around_the_classes_of_a_split_is_named(tmp_path):
+    draw_folder(tmp_path / "train/seg_train", 3)
+    draw_folder(tmp_path / "test/seg_test", 2, first=50)
+    with pytest.raises(UserError, match=r"train has one folder, seg_train, .* such as blue\. .* move them to"):
+        load(data_dir=str(tmp_path))
+
+
+def test_split_with_a_class_that_train_lacks_is_named(tmp_path):
+    draw_folder(tmp_path / "train", 3)
+    put(tmp_path / "test/unknown", 50)
+    with pytest.raises(UserError, match="no training image has the class 'unknown', which is in test: add some, or"):
         load(data_dir=str(tmp_path))
 
 
@@ -517,7 +547,7 @@ def test_class_in_other_capitals_than_in_train_is_named(tmp_path):
     draw_folder(tmp_path / "train", 2)
     draw_folder(tmp_path / "test", 2, first=50)
     (tmp_path / "train/red").rename(tmp_path / "train/Red")
-    with pytest.raises(UserError, match="the class 'red': write it as in train, 'Red'"):
+    with pytest.raises(UserError, match="the class 'red', which is in test: write it as in train, 'Red'"):
         load(data_dir=str(tmp_path))
 
 

@@ -53,6 +53,7 @@ EXPECTED = {"train": dict(pairs())}
     ("name", "content", "options"),
     [
         ("labels.csv", text(pairs()), {}),
+        ("comma_in_a_name.csv", text(pairs(), "file;label (species, or breed)", ";"), {}),
         ("id_label.csv", text(pairs(lambda number: f"a{number}"), "id,label"), {}),
         ("folder.csv", text(pairs(lambda number: f"images/a{number}.png")), {}),
         ("windows.csv", text(pairs(lambda number: f"C:\\Users\\me\\images\\a{number}.png")), {}),
@@ -237,10 +238,24 @@ def test_names_that_differ_in_capitals_alone_are_two_images(root):
         load(root, text([*pairs(), ("b", "red")]))
 
 
+def test_names_that_begin_with_points_are_names_of_images(root):
+    rows = [(f"a{number}", f"./a{number}.png", CLASSES[number % 3]) for number in range(12)]
+    assert load(root, text(rows, "code,photo,label")) == EXPECTED
+    with pytest.raises(UserError, match=r"'\.\./images/a0\.png' leads out of the folder"):
+        load(root, text(pairs(lambda number: f"../images/a{number}.png")))
+
+
 def test_name_whose_zeros_a_spreadsheet_has_removed_is_told(root):
     draw("red", 96).save(root / "0007.png")
     with pytest.raises(UserError, match=r"there is no image '7', but 0007\.png: has a spreadsheet removed zeros\?"):
         load(root, text([*pairs(), ("7", "red")]))
+
+
+def test_images_of_another_folder_than_named_are_told(root, caplog):
+    load(root, text(pairs(lambda number: f"images/a{number}.png")))
+    assert "Ignored" not in caplog.text
+    load(root.parent, text(pairs(lambda number: f"test/a{number}.png")))
+    assert "Ignored: test at the beginning of all names of files, which is not here. test/a0.png is" in caplog.text
 
 
 def test_name_of_a_converted_image_is_told(root):
@@ -265,6 +280,16 @@ def test_values_that_may_mean_none_and_labels_of_several_classes_are_named(root,
     assert "1 row of labels.csv with several classes in one label, such as 'red; blue', which is taken" in said
     load(root, text(pairs()))
     assert "careful" not in capsys.readouterr().out
+    load(root, text([("a0.png", "red blue"), *pairs()[1:]]))
+    assert "such as 'red blue', which is taken" in capsys.readouterr().out
+    load(root, text([(file, f"['{label}']") for file, label in pairs()[1:]] + [("a0.png", "['red'; 'blue']")]))
+    assert """such as "['red'; 'blue']", which is taken""" in capsys.readouterr().out
+
+
+def test_metadata_that_names_no_image_is_told_where_no_folders_are_classes(root):
+    (root.parent / "metadata.csv").write_text(text(pairs(lambda number: f"https://x.org/a{number}.png?dl=1")))
+    with pytest.raises(UserError, match=r"which column of .*metadata\.csv holds the image files\?"):
+        load_images(data_dir=str(root.parent))
 
 
 def test_folder_that_is_not_utf8_is_named(root):
