@@ -81,6 +81,28 @@ def load_folder(root: Path, grouping: Grouping | None, to_train: bool) -> Datase
         split: _list_class_folders(folder, root, skipped, grouping, to_train and split == "train")
         for split, folder in roots.items()
     }
+    _check_found(root, roots, files)
+    warn_of_skipped(skipped)
+    hint = hint_at_table(root)
+    if to_train and len(classes := {image.label for listed in files.values() for image in listed}) == 1:
+        hint = hint or hint_at_table(roots["train"]) or ELSEWHERE
+        raise UserError(f"all images have the one class {min(classes)!r}: a classifier needs at least two{hint}")
+    if hint:
+        say("labels", f"of the class folders{hint}")
+    return load_listed(files)
+
+
+def _check_found(root: Path, roots: dict[str, Path], files: dict[str, list[ListedImage]]) -> None:
+    """Check that every split has images.
+
+    Args:
+        root: of all splits.
+        roots: the folder of each split.
+        files: the images of each.
+
+    Raises:
+        UserError: one has none.
+    """
     if not any(files.values()):
         hint = hint_at_table(root) or (ELSEWHERE if holds_images(root) else hint_at_archive(root))
         raise UserError(
@@ -97,14 +119,6 @@ def load_folder(root: Path, grouping: Grouping | None, to_train: bool) -> Datase
             raise UserError(
                 f"the split folder {roots[split]} has no images: fill it, or remove it, and a split is cut from train"
             )
-    warn_of_skipped(skipped)
-    hint = hint_at_table(root)
-    if to_train and len(classes := {image.label for listed in files.values() for image in listed}) == 1:
-        hint = hint or hint_at_table(roots["train"]) or ELSEWHERE
-        raise UserError(f"all images have the one class {min(classes)!r}: a classifier needs at least two{hint}")
-    if hint:
-        say("labels", f"of the class folders{hint}")
-    return load_listed(files)
 
 
 def check_folder(folder: Path, advice: str) -> None:
