@@ -1,7 +1,7 @@
 """Predict the classes of images with a trained model: files, folders, addresses.
 
-    python predict.py outputs/my_run image.jpg photos/ "more/*.png" https://example.org/a.jpg
-    find . -name "*.jpg" | python predict.py me/instruments - --output answers.jsonl
+    python predict.py outputs/my_run a.jpg photos/ https://example.org/b.jpg
+    find . -name "*.jpg" | python predict.py me/instruments - --output c.jsonl
 
 MODEL is a folder with a saved model, a name on the Hub, or a model.onnx of
 export.py, which starts in half a second. Exit code 0: every input has a

@@ -38,11 +38,15 @@ class CommandParser(argparse.ArgumentParser):
         Raises:
             UserError: one is wrong, unknown or missing.
         """
-        self._given = list(sys.argv[1:] if args is None else args)
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             raise UserError(self._explain_unknown(unknown[0]))
         return parsed
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Return the arguments that this parser knows, and the others; see `parse_args`."""
+        self._given = list(sys.argv[1:] if args is None else args)  # for `error`
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Raise `message`, with each option in one spelling, what a number looks like, and where examples are."""

@@ -26,6 +26,8 @@ def test_file_whose_name_begins_with_a_dash_is_no_unknown_option(tmp_path, monke
     parser.add_argument("input")
     with pytest.raises(UserError, match=r"^-a\.png is taken for an option: "):
         parser.parse_args(["-a.png"])
+    with pytest.raises(UserError, match=r"^the following arguments are required: input"):
+        parser.parse_known_args([])
 
 
 @pytest.mark.parametrize(
